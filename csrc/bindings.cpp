@@ -1,0 +1,30 @@
+// The Python face of the native code: free of torch, so one build serves every torch version.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include "cpu/info.hpp"
+
+namespace py = pybind11;
+
+PYBIND11_MODULE(_native, m) {
+  m.doc() = "Native code of ito_kernels";
+
+  m.def("build_info", [] {
+    py::dict out;
+    out["compiler"] = ITO_COMPILER;
+    out["standard"] = static_cast<long>(__cplusplus);
+    return out;
+  });
+
+  m.def("cpu_info", [] {
+    const ito::cpu::Info info = ito::cpu::info();
+    py::dict out;
+    out["arch"] = info.arch;
+    out["features"] = info.features;
+    out["logical_cores"] = info.logical_cores;
+    out["l1d_bytes"] = info.l1d_bytes;
+    out["l2_bytes"] = info.l2_bytes;
+    out["l3_bytes"] = info.l3_bytes;
+    return out;
+  });
+}
