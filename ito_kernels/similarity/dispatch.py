@@ -1,0 +1,103 @@
+"""Which backend computes a problem.
+
+A backend is a module with `supports(problem) -> (ok, reason)`, `describe(problem) -> str` and the
+four functions `logsumexp_forward`, `logsumexp_backward`, `softplus_forward`, `softplus_backward`.
+A new one is a file and a line in `REGISTRY`.
+
+A backend asked for by name runs or raises; only the automatic choice looks further.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import ModuleType
+from typing import NamedTuple
+
+from . import chunked, reference
+from .spec import Problem
+
+try:
+    from .. import _native
+except ImportError:
+    _native = None
+
+REGISTRY: dict[str, ModuleType] = {"reference": reference, "chunked": chunked}
+AUTOMATIC = ("chunked",)  # in order of preference
+PLANNED = ("cpu", "triton", "cuda", "simt")
+
+_chosen: list[str] = []  # the names of the `use_backend` blocks that are open
+
+
+class BackendStatus(NamedTuple):
+    available: bool
+    detail: str
+
+
+def backends() -> dict[str, BackendStatus]:
+    """What can run here, and why the rest cannot: {name: (available, detail)}."""
+    status = {name: BackendStatus(True, "plain PyTorch, any device") for name in REGISTRY}
+    if _native is None:
+        native = "the native module was not built: no C++ compiler was found at installation"
+    else:
+        info, build = _native.cpu_info(), _native.build_info()
+        native = (
+            f"not in this version; the native module (built by {build['compiler']}) finds"
+            f" {info['arch']} with {', '.join(info['features']) or 'no vector extensions'},"
+            f" {info['logical_cores']} cores, L2 {info['l2_bytes'] >> 10} KiB,"
+            f" L3 {info['l3_bytes'] >> 10} KiB"
+        )
+    status["cpu"] = BackendStatus(False, native)
+    for name in PLANNED[1:]:
+        status[name] = BackendStatus(False, "not in this version")
+    return status
+
+
+@contextmanager
+def use_backend(name: str) -> Iterator[None]:
+    """Calls inside the block use the backend `name` unless they name one themselves."""
+    _check_name(name)
+    _chosen.append(name)
+    try:
+        yield
+    finally:
+        _chosen.pop()
+
+
+def load(name: str) -> ModuleType:
+    return REGISTRY[name]
+
+
+def choose(problem: Problem, name: str | None = None) -> str:
+    """The name of the backend that runs `problem`.
+
+    In this order: `name`, the innermost `use_backend`, the environment's ITO_BACKEND, the first
+    that supports the problem. Raises ValueError for an unknown name and RuntimeError, with the
+    reason, for one that cannot run.
+    """
+    name = requested(name)
+    if name is None:
+        return next(name for name in AUTOMATIC if REGISTRY[name].supports(problem)[0])
+    _check_name(name)
+    if name in PLANNED:
+        raise RuntimeError(f"backend {name!r} cannot run: {backends()[name].detail}")
+    ok, reason = REGISTRY[name].supports(problem)
+    if not ok:
+        raise RuntimeError(f"backend {name!r} cannot run: {reason}")
+    return name
+
+
+def requested(name: str | None) -> str | None:
+    """The backend that was asked for, None if the choice is automatic."""
+    if name is not None:
+        return name
+    if _chosen:
+        return _chosen[-1]
+    return os.environ.get("ITO_BACKEND") or None
+
+
+def _check_name(name: str) -> None:
+    known = (*REGISTRY, *PLANNED)
+    if name not in known:
+        raise ValueError(f"unknown backend {name!r}: expected one of {', '.join(known)}")

@@ -1,0 +1,63 @@
+"""Which pairs are positive and which are left out, for a block of rows against all columns."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .spec import Problem
+
+
+class Pairs(NamedTuple):
+    """Boolean masks (rows, M).
+
+    positive: pairs with equal ids that are not left out themselves.
+    negative: allowed pairs that are not positive.
+    allowed:  pairs that count in max and logsum.
+    """
+
+    positive: Tensor
+    negative: Tensor
+    allowed: Tensor
+
+
+def classify(problem: Problem, start: int = 0, stop: int | None = None) -> Pairs:
+    """The masks of rows [start, stop)."""
+    stop = problem.n if stop is None else stop
+    device = problem.a.device
+    row = torch.arange(start, stop, device=device)[:, None]
+    col = torch.arange(problem.m, device=device)[None, :]
+    self_pair = col == row + problem.diagonal
+    if problem.row_ids is None:
+        positive = self_pair
+        candidate = torch.ones_like(self_pair)
+    else:
+        row_ids, col_ids = problem.row_ids[start:stop, None], problem.col_ids[None, :]
+        positive = row_ids == col_ids
+        candidate = (row_ids >= 0) & (col_ids >= 0)
+    if problem.exclude_self:
+        candidate = candidate & ~self_pair
+    positive = positive & candidate
+    negative = candidate & ~positive
+    return Pairs(positive, negative, negative if problem.exclude_positives else candidate)
+
+
+def features(problem: Problem) -> tuple[Tensor, Tensor]:
+    """Both sides in the accumulate dtype, padded rows set to 0.
+
+    Padding may hold anything, and 0 · NaN would carry it into other rows' gradients.
+    """
+
+    def clean(x: Tensor, ids: Tensor | None) -> Tensor:
+        x = x.to(problem.accumulate)
+        return x if ids is None else x.masked_fill((ids < 0)[:, None], 0)
+
+    a = clean(problem.a, problem.row_ids)
+    return a, a if problem.b is None else clean(problem.b, problem.col_ids)
+
+
+def finite_shift(maximum: Tensor) -> Tensor:
+    """`maximum` with 0 for -inf: rows with nothing allowed would otherwise give -inf - -inf."""
+    return maximum.masked_fill(maximum == -torch.inf, 0)

@@ -1,0 +1,117 @@
+"""The law: the primitive written out on the dense matrix, forward and gradients.
+
+Any device, any dtype up to fp64. Holds several N × M matrices: for tests and small problems.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn.functional import softplus
+
+from .pairs import classify, features, finite_shift
+from .spec import Grads, Needs, Problem, Stats, Upstream
+
+
+def supports(problem: Problem) -> tuple[bool, str]:
+    return True, "runs everywhere"
+
+
+def describe(problem: Problem) -> str:
+    return f"dense {problem.n} x {problem.m} matrix in {problem.accumulate}"
+
+
+def _scores(problem: Problem) -> tuple[Tensor, Tensor]:
+    """The inner products <a_i, b_j> and S."""
+    a, b = features(problem)
+    dot = a @ b.T
+    scores = problem.scale.reshape(-1, 1) * dot
+    if problem.row_bias is not None:
+        scores = scores + problem.row_bias[:, None]
+    if problem.col_bias is not None:
+        scores = scores + problem.col_bias[None, :]
+    return dot, scores
+
+
+def logsumexp_forward(problem: Problem) -> Stats:
+    _, scores = _scores(problem)
+    pairs = classify(problem)
+
+    def reduce(dim: int) -> tuple[Tensor | None, ...]:
+        top = scores.masked_fill(~pairs.allowed, -torch.inf).amax(dim)
+        relative = scores - finite_shift(top).unsqueeze(dim)
+        logsum = relative.exp().masked_fill(~pairs.allowed, 0).sum(dim).log()
+        pos = None
+        if problem.positives == "linear":
+            pos = relative.masked_fill(~pairs.positive, 0).sum(dim)
+        elif problem.positives == "lse":
+            pos = relative.masked_fill(~pairs.positive, -torch.inf).logsumexp(dim)
+        neg_max = None
+        if problem.hardest:
+            neg_max = scores.masked_fill(~pairs.negative, -torch.inf).amax(dim)
+        return top, logsum, pos, neg_max
+
+    nothing = (None,) * 4
+    return Stats(
+        *(reduce(1) if problem.rows else nothing), *(reduce(0) if problem.cols else nothing)
+    )
+
+
+def logsumexp_backward(problem: Problem, stats: Stats, upstream: Upstream, needs: Needs) -> Grads:
+    dot, scores = _scores(problem)
+    pairs = classify(problem)
+    weights = torch.zeros_like(scores)
+
+    def add(top, logsum, pos, grad_logsum, grad_pos, dim: int) -> None:
+        relative = scores - finite_shift(top).unsqueeze(dim)
+        if grad_logsum is not None:
+            softmax = (relative - logsum.unsqueeze(dim)).exp()
+            weights.add_((softmax * grad_logsum.unsqueeze(dim)).masked_fill(~pairs.allowed, 0))
+        if grad_pos is not None:
+            term = grad_pos.unsqueeze(dim).expand_as(scores)
+            if problem.positives == "lse":
+                term = term * (relative - pos.unsqueeze(dim)).exp()
+            weights.add_(term.masked_fill(~pairs.positive, 0))
+
+    if problem.rows:
+        add(stats.row_max, stats.row_logsum, stats.row_pos, upstream.u, upstream.alpha, 1)
+    if problem.cols:
+        add(stats.col_max, stats.col_logsum, stats.col_pos, upstream.v, upstream.beta, 0)
+    return _gradients(problem, dot, weights, needs)
+
+
+def softplus_forward(problem: Problem) -> Tensor:
+    _, scores = _scores(problem)
+    pairs = classify(problem)
+    signed = torch.where(pairs.positive, -scores, scores)
+    # torch's default threshold of 20 returns x itself beyond it, off by 2e-9: too much for fp64
+    return softplus(signed, threshold=40).masked_fill(~(pairs.positive | pairs.negative), 0).sum(1)
+
+
+def softplus_backward(problem: Problem, u: Tensor, needs: Needs) -> Grads:
+    dot, scores = _scores(problem)
+    pairs = classify(problem)
+    slope = torch.where(pairs.positive, -torch.sigmoid(-scores), torch.sigmoid(scores))
+    weights = (u[:, None] * slope).masked_fill(~(pairs.positive | pairs.negative), 0)
+    return _gradients(problem, dot, weights, needs)
+
+
+def _gradients(problem: Problem, dot: Tensor, weights: Tensor, needs: Needs) -> Grads:
+    """The chain from W = ∂L/∂S to everything that S is made of."""
+    a, b = features(problem)
+    scaled = problem.scale.reshape(-1, 1) * weights
+    grad_a = grad_b = None
+    if needs.a:
+        grad_a = scaled @ b
+        if problem.b is None:
+            grad_a = grad_a + scaled.T @ a
+        grad_a = grad_a.to(problem.a.dtype)
+    if needs.b:
+        grad_b = (scaled.T @ a).to(problem.b.dtype)
+    return Grads(
+        grad_a,
+        grad_b,
+        (weights * dot).sum(1) if needs.scale else None,
+        weights.sum(1) if needs.row_bias else None,
+        weights.sum(0) if needs.col_bias else None,
+    )

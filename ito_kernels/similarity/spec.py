@@ -1,0 +1,249 @@
+"""What a backend is asked to compute, and what it gives back.
+
+The similarity matrix is never formed; it is defined by
+
+    S_ij = scale_i * <a_i, b_j> + row_bias_i + col_bias_j
+
+Pairs (i, j) fall into three kinds:
+
+- *excluded*: a row or column with a negative id (padding); self pairs under `exclude_self`.
+- *positive*: equal ids; without ids, j = i + diagonal.
+- *negative*: the rest.
+
+All validation of the primitive's arguments, and all of its error texts, are in this file.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+FEATURE_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+class Problem(NamedTuple):
+    """One similarity matrix and what is wanted of it.
+
+    a: (N, D). b: (M, D), or None where both sides are the same matrix (self-similarity).
+    scale: 0-d or (N,); row_bias: (N,); col_bias: (M,); in `accumulate` dtype.
+    row_ids: (N,), col_ids: (M,), int64; both or neither.
+    diagonal: the self pair of row i, and without ids its positive, is column i + diagonal: places
+        a block inside a larger matrix.
+    """
+
+    a: Tensor
+    b: Tensor | None
+    scale: Tensor
+    row_bias: Tensor | None = None
+    col_bias: Tensor | None = None
+    row_ids: Tensor | None = None
+    col_ids: Tensor | None = None
+    positives: str | None = None
+    exclude_self: bool = False
+    exclude_positives: bool = False
+    diagonal: int = 0
+    rows: bool = True
+    cols: bool = True
+    hardest: bool = False
+
+    @property
+    def n(self) -> int:
+        return self.a.shape[0]
+
+    @property
+    def m(self) -> int:
+        return (self.a if self.b is None else self.b).shape[0]
+
+    @property
+    def d(self) -> int:
+        return self.a.shape[1]
+
+    @property
+    def accumulate(self) -> torch.dtype:
+        """The dtype of scores, statistics and scale: fp32, or fp64 for fp64 features."""
+        return accumulate_dtype(self.a.dtype)
+
+
+class Stats(NamedTuple):
+    """Row and column statistics of `logsumexp`, in the accumulate dtype; None where not wanted.
+
+    max:     maximum over the allowed pairs, -inf where there is none. A constant shift: it carries
+             no gradient, and functions of `max + logsum` and of the positives have the right one.
+    logsum:  log Σ exp(S - max) over the allowed pairs, -inf where there is none.
+    pos:     "linear": Σ (S - max) over the positives; "lse": log Σ exp(S - max) over them. `max`
+             reads as 0 where it is -inf.
+    neg_max: maximum over the allowed negatives, -inf where there is none; carries no gradient.
+    """
+
+    row_max: Tensor | None = None
+    row_logsum: Tensor | None = None
+    row_pos: Tensor | None = None
+    row_neg_max: Tensor | None = None
+    col_max: Tensor | None = None
+    col_logsum: Tensor | None = None
+    col_pos: Tensor | None = None
+    col_neg_max: Tensor | None = None
+
+
+class Upstream(NamedTuple):
+    """Gradients that arrive at logsum (u, v) and pos (alpha, beta) of rows and columns."""
+
+    u: Tensor | None = None
+    v: Tensor | None = None
+    alpha: Tensor | None = None
+    beta: Tensor | None = None
+
+
+class Needs(NamedTuple):
+    """Which gradients are wanted."""
+
+    a: bool = False
+    b: bool = False
+    scale: bool = False
+    row_bias: bool = False
+    col_bias: bool = False
+
+
+class Grads(NamedTuple):
+    """The gradients, None where not wanted.
+
+    a, b: in the dtype of the features; `a` holds both sides' where b is None.
+    scale: (N,), per row also for a 0-d scale. scale and the biases: accumulate dtype.
+    """
+
+    a: Tensor | None = None
+    b: Tensor | None = None
+    scale: Tensor | None = None
+    row_bias: Tensor | None = None
+    col_bias: Tensor | None = None
+
+
+def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def check_features(name: str, x: object) -> Tensor:
+    """`x` if it is an (N, D) floating-point tensor with N, D ≥ 1, else TypeError or ValueError."""
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name} must be a tensor of shape (N, D), got {type(x).__name__}")
+    if x.ndim != 2:
+        raise ValueError(f"{name} must have shape (N, D), got {tuple(x.shape)}")
+    if x.dtype not in FEATURE_DTYPES:
+        raise TypeError(f"{name} must be float32, bfloat16, float16 or float64, got {x.dtype}")
+    if x.shape[0] == 0 or x.shape[1] == 0:
+        raise ValueError(f"{name} must have at least one row and one column, got {tuple(x.shape)}")
+    return x
+
+
+def check_pair(a_name: str, a: object, b_name: str, b: object) -> None:
+    """Both feature matrices are well-formed and fit each other."""
+    a, b = check_features(a_name, a), check_features(b_name, b)
+    if a.shape[1] != b.shape[1]:
+        raise ValueError(
+            f"{a_name} and {b_name} must have the same width D, got {a.shape[1]} and {b.shape[1]}"
+        )
+    if a.device != b.device:
+        raise ValueError(
+            f"{a_name} and {b_name} must be on the same device, got {a.device} and {b.device}"
+        )
+    if a.dtype != b.dtype and not torch.is_autocast_enabled(a.device.type):
+        raise TypeError(f"{a_name} and {b_name} must have the same dtype, got {a.dtype}, {b.dtype}")
+
+
+def check_ids(name: str, ids: object, length: int, of: str, device: torch.device) -> Tensor:
+    """`ids` as int64, after checking that there is one integer for each row of `of`."""
+    if not isinstance(ids, Tensor):
+        raise TypeError(f"{name} must be a tensor of integers, got {type(ids).__name__}")
+    if ids.dtype == torch.bool or ids.is_floating_point() or ids.is_complex():
+        raise TypeError(f"{name} must have an integer dtype, got {ids.dtype}")
+    if tuple(ids.shape) != (length,):
+        raise ValueError(
+            f"{name} must have shape ({length},), one id for each row of {of},"
+            f" got {tuple(ids.shape)}"
+        )
+    if ids.device != device:
+        raise ValueError(f"{name} must be on {device} like {of}, got {ids.device}")
+    return ids.long()
+
+
+def check_scale(name: str, scale: object, like: Tensor) -> Tensor:
+    """`scale` as a tensor beside `like`: a positive finite number, a 0-d tensor or one per row.
+
+    The values of a tensor are not looked at: that would wait for the device.
+    """
+    dtype = accumulate_dtype(like.dtype)
+    if isinstance(scale, Tensor):
+        if not scale.is_floating_point():
+            raise TypeError(f"{name} must have a floating-point dtype, got {scale.dtype}")
+        if scale.ndim != 0 and tuple(scale.shape) != (like.shape[0],):
+            raise ValueError(
+                f"{name} must be a number, a 0-d tensor or have shape ({like.shape[0]},),"
+                f" got {tuple(scale.shape)}"
+            )
+        if scale.device != like.device:
+            raise ValueError(f"{name} must be on {like.device}, got {scale.device}")
+        return scale.to(dtype)
+    if isinstance(scale, bool) or not isinstance(scale, (int, float)):
+        raise TypeError(f"{name} must be a number or a tensor, got {type(scale).__name__}")
+    if not (math.isfinite(scale) and scale > 0):
+        raise ValueError(f"{name} must be finite and greater than 0, got {scale}")
+    return torch.full((), float(scale), dtype=dtype, device=like.device)
+
+
+def check_bias(name: str, bias: object, length: int, like: Tensor) -> Tensor:
+    """`bias` in the accumulate dtype, after checking that there is one value for each of `length`."""
+    if not isinstance(bias, Tensor):
+        raise TypeError(f"{name} must be a tensor, got {type(bias).__name__}")
+    if not bias.is_floating_point():
+        raise TypeError(f"{name} must have a floating-point dtype, got {bias.dtype}")
+    if tuple(bias.shape) != (length,):
+        raise ValueError(f"{name} must have shape ({length},), got {tuple(bias.shape)}")
+    if bias.device != like.device:
+        raise ValueError(f"{name} must be on {like.device}, got {bias.device}")
+    return bias.to(accumulate_dtype(like.dtype))
+
+
+def make_problem(
+    a: Tensor,
+    b: Tensor,
+    scale: float | Tensor,
+    *,
+    row_bias: Tensor | None,
+    col_bias: Tensor | None,
+    row_ids: Tensor | None,
+    col_ids: Tensor | None,
+    **flags,
+) -> Problem:
+    """A validated Problem from the primitive's arguments. `b is a` makes it a self-similarity."""
+    check_pair("a", a, "b", b)
+    if (row_ids is None) != (col_ids is None):
+        missing = "row_ids" if row_ids is None else "col_ids"
+        raise ValueError(f"row_ids and col_ids go together: {missing} is missing")
+    if row_ids is not None:
+        row_ids = check_ids("row_ids", row_ids, a.shape[0], "a", a.device)
+        col_ids = check_ids("col_ids", col_ids, b.shape[0], "b", a.device)
+    if flags.get("positives") not in (None, "linear", "lse"):
+        raise ValueError(f'positives must be None, "linear" or "lse", got {flags["positives"]!r}')
+    if not (flags.get("rows", True) or flags.get("cols", True)):
+        raise ValueError("rows and cols are both False: nothing is asked for")
+    scale = check_scale("scale", scale, a)
+    if row_bias is not None:
+        row_bias = check_bias("row_bias", row_bias, a.shape[0], a)
+    if col_bias is not None:
+        col_bias = check_bias("col_bias", col_bias, b.shape[0], a)
+    same = b is a
+    if torch.is_autocast_enabled(a.device.type):
+        # The rule of a matrix product: features in the autocast dtype. Everything else stays in
+        # fp32: a scale of 100 rounded to bf16 would move every score by up to 0.2.
+        dtype = torch.get_autocast_dtype(a.device.type)
+        a, b = (x if x.dtype == torch.float64 else x.to(dtype) for x in (a, b))
+        if a.dtype != b.dtype:
+            raise TypeError(f"a and b must have the same dtype, got {a.dtype}, {b.dtype}")
+        accumulate = accumulate_dtype(a.dtype)
+        scale = scale.to(accumulate)
+        row_bias = None if row_bias is None else row_bias.to(accumulate)
+        col_bias = None if col_bias is None else col_bias.to(accumulate)
+    return Problem(a, None if same else b, scale, row_bias, col_bias, row_ids, col_ids, **flags)
