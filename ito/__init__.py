@@ -1,0 +1,1 @@
+"""ITO: train image–text dual encoders with multi-view alignment and a training-only fusion."""

@@ -1,0 +1,136 @@
+"""Random views of a batch of pictures, driven by an explicit generator.
+
+On tensors and on the whole batch: one `grid_sample` crops, resizes and flips; brightness, contrast,
+saturation, hue and greyscale compose to one 3×4 affine map of the colours per picture.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+
+MEAN = STD = 0.5  # of the float pictures that the encoders get, in every channel
+LUMA = (0.299, 0.587, 0.114)  # ITU-R BT.601
+
+
+@dataclass(frozen=True)
+class Augmentation:
+    """Strengths as torchvision names them. The defaults are the paper's recipe.
+
+    `scale` and `ratio` of the random resized crop, in areas and width / height; `jitter` of
+    brightness, contrast, saturation (factors 1 ± j) and hue (± j turns), with probability
+    `jitter_p`; `blur_sigma` in pixels at 224 px, scaled with the output size.
+    A flip changes the meaning of arrows, pointing hands and most flags: set `flip_p` to 0 for them.
+    """
+
+    scale: tuple[float, float] = (0.5, 1.0)
+    ratio: tuple[float, float] = (3 / 4, 4 / 3)
+    jitter: tuple[float, float, float, float] = (0.4, 0.4, 0.4, 0.1)
+    jitter_p: float = 0.8
+    gray_p: float = 0.2
+    blur_p: float = 0.5
+    blur_sigma: tuple[float, float] = (0.1, 2.0)
+    flip_p: float = 0.5
+
+
+PAPER = Augmentation()
+# For runs of minutes: a third of the jitter, and no blur (at 32 px the recipe's is below 0.3 px).
+MILD = Augmentation(scale=(0.8, 1.0), jitter=(0.12, 0.12, 0.12, 0.03), blur_p=0.0, flip_p=0.0)
+
+
+def augment(
+    images: torch.Tensor, out_size: int, generator: torch.Generator, config: Augmentation = PAPER
+) -> torch.Tensor:
+    """One random view of every picture: uint8 (B, 3, S, S) to float32 (B, 3, out, out), normalised.
+
+    All random numbers of a batch come from one draw of `generator`, so views are reproducible and a
+    run resumes exactly. Differences from torchvision's chain: the jitter's order is fixed, nothing
+    is clamped between its steps, hue turns about the grey axis (linear, as in YIQ), a crop wider
+    than the picture is narrowed to it. Sampling is bilinear without a low-pass filter, alias-free
+    down to half the size: load pictures at no more than twice `out_size`.
+    """
+    # drawn on the generator's device: a CPU generator gives the same views on every device
+    u = torch.rand(13, len(images), generator=generator, device=generator.device).to(images.device)
+    x = crop(images.float().div_(255), out_size, u[:5], config)
+    x = color(x, u[5:11], config)
+    if config.blur_p > 0:
+        x = blur(x, u[11:13], config)
+    return x.clamp_(0, 1).sub_(MEAN).div_(STD)
+
+
+def eval_transform(images: torch.Tensor, out_size: int) -> torch.Tensor:
+    """The whole picture: uint8 (B, 3, S, S) to float32 (B, 3, out, out), normalised."""
+    x = images.float().div_(255)
+    if x.shape[-1] != out_size:
+        x = F.interpolate(x, (out_size, out_size), mode="bilinear", antialias=True)
+    return x.sub_(MEAN).div_(STD)
+
+
+def crop(x: torch.Tensor, out_size: int, u: torch.Tensor, config: Augmentation) -> torch.Tensor:
+    """Random resized crop and flip; `u` (5, B): area, ratio, left, top, flip."""
+    area = lerp(config.scale, u[0])
+    ratio = lerp([math.log(r) for r in config.ratio], u[1]).exp()
+    width, height = (area * ratio).sqrt().clamp(max=1), (area / ratio).sqrt().clamp(max=1)
+    flip = 1 - 2 * (u[4] < config.flip_p).float()
+    zero = torch.zeros_like(area)
+    theta = torch.stack(
+        [
+            torch.stack([width * flip, zero, (1 - width) * (2 * u[2] - 1)], 1),
+            torch.stack([zero, height, (1 - height) * (2 * u[3] - 1)], 1),
+        ],
+        1,
+    )
+    grid = F.affine_grid(theta, [len(x), 3, out_size, out_size], align_corners=False)
+    return F.grid_sample(x, grid, padding_mode="border", align_corners=False)
+
+
+def color(x: torch.Tensor, u: torch.Tensor, config: Augmentation) -> torch.Tensor:
+    """Jitter and greyscale as `M x + t`; `u` (6, B): the four factors, the two coins."""
+    jittered = (u[4] < config.jitter_p).float()
+    # signed strengths in [−j, j], 0 where the coin says so
+    bright, contrast, saturate, turns = (
+        jittered * j * (2 * v - 1) for j, v in zip(config.jitter, u[:4], strict=True)
+    )
+    bright, contrast = 1 + bright, 1 + contrast
+    saturate = (1 + saturate) * (u[5] >= config.gray_p)
+    hue = 2 * math.pi * turns
+
+    luma = x.new_tensor(LUMA)
+    gray = luma.expand(3, 3)  # every channel becomes the luminance
+    eye = torch.eye(3, device=x.device)
+    # saturation: s·I + (1 − s)·gray; hue: a turn about the grey axis (Rodrigues)
+    axis = x.new_tensor([[0, -1, 1], [1, 0, -1], [-1, 1, 0]]) / math.sqrt(3)
+    turn = eye + hue.sin()[:, None, None] * axis + (1 - hue.cos())[:, None, None] * (axis @ axis)
+    saturate = saturate[:, None, None]
+    matrix = (saturate * eye + (1 - saturate) * gray) @ turn
+    matrix = matrix * (bright * contrast)[:, None, None]
+    # contrast blends with the mean luminance, a grey, which the other steps leave as it is
+    mean = x.mean((2, 3)) @ luma
+    shift = ((1 - contrast) * bright * mean)[:, None, None].expand(-1, 3, 1)
+    return torch.baddbmm(shift, matrix, x.flatten(2)).view_as(x)
+
+
+def blur(x: torch.Tensor, u: torch.Tensor, config: Augmentation) -> torch.Tensor:
+    """Gaussian blur of the rows that win their coin; `u` (2, B): coin, sigma."""
+    unit = x.shape[-1] / 224
+    rows = (u[0] < config.blur_p).nonzero().squeeze(1)
+    if not len(rows):
+        return x
+    sigma = unit * lerp(config.blur_sigma, u[1, rows])
+    radius = max(1, math.ceil(3 * unit * config.blur_sigma[1]))
+    offsets = torch.arange(-radius, radius + 1, device=x.device)
+    kernel = (-0.5 * (offsets / sigma[:, None]).square()).softmax(1).repeat_interleave(3, 0)
+    picked = x[rows].flatten(0, 1)[None]
+    n = picked.shape[1]
+    for shape, pad in (
+        ((n, 1, 1, -1), (radius, radius, 0, 0)),
+        ((n, 1, -1, 1), (0, 0, radius, radius)),
+    ):
+        picked = F.conv2d(F.pad(picked, pad, mode="replicate"), kernel.view(shape), groups=n)
+    return x.index_copy(0, rows, picked.view(len(rows), *x.shape[1:]))
+
+
+def lerp(ends, u: torch.Tensor) -> torch.Tensor:
+    low, high = ends
+    return low + (high - low) * u

@@ -1,0 +1,235 @@
+"""Pictures and captions into memory, from a folder with `captions.jsonl` or an open_clip CSV.
+
+Every picture is decoded and resized once and kept as uint8: 64 × 64 is 12 kB, so 80,000 fit in a
+gigabyte, and an epoch touches no file.
+"""
+
+import csv
+import hashlib
+import json
+import os
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+
+
+@dataclass
+class Dataset:
+    """K decoded pictures of n items; several pictures may show one item.
+
+    `images` uint8 (K, 3, S, S); `image_item` int64 (K,), an index into the per-item lists;
+    `split`, `style` per picture; `items` (keys), `captions`, `translations` ({language: names}),
+    `group`, `subgroup` per item; `skipped` (file and row, reason) per record left out.
+    """
+
+    images: torch.Tensor
+    image_item: torch.Tensor
+    split: list[str]
+    style: list[str | None]
+    items: list[str]
+    captions: list[list[str]]
+    translations: list[dict[str, list[str]]]
+    group: list[str | None]
+    subgroup: list[str | None]
+    skipped: list[tuple[str, str]]
+
+    def rows(self, split: str) -> torch.Tensor:
+        """Picture indices, int64, of one split."""
+        return torch.tensor([i for i, name in enumerate(self.split) if name == split]).long()
+
+
+@dataclass
+class Record:
+    """One row of the source: a picture with its captions."""
+
+    where: str
+    path: Path
+    item: str
+    captions: list[str]
+    translations: dict[str, list[str]]
+    split: str | None
+    style: str | None
+    group: str | None
+    subgroup: str | None
+
+
+def load_dataset(
+    path: str | Path,
+    image_size: int,
+    *,
+    split_seed: int = 0,
+    workers: int | None = None,
+    csv_separator: str = "\t",
+    csv_img_key: str = "filepath",
+    csv_caption_key: str = "title",
+) -> Dataset:
+    """Read a folder with `captions.jsonl`, or an open_clip CSV, and decode its pictures.
+
+    `captions.jsonl` has one object per line: `image` (relative to the folder), `captions` (a list)
+    or `caption`, and optionally `item` (rows with the same one show the same thing; default: the
+    image's path), `split`, `style`, `group`, `subgroup`, `translations`. The CSV's options are
+    open_clip's; its paths are relative to the working directory, as there, or to the CSV.
+
+    If no row names a split, 10 % of the items (at least one), by hash of item and `split_seed`, are
+    "heldout". If some do, a row that names none is "train". Pictures are centred squares of
+    `image_size` pixels on white. The order is the file's, whatever the number of `workers`.
+
+    An unreadable picture or an empty caption skips its row; `Dataset.skipped` names them. Raises
+    FileNotFoundError for a missing file, ValueError naming file and row for a malformed one, and
+    ValueError if no row is left.
+    """
+    path = Path(path)
+    if path.is_dir():
+        source, records = path / "captions.jsonl", read_jsonl(path / "captions.jsonl")
+    elif path.exists():
+        source = path
+        records = read_csv(path, csv_separator, csv_img_key, csv_caption_key)
+    else:
+        raise FileNotFoundError(f"no data at {path}: want a folder with captions.jsonl, or a CSV")
+    skipped = [(r.where, "empty caption") for r in records if not r.captions]
+    records = [r for r in records if r.captions]
+
+    shown = {}  # a picture named by several rows of an item is decoded, and counted, once
+    for r in records:
+        shown.setdefault((r.path, r.item), r)
+    with ThreadPoolExecutor(workers or os.cpu_count()) as pool:
+        decoded = pool.map(lambda r: decode(r.path, image_size), shown.values())
+        images, kept = [], []
+        for r, image in zip(shown.values(), decoded, strict=True):
+            if isinstance(image, str):
+                skipped.append((r.where, image))
+            else:
+                images.append(image)
+                kept.append(r)
+    if not kept:
+        reasons = "; ".join(f"{where}: {reason}" for where, reason in skipped[:3])
+        raise ValueError(f"no usable picture in {source} ({len(skipped)} rows skipped: {reasons})")
+
+    index = {item: n for n, item in enumerate(dict.fromkeys(r.item for r in kept))}
+    captions = [{} for _ in index]
+    first = [None] * len(index)
+    for r in records:
+        if r.item in index:
+            n = index[r.item]
+            captions[n] |= dict.fromkeys(r.captions)
+            first[n] = first[n] or r
+    if any(r.split for r in records):
+        split = [r.split or "train" for r in kept]
+    else:
+        held = held_out(list(index), split_seed)
+        split = ["heldout" if r.item in held else "train" for r in kept]
+    return Dataset(
+        images=torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).contiguous(),
+        image_item=torch.tensor([index[r.item] for r in kept]),
+        split=split,
+        style=[r.style for r in kept],
+        items=list(index),
+        captions=[list(names) for names in captions],
+        translations=[r.translations for r in first],
+        group=[r.group for r in first],
+        subgroup=[r.subgroup for r in first],
+        skipped=skipped,
+    )
+
+
+def read_jsonl(source: Path) -> list[Record]:
+    if not source.exists():
+        raise FileNotFoundError(f"{source.parent} holds no captions.jsonl")
+    records = []
+    with source.open(encoding="utf-8") as lines:
+        for row, line in enumerate(lines, 1):
+            if not line.strip():
+                continue
+            where = f"{source}:{row}"
+            try:
+                record = json.loads(line)
+            except json.JSONDecodeError as error:
+                raise ValueError(f"{where}: not JSON: {error}") from None
+            if not isinstance(record, dict):
+                raise ValueError(f"{where}: want a JSON object, got {line.strip()[:60]}")
+            if not isinstance(record.get("image"), str):
+                raise ValueError(f'{where}: want "image": a path; found the fields {list(record)}')
+            captions = record.get("captions", record.get("caption", ()))
+            captions = [captions] if isinstance(captions, str) else captions
+            if captions == () or not is_text_list(captions):
+                raise ValueError(
+                    f'{where}: want "captions": a list of texts, or "caption": a text; '
+                    f"found the fields {list(record)}"
+                )
+            records.append(
+                Record(
+                    where,
+                    source.parent / record["image"],
+                    str(record.get("item", record["image"])),
+                    [text.strip() for text in captions if text.strip()],
+                    record.get("translations") or {},
+                    *(record.get(name) for name in ("split", "style", "group", "subgroup")),
+                )
+            )
+    return records
+
+
+def is_text_list(value) -> bool:
+    return isinstance(value, list) and all(isinstance(text, str) for text in value)
+
+
+def read_csv(source: Path, separator: str, img_key: str, caption_key: str) -> list[Record]:
+    records = []
+    with source.open(newline="", encoding="utf-8") as lines:
+        reader = csv.DictReader(lines, delimiter=separator)
+        missing = [key for key in (img_key, caption_key) if key not in (reader.fieldnames or [])]
+        if missing:
+            raise ValueError(
+                f"{source}: row 1 has no column {', '.join(map(repr, missing))}; found the columns "
+                f"{reader.fieldnames} with separator {separator!r}"
+            )
+        for record in reader:
+            where = f"{source}:{reader.line_num}"
+            name, caption = record[img_key], record[caption_key]
+            if not name:
+                raise ValueError(f"{where}: no picture named in column {img_key!r}")
+            beside = source.parent / name
+            picture = beside if beside.exists() else Path(name)
+            captions = [caption.strip()] if caption and caption.strip() else []
+            records.append(Record(where, picture, name, captions, {}, None, None, None, None))
+    return records
+
+
+def decode(path: Path, size: int) -> np.ndarray | str:
+    """uint8 (size, size, 3) on white, the short side resized and the centre kept; or the reason."""
+    try:
+        with Image.open(path) as image:
+            image.draft("RGB", (2 * size, 2 * size))  # JPEG: decode at a fraction of the resolution
+            image = ImageOps.exif_transpose(image)
+            if image.mode != "RGB":
+                image = image.convert("RGBA")
+                white = Image.new("RGBA", image.size, "white")
+                white.alpha_composite(image)
+                image = white.convert("RGB")
+            return np.asarray(ImageOps.fit(image, (size, size), Image.Resampling.BICUBIC))
+    except FileNotFoundError:
+        return f"no such picture: {path}"
+    except Exception as error:  # Pillow's plugins raise anything on a damaged file
+        return f"unreadable picture {path}: {type(error).__name__}: {error}"
+
+
+def held_out(items: list[str], seed: int) -> set[str]:
+    """The 10 % of the items, at least one of two, with the lowest hash."""
+    order = sorted(items, key=lambda item: hashlib.sha256(f"{seed}:{item}".encode()).digest())
+    return set(order[: max(len(items) // 10, min(1, len(items) - 1))])
+
+
+def report_skipped(skipped: list[tuple[str, str]], limit: int = 10) -> str:
+    """One line per record left out, the first `limit` of them, under their number."""
+    if not skipped:
+        return ""
+    lines = [f"skipped {len(skipped)} records:"]
+    lines += [f"  {where}: {reason}" for where, reason in skipped[:limit]]
+    kinds = Counter(reason.split(":")[0].split(" /")[0] for _, reason in skipped[limit:])
+    lines += [f"  and {sum(kinds.values())} more"] if kinds else []
+    return "\n".join(lines)

@@ -1,0 +1,71 @@
+"""A byte-level BPE tokenizer of our own, trained on the training captions."""
+
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer as BPE
+from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
+
+PAD, BOS, EOT = "<pad>", "<bos>", "<eot>"
+
+
+class Tokenizer:
+    """Texts to int64 ids (B, context_length): BOS, tokens, EOT, then padding (id 0).
+
+    Lower-cases and normalises (NFKC). Byte-level: no text is out of vocabulary. A text that is too
+    long is cut and keeps its EOT.
+    """
+
+    pad_id = 0
+
+    def __init__(self, bpe: BPE):
+        self.bpe = bpe
+        self.bos_id, self.eot_id = bpe.token_to_id(BOS), bpe.token_to_id(EOT)
+        self.vocab_size = bpe.get_vocab_size()
+        self.context_length = bpe.truncation["max_length"]
+
+    @classmethod
+    def train(
+        cls, captions: list[str], vocab_size: int = 1300, context_length: int = 16
+    ) -> "Tokenizer":
+        """Merges are learned from `captions`; the same captions give the same tokenizer.
+
+        Raises ValueError if `vocab_size` leaves no room for the 256 bytes and 3 special tokens,
+        if `context_length` is below 3, or without captions.
+        """
+        if vocab_size < 259:
+            raise ValueError(f"vocab_size must be at least 259 (bytes, specials), got {vocab_size}")
+        if context_length < 3:
+            raise ValueError(f"context_length must be at least 3, got {context_length}")
+        if not captions:
+            raise ValueError("captions is empty: nothing to train a tokenizer on")
+        bpe = BPE(models.BPE())
+        bpe.normalizer = normalizers.Sequence([normalizers.NFKC(), normalizers.Lowercase()])
+        bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
+        bpe.decoder = decoders.ByteLevel()
+        trainer = trainers.BpeTrainer(
+            vocab_size=vocab_size,
+            special_tokens=[PAD, BOS, EOT],
+            initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+            show_progress=False,
+        )
+        bpe.train_from_iterator(captions, trainer)
+        bos, eot = bpe.token_to_id(BOS), bpe.token_to_id(EOT)
+        bpe.post_processor = processors.TemplateProcessing(
+            single=f"{BOS} $A {EOT}", special_tokens=[(BOS, bos), (EOT, eot)]
+        )
+        bpe.enable_truncation(context_length)
+        bpe.enable_padding(pad_id=cls.pad_id, pad_token=PAD, length=context_length)
+        return cls(bpe)
+
+    def save(self, path: str | Path) -> None:
+        self.bpe.save(str(path))
+
+    @classmethod
+    def load(cls, path: str | Path) -> "Tokenizer":
+        return cls(BPE.from_file(str(path)))
+
+    def __call__(self, texts: list[str]) -> torch.Tensor:
+        if not texts:
+            return torch.empty(0, self.context_length, dtype=torch.int64)
+        return torch.tensor([e.ids for e in self.bpe.encode_batch(list(texts))])
