@@ -27,8 +27,8 @@ class CMakeBuild(build_ext):
     def build_extension(self, ext: Extension) -> None:
         if compiler() is None:
             print(
-                "ito_kernels: no C++ compiler found (looked for $CXX, c++, g++, clang++); installing"
-                " without the native kernels. The pure PyTorch backend serves.",
+                "ito_kernels: no C++ compiler found ($CXX, c++, g++, clang++): installing"
+                " without the native kernels; the pure PyTorch backend serves.",
                 file=sys.stderr,
             )
             return

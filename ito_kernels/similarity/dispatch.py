@@ -97,6 +97,23 @@ def requested(name: str | None) -> str | None:
     return os.environ.get("ITO_BACKEND") or None
 
 
+def why(problem: Problem, name: str | None = None) -> str:
+    """The reason for the choice, in words."""
+    if name is not None:
+        return "asked for by the call"
+    if _chosen:
+        return "asked for by use_backend"
+    if requested(None):
+        return "asked for by ITO_BACKEND"
+    passed = []
+    for name in AUTOMATIC:
+        ok, reason = REGISTRY[name].supports(problem)
+        if ok:
+            break
+        passed.append(f"{name} cannot: {reason}")
+    return "; ".join([f"the first of {', '.join(AUTOMATIC)} that can run this", *passed])
+
+
 def _check_name(name: str) -> None:
     known = (*REGISTRY, *PLANNED)
     if name not in known:

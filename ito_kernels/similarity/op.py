@@ -126,6 +126,32 @@ def similarity_softplus(
     return _softplus(*problem, dispatch.choose(problem, backend))
 
 
+def explain(
+    queries: Tensor,
+    keys: Tensor,
+    logit_scale: float | Tensor = 1.0,
+    *,
+    backend: str | None = None,
+    **options,
+) -> str:
+    """Which backend and tile shape a call with these tensors would use, and why. Runs nothing.
+
+    `options` are those of `similarity_logsumexp`.
+    """
+    names = ("row_bias", "col_bias", "row_ids", "col_ids")
+    problem = make_problem(
+        queries, keys, logit_scale, **{name: options.pop(name, None) for name in names}, **options
+    )
+    name = dispatch.choose(problem, backend)
+    what = "self-similarity" if problem.b is None else "similarity"
+    return (
+        f"{what} of {problem.n} x {problem.m}, D = {problem.d}, {problem.a.dtype} on"
+        f" {problem.a.device.type}\n"
+        f"backend {name}: {dispatch.why(problem, backend)}\n"
+        f"tiles: {dispatch.load(name).describe(problem)}"
+    )
+
+
 def _wanted(problem: Problem) -> Stats:
     """Which statistics the problem asks for."""
     side = (True, True, problem.positives is not None, problem.hardest)

@@ -194,7 +194,7 @@ def check_scale(name: str, scale: object, like: Tensor) -> Tensor:
 
 
 def check_bias(name: str, bias: object, length: int, like: Tensor) -> Tensor:
-    """`bias` in the accumulate dtype, after checking that there is one value for each of `length`."""
+    """`bias` in the accumulate dtype, after checking that it has shape (length,)."""
     if not isinstance(bias, Tensor):
         raise TypeError(f"{name} must be a tensor, got {type(bias).__name__}")
     if not bias.is_floating_point():

@@ -1,0 +1,43 @@
+"""What the losses share: counting positives, reductions, options that are still to come."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..similarity.spec import check_scale
+
+REDUCTIONS = ("mean", "sum", "none")
+
+
+def check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        wanted = ", ".join(repr(choice) for choice in choices)
+        raise ValueError(f"{name} must be one of {wanted}, got {value!r}")
+
+
+def not_yet(**options: object) -> None:
+    """Raise for an option that is part of the interface but not of this version."""
+    for name, value in options.items():
+        if value is not None:
+            raise NotImplementedError(f"{name} is not implemented in this version of ito_kernels")
+
+
+def scale_from_temperature(temperature: float | Tensor, like: Tensor) -> Tensor:
+    """1 / temperature; a number must be finite and greater than 0."""
+    return 1.0 / check_scale("temperature", temperature, like)
+
+
+def count_positives(ids: Tensor, other_ids: Tensor) -> Tensor:
+    """k_i, the number of `other_ids` equal to ids_i; 0 for padding. O((N + M) log M)."""
+    ordered = other_ids.sort().values
+    above = torch.searchsorted(ordered, ids, right=True)
+    return (above - torch.searchsorted(ordered, ids)).masked_fill(ids < 0, 0)
+
+
+def reduce(per_anchor: Tensor, counted: Tensor, reduction: str) -> Tensor:
+    """The mean over the `counted` anchors (0 if there are none), the sum, or the vector itself."""
+    if reduction == "none":
+        return per_anchor
+    total = per_anchor.sum()
+    return total if reduction == "sum" else total / counted.sum().clamp(min=1)

@@ -1,0 +1,223 @@
+"""InfoNCE with any number of positives per anchor."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn.functional import normalize as l2_normalize
+
+from ..similarity import similarity_logsumexp
+from ..similarity.spec import Stats, check_ids, check_pair, check_scale
+from .common import REDUCTIONS, check_choice, count_positives, not_yet, reduce
+
+
+def multi_positive_infonce(
+    queries: Tensor,
+    keys: Tensor,
+    logit_scale: float | Tensor,
+    *,
+    query_ids: Tensor | None = None,
+    key_ids: Tensor | None = None,
+    positives: str = "mean",
+    symmetric: bool = True,
+    exclude_self: bool = False,
+    empty: str = "zero",
+    label_smoothing: float = 0.0,
+    query_weights: Tensor | None = None,
+    key_weights: Tensor | None = None,
+    key_bias: Tensor | None = None,
+    positive_pairs: Tensor | None = None,
+    positive_weights: Tensor | None = None,
+    queue: Tensor | None = None,
+    queue_ids: Tensor | None = None,
+    hard_negatives: Tensor | None = None,
+    false_negative_margin: float | None = None,
+    debias: float | Tensor | None = None,
+    hardness: float | None = None,
+    normalize: bool = False,
+    reduction: str = "mean",
+    return_stats: bool = False,
+    group=None,
+    chunk_size: int | None = None,
+    backend: str | None = None,
+) -> Tensor | tuple:
+    """Contrastive loss of queries against keys, with in-batch negatives.
+
+    With S = logit_scale · queries · keysᵀ, Z_i = logsumexp_j S_ij and the k_i positives P_i of
+    query i, a query's loss is
+
+        "mean"  Z_i - (1/k_i) Σ_{j ∈ P_i} S_ij             L_out of SupCon
+        "in"    Z_i - log Σ_{j ∈ P_i} exp(S_ij) + log k_i  L_in of SupCon
+        "sum"   Z_i - log Σ_{j ∈ P_i} exp(S_ij)            MIL-NCE
+
+    and a key's is the same along the columns, with its own number of positives k'_j. S is never
+    formed: memory is O((N + M)·D).
+
+    Args:
+        queries, keys: (N, D) and (M, D), fp32, bf16 or fp16 (fp64 on the reference and chunked
+            backends), L2-normalised unless `normalize`.
+        logit_scale: the multiplier itself (1 / temperature), not its logarithm: a number, a 0-d
+            tensor or an (N,) tensor.
+        query_ids, key_ids: (N,) and (M,) integers; equal ids are positives. Each defaults to the
+            row number, then N must equal M. A negative id is a padded row: no anchor, no candidate,
+            no part of the mean; its features are not looked at.
+        positives: "mean", "in" or "sum", as above.
+        symmetric: average query→key and key→query; else query→key alone.
+        exclude_self: leave out the pairs (i, i): for queries and keys of one tower. Needs N = M.
+        empty: an anchor without a positive counts as 0 in the mean ("zero"), or is left out of
+            it ("drop"; 0 if none is left).
+        normalize: L2-normalise queries and keys first.
+        reduction: "mean" over the anchors, "sum", or "none": (N,), as a pair (N,), (M,) where
+            symmetric.
+        return_stats: also return a dict without gradients: `row_loss`, `row_lse` (N,), `col_loss`,
+            `col_lse` (M,); means over the anchors with a positive: `row_accuracy`, `col_accuracy`
+            (the largest score of the anchor is a positive's; a tie with a negative counts as
+            wrong) and `positive_score`; `hardest_negative_score`, the mean over the queries that
+            have a negative. Scores are in units of S. `col_*` is None unless symmetric.
+        backend: see `ito_kernels.backends()`; None chooses.
+
+        The remaining options raise NotImplementedError in this version.
+
+    Returns:
+        The loss, a 0-d fp32 tensor (fp64 for fp64 features), or as `reduction` says; with
+        `return_stats` a pair of it and the dict.
+
+    Raises:
+        TypeError, ValueError: an argument that does not fit, by name, before any kernel runs.
+        RuntimeError: the backend asked for cannot run here.
+
+    Sources: van den Oord et al. 2018 (InfoNCE); Khosla et al. 2020, eq. 2 and 3 (SupCon);
+    Miech et al. 2020 (MIL-NCE).
+    """
+    not_yet(
+        label_smoothing=label_smoothing or None,
+        query_weights=query_weights,
+        key_weights=key_weights,
+        key_bias=key_bias,
+        positive_pairs=positive_pairs,
+        positive_weights=positive_weights,
+        queue=queue,
+        queue_ids=queue_ids,
+        hard_negatives=hard_negatives,
+        false_negative_margin=false_negative_margin,
+        debias=debias,
+        hardness=hardness,
+        group=group,
+        chunk_size=chunk_size,
+    )
+    check_choice("positives", positives, ("mean", "sum", "in"))
+    check_choice("empty", empty, ("zero", "drop"))
+    check_choice("reduction", reduction, REDUCTIONS)
+    check_pair("queries", queries, "keys", keys)
+    check_scale("logit_scale", logit_scale, queries)
+    n, m = len(queries), len(keys)
+    if n != m and exclude_self:
+        raise ValueError(f"exclude_self needs as many queries as keys, got {n} and {m}")
+    if n != m and (query_ids is None or key_ids is None):
+        raise ValueError(
+            f"query_ids and key_ids are needed where queries and keys differ in number:"
+            f" got {n} queries, {m} keys and no "
+            + ("query_ids" if query_ids is None else "key_ids")
+        )
+    if query_ids is not None or key_ids is not None:
+        rows = torch.arange(n, device=queries.device)
+        query_ids = rows if query_ids is None else query_ids
+        key_ids = rows if key_ids is None else key_ids
+        query_ids = check_ids("query_ids", query_ids, n, "queries", queries.device)
+        key_ids = check_ids("key_ids", key_ids, m, "keys", queries.device)
+    if normalize:
+        same = keys is queries
+        queries = l2_normalize(queries, dim=1)
+        keys = queries if same else l2_normalize(keys, dim=1)
+
+    options = {
+        "row_ids": query_ids,
+        "col_ids": key_ids,
+        "exclude_self": exclude_self,
+        "cols": symmetric,
+        "backend": backend,
+    }
+    stats = similarity_logsumexp(
+        queries,
+        keys,
+        logit_scale,
+        positives="linear" if positives == "mean" else "lse",
+        hardest=return_stats,
+        **options,
+    )
+
+    count = _Count.of(queries, query_ids, key_ids, exclude_self)
+    row_loss = _per_anchor(stats.row_logsum, stats.row_pos, count.rows, positives)
+    counted = count.rows > 0 if empty == "drop" else count.valid_rows
+    loss = reduce(row_loss, counted, reduction)
+    col_loss = None
+    if symmetric:
+        col_loss = _per_anchor(stats.col_logsum, stats.col_pos, count.cols, positives)
+        counted = count.cols > 0 if empty == "drop" else count.valid_cols
+        other = reduce(col_loss, counted, reduction)
+        loss = (loss, other) if reduction == "none" else 0.5 * (loss + other)
+    if not return_stats:
+        return loss
+    with torch.no_grad():
+        mean_positive = stats.row_pos / count.rows.clamp(min=1)
+        if positives != "mean":  # "lse" positives do not give their mean: one more forward pass
+            linear = similarity_logsumexp(
+                queries, keys, logit_scale, positives="linear", **(options | {"cols": False})
+            )
+            mean_positive = linear.row_pos / count.rows.clamp(min=1)
+        return loss, _diagnostics(stats, count, row_loss, col_loss, mean_positive)
+
+
+class _Count(NamedTuple):
+    """Positives of each anchor, and which anchors are not padding."""
+
+    rows: Tensor
+    cols: Tensor
+    valid_rows: Tensor
+    valid_cols: Tensor
+
+    @classmethod
+    def of(cls, queries: Tensor, query_ids, key_ids, exclude_self: bool) -> _Count:
+        if query_ids is None:  # row i's positive is key i, and itself where self is left out
+            one = torch.full((len(queries),), 0 if exclude_self else 1, device=queries.device)
+            valid = torch.ones_like(one, dtype=torch.bool)
+            return cls(one, one, valid, valid)
+        rows, cols = count_positives(query_ids, key_ids), count_positives(key_ids, query_ids)
+        if exclude_self:
+            itself = ((query_ids == key_ids) & (query_ids >= 0)).long()
+            rows, cols = rows - itself, cols - itself
+        return cls(rows, cols, query_ids >= 0, key_ids >= 0)
+
+
+def _per_anchor(logsum: Tensor, pos: Tensor, count: Tensor, positives: str) -> Tensor:
+    """An anchor's loss from its statistics relative to the maximum, where digits do not cancel."""
+    k = count.clamp(min=1)
+    if positives == "mean":
+        loss = logsum - pos / k
+    else:
+        loss = logsum - pos
+        if positives == "in":
+            loss = loss + k.log()
+    return torch.where(count > 0, loss, 0)
+
+
+def _diagnostics(stats: Stats, count: _Count, row_loss, col_loss, mean_positive) -> dict:
+    def accuracy(top: Tensor | None, neg_max: Tensor | None, k: Tensor) -> Tensor | None:
+        return None if top is None else _mean((top > neg_max).to(top.dtype), k > 0)
+
+    return {
+        "row_loss": row_loss.detach(),
+        "col_loss": None if col_loss is None else col_loss.detach(),
+        "row_lse": stats.row_max + stats.row_logsum,
+        "col_lse": None if col_loss is None else stats.col_max + stats.col_logsum,
+        "row_accuracy": accuracy(stats.row_max, stats.row_neg_max, count.rows),
+        "col_accuracy": accuracy(stats.col_max, stats.col_neg_max, count.cols),
+        "positive_score": _mean(mean_positive + stats.row_max, count.rows > 0),
+        "hardest_negative_score": _mean(stats.row_neg_max, stats.row_neg_max != -torch.inf),
+    }
+
+
+def _mean(x: Tensor, where: Tensor) -> Tensor:
+    return torch.where(where, x, 0).sum() / where.sum().clamp(min=1)

@@ -1,0 +1,128 @@
+"""The objective of ITO: multiple alignment of views and captions, plus fusion."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from ..similarity.spec import check_scale
+from .common import check_choice
+from .infonce import multi_positive_infonce
+
+
+def ito_loss(
+    image_views: Tensor,
+    text: Tensor,
+    fused_views: Tensor | None,
+    logit_scale: float | Tensor,
+    *,
+    lambda_fusion: float = 2.0,
+    denominator: str = "pair",
+    group=None,
+    chunk_size: int | None = None,
+    backend: str | None = None,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """L = L_align + lambda_fusion · L_fusion.
+
+    L_align, "pair":   mean over views v and captions c of the CLIP loss between x^v and y^c, each
+                       pair with a softmax of its own.
+    L_align, "pooled": one multi-positive softmax of all V·N images and all C·N captions, positives
+                       being those of the same item (L_out, both directions).
+    L_fusion:          L_out over the F·N fused embeddings, self left out, positives being the same
+                       item; at F = 2 this is NT-Xent.
+
+    Args:
+        image_views: (V, N, D), V augmented views of N items.
+        text: (N, D), or (C, N, D) for C captions of each item.
+        fused_views: (F, N, D) with F ≥ 2, each view fused with the text; None where lambda_fusion
+            is 0. With lambda_fusion = 0 its loss is still reported, without gradient.
+        logit_scale: the multiplier itself, shared by all terms: a number or a 0-d tensor.
+
+    All features are L2-normalised.
+
+    Returns:
+        (L, {"align": L_align, "fusion": L_fusion}), 0-d fp32 tensors (fp64 for fp64 features).
+
+    Raises:
+        TypeError, ValueError: an argument that does not fit, by name.
+
+    Source: "Images and Texts as One", arXiv 2603.02767.
+    """
+    check_choice("denominator", denominator, ("pair", "pooled"))
+    views = _check_views("image_views", image_views, "V")
+    if isinstance(text, Tensor) and text.ndim == 2:
+        text = text.unsqueeze(0)
+    captions = _check_views("text", text, "C", like=views)
+    if (
+        isinstance(lambda_fusion, bool)
+        or not isinstance(lambda_fusion, (int, float))
+        or not (math.isfinite(lambda_fusion) and lambda_fusion >= 0)
+    ):
+        raise ValueError(f"lambda_fusion must be a number of at least 0, got {lambda_fusion!r}")
+    if isinstance(logit_scale, Tensor) and logit_scale.ndim != 0:
+        raise ValueError(
+            f"logit_scale must be a number or a 0-d tensor, got shape {tuple(logit_scale.shape)}"
+        )
+    check_scale("logit_scale", logit_scale, views[0])
+    if fused_views is None:
+        if lambda_fusion > 0:
+            raise ValueError(f"fused_views is needed for lambda_fusion = {lambda_fusion}")
+    else:
+        _check_views("fused_views", fused_views, "F", like=views, any_width=True)
+        if len(fused_views) < 2:
+            raise ValueError(f"fused_views must hold at least 2 views, got {len(fused_views)}")
+    where = {"group": group, "chunk_size": chunk_size, "backend": backend}
+    items = torch.arange(views.shape[1], device=views.device)
+
+    if denominator == "pair":
+        pairs = [
+            multi_positive_infonce(x, y, logit_scale, **where) for x in views for y in captions
+        ]
+        align = torch.stack(pairs).mean()
+    else:
+        align = multi_positive_infonce(
+            views.flatten(0, 1),
+            captions.flatten(0, 1),
+            logit_scale,
+            query_ids=items.repeat(len(views)),
+            key_ids=items.repeat(len(captions)),
+            **where,
+        )
+
+    if fused_views is None:
+        return align, {"align": align, "fusion": torch.zeros_like(align)}
+    ids = items.repeat(len(fused_views))
+    with torch.set_grad_enabled(torch.is_grad_enabled() and lambda_fusion > 0):
+        h = fused_views.flatten(0, 1)
+        fusion = multi_positive_infonce(
+            h,
+            h,
+            logit_scale,
+            query_ids=ids,
+            key_ids=ids,
+            symmetric=False,
+            exclude_self=True,
+            **where,
+        )
+    total = align + lambda_fusion * fusion if lambda_fusion > 0 else align
+    return total, {"align": align, "fusion": fusion}
+
+
+def _check_views(
+    name: str, x: object, count: str, like: Tensor | None = None, any_width: bool = False
+) -> Tensor:
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name} must be a tensor, got {type(x).__name__}")
+    if x.ndim != 3 or 0 in x.shape:
+        raise ValueError(f"{name} must have shape ({count}, N, D), got {tuple(x.shape)}")
+    if like is not None and (
+        x.shape[1] != like.shape[1] or (x.shape[2] != like.shape[2] and not any_width)
+    ):
+        raise ValueError(
+            f"{name} must have {like.shape[1]} items"
+            + ("" if any_width else f" of width {like.shape[2]}")
+            + f" like image_views, got {tuple(x.shape)}"
+        )
+    return x

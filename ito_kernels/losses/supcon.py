@@ -1,0 +1,99 @@
+"""Losses of one tower: every embedding is an anchor, and all the others are its candidates."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..similarity.spec import check_features, check_ids, check_pair, check_scale
+from .common import scale_from_temperature
+from .infonce import multi_positive_infonce
+
+
+def supcon_loss(
+    features: Tensor,
+    labels: Tensor,
+    temperature: float | Tensor = 0.07,
+    base_temperature: float | None = None,
+    empty: str = "zero",
+    *,
+    group=None,
+    chunk_size: int | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """Supervised contrastive loss, L_out.
+
+        L = mean_i [ logsumexp_{j ≠ i} S_ij - (1/k_i) Σ_{j ∈ P_i} S_ij ],   S = f · fᵀ / temperature
+
+    with P_i the k_i other rows that share the label of row i. S is never formed.
+
+    Args:
+        features: (N, D), L2-normalised; several views of a sample are rows with one label.
+        labels: (N,) integers; a negative label is a padded row that takes no part.
+        temperature: a number, a 0-d tensor or an (N,) tensor.
+        base_temperature: where given, the loss is multiplied by temperature / base_temperature, as
+            in the authors' code; the factor is 1 otherwise.
+        empty: a row without a positive counts as 0 in the mean ("zero") or is left out ("drop").
+
+    Returns a 0-d fp32 tensor (fp64 for fp64 features). Raises as `multi_positive_infonce`.
+    Source: Khosla et al. 2020 (SupCon), eq. 2.
+    """
+    check_features("features", features)
+    labels = check_ids("labels", labels, len(features), "features", features.device)
+    loss = multi_positive_infonce(
+        features,
+        features,
+        scale_from_temperature(temperature, features),
+        query_ids=labels,
+        key_ids=labels,
+        symmetric=False,
+        exclude_self=True,
+        empty=empty,
+        group=group,
+        chunk_size=chunk_size,
+        backend=backend,
+    )
+    if base_temperature is None:
+        return loss
+    if isinstance(temperature, Tensor) and temperature.ndim != 0:
+        raise ValueError(
+            "base_temperature needs one temperature for all rows,"
+            f" got one of shape {tuple(temperature.shape)}"
+        )
+    return loss * (temperature / check_scale("base_temperature", base_temperature, features))
+
+
+def nt_xent_loss(
+    z1: Tensor,
+    z2: Tensor,
+    temperature: float | Tensor = 0.5,
+    *,
+    group=None,
+    chunk_size: int | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """Normalised temperature-scaled cross-entropy of two views.
+
+        L = (1/2N) Σ_i [ logsumexp_{j ≠ i} S_ij - S_i,p(i) ],   S = z · zᵀ / temperature
+
+    over the 2N rows z = [z1; z2], with p(i) the other view of row i. S is never formed.
+
+    Args:
+        z1, z2: (N, D), L2-normalised; row i of both is the same sample.
+        temperature: a number or a 0-d tensor.
+
+    Returns a 0-d fp32 tensor (fp64 for fp64 features). Raises as `multi_positive_infonce`.
+    Source: Chen et al. 2020 (SimCLR), eq. 1.
+    """
+    check_pair("z1", z1, "z2", z2)
+    if len(z1) != len(z2):
+        raise ValueError(f"z1 and z2 must have as many rows, got {len(z1)} and {len(z2)}")
+    z = torch.cat([z1, z2])
+    return supcon_loss(
+        z,
+        torch.arange(len(z1), device=z.device).repeat(2),
+        temperature,
+        group=group,
+        chunk_size=chunk_size,
+        backend=backend,
+    )

@@ -1,0 +1,154 @@
+"""The losses as modules, with the signatures that training code already uses. They hold no state."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from .losses import (
+    clip_loss,
+    ito_loss,
+    multi_positive_infonce,
+    nt_xent_loss,
+    siglip_loss,
+    supcon_loss,
+)
+
+
+def _one_process(world_size: int, use_horovod: bool = False) -> None:
+    if use_horovod:
+        raise NotImplementedError("use_horovod: only torch.distributed is supported")
+    if world_size != 1:
+        raise NotImplementedError(
+            f"world_size={world_size}: the global batch is not in this version of ito_kernels"
+        )
+
+
+class ClipLoss(nn.Module):
+    """`clip_loss` in place of open_clip's `ClipLoss`: same constructor, same call.
+
+    `local_loss`, `gather_with_grad`, `cache_labels` and `rank` are accepted and change nothing:
+    there is no dense logits matrix to save, and gradients are always the exact global ones.
+    `logit_bias` is accepted too: a constant added to every score does not change a softmax.
+    """
+
+    def __init__(
+        self,
+        local_loss: bool = False,
+        gather_with_grad: bool = False,
+        cache_labels: bool = False,
+        rank: int = 0,
+        world_size: int = 1,
+        use_horovod: bool = False,
+    ):
+        super().__init__()
+        _one_process(world_size, use_horovod)
+
+    def forward(
+        self,
+        image_features: Tensor,
+        text_features: Tensor,
+        logit_scale: float | Tensor,
+        logit_bias: float | Tensor | None = None,
+        output_dict: bool = False,
+    ) -> Tensor | dict[str, Tensor]:
+        loss = clip_loss(image_features, text_features, logit_scale)
+        return {"contrastive_loss": loss} if output_dict else loss
+
+
+class SigLipLoss(nn.Module):
+    """`siglip_loss` in place of open_clip's `SigLipLoss`: same constructor, same call.
+
+    `cache_labels`, `rank` and `dist_impl` are accepted and change nothing.
+    """
+
+    def __init__(
+        self,
+        cache_labels: bool = False,
+        rank: int = 0,
+        world_size: int = 1,
+        dist_impl: str | None = None,
+    ):
+        super().__init__()
+        _one_process(world_size)
+
+    def forward(
+        self,
+        image_features: Tensor,
+        text_features: Tensor,
+        logit_scale: float | Tensor,
+        logit_bias: float | Tensor,
+        output_dict: bool = False,
+    ) -> Tensor | dict[str, Tensor]:
+        loss = siglip_loss(image_features, text_features, logit_scale, logit_bias)
+        return {"contrastive_loss": loss} if output_dict else loss
+
+
+class MultiPositiveInfoNCE(nn.Module):
+    """`multi_positive_infonce` with its options fixed at construction."""
+
+    def __init__(self, **options):
+        super().__init__()
+        self.options = options
+
+    def forward(
+        self,
+        queries: Tensor,
+        keys: Tensor,
+        logit_scale: float | Tensor,
+        query_ids: Tensor | None = None,
+        key_ids: Tensor | None = None,
+    ) -> Tensor | tuple:
+        return multi_positive_infonce(
+            queries, keys, logit_scale, query_ids=query_ids, key_ids=key_ids, **self.options
+        )
+
+
+class SupConLoss(nn.Module):
+    """`supcon_loss` with its options fixed at construction."""
+
+    def __init__(
+        self,
+        temperature: float = 0.07,
+        base_temperature: float | None = None,
+        empty: str = "zero",
+    ):
+        super().__init__()
+        self.temperature, self.base_temperature, self.empty = temperature, base_temperature, empty
+
+    def forward(self, features: Tensor, labels: Tensor) -> Tensor:
+        return supcon_loss(features, labels, self.temperature, self.base_temperature, self.empty)
+
+
+class NTXentLoss(nn.Module):
+    """`nt_xent_loss` with its temperature fixed at construction."""
+
+    def __init__(self, temperature: float = 0.5):
+        super().__init__()
+        self.temperature = temperature
+
+    def forward(self, z1: Tensor, z2: Tensor) -> Tensor:
+        return nt_xent_loss(z1, z2, self.temperature)
+
+
+class ItoLoss(nn.Module):
+    """`ito_loss` with its options fixed at construction."""
+
+    def __init__(self, lambda_fusion: float = 2.0, denominator: str = "pair"):
+        super().__init__()
+        self.lambda_fusion, self.denominator = lambda_fusion, denominator
+
+    def forward(
+        self,
+        image_views: Tensor,
+        text: Tensor,
+        fused_views: Tensor | None,
+        logit_scale: float | Tensor,
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        return ito_loss(
+            image_views,
+            text,
+            fused_views,
+            logit_scale,
+            lambda_fusion=self.lambda_fusion,
+            denominator=self.denominator,
+        )
