@@ -2,6 +2,11 @@
 
 On tensors and on the whole batch: one `grid_sample` crops, resizes and flips; brightness, contrast,
 saturation, hue and greyscale compose to one 3×4 affine map of the colours per picture.
+
+Why not kornia: it takes no `torch.Generator` (it draws from the global one), and its chain costs 4
+to 6 times as much. 256 pictures, 64 → 32 px, 2 threads, median ms per batch: the paper's recipe
+12.7 here, 49.8 in kornia 0.9.0 (`cropping_mode="resample"`, the faster one); the defaults 6.8
+and 40.4, where a training step takes about 300.
 """
 
 import math
@@ -16,40 +21,41 @@ LUMA = (0.299, 0.587, 0.114)  # ITU-R BT.601
 
 @dataclass(frozen=True)
 class Augmentation:
-    """Strengths as torchvision names them. The defaults are the paper's recipe.
+    """Strengths, named as torchvision names them. The defaults suit runs of minutes on drawings.
 
     `scale` and `ratio` of the random resized crop, in areas and width / height; `jitter` of
     brightness, contrast, saturation (factors 1 ± j) and hue (± j turns), with probability
-    `jitter_p`; `blur_sigma` in pixels at 224 px, scaled with the output size.
-    A flip changes the meaning of arrows, pointing hands and most flags: set `flip_p` to 0 for them.
+    `jitter_p`; `blur_sigma` in pixels at 224 px, scaled with the output size (at 32 px the recipe's
+    is below 0.3 px: no blur); a flip changes the meaning of arrows, hands and most flags.
     """
 
-    scale: tuple[float, float] = (0.5, 1.0)
+    scale: tuple[float, float] = (0.8, 1.0)
     ratio: tuple[float, float] = (3 / 4, 4 / 3)
-    jitter: tuple[float, float, float, float] = (0.4, 0.4, 0.4, 0.1)
+    jitter: tuple[float, float, float, float] = (0.12, 0.12, 0.12, 0.03)
     jitter_p: float = 0.8
     gray_p: float = 0.2
-    blur_p: float = 0.5
+    blur_p: float = 0.0
     blur_sigma: tuple[float, float] = (0.1, 2.0)
-    flip_p: float = 0.5
+    flip_p: float = 0.0
 
 
-PAPER = Augmentation()
-# For runs of minutes: a third of the jitter, and no blur (at 32 px the recipe's is below 0.3 px).
-MILD = Augmentation(scale=(0.8, 1.0), jitter=(0.12, 0.12, 0.12, 0.03), blur_p=0.0, flip_p=0.0)
+# the recipe of the ITO paper
+PAPER = Augmentation(scale=(0.5, 1.0), jitter=(0.4, 0.4, 0.4, 0.1), blur_p=0.5, flip_p=0.5)
 
 
 def augment(
-    images: torch.Tensor, out_size: int, generator: torch.Generator, config: Augmentation = PAPER
+    images: torch.Tensor, out_size: int, generator: torch.Generator, config: Augmentation
 ) -> torch.Tensor:
     """One random view of every picture: uint8 (B, 3, S, S) to float32 (B, 3, out, out), normalised.
 
     All random numbers of a batch come from one draw of `generator`, so views are reproducible and a
     run resumes exactly. Differences from torchvision's chain: the jitter's order is fixed, nothing
     is clamped between its steps, hue turns about the grey axis (linear, as in YIQ), a crop wider
-    than the picture is narrowed to it. Sampling is bilinear without a low-pass filter, alias-free
-    down to half the size: load pictures at no more than twice `out_size`.
+    than the picture is narrowed to it. Sampling is bilinear, free of aliases down to half the size.
+
+    Raises ValueError if S is more than twice `out_size`.
     """
+    check(images, out_size)
     # drawn on the generator's device: a CPU generator gives the same views on every device
     u = torch.rand(13, len(images), generator=generator, device=generator.device).to(images.device)
     x = crop(images.float().div_(255), out_size, u[:5], config)
@@ -60,11 +66,24 @@ def augment(
 
 
 def eval_transform(images: torch.Tensor, out_size: int) -> torch.Tensor:
-    """The whole picture: uint8 (B, 3, S, S) to float32 (B, 3, out, out), normalised."""
-    x = images.float().div_(255)
-    if x.shape[-1] != out_size:
-        x = F.interpolate(x, (out_size, out_size), mode="bilinear", antialias=True)
+    """The whole picture, sampled as `augment` does: uint8 (B, 3, S, S) to float32 (B, 3, out, out).
+
+    Raises ValueError if S is more than twice `out_size`.
+    """
+    check(images, out_size)
+    x = F.interpolate(images.float().div_(255), (out_size, out_size), mode="bilinear")
     return x.sub_(MEAN).div_(STD)
+
+
+def check(images: torch.Tensor, out_size: int) -> None:
+    shape = tuple(images.shape)
+    if images.dtype != torch.uint8 or len(shape) != 4 or shape[1] != 3 or shape[2] != shape[3]:
+        raise ValueError(f"images must be uint8 (B, 3, S, S), got {images.dtype} {shape}")
+    if shape[-1] > 2 * out_size:
+        raise ValueError(
+            f"images of {shape[-1]} px are more than twice out_size = {out_size}: sampling would "
+            "alias; load them smaller"
+        )
 
 
 def crop(x: torch.Tensor, out_size: int, u: torch.Tensor, config: Augmentation) -> torch.Tensor:

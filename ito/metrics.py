@@ -1,13 +1,14 @@
 """Retrieval, zero-shot accuracy and the modality gap, as pure functions of embeddings.
 
 Embeddings are (N, D) and (M, D), any float dtype, computed in fp32. They need not be normalised:
-similarities are cosines. Nothing larger than BLOCK × M is held.
+similarities are cosines. No N × M matrix is held, only BLOCK rows of it.
 """
 
 import torch
 import torch.nn.functional as F
 
-BLOCK = 1024
+BLOCK = 1024  # queries at a time
+TIE = 1e-6  # cosines closer than this are equal: fp32 GEMMs round equal ones differently
 
 
 def retrieval(
@@ -46,7 +47,7 @@ def recall(queries, candidates, query_item, candidate_item, ks) -> dict[str, flo
         correct = item[:, None] == candidate_item[None, :]
         best = scores.masked_fill(~correct, -torch.inf).amax(1, keepdim=True)
         # not(<) rather than >=: a NaN score must not count as beaten
-        above = ~(scores < best) & ~correct
+        above = ~(scores < best - TIE) & ~correct
         answerable = correct.any(1)
         ranks.append(above.sum(1)[answerable])
         shares.append(correct.float().mean(1)[answerable])
@@ -84,13 +85,14 @@ def modality_gap(image_emb: torch.Tensor, text_emb: torch.Tensor) -> dict[str, f
     """How far apart the two modalities lie, of normalised embeddings.
 
     `gap = ‖mean_i x_i − mean_j y_j‖` (Liang et al. 2022, "Mind the Gap"), in [0, 2].
-    `relative = gap / √(½(σ_x² + σ_y²) + gap²)`, in [0, 1], with `σ² = mean ‖x_i − mean x‖²`: the
-    gap against the spread inside the modalities, 1 when both are points, so that a model that only
+    `relative = gap / √(mean_ij ‖x_i − y_j‖²)`, in [0, 1]: the gap in units of the distance between
+    an image and a text. It is 1 where each modality is a point, so that a model that merely
     contracts both does not look as if it had closed the gap.
+
+    image_emb (N, D), text_emb (M, D); no pairing is assumed.
     """
     image, text = F.normalize(image_emb.float(), dim=1), F.normalize(text_emb.float(), dim=1)
     gap = (image.mean(0) - text.mean(0)).norm()
-    # Σ‖x‖² = 1 for normalised rows, so the spread is 1 − ‖mean‖²
-    spread = (2 - image.mean(0).square().sum() - text.mean(0).square().sum()).clamp_min(0) / 2
-    relative = gap / (spread + gap.square()).sqrt().clamp_min(1e-12)
-    return {"gap": gap.item(), "relative": relative.item()}
+    # mean_ij ‖x_i − y_j‖² of unit vectors, with no N×M matrix
+    distance = (2 - 2 * image.mean(0) @ text.mean(0)).clamp_min(0).sqrt()
+    return {"gap": gap.item(), "relative": (gap / distance.clamp_min(1e-12)).item()}

@@ -1,4 +1,4 @@
-"""`python -m ito.prepare emoji-small --out DIR`: a data set in the folder format that users bring."""
+"""`python -m ito.prepare emoji-small --out DIR` writes a data set in the format users bring."""
 
 import argparse
 from pathlib import Path

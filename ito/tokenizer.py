@@ -66,6 +66,8 @@ class Tokenizer:
         return cls(BPE.from_file(str(path)))
 
     def __call__(self, texts: list[str]) -> torch.Tensor:
+        if isinstance(texts, str):
+            raise TypeError(f"texts must be a list of texts, got the text {texts!r}")
         if not texts:
             return torch.empty(0, self.context_length, dtype=torch.int64)
         return torch.tensor([e.ids for e in self.bpe.encode_batch(list(texts))])
