@@ -262,7 +262,9 @@ def held_out(items: list[str], seed: int) -> set[str]:
 
 
 def report_skipped(skipped: list[tuple[str, str]], limit: int = 10) -> str:
-    """Their number, then the first `limit` of them, a line each."""
-    lines = [f"skipped {len(skipped)} records" + ":" * bool(skipped)]
+    """Their number, then the first `limit` of them, a line each; nothing if there are none."""
+    if not skipped:
+        return ""
+    lines = [f"skipped {len(skipped)} records:"]
     lines += [f"  {where}: {reason}" for where, reason in skipped[:limit]]
     return "\n".join(lines + ["  …"] * (len(skipped) > limit))

@@ -327,6 +327,8 @@ def test_bad_records_are_skipped_and_named(tmp_path):
     report = report_skipped(data.skipped, limit=4).splitlines()
     assert report[0] == "skipped 9 records:"
     assert len(report) == 6
+    assert len(report_skipped(data.skipped).splitlines()) == 10
+    assert report_skipped([]) == ""
 
 
 def test_nothing_usable_is_an_error(tmp_path):
