@@ -52,17 +52,18 @@ class Block(nn.Module):
         All L tokens are keys and values; what is not read out afterwards is not computed.
         """
         batch, length, width = x.shape
+        size = width // self.heads
         normed = self.norm_attention(x)
         if positions is None:
-            qkv = self.qkv(normed).view(batch, length, 3, self.heads, -1)
+            qkv = self.qkv(normed).view(batch, length, 3, self.heads, size)
             query, key, value = qkv.permute(2, 0, 3, 1, 4)
         else:
             x = x[:, :positions]
             weights, biases = self.qkv.weight.split([width, 2 * width]), self.qkv.bias
             query = F.linear(normed[:, :positions], weights[0], biases[:width])
-            query = query.view(batch, positions, self.heads, -1).transpose(1, 2)
+            query = query.view(batch, positions, self.heads, size).transpose(1, 2)
             pair = F.linear(normed, weights[1], biases[width:])
-            key, value = pair.view(batch, length, 2, self.heads, -1).permute(2, 0, 3, 1, 4)
+            key, value = pair.view(batch, length, 2, self.heads, size).permute(2, 0, 3, 1, 4)
         mixed = attention(query, key, value, key_mask).transpose(1, 2).reshape(x.shape)
         x = x + self.out(mixed)
         return x + self.mlp(self.norm_mlp(x))

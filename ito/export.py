@@ -5,6 +5,7 @@ inference costs what a plain dual encoder costs.
 """
 
 import argparse
+import io
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,6 +21,7 @@ from ito.encoders import DualEncoder
 from ito.evaluate import embed_images, embed_texts
 from ito.tokenizer import Tokenizer
 
+PNG_MODES = ("1", "L", "LA", "P", "RGB", "RGBA", "I;16")
 Picture = Image.Image | str | Path | torch.Tensor
 
 
@@ -75,6 +77,10 @@ class Encoder:
                     f"got {picture.dtype} {tuple(picture.shape)}"
                 )
             picture = Image.fromarray(picture.permute(1, 2, 0).cpu().numpy())
+        if isinstance(picture, Image.Image):
+            buffer = io.BytesIO()
+            (picture if picture.mode in PNG_MODES else picture.convert("RGB")).save(buffer, "PNG")
+            picture = buffer
         pixels = decode(picture, self.load_size)
         if isinstance(pixels, str):
             raise ValueError(f"images[{number}]: {pixels}")
