@@ -1,8 +1,7 @@
-"""Speed of the primitive on every available backend, to compare two revisions with pytest-benchmark.
+"""Speed of the primitive on every backend, to compare two revisions with pytest-benchmark.
 
-pytest benchmarks/regression.py --benchmark-autosave
-(change something)
-pytest benchmarks/regression.py --benchmark-compare
+Save the first with `pytest benchmarks/regression.py --benchmark-autosave`, change something, then
+`pytest benchmarks/regression.py --benchmark-compare`.
 """
 
 import pytest
