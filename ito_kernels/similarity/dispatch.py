@@ -12,8 +12,12 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib import import_module
+from importlib.util import find_spec
 from types import ModuleType
 from typing import NamedTuple
+
+import torch
 
 from . import chunked, reference
 from .spec import Problem
@@ -23,9 +27,23 @@ try:
 except ImportError:
     _native = None
 
-REGISTRY: dict[str, ModuleType] = {"reference": reference, "chunked": chunked}
-AUTOMATIC = ("chunked",)  # in order of preference
-PLANNED = ("cpu", "triton", "cuda", "simt")
+
+class _Later:
+    """A backend whose import is heavy: imported when it is first used."""
+
+    def __init__(self, module: str):
+        self._module = module
+
+    def __getattr__(self, name: str):
+        return getattr(import_module(self._module, __package__), name)
+
+
+REGISTRY: dict[str, ModuleType | _Later] = {
+    "reference": reference,
+    "chunked": chunked,
+    "triton": _Later(".triton"),
+}
+PLANNED = ("cpu", "cuda", "simt")
 
 _chosen: list[str] = []  # the names of the `use_backend` blocks that are open
 
@@ -37,7 +55,8 @@ class BackendStatus(NamedTuple):
 
 def backends() -> dict[str, BackendStatus]:
     """What can run here, and why the rest cannot: {name: (available, detail)}."""
-    status = {name: BackendStatus(True, "plain PyTorch, any device") for name in REGISTRY}
+    plain = BackendStatus(True, "plain PyTorch, any device")
+    status = {"reference": plain, "chunked": plain, "triton": _triton()}
     if _native is None:
         native = "the native module was not built: no C++ compiler was found at installation"
     else:
@@ -52,6 +71,23 @@ def backends() -> dict[str, BackendStatus]:
     for name in PLANNED[1:]:
         status[name] = BackendStatus(False, "not in this version")
     return status
+
+
+def _triton() -> BackendStatus:
+    if find_spec("triton") is None:
+        return BackendStatus(False, "the triton package is not installed")
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        return BackendStatus(True, "interpreted on the CPU: TRITON_INTERPRET=1")
+    if not torch.cuda.is_available():
+        return BackendStatus(False, "there is no CUDA device, and TRITON_INTERPRET=1 is not set")
+    return BackendStatus(True, torch.cuda.get_device_name())
+
+
+def _automatic(problem: Problem) -> tuple[str, ...]:
+    """The backends to choose from, in order of preference."""
+    if problem.a.is_cuda and _triton().available:
+        return "triton", "chunked"
+    return ("chunked",)
 
 
 @contextmanager
@@ -78,10 +114,11 @@ def choose(problem: Problem, name: str | None = None) -> str:
     """
     name = requested(name)
     if name is None:
-        return next(name for name in AUTOMATIC if REGISTRY[name].supports(problem)[0])
+        return next(name for name in _automatic(problem) if REGISTRY[name].supports(problem)[0])
     _check_name(name)
-    if name in PLANNED:
-        raise RuntimeError(f"backend {name!r} cannot run: {backends()[name].detail}")
+    status = backends()[name]
+    if not status.available:
+        raise RuntimeError(f"backend {name!r} cannot run: {status.detail}")
     ok, reason = REGISTRY[name].supports(problem)
     if not ok:
         raise RuntimeError(f"backend {name!r} cannot run: {reason}")
@@ -106,12 +143,12 @@ def why(problem: Problem, name: str | None = None) -> str:
     if requested(None):
         return "asked for by ITO_BACKEND"
     passed = []
-    for name in AUTOMATIC:
+    for name in _automatic(problem):
         ok, reason = REGISTRY[name].supports(problem)
         if ok:
             break
         passed.append(f"{name} cannot: {reason}")
-    return "; ".join([f"the first of {', '.join(AUTOMATIC)} that can run this", *passed])
+    return "; ".join([f"the first of {', '.join(_automatic(problem))} that can run this", *passed])
 
 
 def _check_name(name: str) -> None:

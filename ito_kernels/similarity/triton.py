@@ -1,0 +1,493 @@
+"""Triton kernels, on CUDA and ROCm devices; on CPU tensors under `TRITON_INTERPRET=1`.
+
+Forward is one pass for both sides' statistics. Backward has two shapes. For D ≤ 128 a fused kernel
+keeps rows of the gradient in registers, once per side. For larger D, W goes panel by panel into a
+bounded workspace, and the vendor's matrix product does W·B and Wᵀ·A with fp32 accumulation: 4
+matrix products in all. Where S is symmetric, half of its tiles are computed: 2 products in all.
+
+Nothing waits for the device and no atomics are used: the same inputs give the same bits, and calls
+can be captured in a CUDA graph.
+"""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from typing import NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from . import triton_kernels as kernels
+from . import triton_tiles as tiles
+from .spec import Grads, Needs, Problem, Stats, Upstream
+
+INTERPRETED = not isinstance(kernels.logsumexp_kernel, triton.JITFunction)
+PANEL_BYTES = 256 << 20  # of one W panel: docs/gpu-static.md has the traffic at other sizes
+MERGE_BLOCK = 256
+# fp16 W is multiplied up to this: 4 terms of it stay below 65,504, and a softmax entry of 1/N keeps
+# its 11 bits down to 1e-8
+FP16_TOP = 4096.0
+
+
+def supports(problem: Problem) -> tuple[bool, str]:
+    if problem.a.dtype == torch.float64:
+        return False, "fp64 is computed by the reference and chunked backends"
+    if problem.a.device.type == "cpu" and not INTERPRETED:
+        return False, "CPU tensors need TRITON_INTERPRET=1 in the environment"
+    if problem.a.device.type not in ("cpu", "cuda"):
+        return False, f"no tiles for {problem.a.device.type} devices"
+    if max(problem.n, problem.m) >= 2**31 - 2**9:
+        return False, "row numbers do not fit 32 bits"
+    return True, "a GPU" if problem.a.is_cuda else "TRITON_INTERPRET=1"
+
+
+def describe(problem: Problem) -> str:
+    plan = _Plan(problem)
+    text = f"{plan.arch.name}, {plan.arithmetic}: {_words(plan.score)} scores"
+    if _symmetric(problem):
+        text += ", half of them (S is symmetric)"
+    if problem.d <= tiles.FUSED_D:
+        return f"{text}; fused gradients, {_words(plan.gradient)}"
+    rows, cols = plan.panel()
+    return f"{text}; W panels of {rows} x {cols} for the vendor's matrix product"
+
+
+def _words(tile: tiles.Tile) -> str:
+    return f"{tile.m} x {tile.n} x {tile.k}, {tile.warps} warps, {tile.stages} stages"
+
+
+class _Plan:
+    """What does not depend on the values: architecture, arithmetic, tiles, programs."""
+
+    def __init__(self, problem: Problem):
+        self.problem = problem
+        self.arch, self.processors = tiles.device(problem.a.device)
+        self.arithmetic = _arithmetic(problem.a.dtype)
+        self.score = self.arch.score[self.arithmetic]
+        self.gradient = self.arch.gradient[self.arithmetic]
+
+    def panel(self) -> tuple[int, int]:
+        p = self.problem
+        return tiles.panel(
+            p.n, p.m, p.d, PANEL_BYTES // p.a.element_size(), self.processors, _symmetric(p)
+        )
+
+    def split(self, triangle: bool = True) -> tiles.Split:
+        p, tile = self.problem, self.score
+        return tiles.split(p.n, p.m, tile, self.processors, triangle and _symmetric(p))
+
+    def options(self, tile: tiles.Tile) -> dict:
+        """Arguments that all kernels take and that follow from the plan."""
+        p = self.problem
+        return {
+            "SELF": p.exclude_self,
+            "TMA": self.arch.tma,
+            "PRECISION": self.arithmetic if p.a.dtype == torch.float32 else "ieee",
+            "INTERPRETED": INTERPRETED,
+            "BLOCK_M": tile.m,
+            "BLOCK_N": tile.n,
+            "num_warps": tile.warps,
+            "num_stages": tile.stages,
+        }
+
+
+def _arithmetic(dtype: torch.dtype) -> str:
+    """fp32 follows `torch.set_float32_matmul_precision`: "highest" is ieee, "high" 3×tf32, which
+    keeps nearly all digits on the tensor cores, "medium" tf32."""
+    if dtype != torch.float32:
+        return "half"
+    modes = {"highest": "ieee", "high": "tf32x3", "medium": "tf32"}
+    return modes[torch.get_float32_matmul_precision()]
+
+
+def _symmetric(problem: Problem) -> bool:
+    """Whether S and the masks are symmetric. Ids are compared by place: values would need a wait
+    for the device."""
+    p = problem
+    if p.b is not None or p.scale.ndim or p.row_bias is not None or p.col_bias is not None:
+        return False
+    if p.diagonal != 0:
+        return False
+    return p.row_ids is None or (
+        p.row_ids.data_ptr() == p.col_ids.data_ptr() and p.row_ids.stride() == p.col_ids.stride()
+    )
+
+
+class _Operands(NamedTuple):
+    """A problem's tensors as the kernels read them."""
+
+    a: Tensor
+    b: Tensor
+    scale: Tensor
+    row_bias: Tensor | None
+    col_bias: Tensor | None
+    row_ids: Tensor | None
+    col_ids: Tensor | None
+
+    @classmethod
+    def of(cls, problem: Problem) -> _Operands:
+        p = problem
+        a = _features(p.a, p.row_ids)
+        shared = p.b is None and (p.row_ids is None or _symmetric(p))
+        b = a if shared else _features(p.a if p.b is None else p.b, p.col_ids)
+        return cls(a, b, *(_dense(x) for x in p[2:7]))
+
+    def exchanged(self) -> _Operands:
+        a, b, scale, row_bias, col_bias, row_ids, col_ids = self
+        return _Operands(b, a, scale, col_bias, row_bias, col_ids, row_ids)
+
+
+def _dense(x: Tensor | None) -> Tensor | None:
+    return None if x is None else x.contiguous()
+
+
+def _features(x: Tensor, ids: Tensor | None) -> Tensor:
+    """Features with rows on 16-byte boundaries, as tensor descriptors and 16-byte loads want them.
+
+    Padded rows, which may hold anything, become 0: in a matrix product 0 · NaN would spread.
+    """
+    step = 16 // x.element_size()
+    aligned = x.stride(1) == 1 and x.stride(0) % step == 0 and x.data_ptr() % 16 == 0
+    if ids is None and aligned:
+        return x
+    rows, d = x.shape
+    out = x.new_empty(rows, triton.cdiv(d, step) * step)[:, :d]
+    if ids is None:
+        return out.copy_(x)
+    return torch.where((ids >= 0)[:, None], x, x.new_zeros(()), out=out)
+
+
+def _sources(plan: _Plan, tile_rows: int, tile_cols: int, k: int, op: _Operands) -> dict:
+    """The features as kernel arguments: pointers, or tensor descriptors where there is TMA."""
+
+    def source(x: Tensor, rows: int):
+        if not plan.arch.tma:
+            return x
+        return TensorDescriptor(x, list(x.shape), [x.stride(0), 1], [rows, k])
+
+    return {
+        "a": source(op.a, tile_rows),
+        "b": source(op.b, tile_cols),
+        "n": op.a.shape[0],
+        "m": op.b.shape[0],
+        "d": op.a.shape[1],
+        "stride_a": op.a.stride(0),
+        "stride_b": op.b.stride(0),
+        "EVEN_D": op.a.shape[1] % k == 0,
+        **dict(zip(op._fields[2:], op[2:], strict=True)),
+    }
+
+
+def _score_arguments(plan: _Plan, op: _Operands) -> dict:
+    tile = plan.score
+    return {
+        **_sources(plan, tile.m, tile.n, tile.k, op),
+        **plan.options(tile),
+        "BLOCK_K": tile.k,
+        "SCALE_PER_ROW": op.scale.ndim == 1,
+        "diagonal": plan.problem.diagonal,
+    }
+
+
+def _launch(kernel, programs: int, **arguments) -> None:
+    """Run on the device of the tensors, which need not be the current one."""
+    device = next(x for x in arguments.values() if isinstance(x, Tensor)).device
+    with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+        kernel[(programs,)](**arguments)
+
+
+# ---- forward
+
+
+def logsumexp_forward(problem: Problem) -> Stats:
+    p, plan, op = problem, _Plan(problem), _Operands.of(problem)
+    symmetric = _symmetric(p)
+    rows, cols = (True, True) if symmetric else (p.rows, p.cols)
+    split = plan.split()
+
+    def slots(groups: int, length: int) -> Tensor:
+        out = op.a.new_empty((5, groups, length), dtype=torch.float32)
+        if p.row_ids is not None and p.positives:  # tiles without positives leave these alone
+            out[2:4].fill_(0.0 if p.positives == "linear" else -torch.inf)
+        if p.hardest:
+            out[4].fill_(-torch.inf)
+        return out
+
+    row_slots = slots(split.col_groups, p.n) if rows else None
+    col_slots = row_slots if symmetric else slots(split.row_groups, p.m) if cols else None
+    pair_scores = None
+    if p.positives and p.row_ids is None and not p.exclude_self:
+        pair_scores = op.a.new_empty(p.n, dtype=torch.float32)
+    _launch(
+        kernels.logsumexp_kernel,
+        split.programs,
+        **_score_arguments(plan, op),
+        **split.arguments(),
+        row_groups=split.row_groups,
+        row_slots=row_slots,
+        col_slots=col_slots,
+        pair_scores=pair_scores,
+        ROWS=rows,
+        COLS=cols,
+        POSITIVES=p.positives if p.positives and p.row_ids is not None else "none",
+        EXCLUDE_POSITIVES=p.exclude_positives,
+        HARDEST=p.hardest,
+        TRIANGLE=symmetric,
+        EXACT=p.a.dtype == torch.float32,
+    )
+
+    def merged(slots: Tensor, offset: int) -> tuple[Tensor | None, ...]:
+        _, groups, length = slots.shape
+        wanted = (True, True, p.positives is not None, p.hardest)
+        top, logsum, pos, neg = (slots.new_empty(length) if want else None for want in wanted)
+        _launch(
+            kernels.merge_kernel,
+            triton.cdiv(length, MERGE_BLOCK),
+            slots=slots,
+            pair_scores=pair_scores,
+            top_out=top,
+            logsum_out=logsum,
+            pos_out=pos,
+            neg_out=neg,
+            length=length,
+            groups=groups,
+            offset=offset,
+            first_pair=max(0, -p.diagonal),
+            last_pair=min(p.n, p.m - p.diagonal),
+            IDS=p.row_ids is not None,
+            POSITIVES=p.positives or "none",
+            HARDEST=p.hardest,
+            BLOCK=MERGE_BLOCK,
+        )
+        return top, logsum, pos, neg
+
+    row_stats = col_stats = (None,) * 4
+    if rows:
+        row_stats = merged(row_slots, 0)
+    if symmetric:
+        col_stats = tuple(None if x is None else x.clone() for x in row_stats)
+    elif cols:
+        col_stats = merged(col_slots, -p.diagonal)
+    nothing = (None,) * 4
+    return Stats(*(row_stats if p.rows else nothing), *(col_stats if p.cols else nothing))
+
+
+def softplus_forward(problem: Problem) -> Tensor:
+    plan, op = _Plan(problem), _Operands.of(problem)
+    split = plan.split(triangle=False)
+    slots = op.a.new_empty((split.col_groups, problem.n), dtype=torch.float32)
+    _launch(
+        kernels.softplus_kernel,
+        split.programs,
+        **_score_arguments(plan, op),
+        **split.arguments(),
+        row_slots=slots,
+    )
+    return slots.sum(0)
+
+
+# ---- backward
+
+
+def logsumexp_backward(problem: Problem, stats: Stats, upstream: Upstream, needs: Needs) -> Grads:
+    rows = (upstream.u, stats.row_max, stats.row_logsum, upstream.alpha, stats.row_pos)
+    cols = (upstream.v, stats.col_max, stats.col_logsum, upstream.beta, stats.col_pos)
+    if not problem.rows:
+        rows = (None,) * 5
+    if not problem.cols:
+        cols = (None,) * 5
+    return _backward(problem, rows, cols, needs, softplus=False)
+
+
+def softplus_backward(problem: Problem, u: Tensor, needs: Needs) -> Grads:
+    return _backward(problem, (u, None, None, None, None), (None,) * 5, needs, softplus=True)
+
+
+_ROW_VECTORS = ("u", "row_top", "row_logsum", "alpha", "row_pos")
+_COL_VECTORS = ("v", "col_top", "col_logsum", "beta", "col_pos")
+
+
+class _Backward(NamedTuple):
+    """What both shapes of backward share: operands, upstream vectors of the sides, flags."""
+
+    problem: Problem
+    plan: _Plan
+    op: _Operands
+    rows: tuple[Tensor | None, ...]  # in the order of _ROW_VECTORS
+    cols: tuple[Tensor | None, ...]
+    symmetric: bool  # W + Wᵀ is computed, from `rows` alone
+    softplus: bool
+    norm: Tensor | None
+
+    def arguments(self) -> dict:
+        p = self.problem
+        rows = dict(zip(_ROW_VECTORS, self.rows, strict=True))
+        cols = dict(zip(_COL_VECTORS, self.cols, strict=True))
+        return {
+            **rows,
+            **cols,
+            "norm": self.norm,
+            "SOFTPLUS": self.softplus,
+            "POSITIVES": p.positives or "none",
+            "EXCLUDE_POSITIVES": p.exclude_positives,
+            "EXACT": p.a.dtype == torch.float32,
+        }
+
+
+def _backward(problem: Problem, rows, cols, needs: Needs, softplus: bool) -> Grads:
+    plan, op = _Plan(problem), _Operands.of(problem)
+    rows, cols = (tuple(_dense(x) for x in side) for side in (rows, cols))
+    symmetric = _symmetric(problem)
+    if symmetric:
+        # dA takes (W + Wᵀ)·A, and W + Wᵀ is the W of a problem whose two sides have the same
+        # statistics and the sum of both sides' upstream vectors
+        first, second = (rows, cols) if rows[0] is not None or rows[3] is not None else (cols, rows)
+        both = (
+            _sum(rows[0], cols[0]),
+            *(x if x is not None else y for x, y in zip(rows[1:3], cols[1:3], strict=True)),
+            _sum(rows[3], cols[3]),
+            first[4] if first[4] is not None else second[4],
+        )
+        rows = cols = both
+    norm = _norm(problem, rows, cols) if problem.a.dtype == torch.float16 else None
+    call = _Backward(problem, plan, op, rows, cols, symmetric, softplus, norm)
+    if problem.d <= tiles.FUSED_D:
+        return _fused(call, needs)
+    return _panels(call, needs)
+
+
+def _sum(x: Tensor | None, y: Tensor | None) -> Tensor | None:
+    if x is None or y is None:
+        return y if x is None else x
+    return x + y
+
+
+def _norm(problem: Problem, rows, cols) -> Tensor:
+    """A divisor that brings scale·W, of the order of 1/N², into the range of fp16."""
+    vectors = [x.abs().max() for x in (rows[0], rows[3], cols[0], cols[3]) if x is not None]
+    top = torch.stack([x.float() for x in vectors]).max() * problem.scale.abs().max() / FP16_TOP
+    return torch.where((top > 0) & top.isfinite(), top, 1.0)
+
+
+def _fused(call: _Backward, needs: Needs) -> Grads:
+    p, op, plan = call.problem, call.op, call.plan
+    tile = plan.gradient
+    block_d = max(16, triton.next_power_of_2(p.d))
+    together = p.b is None and not call.symmetric  # both sides' gradients meet in one tensor
+
+    def side(op: _Operands, exchanged: bool, grad: bool, scale: bool, bias: bool):
+        n, m = (p.m, p.n) if exchanged else (p.n, p.m)
+        out = op.a.new_empty(n, p.d, dtype=torch.float32 if together else None) if grad else None
+        sums = [op.a.new_empty(n, dtype=torch.float32) if x else None for x in (scale, bias)]
+        if not (grad or scale or bias):
+            return out, *sums
+        arguments = call._replace(
+            rows=call.cols if exchanged else call.rows, cols=call.rows if exchanged else call.cols
+        ).arguments()
+        _launch(
+            kernels.gradient_kernel,
+            triton.cdiv(n, tile.m),
+            **_sources(plan, tile.m, tile.n, block_d, op),
+            **plan.options(tile),
+            **arguments,
+            grad=out,
+            scale_sums=sums[0],
+            row_sums=sums[1],
+            stride_grad=p.d,
+            diagonal=-p.diagonal if exchanged else p.diagonal,
+            SCALE="one" if op.scale.ndim == 0 else "col" if exchanged else "row",
+            BLOCK_D=block_d,
+        )
+        return out, *sums
+
+    if call.symmetric:
+        grad, scale, _ = side(op, False, needs.a, needs.scale, False)
+        return Grads(grad, None, None if scale is None else scale * 0.5)
+    both = needs.a and together
+    grad_a, scale, row_bias = side(op, False, needs.a, needs.scale, needs.row_bias)
+    grad_b, _, col_bias = side(op.exchanged(), True, needs.b or both, False, needs.col_bias)
+    if both:
+        grad_a, grad_b = (grad_a + grad_b).to(p.a.dtype), None
+    return Grads(grad_a, grad_b, scale, row_bias, col_bias)
+
+
+def _panels(call: _Backward, needs: Needs) -> Grads:
+    p, op, plan = call.problem, call.op, call.plan
+    tile, arguments = plan.score, _score_arguments(plan, op) | call.arguments()
+    height, width = plan.panel()
+
+    def zeros(*shape: int) -> Tensor:
+        return op.a.new_zeros(shape, dtype=torch.float32)
+
+    grad_a = zeros(p.n, p.d) if needs.a else None
+    grad_b = grad_a if p.b is None else zeros(p.m, p.d) if needs.b else None
+    scale = zeros(p.n) if needs.scale else None
+    row_bias = zeros(p.n) if needs.row_bias else None
+    col_bias = zeros(p.m) if needs.col_bias else None
+    workspace = None
+    if needs.a or needs.b:
+        step = 16 // op.a.element_size()  # rows on 16-byte boundaries for the matrix product
+        workspace = op.a.new_empty(height, triton.cdiv(width, step) * step)
+
+    for row0 in range(0, p.n, height):
+        rows = slice(row0, min(row0 + height, p.n))
+        for col0 in range(row0 if call.symmetric else 0, p.m, width):
+            cols = slice(col0, min(col0 + width, p.m))
+            size = (rows.stop - rows.start, cols.stop - cols.start)
+            grid = triton.cdiv(size[0], tile.m), triton.cdiv(size[1], tile.n)
+            sums = [
+                None if x is None else op.a.new_empty(shape, dtype=torch.float32)
+                for x, shape in (
+                    (scale, (grid[1], size[0])),
+                    (row_bias, (grid[1], size[0])),
+                    (col_bias, (grid[0], size[1])),
+                )
+            ]
+            _launch(
+                kernels.weights_kernel,
+                grid[0] * grid[1],
+                **arguments,
+                panel=workspace,
+                stride_panel=0 if workspace is None else workspace.stride(0),
+                panel_row=rows.start,
+                panel_col=cols.start,
+                panel_rows=size[0],
+                panel_cols=size[1],
+                scale_sums=sums[0],
+                row_sums=sums[1],
+                col_sums=sums[2],
+                softplus_sums=None,
+            )
+            diagonal = call.symmetric and row0 == col0
+            if scale is not None:
+                # W + Wᵀ has every pair twice; panels off the diagonal stand for two
+                half = 0.5 if diagonal else 1.0
+                scale[rows].add_(sums[0].sum(0), alpha=half)
+            if row_bias is not None:
+                row_bias[rows] += sums[1].sum(0)
+            if col_bias is not None:
+                col_bias[cols] += sums[2].sum(0)
+            if workspace is None:
+                continue
+            weights = workspace[: size[0], : size[1]]
+            if grad_a is not None:
+                _accumulate(grad_a[rows], weights, op.b[cols])
+            if grad_b is not None and not diagonal:
+                _accumulate(grad_b[cols], weights.T, op.a[rows])
+
+    def rounded(x: Tensor | None) -> Tensor | None:
+        return None if x is None else (x if call.norm is None else x * call.norm).to(p.a.dtype)
+
+    return Grads(
+        rounded(grad_a), None if p.b is None else rounded(grad_b), scale, row_bias, col_bias
+    )
+
+
+def _accumulate(out: Tensor, x: Tensor, y: Tensor) -> None:
+    """out += x @ y, accumulated in fp32 whatever the dtype of x and y."""
+    if x.dtype == torch.float32 or not x.is_cuda:
+        out.addmm_(x.float(), y.float())
+    else:
+        torch.addmm(out, x, y, out_dtype=torch.float32, out=out)

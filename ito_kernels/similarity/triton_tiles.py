@@ -1,0 +1,131 @@
+"""Tile shapes of the Triton kernels for each architecture, and how a problem is cut into programs.
+
+Chosen from machine code, not from timings: `benchmarks/gpu_static.py` compiles every entry, fails
+on a spill and predicts the time; docs/gpu-static.md has its table.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from math import gcd, isqrt
+from typing import NamedTuple
+
+import torch
+
+
+class Tile(NamedTuple):
+    m: int
+    n: int
+    k: int
+    warps: int
+    stages: int
+
+
+class Arch(NamedTuple):
+    """tma: features come through tensor descriptors (Hopper and later), else through pointers.
+
+    score: forward and W panels; gradient: the fused gradient, D ≤ FUSED_D, where k is unused.
+    By arithmetic: "half" (bf16, fp16) and the three of fp32.
+    """
+
+    name: str
+    tma: bool
+    score: dict[str, Tile]
+    gradient: dict[str, Tile]
+
+
+# Up to here the gradient's rows fit the registers. W would cost 6 bytes of memory traffic for
+# 6·D operations: below D = 128 that is slower than computing S once more.
+FUSED_D = 128
+
+
+def _same(tile: Tile) -> dict[str, Tile]:
+    return dict.fromkeys(("half", "tf32", "tf32x3", "ieee"), tile)
+
+
+ARCHS = {
+    # the interpreter takes as long for a large tile as for a small one
+    "interpreter": Arch(
+        "interpreter", False, _same(Tile(128, 128, 128, 4, 1)), _same(Tile(128, 128, 0, 4, 1))
+    ),
+}
+
+
+def device(device: torch.device) -> tuple[Arch, int]:
+    """The architecture's tiles and the number of processors."""
+    if device.type == "cpu":
+        return ARCHS["interpreter"], 4
+    properties = torch.cuda.get_device_properties(device)
+    return ARCHS[arch_name(device)], properties.multi_processor_count
+
+
+class Split(NamedTuple):
+    """Row tiles × column tiles, cut into groups: one program for each pair of groups."""
+
+    row_tiles: int  # of a group
+    col_tiles: int
+    row_groups: int
+    col_groups: int
+    triangle: bool  # only pairs with row group ≤ column group
+
+    @property
+    def programs(self) -> int:
+        if self.triangle:
+            return self.row_groups * (self.row_groups + 1) // 2
+        return self.row_groups * self.col_groups
+
+    def arguments(self) -> dict:
+        return {
+            "row_tiles": self.row_tiles,
+            "col_tiles": self.col_tiles,
+            "col_groups": self.col_groups,
+        }
+
+
+@lru_cache(maxsize=256)
+def split(n: int, m: int, tile: Tile, processors: int, triangle: bool) -> Split:
+    """The split with the least work on the busiest processor, then the fewest groups.
+
+    Statistics are kept per row and group of columns, and per column and group of rows: memory is
+    O((N + M)·√processors), and nothing is shared between programs.
+    """
+    tiles_m, tiles_n = -(-n // tile.m), -(-m // tile.n)
+    if triangle:
+        # groups of both sides must cover the same rows
+        unit = max(tile.m, tile.n)
+        units = -(-n // unit)
+
+        def cost(groups: int) -> tuple[int, int]:
+            waves = -(-(groups * (groups + 1) // 2) // processors)
+            return waves * (-(-units // groups)) ** 2, groups
+
+        most = min(units, 2 * isqrt(2 * processors) + 1)
+        size = -(-units // min(range(1, most + 1), key=cost))
+        groups = -(-units // size)
+        return Split(size * unit // tile.m, size * unit // tile.n, groups, groups, True)
+    best = None
+    for groups in range(1, min(tiles_m, processors) + 1):
+        row_tiles = -(-tiles_m // groups)
+        col_tiles = -(-tiles_n // min(tiles_n, processors // groups))
+        row_groups, col_groups = -(-tiles_m // row_tiles), -(-tiles_n // col_tiles)
+        cost = (row_tiles * col_tiles, row_groups + col_groups)
+        if best is None or cost < best[0]:
+            best = cost, Split(row_tiles, col_tiles, row_groups, col_groups, False)
+    return best[1]
+
+
+def panel(n: int, m: int, d: int, elements: int, processors: int, square: bool) -> tuple[int, int]:
+    """Rows and columns of a W panel of at most `elements` (or one tile of 128 × 128).
+
+    Square panels cost the least traffic of gradients that are read and written once per panel. The
+    side is such that the vendor's usual tiles of 128 × 256 fill the processors: at D = 768 on 132
+    of them, 88 × 3 tiles are 2 full waves where 90 × 3 would take 3.
+    """
+    side = max(128, isqrt(elements) // 128 * 128)
+    wave = 128 * processors // gcd(processors, -(-d // 256))
+    if side >= wave:
+        side = side // wave * wave
+    if square:
+        return min(side, n), min(side, n)
+    rows = min(side, n)
+    return rows, min(m, max(128, elements // rows // 128 * 128) if rows < side else side)
