@@ -45,13 +45,13 @@ def supports(problem: Problem) -> tuple[bool, str]:
 
 def describe(problem: Problem) -> str:
     plan = _Plan(problem)
-    text = f"{plan.arch.name}, {plan.arithmetic}: {_words(plan.score)} scores"
+    text = f"{plan.arch.name}, {plan.arithmetic}: {_words(plan.forward)} scores"
     if _symmetric(problem):
         text += ", half of them (S is symmetric)"
     if problem.d <= tiles.FUSED_D:
         return f"{text}; fused gradients, {_words(plan.gradient)}"
-    rows, cols = plan.panel()
-    return f"{text}; W panels of {rows} x {cols} for the vendor's matrix product"
+    rows, cols = plan.panel_size()
+    return f"{text}; W panels of {rows} x {cols}, {_words(plan.panel)}, for the vendor's matrix product"
 
 
 def _words(tile: tiles.Tile) -> str:
@@ -65,17 +65,21 @@ class _Plan:
         self.problem = problem
         self.arch, self.processors = tiles.device(problem.a.device)
         self.arithmetic = _arithmetic(problem.a.dtype)
-        self.score = self.arch.score[self.arithmetic]
+        by_ids = problem.row_ids is not None
+        self.forward, self.panel = (
+            (self.arch.ids if by_ids else x)[self.arithmetic]
+            for x in (self.arch.forward, self.arch.panel)
+        )
         self.gradient = self.arch.gradient[self.arithmetic]
 
-    def panel(self) -> tuple[int, int]:
+    def panel_size(self) -> tuple[int, int]:
         p = self.problem
         return tiles.panel(
             p.n, p.m, p.d, PANEL_BYTES // p.a.element_size(), self.processors, _symmetric(p)
         )
 
     def split(self, triangle: bool = True) -> tiles.Split:
-        p, tile = self.problem, self.score
+        p, tile = self.problem, self.forward
         return tiles.split(p.n, p.m, tile, self.processors, triangle and _symmetric(p))
 
     def options(self, tile: tiles.Tile) -> dict:
@@ -132,7 +136,8 @@ class _Operands(NamedTuple):
         a = _features(p.a, p.row_ids)
         shared = p.b is None and (p.row_ids is None or _symmetric(p))
         b = a if shared else _features(p.a if p.b is None else p.b, p.col_ids)
-        return cls(a, b, *(_dense(x) for x in p[2:7]))
+        vectors = (_dense(x) for x in (p.scale, p.row_bias, p.col_bias))
+        return cls(a, b, *vectors, *_ranks(p))
 
     def exchanged(self) -> _Operands:
         a, b, scale, row_bias, col_bias, row_ids, col_ids = self
@@ -141,6 +146,44 @@ class _Operands(NamedTuple):
 
 def _dense(x: Tensor | None) -> Tensor | None:
     return None if x is None else x.contiguous()
+
+
+def _ranks(problem: Problem) -> tuple[Tensor | None, Tensor | None]:
+    """Ids as int32 with the same equalities, negative for padding: half the comparisons of int64.
+
+    An id's rank is its place among the sorted column ids, M for a row's that is not there.
+    """
+    p = problem
+    if p.row_ids is None:
+        return None, None
+    order = p.col_ids.sort().values
+    cols = torch.searchsorted(order, p.col_ids)
+    cols = torch.where(p.col_ids < 0, -1, cols).int()
+    if _symmetric(p):
+        return cols, cols
+    rows = torch.searchsorted(order, p.row_ids)
+    found = order[rows.clamp(max=p.m - 1)] == p.row_ids
+    return torch.where(p.row_ids < 0, -1, torch.where(found, rows, p.m)).int(), cols
+
+
+def _counts(problem: Problem, op: _Operands) -> tuple[Tensor, Tensor]:
+    """The numbers of positives of rows and columns, from their ranks."""
+    p = problem
+
+    def count(ids: Tensor, others: Tensor) -> Tensor:
+        order = others.sort().values
+        above = torch.searchsorted(order, ids, right=True)
+        return (above - torch.searchsorted(order, ids)).masked_fill(ids < 0, 0)
+
+    rows, cols = count(op.row_ids, op.col_ids), count(op.col_ids, op.row_ids)
+    if p.exclude_self:
+        first, last = max(0, -p.diagonal), min(p.n, p.m - p.diagonal)
+        if first < last:
+            row, col = slice(first, last), slice(first + p.diagonal, last + p.diagonal)
+            itself = ((op.row_ids[row] == op.col_ids[col]) & (op.row_ids[row] >= 0)).long()
+            rows[row] -= itself
+            cols[col] -= itself
+    return rows, cols
 
 
 def _features(x: Tensor, ids: Tensor | None) -> Tensor:
@@ -180,8 +223,7 @@ def _sources(plan: _Plan, tile_rows: int, tile_cols: int, k: int, op: _Operands)
     }
 
 
-def _score_arguments(plan: _Plan, op: _Operands) -> dict:
-    tile = plan.score
+def _score_arguments(plan: _Plan, op: _Operands, tile: tiles.Tile) -> dict:
     return {
         **_sources(plan, tile.m, tile.n, tile.k, op),
         **plan.options(tile),
@@ -208,11 +250,11 @@ def logsumexp_forward(problem: Problem) -> Stats:
     split = plan.split()
 
     def slots(groups: int, length: int) -> Tensor:
-        out = op.a.new_empty((5, groups, length), dtype=torch.float32)
+        out = op.a.new_empty((4, groups, length), dtype=torch.float32)
         if p.row_ids is not None and p.positives:  # tiles without positives leave these alone
-            out[2:4].fill_(0.0 if p.positives == "linear" else -torch.inf)
+            out[2].fill_(0.0 if p.positives == "linear" else -torch.inf)
         if p.hardest:
-            out[4].fill_(-torch.inf)
+            out[3].fill_(-torch.inf)
         return out
 
     row_slots = slots(split.col_groups, p.n) if rows else None
@@ -223,7 +265,7 @@ def logsumexp_forward(problem: Problem) -> Stats:
     _launch(
         kernels.logsumexp_kernel,
         split.programs,
-        **_score_arguments(plan, op),
+        **_score_arguments(plan, op, plan.forward),
         **split.arguments(),
         row_groups=split.row_groups,
         row_slots=row_slots,
@@ -238,7 +280,11 @@ def logsumexp_forward(problem: Problem) -> Stats:
         EXACT=p.a.dtype == torch.float32,
     )
 
-    def merged(slots: Tensor, offset: int) -> tuple[Tensor | None, ...]:
+    row_counts = col_counts = None
+    if p.positives == "linear" and p.row_ids is not None:
+        row_counts, col_counts = _counts(p, op)
+
+    def merged(slots: Tensor, counts: Tensor | None, offset: int) -> tuple[Tensor | None, ...]:
         _, groups, length = slots.shape
         wanted = (True, True, p.positives is not None, p.hardest)
         top, logsum, pos, neg = (slots.new_empty(length) if want else None for want in wanted)
@@ -247,6 +293,7 @@ def logsumexp_forward(problem: Problem) -> Stats:
             triton.cdiv(length, MERGE_BLOCK),
             slots=slots,
             pair_scores=pair_scores,
+            counts=counts,
             top_out=top,
             logsum_out=logsum,
             pos_out=pos,
@@ -265,11 +312,11 @@ def logsumexp_forward(problem: Problem) -> Stats:
 
     row_stats = col_stats = (None,) * 4
     if rows:
-        row_stats = merged(row_slots, 0)
+        row_stats = merged(row_slots, row_counts, 0)
     if symmetric:
         col_stats = tuple(None if x is None else x.clone() for x in row_stats)
     elif cols:
-        col_stats = merged(col_slots, -p.diagonal)
+        col_stats = merged(col_slots, col_counts, -p.diagonal)
     nothing = (None,) * 4
     return Stats(*(row_stats if p.rows else nothing), *(col_stats if p.cols else nothing))
 
@@ -281,7 +328,7 @@ def softplus_forward(problem: Problem) -> Tensor:
     _launch(
         kernels.softplus_kernel,
         split.programs,
-        **_score_arguments(plan, op),
+        **_score_arguments(plan, op, plan.forward),
         **split.arguments(),
         row_slots=slots,
     )
@@ -378,7 +425,7 @@ def _fused(call: _Backward, needs: Needs) -> Grads:
     together = p.b is None and not call.symmetric  # both sides' gradients meet in one tensor
 
     def side(op: _Operands, exchanged: bool, grad: bool, scale: bool, bias: bool):
-        n, m = (p.m, p.n) if exchanged else (p.n, p.m)
+        n = p.m if exchanged else p.n
         out = op.a.new_empty(n, p.d, dtype=torch.float32 if together else None) if grad else None
         sums = [op.a.new_empty(n, dtype=torch.float32) if x else None for x in (scale, bias)]
         if not (grad or scale or bias):
@@ -415,8 +462,9 @@ def _fused(call: _Backward, needs: Needs) -> Grads:
 
 def _panels(call: _Backward, needs: Needs) -> Grads:
     p, op, plan = call.problem, call.op, call.plan
-    tile, arguments = plan.score, _score_arguments(plan, op) | call.arguments()
-    height, width = plan.panel()
+    tile = plan.panel
+    arguments = _score_arguments(plan, op, tile) | call.arguments()
+    height, width = plan.panel_size()
 
     def zeros(*shape: int) -> Tensor:
         return op.a.new_zeros(shape, dtype=torch.float32)

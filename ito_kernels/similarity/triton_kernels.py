@@ -9,7 +9,9 @@ by comparing ids, and take a branch of their own.
 absent pointer is None, which Triton treats as a constant.
 """
 
-# No `from __future__ import annotations`: Triton reads the `tl.constexpr` annotations.
+# No `from __future__ import annotations`: Triton reads the `tl.constexpr` annotations. Nested `if`s
+# stay nested: Triton decides one on constants at compile time, a conjunction at run time.
+# ruff: noqa: SIM102
 
 import triton
 import triton.language as tl
@@ -42,8 +44,8 @@ def _finite(x):
 
 @triton.jit
 def _log1p_unit(t):
-    """log(1 + t) for t in [0, 1], relative error 3e-8: log2(1 + t) would lose the digits of small t,
-    and sums of many small terms with them."""
+    """log(1 + t) for t in [0, 1], relative error 3e-8. log2(1 + t) would lose the digits of small
+    t, and a sum of many small terms with them."""
     p = 0.005232688 * t - 0.029505214
     p = p * t + 0.07822591
     p = p * t - 0.13663243
@@ -105,7 +107,8 @@ def _dot(x, y, acc, PRECISION: tl.constexpr, INTERPRETED: tl.constexpr):
 @triton.jit
 def _inner_products(a, b, row0, col0, n, m, d, stride_a, stride_b, EVEN_D: tl.constexpr,
                     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-                    TMA: tl.constexpr, PRECISION: tl.constexpr, INTERPRETED: tl.constexpr):  # fmt: skip
+                    TMA: tl.constexpr, PRECISION: tl.constexpr,
+                    INTERPRETED: tl.constexpr):  # fmt: skip
     acc = tl.zeros([BLOCK_M, BLOCK_N], dtype=tl.float32)
     if TMA:
         for k in tl.range(0, d, BLOCK_K):
@@ -131,8 +134,7 @@ def _scores(acc, scale, row_added, col_added):
 def _special(row_ids, row_identity, col_identity, row0, col0, diagonal,
              SELF: tl.constexpr, POSITIVE: tl.constexpr, BLOCK_M: tl.constexpr,
              BLOCK_N: tl.constexpr):  # fmt: skip
-    """Whether the tile can hold a pair that is not a plain negative: by position, or, for ids, by
-    their lower 32 bits (half the comparisons of 64; the branch then compares all)."""
+    """Whether the tile holds a pair that is not a plain negative: by ids, or by position."""
     first = row0 + diagonal
     diagonal_crosses = (col0 < first + BLOCK_M) & (first < col0 + BLOCK_N)
     if row_ids is None:
@@ -140,7 +142,7 @@ def _special(row_ids, row_identity, col_identity, row0, col0, diagonal,
     else:
         found = False
         if POSITIVE:
-            different = row_identity.to(tl.int32)[:, None] ^ col_identity.to(tl.int32)[None, :]
+            different = row_identity[:, None] ^ col_identity[None, :]  # 0 is the least unsigned
             found = tl.min(tl.min(different.to(tl.uint32, bitcast=True), 1), 0) == 0
         if SELF:
             found = found | diagonal_crosses
@@ -156,7 +158,7 @@ def _classify(row_ids, row_identity, col_identity, rows, cols, n, m, diagonal,
     partner = rows + diagonal
     partner = tl.where((rows < n) & (partner < m), partner, -1)
     itself = cols[None, :] == partner[:, None]
-    if row_ids is None:
+    if row_ids is None:  # noqa: SIM108 (Triton decides an `if` at compile time)
         positive = itself
     else:
         positive = row_identity[:, None] == col_identity[None, :]
@@ -196,7 +198,7 @@ def logsumexp_kernel(
     A program owns one group of `row_tiles` row tiles and one of `col_tiles` column tiles. Row
     statistics of a row tile stay in registers while it walks the columns; those of the columns are
     updated in the program's own slot. Slots are [field][group of the other side][row or column];
-    no two programs write the same one. Fields: max, sum, pos, count of positives, neg_max.
+    no two programs write the same one. Fields: max, sum, pos, neg_max.
     POSITIVES is for ids; without them the one positive of a row goes to `pair_scores`.
 
     TRIANGLE (a symmetric S): only pairs of groups row ≤ column; both sides share the slots, and the
@@ -231,13 +233,14 @@ def logsumexp_kernel(
         top = tl.full([BLOCK_M], float("-inf"), tl.float32)
         total = tl.zeros([BLOCK_M], tl.float32)
         pos = tl.full([BLOCK_M], float("-inf") if POSITIVES == "lse" else 0.0, tl.float32)
-        count = tl.zeros([BLOCK_M], tl.float32)
         neg_top = tl.full([BLOCK_M], float("-inf"), tl.float32)
 
         for col0 in tl.range(first_col, last_col, BLOCK_N):
             cols = col0 + tl.arange(0, BLOCK_N)
-            acc = _inner_products(a, b, row0, col0, n, m, d, stride_a, stride_b, EVEN_D,
-                                  BLOCK_M, BLOCK_N, BLOCK_K, TMA, PRECISION, INTERPRETED)  # fmt: skip
+            acc = _inner_products(
+                a, b, row0, col0, n, m, d, stride_a, stride_b, EVEN_D,
+                BLOCK_M, BLOCK_N, BLOCK_K, TMA, PRECISION, INTERPRETED,
+            )  # fmt: skip
             col_added, col_identity = _side(col_bias, col_ids, cols, m, -2)
             s = _scores(acc, row_scale, row_added, col_added)
 
@@ -250,20 +253,26 @@ def logsumexp_kernel(
                     positive, excluded = _classify(
                         row_ids, row_identity, col_identity, rows, cols, n, m, diagonal, SELF
                     )
-                    if pair_scores is not None:
-                        target = rows + diagonal
-                        here = (target >= col0) & (target < tl.minimum(col0 + BLOCK_N, m))
-                        tl.store(pair_scores + rows, tl.sum(tl.where(positive, s, 0.0), 1),
-                                 mask=here & (rows < n))  # fmt: skip
-                    if ROWS:
-                        pos, count = _add_positives(s, positive, pos, count, 1, POSITIVES)
-                        if HARDEST:
-                            negative = tl.where(positive | excluded, float("-inf"), s)
-                            tile_neg = tl.max(negative, 1)
-                    if COLS:
-                        if with_cols:
-                            _add_col_positives(s, positive, excluded, col_slots, cols, m,
-                                               col_field, POSITIVES, HARDEST)  # fmt: skip
+                    if POSITIVES != "none" or pair_scores is not None:
+                        # the mask is used up here: kept across a reduction it would spill
+                        masked = tl.where(positive, s, float("-inf") if POSITIVES == "lse" else 0.0)
+                        if pair_scores is not None:
+                            target = rows + diagonal
+                            here = (target >= col0) & (target < tl.minimum(col0 + BLOCK_N, m))
+                            found = tl.sum(masked, 1)
+                            tl.store(pair_scores + rows, found, mask=here & (rows < n))
+                        if ROWS:
+                            pos = _add_positives(masked, pos, 1, POSITIVES)
+                        if COLS and POSITIVES != "none":
+                            if with_cols:
+                                _add_col_positives(masked, col_slots + 2 * col_field, cols, m,
+                                                   POSITIVES)  # fmt: skip
+                    if HARDEST:
+                        negative = tl.where(positive | excluded, float("-inf"), s)
+                        tile_neg = tl.max(negative, 1)
+                        if COLS:
+                            if with_cols:
+                                _raise(col_slots + 3 * col_field, cols, m, tl.max(negative, 0))
                     if EXCLUDE_POSITIVES:
                         s = tl.where(positive | excluded, float("-inf"), s)
                     elif SELF:
@@ -289,9 +298,8 @@ def logsumexp_kernel(
             tl.store(row_slots + row_field + rows, total, mask=inside)
             if POSITIVES != "none":
                 tl.store(row_slots + 2 * row_field + rows, pos, mask=inside)
-                tl.store(row_slots + 3 * row_field + rows, count, mask=inside)
             if HARDEST:
-                tl.store(row_slots + 4 * row_field + rows, neg_top, mask=inside)
+                tl.store(row_slots + 3 * row_field + rows, neg_top, mask=inside)
         # the next row tile reads the column slots that other threads of this program wrote
         tl.debug_barrier()
 
@@ -313,55 +321,45 @@ def _add_to_cols(s, special, slots, cols, m, field, done, HARDEST: tl.constexpr,
     tl.store(slots + field + cols, total, mask=inside)
     if HARDEST:
         if special == 0:
-            at = slots + 4 * field + cols
-            neg = tl.load(at, mask=inside, other=float("-inf"))
-            tl.store(at, tl.maximum(neg, tile_top), mask=inside)
+            _raise(slots + 3 * field, cols, m, tile_top)
 
 
 @triton.jit
-def _add_positives(s, positive, pos, count, AXIS: tl.constexpr, POSITIVES: tl.constexpr):
-    """The positives' sum and number, or their logsumexp, with a tile's added."""
+def _raise(slots, cols, m, value):
+    """Maxima of a slot, in place."""
+    old = tl.load(slots + cols, mask=cols < m, other=float("-inf"))
+    tl.store(slots + cols, tl.maximum(old, value), mask=cols < m)
+
+
+@triton.jit
+def _add_col_positives(masked, slots, cols, m, POSITIVES: tl.constexpr):
+    pos = tl.load(slots + cols, mask=cols < m, other=0.0)
+    tl.store(slots + cols, _add_positives(masked, pos, 0, POSITIVES), mask=cols < m)
+
+
+@triton.jit
+def _add_positives(masked, pos, AXIS: tl.constexpr, POSITIVES: tl.constexpr):
+    """The positives' sum, or their logsumexp, with a tile's added."""
     if POSITIVES == "linear":
-        pos += tl.sum(tl.where(positive, s, 0.0), AXIS)
-        count += tl.sum(positive.to(tl.float32), AXIS)
+        pos += tl.sum(masked, AXIS)
     if POSITIVES == "lse":
-        masked = tl.where(positive, s, float("-inf"))
         new = tl.maximum(pos, tl.max(masked, AXIS))
         shift = _finite(new)
         spread = tl.expand_dims(shift, AXIS)
         total = tl.exp2((pos - shift) * LOG2E) + tl.sum(tl.exp2((masked - spread) * LOG2E), AXIS)
         pos = shift + tl.log2(total) * LN2
-    return pos, count
-
-
-@triton.jit
-def _add_col_positives(s, positive, excluded, slots, cols, m, field, POSITIVES: tl.constexpr,
-                       HARDEST: tl.constexpr):  # fmt: skip
-    """The positives and hardest negatives of the columns, added in place to the slot."""
-    inside = cols < m
-    if POSITIVES != "none":
-        at = slots + 2 * field + cols
-        pos = tl.load(at, mask=inside, other=0.0)
-        count = tl.load(at + field, mask=inside, other=0.0)
-        pos, count = _add_positives(s, positive, pos, count, 0, POSITIVES)
-        tl.store(at, pos, mask=inside)
-        tl.store(at + field, count, mask=inside)
-    if HARDEST:
-        at = slots + 4 * field + cols
-        old = tl.load(at, mask=inside, other=float("-inf"))
-        tile = tl.max(tl.where(positive | excluded, float("-inf"), s), 0)
-        tl.store(at, tl.maximum(old, tile), mask=inside)
+    return pos
 
 
 @triton.jit(do_not_specialize=["length", "groups", "offset", "first_pair", "last_pair"])
 def merge_kernel(
-    slots, pair_scores, top_out, logsum_out, pos_out, neg_out, length, groups,
+    slots, pair_scores, counts, top_out, logsum_out, pos_out, neg_out, length, groups,
     offset, first_pair, last_pair,
     IDS: tl.constexpr, POSITIVES: tl.constexpr, HARDEST: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """The statistics of all groups of the other side, merged in their order.
 
-    Without ids the score of entry i's positive is pair_scores[i + offset], if that index lies in
+    `counts` are the numbers of positives. Without ids the score of entry i's positive is pair_scores[i + offset], if that index lies in
     [first_pair, last_pair).
     """
     index = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
@@ -370,7 +368,6 @@ def merge_kernel(
     top = tl.full([BLOCK], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK], tl.float32)
     pos = tl.full([BLOCK], float("-inf") if POSITIVES == "lse" else 0.0, tl.float32)
-    count = tl.zeros([BLOCK], tl.float32)
     neg = tl.full([BLOCK], float("-inf"), tl.float32)
     at = slots + index
     for _ in range(groups):
@@ -382,17 +379,19 @@ def merge_kernel(
         top = new
         if IDS and POSITIVES == "linear":
             pos += tl.load(at + 2 * field, mask=inside, other=0.0)
-            count += tl.load(at + 3 * field, mask=inside, other=0.0)
         if IDS and POSITIVES == "lse":
             x = tl.load(at + 2 * field, mask=inside, other=float("-inf"))
             shift = _finite(tl.maximum(pos, x))
             pos = shift + tl.log2(_exp(pos, shift, True) + _exp(x, shift, True)) * LN2
         if HARDEST:
-            neg = tl.maximum(neg, tl.load(at + 4 * field, mask=inside, other=float("-inf")))
+            neg = tl.maximum(neg, tl.load(at + 3 * field, mask=inside, other=float("-inf")))
         at += length
     tl.store(top_out + index, top, mask=inside)
     tl.store(logsum_out + index, tl.log2(total) * LN2, mask=inside)
     shift = _finite(top)
+    count = tl.zeros([BLOCK], tl.float32)
+    if counts is not None:
+        count = tl.load(counts + index, mask=inside, other=0).to(tl.float32)
     if pair_scores is not None:
         source = index + offset
         paired = (source >= first_pair) & (source < last_pair)
@@ -431,8 +430,10 @@ def softplus_kernel(
         total = tl.zeros([BLOCK_M], tl.float32)
         for col0 in tl.range(first_col, last_col, BLOCK_N):
             cols = col0 + tl.arange(0, BLOCK_N)
-            acc = _inner_products(a, b, row0, col0, n, m, d, stride_a, stride_b, EVEN_D,
-                                  BLOCK_M, BLOCK_N, BLOCK_K, TMA, PRECISION, INTERPRETED)  # fmt: skip
+            acc = _inner_products(
+                a, b, row0, col0, n, m, d, stride_a, stride_b, EVEN_D,
+                BLOCK_M, BLOCK_N, BLOCK_K, TMA, PRECISION, INTERPRETED,
+            )  # fmt: skip
             col_added, col_identity = _side(col_bias, col_ids, cols, m, -2)
             s = _scores(acc, row_scale, row_added, col_added)
             special = _special(row_ids, row_identity, col_identity, row0, col0, diagonal,
@@ -464,56 +465,94 @@ def _softmax_factor(top, logsum, upstream, index, length):
 
 
 @triton.jit
-def _weights(s, row_ids, row_identity, col_identity, rows, cols, n, m, diagonal,
+def _weights(s, special, row_ids, row_identity, col_identity, rows, cols, n, m, diagonal,
              u, row_top, row_logsum, alpha, row_pos, v, col_top, col_logsum, beta, col_pos,
-             MASKED: tl.constexpr, SOFTPLUS: tl.constexpr, POSITIVES: tl.constexpr,
+             MASKS: tl.constexpr, SOFTPLUS: tl.constexpr, POSITIVES: tl.constexpr,
              SELF: tl.constexpr, EXCLUDE_POSITIVES: tl.constexpr, EXACT: tl.constexpr):  # fmt: skip
-    """W = ∂L/∂S of a tile. MASKED: it may hold positives or self pairs."""
-    if MASKED:
-        positive, excluded = _classify(
-            row_ids, row_identity, col_identity, rows, cols, n, m, diagonal, SELF
-        )
+    """W = ∂L/∂S of a tile.
+
+    All vectors are loaded before the tile is touched: they pass through shared memory, and behind
+    such a barrier S and W would be alive, and spill, together.
+    """
+    row_u, row_shift, col_v, col_shift = 0.0, 0.0, 0.0, 0.0
     if SOFTPLUS:
-        if MASKED:
-            s = tl.where(excluded, float("-inf"), tl.where(positive, -s, s))
-        w = 1.0 / (1.0 + tl.exp2(s * -LOG2E))  # σ(-inf) = 1 / inf = 0
-        if v is None:
-            w *= _vector(u, rows, n, 0.0)[:, None]
-        elif u is None:
-            w *= _vector(v, cols, m, 0.0)[None, :]
-        else:
-            w *= _vector(u, rows, n, 0.0)[:, None] + _vector(v, cols, m, 0.0)[None, :]
-        if MASKED:
-            w = tl.where(positive, -w, w)
-    else:
-        allowed = s
-        if MASKED:
-            if EXCLUDE_POSITIVES:
-                allowed = tl.where(positive | excluded, float("-inf"), s)
-            elif SELF:
-                allowed = tl.where(excluded, float("-inf"), s)
-        w = tl.zeros_like(s)
         if u is not None:
-            shift, factor = _softmax_factor(row_top, row_logsum, u, rows, n)
-            w += _exp(allowed, shift[:, None], EXACT) * factor[:, None]
+            row_u = _vector(u, rows, n, 0.0)[:, None]
         if v is not None:
-            shift, factor = _softmax_factor(col_top, col_logsum, v, cols, m)
-            w += _exp(allowed, shift[None, :], EXACT) * factor[None, :]
-        if MASKED:
-            if alpha is not None:
-                term = _vector(alpha, rows, n, 0.0)[:, None]
-                if POSITIVES == "lse":
-                    shift = _finite(_vector(row_top, rows, n, 0.0))
-                    pos = _vector(row_pos, rows, n, 0.0)
-                    term = term * tl.exp2(((s - shift[:, None]) - pos[:, None]) * LOG2E)
-                w += tl.where(positive, term, 0.0)
-            if beta is not None:
-                term = _vector(beta, cols, m, 0.0)[None, :]
-                if POSITIVES == "lse":
-                    shift = _finite(_vector(col_top, cols, m, 0.0))
-                    pos = _vector(col_pos, cols, m, 0.0)
-                    term = term * tl.exp2(((s - shift[None, :]) - pos[None, :]) * LOG2E)
-                w += tl.where(positive, term, 0.0)
+            col_v = _vector(v, cols, m, 0.0)[None, :]
+        if special:
+            positive, excluded = _classify(
+                row_ids, row_identity, col_identity, rows, cols, n, m, diagonal, SELF
+            )
+            s = tl.where(excluded, float("-inf"), tl.where(positive, -s, s))
+        w = (row_u + col_v) / (1.0 + tl.exp2(s * -LOG2E))  # σ(-inf) = 1 / inf = 0
+        if special:
+            positive, excluded = _classify(
+                row_ids, row_identity, col_identity, rows, cols, n, m, diagonal, SELF
+            )
+            w = tl.where(positive, -w, w)
+        return w
+    else:
+        if u is not None:
+            row_shift, row_u = _softmax_factor(row_top, row_logsum, u, rows, n)
+            row_shift, row_u = row_shift[:, None], row_u[:, None]
+        if v is not None:
+            col_shift, col_v = _softmax_factor(col_top, col_logsum, v, cols, m)
+            col_shift, col_v = col_shift[None, :], col_v[None, :]
+        w = tl.zeros_like(s)
+        if POSITIVES == "lse":
+            if special:
+                w = _lse_positives(s, row_ids, row_identity, col_identity, rows, cols, n, m,
+                                   diagonal, row_top, alpha, row_pos, col_top, beta, col_pos,
+                                   SELF)  # fmt: skip
+        if EXCLUDE_POSITIVES or SELF:
+            if special:
+                positive, excluded = _classify(
+                    row_ids, row_identity, col_identity, rows, cols, n, m, diagonal, SELF
+                )
+                if EXCLUDE_POSITIVES:
+                    s = tl.where(positive | excluded, float("-inf"), s)
+                else:
+                    s = tl.where(excluded, float("-inf"), s)
+        if u is not None:
+            w += _exp(s, row_shift, EXACT) * row_u
+        if v is not None:
+            w += _exp(s, col_shift, EXACT) * col_v
+        if POSITIVES == "linear":
+            if special:
+                positive, excluded = _classify(
+                    row_ids, row_identity, col_identity, rows, cols, n, m, diagonal, SELF
+                )
+                row_term, col_term = 0.0, 0.0
+                if alpha is not None:
+                    row_term = _vector(alpha, rows, n, 0.0)[:, None]
+                if beta is not None:
+                    if row_ids is None:  # one column for each row: a vector of rows takes less room
+                        partner = rows + diagonal
+                        inside = (partner >= 0) & (partner < m)
+                        col_term = tl.load(beta + partner, mask=inside, other=0.0)[:, None]
+                    else:
+                        col_term = _vector(beta, cols, m, 0.0)[None, :]
+                w += tl.where(positive, row_term + col_term, 0.0)
+        return w
+
+
+@triton.jit
+def _lse_positives(s, row_ids, row_identity, col_identity, rows, cols, n, m, diagonal,
+                   row_top, alpha, row_pos, col_top, beta, col_pos, SELF: tl.constexpr):  # fmt: skip
+    """alpha·e^(S - max - pos) + beta·e^(S - max - pos) at positives, 0 elsewhere."""
+    positive, _ = _classify(row_ids, row_identity, col_identity, rows, cols, n, m, diagonal, SELF)
+    w = tl.zeros_like(s)
+    if alpha is not None:
+        shift = _finite(_vector(row_top, rows, n, 0.0))[:, None]
+        pos = _vector(row_pos, rows, n, 0.0)[:, None]
+        factor = _vector(alpha, rows, n, 0.0)[:, None]
+        w += tl.where(positive, factor * tl.exp2(((s - shift) - pos) * LOG2E), 0.0)
+    if beta is not None:
+        shift = _finite(_vector(col_top, cols, m, 0.0))[None, :]
+        pos = _vector(col_pos, cols, m, 0.0)[None, :]
+        factor = _vector(beta, cols, m, 0.0)[None, :]
+        w += tl.where(positive, factor * tl.exp2(((s - shift) - pos) * LOG2E), 0.0)
     return w
 
 
@@ -522,10 +561,11 @@ def weights_kernel(
     a, b, scale, row_bias, col_bias, row_ids, col_ids,
     u, row_top, row_logsum, alpha, row_pos, v, col_top, col_logsum, beta, col_pos,
     norm, panel, scale_sums, row_sums, col_sums, softplus_sums,
-    n, m, d, stride_a, stride_b, diagonal, panel_row, panel_col, panel_rows, panel_cols, stride_panel,
-    EVEN_D: tl.constexpr, SCALE_PER_ROW: tl.constexpr, SOFTPLUS: tl.constexpr, POSITIVES: tl.constexpr,
-    SELF: tl.constexpr, EXCLUDE_POSITIVES: tl.constexpr, EXACT: tl.constexpr, TMA: tl.constexpr,
-    PRECISION: tl.constexpr, INTERPRETED: tl.constexpr,
+    n, m, d, stride_a, stride_b, diagonal,
+    panel_row, panel_col, panel_rows, panel_cols, stride_panel,
+    EVEN_D: tl.constexpr, SCALE_PER_ROW: tl.constexpr, SOFTPLUS: tl.constexpr,
+    POSITIVES: tl.constexpr, SELF: tl.constexpr, EXCLUDE_POSITIVES: tl.constexpr,
+    EXACT: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr, INTERPRETED: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """A panel of scale·W, rounded to the panel's dtype, for the vendor's matrix products.
@@ -572,14 +612,11 @@ def weights_kernel(
             signed = tl.where(excluded, float("-inf"), tl.where(positive, -s, s))
         at = softplus_sums + tile_n.to(tl.int64) * panel_rows + (rows - panel_row)
         tl.store(at, tl.sum(_softplus(signed), 1), mask=rows < last_row)
-    if special:
-        w = _weights(s, row_ids, row_identity, col_identity, rows, cols, last_row, last_col, diagonal,
-                     u, row_top, row_logsum, alpha, row_pos, v, col_top, col_logsum, beta, col_pos,
-                     MASKS, SOFTPLUS, POSITIVES, SELF, EXCLUDE_POSITIVES, EXACT)  # fmt: skip
-    else:
-        w = _weights(s, row_ids, row_identity, col_identity, rows, cols, last_row, last_col, diagonal,
-                     u, row_top, row_logsum, alpha, row_pos, v, col_top, col_logsum, beta, col_pos,
-                     False, SOFTPLUS, POSITIVES, SELF, EXCLUDE_POSITIVES, EXACT)  # fmt: skip
+    w = _weights(
+        s, special, row_ids, row_identity, col_identity, rows, cols, last_row, last_col,
+        diagonal, u, row_top, row_logsum, alpha, row_pos, v, col_top, col_logsum, beta, col_pos,
+        MASKS, SOFTPLUS, POSITIVES, SELF, EXCLUDE_POSITIVES, EXACT,
+    )  # fmt: skip
 
     if scale_sums is not None:
         at = scale_sums + tile_n.to(tl.int64) * panel_rows + (rows - panel_row)
@@ -656,16 +693,11 @@ def gradient_kernel(
         if MASKS:
             special = _special(row_ids, row_identity, col_identity, row0, col0, diagonal,
                                SELF, True, BLOCK_M, BLOCK_N)  # fmt: skip
-        if special:
-            w = _weights(s, row_ids, row_identity, col_identity, rows, cols, n, m, diagonal,
-                         u, row_top, row_logsum, alpha, row_pos,
-                         v, col_top, col_logsum, beta, col_pos,
-                         MASKS, SOFTPLUS, POSITIVES, SELF, EXCLUDE_POSITIVES, EXACT)  # fmt: skip
-        else:
-            w = _weights(s, row_ids, row_identity, col_identity, rows, cols, n, m, diagonal,
-                         u, row_top, row_logsum, alpha, row_pos,
-                         v, col_top, col_logsum, beta, col_pos,
-                         False, SOFTPLUS, POSITIVES, SELF, EXCLUDE_POSITIVES, EXACT)  # fmt: skip
+        w = _weights(
+            s, special, row_ids, row_identity, col_identity, rows, cols, n, m, diagonal, u,
+            row_top, row_logsum, alpha, row_pos, v, col_top, col_logsum, beta, col_pos, MASKS,
+            SOFTPLUS, POSITIVES, SELF, EXCLUDE_POSITIVES, EXACT,
+        )  # fmt: skip
         if scale_sums is not None:
             scale_total += tl.sum(w * acc, 1)
         if row_sums is not None:

@@ -22,15 +22,19 @@ class Tile(NamedTuple):
 
 
 class Arch(NamedTuple):
-    """tma: features come through tensor descriptors (Hopper and later), else through pointers.
+    """Tiles of one architecture, by arithmetic: "half" (bf16, fp16) and the three of fp32.
 
-    score: forward and W panels; gradient: the fused gradient, D ≤ FUSED_D, where k is unused.
-    By arithmetic: "half" (bf16, fp16) and the three of fp32.
+    tma: features come through tensor descriptors (Hopper and later), else through pointers.
+    forward, panel: the statistics and the W panels, where the positives are given by position.
+    ids: both, where they are given by ids: comparing and summing them takes registers.
+    gradient: the fused gradient, D ≤ FUSED_D, where k is unused.
     """
 
     name: str
     tma: bool
-    score: dict[str, Tile]
+    forward: dict[str, Tile]
+    panel: dict[str, Tile]
+    ids: dict[str, Tile]
     gradient: dict[str, Tile]
 
 
@@ -39,24 +43,87 @@ class Arch(NamedTuple):
 FUSED_D = 128
 
 
-def _same(tile: Tile) -> dict[str, Tile]:
-    return dict.fromkeys(("half", "tf32", "tf32x3", "ieee"), tile)
+def fp32(tf32: Tile, ieee: Tile) -> dict[str, Tile]:
+    """3×tf32 holds each operand twice, as large and small part: the smaller tile."""
+    return {"tf32": tf32, "tf32x3": ieee, "ieee": ieee}
 
 
 ARCHS = {
-    # the interpreter takes as long for a large tile as for a small one
-    "interpreter": Arch(
-        "interpreter", False, _same(Tile(128, 128, 128, 4, 1)), _same(Tile(128, 128, 0, 4, 1))
+    # 32 bytes of operands per clock at 128 × 128, of 47 that L2 gives: twice the width of the
+    # operands' reuse would not help. Eight warps: 64 scores per thread leave room for the column
+    # vectors; with four, 128 of them spill.
+    "sm_80": Arch(
+        "sm_80",
+        False,
+        forward={"half": Tile(128, 128, 64, 8, 3)}
+        | fp32(Tile(128, 128, 32, 8, 3), Tile(64, 64, 32, 8, 3)),
+        panel={"half": Tile(128, 128, 64, 8, 3)}
+        | fp32(Tile(128, 128, 32, 8, 3), Tile(64, 64, 32, 8, 3)),
+        ids={"half": Tile(128, 64, 64, 8, 3)}
+        | fp32(Tile(128, 64, 32, 8, 3), Tile(64, 64, 32, 8, 3)),
+        gradient={"half": Tile(64, 64, 0, 4, 2)}
+        | fp32(Tile(64, 32, 0, 4, 2), Tile(32, 32, 0, 4, 1)),
+    ),
+    # The matrix unit is twice as fast and L2 is not: 256 × 128 asks it for 48 bytes per clock, of
+    # about 39, where 128 × 128 would ask for 64.
+    "sm_90": Arch(
+        "sm_90",
+        True,
+        forward={"half": Tile(256, 128, 64, 8, 3)}
+        | fp32(Tile(128, 128, 32, 8, 3), Tile(64, 64, 32, 8, 3)),
+        panel={"half": Tile(256, 128, 64, 8, 3)}
+        | fp32(Tile(128, 128, 32, 8, 3), Tile(64, 64, 32, 8, 3)),
+        ids={"half": Tile(128, 64, 64, 8, 3)}
+        | fp32(Tile(128, 64, 32, 8, 3), Tile(64, 64, 32, 8, 3)),
+        gradient={"half": Tile(64, 64, 0, 4, 2)}
+        | fp32(Tile(64, 32, 0, 4, 2), Tile(32, 32, 0, 4, 1)),
+    ),
+    "sm_100": Arch(
+        "sm_100",
+        True,
+        forward={"half": Tile(128, 128, 64, 8, 3)}
+        | fp32(Tile(128, 64, 32, 8, 3), Tile(64, 64, 32, 8, 3)),
+        panel={"half": Tile(128, 128, 64, 8, 3)}
+        | fp32(Tile(128, 64, 32, 8, 3), Tile(64, 64, 32, 8, 3)),
+        ids={"half": Tile(128, 64, 64, 8, 3)}
+        | fp32(Tile(128, 64, 32, 8, 3), Tile(64, 64, 32, 8, 3)),
+        gradient={"half": Tile(64, 64, 0, 4, 2)}
+        | fp32(Tile(64, 32, 0, 4, 2), Tile(32, 32, 0, 4, 1)),
+    ),
+    # 64 KiB of shared memory: two stages of 128 × 128 × 64
+    "gfx942": Arch(
+        "gfx942",
+        False,
+        forward={"half": Tile(128, 128, 64, 8, 2)}
+        | fp32(Tile(128, 128, 32, 8, 2), Tile(64, 64, 32, 8, 2)),
+        panel={"half": Tile(128, 128, 64, 8, 2)}
+        | fp32(Tile(128, 128, 32, 8, 2), Tile(64, 64, 32, 8, 2)),
+        ids={"half": Tile(128, 64, 64, 8, 2)}
+        | fp32(Tile(128, 64, 32, 8, 2), Tile(64, 64, 32, 8, 2)),
+        gradient={"half": Tile(64, 64, 0, 4, 2)}
+        | fp32(Tile(64, 32, 0, 4, 2), Tile(32, 32, 0, 4, 1)),
     ),
 }
 
 
+def interpreter() -> Arch:
+    """It takes as long for a large tile as for a small one."""
+    same = dict.fromkeys(("half", "tf32", "tf32x3", "ieee"), Tile(128, 128, 128, 4, 1))
+    return Arch("interpreter", False, same, same, same, same)
+
+
+@lru_cache(maxsize=32)
 def device(device: torch.device) -> tuple[Arch, int]:
     """The architecture's tiles and the number of processors."""
     if device.type == "cpu":
-        return ARCHS["interpreter"], 4
+        return interpreter(), 4
     properties = torch.cuda.get_device_properties(device)
-    return ARCHS[arch_name(device)], properties.multi_processor_count
+    if torch.version.hip:
+        return ARCHS["gfx942"], properties.multi_processor_count
+    # 8.6 to 8.9 and 12.0 have 100 KiB of shared memory, which the tiles of 8.0 fit; only 9.0 has
+    # warp-group and only 10.x has fifth-generation matrix instructions
+    name = {9: "sm_90", 10: "sm_100"}.get(properties.major, "sm_80")
+    return ARCHS[name], properties.multi_processor_count
 
 
 class Split(NamedTuple):

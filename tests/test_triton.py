@@ -1,0 +1,388 @@
+"""The Triton kernels under Triton's interpreter, on the CPU: every option, dtype and code path.
+
+A tile takes the interpreter milliseconds whatever its size, so this is a selection; the whole
+problem set is `TRITON_INTERPRET=1 pytest tests/test_primitive.py -k triton`.
+"""
+
+import os
+from importlib.util import find_spec
+
+import pytest
+import torch
+
+if torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1":
+    pytest.skip("the GPU runs test_gpu.py; here with TRITON_INTERPRET=1", allow_module_level=True)
+if find_spec("triton") is None:
+    pytest.skip("triton is not installed", allow_module_level=True)
+os.environ["TRITON_INTERPRET"] = "1"  # read when triton is imported
+
+import test_primitive
+from problems import OPTIONS, Case, dense, gradients, leaves, make, run, run_softplus
+
+import ito_kernels.similarity.triton as backend
+from ito_kernels.similarity import chunked, dispatch, reference, triton_tiles
+from ito_kernels.similarity.spec import Needs, Problem, Upstream
+
+FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
+SMALL = triton_tiles.Tile(32, 32, 32, 4, 1)
+
+
+def tiles(monkeypatch, *, tma: bool = False, tile=SMALL, processors: int = 5) -> None:
+    """Small tiles on a few processors: several row and column groups, several tiles in each."""
+    same = dict.fromkeys(("half", "ieee", "tf32", "tf32x3"), tile)
+    arch = triton_tiles.Arch("test", tma, same, same, same, same)
+    monkeypatch.setattr(triton_tiles, "device", lambda device: (arch, processors))
+
+
+@pytest.fixture(params=["fused", "panels"])
+def backward(request, monkeypatch):
+    """Both shapes of backward; panels small enough that there are several each way."""
+    if request.param == "panels":
+        monkeypatch.setattr(triton_tiles, "FUSED_D", 0)
+        monkeypatch.setattr(backend, "PANEL_BYTES", 1)
+    return request.param
+
+
+def spread(cases: list[Case], dtypes=(FP32, BF16, FP16)) -> list:
+    """Every case, the dtypes in turn."""
+    pairs = [(case, dtypes[i % len(dtypes)]) for i, case in enumerate(cases)]
+    return [pytest.param(*p, id=f"{p[0]}-{str(p[1])[6:]}") for p in pairs]
+
+
+@pytest.mark.parametrize(("case", "dtype"), spread(OPTIONS[:-1]))
+def test_options(case, dtype, backward):
+    test_primitive.test_logsumexp("triton", case, dtype)
+
+
+@pytest.mark.parametrize(("case", "dtype"), spread(OPTIONS[:-1:2], (FP16, FP32, BF16)))
+def test_softplus(case, dtype, backward):
+    test_primitive.test_softplus("triton", case, dtype)
+
+
+RAGGED = [
+    Case(1, 1, 1, positives="linear"),
+    Case(1, 70, 3, positives="linear"),
+    Case(70, 1, 3, positives="lse"),
+    Case(70, 100, 40, positives="linear", hardest=True),  # D between one and two steps of 32
+    Case(100, 70, 40, ids="padded", positives="lse", hardest=True),
+    Case(100, 100, 40, same=True, exclude_self=True, ids="groups", positives="linear"),
+    Case(100, 100, 40, same=True, positives="lse", hardest=True),
+]
+
+
+@pytest.mark.parametrize("tma", [False, True], ids=["pointers", "descriptors"])
+@pytest.mark.parametrize(("case", "dtype"), spread(RAGGED, (BF16, FP32, FP16)))
+def test_many_small_tiles(case, dtype, tma, backward, monkeypatch):
+    tiles(monkeypatch, tma=tma)
+    test_primitive.test_logsumexp("triton", case, dtype)
+
+
+@pytest.mark.parametrize("tile", [(64, 32), (32, 64)], ids=str)
+@pytest.mark.parametrize("same", [False, True])
+def test_tiles_that_are_not_square(tile, same, monkeypatch):
+    tiles(monkeypatch, tile=triton_tiles.Tile(*tile, 32, 4, 1))
+    case = Case(150, 150, 16, same=same, ids="groups", positives="linear", exclude_self=same)
+    test_primitive.test_logsumexp("triton", case, FP32)
+
+
+@pytest.mark.parametrize("scale", [0.01, 200.0])
+def test_far_rows_do_not_underflow(scale):
+    test_primitive.test_far_rows_do_not_underflow("triton", scale)
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
+def test_non_finite_features_show(bad):
+    for side in ("a", "b"):
+        case = Case(40, 50, 8, positives="linear")
+        t = make(case, FP32)
+        t[side][3, 5] = bad
+        stats = run(case, t, "triton")
+        loss = (stats.row_logsum - stats.row_pos).sum() + (stats.col_logsum - stats.col_pos).sum()
+        assert not loss.isfinite()
+        assert not run_softplus(case, t, "triton").sum().isfinite()
+
+
+def test_strides():
+    test_primitive.test_strides("triton")
+
+
+def test_same_bits_every_time():
+    test_primitive.test_same_bits_every_time("triton")
+
+
+# ---- memory
+
+
+class Guarded:
+    """A pool that hands out tensors full of NaN between guard bands of a known value.
+
+    The kernels' outputs, slots and panels come from `new_empty`: what they leave unwritten shows as
+    NaN in a result, what they write out of bounds in a band.
+    """
+
+    BAND, MARK = 4096, 77.0
+
+    def __init__(self, monkeypatch):
+        self.pools = []
+        pool = self
+
+        original = torch.Tensor.new_empty
+
+        def new_empty(tensor, *size, dtype=None, **rest):
+            if rest:  # the interpreter's own
+                return original(tensor, *size, dtype=dtype, **rest)
+            shape = torch.Size(size[0] if len(size) == 1 and not isinstance(size[0], int) else size)
+            whole = torch.full(
+                (shape.numel() + 2 * pool.BAND,), pool.MARK, dtype=dtype or tensor.dtype
+            )
+            inner = whole[pool.BAND : pool.BAND + shape.numel()]
+            pool.pools.append((whole, inner.fill_(torch.nan)))
+            return inner.view(shape)
+
+        monkeypatch.setattr(torch.Tensor, "new_empty", new_empty)
+
+    def check(self) -> int:
+        for whole, inner in self.pools:
+            end = self.BAND + inner.numel()
+            bands = torch.cat([whole[: self.BAND], whole[end:]])
+            assert (bands == self.MARK).all(), "written out of bounds"
+        return len(self.pools)
+
+
+def banded(x: torch.Tensor | None, poison: float) -> torch.Tensor | None:
+    """`x` inside a buffer of `poison`: what is read beyond its ends gets into the result."""
+    if x is None:
+        return None
+    band = 4096
+    poison = poison if x.is_floating_point() else 1  # as an id: equal to real ones
+    whole = torch.full((x.numel() + 2 * band,), poison, dtype=x.dtype)
+    inner = whole[band : band + x.numel()].view(x.shape)
+    return inner.copy_(x)
+
+
+@pytest.mark.parametrize("tma", [False, True], ids=["pointers", "descriptors"])
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case(
+            70,
+            100,
+            40,
+            biases=True,
+            scale_per_row=True,
+            ids="groups",
+            positives="linear",
+            hardest=True,
+        ),  # fmt: skip
+        Case(100, 70, 40, positives="lse", diagonal=-20, exclude_positives=True),
+        Case(100, 100, 40, same=True, exclude_self=True, ids="padded", positives="lse"),
+    ],
+    ids=str,
+)
+def test_nothing_outside_is_read_or_written(case, tma, backward, monkeypatch):
+    tiles(monkeypatch, tma=tma)
+    plain = make(case, FP32)
+    t = {k: banded(v, torch.nan) for k, v in plain.items()}
+    if case.same:
+        t["b"], t["col_ids"] = t["a"], t["row_ids"]
+    names = ("positives", "exclude_self", "exclude_positives", "diagonal", "hardest")
+    fields = {name: getattr(case, name) for name in names}
+    problem = Problem(**(t | {"b": None if case.same else t["b"]}), **fields)
+    needs = Needs(True, not case.same, True, case.biases, case.biases)
+    g = torch.Generator().manual_seed(3)
+    u, v, alpha, beta = (torch.randn(k, generator=g) for k in (case.n, case.m) * 2)
+    expected_stats = reference.logsumexp_forward(problem)
+    expected = reference.logsumexp_backward(
+        problem, expected_stats, Upstream(u, v, alpha, beta), needs
+    )
+    expected_softplus = reference.softplus_forward(problem)
+
+    upstream = Upstream(*(banded(x, torch.nan) for x in (u, v, alpha, beta)))
+    guarded = Guarded(monkeypatch)
+    stats = backend.logsumexp_forward(problem)
+    grads = backend.logsumexp_backward(problem, stats, upstream, needs)
+    softplus = backend.softplus_forward(problem)
+    backend.softplus_backward(problem, upstream.u, needs)
+    assert guarded.check() > 5
+    for x, y in zip(stats, expected_stats, strict=True):
+        assert (x is None) == (y is None)
+        if x is not None:
+            torch.testing.assert_close(x, y, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(softplus, expected_softplus, rtol=1e-4, atol=1e-4)
+    for name, x, y in zip(Needs._fields, grads, expected, strict=True):
+        if y is not None and name == "scale" and y.ndim and problem.scale.ndim == 0:
+            x, y = x.sum(), y.sum()  # only the sum is defined for a 0-d scale
+        if y is not None:
+            torch.testing.assert_close(x, y, rtol=1e-3, atol=1e-3 * y.abs().max().item())
+
+
+# ---- work
+
+
+@pytest.fixture
+def launched(monkeypatch):
+    """The kernels that ran and their number of programs."""
+    calls = []
+    launch = backend._launch
+
+    def spy(kernel, programs, **arguments):
+        calls.append((kernel.__name__, programs, arguments))
+        return launch(kernel, programs, **arguments)
+
+    monkeypatch.setattr(backend, "_launch", spy)
+    return calls
+
+
+@pytest.fixture
+def products(monkeypatch):
+    calls = []
+    accumulate = backend._accumulate
+    monkeypatch.setattr(
+        backend, "_accumulate", lambda *args: calls.append(args) or accumulate(*args)
+    )
+    return calls
+
+
+def test_a_frozen_side_costs_no_product(backward, launched, products):
+    case = Case(65, 130, 24, ids="groups", positives="linear")
+    for names, fused, panels in ((("a",), 1, 1), (("b",), 1, 1), (("a", "b"), 2, 2)):
+        t = leaves(make(case, FP32), names)
+        total = run(case, t, "triton").row_logsum.sum()
+        launched.clear()
+        products.clear()
+        gradients(total, t)
+        if backward == "fused":
+            assert [name for name, *_ in launched].count("gradient_kernel") == fused
+        else:
+            tiles_of_panels = [name for name, *_ in launched].count("weights_kernel")
+            assert len(products) == panels * tiles_of_panels > 0
+    t = leaves(make(case, FP32), ("scale",))
+    total = run(case, t, "triton").row_logsum.sum()
+    launched.clear()
+    products.clear()
+    gradients(total, t)
+    assert not products
+    assert all(arguments.get("grad") is None for _, _, arguments in launched)
+
+
+def test_half_the_tiles_of_a_symmetric_problem(launched, monkeypatch):
+    monkeypatch.setattr(triton_tiles, "FUSED_D", 0)
+    monkeypatch.setattr(backend, "PANEL_BYTES", 1)
+    tiles(monkeypatch)
+    visits = {}
+    for same in (True, False):
+        case = Case(512, 512, 8, same=same, exclude_self=True, ids="groups", positives="linear")
+        t = leaves(make(case, FP32))
+        if not same:
+            t["b"] = t["a"].detach().clone().requires_grad_()
+        launched.clear()
+        stats = run(case, t, "triton")
+        gradients(stats.row_logsum.sum(), t)
+        name, programs, arguments = launched[0]
+        assert name == "logsumexp_kernel"
+        forward = programs * arguments["row_tiles"] * arguments["col_tiles"]
+        visits[same] = forward, sum(p for name, p, _ in launched if name == "weights_kernel")
+    # 16 tiles each way: the groups on the diagonal are computed in full
+    assert visits[True][0] <= 0.75 * visits[False][0]
+    assert visits[True][1] <= 0.65 * visits[False][1]
+
+
+def test_memory_of_the_column_statistics():
+    """O((N + M)·√processors): far below one slot per program."""
+    tile = triton_tiles.Tile(128, 128, 64, 8, 3)
+    for n, m in ((65536, 65536), (1 << 20, 1 << 20), (65536, 262144), (1000, 1 << 20)):
+        for triangle in {False, n == m}:
+            split = triton_tiles.split(n, m, tile, 132, triangle)
+            assert split.row_tiles * split.row_groups * tile.m >= n
+            assert split.col_tiles * split.col_groups * tile.n >= m
+            if n >= 65536:
+                assert max(split.row_groups, split.col_groups) <= 3 * 132**0.5
+                work = (
+                    split.row_tiles * split.col_tiles * -(-split.programs // 132) * tile.m * tile.n
+                )
+                ideal = n * m / 132 * (0.5 if triangle else 1)
+                assert work <= 1.12 * ideal, (n, m, split)
+
+
+def test_every_pair_of_groups_once():
+    """The triangle's programs, by the same arithmetic as the kernel's, in fp32."""
+    import numpy as np
+
+    for groups in (1, 2, 7, 64, 300):
+        seen = set()
+        for pid in range(groups * (groups + 1) // 2):
+            col = int((np.sqrt(np.float32(8.0 * pid + 1.0)) - np.float32(1)) * np.float32(0.5))
+            col -= col * (col + 1) // 2 > pid
+            col += (col + 1) * (col + 2) // 2 <= pid
+            seen.add((pid - col * (col + 1) // 2, col))
+        assert seen == {(r, c) for c in range(groups) for r in range(c + 1)}
+
+
+# ---- accuracy
+
+
+def test_gradients_of_a_large_fp16_batch_do_not_underflow(backward):
+    """W is about 1/N²: in fp16 most of it would round to 0."""
+    case = Case(200, 200, 16, scale=20.0, positives="linear")
+    t = leaves(make(case, FP16), ("a", "b"))
+    truth_t = leaves(t, ("a", "b"))
+    weight = 1e-7
+    stats = run(case, t, "triton")
+    loss = ((stats.row_logsum - stats.row_pos) * 1e4 * weight).sum()
+    truth = dense(case, truth_t, torch.float64)
+    expected = gradients(((truth["row_lse"] - truth["row_linear"]) * 1e4 * weight).sum(), truth_t)
+    for name, x in gradients(loss, t).items():
+        size = expected[name].abs().max()
+        assert (x.double() - expected[name].double()).abs().max() <= 0.02 * size
+
+
+def test_positives_are_subtracted_before_rounding(backward):
+    """A hard negative near a good positive: the two halves of W nearly cancel (bf16, scale 100)."""
+    g = torch.Generator().manual_seed(0)
+    a = torch.nn.functional.normalize(torch.randn(64, 32, generator=g), dim=1)
+    b = torch.nn.functional.normalize(a + 0.02 * torch.randn(64, 32, generator=g), dim=1)
+    b[1::2] = torch.nn.functional.normalize(b[::2] + 0.01 * torch.randn(32, 32, generator=g), dim=1)
+    a, b = (x.bfloat16().requires_grad_() for x in (a, b))
+    case = Case(64, 64, 32, scale=100.0, positives="linear")
+    t = {"a": a, "b": b, "scale": torch.tensor(100.0), "row_bias": None, "col_bias": None,
+         "row_ids": None, "col_ids": None}  # fmt: skip
+    stats = run(case, t, "triton")
+    ours = gradients(
+        (stats.row_logsum - stats.row_pos).sum() + (stats.col_logsum - stats.col_pos).sum(), t
+    )
+    truth = dense(case, t, torch.float64)
+    total = sum((truth[f"{s}_lse"] - truth[f"{s}_linear"]).sum() for s in ("row", "col"))
+    for name, expected in gradients(total, t).items():
+        error = (ours[name].double() - expected.double()).norm() / expected.double().norm()
+        assert error <= 0.03
+
+
+# ---- choice
+
+
+def test_supports_and_describe():
+    a = torch.randn(8, 200)
+    assert backend.supports(Problem(a, a, torch.tensor(1.0)))[0]
+    ok, reason = backend.supports(Problem(a.double(), None, torch.tensor(1.0)))
+    assert not ok
+    assert "fp64" in reason
+    assert "W panels" in backend.describe(Problem(a, a, torch.tensor(1.0)))
+    assert "fused" in backend.describe(Problem(a[:, :64], a[:, :64], torch.tensor(1.0)))
+    assert "symmetric" in backend.describe(Problem(a, None, torch.tensor(1.0)))
+
+
+def test_fp32_follows_the_matmul_precision():
+    before = torch.get_float32_matmul_precision()
+    try:
+        for mode, expected in (("highest", "ieee"), ("high", "tf32x3"), ("medium", "tf32")):
+            torch.set_float32_matmul_precision(mode)
+            assert backend._arithmetic(FP32) == expected
+            assert backend._arithmetic(BF16) == "half"
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+def test_cpu_tensors_never_choose_the_interpreter():
+    a = torch.randn(4, 8)
+    assert dispatch.choose(Problem(a, a, torch.tensor(1.0))) != "triton"
+    assert chunked.supports(Problem(a, a, torch.tensor(1.0)))[0]
