@@ -79,8 +79,8 @@ class Loop(NamedTuple):
 
 
 def variants(arch: Arch, arithmetic: str) -> dict[str, tuple]:
-    """{name: (kernel, tile, arguments)} of what is compiled: the cases with the most and the least
-    state of each kernel. "plain" is the tile path that nearly all tiles take."""
+    """{name: (kernel, tile, arguments)} of what is compiled: the plain CLIP loss, and the cases
+    with the most state of each kernel (of fp32 only the latter)."""
     element, _ = ELEMENT[arithmetic]
     fp32, i32 = "*fp32", "*i32"
     score, by_ids = arch.forward[arithmetic], arch.ids[arithmetic]
@@ -107,7 +107,7 @@ def variants(arch: Arch, arithmetic: str) -> dict[str, tuple]:
     sides = {"row_slots": fp32, "col_slots": fp32, "ROWS": True, "COLS": True}
     forward = features(score, score.k) | groups | sides
     forward_ids = features(by_ids, by_ids.k) | groups | sides | ids
-    up = ("u", "row_top", "row_logsum", "v", "col_top", "col_logsum")
+    up = ("u", "row_factors", "v", "col_factors")
     upstream = dict.fromkeys(up, fp32)
     positive = {"alpha": fp32, "beta": fp32, "POSITIVES": "linear"}
     lse = positive | {"row_pos": fp32, "col_pos": fp32, "POSITIVES": "lse"}
@@ -120,12 +120,10 @@ def variants(arch: Arch, arithmetic: str) -> dict[str, tuple]:
     hard = everything | {"POSITIVES": "lse", "HARDEST": True, "TRIANGLE": True}
     statistics, panels = kernels.logsumexp_kernel, kernels.weights_kernel
     out = {
-        "forward plain": (statistics, score, forward),
         "forward clip": (statistics, score, forward | {"pair_scores": fp32}),
         "forward ids": (statistics, by_ids, forward_ids | {"POSITIVES": "linear"}),
         "forward all": (statistics, by_ids, forward_ids | hard),
         "softplus ids": (kernels.softplus_kernel, by_ids, forward_ids),
-        "panel plain": (panels, w, panel | upstream),
         "panel clip": (panels, w, panel | upstream | positive | {"scale_sums": fp32}),
         "panel all": (panels, by_ids, panel_ids | upstream | lse | everything | sums),
         "panel softplus": (panels, by_ids, panel_ids | ids | softplus | sums),
@@ -136,6 +134,10 @@ def variants(arch: Arch, arithmetic: str) -> dict[str, tuple]:
             kernels.gradient_kernel, gradient,
             fused | upstream | positive | {"scale_sums": fp32},
         )  # fmt: skip
+    if element == "fp32":
+        out = {
+            k: v for k, v in out.items() if k in ("forward all", "panel all", "gradient 128 clip")
+        }
     return out
 
 
@@ -218,7 +220,7 @@ def family(op: str) -> str:
 
 def count(code: list, labels: dict) -> dict:
     """Instructions of one thread: in the whole kernel, in one step of the loop over D, and in one
-    tile outside of that loop."""
+    tile outside of that loop, without what a forward branch skips: the tiles with positives."""
     loops = [
         Loop(labels[target], at)
         for at, (_, targets) in enumerate(code)
@@ -233,12 +235,19 @@ def count(code: list, labels: dict) -> dict:
     total = Counter(family(op) for op, _ in code)
     inner = [x for x in loops if any(x.start <= at <= x.end for at in matrix)]
     out = {"total": dict(total), "instructions": len(code)}
+    rare: set[int] = set()
+    for at, (_, targets) in enumerate(code):
+        for target in targets:
+            skipped = range(at + 1, labels.get(target, 0))
+            if 100 < len(skipped) < 3000 and not matrix.intersection(skipped):
+                rare.update(skipped)
     if inner:
         step = min(inner, key=lambda x: x.end - x.start)
         outer = [x for x in inner if x.start < step.start and x.end > step.end]
-        tile = within(min(outer, key=lambda x: x.end - x.start)) if outer else total
+        tile = min(outer, key=lambda x: x.end - x.start) if outer else Loop(0, len(code) - 1)
         out["per_step"] = dict(within(step))
-        out["per_tile"] = dict(tile - within(step))
+        skipped = Counter(family(code[at][0]) for at in rare if tile.start <= at <= tile.end)
+        out["per_tile"] = dict(within(tile) - within(step) - skipped)
     return out
 
 
@@ -270,15 +279,15 @@ def predict(rows: list[dict]) -> list[dict]:
     out = []
     find = {(r["arch"], r["kernel"]): r for r in rows if r["arithmetic"] == "half"}
     for name, chip in CHIPS.items():
-        if (chip.arch, "forward plain") not in find or (chip.arch, "panel plain") not in find:
+        if (chip.arch, "forward clip") not in find or (chip.arch, "panel clip") not in find:
             continue
         for size in (32768, 65536):
             for d in (512, 768):
                 unit = 2 * size * size * d
                 peak = chip.matrix * chip.processors * chip.clock * 1e9
                 seconds, bound, limits = {}, {}, {}
-                for part, kernel, written in (("forward", "forward plain", 0),
-                                              ("panel", "panel plain", 2)):  # fmt: skip
+                for part, kernel, written in (("forward", "forward clip", 0),
+                                              ("panel", "panel clip", 2)):  # fmt: skip
                     row = find[(chip.arch, kernel)]
                     clocks = units(row, chip, d, written)
                     tiles = size / row["tile"][0] * size / row["tile"][1] / chip.processors

@@ -5,6 +5,7 @@ problem set is `TRITON_INTERPRET=1 pytest tests/test_primitive.py -k triton`.
 """
 
 import os
+from dataclasses import replace
 from importlib.util import find_spec
 
 import pytest
@@ -164,16 +165,7 @@ def banded(x: torch.Tensor | None, poison: float) -> torch.Tensor | None:
 @pytest.mark.parametrize(
     "case",
     [
-        Case(
-            70,
-            100,
-            40,
-            biases=True,
-            scale_per_row=True,
-            ids="groups",
-            positives="linear",
-            hardest=True,
-        ),  # fmt: skip
+        replace(OPTIONS[15], n=70, m=100, d=40, positives="linear", hardest=True),
         Case(100, 70, 40, positives="lse", diagonal=-20, exclude_positives=True),
         Case(100, 100, 40, same=True, exclude_self=True, ids="padded", positives="lse"),
     ],

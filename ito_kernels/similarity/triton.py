@@ -51,7 +51,8 @@ def describe(problem: Problem) -> str:
     if problem.d <= tiles.FUSED_D:
         return f"{text}; fused gradients, {_words(plan.gradient)}"
     rows, cols = plan.panel_size()
-    return f"{text}; W panels of {rows} x {cols}, {_words(plan.panel)}, for the vendor's matrix product"
+    panels = f"W panels of {rows} x {cols}, {_words(plan.panel)}"
+    return f"{text}; {panels}, for the vendor's matrix product"
 
 
 def _words(tile: tiles.Tile) -> str:
@@ -260,7 +261,7 @@ def logsumexp_forward(problem: Problem) -> Stats:
     row_slots = slots(split.col_groups, p.n) if rows else None
     col_slots = row_slots if symmetric else slots(split.row_groups, p.m) if cols else None
     pair_scores = None
-    if p.positives and p.row_ids is None and not p.exclude_self:
+    if p.row_ids is None and not p.exclude_self:  # also where not asked for: one kernel less
         pair_scores = op.a.new_empty(p.n, dtype=torch.float32)
     _launch(
         kernels.logsumexp_kernel,
@@ -292,7 +293,7 @@ def logsumexp_forward(problem: Problem) -> Stats:
             kernels.merge_kernel,
             triton.cdiv(length, MERGE_BLOCK),
             slots=slots,
-            pair_scores=pair_scores,
+            pair_scores=pair_scores if p.positives else None,
             counts=counts,
             top_out=top,
             logsum_out=logsum,
@@ -341,10 +342,8 @@ def softplus_forward(problem: Problem) -> Tensor:
 def logsumexp_backward(problem: Problem, stats: Stats, upstream: Upstream, needs: Needs) -> Grads:
     rows = (upstream.u, stats.row_max, stats.row_logsum, upstream.alpha, stats.row_pos)
     cols = (upstream.v, stats.col_max, stats.col_logsum, upstream.beta, stats.col_pos)
-    if not problem.rows:
-        rows = (None,) * 5
-    if not problem.cols:
-        cols = (None,) * 5
+    rows = rows if problem.rows else (None,) * 5
+    cols = cols if problem.cols else (None,) * 5
     return _backward(problem, rows, cols, needs, softplus=False)
 
 
@@ -352,8 +351,20 @@ def softplus_backward(problem: Problem, u: Tensor, needs: Needs) -> Grads:
     return _backward(problem, (u, None, None, None, None), (None,) * 5, needs, softplus=True)
 
 
-_ROW_VECTORS = ("u", "row_top", "row_logsum", "alpha", "row_pos")
-_COL_VECTORS = ("v", "col_top", "col_logsum", "beta", "col_pos")
+_ROW_VECTORS = ("u", "row_factors", "alpha", "row_pos")
+_COL_VECTORS = ("v", "col_factors", "beta", "col_pos")
+
+
+def _side_vectors(side: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
+    """(upstream, max, logsum, upstream of pos, pos) as the kernels take it: max and logsum become
+    shift and factor, with upstream·softmax = factor·e^(S - shift)."""
+    u, top, logsum, alpha, pos = side
+    factors = None
+    if top is not None and (u is not None or alpha is not None):
+        factor = torch.zeros_like(top) if u is None else u * torch.exp(-logsum)
+        empty = top == -torch.inf
+        factors = torch.stack([top.masked_fill(empty, 0), factor.masked_fill(empty, 0)], 1)
+    return u, factors, alpha, pos
 
 
 class _Backward(NamedTuple):
@@ -399,6 +410,7 @@ def _backward(problem: Problem, rows, cols, needs: Needs, softplus: bool) -> Gra
         )
         rows = cols = both
     norm = _norm(problem, rows, cols) if problem.a.dtype == torch.float16 else None
+    rows, cols = _side_vectors(rows), _side_vectors(cols)
     call = _Backward(problem, plan, op, rows, cols, symmetric, softplus, norm)
     if problem.d <= tiles.FUSED_D:
         return _fused(call, needs)

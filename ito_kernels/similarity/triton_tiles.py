@@ -43,65 +43,58 @@ class Arch(NamedTuple):
 FUSED_D = 128
 
 
-def fp32(tf32: Tile, ieee: Tile) -> dict[str, Tile]:
-    """3×tf32 holds each operand twice, as large and small part: the smaller tile."""
-    return {"tf32": tf32, "tf32x3": ieee, "ieee": ieee}
-
+# fp32: ieee runs on the ordinary units. 3×tf32 holds each operand twice, as a large and a small
+# part, so it gets the smallest tile.
+IEEE, TF32X3 = Tile(64, 64, 32, 8, 3), Tile(64, 32, 32, 8, 3)
+FP32 = {"tf32": Tile(128, 64, 32, 8, 3), "tf32x3": TF32X3, "ieee": IEEE}
+FP32_IDS = FP32 | {"tf32": Tile(64, 64, 32, 8, 3)}
+GRADIENT = {
+    "half": Tile(64, 32, 0, 4, 2),
+    "tf32": Tile(32, 32, 0, 4, 2),
+    "tf32x3": Tile(32, 32, 0, 4, 1),
+    "ieee": Tile(32, 32, 0, 4, 1),
+}
 
 ARCHS = {
-    # 32 bytes of operands per clock at 128 × 128, of 47 that L2 gives: twice the width of the
-    # operands' reuse would not help. Eight warps: 64 scores per thread leave room for the column
-    # vectors; with four, 128 of them spill.
+    # 128 × 128 asks L2 for 32 bytes of operands per clock, of the 47 that it gives: a wider tile
+    # gains nothing. Eight warps: 64 scores per thread leave room for the column vectors; the 128
+    # of four warps spill.
     "sm_80": Arch(
         "sm_80",
         False,
-        forward={"half": Tile(128, 128, 64, 8, 3)}
-        | fp32(Tile(128, 128, 32, 8, 3), Tile(64, 64, 32, 8, 3)),
-        panel={"half": Tile(128, 128, 64, 8, 3)}
-        | fp32(Tile(128, 128, 32, 8, 3), Tile(64, 64, 32, 8, 3)),
-        ids={"half": Tile(128, 64, 64, 8, 3)}
-        | fp32(Tile(128, 64, 32, 8, 3), Tile(64, 64, 32, 8, 3)),
-        gradient={"half": Tile(64, 64, 0, 4, 2)}
-        | fp32(Tile(64, 32, 0, 4, 2), Tile(32, 32, 0, 4, 1)),
+        forward={"half": Tile(128, 128, 64, 8, 3)} | FP32,
+        panel={"half": Tile(128, 128, 64, 8, 3)} | FP32,
+        ids={"half": Tile(64, 64, 64, 8, 3)} | FP32_IDS,
+        gradient=GRADIENT,
     ),
     # The matrix unit is twice as fast and L2 is not: 256 × 128 asks it for 48 bytes per clock, of
-    # about 39, where 128 × 128 would ask for 64.
+    # about 39, where 128 × 128 would ask for 64. W panels, with more column vectors, spill there.
     "sm_90": Arch(
         "sm_90",
         True,
-        forward={"half": Tile(256, 128, 64, 8, 3)}
-        | fp32(Tile(128, 128, 32, 8, 3), Tile(64, 64, 32, 8, 3)),
-        panel={"half": Tile(256, 128, 64, 8, 3)}
-        | fp32(Tile(128, 128, 32, 8, 3), Tile(64, 64, 32, 8, 3)),
-        ids={"half": Tile(128, 64, 64, 8, 3)}
-        | fp32(Tile(128, 64, 32, 8, 3), Tile(64, 64, 32, 8, 3)),
-        gradient={"half": Tile(64, 64, 0, 4, 2)}
-        | fp32(Tile(64, 32, 0, 4, 2), Tile(32, 32, 0, 4, 1)),
+        forward={"half": Tile(256, 128, 64, 8, 3)} | FP32,
+        panel={"half": Tile(128, 128, 64, 8, 3)} | FP32,
+        ids={"half": Tile(128, 64, 64, 8, 3)} | FP32_IDS,
+        gradient=GRADIENT | {"half": Tile(64, 64, 0, 4, 2)},
     ),
+    # Scores come from tensor memory with a row per thread, so column vectors take a register per
+    # column: 128 columns spill in the forward kernel (211), 64 with ids (40).
     "sm_100": Arch(
         "sm_100",
         True,
-        forward={"half": Tile(128, 128, 64, 8, 3)}
-        | fp32(Tile(128, 64, 32, 8, 3), Tile(64, 64, 32, 8, 3)),
-        panel={"half": Tile(128, 128, 64, 8, 3)}
-        | fp32(Tile(128, 64, 32, 8, 3), Tile(64, 64, 32, 8, 3)),
-        ids={"half": Tile(128, 64, 64, 8, 3)}
-        | fp32(Tile(128, 64, 32, 8, 3), Tile(64, 64, 32, 8, 3)),
-        gradient={"half": Tile(64, 64, 0, 4, 2)}
-        | fp32(Tile(64, 32, 0, 4, 2), Tile(32, 32, 0, 4, 1)),
+        forward={"half": Tile(128, 64, 64, 8, 3)} | FP32,
+        panel={"half": Tile(128, 128, 64, 8, 3)} | FP32,
+        ids={"half": Tile(128, 32, 64, 8, 3)} | FP32_IDS,
+        gradient=GRADIENT,
     ),
     # 64 KiB of shared memory: two stages of 128 × 128 × 64
     "gfx942": Arch(
         "gfx942",
         False,
-        forward={"half": Tile(128, 128, 64, 8, 2)}
-        | fp32(Tile(128, 128, 32, 8, 2), Tile(64, 64, 32, 8, 2)),
-        panel={"half": Tile(128, 128, 64, 8, 2)}
-        | fp32(Tile(128, 128, 32, 8, 2), Tile(64, 64, 32, 8, 2)),
-        ids={"half": Tile(128, 64, 64, 8, 2)}
-        | fp32(Tile(128, 64, 32, 8, 2), Tile(64, 64, 32, 8, 2)),
-        gradient={"half": Tile(64, 64, 0, 4, 2)}
-        | fp32(Tile(64, 32, 0, 4, 2), Tile(32, 32, 0, 4, 1)),
+        forward={"half": Tile(128, 128, 64, 8, 2)} | FP32,
+        panel={"half": Tile(128, 128, 64, 8, 2)} | FP32,
+        ids={"half": Tile(128, 64, 64, 8, 2)} | FP32_IDS,
+        gradient=GRADIENT,
     ),
 }
 

@@ -1,0 +1,138 @@
+"""The Triton kernels on a GPU: `pytest -m gpu`."""
+
+import pytest
+import test_primitive
+import torch
+from problems import CASES, Case, gradients, leaves, make, run
+
+from ito_kernels import clip_loss, siglip_loss
+
+pytestmark = pytest.mark.gpu
+if not torch.cuda.is_available():
+    pytest.skip("there is no CUDA device", allow_module_level=True)
+
+
+@pytest.fixture(autouse=True)
+def on_gpu(monkeypatch):
+    """The shared problem set on the GPU: its tensors are made on the CPU and moved."""
+
+    def moved(case, dtype, seed=0):
+        with torch.device("cpu"):
+            t = make(case, dtype, seed)
+        t = {k: None if v is None else v.cuda() for k, v in t.items()}
+        if case.same:
+            t["b"], t["col_ids"] = t["a"], t["row_ids"]
+        return t
+
+    monkeypatch.setattr(test_primitive, "make", moved)
+    with torch.device("cuda"):
+        yield
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("case", [*CASES, Case(3000, 5000, 768, positives="linear")], ids=str)
+def test_problem_set(case, dtype):
+    draw = test_primitive.weights
+
+    def weights(case, truth):
+        with torch.device("cpu"):
+            drawn = draw(case, {k: v.cpu() for k, v in truth.items()})
+        return {k: v.cuda() for k, v in drawn.items()}
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(test_primitive, "weights", weights)
+        test_primitive.test_logsumexp("triton", case, dtype)
+
+
+@pytest.mark.parametrize("mode", ["highest", "high", "medium"])
+def test_fp32_modes(mode):
+    """ieee and 3×tf32 keep fp32's accuracy, tf32 about 11 bits of each product."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision(mode)
+    try:
+        a, b = (torch.nn.functional.normalize(torch.randn(1000, 512), dim=1) for _ in range(2))
+        ours = clip_loss(a, b, 50.0, backend="triton")
+        truth = clip_loss(a.double(), b.double(), 50.0, backend="reference")
+        bound = {"highest": 2e-5, "high": 5e-5, "medium": 2e-2}[mode]
+        assert (ours.double() - truth).abs() <= bound
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+def test_same_bits_every_time():
+    a, b = (torch.randn(3000, 512, dtype=torch.bfloat16).requires_grad_() for _ in range(2))
+    results = []
+    for _ in range(5):
+        loss = clip_loss(a, b, 0.1, backend="triton")
+        results.append([loss, *torch.autograd.grad(loss, (a, b))])
+    for other in results[1:]:
+        assert all(torch.equal(x, y) for x, y in zip(results[0], other, strict=True))
+
+
+@pytest.mark.parametrize("loss", [clip_loss, lambda *args, **kw: siglip_loss(*args, -10.0, **kw)])
+@pytest.mark.parametrize("d", [64, 512])
+def test_cuda_graph(loss, d):
+    """Forward and backward are captured: nothing in them waits for the device."""
+    a, b = (torch.randn(2048, d, dtype=torch.bfloat16).requires_grad_() for _ in range(2))
+    scale = torch.tensor(0.1)
+
+    def step():
+        return torch.autograd.grad(loss(a, b, scale, backend="triton"), (a, b))
+
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            step()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step()
+    with torch.no_grad():
+        a.copy_(torch.randn_like(a))
+    graph.replay()
+    for x, y in zip(captured, step(), strict=True):
+        assert torch.equal(x, y)
+
+
+def test_nothing_waits_for_the_device():
+    t = leaves(test_primitive.make(Case(1000, 1500, 256, ids="groups"), torch.bfloat16))
+    case = Case(1000, 1500, 256, ids="groups", positives="linear")
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        stats = run(case, t, "triton")
+        gradients((stats.row_logsum - stats.row_pos).sum(), t)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def test_no_compilation_per_batch_size():
+    from ito_kernels.similarity import triton_kernels
+
+    def compiled() -> int:
+        kernels = (triton_kernels.logsumexp_kernel, triton_kernels.weights_kernel)
+        return sum(len(cache[0]) for k in kernels for cache in k.device_caches.values())
+
+    def step(n: int, m: int) -> None:
+        a, b = torch.randn(n, 256).bfloat16(), torch.randn(m, 256).bfloat16()
+        ids = torch.arange(max(n, m))
+        case = Case(n, m, 256, ids="groups", positives="linear")
+        t = {"a": a, "b": b, "scale": torch.tensor(1.0), "row_bias": None, "col_bias": None,
+             "row_ids": ids[:n], "col_ids": ids[:m]}  # fmt: skip
+        t = leaves(t)
+        gradients(run(case, t, "triton").row_logsum.sum(), t)
+
+    step(1024, 1024)
+    before = compiled()
+    for n, m in ((1, 1), (1023, 1000), (16, 4096), (777, 1)):
+        step(n, m)
+    assert compiled() == before
+
+
+def test_memory_stays_linear():
+    """N = 65,536: the matrix alone would take 8.6 GB in bf16."""
+    a, b = (torch.randn(65536, 768, dtype=torch.bfloat16).requires_grad_() for _ in range(2))
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    torch.autograd.grad(clip_loss(a, b, 0.1, backend="triton"), (a, b))
+    assert torch.cuda.max_memory_allocated() - before < 1.2e9
