@@ -84,7 +84,7 @@ def variants(arch: Arch, arithmetic: str) -> dict[str, tuple]:
     element, _ = ELEMENT[arithmetic]
     fp32, i32 = "*fp32", "*i32"
     score, by_ids = arch.forward[arithmetic], arch.ids[arithmetic]
-    w, gradient = arch.panel[arithmetic], arch.gradient[arithmetic]
+    w, gradient = arch.panel[arithmetic], arch.gradient.get(arithmetic)
     common = {
         "scale": fp32, "n": "i32", "m": "i32", "d": "i32", "stride_a": "i32", "stride_b": "i32",
         "diagonal": "i32", "EVEN_D": True, "SCALE_PER_ROW": False, "SELF": False,
@@ -128,7 +128,7 @@ def variants(arch: Arch, arithmetic: str) -> dict[str, tuple]:
         "panel all": (panels, by_ids, panel_ids | upstream | lse | everything | sums),
         "panel softplus": (panels, by_ids, panel_ids | ids | softplus | sums),
     }
-    for d in (64, 128):
+    for d in (64, 128) if gradient else ():
         fused = features(gradient, d) | {"grad": f"*{element}", "stride_grad": "i32"}
         out[f"gradient {d} clip"] = (
             kernels.gradient_kernel, gradient,
@@ -369,7 +369,7 @@ def main() -> None:
     work = [
         (arch, arithmetic, name)
         for arch in options.arch or TARGETS
-        for arithmetic in options.arithmetic or ARCHS[arch].score
+        for arithmetic in options.arithmetic or ARCHS[arch].forward
         for name in variants(ARCHS[arch], arithmetic)
         if (options.kernel or "") in name
     ]

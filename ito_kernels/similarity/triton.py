@@ -48,7 +48,7 @@ def describe(problem: Problem) -> str:
     text = f"{plan.arch.name}, {plan.arithmetic}: {_words(plan.forward)} scores"
     if _symmetric(problem):
         text += ", half of them (S is symmetric)"
-    if problem.d <= tiles.FUSED_D:
+    if plan.gradient:
         return f"{text}; fused gradients, {_words(plan.gradient)}"
     rows, cols = plan.panel_size()
     panels = f"W panels of {rows} x {cols}, {_words(plan.panel)}"
@@ -66,12 +66,16 @@ class _Plan:
         self.problem = problem
         self.arch, self.processors = tiles.device(problem.a.device)
         self.arithmetic = _arithmetic(problem.a.dtype)
+        if self.arithmetic not in self.arch.forward:
+            self.arithmetic = "ieee"  # where there is no 3×tf32
         by_ids = problem.row_ids is not None
         self.forward, self.panel = (
             (self.arch.ids if by_ids else x)[self.arithmetic]
             for x in (self.arch.forward, self.arch.panel)
         )
-        self.gradient = self.arch.gradient[self.arithmetic]
+        self.gradient = None
+        if problem.d <= tiles.FUSED_D:
+            self.gradient = self.arch.gradient.get(self.arithmetic)
 
     def panel_size(self) -> tuple[int, int]:
         p = self.problem
@@ -412,7 +416,7 @@ def _backward(problem: Problem, rows, cols, needs: Needs, softplus: bool) -> Gra
     norm = _norm(problem, rows, cols) if problem.a.dtype == torch.float16 else None
     rows, cols = _side_vectors(rows), _side_vectors(cols)
     call = _Backward(problem, plan, op, rows, cols, symmetric, softplus, norm)
-    if problem.d <= tiles.FUSED_D:
+    if plan.gradient:
         return _fused(call, needs)
     return _panels(call, needs)
 

@@ -27,7 +27,7 @@ class Arch(NamedTuple):
     tma: features come through tensor descriptors (Hopper and later), else through pointers.
     forward, panel: the statistics and the W panels, where the positives are given by position.
     ids: both, where they are given by ids: comparing and summing them takes registers.
-    gradient: the fused gradient, D ≤ FUSED_D, where k is unused.
+    gradient: the fused gradient, D ≤ FUSED_D, where k is unused; not for every arithmetic.
     """
 
     name: str
@@ -50,9 +50,7 @@ FP32 = {"tf32": Tile(128, 64, 32, 8, 3), "tf32x3": TF32X3, "ieee": IEEE}
 FP32_IDS = FP32 | {"tf32": Tile(64, 64, 32, 8, 3)}
 GRADIENT = {
     "half": Tile(64, 32, 0, 4, 2),
-    "tf32": Tile(32, 32, 0, 4, 2),
-    "tf32x3": Tile(32, 32, 0, 4, 1),
-    "ieee": Tile(32, 32, 0, 4, 1),
+    "tf32": Tile(32, 32, 0, 4, 2),  # 3×tf32 and ieee spill at any size: they take panels
 }
 
 ARCHS = {
@@ -84,16 +82,16 @@ ARCHS = {
         True,
         forward={"half": Tile(128, 64, 64, 8, 3)} | FP32,
         panel={"half": Tile(128, 128, 64, 8, 3)} | FP32,
-        ids={"half": Tile(128, 32, 64, 8, 3)} | FP32_IDS,
+        ids={"half": Tile(128, 32, 64, 8, 3)} | FP32_IDS | {"ieee": TF32X3},
         gradient=GRADIENT,
     ),
-    # 64 KiB of shared memory: two stages of 128 × 128 × 64
+    # 64 KiB of shared memory: two stages of 128 × 128 × 64. No 3×tf32 there.
     "gfx942": Arch(
         "gfx942",
         False,
-        forward={"half": Tile(128, 128, 64, 8, 2)} | FP32,
-        panel={"half": Tile(128, 128, 64, 8, 2)} | FP32,
-        ids={"half": Tile(128, 64, 64, 8, 2)} | FP32_IDS,
+        forward={"half": Tile(128, 128, 64, 8, 2), "tf32": FP32["tf32"], "ieee": IEEE},
+        panel={"half": Tile(128, 128, 64, 8, 2), "tf32": FP32["tf32"], "ieee": IEEE},
+        ids={"half": Tile(128, 64, 64, 8, 2), "tf32": FP32_IDS["tf32"], "ieee": IEEE},
         gradient=GRADIENT,
     ),
 }
