@@ -220,7 +220,8 @@ def family(op: str) -> str:
 
 def count(code: list, labels: dict) -> dict:
     """Instructions of one thread: in the whole kernel, in one step of the loop over D, and in one
-    tile outside of that loop, without what a forward branch skips: the tiles with positives."""
+    tile outside of that loop, without what a forward branch skips: the tiles with positives.
+    Holds for the CLIP kernels, with one such branch; with ids the branches nest."""
     loops = [
         Loop(labels[target], at)
         for at, (_, targets) in enumerate(code)
@@ -332,12 +333,14 @@ def markdown(rows: list[dict], predictions: list[dict], versions: str) -> str:
     ]
     for r in rows:
         m, n, k, warps, _ = r["tile"]
-        tile = Counter(r.get("per_tile", {}))
-        special = tile["special"]
+        counts = "| – | –"
+        if r["kernel"] in ("forward clip", "panel clip"):
+            tile = Counter(r["per_tile"])
+            counts = f"| {tile['special']} | {sum(tile.values()) - tile['special']}"
         lines.append(
             f"| {r['arch']} | {r['arithmetic']} | {r['kernel']} | {m}×{n}×{k} | {warps}"
             f" | {r['registers']} | {r['spills']} | {r['shared'] / 1024:.0f} | {occupancy(r)}"
-            f" | {r['matrix_instructions']} | {special} | {sum(tile.values()) - special} |"
+            f" | {r['matrix_instructions']} {counts} |"
         )
     table = "\n".join(lines)
     lines = [

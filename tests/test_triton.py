@@ -26,6 +26,7 @@ from ito_kernels.similarity.spec import Needs, Problem, Upstream
 
 FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
 SMALL = triton_tiles.Tile(32, 32, 32, 4, 1)
+MEDIUM = triton_tiles.Tile(64, 64, 32, 4, 1)
 
 
 def tiles(monkeypatch, *, tma: bool = False, tile=SMALL, processors: int = 5) -> None:
@@ -172,7 +173,7 @@ def banded(x: torch.Tensor | None, poison: float) -> torch.Tensor | None:
     ids=str,
 )
 def test_nothing_outside_is_read_or_written(case, tma, backward, monkeypatch):
-    tiles(monkeypatch, tma=tma)
+    tiles(monkeypatch, tma=tma, tile=MEDIUM)
     plain = make(case, FP32)
     t = {k: banded(v, torch.nan) for k, v in plain.items()}
     if case.same:
@@ -260,10 +261,10 @@ def test_a_frozen_side_costs_no_product(backward, launched, products):
 def test_half_the_tiles_of_a_symmetric_problem(launched, monkeypatch):
     monkeypatch.setattr(triton_tiles, "FUSED_D", 0)
     monkeypatch.setattr(backend, "PANEL_BYTES", 1)
-    tiles(monkeypatch)
+    tiles(monkeypatch, tile=MEDIUM)
     visits = {}
     for same in (True, False):
-        case = Case(512, 512, 8, same=same, exclude_self=True, ids="groups", positives="linear")
+        case = Case(384, 384, 8, same=same, exclude_self=True, ids="groups", positives="linear")
         t = leaves(make(case, FP32))
         if not same:
             t["b"] = t["a"].detach().clone().requires_grad_()
@@ -274,9 +275,9 @@ def test_half_the_tiles_of_a_symmetric_problem(launched, monkeypatch):
         assert name == "logsumexp_kernel"
         forward = programs * arguments["row_tiles"] * arguments["col_tiles"]
         visits[same] = forward, sum(p for name, p, _ in launched if name == "weights_kernel")
-    # 16 tiles each way: the groups on the diagonal are computed in full
+    # 6 tiles and 3 panels each way: groups and panels on the diagonal are computed in full
     assert visits[True][0] <= 0.75 * visits[False][0]
-    assert visits[True][1] <= 0.65 * visits[False][1]
+    assert visits[True][1] <= 0.67 * visits[False][1]
 
 
 def test_memory_of_the_column_statistics():
