@@ -3,8 +3,9 @@
 import dataclasses
 
 import torch
+import torch.nn.functional as F
 
-from ito.augment import PAPER, Augmentation, augment, crop, stroke, warp
+from ito.augment import PAPER, Augmentation, augment, brightest, crop, stroke, warp
 
 STILL = Augmentation(scale=(1, 1), ratio=(1, 1), jitter_p=0.0, gray_p=0.0)
 
@@ -48,6 +49,11 @@ def test_stroke_outlines_fades_or_leaves_alone():
     assert torch.equal(outlined[:, ~ring], x[0][:, ~ring])
     assert torch.equal(faded[:, 4, 4], x[1][:, 4, 4])
     assert (faded[:, 3, 3:6] == 1).all()
+
+
+def test_brightest_is_the_maximum_of_3_by_3():
+    x = torch.rand(2, 3, 7, 5)
+    assert torch.equal(brightest(x), F.max_pool2d(x, 3, 1, 1))
 
 
 def test_they_are_off_unless_asked_for():
