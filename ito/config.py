@@ -46,10 +46,10 @@ class Config:
     image_size: int = option(32, "model", "pixels per side that the image tower sees")
     width: int = option(128, "model", "of both towers and of the joint embedding")
     heads: int = option(4, "model", "attention heads")
-    image_depth: int = option(2, "model", "transformer blocks of the image tower")
+    image_depth: int = option(1, "model", "transformer blocks of the image tower")
     text_depth: int = option(1, "model", "transformer blocks of the text tower")
 
-    steps: int = option(2200, "optimisation", "optimizer steps")
+    steps: int = option(2400, "optimisation", "optimizer steps")
     batch_size: int = option(64, "optimisation", "distinct items per step")
     lr: float = option(1e-3, "optimisation", "peak learning rate of AdamW")
     weight_decay: float = option(1.0, "optimisation", "on matrices only")

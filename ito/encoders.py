@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 PAD = 0
-STEM = ((32, 2), (64, 2), (64, 1), (128, 2), (128, 1))
+STEM = ((48, 4, 4), (64, 3, 1), (128, 3, 2), (128, 3, 1))  # channels, kernel, stride
 
 
 def attention(query: Tensor, key: Tensor, value: Tensor, key_mask: Tensor | None) -> Tensor:
@@ -93,7 +93,7 @@ class ImageEncoder(nn.Module):
     Args:
         image_size: side of the square input in pixels, a multiple of 8.
         width, depth, heads: of the transformer; embed_dim: the joint width E.
-        stem: (channels, stride) of the 3x3 convolutions; the strides multiply to 8.
+        stem: (channels, kernel, stride) of the convolutions; the strides multiply to 8.
 
     ``forward(images (B, 3, S, S)) -> tokens (B, 1 + (S/8)², E), pooled (B, E)``; token 0 is CLS.
     """
@@ -105,7 +105,7 @@ class ImageEncoder(nn.Module):
         depth: int,
         heads: int,
         embed_dim: int,
-        stem: tuple[tuple[int, int], ...] = STEM,
+        stem: tuple[tuple[int, int, int], ...] = STEM,
     ):
         super().__init__()
         if image_size % 8:
@@ -114,9 +114,9 @@ class ImageEncoder(nn.Module):
         self.grid = image_size // 8
         layers: list[nn.Module] = []
         channels = 3
-        for out_channels, stride in stem:
+        for out_channels, kernel, stride in stem:
             layers += [
-                nn.Conv2d(channels, out_channels, 3, stride, 1, bias=False),
+                nn.Conv2d(channels, out_channels, kernel, stride, kernel % 2, bias=False),
                 nn.BatchNorm2d(out_channels),
                 nn.ReLU(inplace=True),
             ]
