@@ -28,7 +28,9 @@ from ito.trainer import Trainer
 
 
 def main(arguments: list[str] | None = None) -> Path:
-    parser = argparse.ArgumentParser(prog="python -m ito.train", description=__doc__)
+    parser = argparse.ArgumentParser(
+        prog="python -m ito.train", usage="%(prog)s [options]", description=__doc__
+    )
     run_options(parser)
     add_options(parser)
     options = parser.parse_args(arguments)
@@ -54,7 +56,12 @@ def run_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--out", type=Path, help="run folder to create (runs/DATE-TIME)")
     group.add_argument("--resume", type=Path, metavar="RUN", help="continue a run to its end")
     group.add_argument("--cache", type=Path, help="where prepared data lives (~/.cache/ito)")
-    group.add_argument("--precision", choices=("auto", "bf16", "fp32"), default="auto")
+    group.add_argument(
+        "--precision",
+        choices=("auto", "bf16", "fp32"),
+        default="auto",
+        help="of the towers; auto: bf16 where the processor multiplies it (auto)",
+    )
     group.add_argument("--device", help="cpu, cuda, cuda:1, ... (a GPU where there is one)")
     group.add_argument("--threads", type=int, metavar="N", help="CPU threads (PyTorch's choice)")
     group.add_argument("--log-every", type=int, default=10, metavar="N", help="steps (10)")
