@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 
 import ito
 from ito import train
-from ito.augment import DRAWINGS
+from ito.augment import DRAWINGS, Augmentation
 from ito.batches import Batches
 from ito.config import Config, add_options, from_options
 from ito.data import load_dataset
@@ -80,7 +80,7 @@ def test_64_samples_overfit(tmp_path):
     folder = write_set(tmp_path / "data", items=64, drawings=1, split="train")
     dataset = load_dataset(folder, 64)
     config = Config(
-        steps=120, batch_size=32, lr=2e-3, width=64, heads=4, image_depth=1, vocab_size=300
+        steps=60, batch_size=32, width=64, vocab_size=300, augmentation=Augmentation(gray_p=0.0)
     )
     tokenizer = Tokenizer.train([c for names in dataset.captions for c in names], 300, 16)
     trainer = Trainer(config, dataset, tokenizer, CPU, torch.float32)
