@@ -32,13 +32,16 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from contenders import CONTENDERS, Contender, Inputs, make_inputs
-from torch.profiler import profile
+from torch.profiler import ProfilerActivity, profile
 
 os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # else the profiler announces itself on stderr
 
 LEAST_ROUNDS, MOST_ROUNDS = 3, 200
-STEP_SECONDS = 300.0  # a contender whose first step takes longer is left out
-PRELOAD = ["torch", "torch._dynamo", "torch._inductor.compile_fx", "ito_kernels"]
+PEAK_SECONDS = 0.1  # how long the loop of multiply-adds runs
+STEP_SECONDS = 600.0  # a contender whose first step takes longer is left out
+# not ito_kernels: the server looks in the working directory first, this process may not
+PRELOAD = ["torch", "torch._dynamo", "torch._inductor.compile_fx"]
+MOST_SCORES = 1 << 28  # results of one torch.mm: 1 GiB in fp32
 SMALL = 128  # rows of the step that loads the code before memory is measured
 LINUX = sys.platform == "linux"
 
@@ -87,18 +90,22 @@ Times = dict[str, dict[str, float]]
 
 
 class Gemm:
-    """The unit: torch.mm of rows × D by D × rows, into a tensor whose memory is there already."""
+    """The unit: torch.mm of rows × D by D × rows, into a tensor whose memory is there already.
+
+    Beyond MOST_SCORES results it computes some of the columns and multiplies the time.
+    """
 
     def __init__(self, rows: int, d: int, like: torch.Tensor):
+        cols = min(rows, max(1, MOST_SCORES // rows))
         self.left = torch.randn(rows, d, device=like.device, dtype=like.dtype)
-        self.right = torch.randn(d, rows, device=like.device, dtype=like.dtype)
-        self.out = like.new_zeros(rows, rows)
-        self.rows, self.flops = rows, 2 * rows * rows * d
+        self.right = torch.randn(d, cols, device=like.device, dtype=like.dtype)
+        self.out = like.new_zeros(rows, cols)
+        self.rows, self.parts, self.flops = rows, rows / cols, 2 * rows * rows * d
 
     def __call__(self) -> tuple[float, float]:
         begin = _mark(self.out.device.type)
         torch.mm(self.left, self.right, out=self.out)
-        return _elapsed(begin, _mark(self.out.device.type)), 0.0
+        return _elapsed(begin, _mark(self.out.device.type)) * self.parts, 0.0
 
 
 def time_in_turns(runs: dict[str, Callable[[], tuple]], seconds: float) -> dict[str, Times]:
@@ -140,7 +147,7 @@ def gemm_flops(run: Callable[[], object], native: bool) -> float | None:
         before = counter()
         run()
         return float(counter() - before)
-    with profile(record_shapes=True) as profiler:
+    with profile(activities=[ProfilerActivity.CPU], record_shapes=True) as profiler:
         run()
     flops = 0.0
     for event in profiler.events():
@@ -151,10 +158,21 @@ def gemm_flops(run: Callable[[], object], native: bool) -> float | None:
     return flops
 
 
-def peak_flops(dtype: str) -> float | None:
-    """FLOP/s of the native module's multiply-add loop on the current number of threads."""
-    peak = getattr(_native(), "peak_gflops", None)
-    return None if peak is None else peak(torch.get_num_threads(), dtype) * 1e9
+def peak_flops(dtype: torch.dtype) -> float | None:
+    """FLOP/s of the native module's loop of independent multiply-adds, on PyTorch's threads."""
+    native = _native()
+    if not hasattr(native, "cpu_peak"):
+        return None
+    kind = getattr(native.CpuDType, str(dtype).removeprefix("torch."))
+    isa, threads, rounds = os.environ.get("ITO_CPU_ISA", ""), torch.get_num_threads(), 1000
+    best = seconds = 0.0
+    while seconds < PEAK_SECONDS:
+        rounds *= 2
+        start = time.perf_counter()
+        flops = native.cpu_peak(rounds, kind, isa, threads)
+        seconds = time.perf_counter() - start
+        best = max(best, flops / seconds)
+    return best
 
 
 def _native():
