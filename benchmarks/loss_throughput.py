@@ -40,6 +40,7 @@ from contenders import (
     through_normalise,
 )
 from measure import (
+    TELLS_PEAK,
     Gemm,
     MemoryProbe,
     Step,
@@ -64,6 +65,8 @@ def main() -> None:
         torch.set_num_threads(args.threads)
     report = {"date": datetime.now().isoformat(timespec="seconds"), **machine(args.device)}
     print(", ".join(f"{key} {value}" for key, value in report.items()), flush=True)
+    if args.device == "cpu" and not TELLS_PEAK:
+        print("extra memory is not measured: /proc/self/clear_refs cannot be written here")
     report |= {"rows": [], "memory": [], "skipped": []}
     probe = MemoryProbe(args.device, args.dim, QUICK_COMPILES_FOR if args.quick else math.inf)
     for dtype, loss, n in product(args.dtype, args.loss, args.batch):

@@ -23,7 +23,6 @@ import multiprocessing
 import os
 import random
 import signal
-import sys
 import time
 from collections.abc import Callable
 from multiprocessing import forkserver
@@ -43,7 +42,7 @@ STEP_SECONDS = 600.0  # a contender whose first step takes longer is left out
 PRELOAD = ["torch", "torch._dynamo", "torch._inductor.compile_fx"]
 MOST_SCORES = 1 << 28  # results of one torch.mm: 1 GiB in fp32
 SMALL = 128  # rows of the step that loads the code before memory is measured
-LINUX = sys.platform == "linux"
+TELLS_PEAK = os.access("/proc/self/clear_refs", os.W_OK)  # Linux, and not every sandbox
 
 
 class Step(NamedTuple):
@@ -198,7 +197,7 @@ def relative_error(got: tuple[torch.Tensor, ...], exact: tuple[torch.Tensor, ...
 class Probe(NamedTuple):
     """What a contender's first step at a size tells: its extra memory, or why it cannot run.
 
-    Both None: it runs, and this system does not tell the peak of a process.
+    Both None: it runs, and this system does not tell the peak of a process (TELLS_PEAK).
     """
 
     extra_bytes: int | None = None
@@ -216,7 +215,8 @@ class MemoryProbe:
         self.compile_until = time.perf_counter() + compile_seconds
         self.processes = multiprocessing.get_context("forkserver")
         self.processes.set_forkserver_preload(PRELOAD)
-        forkserver.ensure_running()  # it imports while this process prepares
+        if device == "cpu":
+            forkserver.ensure_running()  # it imports while this process prepares
 
     def __call__(self, contender: Contender, loss: str, n: int, dtype: torch.dtype) -> Probe:
         args = (loss, n, self.dim, dtype, self.device)
@@ -254,7 +254,7 @@ def _report(sender, seconds: float, threads: int, name: str, args: tuple) -> Non
         raise _TimeUp
 
     torch.set_num_threads(threads)
-    if LINUX:
+    if TELLS_PEAK:
         _limit_memory()
     signal.signal(signal.SIGALRM, stop)
     signal.setitimer(signal.ITIMER_REAL, seconds)
@@ -301,7 +301,7 @@ def _reset_peak(device: str) -> int | None:
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
         return torch.cuda.memory_allocated()
-    if not LINUX:
+    if not TELLS_PEAK:
         return None
     # freed memory that malloc keeps would otherwise be used again without being seen
     ctypes.CDLL(None).malloc_trim(0)
