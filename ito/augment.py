@@ -28,7 +28,7 @@ class Augmentation:
     `jitter_p`; `blur_sigma` in pixels at 224 px, scaled with the output size (at 32 px the recipe's
     is below 0.3 px: no blur); a flip changes the meaning of arrows, hands and most flags.
 
-    A `scale` above 1 shows the picture smaller, on white. `warp` bends it smoothly, by at most this
+    A `scale` above 1 shows the picture smaller, on white. `warp` bends it smoothly, by about this
     share of half a side. With probability `stroke_p` edges get a dark outline, with half of it dark
     lines fade, both by a random amount: what artists drawing the same thing differ in most.
     """
