@@ -7,6 +7,7 @@ gigabyte, and an epoch touches no file.
 import csv
 import hashlib
 import io
+import itertools
 import json
 import os
 from concurrent.futures import ThreadPoolExecutor
@@ -91,51 +92,45 @@ def load_dataset(
         records = read_csv(path, csv_separator, csv_img_key, csv_caption_key)
     else:
         raise FileNotFoundError(f"no data at {path}: want a folder with captions.jsonl, or a CSV")
-    skipped = [(r.where, "empty caption") for r in records if not r.captions]
-    records = [r for r in records if r.captions]
-
-    shown = {}  # a picture named by several rows of an item is decoded, and counted, once
-    for r in records:
-        shown.setdefault((r.path, r.item, r.split), r)
-    images = torch.empty(len(shown), 3, image_size, image_size, dtype=torch.uint8)
-    kept = []
-    with ThreadPoolExecutor(workers or os.cpu_count()) as pool:
-        decoded = pool.map(lambda r: decode(r.path, image_size), shown.values())
-        for r, image in zip(shown.values(), decoded, strict=True):
-            if isinstance(image, str):
-                skipped.append((r.where, image))
-            else:
-                images[len(kept)] = torch.from_numpy(image).permute(2, 0, 1)
-                kept.append(r)
+    images, kept, skipped = decode_all([r for r in records if r.captions], image_size, workers)
+    skipped = [(r.where, "empty caption") for r in records if not r.captions] + skipped
     if not kept:
         reasons = "; ".join(f"{where}: {reason}" for where, reason in skipped[:3])
         raise ValueError(f"no usable picture in {source} ({len(skipped)} rows skipped: {reasons})")
 
     index = {item: n for n, item in enumerate(dict.fromkeys(r.item for r in kept))}
-    captions = [{} for _ in index]
-    first = [None] * len(index)
+    rows = [[] for _ in index]
     for r in records:
         if r.item in index:
-            n = index[r.item]
-            captions[n] |= dict.fromkeys(r.captions)
-            first[n] = first[n] or r
+            rows[index[r.item]].append(r)
     if any(r.split for r in records):
         split = [r.split or "train" for r in kept]
     else:
         held = held_out(list(index), split_seed)
         split = ["heldout" if r.item in held else "train" for r in kept]
     return Dataset(
-        images=images[: len(kept)],
+        images=images,
         image_item=torch.tensor([index[r.item] for r in kept]),
         split=split,
         style=[r.style for r in kept],
         items=list(index),
-        captions=[list(names) for names in captions],
-        translations=[r.translations for r in first],
-        group=[r.group for r in first],
-        subgroup=[r.subgroup for r in first],
+        captions=[union(r.captions for r in same) for same in rows],
+        translations=[
+            {
+                language: union(r.translations.get(language, []) for r in same)
+                for language in union(r.translations for r in same)
+            }
+            for same in rows
+        ],
+        group=[next((r.group for r in same if r.group), None) for same in rows],
+        subgroup=[next((r.subgroup for r in same if r.subgroup), None) for same in rows],
         skipped=skipped,
     )
+
+
+def union(lists) -> list[str]:
+    """Each text once, in the order of their first appearance."""
+    return list(dict.fromkeys(itertools.chain.from_iterable(lists)))
 
 
 def read_jsonl(source: Path) -> list[Record]:
@@ -159,7 +154,7 @@ def parse(line: str, where: str, folder: Path) -> Record:
             raise ValueError(f"{where}: {name} must be a text, got {value!r}")
         return value
 
-    if not text("image"):
+    if text("image") is None:
         raise ValueError(f"{where}: names no image; its fields are {list(fields)}")
     if "captions" not in fields and "caption" not in fields:
         raise ValueError(f"{where}: has no captions or caption; its fields are {list(fields)}")
@@ -194,15 +189,16 @@ def read_csv(source: Path, separator: str, img_key: str, caption_key: str) -> li
             f"{separator!r}"
         )
     records = []
-    for fields in reader:
-        where = f"{source}:{reader.line_num}"
-        name = fields[img_key]
-        if not name:
-            raise ValueError(f"{where}: column {img_key!r} names no picture")
-        beside = source.parent / name
-        path = beside if beside.exists() else Path(name)
-        captions = texts(fields[caption_key], where)
-        records.append(Record(where, path, name, captions, {}, None, None, None, None))
+    try:
+        for fields in reader:
+            where = f"{source}:{reader.line_num}"
+            name = fields[img_key] or ""
+            beside = source.parent / name
+            path = beside if beside.exists() else Path(name)
+            captions = texts(fields[caption_key], where)
+            records.append(Record(where, path, name, captions, {}, None, None, None, None))
+    except csv.Error as error:  # a quote that is never closed
+        raise ValueError(f"{source}:{reader.line_num}: not CSV: {error}") from None
     return records
 
 
@@ -213,6 +209,30 @@ def read_text(source: Path) -> str:
     except UnicodeDecodeError as error:
         row = data.count(b"\n", 0, error.start) + 1
         raise ValueError(f"{source}:{row}: not UTF-8: {error}") from None
+
+
+def decode_all(
+    records: list[Record], size: int, workers: int | None
+) -> tuple[torch.Tensor, list[Record], list[tuple[str, str]]]:
+    """uint8 (K, 3, size, size), the record of each, and what was skipped; in order.
+
+    A picture that several rows of an item name is decoded, and counted, once.
+    """
+    shown = {}
+    for r in records:
+        shown.setdefault((r.path, r.item, r.split), r)
+    images = torch.empty(len(shown), 3, size, size, dtype=torch.uint8)
+    kept, bad = [], {}
+    with ThreadPoolExecutor(workers or os.cpu_count()) as pool:
+        pictures = pool.map(lambda r: decode(r.path, size), shown.values())
+        for r, picture in zip(shown.values(), pictures, strict=True):
+            if isinstance(picture, str):
+                bad[r.path] = picture
+            else:
+                images[len(kept)] = torch.from_numpy(picture).permute(2, 0, 1)
+                kept.append(r)
+    skipped = [(r.where, bad[r.path]) for r in records if r.path in bad]
+    return images[: len(kept)], kept, skipped
 
 
 def decode(path: Path, size: int) -> np.ndarray | str:
@@ -230,7 +250,7 @@ def decode(path: Path, size: int) -> np.ndarray | str:
                 image = white.convert("RGB")
             return np.array(ImageOps.fit(image, (size, size), Image.Resampling.BICUBIC))
     except FileNotFoundError:
-        return f"no such picture: {path}"
+        return f"no picture {path}"
     except Exception as error:  # Pillow's plugins raise anything on a damaged file
         return f"unreadable picture {path}: {type(error).__name__}: {error}"
 
@@ -242,7 +262,9 @@ def held_out(items: list[str], seed: int) -> set[str]:
 
 
 def report_skipped(skipped: list[tuple[str, str]], limit: int = 10) -> str:
-    """Their number, then the first `limit` of them, a line each."""
-    lines = [f"skipped {len(skipped)} records" + ":" * bool(skipped)]
+    """Their number, then the first `limit` of them, a line each; nothing if there are none."""
+    if not skipped:
+        return ""
+    lines = [f"skipped {len(skipped)} records:"]
     lines += [f"  {where}: {reason}" for where, reason in skipped[:limit]]
     return "\n".join(lines + ["  …"] * (len(skipped) > limit))

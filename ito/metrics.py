@@ -28,7 +28,10 @@ def retrieval(
 
     image_emb (N, D), text_emb (M, D), image_item (N,) and text_item (M,) integer item ids.
     Returns `i2t/R@1` …, `i2t/chance`, `i2t/candidates`, `i2t/queries`, and the same for `t2i`.
+    Raises ValueError where shapes disagree, or if no query has a correct candidate.
     """
+    check("image_item", image_item, image_emb)
+    check("text_item", text_item, text_emb)
     image, text = F.normalize(image_emb.float(), dim=1), F.normalize(text_emb.float(), dim=1)
     return {
         f"{name}/{key}": value
@@ -62,6 +65,11 @@ def recall(queries, candidates, query_item, candidate_item, ks) -> dict[str, flo
     }
 
 
+def check(name: str, ids: torch.Tensor, rows: torch.Tensor) -> None:
+    if ids.shape != rows.shape[:1]:
+        raise ValueError(f"{name} must have shape ({len(rows)},), got {tuple(ids.shape)}")
+
+
 def zero_shot(
     image_emb: torch.Tensor, class_emb: torch.Tensor, labels: torch.Tensor
 ) -> dict[str, float]:
@@ -69,7 +77,13 @@ def zero_shot(
 
     image_emb (N, D), class_emb (C, D) one embedding per class, labels (N,) class indices.
     `chance` is 1/C, `majority` the accuracy of always naming the most frequent class.
+    Raises ValueError if a label is not in [0, C).
     """
+    check("labels", labels, image_emb)
+    if labels.min() < 0 or labels.max() >= len(class_emb):
+        raise ValueError(
+            f"labels must be in [0, {len(class_emb)}), got {labels.min()} to {labels.max()}"
+        )
     item = torch.arange(len(class_emb), device=labels.device)
     image, classes = F.normalize(image_emb.float(), dim=1), F.normalize(class_emb.float(), dim=1)
     scores = recall(image, classes, labels, item, ks=(1,))

@@ -3,8 +3,8 @@
 from pathlib import Path
 
 import torch
+from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from tokenizers import Tokenizer as BPE
-from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 PAD, BOS, EOT = "<pad>", "<bos>", "<eot>"
 
@@ -12,8 +12,8 @@ PAD, BOS, EOT = "<pad>", "<bos>", "<eot>"
 class Tokenizer:
     """Texts to int64 ids (B, context_length): BOS, tokens, EOT, then padding (id 0).
 
-    Lower-cases and normalises (NFKC). Byte-level: no text is out of vocabulary. A text that is too
-    long is cut and keeps its EOT.
+    Lower-cases, normalises (NFKC), and takes any white space as one space. Byte-level: no text is
+    out of vocabulary. A text that is too long is cut and keeps its EOT.
     """
 
     pad_id = 0
@@ -40,7 +40,10 @@ class Tokenizer:
         if not captions:
             raise ValueError("captions is empty: nothing to train a tokenizer on")
         bpe = BPE(models.BPE())
-        bpe.normalizer = normalizers.Sequence([normalizers.NFKC(), normalizers.Lowercase()])
+        space = normalizers.Replace(Regex(r"\s+"), " ")
+        bpe.normalizer = normalizers.Sequence(
+            [normalizers.NFKC(), normalizers.Lowercase(), space, normalizers.Strip()]
+        )
         bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
         bpe.decoder = decoders.ByteLevel()
         trainer = trainers.BpeTrainer(

@@ -1,4 +1,4 @@
-"""The losses as modules, with the signatures that training code already uses. They hold no state."""
+"""The losses as modules with the signatures that training code already uses; stateless."""
 
 from __future__ import annotations
 

@@ -199,7 +199,7 @@ def _per_anchor(logsum: Tensor, pos: Tensor, count: Tensor, positives: str) -> T
     else:
         loss = logsum - pos
         if positives == "in":
-            loss = loss + k.log()
+            loss = loss + k.to(loss.dtype).log()
     return torch.where(count > 0, loss, 0)
 
 

@@ -36,32 +36,35 @@ def _panel_rows(problem: Problem) -> int:
 
 
 class _Panels:
-    """The panels of a problem: their inner products, scores and masks."""
+    """The panels of a problem: their rows, inner products, scores and masks."""
 
     def __init__(self, problem: Problem):
         self.problem = problem
         self.a, self.b = features(problem)
         self.scale = problem.scale.reshape(-1, 1).expand(problem.n, 1)
+        self.excludes = problem.row_ids is not None or problem.exclude_self
+        self.bars = self.excludes or problem.exclude_positives
 
-    def __iter__(self) -> Iterator[tuple[slice, Tensor, Pairs]]:
+    def __iter__(self) -> Iterator[tuple[slice, Tensor, Tensor, Pairs]]:
         p = self.problem
-        rows = _panel_rows(p)
-        for start in range(0, p.n, rows):
-            stop = min(start + rows, p.n)
-            dot = self.a[start:stop] @ self.b.T
-            yield slice(start, stop), dot, classify(p, start, stop)
+        step = _panel_rows(p)
+        for start in range(0, p.n, step):
+            rows = slice(start, min(start + step, p.n))
+            dot = self.a[rows] @ self.b.T
+            scores = self.scale[rows] * dot
+            if p.row_bias is not None:
+                scores += p.row_bias[rows, None]
+            if p.col_bias is not None:
+                scores += p.col_bias
+            yield rows, dot, scores, classify(p, rows.start, rows.stop)
 
-    def scores(self, rows: slice, dot: Tensor) -> Tensor:
-        scores = self.scale[rows] * dot
-        if self.problem.row_bias is not None:
-            scores += self.problem.row_bias[rows, None]
-        if self.problem.col_bias is not None:
-            scores += self.problem.col_bias
-        return scores
+    def allowed(self, scores: Tensor, pairs: Pairs) -> Tensor:
+        """The scores with -inf where they do not count in max and logsum."""
+        return scores.masked_fill(pairs.barred, -torch.inf) if self.bars else scores
 
 
 class _Side:
-    """Statistics along one side, merged over panels. Positives are kept relative to the maximum."""
+    """Statistics along one side, merged over panels."""
 
     def __init__(self, problem: Problem, length: int):
         def full(value: float) -> Tensor:
@@ -69,44 +72,49 @@ class _Side:
 
         self.kind, self.hardest = problem.positives, problem.hardest
         self.max, self.sum, self.neg_max = full(-torch.inf), full(0), full(-torch.inf)
-        self.pos = full(-torch.inf if self.kind == "lse" else 0)
-        self.count = full(0)
+        # the positives' sum and number, or their logsumexp relative to the maximum so far
+        self.pos, self.count = full(-torch.inf if self.kind == "lse" else 0), full(0)
 
-    def merge(self, at: slice, scores: Tensor, pairs: Pairs, dim: int) -> None:
+    def merge(self, at: slice, scores: Tensor, allowed: Tensor, pairs: Pairs, dim: int) -> None:
         old = self.max[at]
-        new = torch.maximum(old, scores.masked_fill(~pairs.allowed, -torch.inf).amax(dim))
-        old_shift, shift = finite_shift(old), finite_shift(new)
-        relative = scores - shift.unsqueeze(dim)
-        moved = old_shift - shift
-        total = relative.exp().masked_fill_(~pairs.allowed, 0).sum(dim)
-        self.sum[at] = self.sum[at] * moved.exp() + total
+        new = torch.maximum(old, allowed.amax(dim))
+        shift = finite_shift(new)
+        total = (allowed - shift.unsqueeze(dim)).exp_().sum(dim)
+        self.sum[at] = self.sum[at] * (old - shift).exp() + total
         if self.kind == "linear":
-            self.pos[at] += self.count[at] * moved
-            self.pos[at] += relative.masked_fill(~pairs.positive, 0).sum(dim)
+            self.pos[at] += torch.where(pairs.positive, scores, 0).sum(dim)
             self.count[at] += pairs.positive.sum(dim)
         elif self.kind == "lse":
-            here = relative.masked_fill_(~pairs.positive, -torch.inf).logsumexp(dim)
-            self.pos[at] = torch.logaddexp(self.pos[at] + moved, here)
+            relative = torch.where(pairs.positive, scores - shift.unsqueeze(dim), -torch.inf)
+            before = self.pos[at] + (finite_shift(old) - shift)
+            self.pos[at] = torch.logaddexp(before, relative.logsumexp(dim))
         if self.hardest:
-            here = scores.masked_fill(~pairs.negative, -torch.inf).amax(dim)
-            self.neg_max[at] = torch.maximum(self.neg_max[at], here)
+            negative = scores.masked_fill(pairs.positive | pairs.excluded, -torch.inf)
+            self.neg_max[at] = torch.maximum(self.neg_max[at], negative.amax(dim))
         self.max[at] = new
 
     def stats(self) -> tuple[Tensor | None, ...]:
-        pos = None if self.kind is None else self.pos
-        return self.max, self.sum.log(), pos, self.neg_max if self.hardest else None
+        pos = self.pos
+        if self.kind == "linear":
+            pos = pos - self.count * finite_shift(self.max)
+        return (
+            self.max,
+            self.sum.log(),
+            pos if self.kind else None,
+            self.neg_max if self.hardest else None,
+        )
 
 
 def logsumexp_forward(problem: Problem) -> Stats:
     panels = _Panels(problem)
     row_side = _Side(problem, problem.n) if problem.rows else None
     col_side = _Side(problem, problem.m) if problem.cols else None
-    for rows, dot, pairs in panels:
-        scores = panels.scores(rows, dot)
+    for rows, _, scores, pairs in panels:
+        allowed = panels.allowed(scores, pairs)
         if row_side:
-            row_side.merge(rows, scores, pairs, 1)
+            row_side.merge(rows, scores, allowed, pairs, 1)
         if col_side:
-            col_side.merge(slice(None), scores, pairs, 0)
+            col_side.merge(slice(None), scores, allowed, pairs, 0)
     nothing = (None,) * 4
     return Stats(
         *(row_side.stats() if row_side else nothing), *(col_side.stats() if col_side else nothing)
@@ -115,34 +123,30 @@ def logsumexp_forward(problem: Problem) -> Stats:
 
 def logsumexp_backward(problem: Problem, stats: Stats, upstream: Upstream, needs: Needs) -> Grads:
     panels, total = _Panels(problem), _Gradients(problem, needs)
-    row_shift = finite_shift(stats.row_max) if problem.rows else None
-    col_shift = finite_shift(stats.col_max) if problem.cols else None
 
-    def add(weights, relative, logsum, pos, grad_logsum, grad_pos, pairs: Pairs) -> None:
-        if grad_logsum is not None:
-            softmax = (relative - logsum).exp_().mul_(grad_logsum)
-            weights += softmax.masked_fill_(~pairs.allowed, 0)
-        if grad_pos is not None:
-            term = grad_pos.expand_as(weights)
-            if problem.positives == "lse":
-                term = (relative - pos).exp_() * term
-            weights += term.masked_fill(~pairs.positive, 0)
+    # maxima and logsums of -inf read as 0: exp(-inf - 0) is the 0 that such rows contribute
+    sides = []
+    if problem.rows:
+        norms = finite_shift(stats.row_max), finite_shift(stats.row_logsum), stats.row_pos
+        sides.append((1, *norms, upstream.u, upstream.alpha))
+    if problem.cols:
+        norms = finite_shift(stats.col_max), finite_shift(stats.col_logsum), stats.col_pos
+        sides.append((0, *norms, upstream.v, upstream.beta))
 
-    def column(x: Tensor | None, rows: slice) -> Tensor | None:
-        return None if x is None else x[rows, None]
-
-    for rows, dot, pairs in panels:
-        scores = panels.scores(rows, dot)
+    for rows, dot, scores, pairs in panels:
+        allowed = panels.allowed(scores, pairs)
         weights = torch.zeros_like(scores)
-        if problem.rows:
-            per_row = (stats.row_logsum, stats.row_pos, upstream.u, upstream.alpha)
-            relative = scores - row_shift[rows, None]
-            add(weights, relative, *(column(x, rows) for x in per_row), pairs)
-        if problem.cols:
-            relative = scores - col_shift
-            add(
-                weights, relative, stats.col_logsum, stats.col_pos, upstream.v, upstream.beta, pairs
+        for dim, *vectors in sides:
+            shift, logsum, pos, grad_logsum, grad_pos = (
+                x[rows, None] if dim == 1 and x is not None else x for x in vectors
             )
+            if grad_logsum is not None:
+                weights += (allowed - shift).sub_(logsum).exp_().mul_(grad_logsum)
+            if grad_pos is not None:
+                term = grad_pos
+                if problem.positives == "lse":
+                    term = (scores - shift).sub_(pos).exp_() * grad_pos
+                weights += torch.where(pairs.positive, term, 0)
         total.add(panels, rows, dot, weights)
     return total.grads()
 
@@ -150,23 +154,22 @@ def logsumexp_backward(problem: Problem, stats: Stats, upstream: Upstream, needs
 def softplus_forward(problem: Problem) -> Tensor:
     panels = _Panels(problem)
     out = torch.empty(problem.n, dtype=problem.accumulate, device=problem.a.device)
-    for rows, dot, pairs in panels:
-        scores = panels.scores(rows, dot)
+    for rows, _, scores, pairs in panels:
         signed = torch.where(pairs.positive, -scores, scores)
         # torch's default threshold of 20 returns x itself beyond it, off by 2e-9
         terms = softplus(signed, threshold=40)
-        out[rows] = terms.masked_fill_(~(pairs.positive | pairs.negative), 0).sum(1)
+        out[rows] = (terms.masked_fill_(pairs.excluded, 0) if panels.excludes else terms).sum(1)
     return out
 
 
 def softplus_backward(problem: Problem, u: Tensor, needs: Needs) -> Grads:
     panels, total = _Panels(problem), _Gradients(problem, needs)
-    for rows, dot, pairs in panels:
-        scores = panels.scores(rows, dot)
-        # the slope of softplus(-S) is -σ(-S); both signs in one sigmoid
+    for rows, dot, scores, pairs in panels:
+        # the slope of softplus(-S) is -σ(-S): one sigmoid for both signs
         sign = torch.where(pairs.positive, -1.0, 1.0).to(scores.dtype)
-        weights = torch.sigmoid(scores.mul_(sign)).mul_(sign).mul_(u[rows, None])
-        weights.masked_fill_(~(pairs.positive | pairs.negative), 0)
+        weights = scores.mul_(sign).sigmoid_().mul_(sign).mul_(u[rows, None])
+        if panels.excludes:
+            weights.masked_fill_(pairs.excluded, 0)
         total.add(panels, rows, dot, weights)
     return total.grads()
 

@@ -13,14 +13,14 @@ from .spec import Problem
 class Pairs(NamedTuple):
     """Boolean masks (rows, M).
 
-    positive: pairs with equal ids that are not left out themselves.
-    negative: allowed pairs that are not positive.
-    allowed:  pairs that count in max and logsum.
+    positive: equal ids, not excluded.
+    excluded: padding, and self pairs under `exclude_self`; the rest is positive or negative.
+    barred:   left out of max and logsum: `excluded`, with the positives under `exclude_positives`.
     """
 
     positive: Tensor
-    negative: Tensor
-    allowed: Tensor
+    excluded: Tensor
+    barred: Tensor
 
 
 def classify(problem: Problem, start: int = 0, stop: int | None = None) -> Pairs:
@@ -32,16 +32,15 @@ def classify(problem: Problem, start: int = 0, stop: int | None = None) -> Pairs
     self_pair = col == row + problem.diagonal
     if problem.row_ids is None:
         positive = self_pair
-        candidate = torch.ones_like(self_pair)
+        excluded = torch.zeros_like(self_pair)
     else:
         row_ids, col_ids = problem.row_ids[start:stop, None], problem.col_ids[None, :]
         positive = row_ids == col_ids
-        candidate = (row_ids >= 0) & (col_ids >= 0)
+        excluded = (row_ids < 0) | (col_ids < 0)
     if problem.exclude_self:
-        candidate = candidate & ~self_pair
-    positive = positive & candidate
-    negative = candidate & ~positive
-    return Pairs(positive, negative, negative if problem.exclude_positives else candidate)
+        excluded = excluded | self_pair
+    positive = positive & ~excluded
+    return Pairs(positive, excluded, positive | excluded if problem.exclude_positives else excluded)
 
 
 def features(problem: Problem) -> tuple[Tensor, Tensor]:

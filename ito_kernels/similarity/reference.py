@@ -38,9 +38,9 @@ def logsumexp_forward(problem: Problem) -> Stats:
     pairs = classify(problem)
 
     def reduce(dim: int) -> tuple[Tensor | None, ...]:
-        top = scores.masked_fill(~pairs.allowed, -torch.inf).amax(dim)
+        top = scores.masked_fill(pairs.barred, -torch.inf).amax(dim)
         relative = scores - finite_shift(top).unsqueeze(dim)
-        logsum = relative.exp().masked_fill(~pairs.allowed, 0).sum(dim).log()
+        logsum = relative.exp().masked_fill(pairs.barred, 0).sum(dim).log()
         pos = None
         if problem.positives == "linear":
             pos = relative.masked_fill(~pairs.positive, 0).sum(dim)
@@ -48,7 +48,7 @@ def logsumexp_forward(problem: Problem) -> Stats:
             pos = relative.masked_fill(~pairs.positive, -torch.inf).logsumexp(dim)
         neg_max = None
         if problem.hardest:
-            neg_max = scores.masked_fill(~pairs.negative, -torch.inf).amax(dim)
+            neg_max = scores.masked_fill(pairs.positive | pairs.excluded, -torch.inf).amax(dim)
         return top, logsum, pos, neg_max
 
     nothing = (None,) * 4
@@ -66,7 +66,7 @@ def logsumexp_backward(problem: Problem, stats: Stats, upstream: Upstream, needs
         relative = scores - finite_shift(top).unsqueeze(dim)
         if grad_logsum is not None:
             softmax = (relative - logsum.unsqueeze(dim)).exp()
-            weights.add_((softmax * grad_logsum.unsqueeze(dim)).masked_fill(~pairs.allowed, 0))
+            weights.add_((softmax * grad_logsum.unsqueeze(dim)).masked_fill(pairs.barred, 0))
         if grad_pos is not None:
             term = grad_pos.unsqueeze(dim).expand_as(scores)
             if problem.positives == "lse":
@@ -85,14 +85,14 @@ def softplus_forward(problem: Problem) -> Tensor:
     pairs = classify(problem)
     signed = torch.where(pairs.positive, -scores, scores)
     # torch's default threshold of 20 returns x itself beyond it, off by 2e-9: too much for fp64
-    return softplus(signed, threshold=40).masked_fill(~(pairs.positive | pairs.negative), 0).sum(1)
+    return softplus(signed, threshold=40).masked_fill(pairs.excluded, 0).sum(1)
 
 
 def softplus_backward(problem: Problem, u: Tensor, needs: Needs) -> Grads:
     dot, scores = _scores(problem)
     pairs = classify(problem)
     slope = torch.where(pairs.positive, -torch.sigmoid(-scores), torch.sigmoid(scores))
-    weights = (u[:, None] * slope).masked_fill(~(pairs.positive | pairs.negative), 0)
+    weights = (u[:, None] * slope).masked_fill(pairs.excluded, 0)
     return _gradients(problem, dot, weights, needs)
 
 

@@ -1,0 +1,30 @@
+# One command each. `make ci` is what must pass before anything lands.
+.PHONY: install test lint format bench bench-regression ci check-deep
+
+install:
+	pip install -r requirements-dev.txt
+
+test:
+	pytest
+
+lint:
+	ruff check .
+	ruff format --check .
+
+format:
+	ruff check --fix .
+	ruff format .
+
+bench:
+	python benchmarks/loss_throughput.py
+
+# Compares with the last saved run: make bench-regression ARGS=--benchmark-compare
+bench-regression:
+	pytest benchmarks/regression.py --benchmark-autosave $(ARGS)
+
+ci:
+	bash .ci/run
+
+# Slower checks (about 20 minutes); the last log is docs/check-deep.log
+check-deep:
+	bash .ci/deep 2>&1 | tee docs/check-deep.log

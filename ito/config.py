@@ -1,0 +1,126 @@
+"""The configuration of a run: one dataclass, its command line, its JSON."""
+
+import argparse
+import dataclasses
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from ito.augment import Augmentation
+from ito.fusion import READOUTS
+
+
+def option(default, group: str, help: str, choices: tuple[str, ...] | None = None):
+    return field(default=default, metadata={"group": group, "help": help, "choices": choices})
+
+
+@dataclass(frozen=True)
+class Config:
+    """Everything that decides a run's numbers, except the machine.
+
+    Raises ValueError naming the option, what it got and what it wanted.
+    """
+
+    train_data: str = option(
+        "emoji-small",
+        "data",
+        "a folder with captions.jsonl, an open_clip CSV, or emoji-small (prepared on first use)",
+    )
+    csv_separator: str = option("\t", "data", "of an open_clip CSV")
+    csv_img_key: str = option("filepath", "data", "its column of picture paths")
+    csv_caption_key: str = option("title", "data", "its column of captions")
+    split_seed: int = option(0, "data", "draws the held-out items where the data names no split")
+    load_size: int = option(64, "data", "pixels per side of the pictures held in memory")
+    vocab_size: int = option(1500, "data", "of the BPE trained on the training captions")
+    context_length: int = option(16, "data", "longest caption in tokens, the ends included")
+
+    views: int = option(2, "objective", "V, augmented drawings of an item per step")
+    captions: int = option(1, "objective", "C, captions of an item per step")
+    lambda_fusion: float = option(2.0, "objective", "weight of the fusion term; 0 switches it off")
+    denominator: str = option(
+        "pair", "objective", "one softmax per view-caption pair, or one for all", ("pair", "pooled")
+    )
+    fusion_depth: int = option(2, "objective", "blocks of the fusion module")
+    fusion_readout: str = option("cls", "objective", "what of it is read out", READOUTS)
+
+    image_size: int = option(32, "model", "pixels per side that the image tower sees")
+    width: int = option(128, "model", "of both towers and of the joint embedding")
+    heads: int = option(4, "model", "attention heads")
+    image_depth: int = option(2, "model", "transformer blocks of the image tower")
+    text_depth: int = option(1, "model", "transformer blocks of the text tower")
+
+    steps: int = option(1000, "optimisation", "optimizer steps")
+    batch_size: int = option(128, "optimisation", "distinct items per step")
+    lr: float = option(3e-3, "optimisation", "peak learning rate of AdamW")
+    weight_decay: float = option(0.1, "optimisation", "on matrices only")
+    warmup: float = option(0.05, "optimisation", "share of the steps; a cosine to 0 follows")
+    grad_clip: float = option(1.0, "optimisation", "largest norm of the gradient")
+    seed: int = option(0, "optimisation", "of weights, data order and augmentation")
+
+    augmentation: Augmentation = field(default_factory=Augmentation)
+
+    def __post_init__(self):
+        for name in ("views", "captions", "steps", "batch_size", "width", "load_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.lambda_fusion < 0:
+            raise ValueError(f"lambda_fusion must not be negative, got {self.lambda_fusion}")
+        if self.lambda_fusion > 0 and self.views < 2:
+            raise ValueError(
+                f"the fusion term compares views: views must be at least 2, got {self.views}; "
+                "or set lambda_fusion to 0"
+            )
+        if self.lambda_fusion > 0 and self.fusion_depth < 1:
+            raise ValueError(f"fusion_depth must be at least 1, got {self.fusion_depth}")
+
+    def save(self, path: Path) -> None:
+        path.write_text(json.dumps(dataclasses.asdict(self), indent=2) + "\n", encoding="utf-8")
+
+    @classmethod
+    def load(cls, path: Path) -> "Config":
+        values = json.loads(path.read_text(encoding="utf-8"))
+        drawn = {
+            name: tuple(value) if isinstance(value, list) else value
+            for name, value in values.pop("augmentation").items()
+        }
+        return cls(**values, augmentation=Augmentation(**drawn))
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """One option per field, in the groups that the fields name."""
+    groups: dict[str, argparse._ArgumentGroup] = {}
+
+    def add(name: str, default, group: str, help: str, choices=None) -> None:
+        if group not in groups:
+            groups[group] = parser.add_argument_group(group)
+        shown = repr(default) if isinstance(default, str) else default
+        several = isinstance(default, tuple)
+        groups[group].add_argument(
+            f"--{name.replace('_', '-')}",
+            type=type(default[0]) if several else type(default),
+            nargs=len(default) if several else None,
+            choices=choices,
+            metavar=None if choices else ("X" if several else "N"),
+            default=argparse.SUPPRESS,
+            help=f"{help} ({shown})".strip(),
+        )
+
+    for item in dataclasses.fields(Config):
+        if item.name != "augmentation":
+            add(item.name, item.default, **item.metadata)
+    for item in dataclasses.fields(Augmentation):
+        default = getattr(Config().augmentation, item.name)
+        add(item.name, default, "augmentation", "see ito/augment.py")
+
+
+def from_options(options: argparse.Namespace) -> Config:
+    """The configuration of parsed options; what was not given keeps its default."""
+    given = vars(options)
+    names = {item.name for item in dataclasses.fields(Config)}
+    drawn = {item.name for item in dataclasses.fields(Augmentation)}
+    pick = {
+        name: tuple(value) if isinstance(value, list) else value for name, value in given.items()
+    }
+    base = Config(**{name: value for name, value in pick.items() if name in names})
+    changes = {name: value for name, value in pick.items() if name in drawn}
+    return dataclasses.replace(base, augmentation=dataclasses.replace(base.augmentation, **changes))

@@ -1,0 +1,125 @@
+"""The exported dual encoder: written by `python -m ito.export RUN`, read by `ito.load(RUN)`.
+
+`model/` holds `model.safetensors`, `config.json`, `tokenizer.json`. The fusion module is not in it:
+inference costs what a plain dual encoder costs.
+"""
+
+import argparse
+import io
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+from ito.checkpoint import load_checkpoint, write_atomically
+from ito.data import decode
+from ito.encoders import DualEncoder
+from ito.evaluate import embed_images, embed_texts
+from ito.tokenizer import Tokenizer
+
+PNG_MODES = ("1", "L", "LA", "P", "RGB", "RGBA", "I;16")
+Picture = Image.Image | str | Path | torch.Tensor
+
+
+def export(model: DualEncoder, tokenizer: Tokenizer, load_size: int, step: int, out: Path) -> None:
+    """Write the model as it is after `step` steps to the folder `out`, each file atomically."""
+    weights = {
+        name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()
+    }
+    about = {"architecture": model.architecture, "load_size": load_size, "step": step}
+    text = json.dumps(about, indent=2) + "\n"
+    write_atomically(out / "tokenizer.json", tokenizer.save)
+    write_atomically(out / "config.json", lambda path: path.write_text(text, encoding="utf-8"))
+    write_atomically(out / "model.safetensors", lambda path: save_file(weights, path))
+
+
+class Encoder:
+    """An exported model. Embeddings are unit rows, fp32, on the CPU: `image @ text.T` are cosines.
+
+    `model`, `tokenizer` and `step` (optimizer steps it was trained for) are public.
+    """
+
+    def __init__(self, model: DualEncoder, tokenizer: Tokenizer, load_size: int, step: int):
+        self.model, self.tokenizer, self.load_size, self.step = model, tokenizer, load_size, step
+
+    def encode_image(self, images: Picture | Sequence[Picture]) -> torch.Tensor:
+        """Pictures to `(K, E)`: PIL images, paths, uint8 tensors (3, H, W), or one (K, 3, H, W).
+
+        Each is seen as in training: its centred square, on white. Raises ValueError naming a
+        picture that cannot be read, or a tensor of another shape or dtype.
+        """
+        if isinstance(images, Image.Image | str | Path):
+            images = [images]
+        if isinstance(images, torch.Tensor) and images.ndim == 3:
+            images = images[None]
+        squares = [self.square(image, n) for n, image in enumerate(images)]
+        if not squares:
+            return torch.empty(0, self.model.architecture["width"])
+        pixels = torch.from_numpy(np.stack(squares)).permute(0, 3, 1, 2).contiguous()
+        return embed_images(self.model, pixels)
+
+    def encode_text(self, texts: str | Sequence[str]) -> torch.Tensor:
+        """Texts to `(K, E)`; a text longer than the context is cut."""
+        texts = [texts] if isinstance(texts, str) else list(texts)
+        if not texts:
+            return torch.empty(0, self.model.architecture["width"])
+        return embed_texts(self.model, self.tokenizer(texts))
+
+    def square(self, picture: Picture, number: int) -> np.ndarray:
+        if isinstance(picture, torch.Tensor):
+            if picture.dtype != torch.uint8 or picture.ndim != 3 or picture.shape[0] != 3:
+                raise ValueError(
+                    f"images[{number}] must be uint8 (3, H, W), "
+                    f"got {picture.dtype} {tuple(picture.shape)}"
+                )
+            picture = Image.fromarray(picture.permute(1, 2, 0).cpu().numpy())
+        if isinstance(picture, Image.Image):
+            buffer = io.BytesIO()
+            (picture if picture.mode in PNG_MODES else picture.convert("RGB")).save(buffer, "PNG")
+            picture = buffer
+        pixels = decode(picture, self.load_size)
+        if isinstance(pixels, str):
+            raise ValueError(f"images[{number}]: {pixels}")
+        return pixels
+
+
+def load(run: str | Path, device: str | torch.device = "cpu") -> Encoder:
+    """The exported model of a run folder, or of a `model/` folder itself.
+
+    Raises FileNotFoundError if there is none.
+    """
+    folder = Path(run)
+    folder = folder / "model" if (folder / "model").is_dir() else folder
+    if not (folder / "model.safetensors").exists():
+        raise FileNotFoundError(
+            f"{run} holds no exported model (model/model.safetensors); a run writes it with its "
+            "first checkpoint, and `python -m ito.export RUN` from its newest one"
+        )
+    about = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    model = DualEncoder(**about["architecture"])
+    model.load_state_dict(load_file(folder / "model.safetensors"))
+    model.to(device, memory_format=torch.channels_last).eval().requires_grad_(False)
+    tokenizer = Tokenizer.load(folder / "tokenizer.json")
+    return Encoder(model, tokenizer, about["load_size"], about["step"])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m ito.export", description=__doc__)
+    parser.add_argument("run", type=Path, help="a run folder; its newest checkpoint is exported")
+    parser.add_argument("--out", type=Path, help="folder to write (default: RUN/model)")
+    options = parser.parse_args()
+    state = load_checkpoint(options.run)
+    model = DualEncoder(**state["architecture"])
+    model.load_state_dict(state["model"])
+    out = options.out or options.run / "model"
+    tokenizer = Tokenizer.load(options.run / "model" / "tokenizer.json")
+    export(model, tokenizer, state["load_size"], state["step"], out)
+    print(f"exported step {state['step']} to {out}")
+
+
+if __name__ == "__main__":
+    main()

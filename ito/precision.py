@@ -1,0 +1,24 @@
+"""Which dtype the encoders compute in, and why."""
+
+import torch
+
+
+def choose_precision(wanted: str, device: torch.device) -> tuple[torch.dtype, str]:
+    """The autocast dtype for ``wanted`` (auto, bf16, fp32) on ``device``, and the reason in words.
+
+    Weights, losses and the optimizer stay in fp32. On the CPU bf16 is chosen only where the
+    processor multiplies it natively: emulated it is slower than fp32.
+    """
+    if wanted not in ("auto", "bf16", "fp32"):
+        raise ValueError(f"precision must be auto, bf16 or fp32, got {wanted!r}")
+    if wanted != "auto":
+        return {"bf16": torch.bfloat16, "fp32": torch.float32}[wanted], "asked for"
+    if device.type == "cuda":
+        if torch.cuda.is_bf16_supported(including_emulation=False):
+            return torch.bfloat16, "the GPU multiplies bf16"
+        return torch.float32, "the GPU has no native bf16"
+    cpu = torch.cpu.get_capabilities()
+    for flag, name in (("amx_bf16", "AMX"), ("avx512_bf16", "AVX512-BF16")):
+        if cpu.get(flag):
+            return torch.bfloat16, f"the CPU has {name}"
+    return torch.float32, "the CPU has neither AMX nor AVX512-BF16"

@@ -1,0 +1,24 @@
+"""The data set that a configuration names."""
+
+from pathlib import Path
+
+from ito.config import Config
+from ito.data import Dataset, load_dataset
+from ito.emoji import FOLDER, default_cache, prepare_emoji_small
+
+EMOJI_SMALL = "emoji-small"
+
+
+def open_dataset(config: Config, cache: Path | None = None) -> Dataset:
+    """Load `config.train_data`; the small emoji set is prepared in `cache` on first use."""
+    path = Path(config.train_data)
+    if config.train_data == EMOJI_SMALL:
+        path = prepare_emoji_small((cache or default_cache()) / FOLDER)
+    return load_dataset(
+        path,
+        config.load_size,
+        split_seed=config.split_seed,
+        csv_separator=config.csv_separator,
+        csv_img_key=config.csv_img_key,
+        csv_caption_key=config.csv_caption_key,
+    )

@@ -1,0 +1,223 @@
+"""Train ITO: several views and captions of an item aligned, and fused, during training only.
+
+Without arguments: prepares the small emoji set on first use, trains on it, evaluates on held-out
+drawings, exports the dual encoder and writes a report.
+"""
+
+import argparse
+import json
+import platform
+import signal
+import time
+from datetime import datetime
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from ito.checkpoint import load_checkpoint, save_checkpoint, write_atomically
+from ito.config import Config, add_options, from_options
+from ito.data import Dataset, report_skipped
+from ito.evaluate import evaluate, table
+from ito.export import export, load
+from ito.precision import choose_precision
+from ito.report import write_report
+from ito.source import open_dataset
+from ito.tokenizer import Tokenizer
+from ito.trainer import Trainer
+
+
+def main(arguments: list[str] | None = None) -> Path:
+    parser = argparse.ArgumentParser(prog="python -m ito.train", description=__doc__)
+    run_options(parser)
+    add_options(parser)
+    options = parser.parse_args(arguments)
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    try:
+        if options.resume:
+            changed = sorted(set(vars(options)) - set(vars(parser.parse_args([]))))
+            if changed:
+                raise ValueError(f"--resume keeps the run's configuration; drop {changed}")
+            run, config = options.resume, Config.load(options.resume / "config.json")
+        else:
+            config = from_options(options)
+            run = new_run(options.out)
+        dataset = open_dataset(config, options.cache)
+        return train(run, config, dataset, options)
+    except (ValueError, FileNotFoundError, FileExistsError, ImportError) as error:
+        parser.exit(2, f"error: {error}\n")
+
+
+def run_options(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("run")
+    group.add_argument("--out", type=Path, help="run folder to create (runs/DATE-TIME)")
+    group.add_argument("--resume", type=Path, metavar="RUN", help="continue a run to its end")
+    group.add_argument("--cache", type=Path, help="where prepared data lives (~/.cache/ito)")
+    group.add_argument("--precision", choices=("auto", "bf16", "fp32"), default="auto")
+    group.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, ... (auto)")
+    group.add_argument("--threads", type=int, metavar="N", help="CPU threads (PyTorch's choice)")
+    group.add_argument("--log-every", type=int, default=10, metavar="N", help="steps (10)")
+    group.add_argument("--eval-every", type=int, default=500, metavar="N", help="steps (500)")
+    group.add_argument("--checkpoint-every", type=int, default=250, metavar="N", help="steps (250)")
+
+
+def new_run(wanted: Path | None) -> Path:
+    run = wanted or Path("runs") / datetime.now().strftime("%Y%m%d-%H%M%S")
+    if run.exists() and (not run.is_dir() or any(run.iterdir())):
+        raise FileExistsError(f"{run} exists; name another --out, or continue it with --resume")
+    run.mkdir(parents=True, exist_ok=True)
+    return run
+
+
+def train(run: Path, config: Config, dataset: Dataset, options: argparse.Namespace) -> Path:
+    """Train from the run's newest checkpoint, or from scratch, to `config.steps`."""
+    wanted = options.device
+    if wanted == "auto":
+        wanted = "cuda" if torch.cuda.is_available() else "cpu"
+    device = torch.device(wanted)
+    dtype, reason = choose_precision(options.precision, device)
+    print(f"data       {config.train_data}: {describe(dataset)}")
+    if dataset.skipped:
+        print(report_skipped(dataset.skipped))
+    print(
+        f"machine    {device}, {torch.get_num_threads()} threads, torch {torch.__version__}\n"
+        f"precision  {str(dtype).removeprefix('torch.')}: {reason}"
+    )
+    resumed = load_checkpoint(run) if options.resume else None
+    if resumed:
+        tokenizer = Tokenizer.load(run / "model" / "tokenizer.json")
+    else:
+        tokenizer = Tokenizer.train(
+            training_captions(dataset), config.vocab_size, config.context_length
+        )
+    trainer = Trainer(config, dataset, tokenizer, device, dtype)
+    if trainer.batches.size < config.batch_size:
+        print(f"batch      {trainer.batches.size}: all items there are, not {config.batch_size}")
+    log = Log(run / "metrics.jsonl")
+    start = 0
+    if resumed:
+        if resumed["dtype"] != str(dtype):
+            print(f"warning    this run computed in {resumed['dtype']}: the numbers will differ")
+        trainer.load(resumed)
+        start = resumed["step"]
+        log.forget_after(start)
+        print(f"resume     {run} from step {start}")
+    else:
+        config.save(run / "config.json")
+        environment = {
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "machine": platform.machine(),
+            "device": str(device),
+            "threads": torch.get_num_threads(),
+            "dtype": str(dtype),
+        }
+        (run / "environment.json").write_text(json.dumps(environment, indent=2) + "\n")
+        log.write("eval", 0, evaluate(trainer.model, tokenizer, dataset))
+
+    def checkpoint(step: int) -> None:
+        about = {
+            "step": step,
+            "dtype": str(dtype),
+            "architecture": trainer.model.architecture,
+            "load_size": config.load_size,
+        }
+        export(trainer.model, tokenizer, config.load_size, step, run / "model")
+        save_checkpoint(run, step, trainer.state() | about)
+
+    step = start
+    began = time.perf_counter()
+    with (
+        Interrupt() as interrupt,
+        tqdm(
+            total=config.steps, initial=start, desc="training", unit="step", dynamic_ncols=True
+        ) as bar,
+    ):
+        while step < config.steps and not interrupt.asked:
+            terms = trainer.step(step)
+            step += 1
+            bar.update()
+            if step % options.log_every == 0 or step == config.steps:
+                elapsed = time.perf_counter() - began
+                rate = (step - start) * trainer.batches.size * config.views / elapsed
+                log.write("train", step, terms | {"images_per_second": rate, "seconds": elapsed})
+                bar.set_postfix_str(
+                    f"align {terms['align']:.3f} fusion {terms['fusion']:.3f} "
+                    f"scale {terms['logit_scale']:.1f} {rate:.0f} img/s"
+                )
+            if step % options.eval_every == 0 or step == config.steps:
+                log.write("eval", step, evaluate(trainer.model, tokenizer, dataset))
+            if step % options.checkpoint_every == 0 or step == config.steps:
+                checkpoint(step)
+    if interrupt.asked:
+        checkpoint(step)
+        print(f"stopped after step {step}; continue with: python -m ito.train --resume {run}")
+        return run
+    report = write_report(run, load(run), dataset)
+    evaluations = log.read("eval")
+    print(table({"before": evaluations[0], "after": evaluations[-1]}))
+    print(f"trained    {step - start} steps in {time.perf_counter() - began:.0f} s")
+    for name, path in (
+        ("model", run / "model"),
+        ("metrics", log.path),
+        ("report", report),
+    ):
+        print(f"{name:10} {path}")
+    return run
+
+
+def training_captions(dataset: Dataset) -> list[str]:
+    items = dataset.image_item[dataset.rows("train")].unique().tolist()
+    return [caption for item in items for caption in dataset.captions[item]]
+
+
+def describe(dataset: Dataset) -> str:
+    counts = {name: dataset.split.count(name) for name in dict.fromkeys(dataset.split)}
+    drawings = ", ".join(f"{count} {name}" for name, count in counts.items())
+    return f"{len(dataset.items)} items, {len(dataset.images)} pictures ({drawings})"
+
+
+class Log:
+    """`metrics.jsonl`: an object per log step ("train") and per evaluation ("eval")."""
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    def write(self, kind: str, step: int, values: dict[str, float]) -> None:
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps({"kind": kind, "step": step} | values) + "\n")
+
+    def read(self, kind: str) -> list[dict]:
+        lines = self.path.read_text(encoding="utf-8").splitlines()
+        return [record for record in map(json.loads, lines) if record["kind"] == kind]
+
+    def forget_after(self, step: int) -> None:
+        """Drop what a killed run logged beyond its checkpoint, and a line it left unfinished."""
+        kept = []
+        for line in self.path.read_text(encoding="utf-8").splitlines(keepends=True):
+            if not line.endswith("\n") or json.loads(line)["step"] > step:
+                break
+            kept.append(line)
+        write_atomically(self.path, lambda path: path.write_text("".join(kept), encoding="utf-8"))
+
+
+class Interrupt:
+    """Turns Ctrl-C and SIGTERM into a question asked between steps, never in the middle of one."""
+
+    asked = False
+
+    def __enter__(self):
+        self.before = {s: signal.signal(s, self.ask) for s in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(self, *_):
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+    def ask(self, *_) -> None:
+        self.asked = True
+
+
+if __name__ == "__main__":
+    main()

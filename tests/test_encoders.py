@@ -1,0 +1,137 @@
+"""The towers: shapes, masks, and the shortcuts against their long forms."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from ito.encoders import Block, DualEncoder, ImageEncoder, TextEncoder, attention
+
+ARCHITECTURE = {
+    "image_size": 16,
+    "width": 16,
+    "heads": 2,
+    "image_depth": 1,
+    "text_depth": 2,
+    "vocab_size": 50,
+    "context_length": 9,
+}
+
+
+def ids(*lengths: int, columns: int = 9) -> torch.Tensor:
+    """Random token ids with `lengths` real tokens per row, 0 after them."""
+    rows = torch.randint(1, 50, (len(lengths), columns), generator=torch.Generator().manual_seed(3))
+    return rows * (torch.arange(columns) < torch.tensor(lengths)[:, None])
+
+
+def test_attention_is_softmax_of_scaled_products_over_the_real_keys():
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = torch.randn(3, 2, 3, 5, 4, dtype=torch.float64, generator=generator)
+    mask = torch.tensor([[True] * 5, [True, True, False, True, False]])
+    got = attention(q, k, v, mask)
+    for b in range(2):
+        real = mask[b].nonzero().squeeze(1)
+        for h in range(3):
+            scores = q[b, h] @ k[b, h, real].T / math.sqrt(4)
+            weights = scores.exp() / scores.exp().sum(1, keepdim=True)
+            torch.testing.assert_close(got[b, h], weights @ v[b, h, real])
+
+
+@pytest.mark.parametrize("positions", [1, 3])
+def test_block_computes_only_the_positions_asked_for_and_the_same(positions):
+    torch.manual_seed(0)
+    block = Block(16, 2).double()
+    x = torch.randn(2, 7, 16, dtype=torch.float64)
+    mask = torch.tensor([[True] * 7, [True] * 4 + [False] * 3])
+    full = block(x, mask)
+    short = block(x, mask, positions=positions)
+    assert short.shape == (2, positions, 16)
+    torch.testing.assert_close(short, full[:, :positions])
+
+
+def test_image_encoder_returns_cls_first_then_the_patches():
+    torch.manual_seed(0)
+    encoder = ImageEncoder(24, width=16, depth=1, heads=2, embed_dim=12)
+    tokens, pooled = encoder(torch.randn(2, 3, 24, 24))
+    assert tokens.shape == (2, 1 + 3 * 3, 12)
+    torch.testing.assert_close(pooled, tokens[:, 0])
+
+
+def test_cls_is_a_parameter_plus_the_mean_of_the_patches():
+    torch.manual_seed(0)
+    encoder = ImageEncoder(16, width=16, depth=0, heads=2, embed_dim=16).eval()
+    torch.nn.init.normal_(encoder.cls)
+    images = torch.randn(2, 3, 16, 16)
+    patches = encoder.stem(images).flatten(2).transpose(1, 2)
+    want = encoder.cls + patches.mean(1) + encoder.positions[0]
+    torch.testing.assert_close(encoder(images)[1], encoder.project(encoder.norm(want)))
+
+
+@pytest.mark.parametrize("encoder", ["text", "image"])
+def test_bf16_autocast_keeps_the_stream_in_bf16(encoder):
+    torch.manual_seed(0)
+    model = DualEncoder(**ARCHITECTURE)
+    module = getattr(model, encoder)
+    seen = []
+    module.blocks[0].register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].dtype))
+    batch = ids(4, 9) if encoder == "text" else torch.randn(2, 3, 16, 16)
+    with torch.autocast("cpu", torch.bfloat16):
+        module(batch)
+    assert seen == [torch.bfloat16]
+
+
+def test_text_padding_does_not_change_the_result():
+    torch.manual_seed(0)
+    encoder = TextEncoder(50, 9, width=16, depth=2, heads=2, embed_dim=16).double().eval()
+    batch = ids(3, 9, 5)
+    pooled = encoder(batch)[1]
+    for row, length in enumerate((3, 9, 5)):
+        tokens, alone = encoder(batch[row : row + 1, :length])
+        torch.testing.assert_close(pooled[row], alone[0])
+        torch.testing.assert_close(alone[0], tokens[0].mean(0))
+
+
+def test_order_of_words_matters():
+    torch.manual_seed(0)
+    encoder = TextEncoder(50, 9, width=16, depth=1, heads=2, embed_dim=16)
+    a = torch.tensor([[1, 2, 3]])
+    assert (encoder(a)[1] - encoder(a.flip(1))[1]).abs().max() > 1e-3
+
+
+def test_embeddings_are_unit_rows_and_the_scale_starts_at_a_temperature_of_007():
+    torch.manual_seed(0)
+    model = DualEncoder(**ARCHITECTURE).eval()
+    for rows in (model.encode_image(torch.randn(3, 3, 16, 16)), model.encode_text(ids(2, 3, 4))):
+        assert rows.dtype == torch.float32
+        torch.testing.assert_close(rows.norm(dim=1), torch.ones(3))
+    assert model.logit_scale.exp().item() == pytest.approx(1 / 0.07)
+
+
+def test_every_parameter_gets_a_gradient():
+    torch.manual_seed(0)
+    model = DualEncoder(**ARCHITECTURE)
+    scores = model.encode_image(torch.randn(4, 3, 16, 16)) @ model.encode_text(ids(2, 9, 4, 5)).T
+    F.cross_entropy(scores * model.logit_scale.exp(), torch.arange(4)).backward()
+    without = [n for n, p in model.named_parameters() if p.grad is None or not p.grad.any()]
+    assert without == []
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: Block(10, 4), "width must be a multiple of heads, got width=10, heads=4"),
+        (lambda: ImageEncoder(20, 16, 1, 2, 16), "image_size must be a multiple of 8, got 20"),
+        (
+            lambda: ImageEncoder(16, 16, 1, 2, 16)(torch.zeros(1, 3, 24, 24)),
+            r"images must be \(B, 3, 16, 16\), got \(1, 3, 24, 24\)",
+        ),
+        (
+            lambda: TextEncoder(50, 4, 16, 1, 2, 16)(torch.ones(1, 5, dtype=torch.int64)),
+            "ids must have at most 4 columns, got 5",
+        ),
+    ],
+)
+def test_bad_input_is_named(call, message):
+    with pytest.raises(ValueError, match=message):
+        call()

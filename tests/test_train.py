@@ -1,0 +1,399 @@
+"""The trainer: it learns, resumes to the same bits, exports what it trained, names bad input."""
+
+import json
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+import ito
+from ito import train
+from ito.batches import Batches
+from ito.config import Config
+from ito.data import load_dataset
+from ito.evaluate import embed_images, embed_texts, evaluate
+from ito.metrics import retrieval
+from ito.precision import choose_precision
+from ito.tokenizer import Tokenizer
+from ito.trainer import Trainer
+
+CPU = torch.device("cpu")
+NAMES = ["red", "green", "blue", "old", "new", "big", "tiny", "wet", "dry", "hot", "cold", "round"]
+THINGS = ["cat", "dog", "sun", "moon", "tree", "boat"]
+TINY = "--width 32 --heads 2 --image-depth 1 --vocab-size 300 --context-length 8 --batch-size 16"
+QUICK = [*TINY.split(), "--steps", "6", "--log-every", "1", "--eval-every", "3"]
+
+
+def write_set(folder, items: int, drawings: int = 2, **fields):
+    """Pictures of coarse coloured noise; an item's drawings differ by a little finer noise."""
+    random = np.random.default_rng(0)
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / "captions.jsonl").open("w") as lines:
+        for item in range(items):
+            coarse = random.integers(0, 256, (4, 4, 3))
+            for drawing in range(drawings):
+                noisy = coarse.repeat(16, 0).repeat(16, 1) + random.normal(0, 12, (64, 64, 3))
+                name = f"{item:03}-{drawing}.png"
+                Image.fromarray(noisy.clip(0, 255).astype(np.uint8)).save(folder / name)
+                adjective, thing = NAMES[item % len(NAMES)], THINGS[item // len(NAMES)]
+                names = [f"{adjective} {thing}", f"a {thing} that is {adjective}"]
+                record = {"image": name, "item": str(item), "captions": names} | fields
+                lines.write(json.dumps(record) + "\n")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return write_set(tmp_path_factory.mktemp("data"), items=40)
+
+
+@pytest.fixture(scope="module")
+def finished(data, tmp_path_factory):
+    """A run of 6 steps with checkpoints at 3 and 6."""
+    run = tmp_path_factory.mktemp("runs") / "run"
+    arguments = ["--train-data", str(data), "--out", str(run), "--checkpoint-every", "3", *QUICK]
+    return train.main(arguments)
+
+
+def steady(run):
+    """The logged numbers without clocks."""
+    records = [json.loads(line) for line in (run / "metrics.jsonl").open()]
+    return [
+        {k: v for k, v in r.items() if k not in ("seconds", "images_per_second")} for r in records
+    ]
+
+
+# --- it learns ---
+
+
+def test_64_samples_overfit(tmp_path):
+    folder = write_set(tmp_path / "data", items=64, drawings=1, split="train")
+    dataset = load_dataset(folder, 64)
+    config = Config(
+        steps=120, batch_size=32, lr=2e-3, width=64, heads=4, image_depth=1, vocab_size=300
+    )
+    tokenizer = Tokenizer.train([c for names in dataset.captions for c in names], 300, 16)
+    trainer = Trainer(config, dataset, tokenizer, CPU, torch.float32)
+
+    def recall():
+        images = embed_images(trainer.model, dataset.images)
+        texts = embed_texts(trainer.model, tokenizer([names[0] for names in dataset.captions]))
+        item = torch.arange(64)
+        scores = retrieval(images, texts, item, item)
+        return scores["i2t/R@1"], scores["t2i/R@1"]
+
+    assert max(recall()) < 0.15
+    terms = [trainer.step(number) for number in range(config.steps)]
+    assert min(recall()) > 0.95
+    assert terms[-1]["align"] < 0.5 < 2 < terms[0]["align"]
+    assert terms[-1]["fusion"] < 0.1 < 2 < terms[0]["fusion"]
+
+
+@pytest.mark.parametrize("options", [{"lambda_fusion": 0.0, "views": 1}, {"captions": 2}])
+def test_the_loss_is_that_of_the_method(data, options):
+    """Against ITO's formula written out, on the trainer's own towers."""
+    dataset = load_dataset(data, 64)
+    tokenizer = Tokenizer.train([c for names in dataset.captions for c in names], 300, 8)
+    config = Config(width=32, heads=2, batch_size=6, **options)
+    trainer = Trainer(config, dataset, tokenizer, CPU, torch.float32)
+    rows, ids = trainer.batches(0)
+    images = torch.randn(rows.numel(), 3, 32, 32)
+    loss, _ = trainer.loss(images, ids, config.views)
+
+    model, scale, n = trainer.model, trainer.model.logit_scale.exp(), 6
+    image_tokens, pooled = model.image(images)
+    x = torch.nn.functional.normalize(pooled, dim=1).view(config.views, n, -1).double()
+    encoded = [model.text(ids[c]) for c in range(config.captions)]
+    y = [torch.nn.functional.normalize(e[1], dim=1).double() for e in encoded]
+
+    def one_way(a, b):
+        scores = (scale * a @ b.T).exp()
+        return -(scores.diag() / scores.sum(1)).log().mean()
+
+    pairs = [0.5 * (one_way(a, b) + one_way(b, a)) for a in x for b in y]
+    want = sum(pairs) / len(pairs)
+    if config.lambda_fusion:
+        mask, positions = ids[0] != 0, model.text.positions[: ids.shape[2]]
+        text_tokens = encoded[0][0]
+        h, g = (
+            trainer.fusion(tokens, text_tokens, mask, positions).double()
+            for tokens in image_tokens.split(n)
+        )
+        total = 0
+        for i in range(n):
+            for a, b in ((h, g), (g, h)):
+                others = [j for j in range(n) if j != i]
+                positive = (scale * a[i] @ b[i]).exp()
+                negatives = (scale * a[i] @ torch.cat([b[others], a[others]]).T).exp().sum()
+                total = total - (positive / (positive + negatives)).log()
+        want = want + config.lambda_fusion * total / (2 * n)
+    torch.testing.assert_close(loss.double(), want, rtol=1e-5, atol=1e-5)
+
+
+def test_matrices_alone_decay_and_the_learning_rate_warms_up_and_falls(data):
+    dataset = load_dataset(data, 64)
+    tokenizer = Tokenizer.train([c for names in dataset.captions for c in names], 300, 8)
+    config = Config(width=32, heads=2, steps=100, warmup=0.1, lr=1.0)
+    trainer = Trainer(config, dataset, tokenizer, CPU, torch.float32)
+    matrices, vectors = trainer.optimizer.param_groups
+    assert matrices["weight_decay"] == config.weight_decay
+    assert vectors["weight_decay"] == 0
+    assert any(p is trainer.model.logit_scale for p in vectors["params"])
+    assert all(p.ndim > 1 for p in matrices["params"])
+    rates = [trainer.learning_rate(number) for number in range(100)]
+    assert rates[:10] == sorted(rates[:10])
+    assert rates[10:] == sorted(rates[10:], reverse=True)
+    assert (rates[0], max(rates), rates[55]) == pytest.approx((1 / 11, 1.0, 0.5), abs=1e-6)
+    assert rates[-1] < 1e-3
+
+
+# --- batches ---
+
+
+def test_batches_hold_distinct_items_whose_views_and_captions_differ(data):
+    dataset = load_dataset(data, 64)
+    tokenizer = Tokenizer.train([c for names in dataset.captions for c in names], 300, 16)
+    batches = Batches(dataset, tokenizer, Config(batch_size=12, captions=2, views=3))
+    seen = set()
+    for step in range(3):  # 36 training items: one pass
+        rows, ids = batches(step)
+        assert rows.shape == (3, 12)
+        items = dataset.image_item[rows]
+        assert (items == items[0]).all()
+        assert items[0].unique().numel() == 12
+        assert (rows[0] != rows[1]).all()  # two drawings, three views
+        assert ((rows[2] == rows[0]) | (rows[2] == rows[1])).all()
+        assert {dataset.split[row] for row in rows.flatten().tolist()} == {"train"}
+        assert (ids[0] != ids[1]).any(1).all()
+        assert (ids != 0).any(1).any(0).all()  # no column is padding everywhere
+        seen |= set(items[0].tolist())
+    assert len(seen) == 36
+    again = batches(1)
+    batches(2)
+    assert all(torch.equal(a, b) for a, b in zip(again, batches(1), strict=True))
+
+
+# --- runs ---
+
+
+def test_a_run_leaves_what_it_promises(finished):
+    for name in (
+        "config.json",
+        "report.html",
+        "checkpoints/step_0000006.pt",
+        "model/model.safetensors",
+        "model/config.json",
+        "model/tokenizer.json",
+    ):
+        assert (finished / name).stat().st_size > 0
+    records = steady(finished)
+    assert [r["step"] for r in records if r["kind"] == "train"] == [1, 2, 3, 4, 5, 6]
+    assert [r["step"] for r in records if r["kind"] == "eval"] == [0, 3, 6]
+    assert all(0 <= r["heldout/i2t/R@1"] <= 1 for r in records if r["kind"] == "eval")
+    page = (finished / "report.html").read_text()
+    assert "data:image/png;base64," in page
+    assert "<svg" in page
+    assert "http" not in page.replace("http://www.w3.org", "")
+    assert list(finished.rglob(".*.tmp")) == []
+
+
+def test_resume_gives_the_same_bits_as_an_uninterrupted_run(finished, tmp_path):
+    run = tmp_path / "killed"
+    shutil.copytree(finished, run)
+    (run / "checkpoints" / "step_0000006.pt").unlink()  # killed after step 3's checkpoint,
+    (run / "report.html").unlink()
+    shutil.rmtree(run / "model")
+    (run / "model").mkdir()
+    shutil.copy(finished / "model" / "tokenizer.json", run / "model")
+    lines = (finished / "metrics.jsonl").read_text().splitlines(keepends=True)
+    (run / "metrics.jsonl").write_text("".join(lines[:7]) + lines[7][:20])  # writing a line
+    train.main(["--resume", str(run), "--log-every", "1", "--eval-every", "3"])
+    for name in ("model", "fusion", "optimizer"):
+        a, b = (
+            torch.load(folder / "checkpoints" / "step_0000006.pt", weights_only=True)[name]
+            for folder in (finished, run)
+        )
+        assert str(a.keys()) == str(b.keys())
+        for x, y in zip(tensors(a), tensors(b), strict=True):
+            assert torch.equal(x, y)
+    assert steady(run) == steady(finished)
+
+
+def tensors(value):
+    if isinstance(value, torch.Tensor):
+        yield value
+    elif isinstance(value, dict | list):
+        for part in value.values() if isinstance(value, dict) else value:
+            yield from tensors(part)
+
+
+def test_the_seed_decides_the_numbers(data):
+    dataset = load_dataset(data, 64)
+    tokenizer = Tokenizer.train([c for names in dataset.captions for c in names], 300, 8)
+
+    def first(seed):
+        config = Config(width=32, heads=2, batch_size=8, seed=seed)
+        return Trainer(config, dataset, tokenizer, CPU, torch.float32).step(0)
+
+    assert first(1) == first(1)
+    assert first(1)["loss"] != first(2)["loss"]
+
+
+def test_an_interrupted_run_stops_between_steps_and_can_go_on(data, tmp_path):
+    run = tmp_path / "run"
+    command = [sys.executable, "-m", "ito.train", "--train-data", str(data), "--out", str(run)]
+    options = [*TINY.split(), "--steps", "5000", "--log-every", "1", "--threads", "1"]
+    process = subprocess.Popen([*command, *options], stdout=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 60
+    while '"train"' not in (
+        (run / "metrics.jsonl").read_text()
+        if run.exists() and (run / "metrics.jsonl").exists()
+        else ""
+    ):
+        assert process.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 0
+    assert f"--resume {run}" in output
+    step = torch.load(next((run / "checkpoints").glob("*.pt")), weights_only=True)["step"]
+    assert 0 < step < 5000
+    assert ito.load(run).step == step
+
+
+# --- export ---
+
+
+def test_the_export_gives_the_trained_model_s_embeddings(finished, data):
+    dataset = load_dataset(data, 64)
+    checkpoint = torch.load(finished / "checkpoints" / "step_0000006.pt", weights_only=True)
+    tokenizer = Tokenizer.train(train.training_captions(dataset), 300, 8)
+    config = Config.load(finished / "config.json")
+    trainer = Trainer(config, dataset, tokenizer, CPU, torch.float32)
+    trainer.load(checkpoint)
+    encoder = ito.load(finished)
+    paths = [data / "003-0.png", data / "011-1.png"]
+    rows = [2 * 3, 2 * 11 + 1]
+    want = embed_images(trainer.model, dataset.images[rows])
+    with Image.open(paths[0]) as opened:
+        pil = opened.copy()
+    assert torch.equal(encoder.encode_image(paths), want)
+    assert torch.equal(encoder.encode_image([pil, str(paths[1])]), want)
+    assert torch.equal(encoder.encode_image(dataset.images[rows]), want)
+    torch.testing.assert_close(encoder.encode_image(pil), want[:1])
+    texts = ["red cat", "a boat that is round"]
+    assert torch.equal(encoder.encode_text(texts), embed_texts(trainer.model, tokenizer(texts)))
+    torch.testing.assert_close(encoder.encode_text(texts[1])[0], encoder.encode_text(texts)[1])
+    logged = steady(finished)[-1]
+    scores = evaluate(encoder.model, encoder.tokenizer, dataset)
+    assert {name: logged[name] for name in scores} == scores
+
+
+def test_the_export_holds_the_dual_encoder_and_no_fusion(finished):
+    names = set(load_file(finished / "model" / "model.safetensors"))
+    assert names == set(ito.load(finished).model.state_dict())
+    assert {name.split(".")[0] for name in names} == {"image", "text", "logit_scale"}
+    fusion = torch.load(finished / "checkpoints" / "step_0000006.pt", weights_only=True)["fusion"]
+    assert len(fusion) > 20
+
+
+def test_command_lines_of_a_finished_run(finished, tmp_path):
+    def call(*arguments):
+        command = [sys.executable, "-m", *map(str, arguments)]
+        return subprocess.run(command, capture_output=True, text=True, check=True)
+
+    out = tmp_path / "again"
+    call("ito.export", finished, "--out", out)
+    for name in ("model.safetensors", "config.json", "tokenizer.json"):
+        assert (out / name).read_bytes() == (finished / "model" / name).read_bytes()
+    result = call("ito.evaluate", finished, "--json", tmp_path / "scores.json")
+    assert "image to text R@1" in result.stdout
+    assert result.stderr == ""
+    logged = steady(finished)[-1]
+    scores = json.loads((tmp_path / "scores.json").read_text())
+    assert {name: logged[name] for name in scores} == scores
+
+
+# --- bad input ---
+
+
+def test_help_groups_the_options(capsys):
+    with pytest.raises(SystemExit):
+        train.main(["--help"])
+    text = capsys.readouterr().out
+    for group in ("run:", "data:", "objective:", "model:", "optimisation:", "augmentation:"):
+        assert f"\n{group}\n" in text
+
+
+def test_skipped_pictures_are_counted_and_named(tmp_path, capsys):
+    folder = write_set(tmp_path / "data", items=20)
+    (folder / "003-0.png").write_bytes(b"not a picture")
+    (folder / "005-1.png").unlink()
+    train.main(["--train-data", str(folder), "--out", str(tmp_path / "run"), *QUICK])
+    output = capsys.readouterr().out
+    assert "skipped 2 records" in output
+    assert "captions.jsonl:7: unreadable picture" in output
+    assert "captions.jsonl:12: no picture" in output
+    assert "2 records skipped" in (tmp_path / "run" / "report.html").read_text()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--train-data", "nowhere"], "no data at nowhere"),
+        (["--train-data", "{wrong}"], "wrong.csv:1: no column 'title'"),
+        (["--train-data", "{data}", "--views", "1"], "views must be at least 2, got 1"),
+        (["--train-data", "{data}", "--views", "0"], "views must be at least 1, got 0"),
+        (["--train-data", "{data}", "--image-size", "30"], "must be a multiple of 8, got 30"),
+        (["--train-data", "{data}", "--out", "{data}"], "exists; name another --out"),
+        (["--resume", "{finished}", "--lr", "1.0"], "--resume keeps the run's configuration"),
+    ],
+)
+def test_bad_input_ends_with_one_line_that_names_it(
+    arguments, message, data, finished, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.chdir(tmp_path)
+    wrong = tmp_path / "wrong.csv"
+    wrong.write_text("filepath\tcaption\na.png\tb\n")
+    places = {"data": data, "wrong": wrong, "finished": finished}
+    with pytest.raises(SystemExit) as error:
+        train.main([argument.format(**places) for argument in arguments])
+    assert error.value.code == 2
+    stderr = capsys.readouterr().err
+    assert message in stderr
+    assert stderr.count("\n") == 1
+
+
+def test_load_and_precision_name_what_is_wrong(tmp_path):
+    with pytest.raises(FileNotFoundError, match="holds no exported model"):
+        ito.load(tmp_path)
+    with pytest.raises(ValueError, match="precision must be auto, bf16 or fp32, got 'fp8'"):
+        choose_precision("fp8", CPU)
+
+
+def test_encode_image_names_the_picture(finished, tmp_path):
+    encoder = ito.load(finished)
+    (tmp_path / "bad.png").write_bytes(b"")
+    with pytest.raises(ValueError, match=r"images\[1\]: unreadable picture .*bad.png"):
+        encoder.encode_image([torch.zeros(3, 8, 8, dtype=torch.uint8), tmp_path / "bad.png"])
+    with pytest.raises(ValueError, match=r"images\[0\] must be uint8 \(3, H, W\), got torch.float"):
+        encoder.encode_image(torch.zeros(3, 8, 8))
+
+
+def test_precision_follows_the_processor(monkeypatch):
+    for flags, want in (
+        ({"amx_bf16": True, "avx512_bf16": True}, torch.bfloat16),
+        ({"avx512_bf16": True}, torch.bfloat16),
+        ({"avx2": True}, torch.float32),
+    ):
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda flags=flags: flags)
+        assert choose_precision("auto", CPU)[0] == want
+    assert choose_precision("bf16", CPU)[0] == torch.bfloat16
