@@ -63,7 +63,7 @@ void Call::parallel(const std::function<void(int)>& work) const {
 
 void Call::make_lane(Lane& lane) {
   const int64_t area = int64_t(rows_) * cols_;
-  lane.a = arena_.get<char>(rows_ * width_ * k_.element * k_.row_forms);
+  lane.a = arena_.get<char>(round_up(rows_, k_.row_panel) * width_ * k_.element * k_.row_forms);
   lane.scores = arena_.get<float>(area);
   lane.scratch = arena_.get<float>(kScratch * (int64_t(rows_) + cols_));
   if (wants_.statistics) {

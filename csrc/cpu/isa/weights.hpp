@@ -140,12 +140,13 @@ struct Weights : Epilogue<G> {
     const Sums sums(t, b.scale || b.row_sum || b.col_sum, b.col_sum);
     float* rows = t.scratch + 2 * ((t.rows + 15) / 16 * 16) * W;
     float* cols = rows + (t.rows + 15) / 16 * 16;
-    const float shift = std::fmin(top(b.row, t.rows), top(b.col, t.cols));
+    const float bound = std::fmin(top(b.row, t.rows), top(b.col, t.cols));
+    const float shift = bound == kInf ? 0 : bound;
     if (t.plain && near(b.row, shift, t.rows) && near(b.col, shift, t.cols)) {
       factors(b.row, shift, t.rows, rows);
       factors(b.col, shift, t.cols, cols);
       Shared shared;
-      shared.shift = V::set(shift == kInf ? 0 : shift);
+      shared.shift = V::set(shift);
       shared.rows = rows;
       shared.cols = cols;
       walk(t, sums, shared);
