@@ -24,6 +24,8 @@ struct Set {
 const std::vector<Set>& sets() {
   static const std::vector<Set> all = {
 #if defined(__x86_64__)
+      {"amx_bf16", {"avx512_bf16", "fma", "amx_tile", "amx_bf16"}, &kAvx512, &kAmxBf16},
+      {"avx512_bf16", {"avx512_bf16", "fma"}, &kAvx512, &kAvx512Bf16},
       {"avx512", {"avx512", "fma"}, &kAvx512, nullptr},
       {"avx2", {"avx2", "fma"}, &kAvx2, nullptr},
 #elif defined(__aarch64__)
@@ -34,9 +36,21 @@ const std::vector<Set>& sets() {
   return all;
 }
 
+// Linux gives a process the tile registers only when it asks for them.
+bool may_use_tiles() {
+#if defined(__x86_64__) && defined(__linux__)
+  constexpr int kRequestPermission = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM
+  static const bool allowed = syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+  return allowed;
+#else
+  return false;
+#endif
+}
+
 bool runs(const Set& set) {
   static const Info here = info();
-  return std::all_of(set.needs.begin(), set.needs.end(), [](const char* need) {
+  return std::all_of(set.needs.begin(), set.needs.end(), [](const std::string& need) {
+    if (need == "amx_tile" && !may_use_tiles()) return false;
     return std::find(here.features.begin(), here.features.end(), need) != here.features.end();
   });
 }

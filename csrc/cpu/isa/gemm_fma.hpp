@@ -16,8 +16,20 @@
 #include <cstdint>
 
 #include "cpu/isa/convert.hpp"
+#include "cpu/isa/micro.hpp"
 
 namespace {
+
+template <class V>
+struct Fma {
+  using Vec = V;
+  using Unit = float;
+  using Operand = typename V::F;
+  static constexpr int kElement = sizeof(float);
+  static Operand load(const float* p) { return V::load(p); }
+  static Operand broadcast(float x) { return V::set(x); }
+  static Operand multiply_add(Operand a, Operand b, Operand c) { return V::fma(a, b, c); }
+};
 
 template <class V, int R, int C>
 struct GemmFma {
@@ -31,50 +43,7 @@ struct GemmFma {
   static constexpr int kDepthAlign = 1;         // so is the packed width of the features
 
   static constexpr int kChunk = 64;  // columns that are read at a time while packing
-
-  // c[M][kPanel] (+)= Σ_k a(k, row) · b[k][kPanel]. The depth runs in chunks of `chunk` steps: one
-  // step moves `a` by AStep, a chunk by `a_chunk`.
-  template <int M, int ARow, int AStep>
-  static inline void micro(int depth, int chunk, const float* a, int64_t a_chunk, const float* b,
-                           float* c, bool accumulate) {
-    typename V::F acc[M][C];
-    // Fetched now, needed at the end: the gradients' accumulators come from L2 or beyond.
-    for (int i = 0; i < M * kPanel; i += 16) __builtin_prefetch(c + i, 1);
-#pragma GCC unroll 16
-    for (int i = 0; i < M; ++i)
-#pragma GCC unroll 4
-      for (int j = 0; j < C; ++j) acc[i][j] = V::zero();
-    for (int k0 = 0; k0 < depth; k0 += chunk, a += a_chunk) {
-      const float* ak = a;
-      const int steps = depth - k0 < chunk ? depth - k0 : chunk;
-      for (int k = 0; k < steps; ++k, ak += AStep, b += kPanel) {
-        typename V::F right[C];
-#pragma GCC unroll 4
-        for (int j = 0; j < C; ++j) right[j] = V::load(b + j * V::kWidth);
-#pragma GCC unroll 16
-        for (int i = 0; i < M; ++i) {
-          const typename V::F left = V::set(ak[i * ARow]);
-#pragma GCC unroll 4
-          for (int j = 0; j < C; ++j) acc[i][j] = V::fma(left, right[j], acc[i][j]);
-        }
-      }
-    }
-#pragma GCC unroll 16
-    for (int i = 0; i < M; ++i)
-#pragma GCC unroll 4
-      for (int j = 0; j < C; ++j) {
-        float* out = c + i * kPanel + j * V::kWidth;
-        V::store(out, accumulate ? V::add(V::load(out), acc[i][j]) : acc[i][j]);
-      }
-  }
-
-  // The micro-kernel with exactly `rows` ≤ R rows: nothing is computed for rows that do not exist.
-  template <int ARow, int AStep, int M = R>
-  static inline void edge(int rows, int depth, int chunk, const float* a, int64_t a_chunk,
-                          const float* b, float* c, bool accumulate) {
-    if (rows == M) return micro<M, ARow, AStep>(depth, chunk, a, a_chunk, b, c, accumulate);
-    if constexpr (M > 1) edge<ARow, AStep, M - 1>(rows, depth, chunk, a, a_chunk, b, c, accumulate);
-  }
+  using Kernel = Micro<Fma<V>, R, C>;
 
   // One panel of a score tile. `a`: packed rows, `b`: one packed column panel.
   static void scores(const float* a, const float* b, float* s, int rows, int width) {
@@ -83,7 +52,7 @@ struct GemmFma {
     for (int d = 0; d < width; d += kDepth) {
       const int depth = width - d < kDepth ? width - d : kDepth;
       for (int i = 0; i < rows; i += R)
-        edge<1, R>(rows - i < R ? rows - i : R, depth, depth, a + int64_t(i) * width + d * R, 0,
+        Kernel::template rows<1, R>(rows - i, depth, depth, a + int64_t(i) * width + d * R, 0,
                    b + d * kPanel, s + i * kPanel, d > 0);
     }
   }
@@ -93,7 +62,7 @@ struct GemmFma {
                         int cols, int width) {
     for (int d = 0; d < width; d += kPanel, b += b_panel, da += int64_t(rows) * kPanel)
       for (int i = 0; i < rows; i += R)
-        edge<kPanel, 1>(rows - i < R ? rows - i : R, cols, kPanel, w + i * kPanel,
+        Kernel::template rows<kPanel, 1>(rows - i, cols, kPanel, w + i * kPanel,
                         int64_t(rows) * kPanel, b, da + i * kPanel, true);
   }
 
@@ -102,7 +71,7 @@ struct GemmFma {
                         int width) {
     for (int j = 0; j < cols; j += kPanel, w += int64_t(rows) * kPanel)
       for (int d = 0; d < width; d += R)
-        edge<R, 1>(width - d < R ? width - d : R, rows, R, a + d * R, int64_t(width) * R, w,
+        Kernel::template rows<R, 1>(width - d, rows, R, a + d * R, int64_t(width) * R, w,
                    dbt + int64_t(j) * width + d * kPanel, true);
   }
 
@@ -142,19 +111,7 @@ struct GemmFma {
   }
 
   static double peak(int64_t rounds) {
-    typename V::F acc[R * C];
-    const typename V::F x = V::set(0.999f), y = V::set(0.001f);
-#pragma GCC unroll 32
-    for (int i = 0; i < R * C; ++i) acc[i] = V::set(static_cast<float>(i));
-    for (int64_t k = 0; k < rounds; ++k)
-#pragma GCC unroll 32
-      for (int i = 0; i < R * C; ++i) acc[i] = V::fma(acc[i], x, y);
-    typename V::F total = V::zero();
-#pragma GCC unroll 32
-    for (int i = 0; i < R * C; ++i) total = V::add(total, acc[i]);
-    volatile float sink = V::sum(total);  // keeps the loop alive
-    (void)sink;
-    return 2.0 * R * C * V::kWidth * static_cast<double>(rounds);
+    return Kernel::peak(rounds, V::set(0.999f), V::set(0.001f));
   }
 };
 
