@@ -34,7 +34,7 @@ def supports(problem: Problem) -> tuple[bool, str]:
         return False, f"needs float32, bfloat16 or float16 features, got {problem.a.dtype}"
     if max(problem.n, problem.m) >= 2**31 or abs(problem.diagonal) >= 2**31:
         return False, "counts rows and columns with 32 bits"
-    return True, f"native kernels for {', '.join(instruction_sets())}"
+    return True, "native kernels"
 
 
 def describe(problem: Problem) -> str:
@@ -46,22 +46,38 @@ def instruction_sets() -> list[str]:
     return [] if _native is None else _native.cpu_instruction_sets()
 
 
-def logsumexp_forward(problem: Problem, keep: bool = False) -> Stats:
-    """`keep`: a backward pass will follow, so scores are worth keeping."""
+def cache_bytes(problem: Problem) -> int:
+    """Memory worth having for scores that forward keeps for backward: 4 bytes for each score, up
+    to the budget."""
+    budget = int(os.environ.get("ITO_TILE_CACHE_BYTES", TILE_CACHE_BYTES))
+    if budget < 0:
+        raise ValueError(f"ITO_TILE_CACHE_BYTES must be at least 0, got {budget}")
+    # tiles are whole panels, a little larger than what they cover
+    return torch.sym_min(budget, 4 * (problem.n + 256) * (problem.m + 1024) + 64)
+
+
+def logsumexp_forward(problem: Problem, cache: Tensor | None = None) -> Stats:
+    """With a `cache` of any size, keeps there as many scores as fit."""
     like, n, m = problem.scale, problem.n, problem.m
     side = (True, True, problem.positives is not None, problem.hardest)
     out = Stats(
         *(like.new_empty(n) if problem.rows and want else None for want in side),
         *(like.new_empty(m) if problem.cols and want else None for want in side),
     )
-    cache = _tile_cache(problem) if keep else None
     a = _Arguments(problem)
     _native.cpu_forward(_fields(a), _addresses(out), _cache(cache), _isa(), torch.get_num_threads())
-    return out._replace(cache=cache)
+    return out
 
 
-def logsumexp_backward(problem: Problem, stats: Stats, upstream: Upstream, needs: Needs) -> Grads:
-    return _backward(problem, stats, upstream, needs, stats.cache, one_pass=False)
+def logsumexp_backward(
+    problem: Problem,
+    stats: Stats,
+    upstream: Upstream,
+    needs: Needs,
+    cache: Tensor | None = None,
+) -> Grads:
+    """`cache`: what forward filled."""
+    return _backward(problem, stats, upstream, needs, cache, one_pass=False)
 
 
 def softplus_forward(problem: Problem) -> Tensor:
@@ -78,7 +94,7 @@ def _backward(problem, stats, upstream, needs, cache, one_pass) -> Grads:
     grads = _new_grads(problem, needs)
     a = _Arguments(problem)
     # kept alive by these names until the call returns
-    stats = Stats(*(None if x is None or i == 8 else x.contiguous() for i, x in enumerate(stats)))
+    stats = Stats(*(None if x is None else x.contiguous() for x in stats))
     upstream = Upstream(*(None if x is None else x.float().contiguous() for x in upstream))
     _native.cpu_backward(
         _fields(a),
@@ -158,16 +174,6 @@ def _addresses(tensors) -> dict[str, int | None]:
 
 def _cache(x: Tensor | None) -> tuple[int, int]:
     return (0, 0) if x is None else (x.data_ptr(), x.numel())
-
-
-def _tile_cache(problem: Problem) -> Tensor | None:
-    """Memory for scores: 4 bytes for each, up to the budget; None if that is 0."""
-    budget = int(os.environ.get("ITO_TILE_CACHE_BYTES", TILE_CACHE_BYTES))
-    if budget < 0:
-        raise ValueError(f"ITO_TILE_CACHE_BYTES must be at least 0, got {budget}")
-    # tiles have whole panels, so they are a little larger than what they cover
-    size = min(budget, 4 * (problem.n + 256) * (problem.m + 1024) + 64)
-    return torch.empty(size, dtype=torch.uint8) if budget else None
 
 
 def _new_grads(problem: Problem, needs: Needs) -> Grads:

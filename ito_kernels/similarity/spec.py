@@ -76,7 +76,6 @@ class Stats(NamedTuple):
     pos:     "linear": Σ (S - max) over the positives; "lse": log Σ exp(S - max) over them. `max`
              reads as 0 where it is -inf.
     neg_max: maximum over the allowed negatives, -inf where there is none; carries no gradient.
-    cache:   a backend's own memory of the forward pass, for its backward pass; not a statistic.
     """
 
     row_max: Tensor | None = None
@@ -87,7 +86,6 @@ class Stats(NamedTuple):
     col_logsum: Tensor | None = None
     col_pos: Tensor | None = None
     col_neg_max: Tensor | None = None
-    cache: Tensor | None = None
 
 
 class Upstream(NamedTuple):

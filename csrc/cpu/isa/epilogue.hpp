@@ -165,8 +165,11 @@ struct Epilogue {
     }
     reduce_max(s.row_max, t.rows, s.r_max);
 
+    // A row that has learnt its positive has a sum of 1 + tiny: relative to its own maximum that is
+    // exact, relative to another shift 1e-7 is left of a gradient that should vanish.
     const float shift = largest(s.r_max, t.rows);
-    if (near(shift, s.r_max, f.row.max, t.rows) && near(shift, s.c_max, f.col.max, t.cols)) {
+    if (t.plain && near(shift, s.r_max, f.row.max, t.rows) &&
+        near(shift, s.c_max, f.col.max, t.cols)) {
       const float finite = shift == -kInf ? 0 : shift;
       fill(s.r_shift, t.rows, finite);
       fill(s.c_shift, t.cols, finite);
