@@ -40,6 +40,7 @@ from contenders import (
     through_normalise,
 )
 from measure import (
+    TELLS_PEAK,
     Gemm,
     MemoryProbe,
     Step,
@@ -53,6 +54,8 @@ from torch import Tensor
 
 MIB = 1 << 20
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+QUICK_COMPILES_FOR = 25  # seconds from the start; with a cold cache torch.compile takes longer
+SWEEP_TO = 16384  # N of the memory curve, where the tables stop earlier
 EXACT_UP_TO = 16384  # rows; beyond, the fp64 loss would take longer than all contenders
 
 
@@ -62,8 +65,10 @@ def main() -> None:
         torch.set_num_threads(args.threads)
     report = {"date": datetime.now().isoformat(timespec="seconds"), **machine(args.device)}
     print(", ".join(f"{key} {value}" for key, value in report.items()), flush=True)
+    if args.device == "cpu" and not TELLS_PEAK:
+        print("extra memory is not measured: /proc/self/clear_refs cannot be written here")
     report |= {"rows": [], "memory": [], "skipped": []}
-    probe = MemoryProbe(args.device, args.dim, 30 if args.quick else math.inf)
+    probe = MemoryProbe(args.device, args.dim, QUICK_COMPILES_FOR if args.quick else math.inf)
     for dtype, loss, n in product(args.dtype, args.loss, args.batch):
         compare(loss, dtype, n, args, probe, report)
     if not args.quick:
@@ -125,7 +130,7 @@ def compare(
     x = make_inputs(loss, n, args.dim, DTYPES[dtype], args.device)
     unit = Gemm(2 * n if loss in ONE_TOWER else n, args.dim, like=x.a)
     truth = exact(loss, x) if unit.rows <= EXACT_UP_TO else None
-    peak = peak_flops(dtype)
+    peak = peak_flops(DTYPES[dtype]) if args.device == "cpu" else None
     what = {"loss": loss, "dtype": dtype, "n": n, "d": args.dim}
 
     rows, runs = {}, {"torch.mm": unit}
@@ -222,7 +227,7 @@ def print_table(rows: list[dict], unit_gflops: float, peak: float | None) -> Non
     print(
         f"\n{first['loss']} {first['dtype']}, N = {first['n']}, D = {first['d']}:"
         f" one torch.mm {first['unit_ms']:.2f} ms, {unit_gflops:.0f} GFLOP/s;"
-        + (f" peak {peak / 1e9:.0f} GFLOP/s" if peak else " peak not measured: no native kernels")
+        + (f" peak {peak / 1e9:.0f} GFLOP/s" if peak else " peak not measured: no native loop")
     )
     layout = " ".join(column for _, column in COLUMNS)
     print(layout.format(*(name for name, _ in COLUMNS)))
@@ -250,10 +255,10 @@ def _cell(value: float | None, how: str) -> str:
 
 
 def memory_over_n(args: argparse.Namespace, probe: MemoryProbe, report: dict) -> None:
-    """Extra memory of the first loss, from an eighth of the largest N to twice it."""
+    """Extra memory of the first loss at more sizes, for the picture."""
     loss, largest = args.loss[0], max(args.batch)
     measured = {(r["contender"], r["dtype"], r["n"]) for r in report["rows"] if r["loss"] == loss}
-    sizes = {max(1, largest // 8), max(1, largest // 4), max(1, largest // 2), 2 * largest}
+    sizes = {max(1, largest // k) for k in (8, 4, 2)} | {max(largest, min(2 * largest, SWEEP_TO))}
     for dtype, n, contender in product(args.dtype, sorted(sizes), CONTENDERS):
         ran = any((contender.name, dtype, other) in measured for other in args.batch)
         if not ran or (contender.name, dtype, n) in measured:

@@ -23,7 +23,6 @@ import multiprocessing
 import os
 import random
 import signal
-import sys
 import time
 from collections.abc import Callable
 from multiprocessing import forkserver
@@ -32,15 +31,18 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from contenders import CONTENDERS, Contender, Inputs, make_inputs
-from torch.profiler import profile
+from torch.profiler import ProfilerActivity, profile
 
 os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # else the profiler announces itself on stderr
 
 LEAST_ROUNDS, MOST_ROUNDS = 3, 200
-STEP_SECONDS = 300.0  # a contender whose first step takes longer is left out
-PRELOAD = ["torch", "torch._dynamo", "torch._inductor.compile_fx", "ito_kernels"]
+PEAK_SECONDS = 0.1  # how long the loop of multiply-adds runs
+STEP_SECONDS = 600.0  # a contender whose first step takes longer is left out
+# not ito_kernels: the server looks in the working directory first, this process may not
+PRELOAD = ["torch", "torch._dynamo", "torch._inductor.compile_fx"]
+MOST_SCORES = 1 << 28  # results of one torch.mm: 1 GiB in fp32
 SMALL = 128  # rows of the step that loads the code before memory is measured
-LINUX = sys.platform == "linux"
+TELLS_PEAK = os.access("/proc/self/clear_refs", os.W_OK)  # Linux, and not every sandbox
 
 
 class Step(NamedTuple):
@@ -87,18 +89,22 @@ Times = dict[str, dict[str, float]]
 
 
 class Gemm:
-    """The unit: torch.mm of rows × D by D × rows, into a tensor whose memory is there already."""
+    """The unit: torch.mm of rows × D by D × rows, into a tensor whose memory is there already.
+
+    Beyond MOST_SCORES results it computes some of the columns and multiplies the time.
+    """
 
     def __init__(self, rows: int, d: int, like: torch.Tensor):
+        cols = min(rows, max(1, MOST_SCORES // rows))
         self.left = torch.randn(rows, d, device=like.device, dtype=like.dtype)
-        self.right = torch.randn(d, rows, device=like.device, dtype=like.dtype)
-        self.out = like.new_zeros(rows, rows)
-        self.rows, self.flops = rows, 2 * rows * rows * d
+        self.right = torch.randn(d, cols, device=like.device, dtype=like.dtype)
+        self.out = like.new_zeros(rows, cols)
+        self.rows, self.parts, self.flops = rows, rows / cols, 2 * rows * rows * d
 
     def __call__(self) -> tuple[float, float]:
         begin = _mark(self.out.device.type)
         torch.mm(self.left, self.right, out=self.out)
-        return _elapsed(begin, _mark(self.out.device.type)), 0.0
+        return _elapsed(begin, _mark(self.out.device.type)) * self.parts, 0.0
 
 
 def time_in_turns(runs: dict[str, Callable[[], tuple]], seconds: float) -> dict[str, Times]:
@@ -140,7 +146,7 @@ def gemm_flops(run: Callable[[], object], native: bool) -> float | None:
         before = counter()
         run()
         return float(counter() - before)
-    with profile(record_shapes=True) as profiler:
+    with profile(activities=[ProfilerActivity.CPU], record_shapes=True) as profiler:
         run()
     flops = 0.0
     for event in profiler.events():
@@ -151,10 +157,21 @@ def gemm_flops(run: Callable[[], object], native: bool) -> float | None:
     return flops
 
 
-def peak_flops(dtype: str) -> float | None:
-    """FLOP/s of the native module's multiply-add loop on the current number of threads."""
-    peak = getattr(_native(), "peak_gflops", None)
-    return None if peak is None else peak(torch.get_num_threads(), dtype) * 1e9
+def peak_flops(dtype: torch.dtype) -> float | None:
+    """FLOP/s of the native module's loop of independent multiply-adds, on PyTorch's threads."""
+    native = _native()
+    if not hasattr(native, "cpu_peak"):
+        return None
+    kind = getattr(native.CpuDType, str(dtype).removeprefix("torch."))
+    isa, threads, rounds = os.environ.get("ITO_CPU_ISA", ""), torch.get_num_threads(), 1000
+    best = seconds = 0.0
+    while seconds < PEAK_SECONDS:
+        rounds *= 2
+        start = time.perf_counter()
+        flops = native.cpu_peak(rounds, kind, isa, threads)
+        seconds = time.perf_counter() - start
+        best = max(best, flops / seconds)
+    return best
 
 
 def _native():
@@ -180,7 +197,7 @@ def relative_error(got: tuple[torch.Tensor, ...], exact: tuple[torch.Tensor, ...
 class Probe(NamedTuple):
     """What a contender's first step at a size tells: its extra memory, or why it cannot run.
 
-    Both None: it runs, and this system does not tell the peak of a process.
+    Both None: it runs, and this system does not tell the peak of a process (TELLS_PEAK).
     """
 
     extra_bytes: int | None = None
@@ -198,7 +215,8 @@ class MemoryProbe:
         self.compile_until = time.perf_counter() + compile_seconds
         self.processes = multiprocessing.get_context("forkserver")
         self.processes.set_forkserver_preload(PRELOAD)
-        forkserver.ensure_running()  # it imports while this process prepares
+        if device == "cpu":
+            forkserver.ensure_running()  # it imports while this process prepares
 
     def __call__(self, contender: Contender, loss: str, n: int, dtype: torch.dtype) -> Probe:
         args = (loss, n, self.dim, dtype, self.device)
@@ -236,7 +254,7 @@ def _report(sender, seconds: float, threads: int, name: str, args: tuple) -> Non
         raise _TimeUp
 
     torch.set_num_threads(threads)
-    if LINUX:
+    if TELLS_PEAK:
         _limit_memory()
     signal.signal(signal.SIGALRM, stop)
     signal.setitimer(signal.ITIMER_REAL, seconds)
@@ -283,7 +301,7 @@ def _reset_peak(device: str) -> int | None:
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
         return torch.cuda.memory_allocated()
-    if not LINUX:
+    if not TELLS_PEAK:
         return None
     # freed memory that malloc keeps would otherwise be used again without being seen
     ctypes.CDLL(None).malloc_trim(0)

@@ -100,7 +100,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
             type=type(default[0]) if several else type(default),
             nargs=len(default) if several else None,
             choices=choices,
-            metavar=None if choices else ("X" if several else "N"),
+            metavar=None if choices else "TEXT" if isinstance(default, str) else "N",
             default=argparse.SUPPRESS,
             help=f"{help} ({shown})".strip(),
         )

@@ -112,6 +112,17 @@ def test_counts_the_matrix_products_that_ran(name, products):
     assert flops == products * 2 * 64 * 64 * 32
 
 
+def test_the_unit_is_the_whole_product_also_where_it_computes_a_part(monkeypatch):
+    like = torch.empty(0)
+    whole = measure.Gemm(96, 8, like)
+    monkeypatch.setattr(measure, "MOST_SCORES", 96 * 24)
+    part = measure.Gemm(96, 8, like)
+    assert part.flops == whole.flops == 2 * 96 * 96 * 8
+    assert (whole.parts, part.parts) == (1, 4)
+    monkeypatch.setattr(measure, "_elapsed", lambda begin, end: 3.0)
+    assert (whole(), part()) == ((3.0, 0.0), (12.0, 0.0))
+
+
 def test_every_contender_runs_once_per_round():
     calls = []
 
@@ -125,7 +136,7 @@ def test_every_contender_runs_once_per_round():
     assert rounds == [{"a", "b"}] * measure.LEAST_ROUNDS
 
 
-@pytest.mark.skipif(not measure.LINUX, reason="only Linux tells the peak of a process")
+@pytest.mark.skipif(not measure.TELLS_PEAK, reason="this system does not tell a process's peak")
 def test_memory_peak_sees_what_is_allocated_outside_torch():
     script = (
         "import measure\n"
@@ -140,7 +151,7 @@ def test_memory_peak_sees_what_is_allocated_outside_torch():
     assert [int(x) / 2**20 for x in out.stdout.split()] == pytest.approx([64, 8], abs=1)
 
 
-@pytest.mark.skipif(not measure.LINUX, reason="only Linux tells the peak of a process")
+@pytest.mark.skipif(not measure.TELLS_PEAK, reason="this system does not tell a process's peak")
 def test_memory_of_a_contender_is_measured_in_a_fresh_process():
     n, d = 1024, 16
     probe = measure.MemoryProbe("cpu", d, compile_seconds=0)
@@ -168,6 +179,7 @@ def test_command_line(tmp_path):
     for row in rows:
         assert row["units"] == pytest.approx(row["both"]["median"] / row["unit_ms"])
         assert row["forward"]["p20"] <= row["forward"]["median"] <= row["forward"]["p80"]
+        assert row["share_of_peak"] is None or 0 < row["share_of_peak"] < 1
         limit = 1e-5 if row["dtype"] == "fp32" else 0.05
         assert all(0 <= error < limit for error in row["error"].values()), row
         assert f"{row['loss']} {row['dtype']}, N = {row['n']}, D = 8" in done.stdout
