@@ -30,7 +30,9 @@ def test_opcheck(same):
     *stats, cache = (x.detach() for x in op._logsumexp(*plain, "chunked", False))
     upstream = Upstream(*(stats[i].clone() for i in (1, 5, 2, 6)))
     needs = Needs(True, not same, True, True, False)
-    torch.library.opcheck(op._logsumexp_backward, (*plain, "chunked", *stats, cache, *upstream, *needs))
+    torch.library.opcheck(
+        op._logsumexp_backward, (*plain, "chunked", *stats, cache, *upstream, *needs)
+    )
     torch.library.opcheck(op._softplus_backward, (*plain, "chunked", stats[0], *needs))
 
 

@@ -82,13 +82,16 @@ void Call::start_row_gradients(const Lane& lane, int64_t row) {
                 round_up(n, k_.row_align) * round_up(p_.a.width, k_.panel) * sizeof(float));
 }
 
-void Call::add_products(const Lane& lane, const Tile& t, int64_t row, int64_t step) {
+void Call::add_products(Lane& lane, const Tile& t, int64_t row, int64_t step) {
   const int64_t column = plan_.column(row, step), j = plan_.cols.begin(column);
-  if (row_products())
+  if (row_products()) {
+    count_product(lane, row, step);
     k_.grad_rows(t, b_grad_ + j * k_.panel * k_.element, columns_ * k_.panel, lane.da);
-  if (col_products() && !plan_.both_sides(step))
-    in_turn(column, turns_->of(row, step),
-            [&] { k_.grad_cols(t, lane.a, acc_ + j * width_); });
+  }
+  if (!col_products() || plan_.both_sides(step)) return;
+  count_product(lane, row, step);
+  in_turn(column, turns_->of(row, step),
+          [&] { k_.grad_cols(t, lane.a, acc_ + j * width_); });
 }
 
 void Call::finish_row_gradients(const Lane& lane, int64_t row) {
@@ -163,6 +166,7 @@ void Call::backward(const Stats& stats, const Upstream& up, TileCache cache, boo
       for (int64_t step = 0; step < plan_.steps(row); ++step) {
         Tile t = tile(lane, row, step);
         t.have_dots = use_cache(t, row, step);
+        if (!t.have_dots) count_product(lane, row, step);
         const int64_t j = plan_.cols.begin(plan_.column(row, step));
         BackwardTile b;
         b.row = one_pass ? own.at(0) : row_side.at(first);
@@ -197,6 +201,7 @@ void Call::softplus(float* loss, const float* u) {
       if (u) start_row_gradients(lane, row);
       for (int64_t step = 0; step < plan_.steps(row); ++step) {
         const Tile t = tile(lane, row, step);
+        count_product(lane, row, step);
         const int64_t j = plan_.cols.begin(plan_.column(row, step));
         SoftplusTile s;
         s.u = u ? u + first : nullptr;

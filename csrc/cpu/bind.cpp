@@ -116,6 +116,7 @@ void bind(py::module_& m) {
     return describe(p, run(isa, n, p));
   });
   m.def("cpu_instruction_sets", &instruction_sets);
+  m.def("gemm_flops", &gemm_flops);
   m.def("cpu_thread_provider", &thread_provider);
   // How many floating-point operations `rounds` of independent multiply-adds are, on each thread:
   // timed by the caller, they are the peak that the products are compared with.

@@ -12,6 +12,8 @@ namespace {
 
 constexpr float kInf = std::numeric_limits<float>::infinity();
 
+std::atomic<int64_t> product_flops{0};
+
 // One tile serves both of its sides.
 bool symmetric(const Problem& p) {
   if (!p.self || p.scale_per_row || p.row_bias || p.col_bias || p.diagonal != 0) return false;
@@ -56,6 +58,12 @@ Call::Call(const Problem& problem, const Run& run, Wants wants, const Grads& gra
   for (int64_t i = 0; i < p_.a.rows; ++i) scale_[i] = p_.scale[p_.scale_per_row ? i : 0];
   for (Lane& lane : lanes_) make_lane(lane);
 }
+
+Call::~Call() {
+  for (const Lane& lane : lanes_) product_flops += lane.flops;
+}
+
+int64_t gemm_flops() { return product_flops; }
 
 void Call::parallel(const std::function<void(int)>& work) const {
   run_parallel(plan_.threads, work);

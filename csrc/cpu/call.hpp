@@ -27,6 +27,7 @@ class Call {
     bool symmetry = false;    // half of the tiles, if the problem is symmetric
   };
   Call(const Problem&, const Run&, Wants, const Grads& = {});
+  ~Call();
 
   void forward(const Stats&, TileCache);
   void backward(const Stats&, const Upstream&, TileCache, bool one_pass);
@@ -38,6 +39,7 @@ class Call {
     float *scores = nullptr, *dots = nullptr, *da = nullptr, *scratch = nullptr;
     Running row, col;
     float* col_sum = nullptr;
+    int64_t flops = 0;
   };
   // A side's statistics and upstream gradient as tiles want them; empty where absent.
   struct SideVectors {
@@ -51,6 +53,9 @@ class Call {
   void pack_columns();
   void pack_rows(const Lane&, int64_t row) const;
   Tile tile(const Lane&, int64_t row, int64_t step) const;
+  void count_product(Lane& lane, int64_t row, int64_t step) const {
+    lane.flops += 2 * plan_.rows.size(row) * plan_.cols.size(plan_.column(row, step)) * p_.a.width;
+  }
   void open_cache(TileCache, bool write, bool per_thread);
   bool use_cache(Tile&, int64_t row, int64_t step) const;
 
@@ -67,7 +72,7 @@ class Call {
   void symmetric_sides(const Stats&, const Upstream&, SideVectors& row, SideVectors& col) const;
   void start_gradients();
   void start_row_gradients(const Lane&, int64_t row);
-  void add_products(const Lane&, const Tile&, int64_t row, int64_t step);
+  void add_products(Lane&, const Tile&, int64_t row, int64_t step);
   void finish_row_gradients(const Lane&, int64_t row);
   void finish_col_gradients();
   template <class Add>

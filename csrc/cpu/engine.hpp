@@ -27,6 +27,9 @@ void logsumexp_one_pass(const Problem&, const Stats&, const Upstream&, const Gra
 // Row sums (if `loss` is not null) and, with the upstream gradient `u`, gradients, in one pass.
 void softplus(const Problem&, float* loss, const float* u, const Grads&, const Run&);
 
+// Floating-point operations of all matrix products so far: what was really computed.
+int64_t gemm_flops();
+
 // Tile shape, threads and instruction set, in words.
 std::string describe(const Problem&, const Run&);
 

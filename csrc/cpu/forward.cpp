@@ -77,6 +77,7 @@ void Call::forward_rows(Lane& lane, int64_t row, const Stats& stats, bool fill_c
       f.col = {p, p + t.cols, p + 2 * t.cols, p + 3 * t.cols, p + 4 * t.cols};
       reset(f.col, t.cols);
     }
+    count_product(lane, row, step);
     k_.forward(t, f);
   }
   if (plan_.half) return;
