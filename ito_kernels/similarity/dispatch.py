@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from types import ModuleType
 from typing import NamedTuple
 
-from . import chunked, reference
+from . import chunked, cpu, reference
 from .spec import Problem
 
 try:
@@ -23,9 +23,9 @@ try:
 except ImportError:
     _native = None
 
-REGISTRY: dict[str, ModuleType] = {"reference": reference, "chunked": chunked}
-AUTOMATIC = ("chunked",)  # in order of preference
-PLANNED = ("cpu", "triton", "cuda", "simt")
+REGISTRY: dict[str, ModuleType] = {"reference": reference, "chunked": chunked, "cpu": cpu}
+AUTOMATIC = ("cpu", "chunked")  # in order of preference
+PLANNED = ("triton", "cuda", "simt")
 
 _chosen: list[str] = []  # the names of the `use_backend` blocks that are open
 
@@ -43,13 +43,13 @@ def backends() -> dict[str, BackendStatus]:
     else:
         info, build = _native.cpu_info(), _native.build_info()
         native = (
-            f"not in this version; the native module (built by {build['compiler']}) finds"
+            f"kernels for {', '.join(cpu.instruction_sets())}, built by {build['compiler']}; found"
             f" {info['arch']} with {', '.join(info['features']) or 'no vector extensions'},"
             f" {info['logical_cores']} cores, L2 {info['l2_bytes'] >> 10} KiB,"
             f" L3 {info['l3_bytes'] >> 10} KiB"
         )
-    status["cpu"] = BackendStatus(False, native)
-    for name in PLANNED[1:]:
+    status["cpu"] = BackendStatus(_native is not None, native)
+    for name in PLANNED:
         status[name] = BackendStatus(False, "not in this version")
     return status
 
