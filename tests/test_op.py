@@ -7,7 +7,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import ito_kernels as ik
 from ito_kernels.similarity import chunked, op, reference
-from ito_kernels.similarity.spec import Needs, Problem, Stats, Upstream
+from ito_kernels.similarity.spec import Needs, Problem, Upstream
 
 CASE = next(c for c in OPTIONS if c.scale_per_row and not c.same)
 
