@@ -233,7 +233,7 @@ def test_bf16_subtracts_the_positive_before_rounding():
 def test_forced_instruction_set(monkeypatch):
     monkeypatch.setenv("ITO_CPU_ISA", "avx1024")
     x = torch.randn(4, 3)
-    with pytest.raises(ValueError, match="ITO_CPU_ISA must be one of .*scalar, got avx1024"):
+    with pytest.raises(ValueError, match=r"ITO_CPU_ISA must be one of .*scalar, got avx1024"):
         ik.clip_loss(x, x.clone(), 1.0)
     for isa in ISAS:
         monkeypatch.setenv("ITO_CPU_ISA", isa)
@@ -313,7 +313,7 @@ print(status("VmHWM") - before, 2 * (2 * inputs) + 96)
     [2048, pytest.param(8192, marks=pytest.mark.slow), pytest.param(32768, marks=pytest.mark.slow)],
 )
 def test_peak_memory(loss, dtype, n):
-    """At most twice inputs and gradients, plus 96 MiB; gradients are counted in what is measured."""
+    """At most twice inputs and gradients, plus 96 MiB; what is measured includes the gradients."""
     command = [sys.executable, "-c", MEMORY, loss, dtype, str(n)]
     out = subprocess.run(command, capture_output=True, text=True)
     assert out.returncode == 0, out.stderr
