@@ -313,7 +313,7 @@ print(status("VmHWM") - before, 2 * (2 * inputs) + 96)
     [2048, pytest.param(8192, marks=pytest.mark.slow), pytest.param(32768, marks=pytest.mark.slow)],
 )
 def test_peak_memory(loss, dtype, n):
-    """At most 2 × (inputs + gradients) + 96 MiB; gradients are counted in what is measured."""
+    """At most twice inputs and gradients, plus 96 MiB; what is measured includes the gradients."""
     command = [sys.executable, "-c", MEMORY, loss, dtype, str(n)]
     out = subprocess.run(command, capture_output=True, text=True)
     assert out.returncode == 0, out.stderr
