@@ -2,6 +2,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include "cpu/bind.hpp"
 #include "cpu/info.hpp"
 
 namespace py = pybind11;
@@ -27,4 +28,6 @@ PYBIND11_MODULE(_native, m) {
     out["l3_bytes"] = info.l3_bytes;
     return out;
   });
+
+  ito::cpu::bind(m);
 }

@@ -6,7 +6,7 @@ import json
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from ito.augment import Augmentation
+from ito.augment import DRAWINGS, Augmentation
 from ito.fusion import READOUTS
 
 
@@ -46,18 +46,18 @@ class Config:
     image_size: int = option(32, "model", "pixels per side that the image tower sees")
     width: int = option(128, "model", "of both towers and of the joint embedding")
     heads: int = option(4, "model", "attention heads")
-    image_depth: int = option(2, "model", "transformer blocks of the image tower")
+    image_depth: int = option(1, "model", "transformer blocks of the image tower")
     text_depth: int = option(1, "model", "transformer blocks of the text tower")
 
-    steps: int = option(1000, "optimisation", "optimizer steps")
-    batch_size: int = option(128, "optimisation", "distinct items per step")
-    lr: float = option(3e-3, "optimisation", "peak learning rate of AdamW")
-    weight_decay: float = option(0.1, "optimisation", "on matrices only")
+    steps: int = option(2400, "optimisation", "optimizer steps")
+    batch_size: int = option(64, "optimisation", "distinct items per step")
+    lr: float = option(1e-3, "optimisation", "peak learning rate of AdamW")
+    weight_decay: float = option(1.0, "optimisation", "on matrices only")
     warmup: float = option(0.05, "optimisation", "share of the steps; a cosine to 0 follows")
     grad_clip: float = option(1.0, "optimisation", "largest norm of the gradient")
     seed: int = option(0, "optimisation", "of weights, data order and augmentation")
 
-    augmentation: Augmentation = field(default_factory=Augmentation)
+    augmentation: Augmentation = DRAWINGS
 
     def __post_init__(self):
         for name in ("views", "captions", "steps", "batch_size", "width", "load_size"):
@@ -100,7 +100,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
             type=type(default[0]) if several else type(default),
             nargs=len(default) if several else None,
             choices=choices,
-            metavar=None if choices else ("X" if several else "N"),
+            metavar=None if choices else "TEXT" if isinstance(default, str) else "N",
             default=argparse.SUPPRESS,
             help=f"{help} ({shown})".strip(),
         )

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 
 from ito.checkpoint import load_checkpoint, write_atomically
 from ito.data import decode
@@ -34,7 +34,7 @@ def export(model: DualEncoder, tokenizer: Tokenizer, load_size: int, step: int, 
     text = json.dumps(about, indent=2) + "\n"
     write_atomically(out / "tokenizer.json", tokenizer.save)
     write_atomically(out / "config.json", lambda path: path.write_text(text, encoding="utf-8"))
-    write_atomically(out / "model.safetensors", lambda path: save_file(weights, path))
+    write_atomically(out / "model.safetensors", lambda path: path.write_bytes(save(weights)))
 
 
 class Encoder:

@@ -28,7 +28,9 @@ from ito.trainer import Trainer
 
 
 def main(arguments: list[str] | None = None) -> Path:
-    parser = argparse.ArgumentParser(prog="python -m ito.train", description=__doc__)
+    parser = argparse.ArgumentParser(
+        prog="python -m ito.train", usage="%(prog)s [options]", description=__doc__
+    )
     run_options(parser)
     add_options(parser)
     options = parser.parse_args(arguments)
@@ -54,8 +56,13 @@ def run_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--out", type=Path, help="run folder to create (runs/DATE-TIME)")
     group.add_argument("--resume", type=Path, metavar="RUN", help="continue a run to its end")
     group.add_argument("--cache", type=Path, help="where prepared data lives (~/.cache/ito)")
-    group.add_argument("--precision", choices=("auto", "bf16", "fp32"), default="auto")
-    group.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, ... (auto)")
+    group.add_argument(
+        "--precision",
+        choices=("auto", "bf16", "fp32"),
+        default="auto",
+        help="of the towers; auto: bf16 where the processor multiplies it (auto)",
+    )
+    group.add_argument("--device", help="cpu, cuda, cuda:1, ... (a GPU where there is one)")
     group.add_argument("--threads", type=int, metavar="N", help="CPU threads (PyTorch's choice)")
     group.add_argument("--log-every", type=int, default=10, metavar="N", help="steps (10)")
     group.add_argument("--eval-every", type=int, default=500, metavar="N", help="steps (500)")
@@ -72,48 +79,33 @@ def new_run(wanted: Path | None) -> Path:
 
 def train(run: Path, config: Config, dataset: Dataset, options: argparse.Namespace) -> Path:
     """Train from the run's newest checkpoint, or from scratch, to `config.steps`."""
-    wanted = options.device
-    if wanted == "auto":
-        wanted = "cuda" if torch.cuda.is_available() else "cpu"
-    device = torch.device(wanted)
+    device = torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     dtype, reason = choose_precision(options.precision, device)
     print(f"data       {config.train_data}: {describe(dataset)}")
     if dataset.skipped:
         print(report_skipped(dataset.skipped))
-    print(
-        f"machine    {device}, {torch.get_num_threads()} threads, torch {torch.__version__}\n"
-        f"precision  {str(dtype).removeprefix('torch.')}: {reason}"
-    )
+    print(f"machine    {device}, {torch.get_num_threads()} threads, torch {torch.__version__}")
+    print(f"precision  {str(dtype).removeprefix('torch.')}: {reason}")
+
     resumed = load_checkpoint(run) if options.resume else None
     if resumed:
         tokenizer = Tokenizer.load(run / "model" / "tokenizer.json")
     else:
-        tokenizer = Tokenizer.train(
-            training_captions(dataset), config.vocab_size, config.context_length
-        )
+        captions = training_captions(dataset)
+        tokenizer = Tokenizer.train(captions, config.vocab_size, config.context_length)
     trainer = Trainer(config, dataset, tokenizer, device, dtype)
     if trainer.batches.size < config.batch_size:
         print(f"batch      {trainer.batches.size}: all items there are, not {config.batch_size}")
     log = Log(run / "metrics.jsonl")
-    start = 0
     if resumed:
         if resumed["dtype"] != str(dtype):
             print(f"warning    this run computed in {resumed['dtype']}: the numbers will differ")
         trainer.load(resumed)
-        start = resumed["step"]
-        log.forget_after(start)
-        print(f"resume     {run} from step {start}")
+        log.forget_after(resumed["step"])
+        print(f"resume     {run} from step {resumed['step']}")
     else:
         config.save(run / "config.json")
-        environment = {
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "machine": platform.machine(),
-            "device": str(device),
-            "threads": torch.get_num_threads(),
-            "dtype": str(dtype),
-        }
-        (run / "environment.json").write_text(json.dumps(environment, indent=2) + "\n")
+        save_environment(run, device, dtype)
         log.write("eval", 0, evaluate(trainer.model, tokenizer, dataset))
 
     def checkpoint(step: int) -> None:
@@ -126,19 +118,16 @@ def train(run: Path, config: Config, dataset: Dataset, options: argparse.Namespa
         export(trainer.model, tokenizer, config.load_size, step, run / "model")
         save_checkpoint(run, step, trainer.state() | about)
 
-    step = start
+    step = start = resumed["step"] if resumed else 0
     began = time.perf_counter()
-    with (
-        Interrupt() as interrupt,
-        tqdm(
-            total=config.steps, initial=start, desc="training", unit="step", dynamic_ncols=True
-        ) as bar,
-    ):
+    bar = tqdm(total=config.steps, initial=start, desc="training", unit="step", dynamic_ncols=True)
+    with Interrupt() as interrupt, bar:
         while step < config.steps and not interrupt.asked:
             terms = trainer.step(step)
             step += 1
             bar.update()
-            if step % options.log_every == 0 or step == config.steps:
+            last = step == config.steps
+            if last or step % options.log_every == 0:
                 elapsed = time.perf_counter() - began
                 rate = (step - start) * trainer.batches.size * config.views / elapsed
                 log.write("train", step, terms | {"images_per_second": rate, "seconds": elapsed})
@@ -146,11 +135,11 @@ def train(run: Path, config: Config, dataset: Dataset, options: argparse.Namespa
                     f"align {terms['align']:.3f} fusion {terms['fusion']:.3f} "
                     f"scale {terms['logit_scale']:.1f} {rate:.0f} img/s"
                 )
-            if step % options.eval_every == 0 or step == config.steps:
+            if last or step % options.eval_every == 0:
                 log.write("eval", step, evaluate(trainer.model, tokenizer, dataset))
-            if step % options.checkpoint_every == 0 or step == config.steps:
+            if last or step % options.checkpoint_every == 0:
                 checkpoint(step)
-    if interrupt.asked:
+    if step < config.steps:
         checkpoint(step)
         print(f"stopped after step {step}; continue with: python -m ito.train --resume {run}")
         return run
@@ -158,13 +147,23 @@ def train(run: Path, config: Config, dataset: Dataset, options: argparse.Namespa
     evaluations = log.read("eval")
     print(table({"before": evaluations[0], "after": evaluations[-1]}))
     print(f"trained    {step - start} steps in {time.perf_counter() - began:.0f} s")
-    for name, path in (
-        ("model", run / "model"),
-        ("metrics", log.path),
-        ("report", report),
-    ):
+    for name, path in (("model", run / "model"), ("metrics", log.path), ("report", report)):
         print(f"{name:10} {path}")
     return run
+
+
+def save_environment(run: Path, device: torch.device, dtype: torch.dtype) -> None:
+    """What the numbers depend on beside the configuration."""
+    environment = {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "machine": platform.machine(),
+        "device": str(device),
+        "threads": torch.get_num_threads(),
+        "dtype": str(dtype),
+    }
+    text = json.dumps(environment, indent=2) + "\n"
+    (run / "environment.json").write_text(text, encoding="utf-8")
 
 
 def training_captions(dataset: Dataset) -> list[str]:

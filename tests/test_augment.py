@@ -47,6 +47,13 @@ def test_views_are_a_function_of_the_generator(config):
     assert torch.equal(augment(x, 8, other, config), second)
 
 
+def test_values_stay_in_range():
+    for value in (0, 255):
+        x = torch.full((50, 3, 8, 8), value, dtype=torch.uint8)
+        view = augment(x, 8, generator(), dataclasses.replace(LOUD, blur_p=1.0))
+        assert -1 <= view.min() <= view.max() <= 1
+
+
 @pytest.mark.parametrize("out_size", [8, 11, 16, 20])
 def test_without_strength_a_view_is_the_evaluated_picture(out_size):
     x = pictures(3, 16)
@@ -77,6 +84,7 @@ def sample(picture, row, column):
 def test_crop_is_the_formula():
     size, out = 12, 7
     x, u = uniform(5, 3, size, size).double(), uniform(5, 5, seed=1).double()
+    u[0, :2], u[1, :2] = 1, torch.tensor([1.0, 0.0])  # wider, and higher, than the picture
     u[4] = torch.tensor([0.0, 1, 0, 1, 0])  # flip, do not, ...
     config = dataclasses.replace(PAPER, scale=(0.3, 0.9))
     got = crop(x, out, u, config)

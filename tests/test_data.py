@@ -1,6 +1,7 @@
 """The emoji set, the readers of users' data, and the tokenizer."""
 
 import hashlib
+import io
 import json
 import re
 import subprocess
@@ -103,6 +104,32 @@ def test_the_data_card_tells_licences_and_counts(prepared, records):
         assert f"| {split} | {number} |" in card
     excluded = sum(map(int, re.findall(r"^- (\d+) concepts:", card, re.M)))
     assert 40 < excluded < 100
+
+
+@pytest.mark.parametrize(
+    ("drawn", "want"),
+    [
+        ((0, 0, 72, 72), (0, 0, 72, 72)),
+        ((4, 4, 68, 68), (0, 0, 72, 72)),
+        ((4, 20, 68, 52), (0, 18, 72, 54)),  # the same cut on all sides: nothing is stretched
+        ((20, 20, 52, 52), (15, 15, 57, 57)),  # 8 px at most: (20 − 8)·72/56
+        ((0, 20, 30, 52), (0, 20, 30, 52)),  # drawn to one of the four edges: no cut
+        ((20, 0, 52, 30), (20, 0, 52, 30)),
+        ((42, 20, 72, 52), (42, 20, 72, 52)),
+        ((20, 42, 52, 72), (20, 42, 52, 72)),
+    ],
+)
+def test_the_empty_border_is_cut(tmp_path, drawn, want):
+    left, top, right, bottom = drawn
+    (tmp_path / "a.svg").write_text(
+        '<svg viewBox="0 0 72 72" xmlns="http://www.w3.org/2000/svg"><rect '
+        f'x="{left}" y="{top}" width="{right - left}" height="{bottom - top}"/></svg>',
+        encoding="utf-8",
+    )
+    image = Image.open(io.BytesIO(emoji.render(tmp_path / "a.svg")))
+    assert image.size == (72, 72)
+    box = image.getchannel("A").point(lambda alpha: 255 * (alpha > 127)).getbbox()
+    assert max(abs(a - b) for a, b in zip(box, want, strict=True)) <= 1
 
 
 def test_preparing_twice_gives_the_same_bytes(prepared, tmp_path):

@@ -80,6 +80,15 @@ def test_ties_are_lost_only_to_wrong_candidates():
     assert retrieval(image, twice, first, torch.tensor([0, 1]))["i2t/R@1"] == 0
 
 
+def test_cosines_within_rounding_are_ties():
+    """1 − 2.4e-7 is below 1 in fp32, and may be above it in another GEMM; 1 − 4.5e-6 may not."""
+    image, item = torch.tensor([[1.0, 0.0]]), torch.tensor([0])
+    for offset, won in ((6.9e-4, 0), (3e-3, 1)):
+        texts = torch.tensor([[1.0, 0.0], [1.0, offset]])
+        assert F.normalize(texts, dim=1)[1, 0] < 1
+        assert retrieval(image, texts, item, torch.tensor([0, 1]))["i2t/R@1"] == won
+
+
 def test_nan_embeddings_score_nothing():
     item, nan = torch.arange(4), torch.full((4, 3), torch.nan)
     assert retrieval(nan, random(4, 3), item, item)["i2t/R@1"] == 0

@@ -7,7 +7,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import ito_kernels as ik
 from ito_kernels.similarity import chunked, op, reference
-from ito_kernels.similarity.spec import Needs, Problem, Stats, Upstream
+from ito_kernels.similarity.spec import Needs, Problem, Upstream
 
 CASE = next(c for c in OPTIONS if c.scale_per_row and not c.same)
 
@@ -24,14 +24,16 @@ def test_opcheck(same):
         t["b"] = None
         t["col_bias"], t["col_ids"] = t["row_bias"], t["row_ids"]
     problem = problem_of(t, positives="lse", hardest=True)
-    torch.library.opcheck(op._logsumexp, (*problem, "chunked"))
+    torch.library.opcheck(op._logsumexp, (*problem, "chunked", False))
     torch.library.opcheck(op._softplus, (*problem, "chunked"))
     plain = Problem(*(x.detach() if isinstance(x, torch.Tensor) else x for x in problem))
-    stats = Stats(*(x.detach() for x in op._logsumexp(*plain, "chunked")))
+    *stats, cache = (x.detach() for x in op._logsumexp(*plain, "chunked", False))
     upstream = Upstream(*(stats[i].clone() for i in (1, 5, 2, 6)))
     needs = Needs(True, not same, True, True, False)
-    torch.library.opcheck(op._logsumexp_backward, (*plain, "chunked", *stats, *upstream, *needs))
-    torch.library.opcheck(op._softplus_backward, (*plain, "chunked", stats.row_max, *needs))
+    torch.library.opcheck(
+        op._logsumexp_backward, (*plain, "chunked", *stats, cache, *upstream, *needs)
+    )
+    torch.library.opcheck(op._softplus_backward, (*plain, "chunked", stats[0], *needs))
 
 
 @pytest.mark.parametrize("backend", ["reference", "chunked"])

@@ -1,5 +1,7 @@
 """The trainer: it learns, resumes to the same bits, exports what it trained, names bad input."""
 
+import argparse
+import dataclasses
 import json
 import shutil
 import signal
@@ -15,8 +17,9 @@ from safetensors.torch import load_file
 
 import ito
 from ito import train
+from ito.augment import DRAWINGS, Augmentation
 from ito.batches import Batches
-from ito.config import Config
+from ito.config import Config, add_options, from_options
 from ito.data import load_dataset
 from ito.evaluate import embed_images, embed_texts, evaluate
 from ito.metrics import retrieval
@@ -77,7 +80,7 @@ def test_64_samples_overfit(tmp_path):
     folder = write_set(tmp_path / "data", items=64, drawings=1, split="train")
     dataset = load_dataset(folder, 64)
     config = Config(
-        steps=120, batch_size=32, lr=2e-3, width=64, heads=4, image_depth=1, vocab_size=300
+        steps=60, batch_size=32, width=64, vocab_size=300, augmentation=Augmentation(gray_p=0.0)
     )
     tokenizer = Tokenizer.train([c for names in dataset.captions for c in names], 300, 16)
     trainer = Trainer(config, dataset, tokenizer, CPU, torch.float32)
@@ -331,6 +334,30 @@ def test_help_groups_the_options(capsys):
     text = capsys.readouterr().out
     for group in ("run:", "data:", "objective:", "model:", "optimisation:", "augmentation:"):
         assert f"\n{group}\n" in text
+
+
+def test_options_reach_the_configuration_and_its_file(tmp_path):
+    parser = argparse.ArgumentParser()
+    add_options(parser)
+    given = [
+        "--scale",
+        "0.5",
+        "1.0",
+        "--stroke-p",
+        "0",
+        "--views",
+        "3",
+        "--denominator",
+        "pooled",
+        "--lr",
+        "1e-2",
+    ]
+    config = from_options(parser.parse_args(given))
+    augmentation = dataclasses.replace(DRAWINGS, scale=(0.5, 1.0), stroke_p=0.0)
+    assert config == Config(views=3, denominator="pooled", lr=1e-2, augmentation=augmentation)
+    assert from_options(parser.parse_args([])) == Config()
+    config.save(tmp_path / "config.json")
+    assert Config.load(tmp_path / "config.json") == config
 
 
 def test_skipped_pictures_are_counted_and_named(tmp_path, capsys):

@@ -19,7 +19,7 @@ from typing import NamedTuple
 
 import torch
 
-from . import chunked, reference
+from . import chunked, cpu, reference
 from .spec import Problem
 
 try:
@@ -41,9 +41,10 @@ class _Later:
 REGISTRY: dict[str, ModuleType | _Later] = {
     "reference": reference,
     "chunked": chunked,
+    "cpu": cpu,
     "triton": _Later(".triton"),
 }
-PLANNED = ("cpu", "cuda", "simt")
+PLANNED = ("cuda", "simt")
 
 _chosen: list[str] = []  # the names of the `use_backend` blocks that are open
 
@@ -62,13 +63,13 @@ def backends() -> dict[str, BackendStatus]:
     else:
         info, build = _native.cpu_info(), _native.build_info()
         native = (
-            f"not in this version; the native module (built by {build['compiler']}) finds"
+            f"kernels for {', '.join(cpu.instruction_sets())}, built by {build['compiler']}; found"
             f" {info['arch']} with {', '.join(info['features']) or 'no vector extensions'},"
             f" {info['logical_cores']} cores, L2 {info['l2_bytes'] >> 10} KiB,"
             f" L3 {info['l3_bytes'] >> 10} KiB"
         )
-    status["cpu"] = BackendStatus(False, native)
-    for name in PLANNED[1:]:
+    status["cpu"] = BackendStatus(_native is not None, native)
+    for name in PLANNED:
         status[name] = BackendStatus(False, "not in this version")
     return status
 
@@ -87,7 +88,7 @@ def _automatic(problem: Problem) -> tuple[str, ...]:
     """The backends to choose from, in order of preference."""
     if problem.a.is_cuda and _triton().available:
         return "triton", "chunked"
-    return ("chunked",)
+    return "cpu", "chunked"
 
 
 @contextmanager
@@ -116,10 +117,11 @@ def choose(problem: Problem, name: str | None = None) -> str:
     if name is None:
         return next(name for name in _automatic(problem) if REGISTRY[name].supports(problem)[0])
     _check_name(name)
-    status = backends()[name]
-    if not status.available:
-        raise RuntimeError(f"backend {name!r} cannot run: {status.detail}")
-    ok, reason = REGISTRY[name].supports(problem)
+    ok, reason = False, "not in this version"
+    if name == "triton" and not _triton().available:
+        reason = _triton().detail
+    elif name in REGISTRY:
+        ok, reason = REGISTRY[name].supports(problem)
     if not ok:
         raise RuntimeError(f"backend {name!r} cannot run: {reason}")
     return name

@@ -6,6 +6,8 @@ are ops of their own, chosen by what is needed: a frozen side costs no matrix pr
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 from torch.library import custom_op
@@ -89,9 +91,9 @@ def similarity_logsumexp(
         cols=cols,
         hardest=hardest,
     )
-    out = _logsumexp(*problem, dispatch.choose(problem, backend))
-    wanted = _wanted(problem)
-    return Stats(*(x if want else None for x, want in zip(out, wanted, strict=True)))
+    keep = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in problem[:5])
+    *out, _ = _logsumexp(*problem, dispatch.choose(problem, backend), keep)
+    return _stats(problem, out)
 
 
 def similarity_softplus(
@@ -158,6 +160,11 @@ def _wanted(problem: Problem) -> Stats:
     return Stats(*(problem.rows and x for x in side), *(problem.cols and x for x in side))
 
 
+def _stats(problem: Problem, out: Sequence[Tensor]) -> Stats:
+    """An operator's output with None for what was not asked for."""
+    return Stats(*(x if want else None for x, want in zip(out, _wanted(problem), strict=True)))
+
+
 def _split(args: tuple) -> tuple[Problem, str, tuple]:
     """Operator arguments back into the problem, the backend's name and the rest."""
     *fields, backend = args[:_PROBLEM_ARGS]
@@ -195,12 +202,14 @@ def _needs(ctx) -> Needs:
     return Needs(*ctx.needs_input_grad[:5])
 
 
-def _input_grads(problem: Problem, needs: Needs, grads: tuple[Tensor, ...]) -> tuple:
+def _input_grads(
+    problem: Problem, needs: Needs, grads: tuple[Tensor, ...], arguments: int = _PROBLEM_ARGS
+) -> tuple:
     """One gradient for each operator argument; a 0-d scale takes the sum over the rows."""
     out = [g if need else None for g, need in zip(grads, needs, strict=True)]
     if needs.scale and problem.scale.ndim == 0:
         out[2] = out[2].sum()
-    return (*out, *(None,) * (_PROBLEM_ARGS - len(out)))
+    return (*out, *(None,) * (arguments - len(out)))
 
 
 # ---- logsumexp
@@ -209,57 +218,71 @@ def _input_grads(problem: Problem, needs: Needs, grads: tuple[Tensor, ...]) -> t
 @custom_op(
     "ito_kernels::logsumexp",
     mutates_args=(),
-    schema=f"({_PROBLEM}) -> ({', '.join(['Tensor'] * len(Stats._fields))})",
+    schema=f"({_PROBLEM}, bool keep) -> ({', '.join(['Tensor'] * (len(Stats._fields) + 1))})",
 )
 def _logsumexp(*args):
-    problem, backend, _ = _split(args)
-    return _present(problem, _run(problem, backend, "logsumexp_forward"))
+    problem, backend, (keep,) = _split(args)
+    cache = _new_cache(problem, backend, keep)
+    stats = _run(problem, backend, "logsumexp_forward", *_filled(cache))
+    return (*_present(problem, stats), cache)
+
+
+def _new_cache(problem: Problem, backend: str, keep: bool) -> Tensor:
+    """What a backend may fill in its forward pass for its backward pass; empty for most."""
+    size = getattr(dispatch.load(backend), "cache_bytes", lambda problem: 0)
+    return problem.a.new_empty(size(problem) if keep else 0, dtype=torch.uint8)
+
+
+def _filled(cache: Tensor) -> tuple[Tensor, ...]:
+    """The cache as the last argument of a backend that has one."""
+    return (cache,) if cache.numel() else ()
 
 
 @_logsumexp.register_fake
 def _(*args):
-    problem, _, _ = _split(args)
+    problem, backend, (keep,) = _split(args)
     sizes = (problem.n,) * 4 + (problem.m,) * 4
-    return _present(
-        problem,
-        tuple(
-            problem.a.new_empty(size, dtype=problem.accumulate) if want else None
-            for size, want in zip(sizes, _wanted(problem), strict=True)
-        ),
+    stats = tuple(
+        problem.a.new_empty(size, dtype=problem.accumulate) if want else None
+        for size, want in zip(sizes, _wanted(problem), strict=True)
     )
+    return (*_present(problem, stats), _new_cache(problem, backend, keep))
 
 
 @custom_op(
     "ito_kernels::logsumexp_backward",
     mutates_args=(),
-    schema=f"({_PROBLEM}, {_STATS}, {_UPSTREAM}, {_NEEDS}) -> {_GRADS}",
+    schema=f"({_PROBLEM}, {_STATS}, Tensor cache, {_UPSTREAM}, {_NEEDS}) -> {_GRADS}",
 )
 def _logsumexp_backward(*args):
     problem, backend, rest = _split(args)
-    stats, upstream, needs = _backward_args(rest)
-    return _present(problem, _run(problem, backend, "logsumexp_backward", stats, upstream, needs))
+    stats, cache, upstream, needs = _backward_args(rest)
+    args = (stats, upstream, needs, *_filled(cache))
+    return _present(problem, _run(problem, backend, "logsumexp_backward", *args))
 
 
 @_logsumexp_backward.register_fake
 def _(*args):
     problem, _, rest = _split(args)
-    return _fake_grads(problem, _backward_args(rest)[2])
+    return _fake_grads(problem, _backward_args(rest)[-1])
 
 
-def _backward_args(rest: tuple) -> tuple[Stats, Upstream, Needs]:
-    stats, upstream = len(Stats._fields), len(Upstream._fields)
+def _backward_args(rest: tuple) -> tuple[Stats, Tensor, Upstream, Needs]:
+    stats, end = len(Stats._fields), len(Stats._fields) + 1 + len(Upstream._fields)
     return (
         Stats(*rest[:stats]),
-        Upstream(*rest[stats : stats + upstream]),
-        Needs(*rest[stats + upstream :]),
+        rest[stats],
+        Upstream(*rest[stats + 1 : end]),
+        Needs(*rest[end:]),
     )
 
 
 def _logsumexp_context(ctx, inputs, output) -> None:
     problem, ctx.backend, _ = _split(inputs)
     ctx.flags = problem[7:]
-    stats = Stats(*output)
-    ctx.mark_non_differentiable(stats.row_max, stats.row_neg_max, stats.col_max, stats.col_neg_max)
+    stats, cache = Stats(*output[:-1]), output[-1]
+    constants = (stats.row_max, stats.row_neg_max, stats.col_max, stats.col_neg_max)
+    ctx.mark_non_differentiable(*constants, cache)
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(*problem[:7], *output)
 
@@ -267,14 +290,12 @@ def _logsumexp_context(ctx, inputs, output) -> None:
 def _logsumexp_autograd(ctx, *grads):
     tensors = ctx.saved_tensors
     problem = Problem(*tensors[:7], *ctx.flags)
-    stats = Stats(
-        *(x if want else None for x, want in zip(tensors[7:], _wanted(problem), strict=True))
-    )
-    arrived = Stats(*grads)
+    stats, cache = _stats(problem, tensors[7:-1]), tensors[-1]
+    arrived = Stats(*grads[:-1])
     upstream = Upstream(arrived.row_logsum, arrived.col_logsum, arrived.row_pos, arrived.col_pos)
     needs = _needs(ctx)
-    out = _logsumexp_backward(*problem, ctx.backend, *stats, *upstream, *needs)
-    return _input_grads(problem, needs, out)
+    out = _logsumexp_backward(*problem, ctx.backend, *stats, cache, *upstream, *needs)
+    return _input_grads(problem, needs, out, _PROBLEM_ARGS + 1)
 
 
 _logsumexp.register_autograd(_logsumexp_autograd, setup_context=_logsumexp_context)

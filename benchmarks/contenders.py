@@ -1,0 +1,271 @@
+"""What is compared: the losses, and who computes them.
+
+A contender is written the way its users write it. All get the same tensors, run under autocast
+where the features are half precision, as in training, and have the same gradients to compute: of
+the features, of the logarithm of the scale and, for SigLIP, of the bias.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Callable
+from functools import partial
+from typing import NamedTuple
+from unittest.mock import patch
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import ito_kernels
+
+LOSSES = ("clip", "multi_positive", "siglip", "nt_xent", "supcon")
+ONE_TOWER = ("nt_xent", "supcon")  # all 2N rows against each other
+POSITIVES_PER_ID = 4
+PLAIN_PYTORCH = ("reference", "chunked")  # backends whose matrix products are PyTorch's
+EXACT_ROWS = 512
+
+
+class Inputs(NamedTuple):
+    """One batch. a, b: (N, D), L2-normalised; ids: (N,), which item a row belongs to."""
+
+    a: Tensor
+    b: Tensor
+    log_scale: Tensor
+    bias: Tensor
+    ids: Tensor
+
+    def leaves(self, loss: str) -> tuple[Tensor, ...]:
+        """What is differentiated."""
+        return self[:4] if loss == "siglip" else self[:3]
+
+
+def make_inputs(
+    loss: str, n: int, d: int, dtype: torch.dtype, device: str, seed: int = 0
+) -> Inputs:
+    """Features of a model in training: positives at a cosine of about 0.5, negatives about 0.
+
+    The scale is the one each loss starts from: 1 / 0.07, and 10 with a bias of -10 for SigLIP.
+    The rows of an item are scattered over the batch.
+    """
+    rng = torch.Generator().manual_seed(0)
+    grouped = loss in ("multi_positive", "supcon")
+    ids = torch.randperm(n, generator=rng) // POSITIVES_PER_ID if grouped else torch.arange(n)
+
+    def unit() -> Tensor:
+        return F.normalize(torch.randn(n, d, generator=rng), dim=1)
+
+    items = unit()[ids]
+    a, b = (F.normalize(items + unit(), dim=1).to(device, dtype).requires_grad_() for _ in "ab")
+
+    def scalar(x: float) -> Tensor:
+        return torch.tensor(x, device=device, requires_grad=True)
+
+    log_scale = scalar(math.log(10 if loss == "siglip" else 1 / 0.07))
+    return Inputs(a, b, log_scale, scalar(-10.0), ids.to(device))
+
+
+# ---- PyTorch, as people write it
+
+
+def clip_eager(x: Inputs) -> Tensor:
+    logits = x.log_scale.exp() * x.a @ x.b.T
+    labels = torch.arange(len(logits), device=logits.device)
+    return (F.cross_entropy(logits, labels) + F.cross_entropy(logits.T, labels)) / 2
+
+
+def clip_two_matmuls(x: Inputs) -> Tensor:
+    """open_clip's form: the logits of each direction by a matrix product of their own."""
+    scale = x.log_scale.exp()
+    logits_per_image = scale * x.a @ x.b.T
+    logits_per_text = scale * x.b @ x.a.T
+    labels = torch.arange(len(x.a), device=x.a.device)
+    per_image = F.cross_entropy(logits_per_image, labels)
+    return (per_image + F.cross_entropy(logits_per_text, labels)) / 2
+
+
+def clip_linear_cross_entropy(x: Inputs) -> Tensor:
+    if not hasattr(F, "linear_cross_entropy"):
+        raise RuntimeError(f"torch {torch.__version__} has no F.linear_cross_entropy")
+    scale = x.log_scale.exp()
+    labels = torch.arange(len(x.a), device=x.a.device)
+    # the default options are the chunked form; without options it builds the logits
+    loss = partial(F.linear_cross_entropy, options=torch.nn.LinearCrossEntropyOptions())
+    return (loss(scale * x.a, x.b, labels) + loss(scale * x.b, x.a, labels)) / 2
+
+
+def multi_positive_eager(x: Inputs) -> Tensor:
+    logits = x.log_scale.exp() * x.a @ x.b.T
+    positives = (x.ids[:, None] == x.ids[None, :]).to(logits.dtype)
+    rows = F.cross_entropy(logits, positives / positives.sum(1, keepdim=True))
+    cols = F.cross_entropy(logits.T, positives.T / positives.T.sum(1, keepdim=True))
+    return (rows + cols) / 2
+
+
+def siglip_eager(x: Inputs) -> Tensor:
+    logits = x.log_scale.exp() * x.a @ x.b.T + x.bias
+    signs = 2 * torch.eye(len(logits), dtype=logits.dtype, device=logits.device) - 1
+    return -F.logsigmoid(signs * logits).sum() / len(logits)
+
+
+def nt_xent_eager(x: Inputs) -> Tensor:
+    z = torch.cat([x.a, x.b])
+    logits = x.log_scale.exp() * z @ z.T
+    itself = torch.eye(len(z), dtype=torch.bool, device=z.device)
+    other_view = torch.arange(len(z), device=z.device).roll(len(x.a))
+    return F.cross_entropy(logits.masked_fill(itself, -torch.inf), other_view)
+
+
+def supcon_eager(x: Inputs) -> Tensor:
+    features, labels = torch.cat([x.a, x.b]), x.ids.repeat(2)
+    logits = x.log_scale.exp() * features @ features.T
+    logits = logits - logits.detach().amax(1, keepdim=True)
+    others = ~torch.eye(len(features), dtype=torch.bool, device=features.device)
+    positives = (labels[:, None] == labels[None, :]) & others
+    log_prob = logits - (logits.exp() * others).sum(1, keepdim=True).log()
+    return -((log_prob * positives).sum(1) / positives.sum(1)).mean()
+
+
+EAGER = {
+    "clip": clip_eager,
+    "multi_positive": multi_positive_eager,
+    "siglip": siglip_eager,
+    "nt_xent": nt_xent_eager,
+    "supcon": supcon_eager,
+}
+
+
+def compiled(loss: str) -> Callable[[Inputs], Tensor]:
+    # static shapes are the faster ones; fullgraph raises where it would fall back to eager
+    return torch.compile(EAGER[loss], dynamic=False, fullgraph=True)
+
+
+# ---- other libraries; their temperature is a fixed number, and they normalise the features
+
+
+def metric_learning(loss: str) -> Callable[[Inputs], Tensor]:
+    from pytorch_metric_learning.losses import NTXentLoss, SupConLoss
+
+    kind = {"nt_xent": NTXentLoss, "supcon": SupConLoss}[loss]
+    module = kind(temperature=0.07)
+    return lambda x: module(torch.cat([x.a, x.b]), x.ids.repeat(2))
+
+
+def sentence_transformers(loss: str) -> Callable[[Inputs], Tensor]:
+    from sentence_transformers.losses import MultipleNegativesSymmetricRankingLoss
+
+    # the model is not used by the loss itself
+    module = MultipleNegativesSymmetricRankingLoss(torch.nn.Identity(), scale=1 / 0.07)
+    return lambda x: module.compute_loss_from_embeddings([x.a, x.b], None)
+
+
+# ---- this library
+
+
+def ito(backend: str, loss: str) -> Callable[[Inputs], Tensor]:
+    available, detail = ito_kernels.backends()[backend]
+    if not available:
+        raise RuntimeError(detail)
+    if backend == "simt":
+        raise RuntimeError("an emulator: its times say nothing")
+
+    def run(x: Inputs) -> Tensor:
+        scale = x.log_scale.exp()
+        match loss:
+            case "clip":
+                return ito_kernels.clip_loss(x.a, x.b, scale, backend=backend)
+            case "multi_positive":
+                return ito_kernels.multi_positive_infonce(
+                    x.a, x.b, scale, query_ids=x.ids, key_ids=x.ids, backend=backend
+                )
+            case "siglip":
+                return ito_kernels.siglip_loss(x.a, x.b, scale, x.bias, backend=backend)
+            case "nt_xent":
+                return ito_kernels.nt_xent_loss(x.a, x.b, 1 / scale, backend=backend)
+            case "supcon":
+                features, labels = torch.cat([x.a, x.b]), x.ids.repeat(2)
+                return ito_kernels.supcon_loss(features, labels, 1 / scale, backend=backend)
+
+    return run
+
+
+def without_tile_cache(loss: str) -> Callable[[Inputs], Tensor]:
+    """The CPU backend as it is when it keeps no similarity tiles for backward."""
+    loss_fn = ito("cpu", loss)
+
+    def run(x: Inputs) -> Tensor:
+        with patch.dict(os.environ, ITO_TILE_CACHE_BYTES="0"):
+            return loss_fn(x)
+
+    return run
+
+
+class Contender(NamedTuple):
+    """`build(loss)` gives the function from Inputs to the loss, or raises, saying why it cannot."""
+
+    name: str
+    losses: tuple[str, ...]
+    build: Callable[[str], Callable[[Inputs], Tensor]]
+    compiles: bool = False  # in its first call
+    native: bool = False  # its matrix products are not PyTorch's
+    normalises: bool = False  # the features, itself
+    slow_import: bool = False
+
+
+CONTENDERS = (
+    Contender("eager", LOSSES, EAGER.__getitem__),
+    Contender("open_clip form", ("clip",), lambda loss: clip_two_matmuls),
+    Contender("linear_cross_entropy ×2", ("clip",), lambda loss: clip_linear_cross_entropy),
+    Contender("torch.compile", LOSSES, compiled, compiles=True),
+    Contender(
+        "pytorch-metric-learning", ONE_TOWER, metric_learning, normalises=True, slow_import=True
+    ),
+    Contender(
+        "sentence-transformers", ("clip",), sentence_transformers, normalises=True, slow_import=True
+    ),
+    *(
+        Contender(f"ito {name}", LOSSES, partial(ito, name), native=name not in PLAIN_PYTORCH)
+        for name in ito_kernels.backends()
+    ),
+    *(
+        [Contender("ito cpu, no tile cache", LOSSES, without_tile_cache, native=True)]
+        if ito_kernels.backends()["cpu"].available
+        else []
+    ),
+)
+
+
+# ---- the truth
+
+
+def exact(loss: str, x: Inputs) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """The loss by its definition and the gradients of `x.leaves(loss)`, in fp64, block by block."""
+    x = Inputs(*(leaf.detach().double().requires_grad_() for leaf in x[:4]), x.ids)
+    one_tower, directions = loss in ONE_TOWER, 1 if loss in ONE_TOWER or loss == "siglip" else 2
+    ids = x.ids.repeat(2) if one_tower else x.ids
+    total = 0.0
+    for direction in range(directions):
+        for block in torch.arange(len(ids), device=ids.device).split(EXACT_ROWS):
+            a, b = (torch.cat([x.a, x.b]),) * 2 if one_tower else (x.a, x.b)
+            queries, keys = (a, b) if direction == 0 else (b, a)
+            scores = x.log_scale.exp() * queries[block] @ keys.T
+            positive = ids[block, None] == ids
+            if loss == "siglip":
+                signed = torch.where(positive, -1, 1) * (scores + x.bias)
+                value = torch.logaddexp(signed, torch.zeros_like(signed)).sum() / len(ids)
+            else:
+                if one_tower:
+                    itself = block[:, None] == torch.arange(len(ids), device=ids.device)
+                    scores, positive = scores.masked_fill(itself, -torch.inf), positive & ~itself
+                of_positives = scores.masked_fill(~positive, 0).sum(1) / positive.sum(1)
+                value = (scores.logsumexp(1) - of_positives).sum() / (len(ids) * directions)
+            value.backward()
+            total = total + value.detach()
+    return total, tuple(leaf.grad for leaf in x.leaves(loss))
+
+
+def through_normalise(x: Tensor, grad: Tensor) -> Tensor:
+    """The gradient at unit rows x of a function that normalises them first, given that after it."""
+    x = x.detach().double()
+    return grad - (grad * x).sum(1, keepdim=True) * x

@@ -1,0 +1,290 @@
+"""Speed, memory and error of every contrastive loss, by everyone who can compute it here.
+
+    python benchmarks/loss_throughput.py            N = 4096 and 8192, fp32 and bf16
+    python benchmarks/loss_throughput.py --quick    N = 1024, fp32, within a minute
+    python benchmarks/loss_throughput.py --loss clip --batch 64 128 --dtype fp32
+
+Prints a table per loss, dtype and N; writes all numbers as JSON and a picture per dtype.
+`contenders.py` says what is compared, `measure.py` how.
+
+Columns. forward, backward, both: median ms, and the 20th to 80th percentile of both. units: both in
+times of one torch.mm of N × D by D × N (2N rows for NT-Xent and SupCon) in the same dtype, measured
+in turns with the contenders. × eager: speed relative to the eager form. GEMMs: matrix products of
+that size that ran. of mm: GEMMs / units, the share of the time that torch.mm would need for them.
+of peak: their share of the processor's multiply-add peak, where the native module measures it.
+extra MiB: peak memory beyond inputs and gradients. error: relative to fp64, of the loss, of the
+gradients of the features, of the gradient of log scale (and bias); – where it has none.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import platform
+from datetime import datetime
+from functools import partial
+from importlib.metadata import version
+from itertools import product
+from pathlib import Path
+
+import torch
+from contenders import (
+    CONTENDERS,
+    LOSSES,
+    ONE_TOWER,
+    Contender,
+    Inputs,
+    exact,
+    make_inputs,
+    through_normalise,
+)
+from measure import (
+    TELLS_PEAK,
+    Gemm,
+    MemoryProbe,
+    Step,
+    gemm_flops,
+    peak_flops,
+    relative_error,
+    step,
+    time_in_turns,
+)
+from torch import Tensor
+
+MIB = 1 << 20
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+QUICK_COMPILES_FOR = 25  # seconds from the start; with a cold cache torch.compile takes longer
+SWEEP_TO = 16384  # N of the memory curve, where the tables stop earlier
+EXACT_UP_TO = 16384  # rows; beyond, the fp64 loss would take longer than all contenders
+
+
+def main() -> None:
+    args = parse_args()
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    report = {"date": datetime.now().isoformat(timespec="seconds"), **machine(args.device)}
+    print(", ".join(f"{key} {value}" for key, value in report.items()), flush=True)
+    if args.device == "cpu" and not TELLS_PEAK:
+        print("extra memory is not measured: /proc/self/clear_refs cannot be written here")
+    report |= {"rows": [], "memory": [], "skipped": []}
+    probe = MemoryProbe(args.device, args.dim, QUICK_COMPILES_FOR if args.quick else math.inf)
+    for dtype, loss, n in product(args.dtype, args.loss, args.batch):
+        compare(loss, dtype, n, args, probe, report)
+    if not args.quick:
+        memory_over_n(args, probe, report)
+    save(report, args)
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--quick", action="store_true", help="small sizes, within a minute")
+    parser.add_argument("--loss", nargs="+", choices=LOSSES, default=LOSSES, metavar="LOSS")
+    names = [contender.name for contender in CONTENDERS]
+    parser.add_argument("--contender", nargs="+", choices=names, default=names, metavar="NAME")
+    parser.add_argument("--batch", nargs="+", type=positive, metavar="N")
+    parser.add_argument("--dim", type=positive, default=512, metavar="D")
+    parser.add_argument("--dtype", nargs="+", choices=DTYPES, metavar="DTYPE")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--threads", type=positive, help="of the CPU; PyTorch's number by default")
+    parser.add_argument("--seconds", type=float, help="of timing per table, at least 3 rounds")
+    parser.add_argument("--out", type=Path, help="the JSON file; pictures are put beside it")
+    args = parser.parse_args()
+    args.batch = args.batch or ([1024] if args.quick else [4096, 8192])
+    args.dtype = args.dtype or (["fp32"] if args.quick else ["fp32", "bf16"])
+    if args.seconds is None:
+        args.seconds = 1 if args.quick else 30
+    if args.out is None:
+        stem = f"{args.device}-{datetime.now():%Y%m%d-%H%M%S}{'-quick' * args.quick}.json"
+        args.out = Path(__file__).parent / "results" / stem
+    if args.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda: PyTorch finds no CUDA device here")
+    return args
+
+
+def positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, got {value}")
+    return value
+
+
+def machine(device: str) -> dict[str, str | int]:
+    cpu = platform.processor()
+    if Path("/proc/cpuinfo").exists():
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        cpu = next((x.split(":")[1].strip() for x in lines if x.startswith("model name")), cpu)
+    facts = {"device": device, "cpu": cpu or platform.machine(), "threads": torch.get_num_threads()}
+    if device == "cuda":
+        facts["gpu"] = torch.cuda.get_device_name()
+    return facts | {"torch": torch.__version__, "ito_kernels": version("ito_kernels")}
+
+
+def compare(
+    loss: str, dtype: str, n: int, args: argparse.Namespace, probe: MemoryProbe, report: dict
+) -> None:
+    """One table: every contender of a loss at one size."""
+    torch._dynamo.reset()  # shapes of earlier tables count towards the limit of recompilations
+    x = make_inputs(loss, n, args.dim, DTYPES[dtype], args.device)
+    unit = Gemm(2 * n if loss in ONE_TOWER else n, args.dim, like=x.a)
+    truth = exact(loss, x) if unit.rows <= EXACT_UP_TO else None
+    peak = peak_flops(DTYPES[dtype]) if args.device == "cpu" else None
+    what = {"loss": loss, "dtype": dtype, "n": n, "d": args.dim}
+
+    rows, runs = {}, {"torch.mm": unit}
+    for contender in CONTENDERS:
+        if loss not in contender.losses or contender.name not in args.contender:
+            continue
+        who = what | {"contender": contender.name}
+        if args.quick and contender.slow_import:
+            skip(who | {"reason": "left out by --quick: slow to import"}, report)
+            continue
+        try:
+            run = partial(step, contender.build(loss), loss, x)
+        except (ImportError, RuntimeError) as error:
+            skip(who | {"reason": str(error)}, report)
+            continue
+        found = probe(contender, loss, n, DTYPES[dtype])
+        if found.failure:
+            skip(who | {"reason": found.failure}, report)
+            continue
+        first = run()
+        flops = gemm_flops(run, contender.native)
+        rows[contender.name] = who | {
+            "gemms": None if flops is None else flops / unit.flops,
+            "extra_bytes": found.extra_bytes,
+            "error": truth and errors(contender, x, first, *truth),
+        }
+        runs[contender.name] = run
+    if not rows:
+        return
+
+    times = time_in_turns(runs, args.seconds)
+    unit_ms, eager_ms = (
+        times[name]["both"]["median"] if name in times else None for name in ("torch.mm", "eager")
+    )
+    for name, row in rows.items():
+        row |= times[name]
+        ms = row["both"]["median"]
+        row |= {
+            "unit_ms": unit_ms,
+            "units": ms / unit_ms,
+            "vs_eager": eager_ms and eager_ms / ms,
+            "share_of_peak": row["gemms"] and peak and row["gemms"] * unit.flops / ms * 1e3 / peak,
+        }
+    report["rows"] += rows.values()
+    print_table(list(rows.values()), unit.flops / unit_ms / 1e6, peak)
+
+
+def errors(
+    contender: Contender, x: Inputs, got: Step, loss: Tensor, grads: tuple[Tensor, ...]
+) -> dict[str, float | None]:
+    """Relative to the exact ones; None for the scale where the contender does not learn it."""
+    features, others = grads[:2], grads[2:]
+    if contender.normalises:
+        features = tuple(through_normalise(*pair) for pair in zip(x[:2], features, strict=True))
+    learns_scale = all(grad is not None for grad in got.grads)
+    return {
+        "loss": relative_error((got.loss,), (loss,)),
+        "features": relative_error(got.grads[:2], features),
+        "scale": relative_error(got.grads[2:], others) if learns_scale else None,
+    }
+
+
+def skip(entry: dict, report: dict) -> None:
+    """Notes who is missing and why; says it once."""
+    said = any(
+        (entry["contender"], entry["reason"]) == (old["contender"], old["reason"])
+        for old in report["skipped"]
+    )
+    report["skipped"].append(entry)
+    if not said:
+        print(f"without {entry['contender']} in {entry['loss']}: {entry['reason']}", flush=True)
+
+
+COLUMNS = (
+    ("contender", "{:<24}"),
+    ("forward", "{:>9}"),
+    ("backward", "{:>9}"),
+    ("both ms", "{:>9}"),
+    ("p20 – p80", "{:>17}"),
+    ("units", "{:>6}"),
+    ("× eager", "{:>8}"),
+    ("GEMMs", "{:>6}"),
+    ("of mm", "{:>6}"),
+    ("of peak", "{:>8}"),
+    ("extra MiB", "{:>10}"),
+    ("error: loss", "{:>12}"),
+    ("features", "{:>9}"),
+    ("scale", "{:>9}"),
+)
+
+
+def print_table(rows: list[dict], unit_gflops: float, peak: float | None) -> None:
+    first = rows[0]
+    print(
+        f"\n{first['loss']} {first['dtype']}, N = {first['n']}, D = {first['d']}:"
+        f" one torch.mm {first['unit_ms']:.2f} ms, {unit_gflops:.0f} GFLOP/s;"
+        + (f" peak {peak / 1e9:.0f} GFLOP/s" if peak else " peak not measured: no native loop")
+    )
+    layout = " ".join(column for _, column in COLUMNS)
+    print(layout.format(*(name for name, _ in COLUMNS)))
+    for row in rows:
+        both, error = row["both"], row["error"] or {}
+        cells = (
+            row["contender"],
+            _cell(row["forward"]["median"], ".2f"),
+            _cell(row["backward"]["median"], ".2f"),
+            _cell(both["median"], ".2f"),
+            f"{both['p20']:.2f} – {both['p80']:.2f}",
+            _cell(row["units"], ".2f"),
+            _cell(row["vs_eager"], ".2f"),
+            _cell(row["gemms"], ".2f"),
+            _cell(row["gemms"] and row["gemms"] / row["units"], ".0%"),
+            _cell(row["share_of_peak"], ".0%"),
+            _cell(row["extra_bytes"] and row["extra_bytes"] / MIB, ".1f"),
+            *(_cell(error.get(name), ".1e") for name in ("loss", "features", "scale")),
+        )
+        print(layout.format(*cells), flush=True)
+
+
+def _cell(value: float | None, how: str) -> str:
+    return "–" if value is None else format(value, how)
+
+
+def memory_over_n(args: argparse.Namespace, probe: MemoryProbe, report: dict) -> None:
+    """Extra memory of the first loss at more sizes, for the picture."""
+    loss, largest = args.loss[0], max(args.batch)
+    measured = {(r["contender"], r["dtype"], r["n"]) for r in report["rows"] if r["loss"] == loss}
+    sizes = {max(1, largest // k) for k in (8, 4, 2)} | {max(largest, min(2 * largest, SWEEP_TO))}
+    for dtype, n, contender in product(args.dtype, sorted(sizes), CONTENDERS):
+        ran = any((contender.name, dtype, other) in measured for other in args.batch)
+        if not ran or (contender.name, dtype, n) in measured:
+            continue
+        found = probe(contender, loss, n, DTYPES[dtype])
+        who = {"loss": loss, "dtype": dtype, "n": n, "d": args.dim, "contender": contender.name}
+        if found.failure:
+            skip(who | {"reason": found.failure}, report)
+        else:
+            report["memory"].append(who | {"extra_bytes": found.extra_bytes})
+
+
+def save(report: dict, args: argparse.Namespace) -> None:
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    args.out.write_text(json.dumps(report, indent=1, ensure_ascii=False) + "\n")
+    print(f"\n{args.out}")
+    try:
+        from plot import draw
+    except ImportError as error:
+        print(f"no picture: {error}")
+        return
+    for dtype in args.dtype:
+        picture = args.out.with_name(f"{args.out.stem}-{dtype}.png")
+        draw(report, dtype, picture)
+        print(picture)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,321 @@
+"""How it is measured: time, memory, matrix products, error.
+
+Time. Every round runs each contender once, forward and backward, and one `torch.mm` into an
+existing tensor, in an order that changes from round to round: whatever disturbs the machine
+disturbs all alike. Medians over the rounds, with the 20th and 80th percentiles.
+
+Memory. What a step needs at its peak beyond its inputs and the gradients that it returns.
+On the CPU the first step at this size in a fresh process: the growth of its peak resident set
+(VmHWM, reset through /proc/self/clear_refs), so that memory of C++ kernels and buffers that outlive
+the step count too. A step at a small size loads the code before that; contenders that compile are
+warmed up at the full size, because the compiler's memory is not the loss's. Resolution: about
+1 MiB. On CUDA the peak of PyTorch's allocator.
+
+Matrix products. FLOPs of the products that ran: those of PyTorch from its profiler, those of the
+native kernels from their own counter.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import multiprocessing
+import os
+import random
+import signal
+import time
+from collections.abc import Callable
+from multiprocessing import forkserver
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from contenders import CONTENDERS, Contender, Inputs, make_inputs
+from torch.profiler import ProfilerActivity, profile
+
+os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # else the profiler announces itself on stderr
+
+LEAST_ROUNDS, MOST_ROUNDS = 3, 200
+PEAK_SECONDS = 0.1  # how long the loop of multiply-adds runs
+STEP_SECONDS = 600.0  # a contender whose first step takes longer is left out
+# not ito_kernels: the server looks in the working directory first, this process may not
+PRELOAD = ["torch", "torch._dynamo", "torch._inductor.compile_fx"]
+MOST_SCORES = 1 << 28  # results of one torch.mm: 1 GiB in fp32
+SMALL = 128  # rows of the step that loads the code before memory is measured
+TELLS_PEAK = os.access("/proc/self/clear_refs", os.W_OK)  # Linux, and not every sandbox
+
+
+class Step(NamedTuple):
+    """One forward and backward. Milliseconds; gradients are None where there is none."""
+
+    forward: float
+    backward: float
+    loss: torch.Tensor
+    grads: tuple[torch.Tensor | None, ...]
+
+
+def step(run: Callable[[Inputs], torch.Tensor], loss: str, x: Inputs) -> Step:
+    """Runs the contender `run` as one training step does."""
+    device, dtype = x.a.device.type, x.a.dtype
+    half = dtype in (torch.bfloat16, torch.float16)
+    begin = _mark(device)
+    with torch.autocast(device, dtype if half else torch.bfloat16, enabled=half):
+        value = run(x)
+    middle = _mark(device)
+    grads = torch.autograd.grad(value, x.leaves(loss), allow_unused=True)
+    end = _mark(device)
+    return Step(_elapsed(begin, middle), _elapsed(middle, end), value.detach(), grads)
+
+
+def _mark(device: str):
+    if device == "cpu":
+        return time.perf_counter()
+    event = torch.cuda.Event(enable_timing=True)
+    event.record()
+    return event
+
+
+def _elapsed(begin, end) -> float:
+    if isinstance(begin, float):
+        return (end - begin) * 1e3
+    end.synchronize()
+    return begin.elapsed_time(end)
+
+
+# ---- time
+
+# {"forward" | "backward" | "both": {"p20" | "median" | "p80": milliseconds}}
+Times = dict[str, dict[str, float]]
+
+
+class Gemm:
+    """The unit: torch.mm of rows × D by D × rows, into a tensor whose memory is there already.
+
+    Beyond MOST_SCORES results it computes some of the columns and multiplies the time.
+    """
+
+    def __init__(self, rows: int, d: int, like: torch.Tensor):
+        cols = min(rows, max(1, MOST_SCORES // rows))
+        self.left = torch.randn(rows, d, device=like.device, dtype=like.dtype)
+        self.right = torch.randn(d, cols, device=like.device, dtype=like.dtype)
+        self.out = like.new_zeros(rows, cols)
+        self.rows, self.parts, self.flops = rows, rows / cols, 2 * rows * rows * d
+
+    def __call__(self) -> tuple[float, float]:
+        begin = _mark(self.out.device.type)
+        torch.mm(self.left, self.right, out=self.out)
+        return _elapsed(begin, _mark(self.out.device.type)) * self.parts, 0.0
+
+
+def time_in_turns(runs: dict[str, Callable[[], tuple]], seconds: float) -> dict[str, Times]:
+    """Times of each of `runs`, by name.
+
+    Each of `runs` returns its milliseconds forward and backward first. As many rounds as fit into
+    `seconds`, within LEAST_ROUNDS and MOST_ROUNDS.
+    """
+    samples = {name: [] for name in runs}
+    order, shuffle = list(runs), random.Random(0).shuffle
+    gc.collect()
+    start = time.perf_counter()
+    for done in range(MOST_ROUNDS):
+        if done >= LEAST_ROUNDS and time.perf_counter() - start > seconds:
+            break
+        shuffle(order)
+        for name in order:
+            samples[name].append(runs[name]()[:2])
+    return {name: _summary(np.array(times)) for name, times in samples.items()}
+
+
+def _summary(times: np.ndarray) -> Times:
+    parts = {"forward": times[:, 0], "backward": times[:, 1], "both": times.sum(1)}
+    return {
+        part: dict(zip(("p20", "median", "p80"), np.percentile(x, (20, 50, 80)), strict=True))
+        for part, x in parts.items()
+    }
+
+
+# ---- matrix products
+
+
+def gemm_flops(run: Callable[[], object], native: bool) -> float | None:
+    """FLOPs of the matrix products in one call; None where native code does not count its own."""
+    if native:
+        counter = getattr(_native(), "gemm_flops", None)
+        if counter is None:
+            return None
+        before = counter()
+        run()
+        return float(counter() - before)
+    with profile(activities=[ProfilerActivity.CPU], record_shapes=True) as profiler:
+        run()
+    flops = 0.0
+    for event in profiler.events():
+        name = event.name.removeprefix("aten::").rstrip("_")
+        if event.name.startswith("aten::") and name in ("mm", "bmm", "addmm", "baddbmm"):
+            left, right = event.input_shapes[name.count("add") :][:2]
+            flops += 2.0 * np.prod(left) * right[-1]
+    return flops
+
+
+def peak_flops(dtype: torch.dtype) -> float | None:
+    """FLOP/s of the native module's loop of independent multiply-adds, on PyTorch's threads."""
+    native = _native()
+    if not hasattr(native, "cpu_peak"):
+        return None
+    kind = getattr(native.CpuDType, str(dtype).removeprefix("torch."))
+    isa, threads, rounds = os.environ.get("ITO_CPU_ISA", ""), torch.get_num_threads(), 1000
+    best = seconds = 0.0
+    while seconds < PEAK_SECONDS:
+        rounds *= 2
+        start = time.perf_counter()
+        flops = native.cpu_peak(rounds, kind, isa, threads)
+        seconds = time.perf_counter() - start
+        best = max(best, flops / seconds)
+    return best
+
+
+def _native():
+    try:
+        from ito_kernels import _native
+    except ImportError:
+        return None
+    return _native
+
+
+# ---- error
+
+
+def relative_error(got: tuple[torch.Tensor, ...], exact: tuple[torch.Tensor, ...]) -> float:
+    """‖got - exact‖ / ‖exact‖ over all entries together."""
+    difference = sum((g.double() - e).square().sum() for g, e in zip(got, exact, strict=True))
+    return float((difference / sum(e.square().sum() for e in exact)).sqrt())
+
+
+# ---- memory
+
+
+class Probe(NamedTuple):
+    """What a contender's first step at a size tells: its extra memory, or why it cannot run.
+
+    Both None: it runs, and this system does not tell the peak of a process (TELLS_PEAK).
+    """
+
+    extra_bytes: int | None = None
+    failure: str | None = None
+
+
+class MemoryProbe:
+    """Runs contenders' first steps, on the CPU in processes forked from one that has torch.
+
+    compile_seconds: from now on; contenders that compile and have not done so by then are left out.
+    """
+
+    def __init__(self, device: str, dim: int, compile_seconds: float):
+        self.device, self.dim = device, dim
+        self.compile_until = time.perf_counter() + compile_seconds
+        self.processes = multiprocessing.get_context("forkserver")
+        self.processes.set_forkserver_preload(PRELOAD)
+        if device == "cpu":
+            forkserver.ensure_running()  # it imports while this process prepares
+
+    def __call__(self, contender: Contender, loss: str, n: int, dtype: torch.dtype) -> Probe:
+        args = (loss, n, self.dim, dtype, self.device)
+        if self.device != "cpu":
+            return _first_step(contender, *args)
+        seconds = STEP_SECONDS
+        if contender.compiles:
+            seconds = min(seconds, self.compile_until - time.perf_counter())
+            if seconds <= 0:
+                return Probe(failure="no time is left for compiling")
+        return self._in_process(contender.name, seconds, args)
+
+    def _in_process(self, name: str, seconds: float, args: tuple) -> Probe:
+        receiver, sender = self.processes.Pipe(duplex=False)
+        process = self.processes.Process(
+            target=_report, args=(sender, seconds, torch.get_num_threads(), name, args)
+        )
+        process.start()
+        sender.close()
+        try:
+            return receiver.recv()
+        except EOFError:
+            process.join()
+            return Probe(failure=f"its process ended with code {process.exitcode}")
+        finally:
+            process.join()
+
+
+class _TimeUp(BaseException):
+    """Not an Exception: nothing that a contender calls may take it for a failure of its own."""
+
+
+def _report(sender, seconds: float, threads: int, name: str, args: tuple) -> None:
+    def stop(*_):
+        raise _TimeUp
+
+    torch.set_num_threads(threads)
+    if TELLS_PEAK:
+        _limit_memory()
+    signal.signal(signal.SIGALRM, stop)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    contender = next(c for c in CONTENDERS if c.name == name)
+    try:
+        probe = _first_step(contender, *args)
+        signal.setitimer(signal.ITIMER_REAL, 0)
+    except _TimeUp:
+        probe = Probe(
+            failure=f"its first step did not end within {seconds:.0f} s, compiling included"
+        )
+    sender.send(probe)
+
+
+def _first_step(
+    contender: Contender, loss: str, n: int, dim: int, dtype: torch.dtype, device: str
+) -> Probe:
+    try:
+        run = contender.build(loss)
+        small = n if contender.compiles else min(n, SMALL)
+        step(run, loss, make_inputs(loss, small, dim, dtype, device))
+        x = make_inputs(loss, n, dim, dtype, device)
+        before = _reset_peak(device)
+        grads = step(run, loss, x).grads
+        returned = sum(g.numel() * g.element_size() for g in grads if g is not None)
+        return Probe(None if before is None else max(0, _peak(device) - before - returned))
+    except Exception as error:
+        return Probe(failure=f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}")
+
+
+def _limit_memory() -> None:
+    """Allocations beyond 80 % of the free memory fail, where they would end other processes."""
+    import resource
+
+    free = _kib("/proc/meminfo", "MemAvailable")
+    limit = int((_kib("/proc/self/status", "VmData") + 0.8 * free) * 1024)
+    resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
+
+
+def _reset_peak(device: str) -> int | None:
+    """Bytes in use now; peaks count from here. None where the system does not tell."""
+    gc.collect()
+    if device != "cpu":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+        return torch.cuda.memory_allocated()
+    if not TELLS_PEAK:
+        return None
+    # freed memory that malloc keeps would otherwise be used again without being seen
+    ctypes.CDLL(None).malloc_trim(0)
+    with open("/proc/self/clear_refs", "w") as file:
+        file.write("5")
+    return _kib("/proc/self/status", "VmRSS") * 1024
+
+
+def _peak(device: str) -> int:
+    if device != "cpu":
+        return torch.cuda.max_memory_allocated()
+    return _kib("/proc/self/status", "VmHWM") * 1024
+
+
+def _kib(file: str, field: str) -> int:
+    with open(file) as lines:
+        return next(int(line.split()[1]) for line in lines if line.startswith(field + ":"))

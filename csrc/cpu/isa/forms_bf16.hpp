@@ -1,0 +1,90 @@
+// Packed bf16 operands. The processor multiplies pairs of bf16 that are adjacent along the depth of
+// a product, so every operand is made of such pairs ([2] below):
+//
+//   columns, for scores     [j / 32][d / 2][j % 32][2]      for gradients  [d / 32][j / 2][d % 32][2]
+//   W, for the rows' grad   [j / 32][i][j % 32]             the columns'   [j / 32][i / 2][j % 32][2]
+//   rows, for gradients     [i / 32][d][i % 32]
+//
+// Widths and rows of a tile are multiples of 32. W is rounded to bf16 here, after everything that
+// is subtracted has been subtracted in fp32.
+#pragma once
+#include "cpu/isa/convert.hpp"
+#include "cpu/isa/vec_avx512.hpp"
+
+namespace {
+
+struct FormsBf16 {
+  using Vec = Vec512;
+  using Element = uint16_t;
+  static constexpr const char* kArithmetic = "bf16";
+  static constexpr bool kConverts = true;
+  static constexpr int kPanel = 32, kRowAlign = 32, kDepthAlign = 32;
+
+  static int padded(int64_t width) { return static_cast<int>((width + 31) / 32 * 32); }
+
+  // 32 rows × 32 columns from (row, first) on as they are; 0 beyond the matrix and at padding.
+  static void read_block(const Matrix& m, const uint8_t* skip, int64_t row, int64_t end,
+                         int64_t first, uint16_t (*out)[32]) {
+    const uint16_t* data = static_cast<const uint16_t*>(m.data);
+    const int64_t count = m.width - first < 32 ? m.width - first : 32;
+    for (int r = 0; r < 32; ++r) {
+      const bool used = row + r < end && !(skip && skip[row + r]);
+      if (!used || count < 32) std::memset(out[r], 0, sizeof out[r]);
+      if (used) std::memcpy(out[r], data + (row + r) * m.stride + first, count * 2);
+    }
+  }
+
+  static void pack_cols(const Matrix& m, const uint8_t* skip, int64_t panel, uint16_t* scores,
+                        uint16_t* grad, int64_t grad_panel) {
+    alignas(64) uint16_t block[32][32];
+    const int64_t first = panel * 32;
+    scores += first * padded(m.width);
+    for (int d = 0; d < m.width; d += 32, scores += 32 * 32) {
+      read_block(m, skip, first, m.rows, d, block);
+      for (int k = 0; k < 32; k += 2)
+        for (int j = 0; j < 32; ++j) std::memcpy(scores + k * 32 + 2 * j, &block[j][k], 4);
+      if (!grad) continue;
+      uint16_t* to = grad + d / 32 * grad_panel + first * 32;
+      for (int j = 0; j < 32; j += 2)
+        for (int k = 0; k < 32; ++k) {
+          to[j * 32 + 2 * k] = block[j][k];
+          to[j * 32 + 2 * k + 1] = block[j + 1][k];
+        }
+    }
+  }
+
+  // Rows for gradients.
+  static void pack_rows_for_gradients(const Matrix& m, const uint8_t* skip, int64_t first, int rows,
+                                      uint16_t* out) {
+    alignas(64) uint16_t block[32][32];
+    for (int i = 0; i < rows; i += 32)
+      for (int d = 0; d < m.width; d += 32, out += 32 * 32) {
+        read_block(m, skip, first + i, first + rows, d, block);
+        for (int k = 0; k < 32; ++k)
+          for (int r = 0; r < 32; ++r) out[k * 32 + r] = block[r][k];
+      }
+  }
+
+  // Both forms of W, one after the other.
+  static void convert(const float* w, int rows, int cols, uint16_t* out) {
+    alignas(64) uint16_t order[32];  // (0, 16, 1, 17, ...): interleaves two halves
+    for (int i = 0; i < 32; ++i) order[i] = static_cast<uint16_t>(i / 2 + i % 2 * 16);
+    const __m512i interleave = _mm512_load_si512(order);
+    uint16_t* by_pair = out + int64_t(rows) * cols;
+    for (int64_t at = 0; at < int64_t(rows) * cols; at += 64) {
+      const float* p = w + at;  // rows i and i + 1 of a panel
+      const __m512 a0 = _mm512_loadu_ps(p), a1 = _mm512_loadu_ps(p + 16);
+      const __m512 b0 = _mm512_loadu_ps(p + 32), b1 = _mm512_loadu_ps(p + 48);
+      store(out + at, _mm512_cvtne2ps_pbh(a1, a0));
+      store(out + at + 32, _mm512_cvtne2ps_pbh(b1, b0));
+      store(by_pair + at, _mm512_permutexvar_epi16(interleave, bits(_mm512_cvtne2ps_pbh(b0, a0))));
+      store(by_pair + at + 32,
+            _mm512_permutexvar_epi16(interleave, bits(_mm512_cvtne2ps_pbh(b1, a1))));
+    }
+  }
+  static __m512i bits(__m512bh x) { return (__m512i)x; }
+  static void store(uint16_t* p, __m512i x) { _mm512_storeu_si512(p, x); }
+  static void store(uint16_t* p, __m512bh x) { store(p, bits(x)); }
+};
+
+}  // namespace

@@ -1,0 +1,72 @@
+// Matrix products of bf16 pairs with vdpbf16ps. The layouts are those of forms_bf16.hpp, and
+// packed rows, for scores: [i / 14][d / 2][i % 14][2].
+#pragma once
+#include "cpu/isa/forms_bf16.hpp"
+#include "cpu/isa/micro.hpp"
+
+namespace {
+
+struct DotBf16 {
+  using Vec = Vec512;
+  using Unit = uint32_t;  // a pair
+  using Operand = __m512bh;
+  static constexpr int kElement = sizeof(uint16_t);
+  static Operand load(const uint32_t* p) { return (__m512bh)_mm512_loadu_si512(p); }
+  static Operand broadcast(uint32_t x) { return (__m512bh)_mm512_set1_epi32(static_cast<int>(x)); }
+  static __m512 multiply_add(Operand a, Operand b, __m512 c) { return _mm512_dpbf16_ps(c, a, b); }
+};
+
+struct GemmDotBf16 : FormsBf16 {
+  static constexpr int kRows = 14;
+  using Kernel = Micro<DotBf16, kRows, 2>;
+
+  static const uint32_t* pairs(const uint16_t* p) { return reinterpret_cast<const uint32_t*>(p); }
+
+  static void scores(const uint16_t* a, const uint16_t* b, float* s, int rows, int width) {
+    const int depth = width / 2;
+    for (int i = 0; i < rows; i += kRows)
+      Kernel::rows<1, kRows>(rows - i, depth, depth, pairs(a) + int64_t(i) * depth, 0, pairs(b),
+                             s + i * kPanel, false);
+  }
+
+  static void grad_rows(const uint16_t* w, const uint16_t* b, int64_t b_panel, float* da, int rows,
+                        int cols, int width) {
+    for (int d = 0; d < width; d += kPanel, b += b_panel, da += int64_t(rows) * kPanel)
+      for (int i = 0; i < rows; i += kRows)
+        Kernel::rows<16, 1>(rows - i, cols / 2, 16, pairs(w) + i * 16, int64_t(rows) * 16, pairs(b),
+                            da + i * kPanel, true);
+  }
+
+  static void grad_cols(const uint16_t* w, const uint16_t* a, float* dbt, int rows, int cols,
+                        int width) {
+    w += int64_t(rows) * cols;  // the form by pairs of rows
+    a += round_up_rows(rows) * width;
+    for (int j = 0; j < cols; j += kPanel, w += int64_t(rows) * kPanel)
+      for (int d = 0; d < width; d += kRows)
+        Kernel::rows<16, 1>(width - d, rows / 2, 16, pairs(a) + d * 16, int64_t(width) * 16,
+                            pairs(w), dbt + int64_t(j) * width + d * kPanel, true);
+  }
+
+  // Rows of the first form of packed rows; the form for gradients follows it.
+  static int64_t round_up_rows(int rows) { return (rows + kRows - 1) / kRows * kRows; }
+
+  static void pack_rows(const Matrix& m, const uint8_t* skip, int64_t first, int rows,
+                        uint16_t* out) {
+    alignas(64) uint16_t block[32][32];
+    const int aligned = padded(rows);
+    uint16_t* scores = out;
+    for (int i = 0; i < round_up_rows(aligned); i += kRows)
+      for (int d = 0; d < m.width; d += 32) {
+        read_block(m, skip, first + i, first + rows, d, block);
+        for (int k = 0; k < 32; k += 2, scores += 2 * kRows)
+          for (int r = 0; r < kRows; ++r) std::memcpy(scores + 2 * r, &block[r][k], 4);
+      }
+    pack_rows_for_gradients(m, skip, first, rows, out + round_up_rows(aligned) * padded(m.width));
+  }
+
+  static double peak(int64_t rounds) {
+    return Kernel::peak(rounds, DotBf16::broadcast(0x3f803f80), DotBf16::broadcast(0x3a803a80));
+  }
+};
+
+}  // namespace

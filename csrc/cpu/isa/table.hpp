@@ -1,0 +1,105 @@
+// Fills a table of kernels for one instruction set. Included by the isa_*.cpp, each of which is
+// compiled with its own flags.
+//
+// Everything here is in an anonymous namespace, and nothing from the standard library that is not
+// inlined is used: the linker keeps one copy of an inline function, and if that were the one that
+// was compiled for AVX-512, it would run on machines that lack it.
+#pragma once
+#include "cpu/isa/weights.hpp"
+
+namespace {
+
+template <class G>
+struct Table {
+  using E = typename G::Element;
+  using V = typename G::Vec;
+  static constexpr int P = G::kPanel;
+
+  static int rows(const Tile& t) { return Epilogue<G>::stride(t); }
+  static int width(const Tile& t) { return Epilogue<G>::packed_width(t); }
+  static const E* operand(const Tile& t) {
+    return static_cast<const E*>(G::kConverts ? t.operand : t.scores);
+  }
+
+  static void pack_rows(const Matrix& m, const uint8_t* skip, int64_t first, int rows, void* out) {
+    G::pack_rows(m, skip, first, rows, static_cast<E*>(out));
+  }
+  static void pack_cols(const Matrix& m, const uint8_t* skip, int64_t panel, void* scores,
+                        void* grad, int64_t grad_panel) {
+    G::pack_cols(m, skip, panel, static_cast<E*>(scores), static_cast<E*>(grad), grad_panel);
+  }
+  static void weights(const Tile& t, const BackwardTile& b) {
+    Weights<G>::logsumexp(t, b);
+    if constexpr (G::kConverts) G::convert(t.scores, rows(t), t.cols, static_cast<E*>(t.operand));
+  }
+  static void softplus(const Tile& t, const SoftplusTile& p) {
+    Weights<G>::softplus(t, p);
+    if constexpr (G::kConverts)
+      if (p.u) G::convert(t.scores, rows(t), t.cols, static_cast<E*>(t.operand));
+  }
+  static void grad_rows(const Tile& t, const void* b, int64_t b_panel, float* da) {
+    G::grad_rows(operand(t), static_cast<const E*>(b), b_panel, da, rows(t), t.cols, width(t));
+  }
+  static void grad_cols(const Tile& t, const void* a, float* dbt) {
+    G::grad_cols(operand(t), static_cast<const E*>(a), dbt, rows(t), t.cols, width(t));
+  }
+
+  // The finished gradients, from the layouts of the products to dense rows.
+  static void store_rows(const float* da, int stride, int rows, const Matrix& to, int64_t first) {
+    void* data = const_cast<void*>(to.data);
+    for (int d = 0; d < to.width; d += P, da += int64_t(stride) * P) {
+      const int count = to.width - d < P ? static_cast<int>(to.width) - d : P;
+      for (int i = 0; i < rows; ++i)
+        write_row(data, to.dtype, to.width, first + i, d, count, da + i * P);
+    }
+  }
+  static void store_cols(const float* dbt, const Matrix& to, int64_t panel) {
+    void* data = const_cast<void*>(to.data);
+    constexpr int kChunk = 64;
+    alignas(64) float part[P][kChunk];
+    const int64_t first = panel * P, width = to.width;
+    const int rows = to.rows - first < P ? static_cast<int>(to.rows - first) : P;
+    for (int d = 0; d < width; d += kChunk, dbt += kChunk * P) {
+      const int count = width - d < kChunk ? static_cast<int>(width) - d : kChunk;
+      for (int k = 0; k < count; ++k)
+        for (int j = 0; j < P; ++j) part[j][k] = dbt[k * P + j];
+      for (int j = 0; j < rows; ++j)
+        write_row(data, to.dtype, width, first + j, d, count, part[j]);
+    }
+  }
+
+  static void fold_rows(const float* da, int stride, int rows, int width, float* dbt,
+                        int acc_width) {
+    for (int i = 0; i < rows; ++i)
+      for (int d = 0; d < width; ++d)
+        dbt[int64_t(i / P) * P * acc_width + d * P + i % P] +=
+            da[int64_t(d / P) * P * stride + i * P + d % P];
+  }
+
+  static constexpr ito::cpu::Kernels make(const char* name) {
+    ito::cpu::Kernels k{};
+    k.name = name;
+    k.arithmetic = G::kArithmetic;
+    k.element = sizeof(E);
+    k.panel = P;
+    k.row_panel = G::kRows;
+    k.row_align = G::kRowAlign;
+    k.width_align = G::kDepthAlign;
+    k.row_forms = G::kConverts ? 2 : 1;
+    k.operand_bytes = G::kConverts ? 2 * sizeof(E) : 0;
+    k.pack_rows = pack_rows;
+    k.pack_cols = pack_cols;
+    k.forward = Epilogue<G>::forward;
+    k.weights = weights;
+    k.softplus = softplus;
+    k.grad_rows = grad_rows;
+    k.grad_cols = grad_cols;
+    k.store_rows = store_rows;
+    k.store_cols = store_cols;
+    k.fold_rows = fold_rows;
+    k.peak = G::peak;
+    return k;
+  }
+};
+
+}  // namespace

@@ -1,0 +1,216 @@
+"""Native kernels for CPU tensors: fp32, bf16 and fp16 features, accumulated in fp32.
+
+Tiles of S stay in the processor's cache and are reduced there; backward computes them again, or
+reads those that forward kept (`ITO_TILE_CACHE_BYTES`, 64 MiB by default). Threads are PyTorch's
+own: as many as `torch.get_num_threads()`. The same number of threads gives the same bits.
+
+Environment: ITO_CPU_ISA forces an instruction set, one of `instruction_sets()`.
+"""
+
+from __future__ import annotations
+
+import os
+
+import torch
+from torch import Tensor
+
+from .spec import Grads, Needs, Problem, Stats, Upstream
+
+try:
+    from .. import _native
+except ImportError:
+    _native = None
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+TILE_CACHE_BYTES = 64 << 20
+
+
+def supports(problem: Problem) -> tuple[bool, str]:
+    if _native is None:
+        return False, "the native module was not built: no C++ compiler was found at installation"
+    if problem.a.device.type != "cpu":
+        return False, f"needs CPU tensors, got {problem.a.device.type}"
+    if problem.a.dtype not in DTYPES:
+        return False, f"needs float32, bfloat16 or float16 features, got {problem.a.dtype}"
+    if max(problem.n, problem.m) >= 2**31 or abs(problem.diagonal) >= 2**31:
+        return False, "counts rows and columns with 32 bits"
+    return True, "native kernels"
+
+
+def describe(problem: Problem) -> str:
+    return _native.cpu_describe(_fields(_Arguments(problem)), _isa(), torch.get_num_threads())
+
+
+def instruction_sets() -> list[str]:
+    """The instruction sets that the kernels were built for and this processor has, best first."""
+    return [] if _native is None else _native.cpu_instruction_sets()
+
+
+def cache_bytes(problem: Problem) -> int:
+    """Memory worth having for scores that forward keeps for backward: 4 bytes for each score, up
+    to the budget."""
+    budget = int(os.environ.get("ITO_TILE_CACHE_BYTES", TILE_CACHE_BYTES))
+    if budget < 0:
+        raise ValueError(f"ITO_TILE_CACHE_BYTES must be at least 0, got {budget}")
+    # tiles are whole panels, a little larger than what they cover
+    return torch.sym_min(budget, 4 * (problem.n + 256) * (problem.m + 1024) + 64)
+
+
+def logsumexp_forward(problem: Problem, cache: Tensor | None = None) -> Stats:
+    """With a `cache` of any size, keeps there as many scores as fit."""
+    out = _new_stats(problem)
+    a = _Arguments(problem)
+    _native.cpu_forward(_fields(a), _addresses(out), _cache(cache), _isa(), torch.get_num_threads())
+    return out
+
+
+def logsumexp_backward(
+    problem: Problem,
+    stats: Stats,
+    upstream: Upstream,
+    needs: Needs,
+    cache: Tensor | None = None,
+) -> Grads:
+    """`cache`: what forward filled."""
+    return _backward(problem, stats, upstream, needs, cache, one_pass=False)
+
+
+def softplus_forward(problem: Problem) -> Tensor:
+    loss = problem.scale.new_empty(problem.n)
+    _softplus(problem, loss, None, Needs())
+    return loss
+
+
+def softplus_backward(problem: Problem, u: Tensor, needs: Needs) -> Grads:
+    return _softplus(problem, None, u, needs)
+
+
+def logsumexp_one_pass(
+    problem: Problem, upstream: Upstream, needs: Needs, cache: Tensor | None = None
+) -> tuple[Stats, Grads]:
+    """Statistics and gradients together, for rows-only problems whose upstream is known before.
+
+    A panel's scores are computed once if they fit into `cache`: 3 matrix products instead of 4.
+    """
+    if problem.cols:
+        raise ValueError("one pass needs a rows-only problem, got cols=True")
+    stats = _new_stats(problem)
+    return stats, _backward(problem, stats, upstream, needs, cache, one_pass=True)
+
+
+def softplus_one_pass(problem: Problem, u: Tensor, needs: Needs) -> tuple[Tensor, Grads]:
+    """The row sums and, for an upstream gradient `u` known before, the gradients: 3 products."""
+    loss = problem.scale.new_empty(problem.n)
+    return loss, _softplus(problem, loss, u, needs)
+
+
+def _backward(problem, stats, upstream, needs, cache, one_pass) -> Grads:
+    grads = _new_grads(problem, needs)
+    a = _Arguments(problem)
+    # kept alive by these names until the call returns
+    stats = Stats(*(None if x is None else x.contiguous() for x in stats))
+    upstream = Upstream(*(None if x is None else x.float().contiguous() for x in upstream))
+    _native.cpu_backward(
+        _fields(a),
+        _addresses(stats),
+        _addresses(upstream),
+        _addresses(grads),
+        _cache(cache),
+        _isa(),
+        torch.get_num_threads(),
+        one_pass,
+    )
+    return grads
+
+
+def _softplus(problem: Problem, loss: Tensor | None, u: Tensor | None, needs: Needs) -> Grads:
+    grads = _new_grads(problem, needs)
+    a = _Arguments(problem)
+    u = None if u is None else u.float().contiguous()
+    _native.cpu_softplus(
+        _fields(a),
+        0 if loss is None else loss.data_ptr(),
+        0 if u is None else u.data_ptr(),
+        _addresses(grads),
+        _isa(),
+        torch.get_num_threads(),
+    )
+    return grads
+
+
+class _Arguments:
+    """A problem's tensors as the engine reads them: rows with adjacent elements, dense vectors."""
+
+    def __init__(self, problem: Problem):
+        def rows(x: Tensor) -> Tensor:
+            return x if x.stride(1) == 1 or x.shape[1] == 1 else x.contiguous()
+
+        def dense(x: Tensor | None) -> Tensor | None:
+            return None if x is None else x.contiguous()
+
+        self.problem = problem
+        self.a = rows(problem.a)
+        self.b = self.a if problem.b is None else rows(problem.b)
+        self.scale, self.row_bias, self.col_bias = (dense(x) for x in problem[2:5])
+        self.row_ids, self.col_ids = (dense(x) for x in problem[5:7])
+
+
+def _fields(a: _Arguments) -> dict:
+    p = a.problem
+    dtype = getattr(_native.CpuDType, str(p.a.dtype).removeprefix("torch."))
+    tensors = {
+        name: _address(getattr(a, name))
+        for name in ("scale", "row_bias", "col_bias", "row_ids", "col_ids")
+    }
+    return {
+        **tensors,
+        "a": (a.a.data_ptr(), p.n, p.d, a.a.stride(0), dtype),
+        "b": (a.b.data_ptr(), p.m, p.d, a.b.stride(0), dtype),
+        "self": p.b is None,
+        "scale_per_row": p.scale.ndim == 1,
+        "positives": getattr(_native.CpuPositives, p.positives or "none"),
+        "exclude_self": p.exclude_self,
+        "exclude_positives": p.exclude_positives,
+        "diagonal": p.diagonal,
+        "rows": p.rows,
+        "cols": p.cols,
+        "hardest": p.hardest,
+    }
+
+
+def _address(x: Tensor | None) -> int | None:
+    return None if x is None else x.data_ptr()
+
+
+def _addresses(tensors) -> dict[str, int | None]:
+    return {name: _address(x) for name, x in tensors._asdict().items()}
+
+
+def _cache(x: Tensor | None) -> tuple[int, int]:
+    return (0, 0) if x is None else (x.data_ptr(), x.numel())
+
+
+def _new_stats(problem: Problem) -> Stats:
+    like, n, m = problem.scale, problem.n, problem.m
+    side = (True, True, problem.positives is not None, problem.hardest)
+    return Stats(
+        *(like.new_empty(n) if problem.rows and want else None for want in side),
+        *(like.new_empty(m) if problem.cols and want else None for want in side),
+    )
+
+
+def _new_grads(problem: Problem, needs: Needs) -> Grads:
+    n, m, like = problem.n, problem.m, problem.scale
+    dense = {"dtype": problem.a.dtype}
+    return Grads(
+        torch.empty(n, problem.d, **dense) if needs.a else None,
+        torch.empty(m, problem.d, **dense) if needs.b else None,
+        *(
+            like.new_empty(k) if need else None
+            for k, need in zip((n, n, m), needs[2:], strict=True)
+        ),
+    )
+
+
+def _isa() -> str:
+    return os.environ.get("ITO_CPU_ISA", "")

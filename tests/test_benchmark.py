@@ -1,0 +1,202 @@
+"""The benchmark: its contenders compute the same losses, its measurements see what they claim to.
+
+A wrong contender would be compared as if it were right, so each is held against a dense formula
+written out here.
+"""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
+sys.path.insert(0, str(BENCHMARKS))
+
+import loss_throughput  # noqa: E402
+import measure  # noqa: E402
+from contenders import (  # noqa: E402
+    CONTENDERS,
+    LOSSES,
+    ONE_TOWER,
+    Inputs,
+    exact,
+    make_inputs,
+    through_normalise,
+)
+
+N, D = 22, 7  # N is not a multiple of the 4 rows of an item: groups are unequal
+
+
+def by_definition(loss: str, x: Inputs) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
+    """Loss and gradients in fp64, entry by entry of the similarity matrix."""
+    x = Inputs(*(leaf.detach().double().requires_grad_() for leaf in x[:4]), x.ids)
+    scale = x.log_scale.exp()
+    if loss in ONE_TOWER:
+        a = b = torch.cat([x.a, x.b])
+        ids = x.ids.tolist() * 2
+        scores = (scale * a @ b.T).fill_diagonal_(-torch.inf)
+    else:
+        ids = x.ids.tolist()
+        scores = scale * x.a @ x.b.T
+    rows = range(len(ids))
+    if loss == "siglip":
+        scores = scores + x.bias
+        value = sum(
+            torch.log1p(torch.exp(-scores[i, j] if i == j else scores[i, j]))
+            for i in rows
+            for j in rows
+        ) / len(ids)
+    else:
+
+        def anchor(line: torch.Tensor, i: int) -> torch.Tensor:
+            same = [j for j in rows if ids[j] == ids[i] and not (loss in ONE_TOWER and j == i)]
+            return torch.log(torch.exp(line).sum()) - sum(line[j] for j in same) / len(same)
+
+        value = sum(anchor(scores[i], i) for i in rows) / len(ids)
+        if loss not in ONE_TOWER:
+            value = (value + sum(anchor(scores[:, j], j) for j in rows) / len(ids)) / 2
+    return value.detach(), torch.autograd.grad(value, x.leaves(loss))
+
+
+# what compiles is the eager form again, and would take a minute here
+@pytest.mark.parametrize(
+    ("loss", "contender"),
+    [(loss, c) for c in CONTENDERS if not c.compiles for loss in c.losses],
+    ids=lambda value: getattr(value, "name", value),
+)
+def test_contenders_compute_the_loss_they_are_listed_under(loss, contender):
+    try:
+        run = contender.build(loss)
+    except (ImportError, RuntimeError) as error:
+        pytest.skip(str(error))
+    x = make_inputs(loss, N, D, torch.float32, "cpu")
+    value, grads = by_definition(loss, x)
+    got = measure.step(run, loss, x)
+    torch.testing.assert_close(got.loss.double(), value, rtol=1e-5, atol=0)
+    for leaf, grad, expected in zip(x.leaves(loss), got.grads, grads, strict=True):
+        if grad is None:
+            assert leaf.ndim == 0, "only a fixed temperature may go without a gradient"
+            continue
+        if contender.normalises and leaf.ndim == 2:
+            expected = through_normalise(leaf, expected)
+        torch.testing.assert_close(grad.double(), expected, rtol=1e-4, atol=1e-7)
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_the_errors_are_measured_against_the_definition(loss, monkeypatch):
+    monkeypatch.setattr("contenders.EXACT_ROWS", 5)  # blocks that do not divide the rows
+    x = make_inputs(loss, N, D, torch.float32, "cpu")
+    value, grads = by_definition(loss, x)
+    exact_value, exact_grads = exact(loss, x)
+    torch.testing.assert_close(exact_value, value, rtol=1e-12, atol=0)
+    torch.testing.assert_close(exact_grads, grads, rtol=1e-10, atol=1e-14)
+
+
+def test_relative_error_is_relative():
+    exact_values = (torch.tensor([3.0, 0.0]), torch.tensor([4.0]))
+    got = (torch.tensor([3.0, 0.5]), torch.tensor([4.0]))
+    assert measure.relative_error(got, exact_values) == pytest.approx(0.1)
+
+
+@pytest.mark.parametrize(
+    ("name", "products"), [("eager", 3), ("open_clip form", 6), ("ito chunked", 4)]
+)
+def test_counts_the_matrix_products_that_ran(name, products):
+    contender = next(c for c in CONTENDERS if c.name == name)
+    x = make_inputs("clip", 64, 32, torch.float32, "cpu")
+    run = contender.build("clip")
+    flops = measure.gemm_flops(lambda: measure.step(run, "clip", x), contender.native)
+    assert flops == products * 2 * 64 * 64 * 32
+
+
+def test_the_unit_is_the_whole_product_also_where_it_computes_a_part(monkeypatch):
+    like = torch.empty(0)
+    whole = measure.Gemm(96, 8, like)
+    monkeypatch.setattr(measure, "MOST_SCORES", 96 * 24)
+    part = measure.Gemm(96, 8, like)
+    assert part.flops == whole.flops == 2 * 96 * 96 * 8
+    assert (whole.parts, part.parts) == (1, 4)
+    monkeypatch.setattr(measure, "_elapsed", lambda begin, end: 3.0)
+    assert (whole(), part()) == ((3.0, 0.0), (12.0, 0.0))
+
+
+def test_every_contender_runs_once_per_round():
+    calls = []
+
+    def fake(name: str, forward: float, backward: float):
+        return lambda: (calls.append(name) or forward, backward, "more")
+
+    times = measure.time_in_turns({"a": fake("a", 1.0, 2.0), "b": fake("b", 5.0, 0.5)}, 0)
+    assert times["a"]["both"] == {"p20": 3.0, "median": 3.0, "p80": 3.0}
+    assert times["b"]["forward"]["median"] == 5.0
+    rounds = [set(calls[i : i + 2]) for i in range(0, len(calls), 2)]
+    assert rounds == [{"a", "b"}] * measure.LEAST_ROUNDS
+
+
+@pytest.mark.skipif(not measure.TELLS_PEAK, reason="this system does not tell a process's peak")
+def test_memory_peak_sees_what_is_allocated_outside_torch():
+    script = (
+        "import measure\n"
+        "for mib in (64, 8):\n"
+        "    before = measure._reset_peak('cpu')\n"
+        "    bytearray(mib << 20)\n"
+        "    print(measure._peak('cpu') - before)"
+    )
+    out = subprocess.run(
+        [sys.executable, "-c", script], cwd=BENCHMARKS, capture_output=True, text=True, check=True
+    )
+    assert [int(x) / 2**20 for x in out.stdout.split()] == pytest.approx([64, 8], abs=1)
+
+
+@pytest.mark.skipif(not measure.TELLS_PEAK, reason="this system does not tell a process's peak")
+def test_memory_of_a_contender_is_measured_in_a_fresh_process():
+    n, d = 1024, 16
+    probe = measure.MemoryProbe("cpu", d, compile_seconds=0)
+    eager = next(c for c in CONTENDERS if c.name == "eager")
+    matrices = probe(eager, "clip", n, torch.float32).extra_bytes / (4 * n * n)
+    assert 2 < matrices < 9  # the logits, their log-softmax, gradients: N × N each
+    compiled = next(c for c in CONTENDERS if c.compiles)
+    assert "compiling" in probe(compiled, "clip", n, torch.float32).failure
+
+
+def test_command_line(tmp_path):
+    out = tmp_path / "numbers.json"
+    command = [
+        *(sys.executable, str(BENCHMARKS / "loss_throughput.py")),
+        *("--quick", "--loss", "clip", "supcon", "--batch", "32", "48", "--dim", "8"),
+        *("--dtype", "fp32", "bf16", "--contender", "eager", "open_clip form", "ito chunked"),
+        *("--seconds", "0.1", "--threads", "1", "--out", str(out)),
+    ]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    report = json.loads(out.read_text())
+    assert report["threads"] == 1
+    rows = report["rows"]
+    assert len(rows) == 2 * 2 * (3 + 2)  # dtypes × sizes × (contenders of clip + of supcon)
+    for row in rows:
+        assert row["units"] == pytest.approx(row["both"]["median"] / row["unit_ms"])
+        assert row["forward"]["p20"] <= row["forward"]["median"] <= row["forward"]["p80"]
+        assert row["share_of_peak"] is None or 0 < row["share_of_peak"] < 1
+        limit = 1e-5 if row["dtype"] == "fp32" else 0.05
+        assert all(0 <= error < limit for error in row["error"].values()), row
+        assert f"{row['loss']} {row['dtype']}, N = {row['n']}, D = 8" in done.stdout
+    assert (tmp_path / "numbers-fp32.png").stat().st_size > 10_000
+    assert (tmp_path / "numbers-bf16.png").exists()
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (("--loss", "clop"), r"argument --loss: invalid choice: 'clop' (choose from"),
+        (("--batch", "0"), "argument --batch: must be at least 1, got 0"),
+        (("--contender", "nobody"), "argument --contender: invalid choice: 'nobody'"),
+    ],
+)
+def test_bad_arguments_are_named(args, message, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["loss_throughput.py", *args])
+    with pytest.raises(SystemExit, match="2"):
+        loss_throughput.parse_args()
+    assert message in capsys.readouterr().err
