@@ -49,7 +49,7 @@ class Config:
     image_depth: int = option(1, "model", "transformer blocks of the image tower")
     text_depth: int = option(1, "model", "transformer blocks of the text tower")
 
-    steps: int = option(2400, "optimisation", "optimizer steps")
+    steps: int = option(2000, "optimisation", "optimizer steps")
     batch_size: int = option(64, "optimisation", "distinct items per step")
     lr: float = option(1e-3, "optimisation", "peak learning rate of AdamW")
     weight_decay: float = option(1.0, "optimisation", "on matrices only")
