@@ -80,14 +80,17 @@ def new_run(wanted: Path | None) -> Path:
 def train(run: Path, config: Config, dataset: Dataset, options: argparse.Namespace) -> Path:
     """Train from the run's newest checkpoint, or from scratch, to `config.steps`."""
     device = torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    dtype, reason = choose_precision(options.precision, device)
+    resumed = load_checkpoint(run) if options.resume else None
+    precision = options.precision
+    if resumed and precision == "auto":  # as before: another would change the numbers
+        precision = {"torch.bfloat16": "bf16", "torch.float32": "fp32"}[resumed["dtype"]]
+    dtype, reason = choose_precision(precision, device)
     print(f"data       {config.train_data}: {describe(dataset)}")
     if dataset.skipped:
         print(report_skipped(dataset.skipped))
     print(f"machine    {device}, {torch.get_num_threads()} threads, torch {torch.__version__}")
     print(f"precision  {str(dtype).removeprefix('torch.')}: {reason}")
 
-    resumed = load_checkpoint(run) if options.resume else None
     if resumed:
         tokenizer = Tokenizer.load(run / "model" / "tokenizer.json")
     else:

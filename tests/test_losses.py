@@ -162,6 +162,23 @@ def test_normalize():
     torch.testing.assert_close(loss, ik.clip_loss(normalize(q), normalize(k), 3.0))
 
 
+def test_normalize_leaves_padding_alone():
+    x, y = torch.randn(4, 3), torch.randn(4, 3)
+    x[1] = torch.nan
+    x.requires_grad_()
+    ids = torch.tensor([0, -1, 1, 2])
+    options = {"query_ids": ids, "key_ids": ids.abs()}
+    ik.multi_positive_infonce(x, y, 20.0, normalize=True, **options).backward()
+    assert x.grad.isfinite().all()
+    assert torch.equal(x.grad[1], torch.zeros(3))
+
+
+def test_a_nan_anchor_without_positives_shows():
+    x = unit(5, 3)
+    x[2] = torch.nan
+    assert ik.supcon_loss(x, torch.arange(5)).isnan()
+
+
 @pytest.mark.parametrize("positives", ["mean", "in"])
 def test_stats(positives):
     q, k = unit(20, 6), unit(25, 6, seed=1)

@@ -6,6 +6,7 @@ from problems import (
     AVAILABLE,
     CASES,
     OPTIONS,
+    Case,
     assert_accurate,
     dense,
     gradients,
@@ -16,6 +17,7 @@ from problems import (
     weights,
 )
 
+from ito_kernels import similarity_logsumexp
 from ito_kernels.similarity import chunked, dispatch
 from ito_kernels.similarity.spec import Problem
 
@@ -185,3 +187,29 @@ def test_far_rows_do_not_underflow(backend, scale):
     for side in ("row", "col"):
         lse = getattr(stats, f"{side}_max") + getattr(stats, f"{side}_logsum")
         assert_accurate(lse, truth[f"{side}_lse"], same[f"{side}_lse"], 2, 1e-6 * (1 + 5 * scale))
+
+
+@pytest.mark.parametrize("backend", AVAILABLE)
+@pytest.mark.parametrize("positives", ["linear", "lse"])
+def test_gradient_of_the_positives_alone(backend, positives):
+    """Nothing but pos is differentiated, at scores whose exponential overflows in fp32."""
+    case = Case(600, 600, 2, scale=100.0, positives=positives)
+    t = leaves(make(case, torch.float32), names=("a",))
+    truth_t = leaves(t, names=("a",))
+    key = "row_linear" if positives == "linear" else "row_lse_pos"
+    expected = gradients(dense(case, truth_t, torch.float64)[key].sum(), truth_t)["a"]
+    ours = gradients(run(case, t, backend).row_pos.sum(), t)["a"]
+    torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-3)
+
+
+@pytest.mark.parametrize("backend", AVAILABLE)
+def test_self_similarity_with_sides_padded_differently(backend):
+    x = torch.nn.functional.normalize(torch.randn(6, 8), dim=1)
+    ids = {
+        "row_ids": torch.tensor([-1, 0, 1, 2, 0, 1]),
+        "col_ids": torch.tensor([0, 0, 1, 2, -1, 1]),
+    }
+    same = similarity_logsumexp(x, x, 20.0, positives="linear", backend=backend, **ids)
+    copy = similarity_logsumexp(x, x.clone(), 20.0, positives="linear", backend=backend, **ids)
+    for a, b in zip(same, copy, strict=True):
+        assert (a is b is None) or torch.allclose(a, b, rtol=1e-5, atol=1e-5)

@@ -147,6 +147,8 @@ void Call::open_cache(TileCache cache, bool write, bool per_thread) {
   cached_steps_ = std::min<int64_t>(plan_.steps(), room / (owners * area * int64_t(sizeof(float))));
   if (!cache.data || cached_steps_ <= 0) {
     cached_steps_ = 0;
+    // fresh memory may hold the header of an earlier call: backward must not believe it
+    if (write && room >= 0) std::memset(cache.data, 0, sizeof(CacheHeader));
     return;
   }
   cache_ = static_cast<float*>(cache.data) + sizeof(CacheHeader) / sizeof(float);

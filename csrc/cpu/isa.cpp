@@ -23,12 +23,19 @@ struct Set {
 // Best first.
 const std::vector<Set>& sets() {
   static const std::vector<Set> all = {
-#if defined(__x86_64__)
+#if defined(ITO_HAVE_AMX_BF16)
       {"amx_bf16", {"avx512_bf16", "fma", "amx_tile", "amx_bf16"}, &kAvx512, &kAmxBf16},
+#endif
+#if defined(ITO_HAVE_AVX512_BF16)
       {"avx512_bf16", {"avx512_bf16", "fma"}, &kAvx512, &kAvx512Bf16},
+#endif
+#if defined(ITO_HAVE_AVX512)
       {"avx512", {"avx512", "fma"}, &kAvx512, nullptr},
+#endif
+#if defined(ITO_HAVE_AVX2)
       {"avx2", {"avx2", "fma"}, &kAvx2, nullptr},
-#elif defined(__aarch64__)
+#endif
+#if defined(ITO_HAVE_NEON)
       {"neon", {"neon"}, &kNeon, nullptr},
 #endif
       {"scalar", {}, &kScalar, nullptr},

@@ -6,11 +6,10 @@ import math
 
 import torch
 from torch import Tensor
-from torch.nn.functional import normalize as l2_normalize
 
 from ..similarity import similarity_softplus
 from ..similarity.spec import accumulate_dtype, check_ids, check_pair, check_scale
-from .common import REDUCTIONS, check_choice, not_yet, reduce
+from .common import REDUCTIONS, check_choice, normalized, not_yet, reduce
 from .infonce import multi_positive_infonce
 
 
@@ -95,8 +94,8 @@ def siglip_loss(
         text_ids = check_ids("text_ids", text_ids, m, "text_features", device)
         valid = image_ids >= 0
     if normalize:
-        image_features = l2_normalize(image_features, dim=1)
-        text_features = l2_normalize(text_features, dim=1)
+        image_features = normalized(image_features, image_ids)
+        text_features = normalized(text_features, text_ids)
     per_image = similarity_softplus(
         image_features,
         text_features,

@@ -28,6 +28,13 @@ def scale_from_temperature(temperature: float | Tensor, like: Tensor) -> Tensor:
     return 1.0 / check_scale("temperature", temperature, like)
 
 
+def normalized(features: Tensor, ids: Tensor | None) -> Tensor:
+    """Unit rows; padding, which may hold anything, becomes 0 and takes no gradient."""
+    if ids is not None:
+        features = features.masked_fill((ids < 0)[:, None], 0)
+    return torch.nn.functional.normalize(features, dim=1)
+
+
 def count_positives(ids: Tensor, other_ids: Tensor) -> Tensor:
     """k_i, the number of `other_ids` equal to ids_i; 0 for padding. O((N + M) log M)."""
     ordered = other_ids.sort().values

@@ -6,11 +6,10 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn.functional import normalize as l2_normalize
 
 from ..similarity import similarity_logsumexp
 from ..similarity.spec import Stats, check_ids, check_pair, check_scale
-from .common import REDUCTIONS, check_choice, count_positives, not_yet, reduce
+from .common import REDUCTIONS, check_choice, count_positives, normalized, not_yet, reduce
 
 
 def multi_positive_infonce(
@@ -128,9 +127,9 @@ def multi_positive_infonce(
         query_ids = check_ids("query_ids", query_ids, n, "queries", queries.device)
         key_ids = check_ids("key_ids", key_ids, m, "keys", queries.device)
     if normalize:
-        same = keys is queries
-        queries = l2_normalize(queries, dim=1)
-        keys = queries if same else l2_normalize(keys, dim=1)
+        same = keys is queries and query_ids is key_ids
+        queries = normalized(queries, query_ids)
+        keys = queries if same else normalized(keys, key_ids)
 
     options = {
         "row_ids": query_ids,
@@ -200,7 +199,8 @@ def _per_anchor(logsum: Tensor, pos: Tensor, count: Tensor, positives: str) -> T
         loss = logsum - pos
         if positives == "in":
             loss = loss + k.to(loss.dtype).log()
-    return torch.where(count > 0, loss, 0)
+    # a non-finite anchor shows even where it has no positive
+    return torch.where((count > 0) | logsum.isnan(), loss, 0)
 
 
 def _diagnostics(stats: Stats, count: _Count, row_loss, col_loss, mean_positive) -> dict:

@@ -10,16 +10,21 @@ Environment: ITO_CPU_ISA forces an instruction set, one of `instruction_sets()`.
 from __future__ import annotations
 
 import os
+from importlib.util import find_spec
 
 import torch
 from torch import Tensor
 
 from .spec import Grads, Needs, Problem, Stats, Upstream
 
+MISSING = ""  # why there are no native kernels
 try:
     from .. import _native
-except ImportError:
+except ImportError as error:
     _native = None
+    MISSING = f"the native module does not load: {error}"
+    if find_spec("ito_kernels._native") is None:
+        MISSING = "the native module was not built: no C++ compiler was found at installation"
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 TILE_CACHE_BYTES = 64 << 20
@@ -27,7 +32,7 @@ TILE_CACHE_BYTES = 64 << 20
 
 def supports(problem: Problem) -> tuple[bool, str]:
     if _native is None:
-        return False, "the native module was not built: no C++ compiler was found at installation"
+        return False, MISSING
     if problem.a.device.type != "cpu":
         return False, f"needs CPU tensors, got {problem.a.device.type}"
     if problem.a.dtype not in DTYPES:
@@ -201,7 +206,7 @@ def _new_stats(problem: Problem) -> Stats:
 
 def _new_grads(problem: Problem, needs: Needs) -> Grads:
     n, m, like = problem.n, problem.m, problem.scale
-    dense = {"dtype": problem.a.dtype}
+    dense = {"dtype": problem.a.dtype, "device": problem.a.device}
     return Grads(
         torch.empty(n, problem.d, **dense) if needs.a else None,
         torch.empty(m, problem.d, **dense) if needs.b else None,

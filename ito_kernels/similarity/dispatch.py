@@ -22,11 +22,6 @@ import torch
 from . import chunked, cpu, reference
 from .spec import Problem
 
-try:
-    from .. import _native
-except ImportError:
-    _native = None
-
 
 class _Later:
     """A backend whose import is heavy: imported when it is first used."""
@@ -58,17 +53,17 @@ def backends() -> dict[str, BackendStatus]:
     """What can run here, and why the rest cannot: {name: (available, detail)}."""
     plain = BackendStatus(True, "plain PyTorch, any device")
     status = {"reference": plain, "chunked": plain, "triton": _triton()}
-    if _native is None:
-        native = "the native module was not built: no C++ compiler was found at installation"
+    if cpu.MISSING:
+        native = cpu.MISSING
     else:
-        info, build = _native.cpu_info(), _native.build_info()
+        info, build = cpu._native.cpu_info(), cpu._native.build_info()
         native = (
             f"kernels for {', '.join(cpu.instruction_sets())}, built by {build['compiler']}; found"
             f" {info['arch']} with {', '.join(info['features']) or 'no vector extensions'},"
             f" {info['logical_cores']} cores, L2 {info['l2_bytes'] >> 10} KiB,"
             f" L3 {info['l3_bytes'] >> 10} KiB"
         )
-    status["cpu"] = BackendStatus(_native is not None, native)
+    status["cpu"] = BackendStatus(not cpu.MISSING, native)
     for name in PLANNED:
         status[name] = BackendStatus(False, "not in this version")
     return status

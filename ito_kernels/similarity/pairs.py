@@ -54,7 +54,9 @@ def features(problem: Problem) -> tuple[Tensor, Tensor]:
         return x if ids is None else x.masked_fill((ids < 0)[:, None], 0)
 
     a = clean(problem.a, problem.row_ids)
-    return a, a if problem.b is None else clean(problem.b, problem.col_ids)
+    if problem.b is None and problem.row_ids is problem.col_ids:
+        return a, a
+    return a, clean(problem.a if problem.b is None else problem.b, problem.col_ids)
 
 
 def finite_shift(maximum: Tensor) -> Tensor:

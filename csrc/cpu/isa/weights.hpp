@@ -142,7 +142,8 @@ struct Weights : Epilogue<G> {
     float* cols = rows + (t.rows + 15) / 16 * 16;
     const float bound = std::fmin(top(b.row, t.rows), top(b.col, t.cols));
     const float shift = bound == kInf ? 0 : bound;
-    if (t.plain && near(b.row, shift, t.rows) && near(b.col, shift, t.cols)) {
+    // without a maximum to shift by, exp(S) may overflow, and inf times a factor of 0 is NaN
+    if (t.plain && bound != kInf && near(b.row, shift, t.rows) && near(b.col, shift, t.cols)) {
       factors(b.row, shift, t.rows, rows);
       factors(b.col, shift, t.cols, cols);
       Shared shared;
