@@ -210,7 +210,7 @@ class Contender(NamedTuple):
     compiles: bool = False  # in its first call
     native: bool = False  # its matrix products are not PyTorch's
     normalises: bool = False  # the features, itself
-    slow_import: bool = False
+    not_quick: str = ""  # why --quick leaves it out
 
 
 CONTENDERS = (
@@ -219,17 +219,33 @@ CONTENDERS = (
     Contender("linear_cross_entropy ×2", ("clip",), lambda loss: clip_linear_cross_entropy),
     Contender("torch.compile", LOSSES, compiled, compiles=True),
     Contender(
-        "pytorch-metric-learning", ONE_TOWER, metric_learning, normalises=True, slow_import=True
+        "pytorch-metric-learning",
+        ONE_TOWER,
+        metric_learning,
+        normalises=True,
+        not_quick="slow to import",
     ),
     Contender(
-        "sentence-transformers", ("clip",), sentence_transformers, normalises=True, slow_import=True
+        "sentence-transformers",
+        ("clip",),
+        sentence_transformers,
+        normalises=True,
+        not_quick="slow to import",
     ),
     *(
         Contender(f"ito {name}", LOSSES, partial(ito, name), native=name not in PLAIN_PYTORCH)
         for name in ito_kernels.backends()
     ),
     *(
-        [Contender("ito cpu, no tile cache", LOSSES, without_tile_cache, native=True)]
+        [
+            Contender(
+                "ito cpu, no tile cache",
+                LOSSES,
+                without_tile_cache,
+                native=True,
+                not_quick="a variant of ito cpu",
+            )
+        ]
         if ito_kernels.backends()["cpu"].available
         else []
     ),

@@ -138,8 +138,8 @@ def compare(
         if loss not in contender.losses or contender.name not in args.contender:
             continue
         who = what | {"contender": contender.name}
-        if args.quick and contender.slow_import:
-            skip(who | {"reason": "left out by --quick: slow to import"}, report)
+        if args.quick and contender.not_quick:
+            skip(who | {"reason": f"left out by --quick: {contender.not_quick}"}, report)
             continue
         try:
             run = partial(step, contender.build(loss), loss, x)
