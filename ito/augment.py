@@ -44,6 +44,20 @@ class Augmentation:
     warp: float = 0.0
     stroke_p: float = 0.0
 
+    def __post_init__(self):
+        for name, value in vars(self).items():
+            several = value if isinstance(value, tuple) else (value,)
+            if not all(0 <= v < math.inf for v in several):
+                raise ValueError(f"{name} must be finite and not negative, got {value}")
+            if name.endswith("_p") and value > 1:
+                raise ValueError(f"{name} is a probability: want at most 1, got {value}")
+        for name in ("scale", "ratio", "blur_sigma"):
+            low, high = getattr(self, name)
+            if not 0 < low <= high:
+                raise ValueError(
+                    f"{name} must be two positive numbers, the smaller first, got {low} {high}"
+                )
+
 
 # the recipe of the ITO paper
 PAPER = Augmentation(scale=(0.5, 1.0), jitter=(0.4, 0.4, 0.4, 0.1), blur_p=0.5, flip_p=0.5)

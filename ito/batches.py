@@ -33,11 +33,9 @@ class Batches:
     """
 
     def __init__(self, dataset: Dataset, tokenizer: Tokenizer, config: Config):
-        drawings: dict[int, list[int]] = {}
+        drawings: dict[int, list[int]] = {item: [] for item in dataset.training_items()}
         for row in dataset.rows("train").tolist():
-            drawings.setdefault(int(dataset.image_item[row]), []).append(row)
-        if not drawings:
-            raise ValueError('no record of the data has the split "train": nothing to train on')
+            drawings[int(dataset.image_item[row])].append(row)
         self.drawings = list(drawings.values())
         self.captions = [tokenizer(dataset.captions[item]) for item in drawings]
         self.config = config

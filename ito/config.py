@@ -9,9 +9,15 @@ from pathlib import Path
 from ito.augment import DRAWINGS, Augmentation
 from ito.fusion import READOUTS
 
+EMOJI_SMALL = "emoji-small"
 
-def option(default, group: str, help: str, choices: tuple[str, ...] | None = None):
-    return field(default=default, metadata={"group": group, "help": help, "choices": choices})
+
+def option(
+    default, group: str, help: str, choices: tuple[str, ...] | None = None, *, least=None, most=None
+):
+    """A field with its command-line option; `least` and `most` bound a number, ends included."""
+    metadata = {"group": group, "help": help, "choices": choices, "bounds": (least, most)}
+    return field(default=default, metadata=metadata)
 
 
 @dataclass(frozen=True)
@@ -22,7 +28,7 @@ class Config:
     """
 
     train_data: str = option(
-        "emoji-small",
+        EMOJI_SMALL,
         "data",
         "a folder with captions.jsonl, an open_clip CSV, or emoji-small (prepared on first use)",
     )
@@ -30,48 +36,64 @@ class Config:
     csv_img_key: str = option("filepath", "data", "its column of picture paths")
     csv_caption_key: str = option("title", "data", "its column of captions")
     split_seed: int = option(0, "data", "draws the held-out items where the data names no split")
-    load_size: int = option(64, "data", "pixels per side of the pictures held in memory")
-    vocab_size: int = option(1500, "data", "of the BPE trained on the training captions")
-    context_length: int = option(16, "data", "longest caption in tokens, the ends included")
 
-    views: int = option(2, "objective", "V, augmented drawings of an item per step")
-    captions: int = option(1, "objective", "C, captions of an item per step")
-    lambda_fusion: float = option(2.0, "objective", "weight of the fusion term; 0 switches it off")
+    views: int = option(2, "objective", "V, augmented drawings of an item per step", least=1)
+    captions: int = option(1, "objective", "C, captions of an item per step", least=1)
+    lambda_fusion: float = option(
+        2.0, "objective", "weight of the fusion term; 0 switches it off", least=0
+    )
     denominator: str = option(
         "pair", "objective", "one softmax per view-caption pair, or one for all", ("pair", "pooled")
     )
-    fusion_depth: int = option(2, "objective", "blocks of the fusion module")
+    fusion_depth: int = option(2, "objective", "blocks of the fusion module", least=1)
     fusion_readout: str = option("cls", "objective", "what of it is read out", READOUTS)
 
-    image_size: int = option(32, "model", "pixels per side that the image tower sees")
-    width: int = option(128, "model", "of both towers and of the joint embedding")
-    heads: int = option(4, "model", "attention heads")
-    image_depth: int = option(1, "model", "transformer blocks of the image tower")
-    text_depth: int = option(1, "model", "transformer blocks of the text tower")
+    load_size: int = option(64, "model", "pixels per side of the pictures held in memory", least=1)
+    image_size: int = option(32, "model", "pixels per side that the image tower sees", least=8)
+    vocab_size: int = option(1500, "model", "of the BPE trained on the training captions")
+    context_length: int = option(16, "model", "longest caption in tokens, the ends included")
+    width: int = option(128, "model", "of both towers and of the joint embedding", least=1)
+    heads: int = option(4, "model", "attention heads", least=1)
+    image_depth: int = option(1, "model", "transformer blocks of the image tower", least=1)
+    text_depth: int = option(1, "model", "transformer blocks of the text tower", least=1)
 
-    steps: int = option(2000, "optimisation", "optimizer steps")
-    batch_size: int = option(64, "optimisation", "distinct items per step")
-    lr: float = option(1e-3, "optimisation", "peak learning rate of AdamW")
-    weight_decay: float = option(1.0, "optimisation", "on matrices only")
-    warmup: float = option(0.05, "optimisation", "share of the steps; a cosine to 0 follows")
-    grad_clip: float = option(1.0, "optimisation", "largest norm of the gradient")
-    seed: int = option(0, "optimisation", "of weights, data order and augmentation")
+    steps: int = option(2000, "optimisation", "optimizer steps", least=1)
+    batch_size: int = option(64, "optimisation", "distinct items per step", least=2)
+    lr: float = option(1e-3, "optimisation", "peak learning rate of AdamW", least=1e-9)
+    weight_decay: float = option(1.0, "optimisation", "on matrices only", least=0)
+    warmup: float = option(
+        0.05, "optimisation", "share of the steps; a cosine to 0 follows", least=0, most=1
+    )
+    grad_clip: float = option(1.0, "optimisation", "largest norm of the gradient", least=1e-9)
+    seed: int = option(
+        0, "optimisation", "of weights, data order and augmentation", least=0, most=2**63 - 1
+    )
 
     augmentation: Augmentation = DRAWINGS
 
     def __post_init__(self):
-        for name in ("views", "captions", "steps", "batch_size", "width", "load_size"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        if self.lambda_fusion < 0:
-            raise ValueError(f"lambda_fusion must not be negative, got {self.lambda_fusion}")
+        for item in dataclasses.fields(self):
+            value = getattr(self, item.name)
+            least, most = item.metadata.get("bounds", (None, None))
+            if least is not None and not value >= least:  # not <: NaN is refused too
+                raise ValueError(f"{item.name} must be at least {least}, got {value}")
+            if most is not None and not value <= most:
+                raise ValueError(f"{item.name} must be at most {most}, got {value}")
+        if len(self.csv_separator) != 1:
+            raise ValueError(
+                f"csv_separator must be one character, got {self.csv_separator!r}; "
+                "a tab is the default"
+            )
+        if self.load_size > 2 * self.image_size:
+            raise ValueError(
+                f"load_size must be at most twice image_size = {self.image_size}, or sampling "
+                f"would alias; got {self.load_size}"
+            )
         if self.lambda_fusion > 0 and self.views < 2:
             raise ValueError(
                 f"the fusion term compares views: views must be at least 2, got {self.views}; "
                 "or set lambda_fusion to 0"
             )
-        if self.lambda_fusion > 0 and self.fusion_depth < 1:
-            raise ValueError(f"fusion_depth must be at least 1, got {self.fusion_depth}")
 
     def save(self, path: Path) -> None:
         path.write_text(json.dumps(dataclasses.asdict(self), indent=2) + "\n", encoding="utf-8")
@@ -90,7 +112,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     """One option per field, in the groups that the fields name."""
     groups: dict[str, argparse._ArgumentGroup] = {}
 
-    def add(name: str, default, group: str, help: str, choices=None) -> None:
+    def add(name: str, default, group: str, help: str, choices=None, bounds=None) -> None:
         if group not in groups:
             groups[group] = parser.add_argument_group(group)
         shown = repr(default) if isinstance(default, str) else default

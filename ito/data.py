@@ -43,6 +43,40 @@ class Dataset:
         """Picture indices, int64, of one split."""
         return torch.tensor([i for i, name in enumerate(self.split) if name == split]).long()
 
+    def training_items(self) -> list[int]:
+        """Indices of the items with a picture to train on, in the order of the pictures.
+
+        Raises ValueError if there are fewer than 2: in-batch negatives are other items.
+        """
+        found = list(dict.fromkeys(self.image_item[self.rows("train")].tolist()))
+        if len(found) < 2:
+            raise ValueError(
+                f'training needs at least 2 items with a picture of the split "train", found '
+                f"{len(found)} ({self.describe()})"
+            )
+        return found
+
+    def held_out_splits(self) -> list[str]:
+        """The splits not trained on; drawings of known concepts before unknown concepts.
+
+        Raises ValueError if there are none.
+        """
+        found = sorted(
+            set(self.split) - {"train"}, key=lambda name: (name == "heldout_concept", name)
+        )
+        if not found:
+            raise ValueError(
+                'evaluation needs at least 1 picture of a split other than "train", found none '
+                f"({self.describe()}); without any split in the data a tenth of the items, of 2 or "
+                "more, is held out"
+            )
+        return found
+
+    def describe(self) -> str:
+        counts = {name: self.split.count(name) for name in dict.fromkeys(self.split)}
+        pictures = ", ".join(f"{count} {name}" for name, count in counts.items())
+        return f"{len(self.items)} items, {len(self.images)} pictures: {pictures}"
+
 
 @dataclass
 class Record:
@@ -85,6 +119,8 @@ def load_dataset(
     malformed, and ValueError if no row is left.
     """
     path = Path(path)
+    if path.suffix == ".jsonl":
+        raise ValueError(f"{path}: name the folder that holds captions.jsonl, not the file")
     if path.is_dir():
         source, records = path / "captions.jsonl", read_jsonl(path / "captions.jsonl")
     elif path.exists():
@@ -186,7 +222,7 @@ def read_csv(source: Path, separator: str, img_key: str, caption_key: str) -> li
     if missing:
         raise ValueError(
             f"{source}:1: no column {', '.join(missing)}; found {columns} with the separator "
-            f"{separator!r}"
+            f"{separator!r}; set --csv-separator, --csv-img-key, --csv-caption-key to the file's"
         )
     records = []
     try:

@@ -44,12 +44,14 @@ def evaluate(model: DualEncoder, tokenizer: Tokenizer, dataset: Dataset) -> dict
     An item's first caption stands for it. Retrieval is among the split's own pictures and items.
     `zero_shot/names`: the most similar name of *all* items of the data set, trained on or not.
     `zero_shot/subgroups`, where the data has them: the most similar subgroup, by its words alone.
+
+    Raises ValueError if nothing is held out.
     """
     names = embed_texts(model, tokenizer([captions[0] for captions in dataset.captions]))
     subgroups = sorted({name for name in dataset.subgroup if name is not None})
     prompts = embed_texts(model, tokenizer([name.replace("-", " ") for name in subgroups]))
     scores: dict[str, float] = {}
-    for split in held_out_splits(dataset):
+    for split in dataset.held_out_splits():
         rows = dataset.rows(split)
         images = embed_images(model, dataset.images[rows])
         item = dataset.image_item[rows]
@@ -71,12 +73,6 @@ def evaluate(model: DualEncoder, tokenizer: Tokenizer, dataset: Dataset) -> dict
             for name, value in values.items()
         }
     return scores
-
-
-def held_out_splits(dataset: Dataset) -> list[str]:
-    """The splits that are not trained on; drawings of known concepts before unknown concepts."""
-    splits = set(dataset.split) - {"train"}
-    return sorted(splits, key=lambda name: (name == "heldout_concept", name))
 
 
 def table(columns: dict[str, dict[str, float]]) -> str:

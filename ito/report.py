@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from ito.data import Dataset
-from ito.evaluate import embed_images, embed_texts, held_out_splits, table
+from ito.evaluate import embed_images, embed_texts, table
 from ito.export import Encoder
 
 QUERIES, SHOWN = 12, 6
@@ -37,14 +37,14 @@ def write_report(run: Path, encoder: Encoder, dataset: Dataset) -> Path:
     records = [json.loads(line) for line in lines]
     steps = [r for r in records if r["kind"] == "train"]
     scores = [r for r in records if r["kind"] == "eval"]
-    splits = held_out_splits(dataset)
+    splits = dataset.held_out_splits()
     config = (run / "config.json").read_text(encoding="utf-8")
     parts = [
         f"<h1>{html.escape(run.name)}</h1>",
         f"<p>Step {encoder.step}, {len(dataset.items)} items, {len(dataset.images)} pictures, "
         f"{len(dataset.skipped)} records skipped.</p>",
     ]
-    if scores and splits:
+    if scores:
         columns = {"before": scores[0], "after": scores[-1]}
         parts.append(f"<h2>Held-out scores</h2><pre>{html.escape(table(columns))}</pre>")
     parts.append('<h2>Curves</h2><div class="curves">')

@@ -2,11 +2,9 @@
 
 from pathlib import Path
 
-from ito.config import Config
+from ito.config import EMOJI_SMALL, Config
 from ito.data import Dataset, load_dataset
 from ito.emoji import FOLDER, default_cache, prepare_emoji_small
-
-EMOJI_SMALL = "emoji-small"
 
 
 def open_dataset(config: Config, cache: Path | None = None) -> Dataset:

@@ -85,7 +85,7 @@ def train(run: Path, config: Config, dataset: Dataset, options: argparse.Namespa
     if resumed and precision == "auto":  # as before: another would change the numbers
         precision = {"torch.bfloat16": "bf16", "torch.float32": "fp32"}[resumed["dtype"]]
     dtype, reason = choose_precision(precision, device)
-    print(f"data       {config.train_data}: {describe(dataset)}")
+    print(f"data       {config.train_data}: {dataset.describe()}")
     if dataset.skipped:
         print(report_skipped(dataset.skipped))
     print(f"machine    {device}, {torch.get_num_threads()} threads, torch {torch.__version__}")
@@ -98,7 +98,8 @@ def train(run: Path, config: Config, dataset: Dataset, options: argparse.Namespa
         tokenizer = Tokenizer.train(captions, config.vocab_size, config.context_length)
     trainer = Trainer(config, dataset, tokenizer, device, dtype)
     if trainer.batches.size < config.batch_size:
-        print(f"batch      {trainer.batches.size}: all items there are, not {config.batch_size}")
+        size, wanted = trainer.batches.size, config.batch_size
+        print(f"batch      {size}: all training items there are; --batch-size asks for {wanted}")
     log = Log(run / "metrics.jsonl")
     if resumed:
         if resumed["dtype"] != str(dtype):
@@ -170,14 +171,7 @@ def save_environment(run: Path, device: torch.device, dtype: torch.dtype) -> Non
 
 
 def training_captions(dataset: Dataset) -> list[str]:
-    items = dataset.image_item[dataset.rows("train")].unique().tolist()
-    return [caption for item in items for caption in dataset.captions[item]]
-
-
-def describe(dataset: Dataset) -> str:
-    counts = {name: dataset.split.count(name) for name in dict.fromkeys(dataset.split)}
-    drawings = ", ".join(f"{count} {name}" for name, count in counts.items())
-    return f"{len(dataset.items)} items, {len(dataset.images)} pictures ({drawings})"
+    return [caption for item in dataset.training_items() for caption in dataset.captions[item]]
 
 
 class Log:

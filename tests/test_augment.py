@@ -210,3 +210,19 @@ def test_bad_pictures_are_named(images, message):
         augment(images, 8, generator(), PAPER)
     with pytest.raises(ValueError, match=message):
         eval_transform(images, 8)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"gray_p": 2.0}, "gray_p is a probability: want at most 1, got 2.0"),
+        ({"flip_p": -0.1}, "flip_p must be finite and not negative, got -0.1"),
+        ({"warp": float("nan")}, "warp must be finite and not negative, got nan"),
+        ({"jitter": (0.1, 0.1, 0.1, -1.0)}, "jitter must be finite and not negative"),
+        ({"ratio": (0.0, 1.0)}, "ratio must be two positive numbers, .*got 0.0 1.0"),
+        ({"scale": (1.0, 0.5)}, "scale must be two positive numbers, .*got 1.0 0.5"),
+    ],
+)
+def test_strengths_that_cannot_be_are_named(options, message):
+    with pytest.raises(ValueError, match=message):
+        Augmentation(**options)

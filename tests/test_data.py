@@ -394,6 +394,8 @@ def test_missing_files_are_named(tmp_path):
         load_dataset(tmp_path / "nowhere", 4)
     with pytest.raises(FileNotFoundError, match=re.escape(f"{tmp_path} holds no captions.jsonl")):
         load_dataset(tmp_path, 4)
+    with pytest.raises(ValueError, match=r"captions.jsonl: name the folder"):
+        load_dataset(write(tmp_path, GOOD) / "captions.jsonl", 4)
     (tmp_path / "captions.jsonl").write_bytes(b"{}\n\xff\xfe")
     with pytest.raises(ValueError, match=r"captions.jsonl:2: not UTF-8"):
         load_dataset(tmp_path, 4)
@@ -436,7 +438,8 @@ def test_bad_csv_files_are_named(tmp_path):
     source = table(tmp_path / "data.csv", ["filepath", "caption"], ["a.png", "a"])
     with pytest.raises(ValueError, match=r"data.csv:1: no column 'title'; found .*'caption'"):
         load_dataset(source, 4)
-    with pytest.raises(ValueError, match=r"no column 'filepath', 'title'; .*separator ','"):
+    options = "--csv-separator, --csv-img-key, --csv-caption-key"
+    with pytest.raises(ValueError, match=rf"'filepath', 'title'; .*separator ','; set {options}"):
         load_dataset(source, 4, csv_separator=",")
     source.write_text("", encoding="utf-8")
     with pytest.raises(ValueError, match=r"data.csv:1: no column 'filepath', 'title'; found \[\]"):
@@ -469,6 +472,27 @@ def test_without_splits_a_tenth_of_the_items_is_held_out(tmp_path, items, held):
     assert heldout(load_dataset(tmp_path, 2)) == heldout(data)
     if items == 100:
         assert heldout(load_dataset(tmp_path, 2, split_seed=1)) != heldout(data)
+
+
+@pytest.mark.parametrize(
+    ("splits", "message"),
+    [
+        ([None], "training needs at least 2 .*, found 1 .1 items, 1 pictures: 1 train"),
+        (
+            [None] * 2,
+            "training needs at least 2 .*, found 1 .*: 1 heldout, 1 train",
+        ),
+        (["train", "val", "val"], "training needs at least 2 .*, found 1 .*: 1 train, 2 val"),
+        (["training"] * 3, "training needs at least 2 .*, found 0 .*: 3 training"),
+        (["train"] * 3, "evaluation needs at least 1 picture .*, found none .*: 3 train"),
+    ],
+)
+def test_too_little_to_train_on_or_to_hold_out_is_named(tmp_path, splits, message):
+    draw(tmp_path / "a.png", (1, 2, 3))
+    rows = [GOOD | {"item": str(n), "split": split} for n, split in enumerate(splits)]
+    data = load_dataset(write(tmp_path, *rows), 4)
+    with pytest.raises(ValueError, match=message):
+        data.training_items(), data.held_out_splits()
 
 
 # --- the tokenizer ---

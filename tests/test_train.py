@@ -379,7 +379,7 @@ def test_skipped_pictures_are_counted_and_named(tmp_path, capsys):
         (["--train-data", "{wrong}"], "wrong.csv:1: no column 'title'"),
         (["--train-data", "{data}", "--views", "1"], "views must be at least 2, got 1"),
         (["--train-data", "{data}", "--views", "0"], "views must be at least 1, got 0"),
-        (["--train-data", "{data}", "--image-size", "30"], "must be a multiple of 8, got 30"),
+        (["--train-data", "{data}", "--image-size", "36"], "must be a multiple of 8, got 36"),
         (["--train-data", "{data}", "--out", "{data}"], "exists; name another --out"),
         (["--resume", "{finished}", "--lr", "1.0"], "--resume keeps the run's configuration"),
     ],
@@ -397,6 +397,28 @@ def test_bad_input_ends_with_one_line_that_names_it(
     stderr = capsys.readouterr().err
     assert message in stderr
     assert stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"lr": 0.0}, "lr must be at least 1e-09, got 0.0"),
+        ({"lr": float("nan")}, "lr must be at least 1e-09, got nan"),
+        ({"lambda_fusion": -1.0}, "lambda_fusion must be at least 0, got -1.0"),
+        ({"grad_clip": 0.0}, "grad_clip must be at least 1e-09, got 0.0"),
+        ({"warmup": 3.0}, "warmup must be at most 1, got 3.0"),
+        ({"steps": 0}, "steps must be at least 1, got 0"),
+        ({"batch_size": 1}, "batch_size must be at least 2, got 1"),
+        ({"heads": 0}, "heads must be at least 1, got 0"),
+        ({"text_depth": 0}, "text_depth must be at least 1, got 0"),
+        ({"seed": 2**70}, f"seed must be at most {2**63 - 1}, got {2**70}"),
+        ({"load_size": 65}, "load_size must be at most twice image_size = 32.* got 65"),
+        ({"csv_separator": "::"}, "csv_separator must be one character, got '::'"),
+    ],
+)
+def test_the_configuration_names_what_cannot_be(options, message):
+    with pytest.raises(ValueError, match=message):
+        Config(**options)
 
 
 def test_load_and_precision_name_what_is_wrong(tmp_path):
