@@ -22,7 +22,7 @@ def option(
 
 @dataclass(frozen=True)
 class Config:
-    """Everything that decides a run's numbers, except the machine.
+    """Everything that decides a run, except the machine. The intervals leave its numbers alone.
 
     Raises ValueError naming the option, what it got and what it wanted.
     """
@@ -69,6 +69,10 @@ class Config:
         0, "optimisation", "of weights, data order and augmentation", least=0, most=2**63 - 1
     )
 
+    log_every: int = option(10, "intervals", "steps", least=1)
+    eval_every: int = option(500, "intervals", "steps", least=1)
+    checkpoint_every: int = option(250, "intervals", "steps", least=1)
+
     augmentation: Augmentation = DRAWINGS
 
     def __post_init__(self):
@@ -100,22 +104,34 @@ class Config:
 
     @classmethod
     def load(cls, path: Path) -> "Config":
-        values = json.loads(path.read_text(encoding="utf-8"))
-        drawn = {
-            name: tuple(value) if isinstance(value, list) else value
-            for name, value in values.pop("augmentation").items()
-        }
-        return cls(**values, augmentation=Augmentation(**drawn))
+        try:
+            values = json.loads(path.read_text(encoding="utf-8"))
+            drawn = {
+                name: tuple(value) if isinstance(value, list) else value
+                for name, value in values.pop("augmentation").items()
+            }
+            return cls(**values, augmentation=Augmentation(**drawn))
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            raise ValueError(f"{path} is not the configuration of a run: {error}") from None
+
+    def flat(self) -> dict:
+        """Every value by its option's name, those of the augmentation among them."""
+        values = vars(self) | vars(self.augmentation)
+        del values["augmentation"]
+        return values
 
 
-def add_options(parser: argparse.ArgumentParser) -> None:
-    """One option per field, in the groups that the fields name."""
+def add_options(parser: argparse.ArgumentParser, only: str | None = None) -> None:
+    """One option per field, in the groups that the fields name.
+
+    With `only`, that group's alone, for a command whose defaults are a run's configuration.
+    """
     groups: dict[str, argparse._ArgumentGroup] = {}
 
     def add(name: str, default, group: str, help: str, choices=None, bounds=None) -> None:
         if group not in groups:
             groups[group] = parser.add_argument_group(group)
-        shown = repr(default) if isinstance(default, str) else default
+        shown = "the run's" if only else repr(default) if isinstance(default, str) else default
         several = isinstance(default, tuple)
         groups[group].add_argument(
             f"--{name.replace('_', '-')}",
@@ -128,21 +144,26 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         )
 
     for item in dataclasses.fields(Config):
-        if item.name != "augmentation":
+        if item.name != "augmentation" and only in (None, item.metadata["group"]):
             add(item.name, item.default, **item.metadata)
-    for item in dataclasses.fields(Augmentation):
-        default = getattr(Config().augmentation, item.name)
-        add(item.name, default, "augmentation", "see ito/augment.py")
+    if only is None:
+        for name, default in vars(Config().augmentation).items():
+            add(name, default, "augmentation", "see ito/augment.py")
 
 
-def from_options(options: argparse.Namespace) -> Config:
-    """The configuration of parsed options; what was not given keeps its default."""
-    given = vars(options)
-    names = {item.name for item in dataclasses.fields(Config)}
-    drawn = {item.name for item in dataclasses.fields(Augmentation)}
-    pick = {
-        name: tuple(value) if isinstance(value, list) else value for name, value in given.items()
+def from_options(options: argparse.Namespace, base: Config | None = None) -> Config:
+    """The configuration of parsed options; what was not given is `base`'s (default: the defaults').
+
+    A path becomes absolute: the configuration is read again in other working directories.
+    """
+    base = base or Config()
+    given = {
+        name: tuple(value) if isinstance(value, list) else value
+        for name, value in vars(options).items()
     }
-    base = Config(**{name: value for name, value in pick.items() if name in names})
-    changes = {name: value for name, value in pick.items() if name in drawn}
-    return dataclasses.replace(base, augmentation=dataclasses.replace(base.augmentation, **changes))
+    if given.get("train_data", EMOJI_SMALL) != EMOJI_SMALL:
+        given["train_data"] = str(Path(given["train_data"]).absolute())
+    drawn = {name: given[name] for name in vars(base.augmentation) if name in given}
+    plain = {name: given[name] for name in vars(base) if name in given}
+    augmentation = dataclasses.replace(base.augmentation, **drawn)
+    return dataclasses.replace(base, **plain, augmentation=augmentation)

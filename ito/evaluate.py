@@ -1,14 +1,14 @@
 """`python -m ito.evaluate RUN`: retrieval, zero-shot and the modality gap on held-out pictures."""
 
 import argparse
-import dataclasses
 import json
 from pathlib import Path
 
 import torch
 
 from ito.augment import eval_transform
-from ito.config import Config
+from ito.cli import user_errors
+from ito.config import Config, add_options, from_options
 from ito.data import Dataset, report_skipped
 from ito.encoders import DualEncoder
 from ito.metrics import modality_gap, retrieval, zero_shot
@@ -105,25 +105,24 @@ def table(columns: dict[str, dict[str, float]]) -> str:
     return "\n".join(lines)
 
 
-def main() -> None:
+def main(arguments: list[str] | None = None) -> None:
     from ito.export import load
 
     parser = argparse.ArgumentParser(prog="python -m ito.evaluate", description=__doc__)
     parser.add_argument("run", type=Path, help="a run folder")
-    parser.add_argument("--data", type=Path, help="a folder or CSV (default: what it trained on)")
     parser.add_argument("--cache", type=Path, help="where prepared data lives (~/.cache/ito)")
     parser.add_argument("--json", type=Path, help="also write the scores to this file")
-    options = parser.parse_args()
-    encoder = load(options.run)
-    config = Config.load(options.run / "config.json")
-    if options.data:
-        config = dataclasses.replace(config, train_data=str(options.data))
-    dataset = open_dataset(config, options.cache)
-    print(report_skipped(dataset.skipped) or f"{len(dataset.images)} pictures")
-    scores = evaluate(encoder.model, encoder.tokenizer, dataset)
-    print(table({"score": scores}))
-    if options.json:
-        options.json.write_text(json.dumps(scores, indent=2) + "\n", encoding="utf-8")
+    add_options(parser, only="data")
+    with user_errors():
+        options = parser.parse_args(arguments)
+        encoder = load(options.run)
+        config = from_options(options, Config.load(options.run / "config.json"))
+        dataset = open_dataset(config, options.cache)
+        print(report_skipped(dataset.skipped) or f"{len(dataset.images)} pictures")
+        scores = evaluate(encoder.model, encoder.tokenizer, dataset)
+        print(table({"score": scores}))
+        if options.json:
+            options.json.write_text(json.dumps(scores, indent=2) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

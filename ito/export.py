@@ -16,6 +16,7 @@ from PIL import Image
 from safetensors.torch import load_file, save
 
 from ito.checkpoint import load_checkpoint, write_atomically
+from ito.cli import user_errors
 from ito.data import decode
 from ito.encoders import DualEncoder
 from ito.evaluate import embed_images, embed_texts
@@ -107,18 +108,19 @@ def load(run: str | Path, device: str | torch.device = "cpu") -> Encoder:
     return Encoder(model, tokenizer, about["load_size"], about["step"])
 
 
-def main() -> None:
+def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m ito.export", description=__doc__)
     parser.add_argument("run", type=Path, help="a run folder; its newest checkpoint is exported")
     parser.add_argument("--out", type=Path, help="folder to write (default: RUN/model)")
-    options = parser.parse_args()
-    state = load_checkpoint(options.run)
-    model = DualEncoder(**state["architecture"])
-    model.load_state_dict(state["model"])
-    out = options.out or options.run / "model"
-    tokenizer = Tokenizer.load(options.run / "model" / "tokenizer.json")
-    export(model, tokenizer, state["load_size"], state["step"], out)
-    print(f"exported step {state['step']} to {out}")
+    with user_errors():
+        options = parser.parse_args(arguments)
+        state = load_checkpoint(options.run)
+        model = DualEncoder(**state["architecture"])
+        model.load_state_dict(state["model"])
+        out = options.out or options.run / "model"
+        tokenizer = Tokenizer.load(options.run / "model" / "tokenizer.json")
+        export(model, tokenizer, state["load_size"], state["step"], out)
+        print(f"exported step {state['step']} to {out}")
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from ito.cli import reason
 from ito.config import EMOJI_SMALL, Config
 from ito.data import Dataset, load_dataset
 from ito.emoji import FOLDER, default_cache, prepare_emoji_small
@@ -11,7 +12,11 @@ def open_dataset(config: Config, cache: Path | None = None) -> Dataset:
     """Load `config.train_data`; the small emoji set is prepared in `cache` on first use."""
     path = Path(config.train_data)
     if config.train_data == EMOJI_SMALL:
-        path = prepare_emoji_small((cache or default_cache()) / FOLDER)
+        folder = (cache or default_cache()) / FOLDER
+        try:
+            path = prepare_emoji_small(folder)
+        except OSError as error:
+            raise OSError(f"--cache: cannot prepare {folder}: {reason(error)}") from error
     return load_dataset(
         path,
         config.load_size,

@@ -66,7 +66,7 @@ class Tokenizer:
 
     @classmethod
     def load(cls, path: str | Path) -> "Tokenizer":
-        return cls(BPE.from_file(str(path)))
+        return cls(BPE.from_str(Path(path).read_text(encoding="utf-8")))
 
     def __call__(self, texts: list[str]) -> torch.Tensor:
         if isinstance(texts, str):

@@ -16,6 +16,7 @@ import torch
 from tqdm import tqdm
 
 from ito.checkpoint import load_checkpoint, save_checkpoint, write_atomically
+from ito.cli import user_errors
 from ito.config import Config, add_options, from_options
 from ito.data import Dataset, report_skipped
 from ito.evaluate import evaluate, table
@@ -33,22 +34,15 @@ def main(arguments: list[str] | None = None) -> Path:
     )
     run_options(parser)
     add_options(parser)
-    options = parser.parse_args(arguments)
-    if options.threads:
-        torch.set_num_threads(options.threads)
-    try:
+    with user_errors():
+        options = parser.parse_args(arguments)
         if options.resume:
-            changed = sorted(set(vars(options)) - set(vars(parser.parse_args([]))))
-            if changed:
-                raise ValueError(f"--resume keeps the run's configuration; drop {changed}")
-            run, config = options.resume, Config.load(options.resume / "config.json")
+            run, config = options.resume, resumed_config(options)
         else:
+            run = options.out or Path("runs") / datetime.now().strftime("%Y%m%d-%H%M%S")
             config = from_options(options)
-            run = new_run(options.out)
-        dataset = open_dataset(config, options.cache)
-        return train(run, config, dataset, options)
-    except (ValueError, FileNotFoundError, FileExistsError, ImportError) as error:
-        parser.exit(2, f"error: {error}\n")
+            refuse_used(run)
+        return train(run, config, open_dataset(config, options.cache), options)
 
 
 def run_options(parser: argparse.ArgumentParser) -> None:
@@ -63,27 +57,74 @@ def run_options(parser: argparse.ArgumentParser) -> None:
         help="of the towers; auto: bf16 where the processor multiplies it (auto)",
     )
     group.add_argument("--device", help="cpu, cuda, cuda:1, ... (a GPU where there is one)")
-    group.add_argument("--threads", type=int, metavar="N", help="CPU threads (PyTorch's choice)")
-    group.add_argument("--log-every", type=int, default=10, metavar="N", help="steps (10)")
-    group.add_argument("--eval-every", type=int, default=500, metavar="N", help="steps (500)")
-    group.add_argument("--checkpoint-every", type=int, default=250, metavar="N", help="steps (250)")
+    group.add_argument(
+        "--threads", type=positive, metavar="N", help="CPU threads (PyTorch's choice)"
+    )
 
 
-def new_run(wanted: Path | None) -> Path:
-    run = wanted or Path("runs") / datetime.now().strftime("%Y%m%d-%H%M%S")
+def positive(text: str) -> int:
+    if int(text) < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, got {text}")
+    return int(text)
+
+
+def resumed_config(options: argparse.Namespace) -> Config:
+    """The configuration of the run to resume; nothing but its intervals may be given anew."""
+    run = options.resume
+    if options.out:
+        raise ValueError(f"--resume {run} continues in that folder: drop --out {options.out}")
+    if not (run / "config.json").is_file():
+        raise FileNotFoundError(f"--resume: no run folder at {run}")
+    saved = Config.load(run / "config.json")
+    config = from_options(options, saved)
+    free = ("log_every", "eval_every", "checkpoint_every")
+    changed = [
+        f"--{name.replace('_', '-')}"
+        for name, value in config.flat().items()
+        if value != saved.flat()[name] and name not in free
+    ]
+    if changed:
+        raise ValueError(f"--resume keeps the run's configuration: drop {', '.join(changed)}")
+    return config
+
+
+def refuse_used(run: Path) -> None:
     if run.exists() and (not run.is_dir() or any(run.iterdir())):
         raise FileExistsError(f"{run} exists; name another --out, or continue it with --resume")
-    run.mkdir(parents=True, exist_ok=True)
-    return run
+
+
+def create_run(run: Path, named: bool) -> None:
+    """Make the folder; it may be there already, empty, only if the user named it."""
+    refuse_used(run)
+    try:
+        run.mkdir(parents=True, exist_ok=named)
+    except OSError as error:
+        raise OSError(f"--out: cannot create {run}: {error.strerror}") from error
+
+
+def choose_device(name: str) -> torch.device:
+    try:
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError) as error:  # no such name; a build or machine without it
+        raise ValueError(f"--device {name}: {str(error).splitlines()[0]}") from None
 
 
 def train(run: Path, config: Config, dataset: Dataset, options: argparse.Namespace) -> Path:
     """Train from the run's newest checkpoint, or from scratch, to `config.steps`."""
-    device = torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     resumed = load_checkpoint(run) if options.resume else None
-    precision = options.precision
-    if resumed and precision == "auto":  # as before: another would change the numbers
+    machine, precision = {}, options.precision
+    if resumed:  # as before: anything else would change the numbers
+        machine = json.loads((run / "environment.json").read_text(encoding="utf-8"))
         precision = {"torch.bfloat16": "bf16", "torch.float32": "fp32"}[resumed["dtype"]]
+        if options.precision not in ("auto", precision):
+            raise ValueError(
+                f"--resume keeps the run's precision, {precision}: "
+                f"drop --precision {options.precision}"
+            )
+    if threads := options.threads or machine.get("threads"):
+        torch.set_num_threads(threads)
+    default = "cuda" if torch.cuda.is_available() else "cpu"
+    device = choose_device(options.device or machine.get("device", default))
     dtype, reason = choose_precision(precision, device)
     print(f"data       {config.train_data}: {dataset.describe()}")
     if dataset.skipped:
@@ -102,15 +143,20 @@ def train(run: Path, config: Config, dataset: Dataset, options: argparse.Namespa
         print(f"batch      {size}: all training items there are; --batch-size asks for {wanted}")
     log = Log(run / "metrics.jsonl")
     if resumed:
-        if resumed["dtype"] != str(dtype):
-            print(f"warning    this run computed in {resumed['dtype']}: the numbers will differ")
+        now = environment(device, dtype, dataset)
+        for name in machine:
+            if now[name] != machine[name]:
+                print(f"warning    {name} was {machine[name]}, is {now[name]}: numbers may differ")
         trainer.load(resumed)
         log.forget_after(resumed["step"])
         print(f"resume     {run} from step {resumed['step']}")
     else:
+        untrained = evaluate(trainer.model, tokenizer, dataset)
+        create_run(run, named=options.out is not None)  # not before all of the input has passed
         config.save(run / "config.json")
-        save_environment(run, device, dtype)
-        log.write("eval", 0, evaluate(trainer.model, tokenizer, dataset))
+        text = json.dumps(environment(device, dtype, dataset), indent=2) + "\n"
+        (run / "environment.json").write_text(text, encoding="utf-8")
+        log.write("eval", 0, untrained)
 
     def checkpoint(step: int) -> None:
         about = {
@@ -131,7 +177,7 @@ def train(run: Path, config: Config, dataset: Dataset, options: argparse.Namespa
             step += 1
             bar.update()
             last = step == config.steps
-            if last or step % options.log_every == 0:
+            if last or step % config.log_every == 0:
                 elapsed = time.perf_counter() - began
                 rate = (step - start) * trainer.batches.size * config.views / elapsed
                 log.write("train", step, terms | {"images_per_second": rate, "seconds": elapsed})
@@ -139,9 +185,9 @@ def train(run: Path, config: Config, dataset: Dataset, options: argparse.Namespa
                     f"align {terms['align']:.3f} fusion {terms['fusion']:.3f} "
                     f"scale {terms['logit_scale']:.1f} {rate:.0f} img/s"
                 )
-            if last or step % options.eval_every == 0:
+            if last or step % config.eval_every == 0:
                 log.write("eval", step, evaluate(trainer.model, tokenizer, dataset))
-            if last or step % options.checkpoint_every == 0:
+            if last or step % config.checkpoint_every == 0:
                 checkpoint(step)
     if step < config.steps:
         checkpoint(step)
@@ -156,18 +202,17 @@ def train(run: Path, config: Config, dataset: Dataset, options: argparse.Namespa
     return run
 
 
-def save_environment(run: Path, device: torch.device, dtype: torch.dtype) -> None:
+def environment(device: torch.device, dtype: torch.dtype, dataset: Dataset) -> dict:
     """What the numbers depend on beside the configuration."""
-    environment = {
+    return {
         "python": platform.python_version(),
         "torch": torch.__version__,
         "machine": platform.machine(),
         "device": str(device),
         "threads": torch.get_num_threads(),
         "dtype": str(dtype),
+        "data": dataset.describe(),
     }
-    text = json.dumps(environment, indent=2) + "\n"
-    (run / "environment.json").write_text(text, encoding="utf-8")
 
 
 def training_captions(dataset: Dataset) -> list[str]:

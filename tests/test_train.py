@@ -3,6 +3,7 @@
 import argparse
 import dataclasses
 import json
+import re
 import shutil
 import signal
 import subprocess
@@ -16,7 +17,8 @@ from PIL import Image
 from safetensors.torch import load_file
 
 import ito
-from ito import train
+from ito import evaluate as evaluate_command
+from ito import export, prepare, train
 from ito.augment import DRAWINGS, Augmentation
 from ito.batches import Batches
 from ito.config import Config, add_options, from_options
@@ -217,7 +219,7 @@ def test_resume_gives_the_same_bits_as_an_uninterrupted_run(finished, tmp_path):
     shutil.copy(finished / "model" / "tokenizer.json", run / "model")
     lines = (finished / "metrics.jsonl").read_text().splitlines(keepends=True)
     (run / "metrics.jsonl").write_text("".join(lines[:7]) + lines[7][:20])  # writing a line
-    train.main(["--resume", str(run), "--log-every", "1", "--eval-every", "3"])
+    train.main(["--resume", str(run)])
     for name in ("model", "fusion", "optimizer"):
         a, b = (
             torch.load(folder / "checkpoints" / "step_0000006.pt", weights_only=True)[name]
@@ -227,6 +229,48 @@ def test_resume_gives_the_same_bits_as_an_uninterrupted_run(finished, tmp_path):
         for x, y in zip(tensors(a), tensors(b), strict=True):
             assert torch.equal(x, y)
     assert steady(run) == steady(finished)
+
+
+def test_resume_keeps_the_run_s_threads_and_tells_what_else_changed(finished, tmp_path, capsys):
+    run, threads = tmp_path / "run", torch.get_num_threads()
+    shutil.copytree(finished, run)
+    before = json.loads((run / "environment.json").read_text())
+    was = before | {"threads": threads + 1, "torch": "1.0"}
+    (run / "environment.json").write_text(json.dumps(was))
+    try:
+        train.main(["--resume", str(run)])
+        kept = capsys.readouterr().out
+        train.main(["--resume", str(run), "--threads", str(threads), "--log-every", "7"])
+        given = capsys.readouterr().out
+    finally:
+        torch.set_num_threads(threads)
+    assert f"{threads + 1} threads" in kept
+    assert f"torch was 1.0, is {torch.__version__}: numbers may differ" in kept
+    assert kept.count("warning") == 1
+    assert f"threads was {threads + 1}, is {threads}" in given
+
+
+def test_a_run_goes_on_from_another_folder(data, tmp_path, monkeypatch, capsys):
+    run = tmp_path / "run"
+    monkeypatch.chdir(data.parent)
+    train.main(["--train-data", data.name, "--out", str(run), *QUICK])
+    monkeypatch.chdir(tmp_path)
+    evaluate_command.main([str(run), "--json", "scores.json"])
+    train.main(["--resume", str(run)])
+    logged = steady(run)[-1]
+    scores = json.loads((tmp_path / "scores.json").read_text())
+    assert {name: logged[name] for name in scores} == scores
+
+
+def test_evaluate_takes_the_data_options(finished, data, tmp_path, capsys):
+    rows = [f"{n:03}-0.png,a red cat {n}" for n in range(20)]
+    (tmp_path / "pairs.csv").write_text("\n".join(["picture,words", *rows]))
+    for path in data.glob("*.png"):
+        shutil.copy(path, tmp_path)
+    source = ["--train-data", str(tmp_path / "pairs.csv"), "--csv-separator", ","]
+    columns = ["--csv-img-key", "picture", "--csv-caption-key", "words"]
+    evaluate_command.main([str(finished), *source, *columns])
+    assert "heldout: 2 pictures, 2 captions" in capsys.readouterr().out
 
 
 def tensors(value):
@@ -373,30 +417,90 @@ def test_skipped_pictures_are_counted_and_named(tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
-    ("arguments", "message"),
+    ("command", "arguments", "message"),
     [
-        (["--train-data", "nowhere"], "no data at nowhere"),
-        (["--train-data", "{wrong}"], "wrong.csv:1: no column 'title'"),
-        (["--train-data", "{data}", "--views", "1"], "views must be at least 2, got 1"),
-        (["--train-data", "{data}", "--views", "0"], "views must be at least 1, got 0"),
-        (["--train-data", "{data}", "--image-size", "36"], "must be a multiple of 8, got 36"),
-        (["--train-data", "{data}", "--out", "{data}"], "exists; name another --out"),
-        (["--resume", "{finished}", "--lr", "1.0"], "--resume keeps the run's configuration"),
+        (train, "--train-data nowhere", "no data at {here}/nowhere"),
+        (train, "--train-data {wrong}", "wrong.csv:1: no column 'title'"),
+        (train, "--train-data {wrong} --csv-separator ,", "separator ','; set --csv-separator"),
+        (train, "--train-data {broken}", "captions.jsonl:2: not JSON"),
+        (train, "--train-data {single}", "training needs at least 2 items"),
+        (train, "--train-data {unsplit}", "evaluation needs at least 1 picture"),
+        (train, "--train-data {data} --views 1", "views must be at least 2, got 1"),
+        (train, "--train-data {data} --views 0", "views must be at least 1, got 0"),
+        (train, "--train-data {data} --image-size 36", "must be a multiple of 8, got 36"),
+        (train, "--train-data {data} --gray-p 2", "gray_p is a probability"),
+        (train, "--train-data {data} --device gpu", "--device gpu: Expected one of cpu, cuda"),
+        (train, "--train-data {data} --out {data}", "exists; name another --out"),
+        (train, "--train-data {data} --out {wrong}/run", "--out: cannot create {wrong}/run: Not a"),
+        (train, "--cache {wrong}", "--cache: cannot prepare {wrong}/emoji-small"),
+        (train, "--resume nope", "--resume: no run folder at nope"),
+        (
+            train,
+            "--resume {finished} --out other",
+            "{finished} continues in that folder: drop --out",
+        ),
+        (train, "--resume {finished} --lr 1 --flip-p 1", "configuration: drop --lr, --flip-p"),
+        (train, "--resume {finished} --precision {other}", "precision, {kept}: drop --precision"),
+        (evaluate_command, "nope", "nope holds no exported model"),
+        (evaluate_command, "{finished}/model", "model/config.json is not the configuration of a"),
+        (evaluate_command, "{finished} --train-data {wrong}", "wrong.csv:1: no column 'title'"),
+        (evaluate_command, "{finished} --train-data {unsplit}", "evaluation needs at least 1"),
+        (evaluate_command, "{finished} --json {wrong}/x", "{wrong}/x: Not a directory"),
+        (export, "nope", "nope holds no checkpoint"),
+        (export, "{finished} --out {wrong}", "{wrong}: File exists"),
+        (prepare, "emoji-small --out {wrong}", "exists and holds no captions.jsonl"),
     ],
 )
 def test_bad_input_ends_with_one_line_that_names_it(
-    arguments, message, data, finished, tmp_path, monkeypatch, capsys
+    command, arguments, message, data, finished, tmp_path, monkeypatch, capsys
 ):
     monkeypatch.chdir(tmp_path)
     wrong = tmp_path / "wrong.csv"
     wrong.write_text("filepath\tcaption\na.png\tb\n")
-    places = {"data": data, "wrong": wrong, "finished": finished}
+    broken = write_set(tmp_path / "broken", items=1)
+    (broken / "captions.jsonl").write_text('{"image": "000-0.png", "caption": "a"}\n{"image"')
+    dtype = json.loads((finished / "environment.json").read_text())["dtype"]
+    kept, other = ("bf16", "fp32") if dtype == "torch.bfloat16" else ("fp32", "bf16")
+    places = {
+        "here": tmp_path,
+        "data": data,
+        "wrong": wrong,
+        "broken": broken,
+        "single": write_set(tmp_path / "single", items=1),
+        "unsplit": write_set(tmp_path / "unsplit", items=3, split="train"),
+        "finished": finished,
+        "kept": kept,
+        "other": other,
+    }
     with pytest.raises(SystemExit) as error:
-        train.main([argument.format(**places) for argument in arguments])
+        command.main(arguments.format(**places).split())
     assert error.value.code == 2
     stderr = capsys.readouterr().err
-    assert message in stderr
+    assert message.format(**places) in stderr
     assert stderr.count("\n") == 1
+    assert {path.name for path in tmp_path.iterdir()} == {
+        "wrong.csv",
+        "broken",
+        "single",
+        "unsplit",
+    }
+
+
+@pytest.mark.parametrize("option", ["threads", "log-every", "eval-every", "checkpoint-every"])
+def test_counts_are_positive(option, data, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as error:
+        train.main(["--train-data", str(data), f"--{option}", "0"])
+    assert error.value.code == 2
+    assert re.search(rf"{option[-5:]}.* must be at least 1, got 0", capsys.readouterr().err)
+
+
+def test_a_diverged_run_ends_with_one_line(data, tmp_path, capsys):
+    arguments = ["--train-data", str(data), "--out", str(tmp_path / "run"), *QUICK]
+    with pytest.raises(SystemExit) as error:
+        train.main([*arguments, "--lr", "1e30"])
+    assert error.value.code == 1
+    assert re.search(r"\nerror: the loss of step \d is nan\n$", capsys.readouterr().err)
 
 
 @pytest.mark.parametrize(

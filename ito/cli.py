@@ -1,0 +1,25 @@
+"""How the commands end when something is wrong: one line that names it, and no traceback."""
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+
+@contextmanager
+def user_errors() -> Iterator[None]:
+    """`error: …` on stderr. Status 2: options, files or packages; 1: the training diverged."""
+    try:
+        yield
+    except (ValueError, OSError, ImportError) as error:
+        print(f"error: {reason(error)}", file=sys.stderr)
+        sys.exit(2)
+    except FloatingPointError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(1)
+
+
+def reason(error: Exception) -> str:
+    """The system's errors in words, without their number."""
+    if isinstance(error, OSError) and error.errno is not None:
+        return f"{error.filename}: {error.strerror}"
+    return str(error)
