@@ -21,5 +21,5 @@ def user_errors() -> Iterator[None]:
 def reason(error: Exception) -> str:
     """The system's errors in words, without their number."""
     if isinstance(error, OSError) and error.errno is not None:
-        return f"{error.filename}: {error.strerror}"
+        return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
     return str(error)

@@ -128,7 +128,7 @@ def add_options(parser: argparse.ArgumentParser, only: str | None = None) -> Non
     """
     groups: dict[str, argparse._ArgumentGroup] = {}
 
-    def add(name: str, default, group: str, help: str, choices=None, bounds=None) -> None:
+    def add(name: str, default, group: str, help: str, choices=None) -> None:
         if group not in groups:
             groups[group] = parser.add_argument_group(group)
         shown = "the run's" if only else repr(default) if isinstance(default, str) else default
@@ -145,7 +145,8 @@ def add_options(parser: argparse.ArgumentParser, only: str | None = None) -> Non
 
     for item in dataclasses.fields(Config):
         if item.name != "augmentation" and only in (None, item.metadata["group"]):
-            add(item.name, item.default, **item.metadata)
+            about = item.metadata
+            add(item.name, item.default, about["group"], about["help"], about["choices"])
     if only is None:
         for name, default in vars(Config().augmentation).items():
             add(name, default, "augmentation", "see ito/augment.py")

@@ -21,6 +21,7 @@ from ito import evaluate as evaluate_command
 from ito import export, prepare, train
 from ito.augment import DRAWINGS, Augmentation
 from ito.batches import Batches
+from ito.cli import user_errors
 from ito.config import Config, add_options, from_options
 from ito.data import load_dataset
 from ito.evaluate import embed_images, embed_texts, evaluate
@@ -248,6 +249,18 @@ def test_resume_keeps_the_run_s_threads_and_tells_what_else_changed(finished, tm
     assert f"torch was 1.0, is {torch.__version__}: numbers may differ" in kept
     assert kept.count("warning") == 1
     assert f"threads was {threads + 1}, is {threads}" in given
+
+
+def test_resume_keeps_the_run_s_device(finished, tmp_path, capsys):
+    run = tmp_path / "run"
+    shutil.copytree(finished, run)
+    before = json.loads((run / "environment.json").read_text())
+    (run / "environment.json").write_text(json.dumps(before | {"device": "gone"}))
+    with pytest.raises(SystemExit):
+        train.main(["--resume", str(run)])
+    assert "error: --device gone: " in capsys.readouterr().err
+    train.main(["--resume", str(run), "--device", "cpu"])
+    assert "device was gone, is cpu: numbers may differ" in capsys.readouterr().out
 
 
 def test_a_run_goes_on_from_another_folder(data, tmp_path, monkeypatch, capsys):
@@ -493,6 +506,20 @@ def test_counts_are_positive(option, data, tmp_path, monkeypatch, capsys):
         train.main(["--train-data", str(data), f"--{option}", "0"])
     assert error.value.code == 2
     assert re.search(rf"{option[-5:]}.* must be at least 1, got 0", capsys.readouterr().err)
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (OSError(28, "No space left on device"), "error: No space left on device\n"),
+        (PermissionError(13, "Permission denied", "a/b"), "error: a/b: Permission denied\n"),
+        (FileExistsError("a exists"), "error: a exists\n"),
+    ],
+)
+def test_the_system_s_errors_are_told_in_words(error, message, capsys):
+    with pytest.raises(SystemExit), user_errors():
+        raise error
+    assert capsys.readouterr().err == message
 
 
 def test_a_diverged_run_ends_with_one_line(data, tmp_path, capsys):
