@@ -41,50 +41,61 @@ struct FormsBf16 {
     scores += first * padded(m.width);
     for (int d = 0; d < m.width; d += 32, scores += 32 * 32) {
       read_block(m, skip, first, m.rows, d, block);
-      for (int k = 0; k < 32; k += 2)
-        for (int j = 0; j < 32; ++j) std::memcpy(scores + k * 32 + 2 * j, &block[j][k], 4);
-      if (!grad) continue;
-      uint16_t* to = grad + d / 32 * grad_panel + first * 32;
-      for (int j = 0; j < 32; j += 2)
-        for (int k = 0; k < 32; ++k) {
-          to[j * 32 + 2 * k] = block[j][k];
-          to[j * 32 + 2 * k + 1] = block[j + 1][k];
-        }
+      transpose_pairs(block[0], 32, 16, scores);
+      if (grad) interleave(block, grad + d / 32 * grad_panel + first * 32);
     }
+  }
+
+  // A pair is moved as the 4 bytes of a float: out[column][row][2] of in[row][column][2].
+  static void transpose_pairs(const uint16_t* in, int rows, int cols, uint16_t* out) {
+    Transpose<Vec>::run(reinterpret_cast<const float*>(in), cols, rows, cols,
+                        reinterpret_cast<float*>(out), rows);
+  }
+  // Pairs of adjacent rows: out[row / 2][column][2].
+  static void interleave(const uint16_t (*in)[32], uint16_t* out) {
+    const __m512i low = in_turn(0), high = in_turn(16);
+    for (int r = 0; r < 32; r += 2, out += 64) {
+      const __m512i a = _mm512_load_si512(in[r]), b = _mm512_load_si512(in[r + 1]);
+      store(out, _mm512_permutex2var_epi16(a, low, b));
+      store(out + 32, _mm512_permutex2var_epi16(a, high, b));
+    }
+  }
+  // The order that takes 16 numbers of each of two vectors in turn, from `first` on.
+  static __m512i in_turn(int first) {
+    alignas(64) uint16_t order[32];
+    for (int i = 0; i < 32; ++i) order[i] = static_cast<uint16_t>(first + i / 2 + i % 2 * 32);
+    return _mm512_load_si512(order);
   }
 
   // Rows for gradients.
   static void pack_rows_for_gradients(const Matrix& m, const uint8_t* skip, int64_t first, int rows,
                                       uint16_t* out) {
-    alignas(64) uint16_t block[32][32];
+    alignas(64) uint16_t block[32][32], pairs[16 * 64];
     for (int i = 0; i < rows; i += 32)
       for (int d = 0; d < m.width; d += 32, out += 32 * 32) {
         read_block(m, skip, first + i, first + rows, d, block);
-        for (int k = 0; k < 32; ++k)
-          for (int r = 0; r < 32; ++r) out[k * 32 + r] = block[r][k];
+        interleave(block, pairs);
+        transpose_pairs(pairs, 16, 32, out);
       }
   }
 
   // Both forms of W, one after the other.
   static void convert(const float* w, int rows, int cols, uint16_t* out) {
-    alignas(64) uint16_t order[32];  // (0, 16, 1, 17, ...): interleaves two halves
-    for (int i = 0; i < 32; ++i) order[i] = static_cast<uint16_t>(i / 2 + i % 2 * 16);
-    const __m512i interleave = _mm512_load_si512(order);
+    const __m512i low = in_turn(0), high = in_turn(16);
     uint16_t* by_pair = out + int64_t(rows) * cols;
     for (int64_t at = 0; at < int64_t(rows) * cols; at += 64) {
       const float* p = w + at;  // rows i and i + 1 of a panel
       const __m512 a0 = _mm512_loadu_ps(p), a1 = _mm512_loadu_ps(p + 16);
       const __m512 b0 = _mm512_loadu_ps(p + 32), b1 = _mm512_loadu_ps(p + 48);
-      store(out + at, _mm512_cvtne2ps_pbh(a1, a0));
-      store(out + at + 32, _mm512_cvtne2ps_pbh(b1, b0));
-      store(by_pair + at, _mm512_permutexvar_epi16(interleave, bits(_mm512_cvtne2ps_pbh(b0, a0))));
-      store(by_pair + at + 32,
-            _mm512_permutexvar_epi16(interleave, bits(_mm512_cvtne2ps_pbh(b1, a1))));
+      const __m512i a = bits(_mm512_cvtne2ps_pbh(a1, a0)), b = bits(_mm512_cvtne2ps_pbh(b1, b0));
+      store(out + at, a);
+      store(out + at + 32, b);
+      store(by_pair + at, _mm512_permutex2var_epi16(a, low, b));
+      store(by_pair + at + 32, _mm512_permutex2var_epi16(a, high, b));
     }
   }
   static __m512i bits(__m512bh x) { return (__m512i)x; }
   static void store(uint16_t* p, __m512i x) { _mm512_storeu_si512(p, x); }
-  static void store(uint16_t* p, __m512bh x) { store(p, bits(x)); }
 };
 
 }  // namespace

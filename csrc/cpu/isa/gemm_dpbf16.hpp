@@ -14,6 +14,10 @@ struct DotBf16 {
   static Operand load(const uint32_t* p) { return (__m512bh)_mm512_loadu_si512(p); }
   static Operand broadcast(uint32_t x) { return (__m512bh)_mm512_set1_epi32(static_cast<int>(x)); }
   static __m512 multiply_add(Operand a, Operand b, __m512 c) { return _mm512_dpbf16_ps(c, a, b); }
+  static __m512 multiply_add(const uint32_t* a, Operand b, __m512 c) {
+    __asm__("vdpbf16ps %2%{1to16%}, %1, %0" : "+v"(c) : "v"(b), "m"(*a));
+    return c;
+  }
 };
 
 struct GemmDotBf16 : FormsBf16 {

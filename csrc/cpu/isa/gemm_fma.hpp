@@ -17,6 +17,7 @@
 
 #include "cpu/isa/convert.hpp"
 #include "cpu/isa/micro.hpp"
+#include "cpu/isa/transpose.hpp"
 
 namespace {
 
@@ -29,6 +30,7 @@ struct Fma {
   static Operand load(const float* p) { return V::load(p); }
   static Operand broadcast(float x) { return V::set(x); }
   static Operand multiply_add(Operand a, Operand b, Operand c) { return V::fma(a, b, c); }
+  static Operand multiply_add(const float* a, Operand b, Operand c) { return V::fma(a, b, c); }
 };
 
 template <class V, int R, int C>
@@ -75,15 +77,29 @@ struct GemmFma {
                    dbt + int64_t(j) * width + d * kPanel, true);
   }
 
+  // Columns [d, d + count) of `wanted` rows from row `row` on, `ld` floats apart: where they lie, or
+  // copied to `part` if they are to be converted or are not all there.
+  static const float* read(const Matrix& m, const uint8_t* skip, int64_t row, int64_t available,
+                           int wanted, int64_t d, int count, float* part, int64_t& ld) {
+    if (m.dtype == DType::kFloat32 && !skip && available >= wanted) {
+      ld = m.stride;
+      return static_cast<const float*>(m.data) + row * m.stride + d;
+    }
+    ld = kChunk;
+    read_rows(m, skip, row, available, wanted, d, count, part, kChunk);
+    return part;
+  }
+
   // Rows [first, first + rows) of a matrix as packed rows; rows where `skip` is set become 0.
   static void pack_rows(const Matrix& m, const uint8_t* skip, int64_t first, int rows, float* out) {
-    alignas(64) float part[R][kChunk];
+    alignas(64) float part[R * kChunk];
+    int64_t ld;
     for (int i = 0; i < rows; i += R)
       for (int d = 0; d < m.width; d += kChunk) {
         const int count = m.width - d < kChunk ? m.width - d : kChunk;
-        read_rows(m, skip, first + i, rows - i, R, d, count, part[0], kChunk);
-        for (int k = 0; k < count; ++k, out += R)
-          for (int r = 0; r < R; ++r) out[r] = part[r][k];
+        const float* in = read(m, skip, first + i, rows - i, R, d, count, part, ld);
+        Transpose<V>::run(in, ld, R, count, out, R);
+        out += count * R;
       }
   }
 
@@ -91,21 +107,26 @@ struct GemmFma {
   // The panels of the gradient form are `grad_panel` apart; null if it is not wanted.
   static void pack_cols(const Matrix& m, const uint8_t* skip, int64_t panel, float* scores,
                         float* grad, int64_t grad_panel) {
-    alignas(64) float part[kPanel][kChunk];
+    alignas(64) float part[kPanel * kChunk];
     static_assert(kChunk % kPanel == 0, "a chunk is whole panels of d");
     const int64_t first = panel * kPanel;
+    int64_t ld;
     scores += first * m.width;
     for (int d = 0; d < m.width; d += kChunk) {
       const int count = m.width - d < kChunk ? m.width - d : kChunk;
-      read_rows(m, skip, first, m.rows - first, kPanel, d, count, part[0], kChunk);
-      for (int k = 0; k < count; ++k, scores += kPanel)
-        for (int j = 0; j < kPanel; ++j) scores[j] = part[j][k];
-      if (!grad) continue;
-      for (int k = 0; k < count; k += kPanel) {
+      const float* in = read(m, skip, first, m.rows - first, kPanel, d, count, part, ld);
+      Transpose<V>::run(in, ld, kPanel, count, scores, kPanel);
+      scores += count * kPanel;
+      for (int k = 0; grad && k < count; k += kPanel) {
         float* to = grad + (d + k) / kPanel * grad_panel + first * kPanel;
         const int used = count - k < kPanel ? count - k : kPanel;
-        for (int j = 0; j < kPanel; ++j, to += kPanel)
-          for (int x = 0; x < kPanel; ++x) to[x] = x < used ? part[j][k + x] : 0.0f;
+        for (int j = 0; j < kPanel; ++j, to += kPanel) {
+          const float* from = in + j * ld + k;
+          if (used == kPanel)
+            for (int c = 0; c < C; ++c) V::store(to + c * V::kWidth, V::load(from + c * V::kWidth));
+          else
+            for (int x = 0; x < kPanel; ++x) to[x] = x < used ? from[x] : 0.0f;
+        }
       }
     }
   }

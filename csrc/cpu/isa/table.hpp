@@ -61,8 +61,7 @@ struct Table {
     const int rows = to.rows - first < P ? static_cast<int>(to.rows - first) : P;
     for (int d = 0; d < width; d += kChunk, dbt += kChunk * P) {
       const int count = width - d < kChunk ? static_cast<int>(width) - d : kChunk;
-      for (int k = 0; k < count; ++k)
-        for (int j = 0; j < P; ++j) part[j][k] = dbt[k * P + j];
+      Transpose<V>::run(dbt, P, count, P, part[0], kChunk);
       for (int j = 0; j < rows; ++j)
         write_row(data, to.dtype, width, first + j, d, count, part[j]);
     }

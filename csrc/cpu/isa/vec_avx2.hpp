@@ -24,6 +24,7 @@ struct Vec256 {
   static F mul(F a, F b) { return _mm256_mul_ps(a, b); }
   static F div(F a, F b) { return _mm256_div_ps(a, b); }
   static F fma(F a, F b, F c) { return _mm256_fmadd_ps(a, b, c); }    // a·b + c
+  static F fma(const float* a, F b, F c) { return fma(set(*a), b, c); }
   static F fnma(F a, F b, F c) { return _mm256_fnmadd_ps(a, b, c); }  // c - a·b
   // The larger; b where either is NaN: `max(x, accumulator)` passes over NaN.
   static F max(F a, F b) { return _mm256_max_ps(a, b); }

@@ -4,6 +4,8 @@
 
 #include <cstdint>
 
+#include "cpu/isa/transpose.hpp"
+
 namespace {
 
 struct Vec512 {
@@ -24,6 +26,11 @@ struct Vec512 {
   static F mul(F a, F b) { return _mm512_mul_ps(a, b); }
   static F div(F a, F b) { return _mm512_div_ps(a, b); }
   static F fma(F a, F b, F c) { return _mm512_fmadd_ps(a, b, c); }    // a·b + c
+  // The same for a number in memory; compilers would rather load it once and keep it.
+  static F fma(const float* a, F b, F c) {
+    __asm__("vfmadd231ps %2%{1to16%}, %1, %0" : "+v"(c) : "v"(b), "m"(*a));
+    return c;
+  }
   static F fnma(F a, F b, F c) { return _mm512_fnmadd_ps(a, b, c); }  // c - a·b
   // The larger; b where either is NaN: `max(x, accumulator)` passes over NaN.
   static F max(F a, F b) { return _mm512_max_ps(a, b); }
@@ -44,6 +51,52 @@ struct Vec512 {
 
   static float sum(F a) { return _mm512_reduce_add_ps(a); }
   static float largest(F a) { return _mm512_reduce_max_ps(a); }
+};
+
+// 16 × 16 at a time in registers: four rounds of exchanges between vectors at distance 1, 2, 4, 8.
+template <>
+struct Transpose<Vec512> {
+  static void run(const float* in, int64_t in_ld, int rows, int cols, float* out, int64_t out_ld) {
+    for (int r = 0; r < rows; r += 16)
+      for (int k = 0; k < cols; k += 16)
+        block(in + r * in_ld + k, in_ld, rows - r, cols - k, out + k * out_ld + r, out_ld);
+  }
+  static __mmask16 first(int n) { return n < 16 ? static_cast<__mmask16>((1u << n) - 1) : 0xffff; }
+  static void block(const float* in, int64_t in_ld, int rows, int cols, float* out,
+                    int64_t out_ld) {
+    __m512 x[16], y[16];
+    const __mmask16 in_row = first(cols), out_row = first(rows);
+#pragma GCC unroll 16
+    for (int r = 0; r < 16; ++r)
+      x[r] = r < rows ? _mm512_maskz_loadu_ps(in_row, in + r * in_ld) : _mm512_setzero_ps();
+#pragma GCC unroll 8
+    for (int r = 0; r < 16; r += 2) {
+      y[r] = _mm512_unpacklo_ps(x[r], x[r + 1]);
+      y[r + 1] = _mm512_unpackhi_ps(x[r], x[r + 1]);
+    }
+#pragma GCC unroll 4
+    for (int r = 0; r < 16; r += 4) {
+      x[r] = _mm512_shuffle_ps(y[r], y[r + 2], 0x44);
+      x[r + 1] = _mm512_shuffle_ps(y[r], y[r + 2], 0xee);
+      x[r + 2] = _mm512_shuffle_ps(y[r + 1], y[r + 3], 0x44);
+      x[r + 3] = _mm512_shuffle_ps(y[r + 1], y[r + 3], 0xee);
+    }
+#pragma GCC unroll 4
+    for (int r = 0; r < 4; ++r) {
+      y[r] = _mm512_shuffle_f32x4(x[r], x[r + 4], 0x88);
+      y[r + 4] = _mm512_shuffle_f32x4(x[r], x[r + 4], 0xdd);
+      y[r + 8] = _mm512_shuffle_f32x4(x[r + 8], x[r + 12], 0x88);
+      y[r + 12] = _mm512_shuffle_f32x4(x[r + 8], x[r + 12], 0xdd);
+    }
+#pragma GCC unroll 8
+    for (int r = 0; r < 8; ++r) {
+      x[r] = _mm512_shuffle_f32x4(y[r], y[r + 8], 0x88);
+      x[r + 8] = _mm512_shuffle_f32x4(y[r], y[r + 8], 0xdd);
+    }
+#pragma GCC unroll 16
+    for (int k = 0; k < 16; ++k)
+      if (k < cols) _mm512_mask_storeu_ps(out + k * out_ld, out_row, x[k]);
+  }
 };
 
 }  // namespace

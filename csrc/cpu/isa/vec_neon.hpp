@@ -24,6 +24,7 @@ struct VecNeon {
   static F mul(F a, F b) { return vmulq_f32(a, b); }
   static F div(F a, F b) { return vdivq_f32(a, b); }
   static F fma(F a, F b, F c) { return vfmaq_f32(c, a, b); }   // a·b + c
+  static F fma(const float* a, F b, F c) { return fma(set(*a), b, c); }
   static F fnma(F a, F b, F c) { return vfmsq_f32(c, a, b); }  // c - a·b
   // The larger; the other one where one is NaN: `max(x, accumulator)` passes over NaN.
   static F max(F a, F b) { return vmaxnmq_f32(a, b); }

@@ -25,6 +25,7 @@ struct VecScalar {
   static F mul(F a, F b) { return a * b; }
   static F div(F a, F b) { return a / b; }
   static F fma(F a, F b, F c) { return a * b + c; }   // rounded twice where there is no FMA
+  static F fma(const float* a, F b, F c) { return fma(set(*a), b, c); }
   static F fnma(F a, F b, F c) { return c - a * b; }
   // The larger; b where either is NaN: `max(x, accumulator)` passes over NaN.
   static F max(F a, F b) { return a > b ? a : b; }
