@@ -69,6 +69,11 @@ CALLS = [
     (ValueError, "rows and cols are both False", lambda: ik.similarity_logsumexp(X, Y, 1.0, rows=False, cols=False)),
     (ValueError, r"row_bias must have shape \(5,\), got \(4,\)", lambda: ik.similarity_softplus(X, Y, 1.0, row_bias=torch.ones(4))),
     (TypeError, "col_bias must have a floating-point dtype", lambda: ik.similarity_softplus(X, Y, 1.0, col_bias=IDS)),
+    (ValueError, r"row_weights must have shape \(5,\), got \(4,\)", lambda: ik.similarity_softplus(X, Y, 1.0, row_weights=torch.ones(4))),
+    (ValueError, "row_weights must not require a gradient", lambda: ik.similarity_softplus(X, Y, 1.0, row_weights=torch.ones(5, requires_grad=True))),
+    (TypeError, "row_weights must be a pair", lambda: ik.similarity_logsumexp(X, Y, 1.0, row_weights=torch.ones(5))),
+    (ValueError, r"row_weights\[1\] must be None without positives", lambda: ik.similarity_logsumexp(X, Y, 1.0, row_weights=(torch.ones(5), torch.ones(5)))),
+    (ValueError, "col_weights is given, but that side's statistics are not asked for", lambda: ik.similarity_logsumexp(X, Y, 1.0, cols=False, col_weights=(torch.ones(5), None))),
     (TypeError, "col_bias must be a tensor, got float", lambda: ik.similarity_softplus(X, Y, 1.0, col_bias=1.0)),
 ]  # fmt: skip
 

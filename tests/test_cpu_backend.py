@@ -154,9 +154,22 @@ def test_the_cache_saves_products(monkeypatch):
         before = _native.gemm_flops()
         ik.clip_loss(x, y, 10.0)
         assert _native.gemm_flops() - before == 2 * n * n * 16
-    monkeypatch.setenv("ITO_TILE_CACHE_BYTES", "-1")
-    with pytest.raises(ValueError, match="ITO_TILE_CACHE_BYTES must be at least 0, got -1"):
-        ik.clip_loss(x, y, 10.0)
+    # one pass: 3 products without any cache
+    assert measured(lambda: ik.siglip_loss(x, y, 10.0, -10.0)) == 3
+    assert measured(lambda: ik.siglip_loss(x, y.detach(), 10.0, -10.0)) == 2
+    assert measured(lambda: ik.siglip_loss(x, y, 10.0, -10.0, reduction="none").sum()) == 4
+    monkeypatch.setenv("ITO_TILE_CACHE_BYTES", str(2 * 256 * 1280 * 4))  # a panel for each thread
+    rows_only = {"symmetric": False}
+    assert measured(lambda: ik.multi_positive_infonce(x, y, 10.0, **rows_only)) == 3
+    assert measured(lambda: ik.multi_positive_infonce(x, y.detach(), 10.0, **rows_only)) == 2
+
+
+@pytest.mark.parametrize("value", ["-1", "", "64MiB"])
+def test_the_size_of_the_cache_is_a_number(value, monkeypatch):
+    monkeypatch.setenv("ITO_TILE_CACHE_BYTES", value)
+    x = torch.randn(4, 3, requires_grad=True)
+    with pytest.raises(ValueError, match=f"ITO_TILE_CACHE_BYTES must be .* bytes, got '{value}'"):
+        ik.clip_loss(x, x.clone(), 10.0)
 
 
 @pytest.mark.parametrize("isa", ISAS)

@@ -3,12 +3,13 @@
 import os
 import subprocess
 import sys
+import warnings
 
 import pytest
 import torch
 
 import ito_kernels as ik
-from ito_kernels.similarity import chunked, dispatch
+from ito_kernels.similarity import chunked, cpu, dispatch
 
 X, Y = torch.randn(6, 3), torch.randn(6, 3)
 
@@ -50,7 +51,8 @@ def test_backward_uses_the_backend_of_the_forward(monkeypatch):
     )
     x = X.clone().requires_grad_()
     with ik.use_backend("chunked"):
-        loss = ik.clip_loss(x, Y, 1.0)
+        loss = ik.clip_loss(x, Y, 1.0, reduction="none")[0].sum()
+    assert not used
     with ik.use_backend("reference"):
         loss.backward()
     assert used
@@ -60,8 +62,28 @@ def test_unknown_names_raise(monkeypatch):
     with pytest.raises(ValueError, match="unknown backend 'fast'"), ik.use_backend("fast"):
         pass
     monkeypatch.setenv("ITO_BACKEND", "fast")
-    with pytest.raises(ValueError, match="unknown backend 'fast'"):
+    with pytest.raises(ValueError, match="ITO_BACKEND: unknown backend 'fast'"):
         ik.clip_loss(X, Y, 1.0)
+    monkeypatch.setenv("ITO_BACKEND", "simt")
+    with pytest.raises(RuntimeError, match="ITO_BACKEND: backend 'simt' cannot run"):
+        ik.clip_loss(X, Y, 1.0)
+
+
+def test_missing_kernels_are_told_once(monkeypatch):
+    """Slow is not silent: the first call that the native kernels would have taken says so."""
+    monkeypatch.setattr(cpu, "MISSING", "no compiler")
+    monkeypatch.setattr(cpu, "_native", None)
+    dispatch._warn_of_slow_kernels.cache_clear()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        ik.clip_loss(X.double(), Y.double(), 1.0)  # never theirs
+        ik.clip_loss(X, Y, 1.0, backend="chunked")  # as asked
+    with pytest.warns(UserWarning, match="without its CPU kernels.*no compiler"):
+        ik.clip_loss(X, Y, 1.0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        ik.clip_loss(X, Y, 1.0)
+    dispatch._warn_of_slow_kernels.cache_clear()
 
 
 def test_use_backend_ends_with_its_block():

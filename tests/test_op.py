@@ -3,12 +3,14 @@
 import pytest
 import torch
 from problems import AVAILABLE, OPTIONS, gradients, leaves, make, run, run_softplus
+from torch.autograd import forward_ad
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import ito_kernels as ik
 from ito_kernels.similarity import chunked, op, reference
 from ito_kernels.similarity.spec import Needs, Problem, Upstream
 
+FLAGS = ("positives", "exclude_self", "exclude_positives", "diagonal", "rows", "cols", "hardest")
 CASE = next(c for c in OPTIONS if c.scale_per_row and not c.same)
 
 
@@ -16,24 +18,32 @@ def problem_of(t, **flags) -> Problem:
     return Problem(*t.values(), **flags)
 
 
+@pytest.mark.parametrize("backend", ["chunked", "cpu"])
+@pytest.mark.parametrize("early", [False, True])
+@pytest.mark.parametrize("weighted", [False, True])
 @pytest.mark.parametrize("same", [False, True])
-def test_opcheck(same):
+def test_opcheck(same, weighted, early, backend):
     """Schema, fake kernels, autograd and AOT dispatch agree with the real operators."""
+    if backend not in AVAILABLE:
+        pytest.skip("not available")
     t = leaves(make(CASE, torch.float32))
     if same:
         t["b"] = None
         t["col_bias"], t["col_ids"] = t["row_bias"], t["row_ids"]
     problem = problem_of(t, positives="lse", hardest=True)
-    torch.library.opcheck(op._logsumexp, (*problem, "chunked", False))
-    torch.library.opcheck(op._softplus, (*problem, "chunked"))
-    plain = Problem(*(x.detach() if isinstance(x, torch.Tensor) else x for x in problem))
-    *stats, cache = (x.detach() for x in op._logsumexp(*plain, "chunked", False))
-    upstream = Upstream(*(stats[i].clone() for i in (1, 5, 2, 6)))
+    n, m = problem.n, problem.m
+    weights = Upstream(*(torch.rand(k) for k in (n, m, n, m))) if weighted else Upstream()
     needs = Needs(True, not same, True, True, False)
+    now = needs if weighted and early else Needs()
+    torch.library.opcheck(op._logsumexp, (*problem, backend, 0, *weights, *now))
+    torch.library.opcheck(op._softplus, (*problem, backend, weights.u, *now))
+    plain = Problem(*(x.detach() if isinstance(x, torch.Tensor) else x for x in problem))
+    *stats, cache = op._logsumexp(*plain, backend, 0, *Upstream(), *Needs())
+    upstream = Upstream(*(stats[i].clone() for i in (1, 5, 2, 6)))
     torch.library.opcheck(
-        op._logsumexp_backward, (*plain, "chunked", *stats, cache, *upstream, *needs)
+        op._logsumexp_backward, (*plain, backend, *stats, cache, *upstream, *needs)
     )
-    torch.library.opcheck(op._softplus_backward, (*plain, "chunked", stats[0], *needs))
+    torch.library.opcheck(op._softplus_backward, (*plain, backend, stats[0], *needs))
 
 
 @pytest.mark.parametrize("backend", ["reference", "chunked"])
@@ -50,13 +60,24 @@ def test_gradcheck(backend, positives, same, monkeypatch):
         x = torch.randn(shape, generator=g, dtype=torch.float64)
         return x.requires_grad_()
 
+    u, v = torch.rand(n, dtype=torch.float64), torch.rand(m, dtype=torch.float64)
+
     def f(a, b, scale, row_bias, col_bias):
         common = {"row_bias": row_bias, "col_bias": col_bias, "row_ids": ids[0], "col_ids": ids[1]}
         b = a if same else b
         s = ik.similarity_logsumexp(a, b, scale, positives=positives, backend=backend, **common)
         soft = ik.similarity_softplus(a, b, scale, backend=backend, **common)
         k = [(ids[0][:, None] == ids[1]).sum(d) if positives == "linear" else 1 for d in (1, 0)]
+        pairs = {"row_weights": (u, -u / k[0]), "col_weights": (v, -v / k[1])}
+        rows = {"row_weights": (u, -u / k[0]), "cols": False}
         return (
+            *(
+                ik.similarity_logsumexp(
+                    a, b, scale, positives=positives, backend=backend, **common, **weights
+                )[0]
+                for weights in (pairs, rows)
+            ),
+            ik.similarity_softplus(a, b, scale, backend=backend, row_weights=u, **common),
             s.row_logsum - s.row_pos / k[0],
             s.col_logsum - s.col_pos / k[1],
             s.row_max.detach() + s.row_logsum,
@@ -156,10 +177,162 @@ def test_the_maximum_is_a_constant():
         assert not x.requires_grad
 
 
-def test_double_backward_raises():
-    """It is not implemented: it must say so, not give a wrong number."""
+def every_form(t, backend="chunked", case=CASE) -> list[torch.Tensor]:
+    """A scalar by each way through the operators."""
+    u, v = torch.rand(case.n), torch.rand(case.m)
+    common = t | {"backend": backend}
+    return [
+        run(case, t, backend).row_logsum.sum(),
+        run_softplus(case, t, backend).sum(),
+        ik.similarity_logsumexp(**common, row_weights=(u, None), col_weights=(v, None))[0],
+        ik.similarity_logsumexp(**common, row_weights=(u, None), cols=False)[0],
+        ik.similarity_softplus(**common, row_weights=u),
+    ]
+
+
+@pytest.mark.parametrize("backend", AVAILABLE)
+def test_double_backward_raises(backend):
+    """It is not implemented: it must say so, and what to do, not give a wrong number."""
     t = leaves(make(CASE, torch.float32), names=("a",))
-    for out in (run(CASE, t, "chunked").row_logsum, run_softplus(CASE, t, "chunked")):
-        (grad,) = torch.autograd.grad(out.sum(), t["a"], create_graph=True)
-        with pytest.raises((RuntimeError, NotImplementedError), match="ito_kernels"):
-            torch.autograd.grad(grad.sum(), t["a"])
+    for out in every_form(t, backend):
+        with pytest.raises(RuntimeError, match=r"first-order gradients only.*create_graph"):
+            torch.autograd.grad(out, t["a"], create_graph=True)
+
+
+@pytest.mark.parametrize("form", range(5))
+def test_forward_mode_raises(form):
+    """A tangent that is lost would read as a derivative of 0."""
+    t = make(CASE, torch.float32)
+    one = torch.ones_like(t["a"])
+    with pytest.raises(RuntimeError, match="reverse mode only"):
+        torch.func.jvp(lambda a: every_form(t | {"a": a})[form], (t["a"],), (one,))
+    with forward_ad.dual_level(), pytest.raises(RuntimeError, match="reverse mode only"):
+        every_form(t | {"scale": forward_ad.make_dual(t["scale"], torch.ones_like(t["scale"]))})
+
+
+@pytest.mark.parametrize("backend", AVAILABLE)
+def test_backward_twice(backend):
+    t = leaves(make(CASE, torch.float32))
+    for out in every_form(t, backend):
+        first = torch.autograd.grad(out, t["a"], retain_graph=True)[0]
+        assert torch.equal(first, torch.autograd.grad(out, t["a"], retain_graph=True)[0])
+        (tripled,) = torch.autograd.grad(3 * out, t["a"])
+        assert (tripled - 3 * first).abs().max() < 1e-5 * first.abs().max()
+
+
+@pytest.mark.parametrize("backend", AVAILABLE)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("case", OPTIONS, ids=str)
+def test_weights_give_the_sum_of_the_statistics(case, dtype, backend):
+    """The weighted sum and its gradients are those of the statistics, weighted outside."""
+    t, s = leaves(make(case, dtype)), leaves(make(case, dtype))
+    stats = run(case, s, backend)
+    g = torch.Generator().manual_seed(3)
+    weights, expected = {}, 0
+    for side, length, wanted in (("row", case.n, case.rows), ("col", case.m, case.cols)):
+        if not wanted:
+            continue
+        w = [torch.rand(length, generator=g) for _ in range(2)]
+        if case.positives is None:
+            w[1] = None
+        weights[f"{side}_weights"] = tuple(w)
+        for x, weight in zip((f"{side}_logsum", f"{side}_pos"), w, strict=True):
+            if weight is not None:
+                value = getattr(stats, x)
+                expected = expected + torch.where(value == -torch.inf, 0, weight * value).sum()
+    options = {k: getattr(case, k) for k in FLAGS}
+    total, ours = ik.similarity_logsumexp(**t, **options, **weights, backend=backend)
+    torch.testing.assert_close(total, expected, rtol=1e-5, atol=1e-5)
+    for x, y in zip(ours, stats, strict=True):
+        assert (x is None) == (y is None)
+        assert x is None or (torch.equal(x, y) and not x.requires_grad)
+    theirs = gradients(expected, s)
+    close = {torch.float32: (1e-5, 1e-5), torch.bfloat16: (2e-2, 2e-3), torch.float16: (2e-3, 1e-3)}
+    for name, x in gradients(total, t).items():
+        size = theirs[name].abs().max().item()
+        rtol, atol = close[t[name].dtype]
+        torch.testing.assert_close(x, theirs[name], rtol=rtol, atol=atol * size)
+
+
+@pytest.mark.parametrize("backend", [chunked, reference], ids=["chunked", "reference"])
+def test_gradients_are_formed_once_and_only_if_wanted(backend, monkeypatch):
+    """In the forward pass where weights are known, but in fp16; never without need."""
+    formed = []
+    for name in ("logsumexp_backward", "softplus_backward"):
+        original = getattr(backend, name)
+
+        def spy(problem, *args, original=original):
+            formed.append(next(x for x in args if isinstance(x, Needs)))
+            return original(problem, *args)
+
+        monkeypatch.setattr(backend, name, spy)
+    name = backend.__name__.rsplit(".", 1)[1]
+    u, needs = torch.rand(CASE.n), Needs(a=True)
+    for dtype, in_forward in ((torch.float32, 1), (torch.float16, 0)):
+        t = make(CASE, dtype)
+        live = leaves(t, names=("a",))
+        for f in (
+            lambda t: ik.similarity_softplus(**t, row_weights=u, backend=name),
+            lambda t: ik.similarity_logsumexp(**t, row_weights=(u, None), backend=name)[0],
+        ):
+            f(t)
+            with torch.no_grad():
+                f(live)
+            assert not formed
+            out = f(live)
+            assert formed == [needs] * in_forward
+            out.backward()
+            assert formed == [needs]
+            formed.clear()
+
+
+def test_fp16_gradients_survive_until_the_loss_scale():
+    """Means over 2^14 pairs: unscaled gradients lie below the smallest number of fp16."""
+    n = 16384
+    x = (torch.randn(n, 4) * 0.01).half().requires_grad_()
+    y = (torch.randn(n, 4) * 0.01).half()
+    ids = torch.full((n,), 1)
+    loss = ik.siglip_loss(x, y, 1.0, -10.0, image_ids=torch.arange(n), text_ids=ids + n)
+    (scaled,) = torch.autograd.grad(loss * 2.0**16, x)
+    expected = 2.0**16 / n * torch.sigmoid(torch.tensor(-10.0)) * y.float().sum(0)
+    torch.testing.assert_close(scaled.float().mean(0), expected, rtol=0.05, atol=1e-3)
+
+
+def test_meta_tensors():
+    """Shapes and dtypes without a device: the fake kernels answer."""
+    x, y = (torch.randn(6, 3, device="meta", requires_grad=True) for _ in range(2))
+    loss = ik.clip_loss(x, y, 10.0) + ik.siglip_loss(x, y, 10.0, -1.0)
+    loss.backward()
+    assert loss.is_meta
+    assert x.grad.shape == x.shape
+    assert ik.clip_loss(x, y, 10.0, reduction="none")[1].shape == (6,)
+
+
+@pytest.mark.parametrize("f", [ik.clip_loss, lambda x, y, s: ik.siglip_loss(x, y, s, s - 20)])
+def test_a_scale_of_shape_1(f):
+    """As open_clip's parameter may have it: its gradient has the same shape."""
+    x, y = torch.randn(6, 3), torch.randn(6, 3)
+    scale, plain = (torch.full(shape, 3.0, requires_grad=True) for shape in ((1,), ()))
+    losses = f(x, y, scale), f(x, y, plain)
+    assert torch.equal(*losses)
+    for loss in losses:
+        loss.backward()
+    assert scale.grad.shape == (1,)
+    assert torch.equal(scale.grad[0], plain.grad)
+
+
+def test_the_cache_may_change_after_compilation(monkeypatch):
+    if "cpu" not in AVAILABLE:
+        pytest.skip("has no cache")
+    t = leaves(make(CASE, torch.float32))
+
+    def f(a, b):
+        s = ik.similarity_logsumexp(a, b, 10.0, positives="linear", backend="cpu")
+        return (s.row_logsum - s.row_pos).mean()
+
+    compiled = torch.compile(f, fullgraph=True)
+    expected = torch.autograd.grad(f(t["a"], t["b"]), t["a"])[0]
+    for size in ("1000000", "0", "4096"):
+        monkeypatch.setenv("ITO_TILE_CACHE_BYTES", size)
+        ours = torch.autograd.grad(compiled(t["a"], t["b"]), t["a"])[0]
+        torch.testing.assert_close(ours, expected)

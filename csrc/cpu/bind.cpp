@@ -4,6 +4,8 @@
 
 #include <pybind11/stl.h>
 
+#include <stdexcept>
+
 #include "cpu/engine.hpp"
 #include "cpu/isa.hpp"
 #include "cpu/threads.hpp"
@@ -13,58 +15,90 @@ namespace py = pybind11;
 namespace ito::cpu {
 namespace {
 
-// An address, None for absent.
-template <class T>
-T* pointer(const py::dict& fields, const char* name) {
-  if (!fields.contains(name) || fields[name].is_none()) return nullptr;
-  return reinterpret_cast<T*>(fields[name].cast<uintptr_t>());
-}
+// Reads a tuple of integers from left to right; addresses are integers too, 0 for absent.
+class Fields {
+ public:
+  explicit Fields(const py::tuple& values) : values_(values.ptr()) {}
+  int64_t number() {
+    if (next_ >= PyTuple_GET_SIZE(values_)) throw std::invalid_argument("too few fields");
+    const int64_t value = PyLong_AsLongLong(PyTuple_GET_ITEM(values_, next_++));
+    if (value == -1 && PyErr_Occurred()) throw py::error_already_set();
+    return value;
+  }
+  template <class T>
+  T* pointer() {
+    return reinterpret_cast<T*>(static_cast<uintptr_t>(number()));
+  }
+  template <class T>
+  T as() {
+    return static_cast<T>(number());
+  }
 
-Matrix matrix(const py::tuple& m) {  // (address, rows, width, stride, dtype)
-  return {reinterpret_cast<const void*>(m[0].cast<uintptr_t>()), m[1].cast<int64_t>(),
-          m[2].cast<int64_t>(), m[3].cast<int64_t>(), m[4].cast<DType>()};
-}
+ private:
+  PyObject* values_;
+  Py_ssize_t next_ = 0;
+};
 
-Problem problem(const py::dict& f) {
+// In the order of _fields() of cpu.py.
+Problem problem(const py::tuple& values) {
+  Fields f(values);
   Problem p;
-  p.a = matrix(f["a"]);
-  p.b = matrix(f["b"]);
-  p.self = f["self"].cast<bool>();
-  p.scale = pointer<const float>(f, "scale");
-  p.scale_per_row = f["scale_per_row"].cast<bool>();
-  p.row_bias = pointer<const float>(f, "row_bias");
-  p.col_bias = pointer<const float>(f, "col_bias");
-  p.row_ids = pointer<const int64_t>(f, "row_ids");
-  p.col_ids = pointer<const int64_t>(f, "col_ids");
-  p.positives = f["positives"].cast<Positives>();
-  p.exclude_self = f["exclude_self"].cast<bool>();
-  p.exclude_positives = f["exclude_positives"].cast<bool>();
-  p.diagonal = f["diagonal"].cast<int64_t>();
-  p.rows = f["rows"].cast<bool>();
-  p.cols = f["cols"].cast<bool>();
-  p.hardest = f["hardest"].cast<bool>();
+  p.a.dtype = p.b.dtype = f.as<DType>();
+  p.a.width = p.b.width = f.number();
+  for (Matrix* x : {&p.a, &p.b}) {
+    x->data = f.pointer<const void>();
+    x->rows = f.number();
+    x->stride = f.number();
+  }
+  p.self = f.as<bool>();
+  p.scale_per_row = f.as<bool>();
+  p.scale = f.pointer<const float>();
+  p.row_bias = f.pointer<const float>();
+  p.col_bias = f.pointer<const float>();
+  p.row_ids = f.pointer<const int64_t>();
+  p.col_ids = f.pointer<const int64_t>();
+  p.positives = f.as<Positives>();
+  p.exclude_self = f.as<bool>();
+  p.exclude_positives = f.as<bool>();
+  p.diagonal = f.number();
+  p.rows = f.as<bool>();
+  p.cols = f.as<bool>();
+  p.hardest = f.as<bool>();
   return p;
 }
 
-Stats stats(const py::dict& f) {
-  return {{pointer<float>(f, "row_max"), pointer<float>(f, "row_logsum"),
-           pointer<float>(f, "row_pos"), pointer<float>(f, "row_neg_max")},
-          {pointer<float>(f, "col_max"), pointer<float>(f, "col_logsum"),
-           pointer<float>(f, "col_pos"), pointer<float>(f, "col_neg_max")}};
+// The others in the order of their Python namesakes.
+Stats stats(const py::tuple& values) {
+  Fields f(values);
+  Stats s;
+  for (SideStats* side : {&s.row, &s.col})
+    for (float** x : {&side->max, &side->logsum, &side->pos, &side->neg_max})
+      *x = f.pointer<float>();
+  return s;
 }
 
-Upstream upstream(const py::dict& f) {
-  return {pointer<const float>(f, "u"), pointer<const float>(f, "v"),
-          pointer<const float>(f, "alpha"), pointer<const float>(f, "beta")};
+Upstream upstream(const py::tuple& values) {
+  Fields f(values);
+  Upstream up;
+  for (const float** x : {&up.u, &up.v, &up.alpha, &up.beta}) *x = f.pointer<const float>();
+  return up;
 }
 
-Grads grads(const py::dict& f) {
-  return {pointer<void>(f, "a"), pointer<void>(f, "b"), pointer<float>(f, "scale"),
-          pointer<float>(f, "row_bias"), pointer<float>(f, "col_bias")};
+Grads grads(const py::tuple& values) {
+  Fields f(values);
+  Grads g;
+  g.a = f.pointer<void>();
+  g.b = f.pointer<void>();
+  for (float** x : {&g.scale, &g.row_bias, &g.col_bias}) *x = f.pointer<float>();
+  return g;
 }
 
-TileCache cache(const py::tuple& c) {  // (address, bytes)
-  return {reinterpret_cast<void*>(c[0].cast<uintptr_t>()), c[1].cast<int64_t>()};
+TileCache cache(const py::tuple& values) {  // (address, bytes)
+  Fields f(values);
+  TileCache c;
+  c.data = f.pointer<void>();
+  c.bytes = f.number();
+  return c;
 }
 
 Run run(const std::string& isa, int threads, const Problem& p) {
@@ -78,13 +112,8 @@ void bind(py::module_& m) {
       .value("float32", DType::kFloat32)
       .value("bfloat16", DType::kBFloat16)
       .value("float16", DType::kFloat16);
-  py::enum_<Positives>(m, "CpuPositives")
-      .value("none", Positives::kNone)
-      .value("linear", Positives::kLinear)
-      .value("lse", Positives::kLse);
-
   using Isa = const std::string&;
-  m.def("cpu_forward", [](const py::dict& f, const py::dict& s, const py::tuple& c, Isa isa, int n) {
+  m.def("cpu_forward", [](const py::tuple& f, const py::tuple& s, const py::tuple& c, Isa isa, int n) {
     const Problem p = problem(f);
     const Stats out = stats(s);
     const TileCache kept = cache(c);
@@ -92,8 +121,8 @@ void bind(py::module_& m) {
     const py::gil_scoped_release release;
     logsumexp_forward(p, out, kept, how);
   });
-  m.def("cpu_backward", [](const py::dict& f, const py::dict& s, const py::dict& u,
-                           const py::dict& g, const py::tuple& c, Isa isa, int n, bool one_pass) {
+  m.def("cpu_backward", [](const py::tuple& f, const py::tuple& s, const py::tuple& u,
+                           const py::tuple& g, const py::tuple& c, Isa isa, int n, bool one_pass) {
     const Problem p = problem(f);
     const Stats statistics = stats(s);
     const Upstream up = upstream(u);
@@ -103,7 +132,7 @@ void bind(py::module_& m) {
     const py::gil_scoped_release release;
     (one_pass ? logsumexp_one_pass : logsumexp_backward)(p, statistics, up, out, kept, how);
   });
-  m.def("cpu_softplus", [](const py::dict& f, uintptr_t loss, uintptr_t u, const py::dict& g,
+  m.def("cpu_softplus", [](const py::tuple& f, uintptr_t loss, uintptr_t u, const py::tuple& g,
                            Isa isa, int n) {
     const Problem p = problem(f);
     const Grads out = grads(g);
@@ -111,7 +140,7 @@ void bind(py::module_& m) {
     const py::gil_scoped_release release;
     softplus(p, reinterpret_cast<float*>(loss), reinterpret_cast<const float*>(u), out, how);
   });
-  m.def("cpu_describe", [](const py::dict& f, Isa isa, int n) {
+  m.def("cpu_describe", [](const py::tuple& f, Isa isa, int n) {
     const Problem p = problem(f);
     return describe(p, run(isa, n, p));
   });

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from ..similarity import similarity_softplus
-from ..similarity.spec import accumulate_dtype, check_ids, check_pair, check_scale
-from .common import REDUCTIONS, check_choice, normalized, not_yet, reduce
+from ..similarity.spec import accumulate_dtype, check_ids, check_pair, check_scale, scalar
+from .common import REDUCTIONS, check_choice, normalized, not_yet
 from .infonce import multi_positive_infonce
 
 
@@ -85,27 +85,32 @@ def siglip_loss(
             f" got {n} images, {m} texts and no "
             + ("image_ids" if image_ids is None else "text_ids")
         )
-    valid = torch.ones(n, dtype=torch.bool, device=device)
+    number = n
     if image_ids is not None or text_ids is not None:
         rows = torch.arange(n, device=device)
         image_ids = rows if image_ids is None else image_ids
         text_ids = rows if text_ids is None else text_ids
         image_ids = check_ids("image_ids", image_ids, n, "image_features", device)
         text_ids = check_ids("text_ids", text_ids, m, "text_features", device)
-        valid = image_ids >= 0
+        number = (image_ids >= 0).sum().clamp(min=1)  # padding does not count
     if normalize:
         image_features = normalized(image_features, image_ids)
         text_features = normalized(text_features, text_ids)
-    per_image = similarity_softplus(
+    weights = None
+    if reduction != "none":
+        weights = torch.ones(n, dtype=bias.dtype, device=device)
+        if reduction == "mean":
+            weights /= number
+    return similarity_softplus(
         image_features,
         text_features,
         logit_scale,
         row_bias=bias.expand(n),
         row_ids=image_ids,
         col_ids=text_ids,
+        row_weights=weights,
         backend=backend,
     )
-    return reduce(per_image, valid, reduction)
 
 
 def _check_bias(bias: object, like: Tensor) -> Tensor:
@@ -113,6 +118,7 @@ def _check_bias(bias: object, like: Tensor) -> Tensor:
     if isinstance(bias, Tensor):
         if not bias.is_floating_point():
             raise TypeError(f"logit_bias must have a floating-point dtype, got {bias.dtype}")
+        bias = scalar(bias)
         if bias.ndim != 0:
             raise ValueError(
                 f"logit_bias must be a number or a 0-d tensor, got shape {tuple(bias.shape)}"

@@ -40,11 +40,3 @@ def count_positives(ids: Tensor, other_ids: Tensor) -> Tensor:
     ordered = other_ids.sort().values
     above = torch.searchsorted(ordered, ids, right=True)
     return (above - torch.searchsorted(ordered, ids)).masked_fill(ids < 0, 0)
-
-
-def reduce(per_anchor: Tensor, counted: Tensor, reduction: str) -> Tensor:
-    """The mean over the `counted` anchors (0 if there are none), the sum, or the vector itself."""
-    if reduction == "none":
-        return per_anchor
-    total = per_anchor.sum()
-    return total if reduction == "sum" else total / counted.sum().clamp(min=1)

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..similarity import similarity_logsumexp
-from ..similarity.spec import Stats, check_ids, check_pair, check_scale
-from .common import REDUCTIONS, check_choice, count_positives, normalized, not_yet, reduce
+from ..similarity.spec import Stats, accumulate_dtype, check_ids, check_pair, check_scale
+from .common import REDUCTIONS, check_choice, count_positives, normalized, not_yet
 
 
 def multi_positive_infonce(
@@ -64,7 +65,8 @@ def multi_positive_infonce(
             no part of the mean; its features are not looked at.
         positives: "mean", "in" or "sum", as above.
         symmetric: average query→key and key→query; else query→key alone.
-        exclude_self: leave out the pairs (i, i): for queries and keys of one tower. Needs N = M.
+        exclude_self: leave out the pairs (i, i): for queries and keys of one tower. Needs N = M,
+            and ids: without them (i, i) are the only positives, and the loss is 0.
         empty: an anchor without a positive counts as 0 in the mean ("zero"), or is left out of
             it ("drop"; 0 if none is left).
         normalize: L2-normalise queries and keys first.
@@ -75,7 +77,8 @@ def multi_positive_infonce(
             (the largest score of the anchor is a positive's; a tie with a negative counts as
             wrong) and `positive_score`; `hardest_negative_score`, the mean over the queries that
             have a negative. Scores are in units of S. `col_*` is None unless symmetric.
-        backend: see `ito_kernels.backends()`; None chooses.
+        backend: see `ito_kernels.backends()`; None chooses. What torch.compile has compiled keeps
+            the backend it was compiled with, whatever `use_backend` and ITO_BACKEND say later.
 
         The remaining options raise NotImplementedError in this version.
 
@@ -131,90 +134,107 @@ def multi_positive_infonce(
         queries = normalized(queries, query_ids)
         keys = queries if same else normalized(keys, key_ids)
 
-    options = {
-        "row_ids": query_ids,
-        "col_ids": key_ids,
-        "exclude_self": exclude_self,
-        "cols": symmetric,
-        "backend": backend,
-    }
-    stats = similarity_logsumexp(
+    call = partial(
+        similarity_logsumexp,
         queries,
         keys,
         logit_scale,
-        positives="linear" if positives == "mean" else "lse",
-        hardest=return_stats,
-        **options,
+        row_ids=query_ids,
+        col_ids=key_ids,
+        exclude_self=exclude_self,
+        backend=backend,
     )
+    shape = {"positives": "linear" if positives == "mean" else "lse", "hardest": return_stats}
+    rows = _Anchors.of(queries, query_ids, key_ids, exclude_self, empty)
+    same = query_ids is key_ids or not symmetric
+    cols = rows if same else _Anchors.of(keys, key_ids, query_ids, exclude_self, empty)
 
-    count = _Count.of(queries, query_ids, key_ids, exclude_self)
-    row_loss = _per_anchor(stats.row_logsum, stats.row_pos, count.rows, positives)
-    counted = count.rows > 0 if empty == "drop" else count.valid_rows
-    loss = reduce(row_loss, counted, reduction)
-    col_loss = None
-    if symmetric:
-        col_loss = _per_anchor(stats.col_logsum, stats.col_pos, count.cols, positives)
-        counted = count.cols > 0 if empty == "drop" else count.valid_cols
-        other = reduce(col_loss, counted, reduction)
-        loss = (loss, other) if reduction == "none" else 0.5 * (loss + other)
+    if reduction == "none":
+        stats = call(cols=symmetric, **shape)
+        loss = rows.losses(stats.row_logsum, stats.row_pos, positives)
+        if symmetric:
+            loss = loss, cols.losses(stats.col_logsum, stats.col_pos, positives)
+    else:
+        share = 0.5 if symmetric else 1.0
+        weights = {"row_weights": rows.weights(share, positives, reduction)}
+        if symmetric:
+            weights["col_weights"] = (
+                weights["row_weights"] if same else cols.weights(share, positives, reduction)
+            )
+        loss, stats = call(cols=symmetric, **shape, **weights)
+        if positives == "in":
+            loss = loss + rows.log_counts(share, reduction)
+            if symmetric:
+                loss = loss + cols.log_counts(share, reduction)
     if not return_stats:
         return loss
     with torch.no_grad():
-        mean_positive = stats.row_pos / count.rows.clamp(min=1)
+        positive = stats.row_pos
         if positives != "mean":  # "lse" positives do not give their mean: one more forward pass
-            linear = similarity_logsumexp(
-                queries, keys, logit_scale, positives="linear", **(options | {"cols": False})
-            )
-            mean_positive = linear.row_pos / count.rows.clamp(min=1)
-        return loss, _diagnostics(stats, count, row_loss, col_loss, mean_positive)
+            positive = call(positives="linear", cols=False).row_pos
+        return loss, _diagnostics(stats, rows, cols, positives, positive / rows.k.clamp(min=1))
 
 
-class _Count(NamedTuple):
-    """Positives of each anchor, and which anchors are not padding."""
+class _Anchors(NamedTuple):
+    """One side's anchors: k, the number of positives of each, and how many the mean divides by."""
 
-    rows: Tensor
-    cols: Tensor
-    valid_rows: Tensor
-    valid_cols: Tensor
+    k: Tensor
+    number: Tensor | int
 
     @classmethod
-    def of(cls, queries: Tensor, query_ids, key_ids, exclude_self: bool) -> _Count:
-        if query_ids is None:  # row i's positive is key i, and itself where self is left out
-            one = torch.full((len(queries),), 0 if exclude_self else 1, device=queries.device)
-            valid = torch.ones_like(one, dtype=torch.bool)
-            return cls(one, one, valid, valid)
-        rows, cols = count_positives(query_ids, key_ids), count_positives(key_ids, query_ids)
+    def of(cls, features: Tensor, ids, other_ids, exclude_self: bool, empty: str) -> _Anchors:
+        n, dtype = len(features), accumulate_dtype(features.dtype)
+        if ids is None:  # row i's positive is key i, and itself where self is left out
+            k = torch.full((n,), 0 if exclude_self else 1, dtype=dtype, device=features.device)
+            return cls(k, 1 if exclude_self and empty == "drop" else n)
+        k = count_positives(ids, other_ids)
         if exclude_self:
-            itself = ((query_ids == key_ids) & (query_ids >= 0)).long()
-            rows, cols = rows - itself, cols - itself
-        return cls(rows, cols, query_ids >= 0, key_ids >= 0)
+            k = k - ((ids == other_ids) & (ids >= 0)).long()
+        counted = k > 0 if empty == "drop" else ids >= 0
+        return cls(k.to(dtype), counted.sum().clamp(min=1).to(dtype))
 
+    def share(self, share: float, reduction: str) -> Tensor:
+        """What an anchor's loss is multiplied by: 0 for anchors without a positive."""
+        return self.k.clamp(max=1) * (share / self.number if reduction == "mean" else share)
 
-def _per_anchor(logsum: Tensor, pos: Tensor, count: Tensor, positives: str) -> Tensor:
-    """An anchor's loss from its statistics relative to the maximum, where digits do not cancel."""
-    k = count.clamp(min=1)
-    if positives == "mean":
-        loss = logsum - pos / k
-    else:
-        loss = logsum - pos
+    def weights(self, share: float, positives: str, reduction: str) -> tuple[Tensor, Tensor]:
+        """Of logsum and pos, relative to the maximum, where digits do not cancel. Statistics that
+        are not finite show in the sum even with a weight of 0."""
+        u = self.share(share, reduction)
+        return u, -u / self.k.clamp(min=1) if positives == "mean" else -u
+
+    def log_counts(self, share: float, reduction: str) -> Tensor:
+        return (self.share(share, reduction) * self.k.clamp(min=1).log()).sum()
+
+    def losses(self, logsum: Tensor, pos: Tensor, positives: str) -> Tensor:
+        """Each anchor's loss."""
+        k = self.k.clamp(min=1)
+        loss = logsum - (pos / k if positives == "mean" else pos)
         if positives == "in":
-            loss = loss + k.to(loss.dtype).log()
-    # a non-finite anchor shows even where it has no positive
-    return torch.where((count > 0) | logsum.isnan(), loss, 0)
+            loss = loss + k.log()
+        # a non-finite anchor shows even where it has no positive
+        return torch.where((self.k > 0) | logsum.isnan(), loss, 0)
 
 
-def _diagnostics(stats: Stats, count: _Count, row_loss, col_loss, mean_positive) -> dict:
-    def accuracy(top: Tensor | None, neg_max: Tensor | None, k: Tensor) -> Tensor | None:
-        return None if top is None else _mean((top > neg_max).to(top.dtype), k > 0)
+def _diagnostics(
+    stats: Stats, rows: _Anchors, cols: _Anchors, positives: str, mean_positive: Tensor
+) -> dict:
+    def side(name: str, anchors: _Anchors) -> dict:
+        top, logsum, pos, neg_max = (
+            getattr(stats, f"{name}_{x}") for x in ("max", "logsum", "pos", "neg_max")
+        )
+        if top is None:
+            return dict.fromkeys((f"{name}_loss", f"{name}_lse", f"{name}_accuracy"))
+        return {
+            f"{name}_loss": anchors.losses(logsum, pos, positives),
+            f"{name}_lse": top + logsum,
+            f"{name}_accuracy": _mean((top > neg_max).to(top.dtype), anchors.k > 0),
+        }
 
     return {
-        "row_loss": row_loss.detach(),
-        "col_loss": None if col_loss is None else col_loss.detach(),
-        "row_lse": stats.row_max + stats.row_logsum,
-        "col_lse": None if col_loss is None else stats.col_max + stats.col_logsum,
-        "row_accuracy": accuracy(stats.row_max, stats.row_neg_max, count.rows),
-        "col_accuracy": accuracy(stats.col_max, stats.col_neg_max, count.cols),
-        "positive_score": _mean(mean_positive + stats.row_max, count.rows > 0),
+        **side("row", rows),
+        **side("col", cols),
+        "positive_score": _mean(mean_positive + stats.row_max, rows.k > 0),
         "hardest_negative_score": _mean(stats.row_neg_max, stats.row_neg_max != -torch.inf),
     }
 

@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from ..similarity.spec import check_scale
+from ..similarity.spec import check_scale, scalar
 from .common import check_choice
 from .infonce import multi_positive_infonce
 
@@ -61,7 +61,7 @@ def ito_loss(
         or not (math.isfinite(lambda_fusion) and lambda_fusion >= 0)
     ):
         raise ValueError(f"lambda_fusion must be a number of at least 0, got {lambda_fusion!r}")
-    if isinstance(logit_scale, Tensor) and logit_scale.ndim != 0:
+    if isinstance(logit_scale, Tensor) and scalar(logit_scale).ndim != 0:
         raise ValueError(
             f"logit_scale must be a number or a 0-d tensor, got shape {tuple(logit_scale.shape)}"
         )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..similarity.spec import check_features, check_ids, check_pair, check_scale
+from ..similarity.spec import check_features, check_ids, check_pair, check_scale, scalar
 from .common import scale_from_temperature
 from .infonce import multi_positive_infonce
 
@@ -55,6 +55,8 @@ def supcon_loss(
     )
     if base_temperature is None:
         return loss
+    if isinstance(temperature, Tensor):
+        temperature = scalar(temperature)
     if isinstance(temperature, Tensor) and temperature.ndim != 0:
         raise ValueError(
             "base_temperature needs one temperature for all rows,"

@@ -10,6 +10,7 @@ Environment: ITO_CPU_ISA forces an instruction set, one of `instruction_sets()`.
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable
 from importlib.util import find_spec
 
 import torch
@@ -26,7 +27,10 @@ except ImportError as error:
     if find_spec("ito_kernels._native") is None:
         MISSING = "the native module was not built: no C++ compiler was found at installation"
 
+# in the order of problem.hpp's enumerations
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+POSITIVES = (None, "linear", "lse")
+
 TILE_CACHE_BYTES = 64 << 20
 
 
@@ -54,11 +58,16 @@ def instruction_sets() -> list[str]:
 def cache_bytes(problem: Problem) -> int:
     """Memory worth having for scores that forward keeps for backward: 4 bytes for each score, up
     to the budget."""
-    budget = int(os.environ.get("ITO_TILE_CACHE_BYTES", TILE_CACHE_BYTES))
+    text = os.environ.get("ITO_TILE_CACHE_BYTES", TILE_CACHE_BYTES)
+    try:
+        budget = int(text)
+    except ValueError:
+        budget = -1
     if budget < 0:
-        raise ValueError(f"ITO_TILE_CACHE_BYTES must be at least 0, got {budget}")
+        raise ValueError(f"ITO_TILE_CACHE_BYTES must be a whole number of bytes, got {text!r}")
     # tiles are whole panels, a little larger than what they cover
-    return torch.sym_min(budget, 4 * (problem.n + 256) * (problem.m + 1024) + 64)
+    rows, cols = (size + size // 4 + 64 for size in (problem.n, problem.m))
+    return min(budget, 4 * rows * cols)
 
 
 def logsumexp_forward(problem: Problem, cache: Tensor | None = None) -> Stats:
@@ -150,45 +159,35 @@ class _Arguments:
         def rows(x: Tensor) -> Tensor:
             return x if x.stride(1) == 1 or x.shape[1] == 1 else x.contiguous()
 
-        def dense(x: Tensor | None) -> Tensor | None:
-            return None if x is None else x.contiguous()
-
         self.problem = problem
         self.a = rows(problem.a)
         self.b = self.a if problem.b is None else rows(problem.b)
-        self.scale, self.row_bias, self.col_bias = (dense(x) for x in problem[2:5])
-        self.row_ids, self.col_ids = (dense(x) for x in problem[5:7])
+        self.vectors = [None if x is None else x.contiguous() for x in problem[2:7]]
 
 
-def _fields(a: _Arguments) -> dict:
-    p = a.problem
-    dtype = getattr(_native.CpuDType, str(p.a.dtype).removeprefix("torch."))
-    tensors = {
-        name: _address(getattr(a, name))
-        for name in ("scale", "row_bias", "col_bias", "row_ids", "col_ids")
-    }
-    return {
-        **tensors,
-        "a": (a.a.data_ptr(), p.n, p.d, a.a.stride(0), dtype),
-        "b": (a.b.data_ptr(), p.m, p.d, a.b.stride(0), dtype),
-        "self": p.b is None,
-        "scale_per_row": p.scale.ndim == 1,
-        "positives": getattr(_native.CpuPositives, p.positives or "none"),
-        "exclude_self": p.exclude_self,
-        "exclude_positives": p.exclude_positives,
-        "diagonal": p.diagonal,
-        "rows": p.rows,
-        "cols": p.cols,
-        "hardest": p.hardest,
-    }
+def _fields(arguments: _Arguments) -> tuple[int, ...]:
+    """What bind.cpp reads, in its order."""
+    p, a, b = arguments.problem, arguments.a, arguments.b
+    return (
+        DTYPES.index(a.dtype),
+        a.shape[1],
+        *(a.data_ptr(), a.shape[0], a.stride(0)),
+        *(b.data_ptr(), b.shape[0], b.stride(0)),
+        p.b is None,
+        p.scale.ndim == 1,
+        *_addresses(arguments.vectors),
+        POSITIVES.index(p.positives),
+        p.exclude_self,
+        p.exclude_positives,
+        p.diagonal,
+        p.rows,
+        p.cols,
+        p.hardest,
+    )
 
 
-def _address(x: Tensor | None) -> int | None:
-    return None if x is None else x.data_ptr()
-
-
-def _addresses(tensors) -> dict[str, int | None]:
-    return {name: _address(x) for name, x in tensors._asdict().items()}
+def _addresses(tensors: Iterable[Tensor | None]) -> tuple[int, ...]:
+    return tuple([0 if x is None else x.data_ptr() for x in tensors])
 
 
 def _cache(x: Tensor | None) -> tuple[int, int]:

@@ -2,7 +2,9 @@
 
 A backend is a module with `supports(problem) -> (ok, reason)`, `describe(problem) -> str` and the
 four functions `logsumexp_forward`, `logsumexp_backward`, `softplus_forward`, `softplus_backward`.
-A new one is a file and a line in `REGISTRY`.
+It may have `logsumexp_one_pass` and `softplus_one_pass`, which form gradients in the forward pass,
+and `cache_bytes(problem)`: memory that forward fills for backward. A new one is a file and a line
+in `REGISTRY`.
 
 A backend asked for by name runs or raises; only the automatic choice looks further.
 """
@@ -10,8 +12,10 @@ A backend asked for by name runs or raises; only the automatic choice looks furt
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from importlib import import_module
 from importlib.util import find_spec
 from types import ModuleType
@@ -88,7 +92,10 @@ def _automatic(problem: Problem) -> tuple[str, ...]:
 
 @contextmanager
 def use_backend(name: str) -> Iterator[None]:
-    """Calls inside the block use the backend `name` unless they name one themselves."""
+    """Calls inside the block use the backend `name` unless they name one themselves.
+
+    Not calls that torch.compile has compiled before: they keep the backend they were compiled with.
+    """
     _check_name(name)
     _chosen.append(name)
     try:
@@ -108,37 +115,48 @@ def choose(problem: Problem, name: str | None = None) -> str:
     that supports the problem. Raises ValueError for an unknown name and RuntimeError, with the
     reason, for one that cannot run.
     """
-    name = requested(name)
+    name, source = requested(name)
     if name is None:
-        return next(name for name in _automatic(problem) if REGISTRY[name].supports(problem)[0])
-    _check_name(name)
+        name = next(name for name in _automatic(problem) if REGISTRY[name].supports(problem)[0])
+        on_cpu = problem.a.device.type == "cpu" and problem.a.dtype in cpu.DTYPES
+        if on_cpu and cpu.MISSING and not torch.compiler.is_compiling():
+            _warn_of_slow_kernels()
+        return name
+    said = f"{source}: " if source == "ITO_BACKEND" else ""
+    _check_name(name, said)
     ok, reason = False, "not in this version"
     if name == "triton" and not _triton().available:
         reason = _triton().detail
     elif name in REGISTRY:
         ok, reason = REGISTRY[name].supports(problem)
     if not ok:
-        raise RuntimeError(f"backend {name!r} cannot run: {reason}")
+        raise RuntimeError(f"{said}backend {name!r} cannot run: {reason}")
     return name
 
 
-def requested(name: str | None) -> str | None:
-    """The backend that was asked for, None if the choice is automatic."""
+@cache
+def _warn_of_slow_kernels() -> None:
+    """Once in a process."""
+    warnings.warn(
+        f"ito_kernels runs without its CPU kernels, several times slower: {cpu.MISSING}",
+        stacklevel=2,
+    )
+
+
+def requested(name: str | None) -> tuple[str | None, str]:
+    """The backend that was asked for, None if the choice is automatic, and by what."""
     if name is not None:
-        return name
+        return name, "the call"
     if _chosen:
-        return _chosen[-1]
-    return os.environ.get("ITO_BACKEND") or None
+        return _chosen[-1], "use_backend"
+    return os.environ.get("ITO_BACKEND") or None, "ITO_BACKEND"
 
 
 def why(problem: Problem, name: str | None = None) -> str:
     """The reason for the choice, in words."""
+    name, source = requested(name)
     if name is not None:
-        return "asked for by the call"
-    if _chosen:
-        return "asked for by use_backend"
-    if requested(None):
-        return "asked for by ITO_BACKEND"
+        return f"asked for by {source}"
     passed = []
     for name in _automatic(problem):
         ok, reason = REGISTRY[name].supports(problem)
@@ -148,7 +166,7 @@ def why(problem: Problem, name: str | None = None) -> str:
     return "; ".join([f"the first of {', '.join(_automatic(problem))} that can run this", *passed])
 
 
-def _check_name(name: str) -> None:
+def _check_name(name: str, said: str = "") -> None:
     known = (*REGISTRY, *PLANNED)
     if name not in known:
-        raise ValueError(f"unknown backend {name!r}: expected one of {', '.join(known)}")
+        raise ValueError(f"{said}unknown backend {name!r}: expected one of {', '.join(known)}")

@@ -125,6 +125,11 @@ def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
+def autocast_enabled(device: torch.device) -> bool:
+    kind = device.type  # not every kind of device has autocast: "meta" raises
+    return torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+
+
 def check_features(name: str, x: object) -> Tensor:
     """`x` if it is an (N, D) floating-point tensor with N, D ≥ 1, else TypeError or ValueError."""
     if not isinstance(x, Tensor):
@@ -149,7 +154,7 @@ def check_pair(a_name: str, a: object, b_name: str, b: object) -> None:
         raise ValueError(
             f"{a_name} and {b_name} must be on the same device, got {a.device} and {b.device}"
         )
-    if a.dtype != b.dtype and not torch.is_autocast_enabled(a.device.type):
+    if a.dtype != b.dtype and not autocast_enabled(a.device):
         raise TypeError(f"{a_name} and {b_name} must have the same dtype, got {a.dtype}, {b.dtype}")
 
 
@@ -169,15 +174,22 @@ def check_ids(name: str, ids: object, length: int, of: str, device: torch.device
     return ids.long()
 
 
+def scalar(x: Tensor) -> Tensor:
+    """A tensor of shape (1,) as 0-d, any other as it is."""
+    return x.reshape(()) if x.ndim == 1 and x.shape[0] == 1 else x
+
+
 def check_scale(name: str, scale: object, like: Tensor) -> Tensor:
     """`scale` as a tensor beside `like`: a positive finite number, a 0-d tensor or one per row.
 
-    The values of a tensor are not looked at: that would wait for the device.
+    Shape (1,), as open_clip's parameter may have, is taken as 0-d. The values of a tensor are not
+    looked at: that would wait for the device.
     """
     dtype = accumulate_dtype(like.dtype)
     if isinstance(scale, Tensor):
         if not scale.is_floating_point():
             raise TypeError(f"{name} must have a floating-point dtype, got {scale.dtype}")
+        scale = scalar(scale)
         if scale.ndim != 0 and tuple(scale.shape) != (like.shape[0],):
             raise ValueError(
                 f"{name} must be a number, a 0-d tensor or have shape ({like.shape[0]},),"
@@ -204,6 +216,33 @@ def check_bias(name: str, bias: object, length: int, like: Tensor) -> Tensor:
     if bias.device != like.device:
         raise ValueError(f"{name} must be on {like.device}, got {bias.device}")
     return bias.to(accumulate_dtype(like.dtype))
+
+
+def check_weight(name: str, weight: object, length: int, like: Tensor) -> Tensor:
+    """Like `check_bias`, for a weight of a sum: a constant."""
+    weight = check_bias(name, weight, length, like)
+    if weight.requires_grad:
+        raise ValueError(f"{name} must not require a gradient: weights are constants")
+    return weight
+
+
+def check_weights(
+    name: str, weights: object, problem: Problem, wanted: bool, length: int
+) -> tuple[Tensor | None, Tensor | None]:
+    """The weights of one side's logsum and pos, None for none."""
+    if weights is None:
+        return None, None
+    if not (isinstance(weights, (tuple, list)) and len(weights) == 2):
+        raise TypeError(f"{name} must be a pair: a weight of logsum, one of pos or None")
+    if not wanted:
+        raise ValueError(f"{name} is given, but that side's statistics are not asked for")
+    logsum, pos = weights
+    logsum = check_weight(f"{name}[0]", logsum, length, problem.a)
+    if pos is not None:
+        if problem.positives is None:
+            raise ValueError(f"{name}[1] must be None without positives")
+        pos = check_weight(f"{name}[1]", pos, length, problem.a)
+    return logsum, pos
 
 
 def make_problem(
@@ -235,7 +274,7 @@ def make_problem(
     if col_bias is not None:
         col_bias = check_bias("col_bias", col_bias, b.shape[0], a)
     same = b is a
-    if torch.is_autocast_enabled(a.device.type):
+    if autocast_enabled(a.device):
         # The rule of a matrix product: features in the autocast dtype. Everything else stays in
         # fp32: a scale of 100 rounded to bf16 would move every score by up to 0.2.
         dtype = torch.get_autocast_dtype(a.device.type)
