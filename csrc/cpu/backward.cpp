@@ -163,7 +163,8 @@ void Call::backward(const Stats& stats, const Upstream& up, TileCache cache, boo
                       up.u ? up.u + first : nullptr, up.alpha ? up.alpha + first : nullptr,
                       plan_.rows.size(row));
       }
-      for (int64_t step = 0; step < plan_.steps(row); ++step) {
+      for (int64_t at = 0; at < plan_.steps(row); ++at) {
+        const int64_t step = plan_.step(row, at);
         Tile t = tile(lane, row, step);
         t.have_dots = use_cache(t, row, step);
         if (!t.have_dots) count_product(lane, row, step);
@@ -199,7 +200,8 @@ void Call::softplus(float* loss, const float* u) {
       const int64_t first = plan_.rows.begin(row);
       if (loss) std::fill_n(loss + first, plan_.rows.size(row), 0.0f);
       if (u) start_row_gradients(lane, row);
-      for (int64_t step = 0; step < plan_.steps(row); ++step) {
+      for (int64_t at = 0; at < plan_.steps(row); ++at) {
+        const int64_t step = plan_.step(row, at);
         const Tile t = tile(lane, row, step);
         count_product(lane, row, step);
         const int64_t j = plan_.cols.begin(plan_.column(row, step));

@@ -60,7 +60,8 @@ void Call::forward_rows(Lane& lane, int64_t row, const Stats& stats, bool fill_c
   f.positives = p_.positives;
   f.hardest = p_.hardest;
   f.row = lane.row;
-  for (int64_t step = 0; step < plan_.steps(row); ++step) {
+  for (int64_t at = 0; at < plan_.steps(row); ++at) {
+    const int64_t step = plan_.step(row, at);
     Tile t = tile(lane, row, step);
     const bool kept = fill_cache && use_cache(t, row, step);
     if (!kept && !t.plain) t.dots = lane.dots;  // scores lose what is excluded, "lse" needs it

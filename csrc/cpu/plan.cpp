@@ -50,13 +50,15 @@ Turns::Turns(const Plan& plan) : steps_(plan.steps()) {
   turns_.resize(plan.rows.count * (steps_ + 1));
   std::vector<int> next(plan.cols.count, 0);
   for (int64_t group = 0; group < plan.rows.count; group += plan.threads)
-    for (int64_t step = 0; step <= steps_; ++step)
+    for (int64_t at = 0; at <= steps_; ++at)
       for (int64_t row = group; row < std::min(group + plan.threads, plan.rows.count); ++row) {
-        int& turn = turns_[row * (steps_ + 1) + step];
-        if (step == steps_)
-          turn = plan.square ? next[row]++ : 0;
-        else if (step < plan.steps(row) && !plan.both_sides(step))
-          turn = next[plan.column(row, step)]++;
+        if (at == steps_) {
+          turns_[row * (steps_ + 1) + at] = plan.square ? next[row]++ : 0;
+        } else if (at < plan.steps(row)) {
+          const int64_t step = plan.step(row, at);
+          if (!plan.both_sides(step))
+            turns_[row * (steps_ + 1) + step] = next[plan.column(row, step)]++;
+        }
       }
 }
 

@@ -35,6 +35,11 @@ struct Plan {
   int64_t steps(int64_t row) const {
     return half && cols.count % 2 == 0 && row >= cols.count / 2 ? steps() - 1 : steps();
   }
+  // The order of the steps. In a square problem neighbouring rows begin at neighbouring columns, and
+  // threads that follow each other at one tile's distance wait for each other: they are spread out.
+  int64_t step(int64_t row, int64_t at) const {
+    return square ? (at + row % threads * steps(row) / threads) % steps(row) : at;
+  }
   int64_t column(int64_t row, int64_t step) const {
     const int64_t start = square ? row : row % threads * cols.count / threads;
     return (start + step) % cols.count;
