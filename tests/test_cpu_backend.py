@@ -2,8 +2,10 @@
 
 import os
 import re
+import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -198,26 +200,33 @@ def test_far_rows_and_columns(isa, monkeypatch):
 
 @pytest.mark.parametrize("positives", ["linear", "lse"])
 @pytest.mark.parametrize("cache", [0, 300_000, 1 << 24])
-def test_one_pass(positives, cache):
-    """Statistics and gradients formed together are those of two passes, for 3 products or 4."""
-    problem = clip(600, 40)._replace(positives=positives, cols=False)
-    u, alpha = torch.rand(600), torch.rand(600)
-    upstream, needs = Upstream(u, None, alpha, None), Needs(True, True, True)
+@pytest.mark.parametrize("shape", ["rows", "both sides", "self"])
+def test_forward_and_backward_in_one_call(shape, positives, cache):
+    """The bits of two calls, and the weighted sum."""
+    problem = clip(600, 40)._replace(positives=positives, cols=shape == "both sides")
+    if shape == "self":
+        problem = problem._replace(b=None, exclude_self=True, row_ids=torch.arange(600) // 3)
+        problem = problem._replace(col_ids=problem.row_ids)
+    u, v, alpha, beta = torch.rand(4, 600)
+    upstream = Upstream(u, v, alpha, beta) if problem.cols else Upstream(u, None, alpha, None)
+    needs = Needs(True, problem.b is not None, True)
     memory = torch.empty(cache, dtype=torch.uint8) if cache else None
-    stats, grads = cpu.logsumexp_one_pass(problem, upstream, needs, memory)
+    total, stats, grads = cpu.logsumexp_both(problem, upstream, needs, memory)
     expected = cpu.logsumexp_forward(problem)
     for x, y in zip(stats, expected, strict=True):
         assert (x is None and y is None) or torch.equal(x, y)
     for x, y in zip(grads, cpu.logsumexp_backward(problem, expected, upstream, needs), strict=True):
         assert (x is None and y is None) or torch.equal(x, y)
-    with pytest.raises(ValueError, match="one pass needs a rows-only problem, got cols=True"):
-        cpu.logsumexp_one_pass(problem._replace(cols=True), upstream, needs)
+    value = (u.double() * stats.row_logsum).sum() + (alpha.double() * stats.row_pos).sum()
+    if problem.cols:
+        value += (v.double() * stats.col_logsum).sum() + (beta.double() * stats.col_pos).sum()
+    torch.testing.assert_close(total.double(), value, rtol=1e-6, atol=0)
 
 
-def test_softplus_one_pass():
+def test_softplus_forward_and_backward_in_one_pass():
     problem = clip(600, 40)._replace(positives=None, row_bias=torch.full((600,), -10.0))
     u, needs = torch.rand(600), Needs(True, True, True, True)
-    loss, grads = cpu.softplus_one_pass(problem, u, needs)
+    loss, grads = cpu.softplus_both(problem, u, needs)
     assert torch.equal(loss, cpu.softplus_forward(problem))
     for x, y in zip(grads[:4], cpu.softplus_backward(problem, u, needs)[:4], strict=True):
         assert torch.equal(x, y)
@@ -287,6 +296,18 @@ def test_threads_are_those_of_pytorch():
     assert int(started) == 0
     assert int(runtimes) == 1
     assert "3 of 3 threads (PyTorch's OpenMP team)" in "".join(explained)
+
+
+@pytest.mark.skipif(not shutil.which("c++"), reason="needs a C++ compiler")
+def test_own_threads_carry_exceptions(tmp_path):
+    """Without PyTorch in the process the engine starts threads of its own."""
+    root = Path(__file__).parent.parent
+    sources = [str(root / "tests/cpp/test_threads.cpp"), str(root / "csrc/cpu/threads.cpp")]
+    program = str(tmp_path / "threads")
+    flags = ["-std=c++17", f"-I{root / 'csrc'}", "-pthread", "-o", program]
+    subprocess.run(["c++", *flags, *sources, "-ldl"], check=True)
+    out = subprocess.run([program], capture_output=True, text=True, timeout=60)
+    assert (out.returncode, out.stdout.strip()) == (0, "std::thread")
 
 
 MEMORY = """

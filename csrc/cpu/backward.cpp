@@ -10,6 +10,14 @@ namespace {
 
 constexpr float kInf = std::numeric_limits<float>::infinity();
 
+// Σ weight · value, without the values of -inf, which stand for nothing.
+double weighted(const float* weight, const float* value, int64_t n) {
+  double total = 0;
+  for (int64_t i = 0; weight && i < n; ++i)
+    if (value[i] != -kInf) total += static_cast<double>(weight[i]) * value[i];
+  return total;
+}
+
 inline void relax() {
 #if defined(__x86_64__)
   __builtin_ia32_pause();
@@ -23,11 +31,14 @@ Side Call::SideVectors::at(int64_t i) const {
   return {from(shift), from(logsum), from(factor), from(pos), from(pos_factor)};
 }
 
+void Call::SideVectors::reserve(int64_t n) {
+  for (std::vector<float>* v : {&shift, &logsum, &factor, &pos, &pos_factor}) v->reserve(n + kSlack);
+}
+
 // Where nothing is allowed the factor is 0 and logsum +inf: every exponential of it is 0.
-Call::SideVectors Call::vectors(const SideStats& stats, const float* u, const float* alpha,
-                                int64_t n) const {
-  SideVectors out;
-  if (!u && !alpha) return out;
+void Call::fill(SideVectors& out, const SideStats& stats, const float* u, const float* alpha,
+                int64_t n) {
+  if (!u && !alpha) return;
   const auto make = [n](std::vector<float>& v, float beyond) { v.assign(n + kSlack, beyond); };
   make(out.shift, 0);
   make(out.logsum, kInf);
@@ -42,7 +53,6 @@ Call::SideVectors Call::vectors(const SideStats& stats, const float* u, const fl
     if (alpha) out.pos_factor[i] = alpha[i];
     if (alpha && stats.pos) out.pos[i] = stats.pos[i];
   }
-  return out;
 }
 
 // S and its statistics are symmetric, so the gradient of both sides together is that of W + Wᵀ:
@@ -57,8 +67,7 @@ void Call::symmetric_sides(const Stats& stats, const Upstream& up, SideVectors& 
     return out.data();
   };
   std::vector<float> u, alpha;
-  row = vectors(p_.rows ? stats.row : stats.col, sum(up.u, up.v, u), sum(up.alpha, up.beta, alpha),
-                n);
+  fill(row, p_.rows ? stats.row : stats.col, sum(up.u, up.v, u), sum(up.alpha, up.beta, alpha), n);
   col = row;
 }
 
@@ -133,9 +142,8 @@ void Call::start_gradients() {
   taken_ = std::make_unique<std::atomic<int>[]>(plan_.cols.count);
   for (int64_t j = 0; j < plan_.cols.count; ++j) taken_[j] = 0;
   pack_columns();
-  parallel([&](int thread) {
-    if (grads_.col_bias) std::fill_n(lanes_[thread].col_sum, columns_, 0.0f);
-  });
+  if (!grads_.col_bias) return;
+  for (const Lane& lane : lanes_) std::fill_n(lane.col_sum, columns_, 0.0f);
 }
 
 void Call::backward(const Stats& stats, const Upstream& up, TileCache cache, bool one_pass) {
@@ -143,8 +151,8 @@ void Call::backward(const Stats& stats, const Upstream& up, TileCache cache, boo
   if (!one_pass && plan_.half) {
     symmetric_sides(stats, up, row_side, col_side);
   } else if (!one_pass) {
-    if (p_.rows) row_side = vectors(stats.row, up.u, up.alpha, p_.a.rows);
-    if (p_.cols) col_side = vectors(stats.col, up.v, up.beta, p_.b.rows);
+    if (p_.rows) fill(row_side, stats.row, up.u, up.alpha, p_.a.rows);
+    if (p_.cols) fill(col_side, stats.col, up.v, up.beta, p_.b.rows);
   }
   start_gradients();
   open_cache(cache, one_pass, one_pass);
@@ -155,13 +163,13 @@ void Call::backward(const Stats& stats, const Upstream& up, TileCache cache, boo
       pack_rows(lane, row);
       start_row_gradients(lane, row);
       const int64_t first = plan_.rows.begin(row);
-      SideVectors own;
       if (one_pass) {
         forward_rows(lane, row, stats, true);
         const SideStats& s = stats.row;
-        own = vectors({s.max + first, s.logsum + first, s.pos ? s.pos + first : nullptr, nullptr},
-                      up.u ? up.u + first : nullptr, up.alpha ? up.alpha + first : nullptr,
-                      plan_.rows.size(row));
+        fill(lane.own,
+             {s.max + first, s.logsum + first, s.pos ? s.pos + first : nullptr, nullptr},
+             up.u ? up.u + first : nullptr, up.alpha ? up.alpha + first : nullptr,
+             plan_.rows.size(row));
       }
       for (int64_t at = 0; at < plan_.steps(row); ++at) {
         const int64_t step = plan_.step(row, at);
@@ -170,7 +178,7 @@ void Call::backward(const Stats& stats, const Upstream& up, TileCache cache, boo
         if (!t.have_dots) count_product(lane, row, step);
         const int64_t j = plan_.cols.begin(plan_.column(row, step));
         BackwardTile b;
-        b.row = one_pass ? own.at(0) : row_side.at(first);
+        b.row = one_pass ? lane.own.at(0) : row_side.at(first);
         b.col = col_side.at(j);
         b.lse = p_.positives == Positives::kLse;
         b.scale = grads_.scale ? grads_.scale + first : nullptr;
@@ -229,13 +237,22 @@ void logsumexp_backward(const Problem& p, const Stats& stats, const Upstream& up
   Call(p, run, wants, grads).backward(stats, up, cache, false);
 }
 
-void logsumexp_one_pass(const Problem& p, const Stats& stats, const Upstream& up,
-                        const Grads& grads, TileCache cache, const Run& run) {
+void logsumexp_both(const Problem& p, const Stats& stats, const Upstream& up, const Grads& grads,
+                    float* total, TileCache cache, const Run& run) {
   Call::Wants wants;
   wants.keys = p.row_ids || p.exclude_self || p.exclude_positives || p.hardest ||
                p.positives != Positives::kNone;
   wants.statistics = wants.gradients = true;
-  Call(p, run, wants, grads).backward(stats, up, cache, true);
+  // Columns need every row first, and half of the tiles twice are less than all of them once.
+  const bool one_pass = !p.cols && !p.self;
+  wants.symmetry = !one_pass;
+  Call call(p, run, wants, grads);
+  if (!one_pass) call.forward(stats, cache);
+  call.backward(stats, up, cache, one_pass);
+  const int64_t n = p.a.rows, m = p.b.rows;
+  *total = static_cast<float>(
+      weighted(up.u, stats.row.logsum, n) + weighted(up.alpha, stats.row.pos, n) +
+      weighted(up.v, stats.col.logsum, m) + weighted(up.beta, stats.col.pos, m));
 }
 
 void softplus(const Problem& p, float* loss, const float* u, const Grads& grads, const Run& run) {

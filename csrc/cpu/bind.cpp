@@ -122,7 +122,7 @@ void bind(py::module_& m) {
     logsumexp_forward(p, out, kept, how);
   });
   m.def("cpu_backward", [](const py::tuple& f, const py::tuple& s, const py::tuple& u,
-                           const py::tuple& g, const py::tuple& c, Isa isa, int n, bool one_pass) {
+                           const py::tuple& g, const py::tuple& c, Isa isa, int n) {
     const Problem p = problem(f);
     const Stats statistics = stats(s);
     const Upstream up = upstream(u);
@@ -130,7 +130,18 @@ void bind(py::module_& m) {
     const TileCache kept = cache(c);
     const Run how = run(isa, n, p);
     const py::gil_scoped_release release;
-    (one_pass ? logsumexp_one_pass : logsumexp_backward)(p, statistics, up, out, kept, how);
+    logsumexp_backward(p, statistics, up, out, kept, how);
+  });
+  m.def("cpu_both", [](const py::tuple& f, const py::tuple& s, const py::tuple& u,
+                       const py::tuple& g, uintptr_t total, const py::tuple& c, Isa isa, int n) {
+    const Problem p = problem(f);
+    const Stats statistics = stats(s);
+    const Upstream up = upstream(u);
+    const Grads out = grads(g);
+    const TileCache kept = cache(c);
+    const Run how = run(isa, n, p);
+    const py::gil_scoped_release release;
+    logsumexp_both(p, statistics, up, out, reinterpret_cast<float*>(total), kept, how);
   });
   m.def("cpu_softplus", [](const py::tuple& f, uintptr_t loss, uintptr_t u, const py::tuple& g,
                            Isa isa, int n) {

@@ -34,17 +34,19 @@ class Call {
   void softplus(float* loss, const float* u);
 
  private:
-  struct Lane {  // of one thread
-    void *a = nullptr, *operand = nullptr;
-    float *scores = nullptr, *dots = nullptr, *da = nullptr, *scratch = nullptr;
-    Running row, col;
-    float* col_sum = nullptr;
-    int64_t flops = 0;
-  };
   // A side's statistics and upstream gradient as tiles want them; empty where absent.
   struct SideVectors {
     std::vector<float> shift, logsum, factor, pos, pos_factor;
+    void reserve(int64_t n);
     Side at(int64_t i) const;
+  };
+  struct Lane {  // of one thread; its memory exists before threads start, which must not throw
+    void *a = nullptr, *operand = nullptr;
+    float *scores = nullptr, *dots = nullptr, *da = nullptr, *scratch = nullptr;
+    Running row, col;
+    float *col_sum = nullptr, *unread = nullptr;
+    SideVectors own;
+    int64_t flops = 0;
   };
 
   // call.cpp
@@ -68,7 +70,7 @@ class Call {
   bool any_sums() const { return grads_.scale || grads_.row_bias || grads_.col_bias; }
   bool row_products() const { return grads_.a; }
   bool col_products() const { return grads_.b || (grads_.a && p_.self); }
-  SideVectors vectors(const SideStats&, const float* u, const float* alpha, int64_t n) const;
+  static void fill(SideVectors&, const SideStats&, const float* u, const float* alpha, int64_t n);
   void symmetric_sides(const Stats&, const Upstream&, SideVectors& row, SideVectors& col) const;
   void start_gradients();
   void start_row_gradients(const Lane&, int64_t row);

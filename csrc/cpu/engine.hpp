@@ -19,10 +19,11 @@ void logsumexp_forward(const Problem&, const Stats&, TileCache, const Run&);
 void logsumexp_backward(const Problem&, const Stats&, const Upstream&, const Grads&, TileCache,
                         const Run&);
 
-// Both at once, for a rows-only problem whose upstream gradient is known in advance: a panel's
-// statistics are complete before its gradient is taken, so its scores are computed once.
-void logsumexp_one_pass(const Problem&, const Stats&, const Upstream&, const Grads&, TileCache,
-                        const Run&);
+// Both, where the upstream gradient is known in advance, and Σ u·logsum + α·pos + v·logsum + β·pos.
+// A rows-only problem takes one pass: a panel's statistics are complete before its gradient is
+// taken, so its scores are computed once if they fit into the cache.
+void logsumexp_both(const Problem&, const Stats&, const Upstream&, const Grads&, float* total,
+                    TileCache, const Run&);
 
 // Row sums (if `loss` is not null) and, with the upstream gradient `u`, gradients, in one pass.
 void softplus(const Problem&, float* loss, const float* u, const Grads&, const Run&);

@@ -71,10 +71,8 @@ void Call::forward_rows(Lane& lane, int64_t row, const Stats& stats, bool fill_c
       if (*x) *x += j;
     // On the diagonal of a symmetric problem the columns' statistics are the rows' again: a copy
     // that nobody reads.
-    std::vector<float> unread;
     if (plan_.both_sides(step)) {
-      unread.resize(5 * t.cols);
-      float* p = unread.data();
+      float* p = lane.unread;
       f.col = {p, p + t.cols, p + 2 * t.cols, p + 3 * t.cols, p + 4 * t.cols};
       reset(f.col, t.cols);
     }

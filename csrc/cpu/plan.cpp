@@ -36,7 +36,9 @@ Plan make_plan(const Problem& p, const Kernels& k, int threads, int64_t l2_bytes
   plan.threads = static_cast<int>(
       std::max<int64_t>(1, std::min<int64_t>({threads, divide_up(n, unit), n * m * d / kWorkPerThread})));
   const int64_t blocks = divide_up(n, std::max(rows, unit));
-  plan.rows = {n, std::min(round_up(blocks, plan.threads), divide_up(n, unit)), unit};
+  // Half of the tiles are equally many for every thread if it has an even number of row blocks.
+  const int64_t share = plan.threads * (half ? 2 : 1);
+  plan.rows = {n, std::min(round_up(blocks, share), divide_up(n, unit)), unit};
   if (p.self) {
     plan.cols = plan.rows;
   } else {

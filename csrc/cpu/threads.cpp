@@ -1,6 +1,8 @@
 #include "cpu/threads.hpp"
 
 #include <atomic>
+#include <exception>
+#include <future>
 #include <thread>
 #include <vector>
 
@@ -75,37 +77,70 @@ class FlushSubnormals {
 };
 
 struct Job {
+  Job(int threads, const std::function<void(int)>& what) : n(threads), work(what), failed(threads) {}
+
+  void run(int index) {
+    const FlushSubnormals flush;
+    try {
+      work(index);
+    } catch (...) {  // an exception may leave neither a thread nor OpenMP's region
+      failed[index] = std::current_exception();
+    }
+  }
+  void rethrow() const {
+    for (const std::exception_ptr& e : failed)
+      if (e) std::rethrow_exception(e);
+  }
+
+  const int n;
   const std::function<void(int)>& work;
-  int n;
+  std::vector<std::exception_ptr> failed;
   std::atomic<bool> short_of_threads{false};
 };
-
-void call(const std::function<void(int)>& work, int index) {
-  const FlushSubnormals flush;
-  work(index);
-}
 
 void openmp_body(void* data) {
   Job& job = *static_cast<Job*>(data);
   if (openmp().threads() == job.n)
-    call(job.work, openmp().thread());
+    job.run(openmp().thread());
   else
     job.short_of_threads = true;
+}
+
+// Nobody starts before all threads exist: they may wait for each other.
+void on_own_threads(Job& job) {
+  std::promise<bool> all_there;
+  const std::shared_future<bool> start = all_there.get_future().share();
+  std::vector<std::thread> others;
+  const auto finish = [&](bool there) {
+    all_there.set_value(there);
+    if (there) job.run(0);
+    for (std::thread& thread : others) thread.join();
+  };
+  try {
+    others.reserve(job.n - 1);
+    for (int i = 1; i < job.n; ++i)
+      others.emplace_back([&job, start, i] {
+        if (start.get()) job.run(i);
+      });
+  } catch (...) {
+    finish(false);
+    throw;
+  }
+  finish(true);
 }
 
 }  // namespace
 
 void run_parallel(int n, const std::function<void(int)>& work) {
-  if (n == 1) return call(work, 0);
-  if (openmp().parallel) {
-    Job job{work, n};
-    openmp().parallel(openmp_body, &job, static_cast<unsigned>(n), 0);
-    if (!job.short_of_threads) return;  // it is inside another parallel region, or at its limit
+  Job job(n, work);
+  if (n == 1) {
+    job.run(0);
+  } else {
+    if (openmp().parallel) openmp().parallel(openmp_body, &job, static_cast<unsigned>(n), 0);
+    // inside another parallel region, or at its limit, OpenMP gives fewer threads
+    if (!openmp().parallel || job.short_of_threads) on_own_threads(job);
   }
-  std::vector<std::thread> others;
-  for (int i = 1; i < n; ++i) others.emplace_back([&work, i] { call(work, i); });
-  call(work, 0);
-  for (std::thread& thread : others) thread.join();
+  job.rethrow();
 }
 
 const char* thread_provider() {

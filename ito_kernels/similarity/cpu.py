@@ -86,39 +86,6 @@ def logsumexp_backward(
     cache: Tensor | None = None,
 ) -> Grads:
     """`cache`: what forward filled."""
-    return _backward(problem, stats, upstream, needs, cache, one_pass=False)
-
-
-def softplus_forward(problem: Problem) -> Tensor:
-    loss = problem.scale.new_empty(problem.n)
-    _softplus(problem, loss, None, Needs())
-    return loss
-
-
-def softplus_backward(problem: Problem, u: Tensor, needs: Needs) -> Grads:
-    return _softplus(problem, None, u, needs)
-
-
-def logsumexp_one_pass(
-    problem: Problem, upstream: Upstream, needs: Needs, cache: Tensor | None = None
-) -> tuple[Stats, Grads]:
-    """Statistics and gradients together, for rows-only problems whose upstream is known before.
-
-    A panel's scores are computed once if they fit into `cache`: 3 matrix products instead of 4.
-    """
-    if problem.cols:
-        raise ValueError("one pass needs a rows-only problem, got cols=True")
-    stats = _new_stats(problem)
-    return stats, _backward(problem, stats, upstream, needs, cache, one_pass=True)
-
-
-def softplus_one_pass(problem: Problem, u: Tensor, needs: Needs) -> tuple[Tensor, Grads]:
-    """The row sums and, for an upstream gradient `u` known before, the gradients: 3 products."""
-    loss = problem.scale.new_empty(problem.n)
-    return loss, _softplus(problem, loss, u, needs)
-
-
-def _backward(problem, stats, upstream, needs, cache, one_pass) -> Grads:
     grads = _new_grads(problem, needs)
     a = _Arguments(problem)
     # kept alive by these names until the call returns
@@ -132,9 +99,49 @@ def _backward(problem, stats, upstream, needs, cache, one_pass) -> Grads:
         _cache(cache),
         _isa(),
         torch.get_num_threads(),
-        one_pass,
     )
     return grads
+
+
+def softplus_forward(problem: Problem) -> Tensor:
+    loss = problem.scale.new_empty(problem.n)
+    _softplus(problem, loss, None, Needs())
+    return loss
+
+
+def softplus_backward(problem: Problem, u: Tensor, needs: Needs) -> Grads:
+    return _softplus(problem, None, u, needs)
+
+
+def logsumexp_both(
+    problem: Problem, upstream: Upstream, needs: Needs, cache: Tensor | None = None
+) -> tuple[Tensor, Stats, Grads]:
+    """The weighted sum, the statistics and the gradients, for an upstream known before.
+
+    In one call, and for rows only (but of a self-similarity) in one pass: a panel's scores are
+    computed once if they fit into `cache`, 3 matrix products instead of 4.
+    """
+    total, out, grads = problem.scale.new_empty(()), _new_stats(problem), _new_grads(problem, needs)
+    a = _Arguments(problem)
+    # kept alive by this name until the call returns
+    upstream = [None if x is None else x.contiguous() for x in upstream]
+    _native.cpu_both(
+        _fields(a),
+        _addresses(out),
+        _addresses(upstream),
+        _addresses(grads),
+        total.data_ptr(),
+        _cache(cache),
+        _isa(),
+        torch.get_num_threads(),
+    )
+    return total, out, grads
+
+
+def softplus_both(problem: Problem, u: Tensor, needs: Needs) -> tuple[Tensor, Grads]:
+    """The row sums and, for an upstream gradient `u` known before, the gradients: 3 products."""
+    loss = problem.scale.new_empty(problem.n)
+    return loss, _softplus(problem, loss, u, needs)
 
 
 def _softplus(problem: Problem, loss: Tensor | None, u: Tensor | None, needs: Needs) -> Grads:

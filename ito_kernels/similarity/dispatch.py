@@ -2,9 +2,9 @@
 
 A backend is a module with `supports(problem) -> (ok, reason)`, `describe(problem) -> str` and the
 four functions `logsumexp_forward`, `logsumexp_backward`, `softplus_forward`, `softplus_backward`.
-It may have `logsumexp_one_pass` and `softplus_one_pass`, which form gradients in the forward pass,
-and `cache_bytes(problem)`: memory that forward fills for backward. A new one is a file and a line
-in `REGISTRY`.
+It may have `logsumexp_both` and `softplus_both`, forward and backward in one call, and
+`cache_bytes(problem)`, memory that forward fills for backward. A new one is a file and a line in
+`REGISTRY`.
 
 A backend asked for by name runs or raises; only the automatic choice looks further.
 """

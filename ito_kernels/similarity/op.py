@@ -16,7 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 from torch._ops import OpOverload
-from torch.autograd.forward_ad import unpack_dual
+from torch.autograd import forward_ad
 
 from . import dispatch
 from .spec import (
@@ -41,6 +41,7 @@ _STATS = ", ".join(f"Tensor? {name}" for name in Stats._fields)
 _UPSTREAM = ", ".join(f"Tensor? {name}" for name in Upstream._fields)
 _NEEDS = ", ".join(f"bool need_{name}" for name in Needs._fields)
 _PROBLEM_ARGS = len(Problem._fields) + 1
+_INPUTS = len(Needs._fields)  # a, b, scale and the biases: what may have a gradient
 
 
 def similarity_logsumexp(
@@ -205,8 +206,10 @@ def _wanted_gradients(problem: Problem) -> Needs:
     """Of a, b, scale, row_bias, col_bias: the first five fields."""
     inputs = problem[:5]
     # operators would lose a forward-mode tangent without a word
-    if not torch.compiler.is_compiling() and any(
-        x is not None and unpack_dual(x).tangent is not None for x in inputs
+    if (
+        not torch.compiler.is_compiling()
+        and forward_ad._current_level >= 0
+        and any(x is not None and forward_ad.unpack_dual(x).tangent is not None for x in inputs)
     ):
         raise RuntimeError(
             "ito_kernels supports reverse mode only, not forward-mode differentiation"
@@ -271,8 +274,11 @@ def _autograd(operator: OpOverload) -> Callable:
     """The decorated autograd.Function differentiates the operator, which it calls as `_below`."""
 
     def register(function: type[torch.autograd.Function]) -> type[torch.autograd.Function]:
-        name = operator.name()
-        _LIBRARY.impl(name, lambda *args: list(function.apply(*args)), "Autograd")
+        def differentiable(*args):
+            # what has no gradient goes in one argument: each costs a microsecond or two
+            return list(function.apply(*args[:_INPUTS], args[_INPUTS:]))
+
+        _LIBRARY.impl(operator.name(), differentiable, "Autograd")
         return function
 
     return register
@@ -305,17 +311,17 @@ def _fake_grads(problem: Problem, needs: Needs) -> list[Tensor]:
     )
 
 
-def _input_grads(ctx, scale: Tensor, grads: Grads) -> tuple:
-    """One gradient for each operator argument; a 0-d scale takes the sum over the rows."""
+def _input_grads(scale: Tensor, grads: Grads) -> tuple:
+    """One gradient for each argument; a 0-d scale takes the sum over the rows."""
     if grads.scale is not None and scale.ndim == 0:
         grads = grads._replace(scale=grads.scale.sum())
-    return (*grads, *(None,) * (len(ctx.needs_input_grad) - len(grads)))
+    return *grads, None
 
 
 def _scaled_grads(ctx, by: Tensor) -> tuple:
     """The gradients that the forward pass formed, times what arrives."""
     scale, *grads = ctx.saved_tensors
-    return _input_grads(ctx, scale, _read_grads(ctx.now, [x * by for x in grads]))
+    return _input_grads(scale, _read_grads(ctx.now, [x * by for x in grads]))
 
 
 def _first_order_only() -> None:
@@ -367,13 +373,13 @@ def _logsumexp(*args):
     if not any(now):
         stats = _run(problem, backend, "logsumexp_forward", *kept)
         return _present(_total(stats, weights), *stats, cache)
-    # columns need every row's statistics first; a self-similarity has half of the tiles twice
-    if problem.cols or problem.b is None or not _has(backend, "logsumexp_one_pass"):
+    if _has(backend, "logsumexp_both"):
+        total, stats, grads = _run(problem, backend, "logsumexp_both", weights, now, *kept)
+    else:
         stats = _run(problem, backend, "logsumexp_forward", *kept)
         grads = _run(problem, backend, "logsumexp_backward", stats, weights, now, *kept)
-    else:
-        stats, grads = _run(problem, backend, "logsumexp_one_pass", weights, now, *kept)
-    return _present(_total(stats, weights), *stats, *grads)
+        total = _total(stats, weights)
+    return _present(total, *stats, *grads)
 
 
 def _has(backend: str, function: str) -> bool:
@@ -438,21 +444,23 @@ def _backward_args(rest: tuple) -> tuple[Stats, Tensor, Upstream, Needs]:
 class _Logsumexp(torch.autograd.Function):
     @staticmethod
     def forward(ctx, *args):
+        args = (*args[:-1], *args[-1])
         out = _below(_logsumexp, args)
         problem, ctx.backend, rest = _split(args)
         _, weights, ctx.now = _forward_args(rest)
         ctx.flags = problem[7:]
-        _, s, cache, grads = _Result.read(problem, weights, ctx.now, out)
         ctx.set_materialize_grads(False)  # of the many outputs few have a gradient
+        if any(ctx.now):
+            ctx.mark_non_differentiable(*out[1:])
+            ctx.save_for_backward(problem.scale, *out[-sum(ctx.now) :])
+            return tuple(out)
         if _weighted(weights):
             ctx.mark_non_differentiable(*out[1:])
         else:
+            _, s, cache, _ = _Result.read(problem, weights, ctx.now, out)
             maxima = (s.row_max, s.row_neg_max, s.col_max, s.col_neg_max)
             ctx.mark_non_differentiable(*_present(*maxima, cache))
-        if any(ctx.now):
-            ctx.save_for_backward(args[2], *_present(*grads))
-        else:
-            ctx.save_for_backward(*problem[:7], *weights, *out)
+        ctx.save_for_backward(*problem[:7], *weights, *out)
         return tuple(out)
 
     @staticmethod
@@ -470,9 +478,9 @@ class _Logsumexp(torch.autograd.Function):
             upstream = (None if x is None else x * total for x in weights)
         else:
             upstream = (s.row_logsum, s.col_logsum, s.row_pos, s.col_pos)
-        needs = Needs(*ctx.needs_input_grad[:5])
+        needs = Needs(*ctx.needs_input_grad[:_INPUTS])
         out = _logsumexp_backward(*problem, ctx.backend, *stats, cache, *upstream, *needs)
-        return _input_grads(ctx, problem.scale, _read_grads(needs, out))
+        return _input_grads(problem.scale, _read_grads(needs, out))
 
 
 # ---- softplus
@@ -482,8 +490,8 @@ class _Logsumexp(torch.autograd.Function):
 def _softplus(*args):
     problem, backend, (weights, *now) = _split(args)
     now, grads = Needs(*now), Grads()
-    if any(now) and _has(backend, "softplus_one_pass"):
-        rows, grads = _run(problem, backend, "softplus_one_pass", weights, now)
+    if any(now) and _has(backend, "softplus_both"):
+        rows, grads = _run(problem, backend, "softplus_both", weights, now)
     else:
         rows = _run(problem, backend, "softplus_forward")
         if any(now):
@@ -515,12 +523,13 @@ def _(*args):
 class _Softplus(torch.autograd.Function):
     @staticmethod
     def forward(ctx, *args):
+        args = (*args[:-1], *args[-1])
         value, *grads = _below(_softplus, args)
         problem, ctx.backend, (weights, *now) = _split(args)
         ctx.now, ctx.flags = Needs(*now), problem[7:]
         ctx.mark_non_differentiable(*grads)
         if grads:
-            ctx.save_for_backward(args[2], *grads)
+            ctx.save_for_backward(problem.scale, *grads)
         else:
             ctx.save_for_backward(*problem[:7], weights)
         return value, *grads
@@ -533,6 +542,6 @@ class _Softplus(torch.autograd.Function):
         *tensors, weights = ctx.saved_tensors
         problem = Problem(*tensors, *ctx.flags)
         u = arrived if weights is None else arrived * weights
-        needs = Needs(*ctx.needs_input_grad[:5])
+        needs = Needs(*ctx.needs_input_grad[:_INPUTS])
         out = _softplus_backward(*problem, ctx.backend, u, *needs)
-        return _input_grads(ctx, problem.scale, _read_grads(needs, out))
+        return _input_grads(problem.scale, _read_grads(needs, out))
