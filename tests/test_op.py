@@ -295,7 +295,7 @@ def test_fp16_gradients_survive_until_the_loss_scale():
     loss = ik.siglip_loss(x, y, 1.0, -10.0, image_ids=torch.arange(n), text_ids=ids + n)
     (scaled,) = torch.autograd.grad(loss * 2.0**16, x)
     expected = 2.0**16 / n * torch.sigmoid(torch.tensor(-10.0)) * y.float().sum(0)
-    torch.testing.assert_close(scaled.float().mean(0), expected, rtol=0.05, atol=1e-3)
+    assert (scaled.float().mean(0) - expected).abs().max() < 0.02 * expected.abs().max()
 
 
 def test_meta_tensors():
