@@ -8,6 +8,7 @@ import argparse
 import json
 import platform
 import signal
+import sys
 import time
 from datetime import datetime
 from pathlib import Path
@@ -170,7 +171,14 @@ def train(run: Path, config: Config, dataset: Dataset, options: argparse.Namespa
 
     step = start = resumed["step"] if resumed else 0
     began = time.perf_counter()
-    bar = tqdm(total=config.steps, initial=start, desc="training", unit="step", dynamic_ncols=True)
+    bar = tqdm(
+        total=config.steps,
+        initial=start,
+        desc="training",
+        unit="step",
+        dynamic_ncols=True,
+        mininterval=0.1 if sys.stderr.isatty() else 10,  # seconds: a log file is read later
+    )
     with Interrupt() as interrupt, bar:
         while step < config.steps and not interrupt.asked:
             terms = trainer.step(step)
@@ -183,7 +191,8 @@ def train(run: Path, config: Config, dataset: Dataset, options: argparse.Namespa
                 log.write("train", step, terms | {"images_per_second": rate, "seconds": elapsed})
                 bar.set_postfix_str(
                     f"align {terms['align']:.3f} fusion {terms['fusion']:.3f} "
-                    f"scale {terms['logit_scale']:.1f} {rate:.0f} img/s"
+                    f"scale {terms['logit_scale']:.1f} {rate:.0f} img/s",
+                    refresh=False,
                 )
             if last or step % config.eval_every == 0:
                 log.write("eval", step, evaluate(trainer.model, tokenizer, dataset))
