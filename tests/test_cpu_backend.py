@@ -211,7 +211,7 @@ def test_forward_and_backward_in_one_call(shape, positives, cache):
     upstream = Upstream(u, v, alpha, beta) if problem.cols else Upstream(u, None, alpha, None)
     needs = Needs(True, problem.b is not None, True)
     memory = torch.empty(cache, dtype=torch.uint8) if cache else None
-    total, stats, grads = cpu.logsumexp_both(problem, upstream, needs, memory)
+    total, stats, grads = cpu.logsumexp_both(problem, True, upstream, needs, memory)
     expected = cpu.logsumexp_forward(problem)
     for x, y in zip(stats, expected, strict=True):
         assert (x is None and y is None) or torch.equal(x, y)

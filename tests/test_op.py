@@ -21,9 +21,12 @@ def problem_of(t, **flags) -> Problem:
 @pytest.mark.parametrize("backend", ["chunked", "cpu"])
 @pytest.mark.parametrize("early", [False, True])
 @pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("stats", [False, True])
 @pytest.mark.parametrize("same", [False, True])
-def test_opcheck(same, weighted, early, backend):
+def test_opcheck(same, stats, weighted, early, backend):
     """Schema, fake kernels, autograd and AOT dispatch agree with the real operators."""
+    if not stats and not (weighted and early):
+        pytest.skip("backward needs them")
     if backend not in AVAILABLE:
         pytest.skip("not available")
     t = leaves(make(CASE, torch.float32))
@@ -35,10 +38,10 @@ def test_opcheck(same, weighted, early, backend):
     weights = Upstream(*(torch.rand(k) for k in (n, m, n, m))) if weighted else Upstream()
     needs = Needs(True, not same, True, True, False)
     now = needs if weighted and early else Needs()
-    torch.library.opcheck(op._logsumexp, (*problem, backend, 0, *weights, *now))
+    torch.library.opcheck(op._logsumexp, (*problem, backend, 0, stats, *weights, *now))
     torch.library.opcheck(op._softplus, (*problem, backend, weights.u, *now))
     plain = Problem(*(x.detach() if isinstance(x, torch.Tensor) else x for x in problem))
-    *stats, cache = op._logsumexp(*plain, backend, 0, *Upstream(), *Needs())
+    *stats, cache = op._logsumexp(*plain, backend, 0, True, *Upstream(), *Needs())
     upstream = Upstream(*(stats[i].clone() for i in (1, 5, 2, 6)))
     torch.library.opcheck(
         op._logsumexp_backward, (*plain, backend, *stats, cache, *upstream, *needs)
@@ -243,12 +246,16 @@ def test_weights_give_the_sum_of_the_statistics(case, dtype, backend):
     options = {k: getattr(case, k) for k in FLAGS}
     total, ours = ik.similarity_logsumexp(**t, **options, **weights, backend=backend)
     torch.testing.assert_close(total, expected, rtol=1e-5, atol=1e-5)
+    alone = ik.similarity_logsumexp(**t, **options, **weights, return_stats=False, backend=backend)
+    assert torch.equal(alone, total)
+    same = gradients(alone, t)
     for x, y in zip(ours, stats, strict=True):
         assert (x is None) == (y is None)
         assert x is None or (torch.equal(x, y) and not x.requires_grad)
     theirs = gradients(expected, s)
     close = {torch.float32: (1e-5, 1e-5), torch.bfloat16: (2e-2, 2e-3), torch.float16: (2e-3, 1e-3)}
     for name, x in gradients(total, t).items():
+        assert torch.equal(x, same[name])
         size = theirs[name].abs().max().item()
         rtol, atol = close[t[name].dtype]
         torch.testing.assert_close(x, theirs[name], rtol=rtol, atol=atol * size)

@@ -237,7 +237,7 @@ void logsumexp_backward(const Problem& p, const Stats& stats, const Upstream& up
   Call(p, run, wants, grads).backward(stats, up, cache, false);
 }
 
-void logsumexp_both(const Problem& p, const Stats& stats, const Upstream& up, const Grads& grads,
+void logsumexp_both(const Problem& p, Stats stats, const Upstream& up, const Grads& grads,
                     float* total, TileCache cache, const Run& run) {
   Call::Wants wants;
   wants.keys = p.row_ids || p.exclude_self || p.exclude_positives || p.hardest ||
@@ -246,10 +246,19 @@ void logsumexp_both(const Problem& p, const Stats& stats, const Upstream& up, co
   // Columns need every row first, and half of the tiles twice are less than all of them once.
   const bool one_pass = !p.cols && !p.self;
   wants.symmetry = !one_pass;
+  const int64_t n = p.a.rows, m = p.b.rows;
+  std::vector<float> own;  // backward reads them even where the caller does not want them
+  if (!stats.row.logsum && !stats.col.logsum) {
+    own.resize(3 * (n + m));
+    const bool pos = p.positives != Positives::kNone;
+    float* const at = own.data();
+    if (p.rows) stats.row = {at, at + n, pos ? at + 2 * n : nullptr, nullptr};
+    float* const col = at + 3 * n;
+    if (p.cols) stats.col = {col, col + m, pos ? col + 2 * m : nullptr, nullptr};
+  }
   Call call(p, run, wants, grads);
   if (!one_pass) call.forward(stats, cache);
   call.backward(stats, up, cache, one_pass);
-  const int64_t n = p.a.rows, m = p.b.rows;
   *total = static_cast<float>(
       weighted(up.u, stats.row.logsum, n) + weighted(up.alpha, stats.row.pos, n) +
       weighted(up.v, stats.col.logsum, m) + weighted(up.beta, stats.col.pos, m));

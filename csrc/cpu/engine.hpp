@@ -20,9 +20,10 @@ void logsumexp_backward(const Problem&, const Stats&, const Upstream&, const Gra
                         const Run&);
 
 // Both, where the upstream gradient is known in advance, and Σ u·logsum + α·pos + v·logsum + β·pos.
-// A rows-only problem takes one pass: a panel's statistics are complete before its gradient is
-// taken, so its scores are computed once if they fit into the cache.
-void logsumexp_both(const Problem&, const Stats&, const Upstream&, const Grads&, float* total,
+// The statistics may be null: the caller does not want them. A rows-only problem takes one pass: a
+// panel's statistics are complete before its gradient is taken, so its scores are computed once if
+// they fit into the cache.
+void logsumexp_both(const Problem&, Stats, const Upstream&, const Grads&, float* total,
                     TileCache, const Run&);
 
 // Row sums (if `loss` is not null) and, with the upstream gradient `u`, gradients, in one pass.

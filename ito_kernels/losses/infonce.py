@@ -161,7 +161,8 @@ def multi_positive_infonce(
             weights["col_weights"] = (
                 weights["row_weights"] if same else cols.weights(share, positives, reduction)
             )
-        loss, stats = call(cols=symmetric, **shape, **weights)
+        out = call(cols=symmetric, **shape, **weights, return_stats=return_stats)
+        loss, stats = out if return_stats else (out, None)
         if positives == "in":
             loss = loss + rows.log_counts(share, reduction)
             if symmetric:

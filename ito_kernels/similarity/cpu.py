@@ -114,20 +114,25 @@ def softplus_backward(problem: Problem, u: Tensor, needs: Needs) -> Grads:
 
 
 def logsumexp_both(
-    problem: Problem, upstream: Upstream, needs: Needs, cache: Tensor | None = None
-) -> tuple[Tensor, Stats, Grads]:
-    """The weighted sum, the statistics and the gradients, for an upstream known before.
+    problem: Problem,
+    with_stats: bool,
+    upstream: Upstream,
+    needs: Needs,
+    cache: Tensor | None = None,
+) -> tuple[Tensor, Stats | None, Grads]:
+    """The weighted sum, the statistics if wanted and the gradients, for an upstream known before.
 
     In one call, and for rows only (but of a self-similarity) in one pass: a panel's scores are
     computed once if they fit into `cache`, 3 matrix products instead of 4.
     """
-    total, out, grads = problem.scale.new_empty(()), _new_stats(problem), _new_grads(problem, needs)
+    total, grads = problem.scale.new_empty(()), _new_grads(problem, needs)
+    out = _new_stats(problem) if with_stats else None
     a = _Arguments(problem)
     # kept alive by this name until the call returns
     upstream = [None if x is None else x.contiguous() for x in upstream]
     _native.cpu_both(
         _fields(a),
-        _addresses(out),
+        _addresses(out or Stats()),
         _addresses(upstream),
         _addresses(grads),
         total.data_ptr(),
@@ -212,10 +217,9 @@ def _new_stats(problem: Problem) -> Stats:
 
 def _new_grads(problem: Problem, needs: Needs) -> Grads:
     n, m, like = problem.n, problem.m, problem.scale
-    dense = {"dtype": problem.a.dtype, "device": problem.a.device}
     return Grads(
-        torch.empty(n, problem.d, **dense) if needs.a else None,
-        torch.empty(m, problem.d, **dense) if needs.b else None,
+        problem.a.new_empty(n, problem.d) if needs.a else None,
+        problem.a.new_empty(m, problem.d) if needs.b else None,
         *(
             like.new_empty(k) if need else None
             for k, need in zip((n, n, m), needs[2:], strict=True)

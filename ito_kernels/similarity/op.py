@@ -62,8 +62,9 @@ def similarity_logsumexp(
     hardest: bool = False,
     row_weights: tuple[Tensor, Tensor | None] | None = None,
     col_weights: tuple[Tensor, Tensor | None] | None = None,
+    return_stats: bool = True,
     backend: str | None = None,
-) -> Stats | tuple[Tensor, Stats]:
+) -> Stats | Tensor | tuple[Tensor, Stats]:
     """Row and column logsumexp of S = scale·a·bᵀ + biases, without forming S.
 
     Args:
@@ -87,6 +88,7 @@ def similarity_logsumexp(
             in which statistics of -inf count as 0. Gradients that are wanted are then formed in
             the forward pass, except in fp16, and backward only multiplies them: with cols=False
             3 matrix products instead of 4 where the backend can (cpu).
+        return_stats: with weights: whether the statistics are wanted too, or their sum alone.
         backend: see `ito_kernels.backends()`; None chooses. A function that torch.compile has
             compiled keeps the backend it was compiled with: later `use_backend` and ITO_BACKEND do
             not reach it.
@@ -96,7 +98,8 @@ def similarity_logsumexp(
         `pos`, `neg_max` of rows (N,) and columns (M,), None where not wanted. The logsumexp is
         `max + logsum`; a loss is best written `logsum - pos / k`, which keeps the digits that
         `logsumexp - positive` cancels at a large scale.
-        With weights the pair of their 0-d sum and the Stats, which then carry no gradient.
+        With weights the pair of their 0-d sum and the Stats, which then carry no gradient, or the
+        sum alone without `return_stats`.
 
     Raises:
         TypeError, ValueError: an argument that does not fit, by name.
@@ -129,8 +132,11 @@ def similarity_logsumexp(
     module = dispatch.load(name)
     now = needs if _weighted(weights) and _can_be_early(problem) else Needs()
     cache = module.cache_bytes(problem) if any(needs) and hasattr(module, "cache_bytes") else 0
-    out = _logsumexp(*problem, name, cache, *weights, *now)
-    result = _Result.read(problem, weights, now, out)
+    stats = return_stats or not any(now)
+    out = _logsumexp(*problem, name, cache, stats, *weights, *now)
+    if _weighted(weights) and not return_stats:
+        return out[0]
+    result = _Result.read(problem, stats, weights, now, out)
     return result.stats if result.total is None else (result.total, result.stats)
 
 
@@ -346,11 +352,17 @@ class _Result(NamedTuple):
 
     @classmethod
     def read(
-        cls, problem: Problem, weights: Upstream, now: Needs, tensors: Iterable[Tensor]
+        cls,
+        problem: Problem,
+        with_stats: bool,
+        weights: Upstream,
+        now: Needs,
+        tensors: Iterable[Tensor],
     ) -> _Result:
         tensors = iter(tensors)
         total = next(tensors) if _weighted(weights) else None
-        stats = Stats(*(next(tensors) if want else None for want in _wanted(problem)))
+        wanted = _wanted(problem) if with_stats else ()
+        stats = Stats(*(next(tensors) if want else None for want in wanted))
         cache = None if any(now) else next(tensors)
         return cls(total, stats, cache, _read_grads(now, tensors))
 
@@ -359,27 +371,30 @@ def _weighted(weights: Upstream) -> bool:
     return weights.u is not None or weights.v is not None
 
 
-def _forward_args(rest: tuple) -> tuple[int, Upstream, Needs]:
-    end = 1 + len(Upstream._fields)
-    return rest[0], Upstream(*rest[1:end]), Needs(*rest[end:])
+def _forward_args(rest: tuple) -> tuple[int, bool, Upstream, Needs]:
+    end = 2 + len(Upstream._fields)
+    return *rest[:2], Upstream(*rest[2:end]), Needs(*rest[end:])
 
 
-@_operator(f"SymInt cache_bytes, {_UPSTREAM}, {_NEEDS}")
+# Without `stats` they are not returned, where backward, too, can do without them.
+@_operator(f"SymInt cache_bytes, bool stats, {_UPSTREAM}, {_NEEDS}")
 def _logsumexp(*args):
     problem, backend, rest = _split(args)
-    cache_bytes, weights, now = _forward_args(rest)
+    cache_bytes, with_stats, weights, now = _forward_args(rest)
     cache = problem.a.new_empty(cache_bytes, dtype=torch.uint8)
     kept = (cache,) if cache_bytes else ()  # an argument of backends that have one
     if not any(now):
         stats = _run(problem, backend, "logsumexp_forward", *kept)
         return _present(_total(stats, weights), *stats, cache)
     if _has(backend, "logsumexp_both"):
-        total, stats, grads = _run(problem, backend, "logsumexp_both", weights, now, *kept)
+        total, stats, grads = _run(
+            problem, backend, "logsumexp_both", with_stats, weights, now, *kept
+        )
     else:
         stats = _run(problem, backend, "logsumexp_forward", *kept)
         grads = _run(problem, backend, "logsumexp_backward", stats, weights, now, *kept)
         total = _total(stats, weights)
-    return _present(total, *stats, *grads)
+    return _present(total, *(stats if with_stats else ()), *grads)
 
 
 def _has(backend: str, function: str) -> bool:
@@ -405,12 +420,13 @@ def _total(stats: Stats, weights: Upstream) -> Tensor | None:
 @_fake(_logsumexp)
 def _(*args):
     problem, _, rest = _split(args)
-    cache_bytes, weights, now = _forward_args(rest)
+    cache_bytes, with_stats, weights, now = _forward_args(rest)
     like, dtype = problem.a, problem.accumulate
     sizes = (problem.n,) * 4 + (problem.m,) * 4
+    wanted = _wanted(problem) if with_stats else ()
     return _present(
         like.new_empty((), dtype=dtype) if _weighted(weights) else None,
-        *(like.new_empty(size, dtype=dtype) for size in compress(sizes, _wanted(problem))),
+        *(like.new_empty(size, dtype=dtype) for size in compress(sizes, wanted)),
         None if any(now) else like.new_empty(cache_bytes, dtype=torch.uint8),
         *_fake_grads(problem, now),
     )
@@ -447,7 +463,7 @@ class _Logsumexp(torch.autograd.Function):
         args = (*args[:-1], *args[-1])
         out = _below(_logsumexp, args)
         problem, ctx.backend, rest = _split(args)
-        _, weights, ctx.now = _forward_args(rest)
+        _, stats, weights, ctx.now = _forward_args(rest)
         ctx.flags = problem[7:]
         ctx.set_materialize_grads(False)  # of the many outputs few have a gradient
         if any(ctx.now):
@@ -457,7 +473,7 @@ class _Logsumexp(torch.autograd.Function):
         if _weighted(weights):
             ctx.mark_non_differentiable(*out[1:])
         else:
-            _, s, cache, _ = _Result.read(problem, weights, ctx.now, out)
+            _, s, cache, _ = _Result.read(problem, stats, weights, ctx.now, out)
             maxima = (s.row_max, s.row_neg_max, s.col_max, s.col_neg_max)
             ctx.mark_non_differentiable(*_present(*maxima, cache))
         ctx.save_for_backward(*problem[:7], *weights, *out)
@@ -472,8 +488,8 @@ class _Logsumexp(torch.autograd.Function):
             return _scaled_grads(ctx, arrived[0])
         tensors = ctx.saved_tensors
         problem, weights = Problem(*tensors[:7], *ctx.flags), Upstream(*tensors[7:11])
-        _, stats, cache, _ = _Result.read(problem, weights, ctx.now, tensors[11:])
-        total, s, *_ = _Result.read(problem, weights, ctx.now, arrived)
+        _, stats, cache, _ = _Result.read(problem, True, weights, ctx.now, tensors[11:])
+        total, s, *_ = _Result.read(problem, True, weights, ctx.now, arrived)
         if _weighted(weights):
             upstream = (None if x is None else x * total for x in weights)
         else:
