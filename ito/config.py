@@ -3,6 +3,7 @@
 import argparse
 import dataclasses
 import json
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -83,6 +84,8 @@ class Config:
                 raise ValueError(f"{item.name} must be at least {least}, got {value}")
             if most is not None and not value <= most:
                 raise ValueError(f"{item.name} must be at most {most}, got {value}")
+            if value == math.inf:
+                raise ValueError(f"{item.name} must be finite, got {value}")
         if len(self.csv_separator) != 1:
             raise ValueError(
                 f"csv_separator must be one character, got {self.csv_separator!r}; "

@@ -59,13 +59,13 @@ def run_options(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument("--device", help="cpu, cuda, cuda:1, ... (a GPU where there is one)")
     group.add_argument(
-        "--threads", type=positive, metavar="N", help="CPU threads (PyTorch's choice)"
+        "--threads", type=thread_count, metavar="N", help="CPU threads (PyTorch's choice)"
     )
 
 
-def positive(text: str) -> int:
-    if int(text) < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 1, got {text}")
+def thread_count(text: str) -> int:
+    if not 1 <= int(text) <= 1024:
+        raise argparse.ArgumentTypeError(f"must be from 1 to 1024, got {text}")
     return int(text)
 
 

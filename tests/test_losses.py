@@ -347,3 +347,18 @@ def test_losses_are_fp32_scalars():
         ):
             assert loss.shape == ()
             assert loss.dtype == out
+
+
+@pytest.mark.parametrize("backend", AVAILABLE)
+@pytest.mark.parametrize("wrong", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("trains", [True, False])
+def test_features_that_are_not_finite_show(backend, wrong, symmetric, trains):
+    a, b = (normalize(torch.rand(5, 3), dim=1) for _ in range(2))  # the scores are positive
+    b[2, 0] = wrong  # a score of -inf at a positive among them
+    a.requires_grad_(trains)
+    for reduction in ("mean", "sum"):
+        options = {"symmetric": symmetric, "reduction": reduction, "backend": backend}
+        assert not ik.clip_loss(a, b, 10.0, **options).isfinite()
+        one = ik.clip_loss(a[:1], b[2:3], 10.0, **options)
+        assert not one.isfinite()

@@ -10,11 +10,11 @@ namespace {
 
 constexpr float kInf = std::numeric_limits<float>::infinity();
 
-// Σ weight · value, without the values of -inf, which stand for nothing.
+// Σ weight · value, without those of weight 0 and value -inf: there is nothing to sum.
 double weighted(const float* weight, const float* value, int64_t n) {
   double total = 0;
   for (int64_t i = 0; weight && i < n; ++i)
-    if (value[i] != -kInf) total += static_cast<double>(weight[i]) * value[i];
+    if (weight[i] != 0 || value[i] != -kInf) total += static_cast<double>(weight[i]) * value[i];
   return total;
 }
 

@@ -85,9 +85,9 @@ def similarity_logsumexp(
 
                 Σ_i u_i·row_logsum_i + alpha_i·row_pos_i + Σ_j v_j·col_logsum_j + beta_j·col_pos_j
 
-            in which statistics of -inf count as 0. Gradients that are wanted are then formed in
-            the forward pass, except in fp16, and backward only multiplies them: with cols=False
-            3 matrix products instead of 4 where the backend can (cpu).
+            in which statistics of -inf with a weight of 0 count as 0. Gradients that are wanted
+            are then formed in the forward pass, except in fp16, and backward only multiplies them:
+            with cols=False 3 matrix products instead of 4 where the backend can (cpu).
         return_stats: with weights: whether the statistics are wanted too, or their sum alone.
         backend: see `ito_kernels.backends()`; None chooses. A function that torch.compile has
             compiled keeps the backend it was compiled with: later `use_backend` and ITO_BACKEND do
@@ -402,7 +402,12 @@ def _has(backend: str, function: str) -> bool:
 
 
 def _total(stats: Stats, weights: Upstream) -> Tensor | None:
-    """The weighted sum of the statistics; those of -inf, where there is nothing, count as 0."""
+    """The weighted sum of the statistics. Where the weight is 0, one of -inf counts as 0: there was
+    nothing to sum. Anything else that is not finite makes the total so."""
+
+    def weighted(weight: Tensor, x: Tensor) -> Tensor:
+        return weight * torch.where((weight == 0) & (x == -math.inf), 0, x)
+
     total = None
     for weight, pos_weight, logsum, pos in (
         (weights.u, weights.alpha, stats.row_logsum, stats.row_pos),
@@ -410,9 +415,9 @@ def _total(stats: Stats, weights: Upstream) -> Tensor | None:
     ):
         if weight is None:
             continue
-        terms = weight * logsum.nan_to_num(math.nan, math.inf, 0)
+        terms = weighted(weight, logsum)
         if pos_weight is not None:
-            terms = torch.addcmul(terms, pos_weight, pos.nan_to_num(math.nan, math.inf, 0))
+            terms = terms + weighted(pos_weight, pos)
         total = terms.sum() if total is None else total + terms.sum()
     return total
 
