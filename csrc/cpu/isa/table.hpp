@@ -44,26 +44,37 @@ struct Table {
     G::grad_cols(operand(t), static_cast<const E*>(a), dbt, rows(t), t.cols, width(t));
   }
 
-  // The finished gradients, from the layouts of the products to dense rows.
+  // The finished gradients, from the layouts of the products to dense rows. fp32 goes there at once:
+  // a memcpy of 32 numbers costs more than storing them.
+  static float* at(const Matrix& to, int64_t row, int64_t d) {
+    return static_cast<float*>(const_cast<void*>(to.data)) + row * to.width + d;
+  }
   static void store_rows(const float* da, int stride, int rows, const Matrix& to, int64_t first) {
-    void* data = const_cast<void*>(to.data);
     for (int d = 0; d < to.width; d += P, da += int64_t(stride) * P) {
       const int count = to.width - d < P ? static_cast<int>(to.width) - d : P;
+      const bool whole = to.dtype == ito::cpu::DType::kFloat32 && count == P;
       for (int i = 0; i < rows; ++i)
-        write_row(data, to.dtype, to.width, first + i, d, count, da + i * P);
+        if (whole)
+          for (int c = 0; c < P; c += V::kWidth)
+            V::store(at(to, first + i, d) + c, V::load(da + i * P + c));
+        else
+          write_row(const_cast<void*>(to.data), to.dtype, to.width, first + i, d, count, da + i * P);
     }
   }
   static void store_cols(const float* dbt, const Matrix& to, int64_t panel) {
-    void* data = const_cast<void*>(to.data);
     constexpr int kChunk = 64;
-    alignas(64) float part[P][kChunk];
     const int64_t first = panel * P, width = to.width;
     const int rows = to.rows - first < P ? static_cast<int>(to.rows - first) : P;
+    if (to.dtype == ito::cpu::DType::kFloat32) {
+      Transpose<V>::run(dbt, P, static_cast<int>(width), rows, at(to, first, 0), width);
+      return;
+    }
+    alignas(64) float part[P][kChunk];
     for (int d = 0; d < width; d += kChunk, dbt += kChunk * P) {
       const int count = width - d < kChunk ? static_cast<int>(width) - d : kChunk;
       Transpose<V>::run(dbt, P, count, P, part[0], kChunk);
       for (int j = 0; j < rows; ++j)
-        write_row(data, to.dtype, width, first + j, d, count, part[j]);
+        write_row(const_cast<void*>(to.data), to.dtype, width, first + j, d, count, part[j]);
     }
   }
 
