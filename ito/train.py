@@ -64,8 +64,10 @@ def run_options(parser: argparse.ArgumentParser) -> None:
 
 
 def thread_count(text: str) -> int:
-    if not 1 <= int(text) <= 1024:
-        raise argparse.ArgumentTypeError(f"must be from 1 to 1024, got {text}")
+    if int(text) < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, got {text}")
+    if int(text) > 1024:  # OpenMP would end the process without a word
+        raise argparse.ArgumentTypeError(f"must be at most 1024, got {text}")
     return int(text)
 
 
