@@ -54,7 +54,7 @@ from torch import Tensor
 
 MIB = 1 << 20
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-QUICK_COMPILES_FOR = 25  # seconds from the start; with a cold cache torch.compile takes longer
+QUICK_COMPILES_FOR = 20  # seconds from the start; with a cold cache torch.compile takes longer
 SWEEP_TO = 16384  # N of the memory curve, where the tables stop earlier
 EXACT_UP_TO = 16384  # rows; beyond, the fp64 loss would take longer than all contenders
 

@@ -41,6 +41,7 @@ CALLS = [
     (ValueError, "empty must be one of 'zero', 'drop', got 'skip'", lambda: ik.clip_loss(X, Y, 1.0, empty="skip")),
     (ValueError, "reduction must be one of 'mean', 'sum', 'none', got 'avg'", lambda: ik.clip_loss(X, Y, 1.0, reduction="avg")),
     (ValueError, "image_features and text_features must have the same width", lambda: ik.clip_loss(X, Y[:, :2], 1.0)),
+    (ValueError, "image_features and text_features must have as many rows", lambda: ik.clip_loss(X, Y[:2], 1.0)),
     (ValueError, "unknown backend 'gpu': expected one of reference, chunked, cpu", lambda: ik.clip_loss(X, Y, 1.0, backend="gpu")),
     (ValueError, "got 5 images, 4 texts and no image_ids", lambda: ik.siglip_loss(X, Y[:4], 1.0, -1.0)),
     (TypeError, "image_ids must have an integer dtype", lambda: ik.siglip_loss(X, Y, 1.0, -1.0, image_ids=IDS.float())),

@@ -30,6 +30,12 @@ def clip_loss(
     Returns and raises as `multi_positive_infonce`. Source: Radford et al. 2021 (CLIP), fig. 3.
     """
     check_pair("image_features", image_features, "text_features", text_features)
+    n, m = len(image_features), len(text_features)
+    if n != m and not {"query_ids", "key_ids"} & options.keys():
+        raise ValueError(
+            "image_features and text_features must have as many rows, unless query_ids and key_ids"
+            f" say what belongs together: got {n} and {m}"
+        )
     return multi_positive_infonce(image_features, text_features, logit_scale, **options)
 
 
