@@ -1,7 +1,7 @@
 """Speed, memory and error of every contrastive loss, by everyone who can compute it here.
 
     python benchmarks/loss_throughput.py            N = 4096 and 8192, fp32 and bf16
-    python benchmarks/loss_throughput.py --quick    N = 1024, fp32, within a minute
+    python benchmarks/loss_throughput.py --quick    N = 512, fp32, within a minute
     python benchmarks/loss_throughput.py --loss clip --batch 64 128 --dtype fp32
 
 Prints a table per loss, dtype and N; writes all numbers as JSON and a picture per dtype.
@@ -92,7 +92,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--seconds", type=float, help="of timing per table, at least 3 rounds")
     parser.add_argument("--out", type=Path, help="the JSON file; pictures are put beside it")
     args = parser.parse_args()
-    args.batch = args.batch or ([1024] if args.quick else [4096, 8192])
+    args.batch = args.batch or ([512] if args.quick else [4096, 8192])
     args.dtype = args.dtype or (["fp32"] if args.quick else ["fp32", "bf16"])
     if args.seconds is None:
         args.seconds = 1 if args.quick else 30
