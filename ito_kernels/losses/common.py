@@ -40,3 +40,8 @@ def count_positives(ids: Tensor, other_ids: Tensor) -> Tensor:
     ordered = other_ids.sort().values
     above = torch.searchsorted(ordered, ids, right=True)
     return (above - torch.searchsorted(ordered, ids)).masked_fill(ids < 0, 0)
+
+
+def mean_where(x: Tensor, where: Tensor) -> Tensor:
+    """The mean of x over `where`, 0 if that is nowhere."""
+    return torch.where(where, x, 0).sum() / where.sum().clamp(min=1)

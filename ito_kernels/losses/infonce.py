@@ -10,7 +10,16 @@ from torch import Tensor
 
 from ..similarity import similarity_logsumexp
 from ..similarity.spec import Stats, accumulate_dtype, check_ids, check_pair, check_scale
-from .common import REDUCTIONS, check_choice, count_positives, normalized, not_yet
+from .common import (
+    REDUCTIONS,
+    check_choice,
+    count_positives,
+    mean_where,
+    normalized,
+    not_yet,
+)
+from .composed import infonce_with_options
+from .options import Options
 
 
 def multi_positive_infonce(
@@ -45,12 +54,12 @@ def multi_positive_infonce(
 ) -> Tensor | tuple:
     """Contrastive loss of queries against keys, with in-batch negatives.
 
-    With S = logit_scale · queries · keysᵀ, Z_i = logsumexp_j S_ij and the k_i positives P_i of
+    With S = logit_scale · queries · keysᵀ, D_i = Σ_j exp S_ij and the k_i positives P_i of
     query i, a query's loss is
 
-        "mean"  Z_i - (1/k_i) Σ_{j ∈ P_i} S_ij             L_out of SupCon
-        "in"    Z_i - log Σ_{j ∈ P_i} exp(S_ij) + log k_i  L_in of SupCon
-        "sum"   Z_i - log Σ_{j ∈ P_i} exp(S_ij)            MIL-NCE
+        "mean"  log D_i - (1/k_i) Σ_{j ∈ P_i} S_ij             L_out of SupCon
+        "in"    log D_i - log Σ_{j ∈ P_i} exp(S_ij) + log k_i  L_in of SupCon
+        "sum"   log D_i - log Σ_{j ∈ P_i} exp(S_ij)            MIL-NCE
 
     and a key's is the same along the columns, with its own number of positives k'_j. S is never
     formed: memory is O((N + M)·D).
@@ -69,45 +78,67 @@ def multi_positive_infonce(
             and ids: without them (i, i) are the only positives, and the loss is 0.
         empty: an anchor without a positive counts as 0 in the mean ("zero"), or is left out of
             it ("drop"; 0 if none is left).
-        normalize: L2-normalise queries and keys first.
+        label_smoothing: ε, a number from 0 to 1: (1 - ε)·loss + ε·(log D_i - mean of S over all
+            candidates of i), as `F.cross_entropy`.
+        query_weights, key_weights: (N,) and (M,): each anchor's loss is multiplied by its weight,
+            and the mean divides by their sum. Constants.
+        key_bias: (M,), added to the scores of each key: -log q_j corrects for the frequency of
+            keys that are sampled (logQ). For query→key.
+        positive_pairs, positive_weights: (P, 2) integers, pairs (i, j) in place of the ids where
+            positives are no partition, and (P,) weights: P_i becomes a weighted mean, of S ("mean")
+            or of exp S ("in"). A pair that is listed twice counts twice. Memory O(P·D).
+        queue, queue_ids: (Q, D) keys without gradient, further negatives for query→key, and (Q,)
+            integers: those with a query's id are left out of it, those with a negative id of all.
+        hard_negatives: (N, K, D), further negatives of their own query alone, with gradient. For
+            query→key.
+        debias: τ⁺ < 1, the share of negatives that are false, a number or (N,). The negatives' part
+            of D_i becomes max{(Σ_neg exp S - n·τ⁺·mean_pos exp S) / (1 - τ⁺), n·exp(-logit_scale)}
+            with n the number of negatives. Both directions (a τ⁺ per query: then N = M).
+        hardness: β ≥ 0: negatives are weighted by exp(βS), relative to the mean of exp(βS) over
+            them, before they are debiased. Both directions. Three passes over S instead of one.
+        normalize: L2-normalise queries, keys, queue and hard negatives first.
         reduction: "mean" over the anchors, "sum", or "none": (N,), as a pair (N,), (M,) where
             symmetric.
         return_stats: also return a dict without gradients: `row_loss`, `row_lse` (N,), `col_loss`,
-            `col_lse` (M,); means over the anchors with a positive: `row_accuracy`, `col_accuracy`
-            (the largest score of the anchor is a positive's; a tie with a negative counts as
-            wrong) and `positive_score`; `hardest_negative_score`, the mean over the queries that
-            have a negative. Scores are in units of S. `col_*` is None unless symmetric.
+            `col_lse` (M,), without the weights, with log D as lse; means over the anchors with a
+            positive: `row_accuracy`, `col_accuracy` (the largest score of the anchor is
+            a positive's; a tie with a negative counts as wrong) and `positive_score`;
+            `hardest_negative_score`, the mean over the queries that have a negative. The last four
+            are of the batch, in units of S. `col_*` is None unless symmetric; with positive_pairs
+            so are the accuracies and the hardest negative, which the kernels find by ids.
         backend: see `ito_kernels.backends()`; None chooses. What torch.compile has compiled keeps
             the backend it was compiled with, whatever `use_backend` and ITO_BACKEND say later.
 
-        The remaining options raise NotImplementedError in this version.
+        `false_negative_margin`, `group` and `chunk_size` raise NotImplementedError in this version,
+        as do `debias` and `hardness` with `positive_pairs`. With any of these three bf16 and fp16
+        features are computed in fp32: parts of several passes cancel.
 
     Returns:
         The loss, a 0-d fp32 tensor (fp64 for fp64 features), or as `reduction` says; with
         `return_stats` a pair of it and the dict.
 
     Raises:
-        TypeError, ValueError: an argument that does not fit, by name, before any kernel runs.
+        TypeError, ValueError: an argument that does not fit, by name, before any kernel runs, or
+            two that have no meaning together.
         RuntimeError: the backend asked for cannot run here.
 
     Sources: van den Oord et al. 2018 (InfoNCE); Khosla et al. 2020, eq. 2 and 3 (SupCon);
-    Miech et al. 2020 (MIL-NCE).
+    Miech et al. 2020 (MIL-NCE); He et al. 2020 (queue); Yi et al. 2019 (logQ correction); Chuang et
+    al. 2020, eq. 8 (debias); Robinson et al. 2021, eq. 4 (hardness).
     """
-    not_yet(
-        label_smoothing=label_smoothing or None,
-        query_weights=query_weights,
-        key_weights=key_weights,
-        key_bias=key_bias,
-        positive_pairs=positive_pairs,
-        positive_weights=positive_weights,
-        queue=queue,
-        queue_ids=queue_ids,
-        hard_negatives=hard_negatives,
-        false_negative_margin=false_negative_margin,
-        debias=debias,
-        hardness=hardness,
-        group=group,
-        chunk_size=chunk_size,
+    not_yet(false_negative_margin=false_negative_margin, group=group, chunk_size=chunk_size)
+    options = Options(
+        label_smoothing,
+        query_weights,
+        key_weights,
+        key_bias,
+        positive_pairs,
+        positive_weights,
+        queue,
+        queue_ids,
+        hard_negatives,
+        debias,
+        hardness,
     )
     check_choice("positives", positives, ("mean", "sum", "in"))
     check_choice("empty", empty, ("zero", "drop"))
@@ -117,7 +148,7 @@ def multi_positive_infonce(
     n, m = len(queries), len(keys)
     if n != m and exclude_self:
         raise ValueError(f"exclude_self needs as many queries as keys, got {n} and {m}")
-    if n != m and (query_ids is None or key_ids is None):
+    if n != m and (query_ids is None or key_ids is None) and positive_pairs is None:
         raise ValueError(
             f"query_ids and key_ids are needed where queries and keys differ in number:"
             f" got {n} queries, {m} keys and no "
@@ -133,6 +164,23 @@ def multi_positive_infonce(
         same = keys is queries and query_ids is key_ids
         queries = normalized(queries, query_ids)
         keys = queries if same else normalized(keys, key_ids)
+    if options.given():
+        return infonce_with_options(
+            queries,
+            keys,
+            logit_scale,
+            options,
+            query_ids=query_ids,
+            key_ids=key_ids,
+            positives=positives,
+            symmetric=symmetric,
+            exclude_self=exclude_self,
+            empty=empty,
+            normalize=normalize,
+            reduction=reduction,
+            return_stats=return_stats,
+            backend=backend,
+        )
 
     call = partial(
         similarity_logsumexp,
@@ -229,16 +277,12 @@ def _diagnostics(
         return {
             f"{name}_loss": anchors.losses(logsum, pos, positives),
             f"{name}_lse": top + logsum,
-            f"{name}_accuracy": _mean((top > neg_max).to(top.dtype), anchors.k > 0),
+            f"{name}_accuracy": mean_where((top > neg_max).to(top.dtype), anchors.k > 0),
         }
 
     return {
         **side("row", rows),
         **side("col", cols),
-        "positive_score": _mean(mean_positive + stats.row_max, rows.k > 0),
-        "hardest_negative_score": _mean(stats.row_neg_max, stats.row_neg_max != -torch.inf),
+        "positive_score": mean_where(mean_positive + stats.row_max, rows.k > 0),
+        "hardest_negative_score": mean_where(stats.row_neg_max, stats.row_neg_max != -torch.inf),
     }
-
-
-def _mean(x: Tensor, where: Tensor) -> Tensor:
-    return torch.where(where, x, 0).sum() / where.sum().clamp(min=1)

@@ -1,0 +1,119 @@
+"""The scores of a batch, direction by direction: their statistics, and how many take part.
+
+A direction is named by its anchors: "row" for the queries, "col" for the keys.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from torch import Tensor
+
+from ..similarity import similarity_logsumexp
+from ..similarity.spec import Stats
+from .common import count_positives
+from .precision import accumulated, inner
+
+
+class Direction(NamedTuple):
+    """The statistics of one direction, as in `Stats`."""
+
+    max: Tensor
+    logsum: Tensor
+    pos: Tensor | None
+    neg_max: Tensor | None
+
+
+@dataclass
+class Batch:
+    """S = scale·queries·keysᵀ, plus, in the queries' direction alone, the bias of each key."""
+
+    queries: Tensor
+    keys: Tensor
+    scale: Tensor
+    query_ids: Tensor | None
+    key_ids: Tensor | None
+    exclude_self: bool
+    symmetric: bool
+    key_bias: Tensor | None
+    backend: str | None
+
+    @property
+    def directions(self) -> tuple[str, ...]:
+        return ("row", "col") if self.symmetric else ("row",)
+
+    def ids(self, side: str) -> Tensor | None:
+        return self.query_ids if side == "row" else self.key_ids
+
+    def bias(self, side: str) -> Tensor | None:
+        return self.key_bias if side == "row" else None
+
+    def statistics(self, power: float = 1.0, **what) -> dict[str, Direction]:
+        """Of power·S, for each direction."""
+
+        def call(**more) -> Stats:
+            return similarity_logsumexp(
+                self.queries,
+                self.keys,
+                power * self.scale,
+                row_ids=self.query_ids,
+                col_ids=self.key_ids,
+                exclude_self=self.exclude_self,
+                backend=self.backend,
+                **what,
+                **more,
+            )
+
+        if self.key_bias is None:
+            stats = call(cols=self.symmetric)
+        else:
+            stats = call(cols=False, col_bias=power * self.key_bias)
+            if self.symmetric:
+                stats = Stats(*stats[:4], *call(rows=False)[4:])
+        found = {"row": Direction(*stats[:4]), "col": Direction(*stats[4:])}
+        return {side: found[side] for side in self.directions}
+
+    def positives(self, side: str) -> Tensor:
+        """k, the number of keys (queries) with the id of each anchor."""
+        if self.query_ids is None:
+            n = len(self.queries if side == "row" else self.keys)
+            return self.scale.new_full((n,), 0 if self.exclude_self else 1)
+        ids, others = self.ids(side), self.ids("col" if side == "row" else "row")
+        k = count_positives(ids, others)
+        if self.exclude_self:
+            k = k - ((ids == others) & (ids >= 0)).long()
+        return k.to(self.scale.dtype)
+
+    def candidates(self, side: str) -> Tensor:
+        """How many keys (queries) each anchor is compared with."""
+        n, m = len(self.queries), len(self.keys)
+        if side == "col":
+            n, m = m, n
+        others = self.ids("col" if side == "row" else "row")
+        number = self.scale.new_full((n,), m if others is None else 0)
+        if others is not None:
+            number = number + (others >= 0).sum()
+        if self.exclude_self:
+            number = number - (1 if others is None else (others >= 0).to(number.dtype))
+        return number
+
+    def total(self, side: str) -> Tensor:
+        """Σ S over the candidates of each anchor, in O((N + M)·D)."""
+
+        def clean(x: Tensor, ids: Tensor | None) -> Tensor:
+            x = accumulated(x)
+            return x if ids is None else x.masked_fill((ids < 0)[:, None], 0)
+
+        rows = self.scale.reshape(-1, 1) * clean(self.queries, self.query_ids)
+        cols = clean(self.keys, self.key_ids)
+        mine, others = (rows, cols) if side == "row" else (cols, rows)
+        total = (mine * others.sum(0)).sum(1)
+        if self.exclude_self:
+            total = total - inner(rows, cols)
+        bias = self.bias(side)
+        if bias is not None:
+            if self.key_ids is not None:
+                bias = bias.masked_fill(self.key_ids < 0, 0)
+            total = total + bias.sum() - (bias if self.exclude_self else 0)
+        return total

@@ -1,0 +1,96 @@
+"""Candidates of the queries beyond the batch: a queue of keys, and hard negatives of each query.
+
+All are negatives. Both give, for each query and relative to a constant `shift` (N,) of the scores:
+log Σ exp(power·(S - shift)) over its candidates, Σ (S - shift), and their number.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..similarity import similarity_logsumexp
+from ..similarity.pairs import finite_shift
+from ..similarity.spec import Stats
+from .batch import Batch
+from .common import count_positives
+from .options import Options
+from .precision import accumulated, as_autocast
+
+
+def extra_candidates(batch: Batch, o: Options) -> list[Queue | HardNegatives]:
+    extra = []
+    if o.queue is not None:
+        extra.append(Queue(batch, o.queue, o.queue_ids))
+    if o.hard_negatives is not None:
+        extra.append(HardNegatives(batch, o.hard_negatives))
+    return extra
+
+
+class Queue:
+    """Keys of earlier batches, without gradient; those with the id of a query are left out of it.
+
+    queue: (Q, D). queue_ids: (Q,), or None if no key of the queue belongs to any query.
+    """
+
+    def __init__(self, batch: Batch, queue: Tensor, queue_ids: Tensor | None):
+        self.batch, self.alike = batch, queue_ids is not None
+        self.queue = as_autocast(queue.detach()).to(batch.queries.dtype)
+        n, device, ids = len(batch.queries), queue.device, batch.query_ids
+        if self.alike:
+            self.rows = torch.arange(n, device=device) if ids is None else ids
+            self.cols = queue_ids
+        else:
+            zeros = torch.zeros(n, dtype=torch.long, device=device)
+            self.rows = zeros if ids is None else ids.clamp(max=0)  # padding stays padding
+            self.cols = torch.ones(len(queue), dtype=torch.long, device=device)
+
+    def _statistics(self, power: float, **flags) -> Stats:
+        return similarity_logsumexp(
+            self.batch.queries,
+            self.queue,
+            power * self.batch.scale,
+            row_ids=self.rows,
+            col_ids=self.cols,
+            cols=False,
+            backend=self.batch.backend,
+            **flags,
+        )
+
+    def logsumexp(self, power: float, shift: Tensor) -> Tensor:
+        stats = self._statistics(power, exclude_positives=True)
+        return stats.row_logsum + (stats.row_max - power * shift)
+
+    def number(self) -> Tensor:
+        same = count_positives(self.rows, self.cols)
+        return ((self.cols >= 0).sum() - same).to(self.batch.scale.dtype)
+
+    def total(self, shift: Tensor) -> Tensor:
+        keys = accumulated(self.queue).masked_fill((self.cols < 0)[:, None], 0).sum(0)
+        rows = accumulated(self.batch.queries).masked_fill((self.rows < 0)[:, None], 0)
+        total = self.batch.scale * (rows * keys).sum(1) - self.number() * shift
+        if self.alike:
+            stats = self._statistics(1.0, positives="linear")
+            same = count_positives(self.rows, self.cols)
+            total = total - (stats.row_pos + same * finite_shift(stats.row_max))
+        return total
+
+
+class HardNegatives:
+    """K keys for each query, candidates of that query alone: (N, K, D)."""
+
+    def __init__(self, batch: Batch, hard_negatives: Tensor):
+        rows = accumulated(batch.queries)
+        if batch.query_ids is not None:
+            rows = rows.masked_fill((batch.query_ids < 0)[:, None], 0)
+        products = torch.bmm(accumulated(as_autocast(hard_negatives)), rows[:, :, None])
+        self.scores = batch.scale.reshape(-1, 1) * products.squeeze(2)
+
+    def logsumexp(self, power: float, shift: Tensor) -> Tensor:
+        return (power * (self.scores - shift[:, None])).logsumexp(1)
+
+    def number(self) -> int:
+        return self.scores.shape[1]
+
+    def total(self, shift: Tensor) -> Tensor:
+        return (self.scores - shift[:, None]).sum(1)

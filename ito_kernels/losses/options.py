@@ -1,0 +1,188 @@
+"""The options of `multi_positive_infonce` beyond ids: what may be given, and with what."""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..similarity.spec import (
+    accumulate_dtype,
+    autocast_enabled,
+    check_bias,
+    check_ids,
+    check_weight,
+)
+
+
+class Options(NamedTuple):
+    label_smoothing: float = 0.0
+    query_weights: Tensor | None = None
+    key_weights: Tensor | None = None
+    key_bias: Tensor | None = None
+    positive_pairs: Tensor | None = None
+    positive_weights: Tensor | None = None
+    queue: Tensor | None = None
+    queue_ids: Tensor | None = None
+    hard_negatives: Tensor | None = None
+    debias: float | Tensor | None = None
+    hardness: float | None = None
+
+    def given(self) -> bool:
+        return any(option is not None for option in self[1:]) or self.label_smoothing != 0
+
+    @property
+    def reweighted(self) -> bool:
+        """Whether negatives count otherwise than in a softmax."""
+        return self.debias is not None or self.hardness is not None
+
+    def normalized(self) -> Options:
+        """With unit candidates."""
+        queue, hard = (
+            None if x is None else torch.nn.functional.normalize(x, dim=-1)
+            for x in (self.queue, self.hard_negatives)
+        )
+        return self._replace(queue=queue, hard_negatives=hard)
+
+
+def check_options(
+    o: Options,
+    queries: Tensor,
+    keys: Tensor,
+    scale: Tensor,
+    *,
+    query_ids: Tensor | None,
+    key_ids: Tensor | None,
+    positives: str,
+    symmetric: bool,
+) -> Options:
+    """The options in the dtypes of the computation. Raises TypeError or ValueError by name."""
+    n, m, device = len(queries), len(keys), queries.device
+    o = o._replace(
+        label_smoothing=_number("label_smoothing", o.label_smoothing, 0, 1),
+        hardness=_number("hardness", o.hardness, 0, math.inf) or None,  # 0 weighs nothing
+        debias=_check_debias(o.debias, scale, queries, m, symmetric),
+    )
+    if o.label_smoothing and o.reweighted:
+        raise ValueError(
+            "label_smoothing mixes targets over a softmax; with debias or hardness the denominator"
+            " is not the sum of one"
+        )
+    if o.query_weights is not None:
+        weights = check_weight("query_weights", o.query_weights, n, queries)
+        o = o._replace(query_weights=weights)
+    if o.key_weights is not None:
+        if not symmetric:
+            raise ValueError("key_weights weigh the key→query direction: they need symmetric=True")
+        o = o._replace(key_weights=check_weight("key_weights", o.key_weights, m, queries))
+    if o.key_bias is not None:
+        o = o._replace(key_bias=check_bias("key_bias", o.key_bias, m, queries))
+    if o.positive_weights is not None and o.positive_pairs is None:
+        raise ValueError("positive_weights are the weights of positive_pairs, which are missing")
+    if o.positive_pairs is not None:
+        if query_ids is not None or key_ids is not None:
+            raise ValueError("positive_pairs replace query_ids and key_ids: give one or the other")
+        o = _check_pairs(o, queries, keys, positives)
+    if o.queue is not None:
+        o = o._replace(queue=_check_extra("queue", o.queue, queries, ("Q", "D")))
+        if o.queue_ids is not None:
+            if o.positive_pairs is not None:
+                raise ValueError("queue_ids compare with query_ids, which positive_pairs replace")
+            ids = check_ids("queue_ids", o.queue_ids, len(o.queue), "queue", device)
+            o = o._replace(queue_ids=ids)
+    elif o.queue_ids is not None:
+        raise ValueError("queue_ids are the ids of queue, which is missing")
+    if o.hard_negatives is not None:
+        h = _check_extra("hard_negatives", o.hard_negatives, queries, ("N", "K", "D"))
+        if len(h) != n:
+            raise ValueError(
+                f"hard_negatives must hold K keys for each of {n} queries, got {tuple(h.shape)}"
+            )
+    return o
+
+
+def _number(name: str, x: object, low: float, high: float) -> float | None:
+    if x is None:
+        return None
+    if isinstance(x, bool) or not isinstance(x, (int, float)):
+        raise TypeError(f"{name} must be a number, got {type(x).__name__}")
+    if not (low <= x <= high and math.isfinite(x)):
+        upper = f" to {high}" if math.isfinite(high) else " upwards, finite"
+        raise ValueError(f"{name} must be from {low}{upper}, got {x}")
+    return float(x)
+
+
+def _check_debias(tau: object, scale: Tensor, queries: Tensor, m: int, symmetric: bool):
+    """As a tensor, 0-d or (N,)."""
+    if tau is None:
+        return None
+    if symmetric and scale.ndim == 1:
+        raise ValueError(
+            "debias bounds a key's negatives by exp(-scale), and a logit_scale for each query has"
+            " no one scale for a key: use symmetric=False"
+        )
+    n = len(queries)
+    if isinstance(tau, Tensor) and tau.ndim:
+        tau = check_weight("debias", tau, n, queries)
+        if symmetric and n != m:
+            raise ValueError(
+                f"debias with a prior for each query needs as many keys for symmetric=True, got"
+                f" {n} queries and {m} keys"
+            )
+        return tau
+    tau = _number("debias", tau.item() if isinstance(tau, Tensor) else tau, 0, 1)
+    if tau == 1:
+        raise ValueError("debias must be less than 1: it is the share of false negatives")
+    return torch.full((), tau, dtype=accumulate_dtype(queries.dtype), device=queries.device)
+
+
+def _check_pairs(o: Options, queries: Tensor, keys: Tensor, positives: str) -> Options:
+    if o.reweighted:
+        raise NotImplementedError(
+            "debias and hardness need the negatives alone, which the kernels find by ids:"
+            " they are not implemented with positive_pairs"
+        )
+    pairs, weights = o.positive_pairs, o.positive_weights
+    if not isinstance(pairs, Tensor):
+        raise TypeError(f"positive_pairs must be a tensor, got {type(pairs).__name__}")
+    if pairs.ndim != 2 or pairs.shape[1] != 2:
+        raise ValueError(f"positive_pairs must have shape (P, 2), got {tuple(pairs.shape)}")
+    sides = (("queries", queries), ("keys", keys))
+    pairs = torch.stack(
+        [
+            check_ids("positive_pairs", pairs[:, side], len(pairs), "itself", queries.device)
+            for side in (0, 1)
+        ]
+    )
+    if not torch.compiler.is_compiling():
+        for rows, (name, features) in zip(pairs, sides, strict=True):
+            if rows.numel() and not 0 <= int(rows.min()) <= int(rows.max()) < len(features):
+                raise ValueError(
+                    f"positive_pairs must be row numbers of {len(features)} {name}, got"
+                    f" {int(rows.min())} to {int(rows.max())}"
+                )
+    if weights is not None:
+        if positives == "sum":
+            raise ValueError(
+                "positive_weights are normalised per anchor, and positives='sum' has no such"
+                " normalisation: use 'in' or 'mean'"
+            )
+        weights = check_weight("positive_weights", weights, pairs.shape[1], queries)
+    return o._replace(positive_pairs=pairs, positive_weights=weights)
+
+
+def _check_extra(name: str, x: object, queries: Tensor, shape: tuple[str, ...]) -> Tensor:
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name} must be a tensor, got {type(x).__name__}")
+    if x.ndim != len(shape) or 0 in x.shape or x.shape[-1] != queries.shape[1]:
+        raise ValueError(
+            f"{name} must have shape ({', '.join(shape)}) with D = {queries.shape[1]}, got"
+            f" {tuple(x.shape)}"
+        )
+    if x.dtype != queries.dtype and not autocast_enabled(x.device):
+        raise TypeError(f"{name} must be {queries.dtype} like queries, got {x.dtype}")
+    if x.device != queries.device:
+        raise ValueError(f"{name} must be on {queries.device} like queries, got {x.device}")
+    return x

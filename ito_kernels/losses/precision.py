@@ -1,0 +1,44 @@
+"""Arithmetic beside the kernels: dtypes where parts of a loss meet, and logarithms of nothing."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+from torch import Tensor
+
+from ..similarity.spec import accumulate_dtype, autocast_enabled
+
+
+def without_autocast(device: torch.device) -> AbstractContextManager:
+    if autocast_enabled(device):
+        return torch.autocast(device.type, enabled=False)
+    return nullcontext()
+
+
+def as_autocast(x: Tensor) -> Tensor:
+    """Features in the dtype that autocast gives them inside the primitive."""
+    if autocast_enabled(x.device) and x.dtype != torch.float64:
+        return x.to(torch.get_autocast_dtype(x.device.type))
+    return x
+
+
+def accumulated(x: Tensor) -> Tensor:
+    """Features in fp32 (fp64 stays), for losses whose parts cancel outside the kernels.
+
+    A positive beside a hard negative (scale 50 to 100) leaves a gradient error of 0.4 to 0.8 if the
+    two meet after each was rounded to bf16: they meet in fp32, and are rounded once.
+    """
+    return x.to(accumulate_dtype(x.dtype))
+
+
+def inner(a: Tensor, b: Tensor) -> Tensor:
+    """<a_i, b_i> of rows, accumulated in fp32 (fp64)."""
+    return (accumulated(a) * accumulated(b)).sum(-1)
+
+
+def logaddexp(x: Tensor, y: Tensor) -> Tensor:
+    """log(e^x + e^y), with a gradient of 0 instead of NaN where both are -inf."""
+    nothing = (x == -torch.inf) & (y == -torch.inf)
+    total = torch.logaddexp(x.masked_fill(nothing, 0), y.masked_fill(nothing, 0))
+    return total.masked_fill(nothing, -torch.inf)

@@ -1,0 +1,442 @@
+"""The options of `multi_positive_infonce`, alone and together, against the formulas written out for
+one anchor after the other in fp64."""
+
+import pytest
+import torch
+from problems import AVAILABLE
+from test_losses import check, random_ids, unit
+
+import ito_kernels as ik
+
+F64 = torch.float64
+
+
+def oracle(q, k, scale, row_ids=None, col_ids=None, **o):
+    """The loss by its definition, as a list of loops: no row of a matrix is shared."""
+    n, m = len(q), len(k)
+    row_ids = range(n) if row_ids is None else row_ids.tolist()
+    col_ids = range(m) if col_ids is None else col_ids.tolist()
+    scale = torch.as_tensor(scale, dtype=F64)
+    scale = scale if scale.ndim else scale.expand(n)
+    if o.get("positive_pairs") is not None:
+        row_ids, col_ids = [0] * n, [0] * m  # nobody is padded
+        weights = torch.zeros(n, m, dtype=F64)
+        given = o.get("positive_weights")
+        for p, (i, j) in enumerate(o["positive_pairs"].tolist()):
+            weights[i, j] += 1 if given is None else given[p]
+    else:
+        weights = torch.tensor([[float(r == c and r >= 0) for c in col_ids] for r in row_ids])
+
+    def term(i, pos, w, neg, tau):
+        """One anchor's loss from its positives' scores and weights and its negatives' scores."""
+        everything = torch.cat([pos, neg])
+        denominator = everything.exp().sum()
+        if o.get("debias") is not None or o.get("hardness"):
+            hard = torch.zeros((), dtype=F64)
+            if len(neg):
+                hard = neg.exp()
+                if o.get("hardness"):
+                    importance = (o["hardness"] * neg).exp()
+                    hard = hard * importance / importance.mean()
+                hard = hard.sum()
+                if o.get("debias") is not None:
+                    hard = (hard - len(neg) * tau * pos.exp().mean()) / (1 - tau)
+                    hard = torch.maximum(hard, len(neg) * (-i).exp())
+            denominator = pos.exp().sum() + hard
+        kind = o.get("positives", "mean")
+        if kind == "mean":
+            loss = denominator.log() - (w * pos).sum() / w.sum()
+        elif kind == "in":
+            loss = denominator.log() - ((w * pos.exp()).sum() / w.sum()).log()
+        else:
+            loss = denominator.log() - (w * pos.exp()).sum().log()
+        epsilon = o.get("label_smoothing", 0)
+        return (1 - epsilon) * loss + epsilon * (denominator.log() - everything.mean())
+
+    def direction(rows):
+        losses, weight_sum = [], 0
+        mine, others = (row_ids, col_ids) if rows else (col_ids, row_ids)
+        given = o.get("query_weights" if rows else "key_weights")
+        for i in range(len(mine)):
+            if mine[i] < 0:
+                losses.append(torch.zeros((), dtype=F64))
+                continue
+            pos, w, neg = [], [], []
+            for j in range(len(others)):
+                if others[j] < 0 or (o.get("exclude_self") and i == j):
+                    continue
+                a, b = (i, j) if rows else (j, i)
+                score = scale[a] * (q[a] @ k[b])
+                if rows and o.get("key_bias") is not None:
+                    score = score + o["key_bias"][b]
+                if weights[a, b]:
+                    pos.append(score)
+                    w.append(weights[a, b])
+                else:
+                    neg.append(score)
+            if rows and o.get("queue") is not None:
+                ids = o.get("queue_ids")
+                for j, key in enumerate(o["queue"].detach()):
+                    if ids is None or (ids[j] >= 0 and ids[j] != mine[i]):
+                        neg.append(scale[i] * (q[i] @ key))
+            if rows and o.get("hard_negatives") is not None:
+                neg += [scale[i] * (q[i] @ key) for key in o["hard_negatives"][i]]
+            anchor_weight = 1 if given is None else given[i]
+            if pos or o.get("empty") != "drop":
+                weight_sum = weight_sum + anchor_weight
+            if not pos:
+                losses.append(torch.zeros((), dtype=F64))
+                continue
+            tau = o.get("debias")
+            tau = tau[i] if isinstance(tau, torch.Tensor) and tau.ndim else tau
+            neg = torch.stack(neg) if neg else torch.zeros(0, dtype=F64)
+            floor = scale[i] if rows else scale[0]
+            loss = term(floor, torch.stack(pos), torch.stack(w).to(F64), neg, tau)
+            losses.append(anchor_weight * loss)
+        losses = torch.stack(losses)
+        if o.get("reduction") == "none":
+            return losses
+        return losses.sum() / (weight_sum or 1) if o.get("reduction") != "sum" else losses.sum()
+
+    if not o.get("symmetric", True):
+        return direction(True)
+    out = direction(True), direction(False)
+    return out if o.get("reduction") == "none" else 0.5 * (out[0] + out[1])
+
+
+def pairs_of(n, m, count, seed=5):
+    g = torch.Generator().manual_seed(seed)
+    return torch.stack([torch.randint(0, x, (count,), generator=g) for x in (n, m)], 1)
+
+
+def rand(*shape, seed=6):
+    return torch.rand(*shape, generator=torch.Generator().manual_seed(seed), dtype=F64)
+
+
+def make(name, n, m, d):
+    """The options of a case, for queries (n, d) and keys (m, d)."""
+    queue = unit(9, d, seed=11)
+    queue_ids = random_ids(9, 4, 12, padded=True)
+    hard = unit(n, 3, d, seed=13).requires_grad_()
+    bias = (rand(m) - 0.5).requires_grad_()
+    return {
+        "smoothing": {"label_smoothing": 0.2},
+        "weights": {"query_weights": rand(n), "key_weights": rand(m, seed=7)},
+        "weights, drop": {"query_weights": rand(n), "empty": "drop"},
+        "bias": {"key_bias": bias},
+        "bias, smoothing": {"key_bias": bias, "label_smoothing": 0.3},
+        "queue": {"queue": queue},
+        "queue ids": {"queue": queue, "queue_ids": queue_ids},
+        "hard": {"hard_negatives": hard},
+        "debias": {"debias": 0.1},
+        "debias floor": {"debias": 0.9},
+        "hardness": {"hardness": 0.7},
+        "debias, hardness": {"debias": 0.05, "hardness": 1.5},
+        "queue ids, hard, smoothing": {
+            "queue": queue,
+            "queue_ids": queue_ids,
+            "hard_negatives": hard,
+            "label_smoothing": 0.1,
+        },
+        "all but smoothing": {
+            "queue": queue,
+            "queue_ids": queue_ids,
+            "hard_negatives": hard,
+            "key_bias": bias,
+            "query_weights": rand(n),
+            "key_weights": rand(m, seed=7),
+            "debias": 0.05,
+            "hardness": 0.4,
+            "empty": "drop",
+        },
+    }[name]
+
+
+NAMES = """smoothing; weights; weights, drop; bias; bias, smoothing; queue; queue ids; hard; debias;
+debias floor; hardness; debias, hardness; queue ids, hard, smoothing; all but smoothing"""
+NAMES = [x.strip() for x in NAMES.split(";")]
+
+
+def leaves_of(q, k, scale, options):
+    extra = [x for x in options.values() if isinstance(x, torch.Tensor) and x.requires_grad]
+    return [q, k, scale, *extra]
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("positives", ["mean", "in", "sum"])
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize(("n", "m", "d"), [(1, 3, 2), (13, 9, 5), (6, 17, 40)])
+def test_by_ids(n, m, d, symmetric, positives, name):
+    """Unequal groups, anchors without positives or without negatives, and padding."""
+    q, k = unit(n, d).requires_grad_(), unit(m, d, seed=1).requires_grad_()
+    scale = torch.tensor(4.0, dtype=F64, requires_grad=True)
+    ids = random_ids(n, 5, 2, padded=n > 1), random_ids(m, 4, 3, padded=n > 1)
+    if n == 1:
+        ids = torch.zeros(1, dtype=torch.long), torch.tensor([0, 1, 0])
+    options = make(name, n, m, d) | {"positives": positives, "symmetric": symmetric}
+    if not symmetric:
+        options.pop("key_weights", None)
+    for backend in ("reference", "chunked"):
+        loss = ik.multi_positive_infonce(
+            q, k, scale, query_ids=ids[0], key_ids=ids[1], backend=backend, **options
+        )
+        check(loss, oracle(q, k, scale, *ids, **options), leaves_of(q, k, scale, options))
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("same", [True, False])
+def test_paired_rows_and_one_tower(name, same):
+    """Without ids, and with queries that are the keys, self left out."""
+    q = unit(8, 5).requires_grad_()
+    k = q if same else unit(8, 5, seed=1).requires_grad_()
+    options = make(name, 8, 8, 5) | {"exclude_self": same}
+    ids = [torch.arange(8) // 3] * 2 if same else [None, None]
+    given = {"query_ids": ids[0], "key_ids": ids[1]}
+    scale = torch.tensor(4.0, dtype=F64, requires_grad=True)
+    loss = ik.multi_positive_infonce(q, k, scale, **given, **options)
+    leaves = leaves_of(q, k, scale, options)
+    check(loss, oracle(q, k, scale, *ids, **options), leaves[:1] + leaves[1 + same :])
+
+
+@pytest.mark.parametrize("reduction", ["none", "sum"])
+@pytest.mark.parametrize("name", ["weights", "queue ids", "debias, hardness", "smoothing"])
+def test_reductions(name, reduction):
+    q, k = unit(7, 4), unit(5, 4, seed=1)
+    ids = random_ids(7, 3, 2, padded=True), random_ids(5, 3, 3, padded=True)
+    options = make(name, 7, 5, 4) | {"reduction": reduction}
+    loss = ik.multi_positive_infonce(q, k, 4.0, query_ids=ids[0], key_ids=ids[1], **options)
+    torch.testing.assert_close(loss, oracle(q, k, 4.0, *ids, **options))
+
+
+@pytest.mark.parametrize("positives", ["mean", "in", "sum"])
+@pytest.mark.parametrize("weighted", [True, False])
+@pytest.mark.parametrize(
+    "more", ["", "smoothing", "bias", "queue", "hard", "weights", "drop", "self"]
+)
+def test_positive_pairs(more, weighted, positives):
+    """Pairs that no ids can say, some of them twice, some anchors without one."""
+    n, m = (8, 8) if more == "self" else (8, 11)
+    q, k = unit(n, 5).requires_grad_(), unit(m, 5, seed=1).requires_grad_()
+    scale = torch.tensor(4.0, dtype=F64, requires_grad=True)
+    pairs = pairs_of(n, m, 12)
+    extra = {"self": {"exclude_self": True}, "drop": {"empty": "drop"}, "": {}}
+    options = extra[more] if more in extra else make(more, n, m, 5)
+    options = options | {"positive_pairs": pairs, "positives": positives}
+    if weighted:
+        options["positive_weights"] = rand(12)
+    if weighted and positives == "sum":
+        with pytest.raises(ValueError, match="positive_weights are normalised per anchor"):
+            ik.multi_positive_infonce(q, k, scale, **options)
+        return
+    if not weighted:  # one that comes twice would count twice as a positive, once as a candidate
+        options["positive_pairs"] = pairs.unique(dim=0)
+    check(
+        ik.multi_positive_infonce(q, k, scale, **options),
+        oracle(q, k, scale, **options),
+        leaves_of(q, k, scale, options),
+    )
+
+
+def test_pairs_of_ids_are_the_ids():
+    q, k = unit(9, 5), unit(7, 5, seed=1)
+    ids = random_ids(9, 4, 2), random_ids(7, 4, 3)
+    pairs = (ids[0][:, None] == ids[1]).nonzero()
+    for positives in ("mean", "in", "sum"):
+        by_ids = ik.multi_positive_infonce(
+            q, k, 5.0, query_ids=ids[0], key_ids=ids[1], positives=positives, return_stats=True
+        )
+        by_pairs = ik.multi_positive_infonce(
+            q, k, 5.0, positive_pairs=pairs, positives=positives, return_stats=True
+        )
+        torch.testing.assert_close(by_pairs[0], by_ids[0])
+        for name, value in by_pairs[1].items():
+            if value is not None:  # accuracies and negatives: the kernels cannot tell
+                torch.testing.assert_close(value, by_ids[1][name])
+
+
+def test_scale_and_prior_per_query():
+    """Of iSogCLR's temperatures; a prior of false negatives for each anchor."""
+    q, k = unit(8, 5).requires_grad_(), unit(8, 5, seed=1).requires_grad_()
+    scale = (1 + 5 * rand(8)).requires_grad_()
+    hard = unit(8, 2, 5, seed=4).requires_grad_()
+    options = {
+        "debias": 0.3 * rand(8),
+        "hardness": 0.5,
+        "hard_negatives": hard,
+        "symmetric": False,
+        "queue": unit(4, 5, seed=3),
+    }
+    loss = ik.multi_positive_infonce(q, k, scale, **options)
+    check(loss, oracle(q, k, scale, **options), [q, k, scale, hard])
+    options = {"debias": 0.3 * rand(8)}
+    loss = ik.multi_positive_infonce(q, k, 4.0, **options)
+    check(loss, oracle(q, k, 4.0, **options), [q, k])
+    options = {"label_smoothing": 0.2, "queue": unit(4, 5, seed=3), "hard_negatives": hard}
+    loss = ik.multi_positive_infonce(q, k, scale, **options)
+    check(loss, oracle(q, k, scale, **options), [q, k, scale, hard])
+
+
+def test_label_smoothing_is_cross_entropys():
+    q, k = unit(9, 5), unit(9, 5, seed=1)
+    ours = ik.multi_positive_infonce(q, k, 6.0, label_smoothing=0.3, symmetric=False)
+    theirs = torch.nn.functional.cross_entropy(6 * q @ k.T, torch.arange(9), label_smoothing=0.3)
+    torch.testing.assert_close(ours, theirs)
+
+
+def test_the_queue_has_no_gradient():
+    q, queue = unit(5, 3).requires_grad_(), unit(4, 3, seed=1).requires_grad_()
+    loss = ik.multi_positive_infonce(q, unit(5, 3, seed=2), 5.0, queue=queue)
+    assert torch.autograd.grad(loss, queue, allow_unused=True)[0] is None
+
+
+def test_padding_may_hold_anything():
+    q, k = unit(6, 4), unit(6, 4, seed=1)
+    ids = torch.tensor([0, 1, -1, 2, 3, -1])
+    queue, queue_ids = unit(3, 4, seed=2), torch.tensor([7, -1, 8])
+    options = {"query_ids": ids, "key_ids": ids, "hard_negatives": unit(6, 2, 4, seed=3)}
+    options |= {"queue": queue, "queue_ids": queue_ids, "key_bias": rand(6)}
+    for more in ({"label_smoothing": 0.1}, {"debias": 0.1, "hardness": 1.0}):
+        clean = ik.multi_positive_infonce(q, k, 5.0, **options, **more)
+        q2, k2 = q.clone(), k.clone()
+        q2[ids < 0], k2[ids < 0] = torch.nan, torch.inf
+        q2.requires_grad_(), k2.requires_grad_()
+        loss = ik.multi_positive_infonce(q2, k2, 5.0, **options, **more)
+        torch.testing.assert_close(loss, clean)
+        for grad in torch.autograd.grad(loss, [q2, k2]):
+            assert grad.isfinite().all()
+            assert (grad[ids < 0] == 0).all()
+
+
+def test_features_that_are_not_finite_show():
+    q, k = unit(6, 4), unit(6, 4, seed=1)
+    q[2, 0] = torch.nan
+    ids = torch.arange(6)
+    for options in (
+        {"label_smoothing": 0.1},
+        {"debias": 0.1},
+        {"hardness": 0.5},
+        {"queue": unit(3, 4, seed=2)},
+        {"hard_negatives": unit(6, 2, 4, seed=2)},
+        {"query_weights": torch.ones(6, dtype=F64)},
+    ):
+        assert not ik.multi_positive_infonce(q, k, 5.0, **options).isfinite()
+        alone = {"query_ids": ids + 10 * (ids == 2), "key_ids": ids}  # without a positive, too
+        assert not ik.multi_positive_infonce(q, k, 5.0, **alone, **options).isfinite()
+
+
+@pytest.mark.parametrize("positives", ["mean", "in"])
+def test_stats(positives):
+    q, k = unit(7, 4), unit(9, 4, seed=1)
+    ids = random_ids(7, 4, 2), random_ids(9, 4, 3)
+    given = {"query_ids": ids[0], "key_ids": ids[1], "positives": positives}
+    plain = ik.multi_positive_infonce(q, k, 5.0, return_stats=True, **given)[1]
+    options = {"queue": unit(3, 4, seed=2), "query_weights": rand(7), "hardness": 0.5}
+    loss, stats = ik.multi_positive_infonce(q, k, 5.0, return_stats=True, **options, **given)
+    assert loss == ik.multi_positive_infonce(q, k, 5.0, **options, **given)
+    assert not any(x.requires_grad for x in stats.values())
+    for name in ("row_accuracy", "col_accuracy", "positive_score", "hardest_negative_score"):
+        torch.testing.assert_close(stats[name], plain[name])
+    options.pop("query_weights")
+    rows, cols = oracle(q, k, 5.0, *ids, positives=positives, reduction="none", **options)
+    torch.testing.assert_close(stats["row_loss"], rows)
+    torch.testing.assert_close(stats["col_loss"], cols)
+    queue = {"queue": options["queue"]}
+    stats = ik.multi_positive_infonce(q, k, 5.0, return_stats=True, **queue, **given)[1]
+    torch.testing.assert_close(
+        stats["row_lse"], (5 * q @ torch.cat([k, queue["queue"]]).T).logsumexp(1)
+    )
+
+
+@pytest.mark.parametrize("backend", AVAILABLE)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", NAMES)
+def test_every_backend(name, dtype, backend):
+    """At scale 50, where digits are lost if scores are not relative to their maximum."""
+    n, m, d = 40, 50, 24
+    q, k = unit(n, d, dtype=dtype), unit(m, d, seed=1, dtype=dtype)
+    ids = {"query_ids": random_ids(n, 12, 2, padded=True)}
+    ids["key_ids"] = random_ids(m, 12, 3, padded=True)
+
+    def value_and_grads(q, k, backend):
+        leaves = [x.detach().clone().requires_grad_() for x in (q, k)]
+        options = {
+            key: x.detach().to(q.dtype if key in ("queue", "hard_negatives") else torch.float32)
+            if isinstance(x, torch.Tensor) and x.is_floating_point()
+            else x
+            for key, x in make(name, n, m, d).items()
+        }
+        loss = ik.multi_positive_infonce(*leaves, 50.0, **ids, **options, backend=backend)
+        return loss, *torch.autograd.grad(loss, leaves)
+
+    ours = value_and_grads(q, k, backend)
+    truth = value_and_grads(q.double(), k.double(), "reference")
+    fp32 = dtype == torch.float32
+    torch.testing.assert_close(ours[0].double(), truth[0], rtol=1e-6, atol=5e-5 if fp32 else 1e-2)
+    for x, y in zip(ours[1:], truth[1:], strict=True):
+        assert x.dtype == dtype
+        assert (x - y).abs().max() <= (1e-4 if fp32 else 2e-2) * y.abs().max()
+
+
+def test_gradcheck():
+    q, k = unit(5, 3).requires_grad_(), unit(6, 3, seed=1).requires_grad_()
+    ids = {"query_ids": random_ids(5, 3, 2), "key_ids": random_ids(6, 3, 3)}
+    scale = torch.tensor(3.0, dtype=F64, requires_grad=True)
+    for name in NAMES:
+        options = {
+            key: x.detach() if isinstance(x, torch.Tensor) else x
+            for key, x in make(name, 5, 6, 3).items()
+        }
+        torch.autograd.gradcheck(
+            lambda *x: ik.multi_positive_infonce(*x, **ids, **options),  # noqa: B023
+            (q, k, scale),
+        )
+
+
+X, Y, IDS = torch.randn(5, 3), torch.randn(5, 3), torch.arange(5)
+PAIRS = torch.tensor([[0, 1], [2, 4]])
+BAD = [
+    (TypeError, "label_smoothing must be a number, got str", {"label_smoothing": "a"}),
+    (ValueError, "label_smoothing must be from 0 to 1, got 1.5", {"label_smoothing": 1.5}),
+    (ValueError, "label_smoothing mixes", {"label_smoothing": 0.1, "debias": 0.1}),
+    (ValueError, "hardness must be from 0 upwards, finite, got -1", {"hardness": -1}),
+    (ValueError, "debias must be from 0 to 1, got 2", {"debias": 2}),
+    (ValueError, "debias must be less than 1", {"debias": 1.0}),
+    (ValueError, r"debias must have shape \(5,\)", {"debias": torch.ones(4)}),
+    (ValueError, "debias bounds a key", {"debias": 0.1, "scale": torch.ones(5)}),
+    (ValueError, r"query_weights must have shape \(5,\)", {"query_weights": torch.ones(4)}),
+    (TypeError, "key_weights must have a floating-point dtype", {"key_weights": IDS}),
+    (ValueError, "key_weights weigh", {"key_weights": torch.ones(5), "symmetric": False}),
+    (
+        ValueError,
+        "query_weights must not require a gradient",
+        {"query_weights": torch.ones(5, requires_grad=True)},
+    ),
+    (ValueError, r"key_bias must have shape \(5,\)", {"key_bias": torch.ones(4)}),
+    (ValueError, r"queue must have shape \(Q, D\) with D = 3", {"queue": torch.randn(4, 2)}),
+    (TypeError, "queue must be torch.float32", {"queue": torch.randn(4, 3).double()}),
+    (ValueError, "queue_ids are the ids of queue", {"queue_ids": IDS}),
+    (ValueError, r"queue_ids must have shape \(5,\)", {"queue": X, "queue_ids": IDS[:3]}),
+    (ValueError, "queue_ids compare", {"queue": X, "queue_ids": IDS, "positive_pairs": PAIRS}),
+    (ValueError, r"hard_negatives must have shape \(N, K, D\)", {"hard_negatives": X}),
+    (ValueError, "hard_negatives must hold K keys for each of 5", {"hard_negatives": X[:4, None]}),
+    (TypeError, "positive_pairs must be a tensor", {"positive_pairs": [[0, 1]]}),
+    (TypeError, "positive_pairs must have an integer dtype", {"positive_pairs": PAIRS.float()}),
+    (ValueError, r"positive_pairs must have shape \(P, 2\)", {"positive_pairs": IDS}),
+    (ValueError, "positive_pairs must be row numbers of 5 keys", {"positive_pairs": PAIRS + 1}),
+    (ValueError, "row numbers of 5 queries, got -1 to 1", {"positive_pairs": PAIRS - 1}),
+    (ValueError, "positive_pairs replace", {"positive_pairs": PAIRS, "query_ids": IDS}),
+    (ValueError, "positive_weights are the weights of", {"positive_weights": torch.ones(2)}),
+    (
+        ValueError,
+        r"positive_weights must have shape \(2,\)",
+        {"positive_pairs": PAIRS, "positive_weights": torch.ones(3)},
+    ),
+    (NotImplementedError, "debias and hardness", {"positive_pairs": PAIRS, "hardness": 1.0}),
+]
+
+
+@pytest.mark.parametrize(("error", "message", "options"), BAD, ids=[x[1][:40] for x in BAD])
+def test_bad_input(error, message, options):
+    options = {"scale": 1.0} | options
+    with pytest.raises(error, match=message):
+        ik.multi_positive_infonce(X, Y, options.pop("scale"), **options)
