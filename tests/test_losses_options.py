@@ -1,12 +1,15 @@
 """The options of `multi_positive_infonce`, alone and together, against the formulas written out for
 one anchor after the other in fp64."""
 
+import math
+
 import pytest
 import torch
 from problems import AVAILABLE
 from test_losses import check, random_ids, unit
 
 import ito_kernels as ik
+from ito_kernels.losses.reweighting import debiased
 
 F64 = torch.float64
 
@@ -219,7 +222,11 @@ def test_positive_pairs(more, weighted, positives):
     q, k = unit(n, 5).requires_grad_(), unit(m, 5, seed=1).requires_grad_()
     scale = torch.tensor(4.0, dtype=F64, requires_grad=True)
     pairs = pairs_of(n, m, 12)
-    extra = {"self": {"exclude_self": True}, "drop": {"empty": "drop"}, "": {}}
+    extra = {
+        "self": {"exclude_self": True, "label_smoothing": 0.1},
+        "drop": {"empty": "drop"},
+        "": {},
+    }
     options = extra[more] if more in extra else make(more, n, m, 5)
     options = options | {"positive_pairs": pairs, "positives": positives}
     if weighted:
@@ -283,6 +290,27 @@ def test_label_smoothing_is_cross_entropys():
     torch.testing.assert_close(ours, theirs)
 
 
+def test_no_hardness_is_the_plain_loss():
+    q, k = unit(9, 5), unit(9, 5, seed=1)
+    assert ik.clip_loss(q, k, 6.0, hardness=0) == ik.clip_loss(q, k, 6.0)
+    torch.testing.assert_close(ik.clip_loss(q, k, 6.0, hardness=1e-9), ik.clip_loss(q, k, 6.0))
+    torch.testing.assert_close(ik.clip_loss(q, k, 6.0, debias=0.0), ik.clip_loss(q, k, 6.0))
+
+
+def test_debiased_at_its_floor():
+    """Where nothing is left of the negatives, where less than the floor is, and above it."""
+    negatives = torch.tensor([2.0, 2.0, 2.0, -torch.inf], dtype=F64, requires_grad=True)
+    prior, number = torch.tensor(0.5, dtype=F64), torch.tensor([2.0, 2.0, 2.0, 0.0], dtype=F64)
+    positive = torch.tensor([2.0, 1.9999999, 0.0, 0.0], dtype=F64, requires_grad=True)
+    out = debiased(negatives, positive, number, prior, torch.full((4,), -5.0, dtype=F64))
+    above, floor = (math.exp(2.0) - 2 * 0.5 * 1.0) / 0.5, 2 * math.exp(-5.0)
+    truth = torch.tensor([floor, floor, above, 0.0], dtype=F64).log()
+    torch.testing.assert_close(out, truth)
+    for grad in torch.autograd.grad(out[:3].sum(), [negatives, positive]):
+        assert grad.isfinite().all()
+        assert (grad[:2] == 0).all()
+
+
 def test_the_queue_has_no_gradient():
     q, queue = unit(5, 3).requires_grad_(), unit(4, 3, seed=1).requires_grad_()
     loss = ik.multi_positive_infonce(q, unit(5, 3, seed=2), 5.0, queue=queue)
@@ -295,12 +323,14 @@ def test_padding_may_hold_anything():
     queue, queue_ids = unit(3, 4, seed=2), torch.tensor([7, -1, 8])
     options = {"query_ids": ids, "key_ids": ids, "hard_negatives": unit(6, 2, 4, seed=3)}
     options |= {"queue": queue, "queue_ids": queue_ids, "key_bias": rand(6)}
-    for more in ({"label_smoothing": 0.1}, {"debias": 0.1, "hardness": 1.0}):
-        clean = ik.multi_positive_infonce(q, k, 5.0, **options, **more)
+    no_ids = {"queue_ids": None}
+    for more in ({"label_smoothing": 0.1}, {"debias": 0.1, "hardness": 1.0}, no_ids):
+        given = options | more
+        clean = ik.multi_positive_infonce(q, k, 5.0, **given)
         q2, k2 = q.clone(), k.clone()
         q2[ids < 0], k2[ids < 0] = torch.nan, torch.inf
         q2.requires_grad_(), k2.requires_grad_()
-        loss = ik.multi_positive_infonce(q2, k2, 5.0, **options, **more)
+        loss = ik.multi_positive_infonce(q2, k2, 5.0, **given)
         torch.testing.assert_close(loss, clean)
         for grad in torch.autograd.grad(loss, [q2, k2]):
             assert grad.isfinite().all()
@@ -321,6 +351,7 @@ def test_features_that_are_not_finite_show():
     ):
         assert not ik.multi_positive_infonce(q, k, 5.0, **options).isfinite()
         alone = {"query_ids": ids + 10 * (ids == 2), "key_ids": ids}  # without a positive, too
+        alone["symmetric"] = False
         assert not ik.multi_positive_infonce(q, k, 5.0, **alone, **options).isfinite()
 
 
@@ -375,6 +406,29 @@ def test_every_backend(name, dtype, backend):
     for x, y in zip(ours[1:], truth[1:], strict=True):
         assert x.dtype == dtype
         assert (x - y).abs().max() <= (1e-4 if fp32 else 2e-2) * y.abs().max()
+
+
+@pytest.mark.parametrize("backend", AVAILABLE)
+@pytest.mark.parametrize("name", ["hardness", "debias, hardness", "pairs"])
+def test_half_precision_is_rounded_once(name, backend):
+    """A hard negative beside each positive at scale 50: parts of several passes cancel."""
+    x = unit(40, 24)
+    y = (x + 0.02 * unit(40, 24, seed=1)).to(torch.bfloat16)
+    y = torch.cat([y, (y + 0.02 * unit(40, 24, seed=2)).to(torch.bfloat16)])
+    x, count = x.to(torch.bfloat16), torch.arange(40)
+    options = {"symmetric": False, "query_ids": count, "key_ids": torch.arange(80)}
+    if name == "pairs":
+        options = {"symmetric": False, "positive_pairs": torch.stack([count, count], 1)}
+    else:
+        options |= make(name, 40, 80, 24)
+
+    def grads(dtype, backend):
+        leaves = [v.to(dtype).requires_grad_() for v in (x, y)]
+        loss = ik.multi_positive_infonce(*leaves, 50.0, backend=backend, **options)
+        return torch.autograd.grad(loss, leaves)
+
+    for a, b in zip(grads(torch.bfloat16, backend), grads(F64, "reference"), strict=True):
+        assert (a - b).abs().max() <= 5e-3 * b.abs().max()
 
 
 def test_gradcheck():

@@ -8,12 +8,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from ..similarity import similarity_logsumexp
-from ..similarity.spec import Stats
+from ..similarity.spec import Stats, check_ids, check_pair, check_scale
 from .common import count_positives
-from .precision import accumulated, inner
+from .precision import accumulated, as_autocast, inner
+
+OTHER = {"row": "col", "col": "row"}
 
 
 class Direction(NamedTuple):
@@ -34,14 +37,17 @@ class Batch:
     scale: Tensor
     query_ids: Tensor | None
     key_ids: Tensor | None
-    exclude_self: bool
     symmetric: bool
-    key_bias: Tensor | None
     backend: str | None
+    exclude_self: bool = False
+    key_bias: Tensor | None = None
 
     @property
     def directions(self) -> tuple[str, ...]:
         return ("row", "col") if self.symmetric else ("row",)
+
+    def features(self, side: str) -> Tensor:
+        return self.queries if side == "row" else self.keys
 
     def ids(self, side: str) -> Tensor | None:
         return self.query_ids if side == "row" else self.key_ids
@@ -77,9 +83,8 @@ class Batch:
     def positives(self, side: str) -> Tensor:
         """k, the number of keys (queries) with the id of each anchor."""
         if self.query_ids is None:
-            n = len(self.queries if side == "row" else self.keys)
-            return self.scale.new_full((n,), 0 if self.exclude_self else 1)
-        ids, others = self.ids(side), self.ids("col" if side == "row" else "row")
+            return self.scale.new_full((len(self.features(side)),), 0 if self.exclude_self else 1)
+        ids, others = self.ids(side), self.ids(OTHER[side])
         k = count_positives(ids, others)
         if self.exclude_self:
             k = k - ((ids == others) & (ids >= 0)).long()
@@ -87,10 +92,8 @@ class Batch:
 
     def candidates(self, side: str) -> Tensor:
         """How many keys (queries) each anchor is compared with."""
-        n, m = len(self.queries), len(self.keys)
-        if side == "col":
-            n, m = m, n
-        others = self.ids("col" if side == "row" else "row")
+        n, m = len(self.features(side)), len(self.features(OTHER[side]))
+        others = self.ids(OTHER[side])
         number = self.scale.new_full((n,), m if others is None else 0)
         if others is not None:
             number = number + (others >= 0).sum()
@@ -117,3 +120,35 @@ class Batch:
                 bias = bias.masked_fill(self.key_ids < 0, 0)
             total = total + bias.sum() - (bias if self.exclude_self else 0)
         return total
+
+
+def make_batch(
+    queries: Tensor,
+    keys: Tensor,
+    logit_scale: float | Tensor,
+    query_ids: Tensor | None,
+    key_ids: Tensor | None,
+    symmetric: bool,
+    backend: str | None,
+    promote: bool = False,
+) -> Batch:
+    """A checked batch. `promote`: bf16 and fp16 features in fp32, those of autocast too."""
+    check_pair("queries", queries, "keys", keys)
+    scale = check_scale("logit_scale", logit_scale, queries)
+    n, m, device = len(queries), len(keys), queries.device
+    if n != m and (query_ids is None or key_ids is None):
+        raise ValueError(
+            f"query_ids and key_ids are needed where queries and keys differ in number: got"
+            f" {n} queries, {m} keys and no {'query_ids' if query_ids is None else 'key_ids'}"
+        )
+    if query_ids is not None or key_ids is not None:
+        rows = torch.arange(n, device=device)
+        query_ids = rows if query_ids is None else query_ids
+        key_ids = rows if key_ids is None else key_ids
+        query_ids = check_ids("query_ids", query_ids, n, "queries", device)
+        key_ids = check_ids("key_ids", key_ids, m, "keys", device)
+    if promote:
+        same = keys is queries
+        queries = accumulated(as_autocast(queries))
+        keys = queries if same else accumulated(as_autocast(keys))
+    return Batch(queries, keys, scale, query_ids, key_ids, symmetric, backend)

@@ -64,10 +64,10 @@ def infonce_with_options(
             queries if same else keys,
             scale,
             **ids,
-            exclude_self=exclude_self,
             symmetric=symmetric,
-            key_bias=o.key_bias,
             backend=backend,
+            exclude_self=exclude_self,
+            key_bias=o.key_bias,
         )
         anchors = _anchors(batch, o, positives)
         weights = {"row": o.query_weights, "col": o.key_weights}

@@ -124,7 +124,7 @@ def multi_positive_infonce(
 
     Sources: van den Oord et al. 2018 (InfoNCE); Khosla et al. 2020, eq. 2 and 3 (SupCon);
     Miech et al. 2020 (MIL-NCE); He et al. 2020 (queue); Yi et al. 2019 (logQ correction); Chuang et
-    al. 2020, eq. 8 (debias); Robinson et al. 2021, eq. 4 (hardness).
+    al. 2020 (debias); Robinson et al. 2021 (hardness).
     """
     not_yet(false_negative_margin=false_negative_margin, group=group, chunk_size=chunk_size)
     options = Options(

@@ -61,8 +61,8 @@ def check_options(
     """The options in the dtypes of the computation. Raises TypeError or ValueError by name."""
     n, m, device = len(queries), len(keys), queries.device
     o = o._replace(
-        label_smoothing=_number("label_smoothing", o.label_smoothing, 0, 1),
-        hardness=_number("hardness", o.hardness, 0, math.inf) or None,  # 0 weighs nothing
+        label_smoothing=check_number("label_smoothing", o.label_smoothing, 0, 1),
+        hardness=check_number("hardness", o.hardness, 0, math.inf) or None,  # 0 weighs nothing
         debias=_check_debias(o.debias, scale, queries, m, symmetric),
     )
     if o.label_smoothing and o.reweighted:
@@ -103,7 +103,7 @@ def check_options(
     return o
 
 
-def _number(name: str, x: object, low: float, high: float) -> float | None:
+def check_number(name: str, x: object, low: float, high: float) -> float | None:
     if x is None:
         return None
     if isinstance(x, bool) or not isinstance(x, (int, float)):
@@ -132,7 +132,7 @@ def _check_debias(tau: object, scale: Tensor, queries: Tensor, m: int, symmetric
                 f" {n} queries and {m} keys"
             )
         return tau
-    tau = _number("debias", tau.item() if isinstance(tau, Tensor) else tau, 0, 1)
+    tau = check_number("debias", tau.item() if isinstance(tau, Tensor) else tau, 0, 1)
     if tau == 1:
         raise ValueError("debias must be less than 1: it is the share of false negatives")
     return torch.full((), tau, dtype=accumulate_dtype(queries.dtype), device=queries.device)

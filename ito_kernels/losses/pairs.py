@@ -1,22 +1,26 @@
-"""Positives as a list of pairs, where no ids can say them: multi-label data, graphs, mixtures."""
+"""Positives as a list of pairs: those that are given, and those that have equal ids."""
 
 from __future__ import annotations
+
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
 from ..similarity.pairs import finite_shift
 from .batch import Batch
-from .precision import inner
+from .common import count_positives
+from .precision import inner, take
 
 
 class Positives:
-    """P pairs (row, column) of a batch, and their weights (1 by default). Memory O(P·D)."""
+    """What no ids can say (multi-label data, graphs, mixtures): P pairs (row, column) of a batch,
+    and their weights (1 by default). Memory O(P·D)."""
 
     def __init__(self, batch: Batch, rows: Tensor, cols: Tensor, weights: Tensor | None):
         self.batch, self.rows, self.cols = batch, rows, cols
         scale = batch.scale[rows] if batch.scale.ndim else batch.scale
-        self.scores = scale * inner(batch.queries[rows], batch.keys[cols])
+        self.scores = scale * inner(take(batch.queries, rows), take(batch.keys, cols))
         self.weights = torch.ones_like(self.scores) if weights is None else weights
         if batch.exclude_self:
             self.weights = self.weights.masked_fill(rows == cols, 0)
@@ -40,3 +44,21 @@ class Positives:
         k, sum_of_exp = add(self.weights), add(self.weights * exp)
         log_sum = torch.where(sum_of_exp > 0, sum_of_exp, 1).log() + top
         return k, add(self.weights * scores) / torch.where(k == 0, 1, k), log_sum
+
+
+def equal_ids(batch: Batch, panel: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """The positive pairs (rows, columns) of a batch, `panel` at a time. Waits for the device."""
+    ids, others, device = batch.query_ids, batch.key_ids, batch.queries.device
+    if ids is None:
+        for start in range(0, len(batch.queries), panel):
+            rows = torch.arange(start, min(start + panel, len(batch.queries)), device=device)
+            yield rows, rows
+        return
+    ordered, order = others.sort(stable=True)
+    first, k = torch.searchsorted(ordered, ids), count_positives(ids, others)
+    end = k.cumsum(0)
+    number = int(end[-1])
+    for start in range(0, number, panel):
+        pair = torch.arange(start, min(start + panel, number), device=device)
+        rows = torch.searchsorted(end, pair, right=True)
+        yield rows, order[first[rows] + pair - (end - k)[rows]]

@@ -42,3 +42,9 @@ def logaddexp(x: Tensor, y: Tensor) -> Tensor:
     nothing = (x == -torch.inf) & (y == -torch.inf)
     total = torch.logaddexp(x.masked_fill(nothing, 0), y.masked_fill(nothing, 0))
     return total.masked_fill(nothing, -torch.inf)
+
+
+def take(x: Tensor, rows: Tensor) -> Tensor:
+    """x[rows], with a gradient that is deterministic: on the GPU that of indexing, which sorts; on
+    the CPU that of index_select, in order (0.1 s where the other takes 2.9, 65,536 x 512)."""
+    return x[rows] if x.is_cuda else x.index_select(0, rows)

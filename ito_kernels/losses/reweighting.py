@@ -13,7 +13,7 @@ def hard(log_weights: Tensor, log_weighted: Tensor, number: Tensor) -> Tensor:
     """log Σ_j w_j e^{S_j} over the negatives, with w_j = e^{βS_j} / mean e^{βS}.
 
     log_weights: log Σ e^{βS}. log_weighted: log Σ e^{(1+β)S}. number: of negatives; -inf for none.
-    Source: Robinson et al. 2021, eq. 4 with the batch's own partition function.
+    Source: Robinson et al. 2021, with the batch's own partition function.
     """
     some = number > 0
     weighted = torch.where(some, log_weighted, 0) - torch.where(some, log_weights, 0)
@@ -27,7 +27,7 @@ def debiased(
 
     log_negatives: log Σ e^{S⁻}. log_positive: log of the mean e^{S⁺}. prior: τ⁺, 0-d or one per
     anchor. floor: the least score that there can be. -inf without negatives.
-    Source: Chuang et al. 2020, eq. 8, with M the number of positives of the anchor.
+    Source: Chuang et al. 2020, with M the number of positives of the anchor.
     """
     some = number > 0
     log_number = number.clamp(min=1).log()

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ..similarity.spec import check_features, check_ids, check_pair, check_scale, scalar
-from .common import scale_from_temperature
+from .common import check_choice, scale_from_temperature
 from .infonce import multi_positive_infonce
 
 
@@ -17,15 +17,18 @@ def supcon_loss(
     base_temperature: float | None = None,
     empty: str = "zero",
     *,
+    positives: str = "mean",
     group=None,
     chunk_size: int | None = None,
     backend: str | None = None,
 ) -> Tensor:
-    """Supervised contrastive loss, L_out.
+    """Supervised contrastive loss.
 
-        L = mean_i [ logsumexp_{j ≠ i} S_ij - (1/k_i) Σ_{j ∈ P_i} S_ij ],   S = f · fᵀ / temperature
+        L_out = mean_i [ logsumexp_{j ≠ i} S_ij - (1/k_i) Σ_{j ∈ P_i} S_ij ]
+        L_in  = mean_i [ logsumexp_{j ≠ i} S_ij - log (1/k_i) Σ_{j ∈ P_i} exp S_ij ]
 
-    with P_i the k_i other rows that share the label of row i. S is never formed.
+    with S = features · featuresᵀ / temperature and P_i the k_i other rows that share the label of
+    row i. S is never formed.
 
     Args:
         features: (N, D), L2-normalised; several views of a sample are rows with one label.
@@ -34,10 +37,12 @@ def supcon_loss(
         base_temperature: where given, the loss is multiplied by temperature / base_temperature, as
             in the authors' code; the factor is 1 otherwise.
         empty: a row without a positive counts as 0 in the mean ("zero") or is left out ("drop").
+        positives: "mean" for L_out, "in" for L_in.
 
     Returns a 0-d fp32 tensor (fp64 for fp64 features). Raises as `multi_positive_infonce`.
-    Source: Khosla et al. 2020 (SupCon), eq. 2.
+    Source: Khosla et al. 2020 (SupCon), eq. 2 and 3.
     """
+    check_choice("positives", positives, ("mean", "in"))
     check_features("features", features)
     labels = check_ids("labels", labels, len(features), "features", features.device)
     loss = multi_positive_infonce(
@@ -46,6 +51,7 @@ def supcon_loss(
         scale_from_temperature(temperature, features),
         query_ids=labels,
         key_ids=labels,
+        positives=positives,
         symmetric=False,
         exclude_self=True,
         empty=empty,

@@ -1,0 +1,131 @@
+"""Decoupled losses: a positive is compared with the negatives, not with the other positives."""
+
+from __future__ import annotations
+
+from torch import Tensor
+from torch.nn.functional import softplus
+from torch.utils.checkpoint import checkpoint
+
+from ..similarity import similarity_logsumexp
+from .batch import Batch, make_batch
+from .common import not_yet
+from .pairs import equal_ids
+from .precision import inner, take, without_autocast
+
+# Pairs are gathered 2^22 elements at a time, 16 MiB in fp32, of each side.
+GATHERED = 1 << 22
+
+
+def decoupled_contrastive_loss(
+    queries: Tensor,
+    keys: Tensor,
+    logit_scale: float | Tensor,
+    *,
+    query_ids: Tensor | None = None,
+    key_ids: Tensor | None = None,
+    symmetric: bool = True,
+    group=None,
+    chunk_size: int | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """InfoNCE whose denominator leaves the positives out.
+
+        L = mean_i [ log Σ_{j ∉ P_i} exp S_ij - (1/k_i) Σ_{j ∈ P_i} S_ij ]
+
+    with S = logit_scale · queries · keysᵀ and the k_i positives P_i of query i; where symmetric the
+    mean of this and the same along the columns. S is never formed. An anchor without positives or
+    without negatives contributes 0.
+
+    Args:
+        queries, keys: (N, D) and (M, D), L2-normalised.
+        logit_scale: the multiplier itself: a number, a 0-d tensor or an (N,) tensor.
+        query_ids, key_ids: (N,) and (M,) integers, equal for positives; each defaults to the row
+            number, then N must equal M. A negative id is a padded row that takes no part.
+
+    Returns a 0-d fp32 tensor (fp64 for fp64 features). Raises as `multi_positive_infonce`.
+    Source: Yeh et al. 2022 (Decoupled contrastive learning).
+    """
+    not_yet(group=group, chunk_size=chunk_size)
+    batch = make_batch(queries, keys, logit_scale, query_ids, key_ids, symmetric, backend)
+    weights = {}
+    for side in batch.directions:
+        k, negatives = batch.positives(side), batch.candidates(side) - batch.positives(side)
+        u = ((k > 0) & (negatives > 0)) * _share(batch, side)
+        weights[f"{side}_weights"] = u, -u / k.clamp(min=1)
+    return similarity_logsumexp(
+        batch.queries,
+        batch.keys,
+        batch.scale,
+        row_ids=batch.query_ids,
+        col_ids=batch.key_ids,
+        positives="linear",
+        exclude_positives=True,
+        cols=symmetric,
+        return_stats=False,
+        backend=backend,
+        **weights,
+    )
+
+
+def decoupled_softmax_loss(
+    queries: Tensor,
+    keys: Tensor,
+    logit_scale: float | Tensor,
+    *,
+    query_ids: Tensor | None = None,
+    key_ids: Tensor | None = None,
+    symmetric: bool = True,
+    group=None,
+    chunk_size: int | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """Multi-label softmax: each positive has a denominator of itself and the negatives.
+
+        L = mean_i (1/k_i) Σ_{p ∈ P_i} [ log(exp S_ip + Σ_{j ∉ P_i} exp S_ij) - S_ip ]
+          = mean_i (1/k_i) Σ_{p ∈ P_i} softplus(log Σ_{j ∉ P_i} exp S_ij - S_ip)
+
+    Arguments, the symmetric form and anchors without positives or negatives as in
+    `decoupled_contrastive_loss`. The positive pairs are gathered a panel at a time: time O(P·D)
+    for P of them beside the passes over S, memory O((N + M)·D). bf16 and fp16 features are computed
+    in fp32, because positives and negatives meet outside the kernels.
+
+    Returns a 0-d fp32 tensor (fp64 for fp64 features). Raises as `multi_positive_infonce`.
+    Source: Feeney and Hughes 2023 (SINCERE).
+    """
+    not_yet(group=group, chunk_size=chunk_size)
+    batch = make_batch(
+        queries, keys, logit_scale, query_ids, key_ids, symmetric, backend, promote=True
+    )
+    with without_autocast(queries.device):
+        lse, weights = [], []
+        for side, found in batch.statistics(exclude_positives=True).items():
+            lse.append(found.logsum + found.max)
+            weights.append(_share(batch, side) / batch.positives(side).clamp(min=1))
+        total = 0
+        for rows, cols in equal_ids(batch, max(1, GATHERED // queries.shape[1])):
+            total = total + checkpoint(
+                _panel,
+                *(batch.queries, batch.keys, batch.scale, rows, cols, lse, weights),
+                use_reentrant=False,
+                preserve_rng_state=False,
+            )
+        return total
+
+
+def _panel(queries, keys, scale, rows, cols, lse, weights) -> Tensor:
+    """The pairs (rows, cols), of each direction that has statistics."""
+    scale = take(scale, rows) if scale.ndim else scale
+    scores = scale * inner(take(queries, rows), take(keys, cols))
+    total = 0
+    for anchor, log_negatives, weight in zip((rows, cols), lse, weights, strict=False):
+        # torch's default threshold of 20 returns x itself beyond it, off by 2e-9
+        terms = softplus(take(log_negatives, anchor) - scores, threshold=40)
+        total = total + (take(weight, anchor) * terms).sum()
+    return total
+
+
+def _share(batch: Batch, side: str) -> Tensor:
+    """What an anchor's loss is multiplied by in the mean, of both directions where symmetric."""
+    ids = batch.ids(side)
+    number = len(batch.features(side)) if ids is None else (ids >= 0).sum().clamp(min=1)
+    return batch.scale.new_full((), 0.5 if batch.symmetric else 1.0) / number

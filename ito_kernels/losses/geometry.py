@@ -1,0 +1,90 @@
+"""Alignment and uniformity: the two properties of a contrastive loss, each on its own."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from ..similarity import similarity_logsumexp
+from ..similarity.spec import check_features, check_pair, check_scale
+from .common import not_yet
+from .precision import accumulated, as_autocast, without_autocast
+
+
+def uniformity_loss(
+    x: Tensor,
+    t: float = 2.0,
+    *,
+    group=None,
+    chunk_size: int | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """How evenly embeddings spread: the logarithm of their mean Gaussian potential.
+
+        L = log mean_{i ≠ j} exp(-t‖x_i - x_j‖²)
+
+    as one logsumexp of 2t·x·xᵀ - t‖x_i‖² - t‖x_j‖², which is never formed.
+
+    Args:
+        x: (N, D) with N ≥ 2, usually L2-normalised. bf16 and fp16 are computed in fp32: the
+            attraction of near neighbours meets that of the norms outside the kernels.
+        t: a number greater than 0.
+
+    Returns a 0-d fp32 tensor (fp64 for fp64 features).
+    Raises TypeError or ValueError for an argument that does not fit, by name.
+    Source: Wang and Isola 2020, eq. 7, without the pairs (i, i).
+    """
+    not_yet(group=group, chunk_size=chunk_size)
+    check_features("x", x)
+    if len(x) < 2:
+        raise ValueError(f"x must have at least 2 rows: uniformity is of pairs, got {len(x)}")
+    t = check_scale("t", t, x)
+    if t.ndim:
+        raise ValueError(f"t must be a number or a 0-d tensor, got shape {tuple(t.shape)}")
+    n = len(x)
+    x = accumulated(as_autocast(x))
+    with without_autocast(x.device):
+        norms = -t * x.square().sum(1)
+        stats = similarity_logsumexp(
+            x,
+            x,
+            2 * t,
+            row_bias=norms,
+            col_bias=norms,
+            exclude_self=True,
+            cols=False,
+            backend=backend,
+        )
+        return (stats.row_max + stats.row_logsum).logsumexp(0) - math.log(n * (n - 1))
+
+
+def alignment_loss(
+    x: Tensor,
+    y: Tensor,
+    alpha: float = 2.0,
+    *,
+    group=None,
+    chunk_size: int | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """How close positives are: mean_i ‖x_i - y_i‖^alpha.
+
+    Args:
+        x, y: (N, D), usually L2-normalised; row i of both belongs together.
+        alpha: a number greater than 0. Rows that coincide have a gradient of 0 for every alpha.
+        backend: accepted as everywhere; there is no matrix to choose one for.
+
+    Returns a 0-d fp32 tensor (fp64 for fp64 features).
+    Raises TypeError or ValueError for an argument that does not fit, by name.
+    Source: Wang and Isola 2020, eq. 6.
+    """
+    not_yet(group=group, chunk_size=chunk_size)
+    check_pair("x", x, "y", y)
+    if len(x) != len(y):
+        raise ValueError(f"x and y must have as many rows, got {len(x)} and {len(y)}")
+    check_scale("alpha", alpha, x)
+    square = (accumulated(x) - accumulated(y)).square().sum(1)
+    some = square != 0  # the root has no derivative at 0
+    return torch.where(some, torch.where(some, square, 1) ** (alpha / 2), 0).mean()

@@ -1,0 +1,59 @@
+"""The loss of retrieval models: a query, its passage, and hard negatives that all queries share."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..similarity.spec import check_pair
+from .infonce import multi_positive_infonce
+
+
+def mnrl_loss(
+    queries: Tensor,
+    positives: Tensor,
+    negatives: Tensor | None = None,
+    scale: float | Tensor = 20.0,
+    *,
+    normalize: bool = True,
+    group=None,
+    chunk_size: int | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """Multiple negatives ranking loss.
+
+        L = mean_i [ logsumexp_j S_ij - S_ii ],   S = scale · queries · [positives; negatives]ᵀ
+
+    Every query is compared with all positives and all negatives of the batch. S is never formed.
+
+    Args:
+        queries, positives: (N, D); row i of both belongs together.
+        negatives: (N, D), or (N, K, D) for K of each query.
+        scale: 1 / temperature: a number, a 0-d tensor or an (N,) tensor.
+        normalize: L2-normalise everything first (cosine similarity); False: inner products.
+
+    Returns a 0-d fp32 tensor (fp64 for fp64 features). Raises as `multi_positive_infonce`.
+    Source: Henderson et al. 2017, eq. 4; the defaults are those of sentence-transformers.
+    """
+    check_pair("queries", queries, "positives", positives)
+    n = len(queries)
+    if len(positives) != n:
+        raise ValueError(
+            f"queries and positives must have as many rows, got {n} and {len(positives)}"
+        )
+    where = {"group": group, "chunk_size": chunk_size, "backend": backend}
+    options = {"symmetric": False, "normalize": normalize, **where}
+    if negatives is None:
+        return multi_positive_infonce(queries, positives, scale, **options)
+    if not isinstance(negatives, Tensor):
+        raise TypeError(f"negatives must be a tensor, got {type(negatives).__name__}")
+    if negatives.ndim not in (2, 3) or len(negatives) != n:
+        raise ValueError(
+            f"negatives must have shape (N, D) or (N, K, D) with N = {n}, got"
+            f" {tuple(negatives.shape)}"
+        )
+    negatives = negatives.flatten(0, -2)
+    check_pair("queries", queries, "negatives", negatives)
+    keys = torch.cat([positives, negatives])
+    rows = torch.arange(len(keys), device=queries.device)
+    return multi_positive_infonce(queries, keys, scale, query_ids=rows[:n], key_ids=rows, **options)

@@ -1,0 +1,68 @@
+"""Three modalities at once, by their multilinear inner product."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn.functional import softplus
+
+from ..similarity import similarity_logsumexp
+from ..similarity.spec import check_pair, check_scale
+from .common import not_yet
+from .precision import accumulated, as_autocast, inner, without_autocast
+
+
+def symile_loss(
+    x: Tensor,
+    y: Tensor,
+    z: Tensor,
+    logit_scale: float | Tensor,
+    generator: torch.Generator | None = None,
+    *,
+    group=None,
+    chunk_size: int | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """InfoNCE of triples: x_i is compared with products of a y and a z.
+
+        L_x = mean_i [ log(exp T_i + Σ_{j ≠ i} exp S_ij) - T_i ]
+        S_ij = logit_scale · <x_i, y_π(j) ∘ z_σ(j)>,   T_i = logit_scale · <x_i, y_i ∘ z_i>
+
+    with random permutations π and σ; L is the mean of L_x, L_y and L_z, each with permutations of
+    its own. No S is formed.
+
+    Args:
+        x, y, z: (N, D); row i of all three belongs together. bf16 and fp16 are computed in fp32:
+            the true triples and the others meet outside the kernels.
+        logit_scale: the multiplier itself: a number, a 0-d tensor or an (N,) tensor.
+        generator: of the permutations, two for each of x, y and z in this order; on the device of
+            x or on the CPU. PyTorch's default one otherwise.
+
+    Returns a 0-d fp32 tensor (fp64 for fp64 features).
+    Raises TypeError or ValueError for an argument that does not fit, by name.
+    Source: Saporta et al. 2024 (Symile), with N - 1 negatives of each positive.
+    """
+    not_yet(group=group, chunk_size=chunk_size)
+    for name, other in (("y", y), ("z", z)):
+        check_pair("x", x, name, other)
+        if len(other) != len(x):
+            raise ValueError(f"x and {name} must have as many rows, got {len(x)} and {len(other)}")
+    scale = check_scale("logit_scale", logit_scale, x)
+    x, y, z = (accumulated(as_autocast(v)) for v in (x, y, z))
+    device = x.device if generator is None else generator.device
+
+    def shuffled(v: Tensor) -> Tensor:
+        order = torch.randperm(len(v), generator=generator, device=device)
+        return v[order.to(v.device)]
+
+    with without_autocast(x.device):
+        total = 0
+        for anchor, second, third in ((x, y, z), (y, x, z), (z, x, y)):
+            others = shuffled(second) * shuffled(third)
+            stats = similarity_logsumexp(
+                anchor, others, scale, exclude_self=True, cols=False, backend=backend
+            )
+            true = scale * inner(anchor, second * third)
+            negatives = stats.row_logsum + stats.row_max
+            total = total + softplus(negatives - true, threshold=40).mean()
+        return total / 3
