@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 from torch.nn.functional import softplus
 from torch.utils.checkpoint import checkpoint
@@ -96,30 +97,41 @@ def decoupled_softmax_loss(
     batch = make_batch(
         queries, keys, logit_scale, query_ids, key_ids, symmetric, backend, promote=True
     )
-    with without_autocast(queries.device):
-        lse, weights = [], []
-        for side, found in batch.statistics(exclude_positives=True).items():
-            lse.append(found.logsum + found.max)
-            weights.append(_share(batch, side) / batch.positives(side).clamp(min=1))
+    weights = {
+        side: _share(batch, side) / batch.positives(side).clamp(min=1) for side in batch.directions
+    }
+    return softmax_over_negatives(batch, weights)
+
+
+def softmax_over_negatives(batch: Batch, weights: dict[str, Tensor]) -> Tensor:
+    """Σ over directions, anchors i and positives p of weight_i · softplus(log Σ_neg exp S - S_ip).
+
+    weights: one for each anchor of a direction, (N,) or (M,).
+    """
+    with without_autocast(batch.queries.device):
+        found = batch.statistics(exclude_positives=True)
+        log_negatives = [x.logsum + x.max for x in found.values()]
+        weights = [weights[side] for side in found]
         total = 0
-        for rows, cols in equal_ids(batch, max(1, GATHERED // queries.shape[1])):
+        for rows, cols in equal_ids(batch, max(1, GATHERED // batch.queries.shape[1])):
             total = total + checkpoint(
                 _panel,
-                *(batch.queries, batch.keys, batch.scale, rows, cols, lse, weights),
+                *(batch.queries, batch.keys, batch.scale, rows, cols, log_negatives, weights),
                 use_reentrant=False,
                 preserve_rng_state=False,
             )
-        return total
+        # also where there is no pair at all: a gradient of 0, and what is not finite shows
+        return total + 0 * sum(x.masked_fill(x == -torch.inf, 0).sum() for x in log_negatives)
 
 
-def _panel(queries, keys, scale, rows, cols, lse, weights) -> Tensor:
-    """The pairs (rows, cols), of each direction that has statistics."""
+def _panel(queries, keys, scale, rows, cols, log_negatives, weights) -> Tensor:
+    """The pairs (rows, cols), in each direction."""
     scale = take(scale, rows) if scale.ndim else scale
     scores = scale * inner(take(queries, rows), take(keys, cols))
     total = 0
-    for anchor, log_negatives, weight in zip((rows, cols), lse, weights, strict=False):
+    for anchor, others, weight in zip((rows, cols), log_negatives, weights, strict=False):
         # torch's default threshold of 20 returns x itself beyond it, off by 2e-9
-        terms = softplus(take(log_negatives, anchor) - scores, threshold=40)
+        terms = softplus(take(others, anchor) - scores, threshold=40)
         total = total + (take(weight, anchor) * terms).sum()
     return total
 

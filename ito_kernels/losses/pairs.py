@@ -61,4 +61,7 @@ def equal_ids(batch: Batch, panel: int) -> Iterator[tuple[Tensor, Tensor]]:
     for start in range(0, number, panel):
         pair = torch.arange(start, min(start + panel, number), device=device)
         rows = torch.searchsorted(end, pair, right=True)
-        yield rows, order[first[rows] + pair - (end - k)[rows]]
+        cols = order[first[rows] + pair - (end - k)[rows]]
+        if batch.exclude_self:
+            rows, cols = rows[rows != cols], cols[rows != cols]
+        yield rows, cols

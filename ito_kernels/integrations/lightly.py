@@ -1,0 +1,75 @@
+"""`NTXentLoss` of lightly, with its memory bank.
+
+-   from lightly.loss import NTXentLoss
++   from ito_kernels.integrations.lightly import NTXentLoss
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import normalize, softplus
+
+from ..losses.common import scale_from_temperature
+from ..losses.precision import accumulated, as_autocast, inner, without_autocast
+from ..losses.supcon import nt_xent_loss
+from ..similarity import similarity_logsumexp
+from ..similarity.spec import check_pair
+
+
+class NTXentLoss(nn.Module):
+    """NT-Xent of two views; with a memory bank, the loss of MoCo.
+
+        bank of 0:  `nt_xent_loss` of the L2-normalised views
+        otherwise:  mean_i [ log(exp S_i + Σ_j exp(<out0_i, bank_j> / temperature)) - S_i ],
+                    S_i = <out0_i, out1_i> / temperature
+
+    Args:
+        temperature: a number.
+        memory_bank_size: 0, or (rows, D): embeddings of earlier batches, at first random ones. The
+            views out1 enter it, the oldest leave it, in each call in which out0 has a gradient.
+        gather_distributed: not in this version.
+    """
+
+    def __init__(
+        self,
+        temperature: float = 0.5,
+        memory_bank_size: int | Sequence[int] = 0,
+        gather_distributed: bool = False,
+    ):
+        super().__init__()
+        if gather_distributed:
+            raise NotImplementedError("gather_distributed is not in this version of ito_kernels")
+        size = (memory_bank_size,) if isinstance(memory_bank_size, int) else tuple(memory_bank_size)
+        if size != (0,) and (len(size) != 2 or min(size) < 1):
+            raise ValueError(f"memory_bank_size must be 0 or (rows, D), got {memory_bank_size}")
+        self.temperature = temperature
+        bank = None if size == (0,) else normalize(torch.randn(size), dim=1)
+        self.register_buffer("bank", bank, persistent=False)
+        self._next = 0  # the row that the next batch is written to
+
+    def forward(self, out0: Tensor, out1: Tensor) -> Tensor:
+        check_pair("out0", out0, "out1", out1)
+        out0, out1 = normalize(out0, dim=1), normalize(out1, dim=1)
+        if self.bank is None:
+            return nt_xent_loss(out0, out1, self.temperature)
+        scale = scale_from_temperature(self.temperature, out0)
+        a, b = accumulated(as_autocast(out0)), accumulated(as_autocast(out1))
+        bank = as_autocast(self.bank.to(device=a.device, dtype=out0.dtype, copy=True)).to(a.dtype)
+        if out0.requires_grad:
+            self._remember(out1)
+        with without_autocast(a.device):
+            stats = similarity_logsumexp(a, bank, scale, cols=False)
+            negatives = stats.row_logsum + stats.row_max
+            return softplus(negatives - scale * inner(a, b), threshold=40).mean()
+
+    @torch.no_grad()
+    def _remember(self, batch: Tensor) -> None:
+        """As there: what does not fit before the end is dropped, and the next batch starts over."""
+        room = min(len(batch), len(self.bank) - self._next)
+        self.bank[self._next : self._next + room] = batch[:room].to(self.bank)
+        self._next += room
+        if self._next == len(self.bank):
+            self._next = 0
