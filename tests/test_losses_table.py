@@ -1,0 +1,325 @@
+"""docs/losses.md: every loss with every option on every backend, as this file tests them.
+
+`python tests/test_losses_table.py` writes the table. A row is a call; for each backend its value
+and gradients in fp32 are compared with the reference in fp64, and it names the test that compares
+the reference with the formula.
+"""
+
+import inspect
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from problems import AVAILABLE
+from torch.nn.functional import normalize
+
+import ito_kernels as ik
+
+FILE = Path(__file__).parent.parent / "docs" / "losses.md"
+BACKENDS = ("reference", "chunked", "cpu", "triton")
+N, D = 24, 8
+IDS = torch.arange(N) // 2
+SCALE = 12.0
+
+OPTIONS, OTHERS = "test_losses_options.py", "test_losses_others.py"
+
+
+def infonce(test: str, **options):
+    def call(x, y, z, **where):
+        given = {k: v(z) if callable(v) else v for k, v in options.items()}
+        return ik.multi_positive_infonce(x, y, SCALE, **given, **where)
+
+    return call, test
+
+
+BY_ID = {"query_ids": IDS, "key_ids": IDS}
+WEIGHTS = torch.linspace(0.5, 2, N)
+PAIRS = torch.stack([torch.arange(N), (torch.arange(N) * 5) % N], 1)
+SOFT = "test_soft_targets"
+
+# (loss, options): (call, the test of its formula). What stands in the table.
+ROWS = {
+    "multi_positive_infonce": {
+        "logit_scale for all": infonce("test_losses.py::test_clip_loss_in_fp32"),
+        "logit_scale per query": (
+            lambda x, y, z, **where: ik.multi_positive_infonce(x, y, SCALE * WEIGHTS, **where),
+            "test_losses.py::test_scale_per_row",
+        ),
+        'query_ids, key_ids, positives="mean"': infonce(
+            "test_losses.py::test_multi_positive_infonce", **BY_ID
+        ),
+        'positives="in"': infonce(
+            "test_losses.py::test_multi_positive_infonce", positives="in", **BY_ID
+        ),
+        'positives="sum"': infonce(
+            "test_losses.py::test_multi_positive_infonce", positives="sum", **BY_ID
+        ),
+        "symmetric=False": infonce("test_losses.py::test_multi_positive_infonce", symmetric=False),
+        "exclude_self": infonce("test_losses.py::test_exclude_self", exclude_self=True, **BY_ID),
+        'empty="drop"': infonce(
+            "test_losses.py::test_multi_positive_infonce", empty="drop", query_ids=IDS - 3
+        ),
+        "label_smoothing": infonce(f"{OPTIONS}::test_by_ids", label_smoothing=0.1),
+        "query_weights, key_weights": infonce(
+            f"{OPTIONS}::test_by_ids", query_weights=WEIGHTS, key_weights=WEIGHTS, **BY_ID
+        ),
+        "key_bias": infonce(f"{OPTIONS}::test_by_ids", key_bias=WEIGHTS.log()),
+        "positive_pairs, positive_weights": infonce(
+            f"{OPTIONS}::test_positive_pairs", positive_pairs=PAIRS, positive_weights=WEIGHTS
+        ),
+        "queue, queue_ids": infonce(
+            f"{OPTIONS}::test_by_ids", queue=lambda z: z, queue_ids=IDS, **BY_ID
+        ),
+        "hard_negatives": infonce(f"{OPTIONS}::test_by_ids", hard_negatives=lambda z: z[:, None]),
+        "debias": infonce(f"{OPTIONS}::test_by_ids", debias=0.1, **BY_ID),
+        "debias per query": infonce(
+            f"{OPTIONS}::test_scale_and_prior_per_query", debias=0.1 * WEIGHTS
+        ),
+        "hardness": infonce(f"{OPTIONS}::test_by_ids", hardness=0.5, **BY_ID),
+        "normalize": infonce("test_losses.py::test_normalize", normalize=True),
+        'reduction="sum"': infonce("test_losses.py::test_reductions", reduction="sum"),
+        'reduction="none"': (
+            lambda x, y, z, **where: torch.cat(
+                ik.multi_positive_infonce(x, y, SCALE, reduction="none", **where)
+            ).mean(),
+            "test_losses.py::test_reductions",
+        ),
+        "return_stats": (
+            lambda x, y, z, **where: ik.multi_positive_infonce(
+                x, y, SCALE, return_stats=True, **where
+            )[0],
+            "test_losses.py::test_stats",
+        ),
+    },
+    "clip_loss": {
+        "": (
+            lambda x, y, z, **where: ik.clip_loss(x, y, SCALE, **where),
+            "test_losses.py::test_clip_loss_in_fp32",
+        ),
+    },
+    "siglip_loss": {
+        "": (
+            lambda x, y, z, **where: ik.siglip_loss(x, y, SCALE, -6.0, **where),
+            "test_losses.py::test_siglip_default_ids_are_the_diagonal",
+        ),
+        "image_ids, text_ids": (
+            lambda x, y, z, **where: ik.siglip_loss(
+                x, y, SCALE, -6.0, image_ids=IDS, text_ids=IDS, **where
+            ),
+            "test_losses.py::test_siglip_loss",
+        ),
+        "normalize, reduction": (
+            lambda x, y, z, **where: ik.siglip_loss(
+                x, y, SCALE, -6.0, normalize=True, reduction="sum", **where
+            ),
+            "test_losses.py::test_siglip_loss",
+        ),
+    },
+    "supcon_loss": {
+        "temperature, empty": (
+            lambda x, y, z, **where: ik.supcon_loss(x, IDS, 0.1, empty="drop", **where),
+            "test_losses.py::test_supcon_loss",
+        ),
+        "base_temperature": (
+            lambda x, y, z, **where: ik.supcon_loss(x, IDS, 0.1, 0.07, **where),
+            "test_losses.py::test_supcon_loss",
+        ),
+        'positives="in"': (
+            lambda x, y, z, **where: ik.supcon_loss(x, IDS, 0.1, positives="in", **where),
+            f"{OTHERS}::test_supcon_l_in",
+        ),
+    },
+    "nt_xent_loss": {
+        "temperature": (
+            lambda x, y, z, **where: ik.nt_xent_loss(x, y, 0.1, **where),
+            "test_losses.py::test_nt_xent_loss",
+        ),
+    },
+    "ito_loss": {
+        'denominator="pair"': (
+            lambda x, y, z, **where: ik.ito_loss(
+                torch.stack([x, y]), z, torch.stack([x, y]), SCALE, **where
+            )[0],
+            "test_losses.py::test_ito_loss_pair",
+        ),
+        'denominator="pooled", lambda_fusion': (
+            lambda x, y, z, **where: ik.ito_loss(
+                torch.stack([x, y]),
+                z,
+                torch.stack([x, y]),
+                SCALE,
+                lambda_fusion=1.0,
+                denominator="pooled",
+                **where,
+            )[0],
+            "test_losses.py::test_ito_loss_pooled",
+        ),
+    },
+    "decoupled_contrastive_loss": {
+        "query_ids, key_ids": (
+            lambda x, y, z, **where: ik.decoupled_contrastive_loss(x, y, SCALE, **BY_ID, **where),
+            f"{OTHERS}::test_decoupled",
+        ),
+        "symmetric=False": (
+            lambda x, y, z, **where: ik.decoupled_contrastive_loss(
+                x, y, SCALE, symmetric=False, **where
+            ),
+            f"{OTHERS}::test_decoupled",
+        ),
+    },
+    "decoupled_softmax_loss": {
+        "query_ids, key_ids": (
+            lambda x, y, z, **where: ik.decoupled_softmax_loss(x, y, SCALE, **BY_ID, **where),
+            f"{OTHERS}::test_decoupled",
+        ),
+        "symmetric=False": (
+            lambda x, y, z, **where: ik.decoupled_softmax_loss(
+                x, y, SCALE, symmetric=False, **where
+            ),
+            f"{OTHERS}::test_decoupled",
+        ),
+    },
+    "mnrl_loss": {
+        "scale": (
+            lambda x, y, z, **where: ik.mnrl_loss(x, y, scale=SCALE, **where),
+            f"{OTHERS}::test_mnrl",
+        ),
+        "negatives": (
+            lambda x, y, z, **where: ik.mnrl_loss(x, y, z, **where),
+            f"{OTHERS}::test_mnrl",
+        ),
+        "normalize=False": (
+            lambda x, y, z, **where: ik.mnrl_loss(x, y, z, normalize=False, **where),
+            f"{OTHERS}::test_mnrl",
+        ),
+    },
+    "cwcl_loss": {
+        "": (
+            lambda x, y, z, **where: ik.cwcl_loss(x, y, SCALE, reference=z, **where),
+            f"{OTHERS}::test_cwcl",
+        ),
+        "symmetric": (
+            lambda x, y, z, **where: ik.cwcl_loss(
+                x, y, SCALE, reference=z, symmetric=True, **where
+            ),
+            f"{OTHERS}::test_cwcl",
+        ),
+    },
+    "soft_target_infonce": {
+        "": (
+            lambda x, y, z, **where: ik.soft_target_infonce(
+                x, y, SCALE, target_queries=z, target_keys=z, target_scale=8.0, **where
+            ),
+            f"{OTHERS}::{SOFT}",
+        ),
+        "alpha, symmetric=False": (
+            lambda x, y, z, **where: ik.soft_target_infonce(
+                x,
+                y,
+                SCALE,
+                target_queries=z,
+                target_keys=z,
+                target_scale=8.0,
+                alpha=0.4,
+                symmetric=False,
+                **where,
+            ),
+            f"{OTHERS}::{SOFT}",
+        ),
+    },
+    "uniformity_loss": {
+        "t": (
+            lambda x, y, z, **where: ik.uniformity_loss(x, 2.0, **where),
+            f"{OTHERS}::test_uniformity",
+        ),
+    },
+    "alignment_loss": {
+        "alpha": (
+            lambda x, y, z, **where: ik.alignment_loss(x, y, 2.0, **where),
+            f"{OTHERS}::test_alignment",
+        ),
+    },
+    "symile_loss": {
+        "generator": (
+            lambda x, y, z, **where: ik.symile_loss(
+                x, y, z, SCALE, torch.Generator().manual_seed(1), **where
+            ),
+            f"{OTHERS}::test_symile",
+        ),
+    },
+}
+# what every loss takes but not every version can do; tested in test_bad_input.py
+LATER = ("false_negative_margin", "group", "chunk_size")
+CASES = [(loss, option) for loss, rows in ROWS.items() for option in rows]
+
+
+@pytest.mark.parametrize("backend", [b for b in BACKENDS if b in AVAILABLE])
+@pytest.mark.parametrize(("loss", "option"), CASES, ids=[f"{a} {b}" for a, b in CASES])
+def test_cell(loss, option, backend):
+    call, _ = ROWS[loss][option]
+    x, y, z = (normalize(torch.randn(N, D), dim=1) for _ in range(3))
+
+    def value_and_grads(dtype, backend):
+        leaves = [v.to(dtype).requires_grad_() for v in (x, y)]
+        value = call(*leaves, z.to(dtype), backend=backend)
+        return [value, *torch.autograd.grad(value, leaves, materialize_grads=True)]
+
+    ours, truth = (
+        value_and_grads(torch.float32, backend),
+        value_and_grads(torch.float64, "reference"),
+    )
+    for a, b in zip(ours, truth, strict=True):
+        assert (a - b).abs().max() <= 2e-5 * b.abs().max() + 1e-6
+
+
+def test_every_loss_and_every_option_has_a_row():
+    public = {name for name in ik.__all__ if name.endswith("_loss") or "infonce" in name}
+    assert public == ROWS.keys()
+    for loss, rows in ROWS.items():
+        named = set(re.findall(r"\w+", " ".join(rows)))
+        for name, parameter in inspect.signature(getattr(ik, loss)).parameters.items():
+            if parameter.default is inspect.Parameter.empty or name in (*LATER, "backend"):
+                continue
+            assert name in named, f"{loss}: no row for {name}"
+
+
+def test_every_row_names_a_test():
+    for rows in ROWS.values():
+        for _, test in rows.values():
+            file, name = test.split("::")
+            assert f"def {name}(" in (Path(__file__).parent / file).read_text()
+
+
+def test_the_table_is_current():
+    assert FILE.read_text() == table(), "run python tests/test_losses_table.py"
+
+
+def table() -> str:
+    lines = [
+        "# Losses, options, backends",
+        "",
+        "Written by `python tests/test_losses_table.py`. A mark says that value and gradients in",
+        "fp32 are compared with the reference backend in fp64 (`triton` in its interpreter, with",
+        "`TRITON_INTERPRET=1`, or on a GPU); the reference is compared with the formula, written",
+        "out for one anchor after the other in fp64, by the test in the last column.",
+        "Options of `multi_positive_infonce` are those of `clip_loss` too, and compose; two that",
+        "have no meaning together raise and say why. "
+        + ", ".join(f"`{name}`" for name in LATER)
+        + " raise",
+        "`NotImplementedError`.",
+        "",
+        "| loss | option | " + " | ".join(BACKENDS) + " | formula tested by |",
+        "|---|---|" + "---|" * len(BACKENDS) + "---|",
+    ]
+    for loss, rows in ROWS.items():
+        summary = inspect.getdoc(getattr(ik, loss)).splitlines()[0]
+        lines.append(f"| **`{loss}`** | {summary} |" + " |" * (len(BACKENDS) + 1))
+        for option, (_, test) in rows.items():
+            option = f"`{option}`" if option else "default"
+            lines.append(f"| | {option} |" + " ✓ |" * len(BACKENDS) + f" `{test}` |")
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    FILE.write_text(table())
