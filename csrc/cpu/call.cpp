@@ -118,7 +118,9 @@ void Call::pack_columns() {
   });
 }
 
-void Call::pack_rows(const Lane& lane, int64_t row) const {
+void Call::pack_rows(Lane& lane, int64_t row) const {
+  if (lane.packed == row) return;  // a thread's only block, by the forward pass of this call
+  lane.packed = row;
   const uint8_t* skip = keys_ && !keys_->row_skip.empty() ? keys_->row_skip.data() : nullptr;
   k_.pack_rows(p_.a, skip, plan_.rows.begin(row), static_cast<int>(plan_.rows.size(row)), lane.a);
 }

@@ -46,6 +46,7 @@ class Call {
     Running row, col;
     float *col_sum = nullptr, *unread = nullptr;
     SideVectors own;
+    int64_t packed = -1;  // the row block that `a` holds
     int64_t flops = 0;
   };
 
@@ -53,7 +54,7 @@ class Call {
   void parallel(const std::function<void(int)>& work) const;
   void make_lane(Lane&);
   void pack_columns();
-  void pack_rows(const Lane&, int64_t row) const;
+  void pack_rows(Lane&, int64_t row) const;
   Tile tile(const Lane&, int64_t row, int64_t step) const;
   void count_product(Lane& lane, int64_t row, int64_t step) const {
     lane.flops += 2 * plan_.rows.size(row) * plan_.cols.size(plan_.column(row, step)) * p_.a.width;

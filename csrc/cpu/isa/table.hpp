@@ -78,12 +78,19 @@ struct Table {
     }
   }
 
+  // Adds a row block's finished gradient to the columns' accumulator.
   static void fold_rows(const float* da, int stride, int rows, int width, float* dbt,
                         int acc_width) {
-    for (int i = 0; i < rows; ++i)
-      for (int d = 0; d < width; ++d)
-        dbt[int64_t(i / P) * P * acc_width + d * P + i % P] +=
-            da[int64_t(d / P) * P * stride + i * P + d % P];
+    alignas(64) float part[P * P] = {};  // what it holds beyond the last row is added to padding
+    for (int i = 0; i < rows; i += P)
+      for (int d = 0; d < width; d += P) {
+        const int count = width - d < P ? width - d : P;
+        Transpose<V>::run(da + int64_t(d) * stride + i * P, P, rows - i < P ? rows - i : P, count,
+                          part, P);
+        float* to = dbt + int64_t(i) * acc_width + d * P;
+        for (int k = 0; k < count * P; k += V::kWidth)
+          V::store(to + k, V::add(V::load(to + k), V::load(part + k)));
+      }
   }
 
   static constexpr ito::cpu::Kernels make(const char* name) {
