@@ -74,12 +74,12 @@ class Call {
   static void fill(SideVectors&, const SideStats&, const float* u, const float* alpha, int64_t n);
   void symmetric_sides(const Stats&, const Upstream&, SideVectors& row, SideVectors& col) const;
   void start_gradients();
-  void start_row_gradients(const Lane&, int64_t row);
-  void add_products(Lane&, const Tile&, int64_t row, int64_t step);
+  void start_row_gradients(int64_t row);
+  void add_products(Lane&, const Tile&, int64_t row, int64_t at);
   void finish_row_gradients(const Lane&, int64_t row);
   void finish_col_gradients();
-  template <class Add>
-  void in_turn(int64_t column, int turn, Add add);
+  template <class Work>
+  void in_turn(int64_t column, int turn, Work work);
 
   const Problem& p_;
   const Kernels& k_;

@@ -320,11 +320,11 @@ def _unseen(args: tuple) -> bool:
         torch.compiler.is_compiling()
         or torch.jit.is_tracing()
         or torch._C._len_torch_dispatch_stack()
-        or any(type(x) not in _PLAIN for x in args[:_INPUTS])
+        or not _PLAIN.issuperset(map(type, args[:_INPUTS]))
     )
 
 
-_PLAIN = (Tensor, torch.nn.Parameter, type(None))
+_PLAIN = {Tensor, torch.nn.Parameter, type(None)}
 
 
 def _present(*tensors: Tensor | None) -> list[Tensor]:
