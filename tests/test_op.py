@@ -1,8 +1,12 @@
 """The primitive as a PyTorch operator: opcheck, gradcheck, compile, autocast, frozen sides."""
 
+from collections.abc import Callable
+from contextlib import nullcontext
+
 import pytest
 import torch
 from problems import AVAILABLE, OPTIONS, gradients, leaves, make, run, run_softplus
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd import forward_ad
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -180,16 +184,16 @@ def test_the_maximum_is_a_constant():
         assert not x.requires_grad
 
 
-def every_form(t, backend="chunked", case=CASE) -> list[torch.Tensor]:
-    """A scalar by each way through the operators."""
-    u, v = torch.rand(case.n), torch.rand(case.m)
+def ways(t, backend="chunked", case=CASE) -> list[Callable[[], torch.Tensor]]:
+    """Each way through the operators, to a scalar."""
+    u, v = torch.ones(case.n), torch.ones(case.m)
     common = t | {"backend": backend}
     return [
-        run(case, t, backend).row_logsum.sum(),
-        run_softplus(case, t, backend).sum(),
-        ik.similarity_logsumexp(**common, row_weights=(u, None), col_weights=(v, None))[0],
-        ik.similarity_logsumexp(**common, row_weights=(u, None), cols=False)[0],
-        ik.similarity_softplus(**common, row_weights=u),
+        lambda: run(case, t, backend).row_logsum.sum(),
+        lambda: run_softplus(case, t, backend).sum(),
+        lambda: ik.similarity_logsumexp(**common, row_weights=(u, None), col_weights=(v, None))[0],
+        lambda: ik.similarity_logsumexp(**common, row_weights=(u, None), cols=False)[0],
+        lambda: ik.similarity_softplus(**common, row_weights=u),
     ]
 
 
@@ -197,30 +201,82 @@ def every_form(t, backend="chunked", case=CASE) -> list[torch.Tensor]:
 def test_double_backward_raises(backend):
     """It is not implemented: it must say so, and what to do, not give a wrong number."""
     t = leaves(make(CASE, torch.float32), names=("a",))
-    for out in every_form(t, backend):
+    for way in ways(t, backend):
+        out = way()
         with pytest.raises(RuntimeError, match=r"first-order gradients only.*create_graph"):
             torch.autograd.grad(out, t["a"], create_graph=True)
 
 
-@pytest.mark.parametrize("form", range(5))
-def test_forward_mode_raises(form):
+@pytest.mark.parametrize("way", range(5))
+def test_torch_func_raises(way):
+    t = make(CASE, torch.float32)
+    with pytest.raises(RuntimeError, match=r"torch.func transforms.*backward\(\)"):
+        torch.func.grad(lambda a: ways(t | {"a": a})[way]())(t["a"])
+    with pytest.raises(RuntimeError, match="loop instead of vmap"):
+        torch.func.vmap(lambda a: ways(t | {"a": a})[way]())(t["a"].expand(2, -1, -1))
+
+
+class Names(TorchDispatchMode):
+    def __init__(self):
+        super().__init__()
+        self.seen = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.seen.add(func.name())
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("backend", AVAILABLE)
+def test_who_watches_sees_the_operators(backend):
+    """With and without PyTorch's dispatcher the same values; a dispatch mode sees operators."""
+    t = make(CASE, torch.float32)
+    results = []
+    for watch in (nullcontext(), Names()):
+        live = leaves(t)
+        with watch as names:
+            values = [way() for way in ways(live, backend)]
+            sum(values).backward()
+        results.append([*(x.detach() for x in values), *(x.grad for x in live.values())])
+    for direct, dispatched in zip(*results, strict=True):
+        assert direct is dispatched is None or torch.equal(direct, dispatched)
+    assert {
+        f"ito_kernels::{name}{suffix}"
+        for name in ("logsumexp", "softplus")
+        for suffix in ("", "_backward")
+    } <= names.seen
+
+
+def test_fake_tensors_pass():
+    with FakeTensorMode():
+        a, b = (torch.randn(6, 4, requires_grad=True) for _ in "ab")
+        loss = ik.clip_loss(a, b, 10.0)
+        loss.backward()
+    assert (loss.shape, a.grad.shape) == ((), (6, 4))
+
+
+@pytest.mark.parametrize("way", range(5))
+def test_forward_mode_raises(way):
     """A tangent that is lost would read as a derivative of 0."""
     t = make(CASE, torch.float32)
     one = torch.ones_like(t["a"])
     with pytest.raises(RuntimeError, match="reverse mode only"):
-        torch.func.jvp(lambda a: every_form(t | {"a": a})[form], (t["a"],), (one,))
+        torch.func.jvp(lambda a: ways(t | {"a": a})[way](), (t["a"],), (one,))
     with forward_ad.dual_level(), pytest.raises(RuntimeError, match="reverse mode only"):
-        every_form(t | {"scale": forward_ad.make_dual(t["scale"], torch.ones_like(t["scale"]))})
+        ways(t | {"scale": forward_ad.make_dual(t["scale"], torch.ones_like(t["scale"]))})[way]()
 
 
 @pytest.mark.parametrize("backend", AVAILABLE)
 def test_backward_twice(backend):
+    """What it hands out may be changed in place without changing what comes next."""
     t = leaves(make(CASE, torch.float32))
-    for out in every_form(t, backend):
+    for way in ways(t, backend):
+        out = way()
         first = torch.autograd.grad(out, t["a"], retain_graph=True)[0]
-        assert torch.equal(first, torch.autograd.grad(out, t["a"], retain_graph=True)[0])
+        kept = first.clone()
+        first.zero_()
+        assert torch.equal(kept, torch.autograd.grad(out, t["a"], retain_graph=True)[0])
         (tripled,) = torch.autograd.grad(3 * out, t["a"])
-        assert (tripled - 3 * first).abs().max() < 1e-5 * first.abs().max()
+        assert (tripled - 3 * kept).abs().max() < 1e-5 * kept.abs().max()
 
 
 @pytest.mark.parametrize("backend", AVAILABLE)

@@ -71,36 +71,35 @@ void Call::symmetric_sides(const Stats& stats, const Upstream& up, SideVectors& 
   col = row;
 }
 
-template <class Add>
-void Call::in_turn(int64_t column, int turn, Add add) {
+// The first in turn finds an accumulator that nobody has cleared.
+template <class Work>
+void Call::in_turn(int64_t column, int turn, Work work) {
   std::atomic<int>& taken = taken_[column];
   for (int spins = 0; taken.load(std::memory_order_acquire) != turn; ++spins) {
     relax();
     if (spins > 4096) std::this_thread::yield();  // another process has the other thread's core
   }
-  add();
+  work(turn > 0);
   taken.store(turn + 1, std::memory_order_release);
 }
 
-void Call::start_row_gradients(const Lane& lane, int64_t row) {
+void Call::start_row_gradients(int64_t row) {
   const int64_t first = plan_.rows.begin(row), n = plan_.rows.size(row);
   if (grads_.scale) std::fill_n(grads_.scale + first, n, 0.0f);
   if (grads_.row_bias) std::fill_n(grads_.row_bias + first, n, 0.0f);
-  if (lane.da)
-    std::memset(lane.da, 0,
-                round_up(n, k_.row_align) * round_up(p_.a.width, k_.panel) * sizeof(float));
 }
 
-void Call::add_products(Lane& lane, const Tile& t, int64_t row, int64_t step) {
+void Call::add_products(Lane& lane, const Tile& t, int64_t row, int64_t at) {
+  const int64_t step = plan_.step(row, at);
   const int64_t column = plan_.column(row, step), j = plan_.cols.begin(column);
   if (row_products()) {
     count_product(lane, row, step);
-    k_.grad_rows(t, b_grad_ + j * k_.panel * k_.element, columns_ * k_.panel, lane.da);
+    k_.grad_rows(t, b_grad_ + j * k_.panel * k_.element, columns_ * k_.panel, lane.da, at > 0);
   }
   if (!col_products() || plan_.both_sides(step)) return;
   count_product(lane, row, step);
   in_turn(column, turns_->of(row, step),
-          [&] { k_.grad_cols(t, lane.a, acc_ + j * width_); });
+          [&](bool add) { k_.grad_cols(t, lane.a, acc_ + j * width_, add); });
 }
 
 void Call::finish_row_gradients(const Lane& lane, int64_t row) {
@@ -110,15 +109,17 @@ void Call::finish_row_gradients(const Lane& lane, int64_t row) {
   const int width = static_cast<int>(p_.a.width), packed = static_cast<int>(width_);
   const int64_t first = plan_.rows.begin(row);
   if (p_.self)  // both sides' gradient is rounded once: it is added up in fp32
-    in_turn(row, turns_->of_rows(row),
-            [&] { k_.fold_rows(lane.da, stride, n, width, acc_ + first * width_, packed); });
+    in_turn(row, turns_->of_rows(row), [&](bool add) {
+      k_.fold_rows(lane.da, stride, n, width, acc_ + first * width_, packed, add);
+    });
   else
     k_.store_rows(lane.da, stride, n, {grads_.a, p_.a.rows, p_.a.width, p_.a.width, p_.a.dtype},
                   first);
 }
 
 void Call::finish_col_gradients() {
-  arena_.release(b_scores_);  // before the result is touched: it is not needed at the same time
+  // before the result is touched: they are not needed at the same time
+  if (acc_ != reinterpret_cast<float*>(b_scores_)) arena_.release(b_scores_);
   arena_.release(b_grad_);
   void* out = p_.self ? grads_.a : grads_.b;
   const Matrix to = {out, p_.b.rows, p_.b.width, p_.b.width, p_.b.dtype};
@@ -142,6 +143,12 @@ void Call::start_gradients() {
   taken_ = std::make_unique<std::atomic<int>[]>(plan_.cols.count);
   for (int64_t j = 0; j < plan_.cols.count; ++j) taken_[j] = 0;
   pack_columns();
+  // Where every score was kept, nobody reads the columns' form for scores again: for small batches
+  // a quarter of the memory that has to come back into the cache.
+  const bool unread = cached_steps_ == plan_.steps() && !cache_per_thread_;
+  if (col_products())
+    acc_ = unread && k_.element == sizeof(float) ? reinterpret_cast<float*>(b_scores_)
+                                                 : arena_.get<float>(columns_ * width_);
   if (!grads_.col_bias) return;
   for (const Lane& lane : lanes_) std::fill_n(lane.col_sum, columns_, 0.0f);
 }
@@ -154,14 +161,14 @@ void Call::backward(const Stats& stats, const Upstream& up, TileCache cache, boo
     if (p_.rows) fill(row_side, stats.row, up.u, up.alpha, p_.a.rows);
     if (p_.cols) fill(col_side, stats.col, up.v, up.beta, p_.b.rows);
   }
-  start_gradients();
   open_cache(cache, one_pass, one_pass);
+  start_gradients();
   parallel([&](int thread) {
     Lane& lane = lanes_[thread];
     if (one_pass) reset(lane.col, columns_);
     for (int64_t row = thread; row < plan_.rows.count; row += plan_.threads) {
       pack_rows(lane, row);
-      start_row_gradients(lane, row);
+      start_row_gradients(row);
       const int64_t first = plan_.rows.begin(row);
       if (one_pass) {
         forward_rows(lane, row, stats, true);
@@ -188,7 +195,7 @@ void Call::backward(const Stats& stats, const Upstream& up, TileCache cache, boo
         b.row_sum = grads_.row_bias ? grads_.row_bias + first : nullptr;
         b.col_sum = lane.col_sum ? lane.col_sum + j : nullptr;
         k_.weights(t, b);
-        add_products(lane, t, row, step);
+        add_products(lane, t, row, at);
       }
       finish_row_gradients(lane, row);
     }
@@ -207,7 +214,7 @@ void Call::softplus(float* loss, const float* u) {
       pack_rows(lane, row);
       const int64_t first = plan_.rows.begin(row);
       if (loss) std::fill_n(loss + first, plan_.rows.size(row), 0.0f);
-      if (u) start_row_gradients(lane, row);
+      if (u) start_row_gradients(row);
       for (int64_t at = 0; at < plan_.steps(row); ++at) {
         const int64_t step = plan_.step(row, at);
         const Tile t = tile(lane, row, step);
@@ -220,7 +227,7 @@ void Call::softplus(float* loss, const float* u) {
         s.row_sum = grads_.row_bias ? grads_.row_bias + first : nullptr;
         s.col_sum = lane.col_sum ? lane.col_sum + j : nullptr;
         k_.softplus(t, s);
-        if (u) add_products(lane, t, row, step);
+        if (u) add_products(lane, t, row, at);
       }
       if (u) finish_row_gradients(lane, row);
     }

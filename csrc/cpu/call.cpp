@@ -106,19 +106,16 @@ void Call::pack_columns() {
   const int64_t grad_panel = columns_ * k_.panel;
   if (wants_.gradients && row_products())
     b_grad_ = arena_.get<char>(grad_panel * round_up(p_.a.width, k_.panel) / k_.panel * k_.element);
-  const bool accumulate = wants_.gradients && col_products();
-  if (accumulate) acc_ = arena_.get<float>(columns_ * width_);
   const uint8_t* skip = keys_ && !keys_->col_skip.empty() ? keys_->col_skip.data() : nullptr;
   parallel([&](int thread) {
-    for (int64_t panel = thread; panel < columns_ / k_.panel; panel += plan_.threads) {
+    for (int64_t panel = thread; panel < columns_ / k_.panel; panel += plan_.threads)
       k_.pack_cols(p_.b, skip, panel, b_scores_, b_grad_, grad_panel);
-      const int64_t size = k_.panel * width_;
-      if (accumulate) std::memset(acc_ + panel * size, 0, size * sizeof(float));
-    }
   });
 }
 
-void Call::pack_rows(const Lane& lane, int64_t row) const {
+void Call::pack_rows(Lane& lane, int64_t row) const {
+  if (lane.packed == row) return;  // a thread's only block, by the forward pass of this call
+  lane.packed = row;
   const uint8_t* skip = keys_ && !keys_->row_skip.empty() ? keys_->row_skip.data() : nullptr;
   k_.pack_rows(p_.a, skip, plan_.rows.begin(row), static_cast<int>(plan_.rows.size(row)), lane.a);
 }

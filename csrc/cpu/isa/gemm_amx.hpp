@@ -64,22 +64,22 @@ struct GemmAmx : FormsBf16 {
   }
 
   static void grad_rows(const uint16_t* w, const uint16_t* b, int64_t b_panel, float* da, int rows,
-                        int cols, int width) {
+                        int cols, int width, bool add) {
     const Tiles tiles;
     for (int d = 0; d < width; d += kPanel, b += b_panel, da += int64_t(rows) * kPanel)
       for (int i = 0; i < rows; i += 32)
-        block(cols / 32, w + i * 32, 16 * 32, int64_t(rows) * 32, b, da + i * kPanel, true);
+        block(cols / 32, w + i * 32, 16 * 32, int64_t(rows) * 32, b, da + i * kPanel, add);
   }
 
   static void grad_cols(const uint16_t* w, const uint16_t* a, float* dbt, int rows, int cols,
-                        int width) {
+                        int width, bool add) {
     const Tiles tiles;
     w += int64_t(rows) * cols;  // the form by pairs of rows
     a += int64_t(rows) * width;
     for (int j = 0; j < cols; j += kPanel, w += int64_t(rows) * kPanel)
       for (int d = 0; d < width; d += 32)
         block(rows / 32, a + d * 32, 16 * 32, int64_t(width) * 32, w,
-              dbt + int64_t(j) * width + d * kPanel, true);
+              dbt + int64_t(j) * width + d * kPanel, add);
   }
 
   static void pack_rows(const Matrix& m, const uint8_t* skip, int64_t first, int rows,

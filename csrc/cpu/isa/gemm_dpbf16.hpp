@@ -34,21 +34,21 @@ struct GemmDotBf16 : FormsBf16 {
   }
 
   static void grad_rows(const uint16_t* w, const uint16_t* b, int64_t b_panel, float* da, int rows,
-                        int cols, int width) {
+                        int cols, int width, bool add) {
     for (int d = 0; d < width; d += kPanel, b += b_panel, da += int64_t(rows) * kPanel)
       for (int i = 0; i < rows; i += kRows)
         Kernel::rows<16, 1>(rows - i, cols / 2, 16, pairs(w) + i * 16, int64_t(rows) * 16, pairs(b),
-                            da + i * kPanel, true);
+                            da + i * kPanel, add);
   }
 
   static void grad_cols(const uint16_t* w, const uint16_t* a, float* dbt, int rows, int cols,
-                        int width) {
+                        int width, bool add) {
     w += int64_t(rows) * cols;  // the form by pairs of rows
     a += round_up_rows(rows) * width;
     for (int j = 0; j < cols; j += kPanel, w += int64_t(rows) * kPanel)
       for (int d = 0; d < width; d += kRows)
         Kernel::rows<16, 1>(width - d, rows / 2, 16, pairs(a) + d * 16, int64_t(width) * 16,
-                            pairs(w), dbt + int64_t(j) * width + d * kPanel, true);
+                            pairs(w), dbt + int64_t(j) * width + d * kPanel, add);
   }
 
   // Rows of the first form of packed rows; the form for gradients follows it.

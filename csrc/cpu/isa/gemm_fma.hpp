@@ -59,22 +59,22 @@ struct GemmFma {
     }
   }
 
-  // dA += W·B. `b`: the block's rows of the columns' gradient form, panels `b_panel` apart.
+  // dA (+)= W·B. `b`: the block's rows of the columns' gradient form, panels `b_panel` apart.
   static void grad_rows(const float* w, const float* b, int64_t b_panel, float* da, int rows,
-                        int cols, int width) {
+                        int cols, int width, bool add) {
     for (int d = 0; d < width; d += kPanel, b += b_panel, da += int64_t(rows) * kPanel)
       for (int i = 0; i < rows; i += R)
         Kernel::template rows<kPanel, 1>(rows - i, cols, kPanel, w + i * kPanel,
-                        int64_t(rows) * kPanel, b, da + i * kPanel, true);
+                        int64_t(rows) * kPanel, b, da + i * kPanel, add);
   }
 
-  // dBᵀ += Aᵀ·W. `a`: packed rows.
+  // dBᵀ (+)= Aᵀ·W. `a`: packed rows.
   static void grad_cols(const float* w, const float* a, float* dbt, int rows, int cols,
-                        int width) {
+                        int width, bool add) {
     for (int j = 0; j < cols; j += kPanel, w += int64_t(rows) * kPanel)
       for (int d = 0; d < width; d += R)
         Kernel::template rows<R, 1>(width - d, rows, R, a + d * R, int64_t(width) * R, w,
-                   dbt + int64_t(j) * width + d * kPanel, true);
+                   dbt + int64_t(j) * width + d * kPanel, add);
   }
 
   // Columns [d, d + count) of `wanted` rows from row `row` on, `ld` floats apart: where they lie, or

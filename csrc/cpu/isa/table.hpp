@@ -37,11 +37,11 @@ struct Table {
     if constexpr (G::kConverts)
       if (p.u) G::convert(t.scores, rows(t), t.cols, static_cast<E*>(t.operand));
   }
-  static void grad_rows(const Tile& t, const void* b, int64_t b_panel, float* da) {
-    G::grad_rows(operand(t), static_cast<const E*>(b), b_panel, da, rows(t), t.cols, width(t));
+  static void grad_rows(const Tile& t, const void* b, int64_t b_panel, float* da, bool add) {
+    G::grad_rows(operand(t), static_cast<const E*>(b), b_panel, da, rows(t), t.cols, width(t), add);
   }
-  static void grad_cols(const Tile& t, const void* a, float* dbt) {
-    G::grad_cols(operand(t), static_cast<const E*>(a), dbt, rows(t), t.cols, width(t));
+  static void grad_cols(const Tile& t, const void* a, float* dbt, bool add) {
+    G::grad_cols(operand(t), static_cast<const E*>(a), dbt, rows(t), t.cols, width(t), add);
   }
 
   // The finished gradients, from the layouts of the products to dense rows. fp32 goes there at once:
@@ -79,11 +79,17 @@ struct Table {
   }
 
   static void fold_rows(const float* da, int stride, int rows, int width, float* dbt,
-                        int acc_width) {
-    for (int i = 0; i < rows; ++i)
-      for (int d = 0; d < width; ++d)
-        dbt[int64_t(i / P) * P * acc_width + d * P + i % P] +=
-            da[int64_t(d / P) * P * stride + i * P + d % P];
+                        int acc_width, bool add) {
+    alignas(64) float part[P * P] = {};  // what it holds beyond the last row goes into padding
+    for (int i = 0; i < rows; i += P)
+      for (int d = 0; d < width; d += P) {
+        const int count = width - d < P ? width - d : P;
+        Transpose<V>::run(da + int64_t(d) * stride + i * P, P, rows - i < P ? rows - i : P, count,
+                          part, P);
+        float* to = dbt + int64_t(i) * acc_width + d * P;
+        for (int k = 0; k < count * P; k += V::kWidth)
+          V::store(to + k, add ? V::add(V::load(to + k), V::load(part + k)) : V::load(part + k));
+      }
   }
 
   static constexpr ito::cpu::Kernels make(const char* name) {
