@@ -23,6 +23,7 @@ IDS = torch.arange(N) // 2
 SCALE = 12.0
 
 OPTIONS, OTHERS = "test_losses_options.py", "test_losses_others.py"
+MIXED = "test_losses_mixed.py"
 
 
 def infonce(test: str, **options):
@@ -37,6 +38,11 @@ BY_ID = {"query_ids": IDS, "key_ids": IDS}
 WEIGHTS = torch.linspace(0.5, 2, N)
 PAIRS = torch.stack([torch.arange(N), (torch.arange(N) * 5) % N], 1)
 SOFT = "test_soft_targets"
+CLUSTERS = {
+    "query_clusters": torch.arange(N) % 3,
+    "key_clusters": torch.arange(N) % 3,
+    "weights": torch.tensor([[0.5, 2.0, 1.0], [1.0, 0.7, 3.0], [0.2, 1.5, 1.0]]),
+}
 
 # (loss, options): (call, the test of its formula). What stands in the table.
 ROWS = {
@@ -246,6 +252,62 @@ ROWS = {
                 x, y, z, SCALE, torch.Generator().manual_seed(1), **where
             ),
             f"{OTHERS}::test_symile",
+        ),
+    },
+    "one_to_k_loss": {
+        "": (
+            lambda x, y, z, **where: ik.one_to_k_loss(x, torch.stack([y, z], 1), SCALE, **where),
+            f"{MIXED}::test_one_to_k",
+        ),
+        "symmetric=False": (
+            lambda x, y, z, **where: ik.one_to_k_loss(
+                x, torch.stack([y, z], 1), SCALE, symmetric=False, **where
+            ),
+            f"{MIXED}::test_one_to_k",
+        ),
+    },
+    "mixup_infonce": {
+        "partners, mixing": (
+            lambda x, y, z, **where: ik.mixup_infonce(
+                x, y, SCALE, partners=IDS, mixing=0.3, **where
+            ),
+            f"{MIXED}::test_mixup",
+        ),
+        "symmetric": (
+            lambda x, y, z, **where: ik.mixup_infonce(
+                x, y, SCALE, partners=IDS, mixing=WEIGHTS / 2, symmetric=True, **where
+            ),
+            f"{MIXED}::test_mixup",
+        ),
+    },
+    "cluster_weighted_infonce": {
+        "query_ids, key_ids": (
+            lambda x, y, z, **where: ik.cluster_weighted_infonce(
+                x, y, SCALE, **CLUSTERS, **BY_ID, **where
+            ),
+            f"{MIXED}::test_cluster_weights",
+        ),
+        "symmetric=False": (
+            lambda x, y, z, **where: ik.cluster_weighted_infonce(
+                x, y, SCALE, **CLUSTERS, symmetric=False, **where
+            ),
+            f"{MIXED}::test_cluster_weights",
+        ),
+    },
+    "matryoshka_loss": {
+        "dims, weights, normalize": (
+            lambda x, y, z, **where: ik.matryoshka_loss(
+                ik.clip_loss, x, y, dims=(4, 8), logit_scale=SCALE, **where
+            ),
+            f"{MIXED}::test_matryoshka",
+        ),
+    },
+    "multi_head_loss": {
+        "logit_scale": (
+            lambda x, y, z, **where: ik.multi_head_loss(
+                ik.clip_loss, x[None], y[None], logit_scale=torch.tensor([SCALE]), **where
+            ),
+            f"{MIXED}::test_multi_head",
         ),
     },
 }

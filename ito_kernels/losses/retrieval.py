@@ -1,11 +1,11 @@
-"""The loss of retrieval models: a query, its passage, and hard negatives that all queries share."""
+"""Losses of retrieval: hard negatives that all queries share, several captions of one item."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from ..similarity.spec import check_pair
+from ..similarity.spec import check_features, check_pair
 from .infonce import multi_positive_infonce
 
 
@@ -57,3 +57,49 @@ def mnrl_loss(
     keys = torch.cat([positives, negatives])
     rows = torch.arange(len(keys), device=queries.device)
     return multi_positive_infonce(queries, keys, scale, query_ids=rows[:n], key_ids=rows, **options)
+
+
+def one_to_k_loss(
+    queries: Tensor,
+    keys: Tensor,
+    logit_scale: float | Tensor,
+    *,
+    symmetric: bool = True,
+    group=None,
+    chunk_size: int | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """InfoNCE of an item and its K captions, in K languages: each its own positive.
+
+        L = mean_i [ log Σ_jl exp S_ijl - (1/K) Σ_k S_iik ],   S_ijl = logit_scale · <q_i, k_jl>
+
+    with one denominator over all captions of all items; where symmetric the mean of this and the
+    captions' InfoNCE against the items.
+
+    Args:
+        queries: (N, D), L2-normalised.
+        keys: (N, K, D), L2-normalised: the K captions of each item.
+        logit_scale: the multiplier itself: a number, a 0-d tensor or an (N,) tensor.
+
+    Returns a 0-d fp32 tensor (fp64 for fp64 features). Raises as `multi_positive_infonce`.
+    Source: Nie et al. 2024 (CCRK, 1-to-K contrastive learning).
+    """
+    check_features("queries", queries)
+    if not isinstance(keys, Tensor):
+        raise TypeError(f"keys must be a tensor, got {type(keys).__name__}")
+    if keys.ndim != 3 or len(keys) != len(queries):
+        raise ValueError(
+            f"keys must have shape (N, K, D) with N = {len(queries)}, got {tuple(keys.shape)}"
+        )
+    rows = torch.arange(len(queries), device=queries.device)
+    return multi_positive_infonce(
+        queries,
+        keys.flatten(0, 1),
+        logit_scale,
+        query_ids=rows,
+        key_ids=rows.repeat_interleave(keys.shape[1]),
+        symmetric=symmetric,
+        group=group,
+        chunk_size=chunk_size,
+        backend=backend,
+    )

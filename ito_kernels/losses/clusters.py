@@ -1,0 +1,95 @@
+"""Negatives weighted by the clusters of both sides."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn.functional import one_hot
+
+from ..similarity.pairs import finite_shift
+from ..similarity.spec import check_ids
+from .batch import make_batch
+from .common import not_yet
+from .precision import without_autocast
+
+
+def cluster_weighted_infonce(
+    queries: Tensor,
+    keys: Tensor,
+    logit_scale: float | Tensor,
+    *,
+    query_clusters: Tensor,
+    key_clusters: Tensor,
+    weights: Tensor,
+    query_ids: Tensor | None = None,
+    key_ids: Tensor | None = None,
+    symmetric: bool = True,
+    group=None,
+    chunk_size: int | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """InfoNCE whose negatives count by a table of their clusters.
+
+        L = mean_i [ log(Σ_{p ∈ P_i} exp S_ip + Σ_{j ∉ P_i} w[c_i, c_j] exp S_ij)
+                     - (1/k_i) Σ_{p ∈ P_i} S_ip ]
+
+    with S = logit_scale · queries · keysᵀ; where symmetric the mean of this and the same along the
+    columns. log w is a bias of rank C: C more columns beside the D of the features, no matrix. An
+    anchor without a positive contributes 0.
+
+    Args:
+        queries, keys: (N, D) and (M, D), L2-normalised; bf16 and fp16 are computed in fp32.
+        logit_scale: the multiplier itself: a number, a 0-d tensor or an (N,) tensor.
+        query_clusters, key_clusters: (N,) and (M,) integers from 0 to C - 1.
+        weights: (C, C), not negative, w[cluster of the query, cluster of the key]; has a gradient
+            where it is greater than 0. A weight of 0 leaves the negatives out.
+        query_ids, key_ids: as in `multi_positive_infonce`.
+
+    Returns a 0-d fp32 tensor (fp64 for fp64 features). Raises as `multi_positive_infonce`.
+    Source: Yu et al. 2023 (AdaMEOW).
+    """
+    not_yet(group=group, chunk_size=chunk_size)
+    batch = make_batch(
+        queries, keys, logit_scale, query_ids, key_ids, symmetric, backend, promote=True
+    )
+    device = queries.device
+    rows = check_ids("query_clusters", query_clusters, len(queries), "queries", device)
+    cols = check_ids("key_clusters", key_clusters, len(keys), "keys", device)
+    if not isinstance(weights, Tensor) or weights.ndim != 2 or weights.shape[0] != weights.shape[1]:
+        raise ValueError("weights must be a (C, C) tensor")
+    if device.type == "cpu":
+        for name, x in (("query_clusters", rows), ("key_clusters", cols)):
+            if not 0 <= int(x.min()) <= int(x.max()) < len(weights):
+                raise ValueError(
+                    f"{name} must be from 0 to {len(weights) - 1}, got {int(x.min())} to"
+                    f" {int(x.max())}"
+                )
+    with without_autocast(device):
+        dtype = batch.queries.dtype
+        bias = weights.to(dtype).clamp(min=torch.finfo(dtype).tiny).log()
+        left = bias[rows] / batch.scale.reshape(-1, 1)
+        right = one_hot(cols, len(weights)).to(dtype)
+        weighted = make_batch(
+            torch.cat([batch.queries, left], 1),
+            torch.cat([batch.keys, right], 1),
+            batch.scale,
+            batch.query_ids,
+            batch.key_ids,
+            symmetric,
+            backend,
+        )
+        negatives = weighted.statistics(exclude_positives=True)
+        sums = means = batch.statistics(positives="lse")
+        if batch.query_ids is not None:  # there may be several positives
+            means = batch.statistics(positives="linear")
+        losses = []
+        for side, found in sums.items():
+            shift, k = finite_shift(found.max), batch.positives(side)
+            others = negatives[side].logsum + (negatives[side].max - shift)
+            kept = (k > 0) | found.logsum.isnan()  # what is not finite shows
+            pos = torch.where(kept, found.pos, 0)
+            loss = torch.logaddexp(pos, others) - means[side].pos / k.clamp(min=1)
+            ids = batch.ids(side)
+            number = len(k) if ids is None else (ids >= 0).sum().clamp(min=1)
+            losses.append(torch.where(kept, loss, 0).sum() / number)
+        return sum(losses) / len(losses)

@@ -1,0 +1,83 @@
+"""One loss on several representations: nested prefixes of one embedding, or several heads."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+
+def matryoshka_loss(
+    loss: Callable[..., Tensor],
+    *features: Tensor,
+    dims: Sequence[int],
+    weights: Sequence[float] | None = None,
+    normalize: bool = True,
+    **options,
+) -> Tensor:
+    """A loss on prefixes of the embeddings, so that a prefix is an embedding of its own.
+
+        L = Σ_d w_d · loss(x[:, :d], y[:, :d], …)
+
+    Args:
+        loss: takes `features` and `options` and returns a tensor, e.g. `clip_loss`.
+        features: (…, D) each; those of one call.
+        dims: the widths d, from 1 to D.
+        weights: one for each width; 1 by default.
+        normalize: L2-normalise each prefix: a part of a unit vector is none.
+        options: passed on, such as `logit_scale`.
+
+    Raises TypeError or ValueError for dims or weights that do not fit.
+    Source: Kusupati et al. 2022 (Matryoshka representation learning).
+    """
+    if not features:
+        raise TypeError("matryoshka_loss needs the features of the loss as positional arguments")
+    width = min(x.shape[-1] for x in features)
+    if not dims or not all(isinstance(d, int) and 1 <= d <= width for d in dims):
+        raise ValueError(f"dims must be widths from 1 to {width}, got {dims}")
+    weights = [1.0] * len(dims) if weights is None else weights
+    if len(weights) != len(dims):
+        raise ValueError(f"weights must be one for each of {len(dims)} dims, got {len(weights)}")
+    total = 0
+    for d, weight in zip(dims, weights, strict=True):
+        prefixes = [x[..., :d] for x in features]
+        if normalize:
+            prefixes = [torch.nn.functional.normalize(x, dim=-1) for x in prefixes]
+        total = total + weight * loss(*prefixes, **options)
+    return total
+
+
+def multi_head_loss(
+    loss: Callable[..., Tensor], *features: Tensor, logit_scale: Tensor, **options
+) -> Tensor:
+    """A loss on several projection heads, each with a scale of its own.
+
+        L = mean_h loss(x[h], y[h], …, logit_scale[h])
+
+    Args:
+        loss: takes `features`, `logit_scale` and `options` and returns a tensor.
+        features: (H, N, D) each, L2-normalised; D may differ between calls, not between towers.
+        logit_scale: (H,), or (H, N) for a scale of each head and query.
+
+    Raises ValueError for a number of heads that does not fit.
+    Source: Wang et al. 2024 (AMCL), without its regulariser of the temperatures, which depends on
+    how they are learned.
+    """
+    if not features:
+        raise TypeError("multi_head_loss needs the features of the loss as positional arguments")
+    heads = len(features[0])
+    for i, x in enumerate(features):
+        if x.ndim != 3 or len(x) != heads:
+            raise ValueError(f"features {i} must have shape ({heads}, N, D), got {tuple(x.shape)}")
+    if logit_scale.ndim not in (1, 2) or len(logit_scale) != heads:
+        raise ValueError(
+            f"logit_scale must have shape ({heads},) or ({heads}, N), got"
+            f" {tuple(logit_scale.shape)}"
+        )
+    return torch.stack(
+        [
+            loss(*(x[h] for x in features), logit_scale=logit_scale[h], **options)
+            for h in range(heads)
+        ]
+    ).mean()
