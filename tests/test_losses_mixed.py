@@ -82,6 +82,8 @@ def test_mixed_hard_negatives(monkeypatch, panel):
             assert best(pairs, at) < 1e-3
         for at in (30, 41, 49):
             assert best(with_query, at) < 1e-3
+    cosines = torch.einsum("nkd,nd->nk", out, q).detach()
+    assert all(len(row[30:].unique()) == 20 for row in cosines)  # each is drawn anew
     again = ik.mix_hard_negatives(q, queue, **sizes, generator=torch.Generator().manual_seed(3))
     assert torch.equal(out, again)
     ik.multi_positive_infonce(q, unit(6, 5, seed=2), 5.0, hard_negatives=out).backward()

@@ -335,6 +335,25 @@ def test_cell(loss, option, backend):
         assert (a - b).abs().max() <= 2e-5 * b.abs().max() + 1e-6
 
 
+@pytest.mark.parametrize(("loss", "option"), CASES, ids=[f"{a} {b}" for a, b in CASES])
+def test_what_is_not_first_order_reverse_mode_raises(loss, option):
+    """Never a silent wrong number; alignment is PyTorch's own arithmetic, which can do it all."""
+    if loss == "alignment_loss":
+        return
+    call, _ = ROWS[loss][option]
+    x, y, z = (normalize(torch.randn(N, D), dim=1) for _ in range(3))
+    leaf = x.clone().requires_grad_()
+    with pytest.raises(RuntimeError, match="first-order gradients only"):
+        torch.autograd.grad(call(leaf, y, z), leaf, create_graph=True)
+    for transform in (
+        lambda f: torch.func.grad(f)(x),
+        lambda f: torch.func.jvp(f, (x,), (x,)),
+        lambda f: torch.func.vmap(f)(x[None]),
+    ):
+        with pytest.raises(RuntimeError, match="ito_kernels|vmap: called random"):
+            transform(lambda x: call(x, y, z))
+
+
 def test_every_loss_and_every_option_has_a_row():
     public = {name for name in ik.__all__ if name.endswith("_loss") or "infonce" in name}
     assert public == ROWS.keys()
