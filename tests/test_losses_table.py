@@ -350,7 +350,7 @@ def test_what_is_not_first_order_reverse_mode_raises(loss, option):
         lambda f: torch.func.jvp(f, (x,), (x,)),
         lambda f: torch.func.vmap(f)(x[None]),
     ):
-        with pytest.raises(RuntimeError, match="ito_kernels|vmap: called random"):
+        with pytest.raises(RuntimeError, match=r"ito_kernels|vmap: called random"):
             transform(lambda x: call(x, y, z))
 
 
