@@ -399,7 +399,35 @@ def table() -> str:
         for option, (_, test) in rows.items():
             option = f"`{option}`" if option else "default"
             lines.append(f"| | {option} |" + " ✓ |" * len(BACKENDS) + f" `{test}` |")
-    return "\n".join(lines) + "\n"
+    return "\n".join(lines) + "\n" + DROP_INS
+
+
+DROP_INS = """
+## One line to switch
+
+`ito_kernels.integrations` has these losses under the names and signatures of other libraries;
+`tests/test_losses_integrations.py` compares values and gradients with the real package, where it is
+installed, to fp32 rounding.
+
+```diff
+-from open_clip import ClipLoss, SigLipLoss
++from ito_kernels.integrations.open_clip import ClipLoss, SigLipLoss
+
+-from pytorch_metric_learning.losses import NTXentLoss, SupConLoss
++from ito_kernels.integrations.pytorch_metric_learning import NTXentLoss, SupConLoss
+
+-from lightly.loss import NTXentLoss
++from ito_kernels.integrations.lightly import NTXentLoss
+
+-from sentence_transformers.sentence_transformer.losses import MultipleNegativesRankingLoss
++from ito_kernels.integrations.sentence_transformers import MultipleNegativesRankingLoss
+```
+
+What needs the dense matrix (miners, other distances and reducers, hardness modes) raises
+`NotImplementedError`, as does gathering across processes. Where a peer leaves its paper's formula
+we keep to the paper: pytorch-metric-learning's SupCon drops anchors whose loss has underflowed to 0
+from the mean, and returns 0 for a batch of one label.
+"""
 
 
 if __name__ == "__main__":

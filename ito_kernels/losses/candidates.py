@@ -15,7 +15,7 @@ from ..similarity.spec import Stats
 from .batch import Batch
 from .common import count_positives
 from .options import Options
-from .precision import accumulated, as_autocast
+from .precision import accumulated
 
 
 def extra_candidates(batch: Batch, o: Options) -> list[Queue | HardNegatives]:
@@ -35,7 +35,7 @@ class Queue:
 
     def __init__(self, batch: Batch, queue: Tensor, queue_ids: Tensor | None):
         self.batch, self.alike = batch, queue_ids is not None
-        self.queue = as_autocast(queue.detach()).to(batch.queries.dtype)
+        self.queue = queue.detach().to(batch.queries.dtype)
         n, device, ids = len(batch.queries), queue.device, batch.query_ids
         if self.alike:
             self.rows = torch.arange(n, device=device) if ids is None else ids
@@ -83,7 +83,7 @@ class HardNegatives:
         rows = accumulated(batch.queries)
         if batch.query_ids is not None:
             rows = rows.masked_fill((batch.query_ids < 0)[:, None], 0)
-        products = torch.bmm(accumulated(as_autocast(hard_negatives)), rows[:, :, None])
+        products = torch.bmm(accumulated(hard_negatives), rows[:, :, None])
         self.scores = batch.scale.reshape(-1, 1) * products.squeeze(2)
 
     def logsumexp(self, power: float, shift: Tensor) -> Tensor:

@@ -53,7 +53,8 @@ def infonce_with_options(
         options, queries, keys, scale, positives=positives, symmetric=symmetric, **ids
     )
     if normalize:
-        o = o.normalized()
+        o = o.with_candidates(lambda x: torch.nn.functional.normalize(x, dim=-1))
+    o = o.with_candidates(as_autocast)
     same = keys is queries
     queries, keys = as_autocast(queries), as_autocast(keys)
     if o.reweighted or o.positive_pairs is not None:  # parts of several calls cancel

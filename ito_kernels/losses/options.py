@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -38,11 +39,10 @@ class Options(NamedTuple):
         """Whether negatives count otherwise than in a softmax."""
         return self.debias is not None or self.hardness is not None
 
-    def normalized(self) -> Options:
-        """With unit candidates."""
+    def with_candidates(self, function: Callable[[Tensor], Tensor]) -> Options:
+        """With `function` of the queue and of the hard negatives, where there are any."""
         queue, hard = (
-            None if x is None else torch.nn.functional.normalize(x, dim=-1)
-            for x in (self.queue, self.hard_negatives)
+            None if x is None else function(x) for x in (self.queue, self.hard_negatives)
         )
         return self._replace(queue=queue, hard_negatives=hard)
 
