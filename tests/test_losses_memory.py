@@ -41,6 +41,13 @@ def run(loss, n):
         "uniformity": lambda: ik.uniformity_loss(a),
         "alignment": lambda: ik.alignment_loss(a, b),
         "symile": lambda: ik.symile_loss(a, b, c, 10.0),
+        "one to k": lambda: ik.one_to_k_loss(a, b[:, None], 10.0),
+        "mixup": lambda: ik.mixup_infonce(a, b, 10.0, partners=ids, mixing=0.3),
+        "clusters": lambda: ik.cluster_weighted_infonce(
+            a, b, 10.0, query_clusters=ids % 8, key_clusters=ids % 8, weights=torch.rand(8, 8)
+        ),
+        "cacr": lambda: ik.cacr_loss(a, b, **by_id),
+        "matryoshka": lambda: ik.matryoshka_loss(ik.clip_loss, a, b, dims=(4, 8), logit_scale=10.0),
     }[loss]()
 
 def status(key):

@@ -294,6 +294,16 @@ ROWS = {
             f"{MIXED}::test_cluster_weights",
         ),
     },
+    "cacr_loss": {
+        "query_ids, key_ids": (
+            lambda x, y, z, **where: ik.cacr_loss(x, y, **BY_ID, **where),
+            f"{MIXED}::test_cacr",
+        ),
+        "t_positive, t_negative": (
+            lambda x, y, z, **where: ik.cacr_loss(x, y, t_positive=3.0, t_negative=2.0, **where),
+            f"{MIXED}::test_cacr",
+        ),
+    },
     "matryoshka_loss": {
         "dims, weights, normalize": (
             lambda x, y, z, **where: ik.matryoshka_loss(
