@@ -22,6 +22,7 @@ from ..similarity.spec import check_scale
 from .batch import Batch, Direction
 from .candidates import extra_candidates
 from .common import mean_where
+from .margin import with_margin
 from .options import Options, check_options
 from .pairs import Positives
 from .precision import accumulated, as_autocast, logaddexp, without_autocast
@@ -70,7 +71,8 @@ def infonce_with_options(
             exclude_self=exclude_self,
             key_bias=o.key_bias,
         )
-        anchors = _anchors(batch, o, positives)
+        limited = batch if o.false_negative_margin is None else with_margin(batch, o)
+        anchors = _anchors(limited, o, positives)
         weights = {"row": o.query_weights, "col": o.key_weights}
         losses = tuple(
             _reduced(x, batch.ids(side), weights[side], empty, reduction)
@@ -125,9 +127,10 @@ def _anchors(batch: Batch, o: Options, positives: str) -> dict[str, _Anchors]:
         target = mean
         if positives != "mean":
             target = log_sum - log_k if positives == "in" else log_sum
-        number = batch.candidates(side) + sum(x.number() for x in more)
-        if batch.ids(side) is not None:
-            number = number.masked_fill(batch.ids(side) < 0, 0)
+        if o.reweighted or o.label_smoothing:
+            number = batch.candidates(side) + sum(x.number() for x in more)
+            if batch.ids(side) is not None:
+                number = number.masked_fill(batch.ids(side) < 0, 0)
 
         logs = [_log_sum(found[side], power, shift, more) for power, found in powers.items()]
         if o.reweighted:

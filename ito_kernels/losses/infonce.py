@@ -91,6 +91,11 @@ def multi_positive_infonce(
             integers: those with a query's id are left out of it, those with a negative id of all.
         hard_negatives: (N, K, D), further negatives of their own query alone, with gradient. For
             query→key.
+        false_negative_margin: m: a candidate that is no positive leaves D_i if its inner product
+            with the anchor is above that of the anchor's largest positive by more than m. Queue
+            and hard negatives too; in key→query with the key as the anchor. One or two more passes
+            over S, or none with symmetric=False; and one for each direction with debias or
+            hardness, which need the number of those that are left.
         debias: τ⁺ < 1, the share of negatives that are false, a number or (N,). The negatives' part
             of D_i becomes max{(Σ_neg exp S - n·τ⁺·mean_pos exp S) / (1 - τ⁺), n·exp(-logit_scale)}
             with n the number of negatives. Both directions (a τ⁺ per query: then N = M).
@@ -109,8 +114,9 @@ def multi_positive_infonce(
         backend: see `ito_kernels.backends()`; None chooses. What torch.compile has compiled keeps
             the backend it was compiled with, whatever `use_backend` and ITO_BACKEND say later.
 
-        `false_negative_margin`, `group` and `chunk_size` raise NotImplementedError in this version,
-        as do `debias` and `hardness` with `positive_pairs`. With any of these three bf16 and fp16
+        `group` and `chunk_size` raise NotImplementedError in this version, as do `debias` and
+        `hardness` with `positive_pairs`, and `false_negative_margin` with `label_smoothing` or, if
+        symmetric, with one logit_scale for each query. With any of these three bf16 and fp16
         features are computed in fp32: parts of several passes cancel.
 
     Returns:
@@ -126,7 +132,7 @@ def multi_positive_infonce(
     Miech et al. 2020 (MIL-NCE); He et al. 2020 (queue); Yi et al. 2019 (logQ correction); Chuang et
     al. 2020 (debias); Robinson et al. 2021 (hardness).
     """
-    not_yet(false_negative_margin=false_negative_margin, group=group, chunk_size=chunk_size)
+    not_yet(group=group, chunk_size=chunk_size)
     options = Options(
         label_smoothing,
         query_weights,
@@ -137,6 +143,7 @@ def multi_positive_infonce(
         queue,
         queue_ids,
         hard_negatives,
+        false_negative_margin,
         debias,
         hardness,
     )
