@@ -29,7 +29,7 @@ import triton.backends.nvidia as nvidia
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from ito_kernels.similarity import triton_kernels as kernels
+from ito_kernels.similarity import triton_backward, triton_forward
 from ito_kernels.similarity.triton_tiles import ARCHS, Arch, Tile
 
 TARGETS = {
@@ -112,18 +112,18 @@ def variants(arch: Arch, arithmetic: str) -> dict[str, tuple]:
     positive = {"alpha": fp32, "beta": fp32, "POSITIVES": "linear"}
     lse = positive | {"row_pos": fp32, "col_pos": fp32, "POSITIVES": "lse"}
     sizes = dict.fromkeys(
-        ("panel_row", "panel_col", "panel_rows", "panel_cols", "stride_panel"), "i32"
+        ("panel_row", "panel_col", "stride_panel"), "i32"
     ) | {"panel": f"*{element}"}
     panel, panel_ids = (features(x, x.k) | sizes for x in (w, by_ids))
     sums = {"scale_sums": fp32, "row_sums": fp32, "col_sums": fp32}
     softplus = {"SOFTPLUS": True, "u": fp32}
     hard = everything | {"POSITIVES": "lse", "HARDEST": True, "TRIANGLE": True}
-    statistics, panels = kernels.logsumexp_kernel, kernels.weights_kernel
+    statistics, panels = triton_forward.logsumexp_kernel, triton_backward.weights_kernel
     out = {
         "forward clip": (statistics, score, forward | {"pair_scores": fp32}),
         "forward ids": (statistics, by_ids, forward_ids | {"POSITIVES": "linear"}),
         "forward all": (statistics, by_ids, forward_ids | hard),
-        "softplus ids": (kernels.softplus_kernel, by_ids, forward_ids),
+        "softplus ids": (triton_forward.softplus_kernel, by_ids, forward_ids),
         "panel clip": (panels, w, panel | upstream | positive | {"scale_sums": fp32}),
         "panel all": (panels, by_ids, panel_ids | upstream | lse | everything | sums),
         "panel softplus": (panels, by_ids, panel_ids | ids | softplus | sums),
@@ -131,7 +131,7 @@ def variants(arch: Arch, arithmetic: str) -> dict[str, tuple]:
     for d in (64, 128) if gradient else ():
         fused = features(gradient, d) | {"grad": f"*{element}", "stride_grad": "i32"}
         out[f"gradient {d} clip"] = (
-            kernels.gradient_kernel, gradient,
+            triton_backward.gradient_kernel, gradient,
             fused | upstream | positive | {"scale_sums": fp32},
         )  # fmt: skip
     if element == "fp32":

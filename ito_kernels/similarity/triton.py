@@ -19,11 +19,11 @@ import triton
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from . import triton_kernels as kernels
+from . import triton_backward, triton_forward
 from . import triton_tiles as tiles
 from .spec import Grads, Needs, Problem, Stats, Upstream
 
-INTERPRETED = not isinstance(kernels.logsumexp_kernel, triton.JITFunction)
+INTERPRETED = not isinstance(triton_forward.logsumexp_kernel, triton.JITFunction)
 PANEL_BYTES = 256 << 20  # of one W panel: docs/gpu-static.md has the traffic at other sizes
 MERGE_BLOCK = 256
 # fp16 W is multiplied up to this: 4 terms of it stay below 65,504, and a softmax entry of 1/N keeps
@@ -268,7 +268,7 @@ def logsumexp_forward(problem: Problem) -> Stats:
     if p.row_ids is None and not p.exclude_self:  # also where not asked for: one kernel less
         pair_scores = op.a.new_empty(p.n, dtype=torch.float32)
     _launch(
-        kernels.logsumexp_kernel,
+        triton_forward.logsumexp_kernel,
         split.programs,
         **_score_arguments(plan, op, plan.forward),
         **split.arguments(),
@@ -294,7 +294,7 @@ def logsumexp_forward(problem: Problem) -> Stats:
         wanted = (True, True, p.positives is not None, p.hardest)
         top, logsum, pos, neg = (slots.new_empty(length) if want else None for want in wanted)
         _launch(
-            kernels.merge_kernel,
+            triton_forward.merge_kernel,
             triton.cdiv(length, MERGE_BLOCK),
             slots=slots,
             pair_scores=pair_scores if p.positives else None,
@@ -331,7 +331,7 @@ def softplus_forward(problem: Problem) -> Tensor:
     split = plan.split(triangle=False)
     slots = op.a.new_empty((split.col_groups, problem.n), dtype=torch.float32)
     _launch(
-        kernels.softplus_kernel,
+        triton_forward.softplus_kernel,
         split.programs,
         **_score_arguments(plan, op, plan.forward),
         **split.arguments(),
@@ -353,6 +353,22 @@ def logsumexp_backward(problem: Problem, stats: Stats, upstream: Upstream, needs
 
 def softplus_backward(problem: Problem, u: Tensor, needs: Needs) -> Grads:
     return _backward(problem, (u, None, None, None, None), (None,) * 5, needs, softplus=True)
+
+
+def softplus_both(problem: Problem, u: Tensor, needs: Needs) -> tuple[Tensor, Grads]:
+    """The row sums and, for an upstream gradient `u` known before, the gradients, by one
+    computation of the scores less: 3 matrix products in panels, 4 fused.
+
+    There is no such pass for softmax. Its W needs complete row sums, so the scores of whole rows
+    would be kept, 4 bytes each written and read: at D = 768 an H100 computes them again in less
+    time (docs/gpu-static.md).
+    """
+    if _symmetric(problem) and not _Plan(problem).gradient:
+        # half of the panels, which hold half of the scores: 2.5 products against 3
+        return softplus_forward(problem), softplus_backward(problem, u, needs)
+    values = problem.scale.new_zeros(problem.n)
+    side = (u, None, None, None, None)
+    return values, _backward(problem, side, (None,) * 5, needs, softplus=True, values=values)
 
 
 _ROW_VECTORS = ("u", "row_factors", "alpha", "row_pos")
@@ -381,6 +397,7 @@ class _Backward(NamedTuple):
     cols: tuple[Tensor | None, ...]
     symmetric: bool  # W + Wᵀ is computed, from `rows` alone
     softplus: bool
+    values: Tensor | None  # where the forward value of softplus goes too
     norm: Tensor | None
 
     def arguments(self) -> dict:
@@ -398,7 +415,9 @@ class _Backward(NamedTuple):
         }
 
 
-def _backward(problem: Problem, rows, cols, needs: Needs, softplus: bool) -> Grads:
+def _backward(
+    problem: Problem, rows, cols, needs: Needs, softplus: bool, values: Tensor | None = None
+) -> Grads:
     plan, op = _Plan(problem), _Operands.of(problem)
     rows, cols = (tuple(_dense(x) for x in side) for side in (rows, cols))
     symmetric = _symmetric(problem)
@@ -415,7 +434,7 @@ def _backward(problem: Problem, rows, cols, needs: Needs, softplus: bool) -> Gra
         rows = cols = both
     norm = _norm(problem, rows, cols) if problem.a.dtype == torch.float16 else None
     rows, cols = _side_vectors(rows), _side_vectors(cols)
-    call = _Backward(problem, plan, op, rows, cols, symmetric, softplus, norm)
+    call = _Backward(problem, plan, op, rows, cols, symmetric, softplus, values, norm)
     if plan.gradient:
         return _fused(call, needs)
     return _panels(call, needs)
@@ -444,13 +463,14 @@ def _fused(call: _Backward, needs: Needs) -> Grads:
         n = p.m if exchanged else p.n
         out = op.a.new_empty(n, p.d, dtype=torch.float32 if together else None) if grad else None
         sums = [op.a.new_empty(n, dtype=torch.float32) if x else None for x in (scale, bias)]
-        if not (grad or scale or bias):
+        values = None if exchanged else call.values
+        if not (grad or scale or bias or values is not None):
             return out, *sums
         arguments = call._replace(
             rows=call.cols if exchanged else call.rows, cols=call.rows if exchanged else call.cols
         ).arguments()
         _launch(
-            kernels.gradient_kernel,
+            triton_backward.gradient_kernel,
             triton.cdiv(n, tile.m),
             **_sources(plan, tile.m, tile.n, block_d, op),
             **plan.options(tile),
@@ -458,6 +478,7 @@ def _fused(call: _Backward, needs: Needs) -> Grads:
             grad=out,
             scale_sums=sums[0],
             row_sums=sums[1],
+            softplus_sums=values,
             stride_grad=p.d,
             diagonal=-p.diagonal if exchanged else p.diagonal,
             SCALE="one" if op.scale.ndim == 0 else "col" if exchanged else "row",
@@ -492,8 +513,10 @@ def _panels(call: _Backward, needs: Needs) -> Grads:
     col_bias = zeros(p.m) if needs.col_bias else None
     workspace = None
     if needs.a or needs.b:
-        step = 16 // op.a.element_size()  # rows on 16-byte boundaries for the matrix product
-        workspace = op.a.new_empty(height, triton.cdiv(width, step) * step)
+        # whole tiles: the kernel stores them without a mask
+        workspace = op.a.new_empty(
+            triton.cdiv(height, tile.m) * tile.m, triton.cdiv(width, tile.n) * tile.n
+        )
 
     for row0 in range(0, p.n, height):
         rows = slice(row0, min(row0 + height, p.n))
@@ -501,38 +524,36 @@ def _panels(call: _Backward, needs: Needs) -> Grads:
             cols = slice(col0, min(col0 + width, p.m))
             size = (rows.stop - rows.start, cols.stop - cols.start)
             grid = triton.cdiv(size[0], tile.m), triton.cdiv(size[1], tile.n)
-            sums = [
-                None if x is None else op.a.new_empty(shape, dtype=torch.float32)
-                for x, shape in (
-                    (scale, (grid[1], size[0])),
-                    (row_bias, (grid[1], size[0])),
-                    (col_bias, (grid[0], size[1])),
+            sums = {
+                name: None if x is None else op.a.new_empty(shape, dtype=torch.float32)
+                for name, x, shape in (
+                    ("scale_sums", scale, (grid[1], size[0])),
+                    ("row_sums", row_bias, (grid[1], size[0])),
+                    ("col_sums", col_bias, (grid[0], size[1])),
+                    ("softplus_sums", call.values, (grid[1], size[0])),
                 )
-            ]
+            }
             _launch(
-                kernels.weights_kernel,
+                triton_backward.weights_kernel,
                 grid[0] * grid[1],
-                **arguments,
+                **arguments | {"n": rows.stop, "m": cols.stop},
+                **sums,
                 panel=workspace,
                 stride_panel=0 if workspace is None else workspace.stride(0),
                 panel_row=rows.start,
                 panel_col=cols.start,
-                panel_rows=size[0],
-                panel_cols=size[1],
-                scale_sums=sums[0],
-                row_sums=sums[1],
-                col_sums=sums[2],
-                softplus_sums=None,
             )
             diagonal = call.symmetric and row0 == col0
             if scale is not None:
                 # W + Wᵀ has every pair twice; panels off the diagonal stand for two
                 half = 0.5 if diagonal else 1.0
-                scale[rows].add_(sums[0].sum(0), alpha=half)
+                scale[rows].add_(sums["scale_sums"].sum(0), alpha=half)
             if row_bias is not None:
-                row_bias[rows] += sums[1].sum(0)
+                row_bias[rows] += sums["row_sums"].sum(0)
             if col_bias is not None:
-                col_bias[cols] += sums[2].sum(0)
+                col_bias[cols] += sums["col_sums"].sum(0)
+            if call.values is not None:
+                call.values[rows] += sums["softplus_sums"].sum(0)
             if workspace is None:
                 continue
             weights = workspace[: size[0], : size[1]]
