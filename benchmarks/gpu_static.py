@@ -94,7 +94,8 @@ def variants(arch: Arch, arithmetic: str) -> dict[str, tuple]:
     }  # fmt: skip
 
     def features(tile: Tile, k: int) -> dict:
-        blocks = {"BLOCK_M": tile.m, "BLOCK_N": tile.n, "BLOCK_K": k, "BLOCK_D": k}
+        blocks = {"BLOCK_M": tile.m, "BLOCK_N": tile.n, "BLOCK_K": k, "BLOCK_D": k,
+                  "HALVES": tile.halves}  # fmt: skip
         if arch.tma:
             a, b = (f"tensordesc<{element}[{rows}, {k}]>" for rows in (tile.m, tile.n))
         else:
@@ -111,9 +112,9 @@ def variants(arch: Arch, arithmetic: str) -> dict[str, tuple]:
     upstream = dict.fromkeys(up, fp32)
     positive = {"alpha": fp32, "beta": fp32, "POSITIVES": "linear"}
     lse = positive | {"row_pos": fp32, "col_pos": fp32, "POSITIVES": "lse"}
-    sizes = dict.fromkeys(
-        ("panel_row", "panel_col", "stride_panel"), "i32"
-    ) | {"panel": f"*{element}"}
+    sizes = dict.fromkeys(("panel_row", "panel_col", "stride_panel"), "i32") | {
+        "panel": f"*{element}"
+    }
     panel, panel_ids = (features(x, x.k) | sizes for x in (w, by_ids))
     sums = {"scale_sums": fp32, "row_sums": fp32, "col_sums": fp32}
     softplus = {"SOFTPLUS": True, "u": fp32}

@@ -500,7 +500,7 @@ def _fused(call: _Backward, needs: Needs) -> Grads:
 def _panels(call: _Backward, needs: Needs) -> Grads:
     p, op, plan = call.problem, call.op, call.plan
     tile = plan.panel
-    arguments = _score_arguments(plan, op, tile) | call.arguments()
+    arguments = _score_arguments(plan, op, tile) | call.arguments() | {"HALVES": tile.halves}
     height, width = plan.panel_size()
 
     def zeros(*shape: int) -> Tensor:
@@ -524,13 +524,14 @@ def _panels(call: _Backward, needs: Needs) -> Grads:
             cols = slice(col0, min(col0 + width, p.m))
             size = (rows.stop - rows.start, cols.stop - cols.start)
             grid = triton.cdiv(size[0], tile.m), triton.cdiv(size[1], tile.n)
+            slots = (grid[1] * (2 if tile.halves else 1), size[0])
             sums = {
                 name: None if x is None else op.a.new_empty(shape, dtype=torch.float32)
                 for name, x, shape in (
-                    ("scale_sums", scale, (grid[1], size[0])),
-                    ("row_sums", row_bias, (grid[1], size[0])),
+                    ("scale_sums", scale, slots),
+                    ("row_sums", row_bias, slots),
                     ("col_sums", col_bias, (grid[0], size[1])),
-                    ("softplus_sums", call.values, (grid[1], size[0])),
+                    ("softplus_sums", call.values, slots),
                 )
             }
             _launch(

@@ -114,40 +114,22 @@ def _add_sums(sums, group, length, index, values):
     tl.store(sums + group.to(tl.int64) * length + index, values, mask=index < length)
 
 
-@triton.jit(do_not_specialize=[*scores.SIZES, "panel_row", "panel_col"])
-def weights_kernel(
-    a, b, scale, row_bias, col_bias, row_ids, col_ids,
+@triton.jit
+def _write_weights(
+    acc, tile_m, tile_n, scale, row_bias, col_bias, row_ids, col_ids,
     u, row_factors, alpha, row_pos, v, col_factors, beta, col_pos,
     norm, panel, scale_sums, row_sums, col_sums, softplus_sums,
-    n, m, d, stride_a, stride_b, diagonal, panel_row, panel_col, stride_panel,
-    EVEN_D: tl.constexpr, SCALE_PER_ROW: tl.constexpr, SOFTPLUS: tl.constexpr,
-    POSITIVES: tl.constexpr, SELF: tl.constexpr, EXCLUDE_POSITIVES: tl.constexpr,
-    EXACT: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr, INTERPRETED: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    n, m, diagonal, panel_row, panel_col, stride_panel, SCALE_PER_ROW: tl.constexpr,
+    SOFTPLUS: tl.constexpr, POSITIVES: tl.constexpr, SELF: tl.constexpr,
+    EXCLUDE_POSITIVES: tl.constexpr, EXACT: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """A panel of scale·W, rounded to the panel's dtype, for the vendor's matrix products.
-
-    The panel is rows [panel_row : n], columns [panel_col : m]; one program per tile. Its memory
-    covers whole tiles: a store without a mask is 16 bytes wide, one with a mask 2. `norm` is a
-    divisor that keeps fp16 in range. Of the unrounded W, where not None: `scale_sums` Σ_j W·<a, b>
-    and `row_sums` Σ_j W as [column tile][row of the panel], `col_sums` Σ_i W as [row tile][column
-    of the panel], and `softplus_sums`, the forward value, like `row_sums`.
-    """
-    # eight tiles high, so that programs that run together share columns in the L2 cache
-    panel_rows, panel_cols = n - panel_row, m - panel_col
-    tiles_m, tiles_n = tl.cdiv(panel_rows, BLOCK_M), tl.cdiv(panel_cols, BLOCK_N)
-    pid = tl.program_id(0)
-    band = pid // (8 * tiles_n)
-    height = tl.minimum(tiles_m - band * 8, 8)
-    tile_m = band * 8 + (pid % (8 * tiles_n)) % height
-    tile_n = (pid % (8 * tiles_n)) // height
+    """One tile of the panel and of its sums, from the tile's inner products."""
     here_m = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
     here_n = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
-    row0, col0 = panel_row + tile_m * BLOCK_M, panel_col + tile_n * BLOCK_N
+    panel_rows, panel_cols = n - panel_row, m - panel_col
     rows, cols = panel_row + here_m, panel_col + here_n
-    acc = scores.inner_products(a, b, row0, col0, n, m, d, stride_a, stride_b, EVEN_D,
-                                BLOCK_M, BLOCK_N, BLOCK_K, TMA, PRECISION,
-                                INTERPRETED)  # fmt: skip
+    row0, col0 = panel_row + tile_m * BLOCK_M, panel_col + tile_n * BLOCK_N
     row_scale, row_added, row_identity = scores.row_side(
         scale, row_bias, row_ids, rows, n, SCALE_PER_ROW
     )
@@ -182,6 +164,56 @@ def weights_kernel(
             factor = factor / tl.load(norm)
         at = panel + here_m.to(tl.int64)[:, None] * stride_panel + here_n[None, :]
         tl.store(at, (w * factor[:, None]).to(panel.dtype.element_ty))
+
+
+@triton.jit(do_not_specialize=[*scores.SIZES, "panel_row", "panel_col"])
+def weights_kernel(
+    a, b, scale, row_bias, col_bias, row_ids, col_ids,
+    u, row_factors, alpha, row_pos, v, col_factors, beta, col_pos,
+    norm, panel, scale_sums, row_sums, col_sums, softplus_sums,
+    n, m, d, stride_a, stride_b, diagonal, panel_row, panel_col, stride_panel,
+    EVEN_D: tl.constexpr, SCALE_PER_ROW: tl.constexpr, SOFTPLUS: tl.constexpr,
+    POSITIVES: tl.constexpr, SELF: tl.constexpr, EXCLUDE_POSITIVES: tl.constexpr,
+    EXACT: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr, INTERPRETED: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, HALVES: tl.constexpr,
+):  # fmt: skip
+    """A panel of scale·W, rounded to the panel's dtype, for the vendor's matrix products.
+
+    The panel is rows [panel_row : n], columns [panel_col : m]; one program per tile. Its memory
+    covers whole tiles: a store without a mask is 16 bytes wide, one with a mask 2. `norm` is a
+    divisor that keeps fp16 in range. Of the unrounded W, where not None: `scale_sums` Σ_j W·<a, b>
+    and `row_sums` Σ_j W as [column tile or half][row of the panel], `col_sums` Σ_i W as
+    [row tile][column of the panel], and `softplus_sums`, the forward value, like `row_sums`.
+    HALVES: W is formed by halves of the columns.
+    """
+    # eight tiles high, so that programs that run together share columns in the L2 cache
+    tiles_m, tiles_n = tl.cdiv(n - panel_row, BLOCK_M), tl.cdiv(m - panel_col, BLOCK_N)
+    pid = tl.program_id(0)
+    band = pid // (8 * tiles_n)
+    height = tl.minimum(tiles_m - band * 8, 8)
+    tile_m = band * 8 + (pid % (8 * tiles_n)) % height
+    tile_n = (pid % (8 * tiles_n)) // height
+
+    row0, col0 = panel_row + tile_m * BLOCK_M, panel_col + tile_n * BLOCK_N
+    acc = scores.inner_products(a, b, row0, col0, n, m, d, stride_a, stride_b, EVEN_D,
+                                BLOCK_M, BLOCK_N, BLOCK_K, TMA, PRECISION,
+                                INTERPRETED)  # fmt: skip
+    rest = (
+        scale, row_bias, col_bias, row_ids, col_ids,
+        u, row_factors, alpha, row_pos, v, col_factors, beta, col_pos,
+        norm, panel, scale_sums, row_sums, col_sums, softplus_sums,
+        n, m, diagonal, panel_row, panel_col, stride_panel,
+    )  # fmt: skip
+    if HALVES:
+        both = tl.permute(tl.reshape(acc, [BLOCK_M, 2, BLOCK_N // 2]), [0, 2, 1])
+        left, right = tl.split(both)
+        _write_weights(left, tile_m, 2 * tile_n, *rest, SCALE_PER_ROW, SOFTPLUS, POSITIVES, SELF,
+                       EXCLUDE_POSITIVES, EXACT, BLOCK_M, BLOCK_N // 2)  # fmt: skip
+        _write_weights(right, tile_m, 2 * tile_n + 1, *rest, SCALE_PER_ROW, SOFTPLUS, POSITIVES,
+                       SELF, EXCLUDE_POSITIVES, EXACT, BLOCK_M, BLOCK_N // 2)  # fmt: skip
+    else:
+        _write_weights(acc, tile_m, tile_n, *rest, SCALE_PER_ROW, SOFTPLUS, POSITIVES, SELF,
+                       EXCLUDE_POSITIVES, EXACT, BLOCK_M, BLOCK_N)  # fmt: skip
 
 
 @triton.jit(do_not_specialize=scores.SIZES)

@@ -25,9 +25,7 @@ def _pair_of_groups(pid, col_groups, TRIANGLE: tl.constexpr):
         return pid // col_groups, pid % col_groups
 
 
-@triton.jit(
-    do_not_specialize=[*scores.SIZES, "row_tiles", "col_tiles", "row_groups", "col_groups"]
-)
+@triton.jit(do_not_specialize=[*scores.SIZES, "row_tiles", "col_tiles", "row_groups", "col_groups"])
 def logsumexp_kernel(
     a, b, scale, row_bias, col_bias, row_ids, col_ids, row_slots, col_slots, pair_scores,
     n, m, d, stride_a, stride_b, diagonal, row_tiles, col_tiles, row_groups, col_groups,

@@ -20,6 +20,12 @@ class Tile(NamedTuple):
     warps: int
     stages: int
 
+    @property
+    def halves(self) -> bool:
+        """Whether W is formed by halves of the columns: with 128 scores per thread, the columns'
+        vectors, 3 registers for each of 32 columns, spill (sm_90: 385)."""
+        return self.m * self.n >= 128 * 32 * self.warps
+
 
 class Arch(NamedTuple):
     """Tiles of one architecture, by arithmetic: "half" (bf16, fp16) and the three of fp32.
