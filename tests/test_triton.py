@@ -423,6 +423,44 @@ def test_supports_and_describe():
     assert "symmetric" in backend.describe(Problem(a, None, torch.tensor(1.0)))
 
 
+def test_autotuning(backward, launched, monkeypatch):
+    """Off by default; once for sizes up to the next power of two; the choice runs and is named."""
+    tiles(monkeypatch, tile=MEDIUM)
+    monkeypatch.setattr(backend, "_TUNED", {})
+    trials = []
+
+    def milliseconds(run):
+        run()
+        *_, (_, _, arguments) = (x for x in launched if x[0] != "merge_kernel")
+        trials.append(tuple(arguments[x] for x in ("BLOCK_M", "BLOCK_N", "num_warps")))
+        if trials[-1] == (64, 64, 4):
+            raise backend.OutOfResources(1, 0, "shared memory")
+        return {(64, 32, 4): 1.0}.get(trials[-1], 2.0)
+
+    monkeypatch.setattr(backend, "_milliseconds", milliseconds)
+
+    def step(n: int) -> tuple[torch.Tensor, str]:
+        case = Case(n, 100, 24, positives="linear")
+        t = leaves(make(case, FP32), ("a", "b"))
+        stats = run(case, t, "triton")
+        grads = gradients((stats.row_logsum - stats.row_pos).sum(), t)
+        return grads["a"], backend.describe(Problem(t["a"], t["b"], torch.tensor(1.0)))
+
+    expected, text = step(100)
+    assert not trials
+    assert "64 x 64 x 32, 4 warps, 1 stages (from the table)" in text
+    monkeypatch.setenv("ITO_TRITON_AUTOTUNE", "1")
+    got, text = step(100)
+    assert len(trials) == 2 * 5  # forward and backward
+    assert text.count("64 x 32 x 32, 4 warps, 1 stages (tuned)") == 2
+    torch.testing.assert_close(got, expected)
+    _, text = step(90)
+    assert len(trials) == 10
+    assert "tuned" in text
+    _, text = step(40)
+    assert len(trials) == 20
+
+
 def test_fp32_follows_the_matmul_precision():
     before = torch.get_float32_matmul_precision()
     try:

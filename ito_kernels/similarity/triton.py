@@ -7,16 +7,24 @@ matrix products in all. Where S is symmetric, half of its tiles are computed: 2 
 
 Nothing waits for the device and no atomics are used: the same inputs give the same bits, and calls
 can be captured in a CUDA graph.
+
+Environment: ITO_TRITON_AUTOTUNE=1 times a few tiles around the table's and keeps the fastest, once
+for each kernel, dtype and size up to the next power of two. That first call waits for the device,
+so it cannot be captured; another process may choose another tile, with other last bits.
 """
 
 from __future__ import annotations
 
-from contextlib import nullcontext
+import os
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext, suppress
+from functools import wraps
 from typing import NamedTuple
 
 import torch
 import triton
 from torch import Tensor
+from triton.runtime.errors import OutOfResources
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from . import triton_backward, triton_forward
@@ -45,18 +53,14 @@ def supports(problem: Problem) -> tuple[bool, str]:
 
 def describe(problem: Problem) -> str:
     plan = _Plan(problem)
-    text = f"{plan.arch.name}, {plan.arithmetic}: {_words(plan.forward)} scores"
+    text = f"{plan.arch.name}, {plan.arithmetic}: {plan.words('forward')} scores"
     if _symmetric(problem):
         text += ", half of them (S is symmetric)"
     if plan.gradient:
-        return f"{text}; fused gradients, {_words(plan.gradient)}"
+        return f"{text}; fused gradients, {plan.words('gradient')}"
     rows, cols = plan.panel_size()
-    panels = f"W panels of {rows} x {cols}, {_words(plan.panel)}"
+    panels = f"W panels of {rows} x {cols}, {plan.words('panel')}"
     return f"{text}; {panels}, for the vendor's matrix product"
-
-
-def _words(tile: tiles.Tile) -> str:
-    return f"{tile.m} x {tile.n} x {tile.k}, {tile.warps} warps, {tile.stages} stages"
 
 
 class _Plan:
@@ -76,6 +80,18 @@ class _Plan:
         self.gradient = None
         if problem.d <= tiles.FUSED_D:
             self.gradient = self.arch.gradient.get(self.arithmetic)
+        for kernel in ("forward", "panel", "gradient"):
+            setattr(self, kernel, _TUNED.get(self.key(kernel), getattr(self, kernel)))
+
+    def key(self, kernel: str) -> tuple:
+        p = self.problem
+        sizes = (triton.next_power_of_2(x) for x in (p.n, p.m, p.d))
+        return kernel, self.arch.name, p.a.dtype, self.arithmetic, p.row_ids is not None, *sizes
+
+    def words(self, kernel: str) -> str:
+        m, n, k, warps, stages = getattr(self, kernel)
+        source = "tuned" if self.key(kernel) in _TUNED else "from the table"
+        return f"{m} x {n} x {k}, {warps} warps, {stages} stages ({source})"
 
     def panel_size(self) -> tuple[int, int]:
         p = self.problem
@@ -100,6 +116,47 @@ class _Plan:
             "num_warps": tile.warps,
             "num_stages": tile.stages,
         }
+
+
+_TUNED: dict[tuple, tiles.Tile] = {}
+
+
+def _tunes(choose: Callable[[_Plan], str]) -> Callable:
+    """The decorated function of a problem runs a kernel, `choose(plan)`, whose tile is tuned."""
+
+    def decorate(function: Callable) -> Callable:
+        @wraps(function)
+        def run(problem: Problem, *args):
+            if os.environ.get("ITO_TRITON_AUTOTUNE") == "1":
+                plan = _Plan(problem)
+                kernel = choose(plan)
+                key = plan.key(kernel)
+                if key not in _TUNED:
+                    times = {}
+                    try:
+                        for tile in tiles.around(getattr(plan, kernel)):
+                            _TUNED[key] = tile
+                            # a tile may ask for more shared memory than there is
+                            with suppress(OutOfResources), _on(problem.a.device):
+                                times[tile] = _milliseconds(lambda: function(problem, *args))
+                    finally:
+                        del _TUNED[key]
+                    _TUNED[key] = min(times, key=times.get)
+            return function(problem, *args)
+
+        return run
+
+    return decorate
+
+
+_tunes_forward = _tunes(lambda plan: "forward")
+_tunes_backward = _tunes(lambda plan: "gradient" if plan.gradient else "panel")
+
+
+def _milliseconds(run: Callable[[], object]) -> float:
+    if INTERPRETED:  # its times say nothing: the table's tile, which comes first, is kept
+        return 0.0
+    return triton.testing.do_bench(run, return_mode="median")
 
 
 def _arithmetic(dtype: torch.dtype) -> str:
@@ -239,15 +296,19 @@ def _score_arguments(plan: _Plan, op: _Operands, tile: tiles.Tile) -> dict:
 
 
 def _launch(kernel, programs: int, **arguments) -> None:
-    """Run on the device of the tensors, which need not be the current one."""
-    device = next(x for x in arguments.values() if isinstance(x, Tensor)).device
-    with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+    with _on(next(x for x in arguments.values() if isinstance(x, Tensor)).device):
         kernel[(programs,)](**arguments)
+
+
+def _on(device: torch.device) -> AbstractContextManager:
+    """Kernels run on the device of the tensors, which need not be the current one."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
 # ---- forward
 
 
+@_tunes_forward
 def logsumexp_forward(problem: Problem) -> Stats:
     p, plan, op = problem, _Plan(problem), _Operands.of(problem)
     symmetric = _symmetric(p)
@@ -326,6 +387,7 @@ def logsumexp_forward(problem: Problem) -> Stats:
     return Stats(*(row_stats if p.rows else nothing), *(col_stats if p.cols else nothing))
 
 
+@_tunes_forward
 def softplus_forward(problem: Problem) -> Tensor:
     plan, op = _Plan(problem), _Operands.of(problem)
     split = plan.split(triangle=False)
@@ -343,6 +405,7 @@ def softplus_forward(problem: Problem) -> Tensor:
 # ---- backward
 
 
+@_tunes_backward
 def logsumexp_backward(problem: Problem, stats: Stats, upstream: Upstream, needs: Needs) -> Grads:
     rows = (upstream.u, stats.row_max, stats.row_logsum, upstream.alpha, stats.row_pos)
     cols = (upstream.v, stats.col_max, stats.col_logsum, upstream.beta, stats.col_pos)
@@ -351,10 +414,12 @@ def logsumexp_backward(problem: Problem, stats: Stats, upstream: Upstream, needs
     return _backward(problem, rows, cols, needs, softplus=False)
 
 
+@_tunes_backward
 def softplus_backward(problem: Problem, u: Tensor, needs: Needs) -> Grads:
     return _backward(problem, (u, None, None, None, None), (None,) * 5, needs, softplus=True)
 
 
+@_tunes_backward
 def softplus_both(problem: Problem, u: Tensor, needs: Needs) -> tuple[Tensor, Grads]:
     """The row sums and, for an upstream gradient `u` known before, the gradients, by one
     computation of the scores less: 3 matrix products in panels, 4 fused.

@@ -2,7 +2,7 @@
 gradient for small D. Both can give the forward value of softplus too.
 """
 
-# ruff: noqa: SIM102 (as in triton_scores.py)
+# ruff: noqa: SIM102
 
 import triton
 import triton.language as tl

@@ -4,7 +4,7 @@ Programs share nothing: each writes slots of its own, which `merge_kernel` or a 
 in a fixed order, so the same inputs give the same bits.
 """
 
-# ruff: noqa: SIM102 (as in triton_scores.py)
+# ruff: noqa: SIM102
 
 import triton
 import triton.language as tl

@@ -9,8 +9,8 @@ An absent pointer is None, which Triton treats as a constant.
 """
 
 # No `from __future__ import annotations`: Triton reads the `tl.constexpr` annotations. Nested `if`s
-# stay nested: Triton decides one on constants at compile time, a conjunction at run time.
-# ruff: noqa: SIM102
+# stay nested in the kernels: Triton decides one on constants at compile time, a conjunction at run
+# time.
 
 import triton
 import triton.language as tl

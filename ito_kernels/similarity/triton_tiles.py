@@ -27,6 +27,17 @@ class Tile(NamedTuple):
         return self.m * self.n >= 128 * 32 * self.warps
 
 
+def around(tile: Tile) -> list[Tile]:
+    """The tiles that autotuning tries, the table's first: shorter, narrower, another pipeline."""
+    return [
+        tile,
+        tile._replace(m=tile.m // 2),
+        tile._replace(n=tile.n // 2),
+        tile._replace(m=tile.m // 2, warps=tile.warps // 2),
+        tile._replace(stages=tile.stages + 1),
+    ]
+
+
 class Arch(NamedTuple):
     """Tiles of one architecture, by arithmetic: "half" (bf16, fp16) and the three of fp32.
 
