@@ -290,6 +290,7 @@ def _score_arguments(plan: _Plan, op: _Operands, tile: tiles.Tile) -> dict:
         **_sources(plan, tile.m, tile.n, tile.k, op),
         **plan.options(tile),
         "BLOCK_K": tile.k,
+        "PARTS": tile.parts,
         "SCALE_PER_ROW": op.scale.ndim == 1,
         "diagonal": plan.problem.diagonal,
     }
@@ -565,7 +566,7 @@ def _fused(call: _Backward, needs: Needs) -> Grads:
 def _panels(call: _Backward, needs: Needs) -> Grads:
     p, op, plan = call.problem, call.op, call.plan
     tile = plan.panel
-    arguments = _score_arguments(plan, op, tile) | call.arguments() | {"HALVES": tile.halves}
+    arguments = _score_arguments(plan, op, tile) | call.arguments()
     height, width = plan.panel_size()
 
     def zeros(*shape: int) -> Tensor:
@@ -589,7 +590,7 @@ def _panels(call: _Backward, needs: Needs) -> Grads:
             cols = slice(col0, min(col0 + width, p.m))
             size = (rows.stop - rows.start, cols.stop - cols.start)
             grid = triton.cdiv(size[0], tile.m), triton.cdiv(size[1], tile.n)
-            slots = (grid[1] * (2 if tile.halves else 1), size[0])
+            slots = (grid[1] * tile.parts, size[0])
             sums = {
                 name: None if x is None else op.a.new_empty(shape, dtype=torch.float32)
                 for name, x, shape in (
@@ -601,7 +602,8 @@ def _panels(call: _Backward, needs: Needs) -> Grads:
             }
             _launch(
                 triton_backward.weights_kernel,
-                grid[0] * grid[1],
+                # with descriptors a program's next tile is loaded while it ends the one before
+                min(grid[0] * grid[1], 2 * plan.processors if plan.arch.tma else 2**31 - 1),
                 **arguments | {"n": rows.stop, "m": cols.stop},
                 **sums,
                 panel=workspace,

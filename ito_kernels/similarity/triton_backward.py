@@ -122,9 +122,23 @@ def _write_weights(
     n, m, diagonal, panel_row, panel_col, stride_panel, SCALE_PER_ROW: tl.constexpr,
     SOFTPLUS: tl.constexpr, POSITIVES: tl.constexpr, SELF: tl.constexpr,
     EXCLUDE_POSITIVES: tl.constexpr, EXACT: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
     """One tile of the panel and of its sums, from the tile's inner products."""
+    if PARTS > 1:
+        left, right = scores.halves(acc)
+        rest = (
+            scale, row_bias, col_bias, row_ids, col_ids,
+            u, row_factors, alpha, row_pos, v, col_factors, beta, col_pos,
+            norm, panel, scale_sums, row_sums, col_sums, softplus_sums,
+            n, m, diagonal, panel_row, panel_col, stride_panel,
+        )  # fmt: skip
+        _write_weights(left, tile_m, 2 * tile_n, *rest, SCALE_PER_ROW, SOFTPLUS, POSITIVES, SELF,
+                       EXCLUDE_POSITIVES, EXACT, BLOCK_M, BLOCK_N // 2, PARTS // 2)  # fmt: skip
+        _write_weights(right, tile_m, 2 * tile_n + 1, *rest, SCALE_PER_ROW, SOFTPLUS, POSITIVES,
+                       SELF, EXCLUDE_POSITIVES, EXACT, BLOCK_M, BLOCK_N // 2,
+                       PARTS // 2)  # fmt: skip
+        return
     here_m = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
     here_n = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
     panel_rows, panel_cols = n - panel_row, m - panel_col
@@ -175,45 +189,47 @@ def weights_kernel(
     EVEN_D: tl.constexpr, SCALE_PER_ROW: tl.constexpr, SOFTPLUS: tl.constexpr,
     POSITIVES: tl.constexpr, SELF: tl.constexpr, EXCLUDE_POSITIVES: tl.constexpr,
     EXACT: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr, INTERPRETED: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, HALVES: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
     """A panel of scale·W, rounded to the panel's dtype, for the vendor's matrix products.
 
-    The panel is rows [panel_row : n], columns [panel_col : m]; one program per tile. Its memory
-    covers whole tiles: a store without a mask is 16 bytes wide, one with a mask 2. `norm` is a
+    The panel is rows [panel_row : n], columns [panel_col : m]; each program takes every so many-th
+    tile. Its memory covers whole tiles: a store without a mask is 16 bytes wide, one with a mask 2. `norm` is a
     divisor that keeps fp16 in range. Of the unrounded W, where not None: `scale_sums` Σ_j W·<a, b>
-    and `row_sums` Σ_j W as [column tile or half][row of the panel], `col_sums` Σ_i W as
+    and `row_sums` Σ_j W as [part of a column tile][row of the panel], `col_sums` Σ_i W as
     [row tile][column of the panel], and `softplus_sums`, the forward value, like `row_sums`.
-    HALVES: W is formed by halves of the columns.
+    PARTS: W is formed by so many parts of a tile's columns.
     """
-    # eight tiles high, so that programs that run together share columns in the L2 cache
-    tiles_m, tiles_n = tl.cdiv(n - panel_row, BLOCK_M), tl.cdiv(m - panel_col, BLOCK_N)
-    pid = tl.program_id(0)
-    band = pid // (8 * tiles_n)
-    height = tl.minimum(tiles_m - band * 8, 8)
-    tile_m = band * 8 + (pid % (8 * tiles_n)) % height
-    tile_n = (pid % (8 * tiles_n)) // height
-
-    row0, col0 = panel_row + tile_m * BLOCK_M, panel_col + tile_n * BLOCK_N
-    acc = scores.inner_products(a, b, row0, col0, n, m, d, stride_a, stride_b, EVEN_D,
-                                BLOCK_M, BLOCK_N, BLOCK_K, TMA, PRECISION,
-                                INTERPRETED)  # fmt: skip
     rest = (
         scale, row_bias, col_bias, row_ids, col_ids,
         u, row_factors, alpha, row_pos, v, col_factors, beta, col_pos,
         norm, panel, scale_sums, row_sums, col_sums, softplus_sums,
         n, m, diagonal, panel_row, panel_col, stride_panel,
     )  # fmt: skip
-    if HALVES:
-        both = tl.permute(tl.reshape(acc, [BLOCK_M, 2, BLOCK_N // 2]), [0, 2, 1])
-        left, right = tl.split(both)
-        _write_weights(left, tile_m, 2 * tile_n, *rest, SCALE_PER_ROW, SOFTPLUS, POSITIVES, SELF,
-                       EXCLUDE_POSITIVES, EXACT, BLOCK_M, BLOCK_N // 2)  # fmt: skip
-        _write_weights(right, tile_m, 2 * tile_n + 1, *rest, SCALE_PER_ROW, SOFTPLUS, POSITIVES,
-                       SELF, EXCLUDE_POSITIVES, EXACT, BLOCK_M, BLOCK_N // 2)  # fmt: skip
-    else:
-        _write_weights(acc, tile_m, tile_n, *rest, SCALE_PER_ROW, SOFTPLUS, POSITIVES, SELF,
-                       EXCLUDE_POSITIVES, EXACT, BLOCK_M, BLOCK_N)  # fmt: skip
+    tiles_m, tiles_n = tl.cdiv(n - panel_row, BLOCK_M), tl.cdiv(m - panel_col, BLOCK_N)
+    first, programs = tl.program_id(0), tl.num_programs(0)
+    k_steps = scores.steps(d, BLOCK_K, TMA)
+    acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    tile, tile_m, tile_n, k = first - programs, 0, 0, k_steps  # of the step before
+    for _ in tl.range(0, tl.cdiv(tiles_m * tiles_n - first, programs) * k_steps):
+        if k == k_steps:
+            k = 0
+            tile += programs
+            # eight tiles high, so that programs that run together share columns in the L2 cache
+            band = tile // (8 * tiles_n)
+            height = tl.minimum(tiles_m - band * 8, 8)
+            tile_m = band * 8 + (tile % (8 * tiles_n)) % height
+            tile_n = (tile % (8 * tiles_n)) // height
+        row0, col0 = panel_row + tile_m * BLOCK_M, panel_col + tile_n * BLOCK_N
+        acc = scores.multiply(
+            acc, k, a, b, row0, col0, n, m, d, stride_a, stride_b, EVEN_D,
+            BLOCK_M, BLOCK_N, BLOCK_K, TMA, PRECISION, INTERPRETED,
+        )  # fmt: skip
+        k += 1
+        if k == k_steps:
+            _write_weights(acc, tile_m, tile_n, *rest, SCALE_PER_ROW, SOFTPLUS, POSITIVES, SELF,
+                           EXCLUDE_POSITIVES, EXACT, BLOCK_M, BLOCK_N, PARTS)  # fmt: skip
+            acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
 
 
 @triton.jit(do_not_specialize=scores.SIZES)

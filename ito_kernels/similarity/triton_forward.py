@@ -25,6 +25,89 @@ def _pair_of_groups(pid, col_groups, TRIANGLE: tl.constexpr):
         return pid // col_groups, pid % col_groups
 
 
+@triton.jit
+def _add_tile(
+    acc, col0, top, total, pos, neg_top, row0, rows, row_scale, row_added, row_identity,
+    col_bias, row_ids, col_ids, col_slots, pair_scores, n, m, diagonal, col_field, with_cols, done,
+    ROWS: tl.constexpr, COLS: tl.constexpr, POSITIVES: tl.constexpr, SELF: tl.constexpr,
+    EXCLUDE_POSITIVES: tl.constexpr, HARDEST: tl.constexpr, EXACT: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PARTS: tl.constexpr,
+):  # fmt: skip
+    """The rows' statistics with those of a tile, from its inner products; the columns' in their
+    slot."""
+    if PARTS > 1:
+        left, right = scores.halves(acc)
+        rest = (
+            row0, rows, row_scale, row_added, row_identity, col_bias, row_ids, col_ids, col_slots,
+            pair_scores, n, m, diagonal, col_field, with_cols, done,
+        )  # fmt: skip
+        top, total, pos, neg_top = _add_tile(
+            left, col0, top, total, pos, neg_top, *rest, ROWS, COLS, POSITIVES, SELF,
+            EXCLUDE_POSITIVES, HARDEST, EXACT, BLOCK_M, BLOCK_N // 2, PARTS // 2,
+        )  # fmt: skip
+        return _add_tile(
+            right, col0 + BLOCK_N // 2, top, total, pos, neg_top, *rest, ROWS, COLS, POSITIVES,
+            SELF, EXCLUDE_POSITIVES, HARDEST, EXACT, BLOCK_M, BLOCK_N // 2, PARTS // 2,
+        )  # fmt: skip
+    cols = col0 + tl.arange(0, BLOCK_N)
+    # whether positives matter; without ids and with SELF there are none
+    POSITIVE: tl.constexpr = (
+        EXCLUDE_POSITIVES or HARDEST or POSITIVES != "none" or pair_scores is not None
+    )
+    col_added, col_identity = scores.side(col_bias, col_ids, cols, m, -2)
+    s = scores.affine(acc, row_scale, row_added, col_added)
+
+    special = False
+    tile_neg = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    if SELF or POSITIVE:
+        special = scores.is_special(row_ids, row_identity, col_identity, row0, col0,
+                                    diagonal, SELF, POSITIVE, BLOCK_M,
+                                    BLOCK_N)  # fmt: skip
+        if special:
+            positive, excluded = scores.classify(
+                row_ids, row_identity, col_identity, rows, cols, n, m, diagonal, SELF
+            )
+            if POSITIVES != "none" or pair_scores is not None:
+                # the mask is used up here: kept across a reduction it would spill
+                masked = tl.where(positive, s, float("-inf") if POSITIVES == "lse" else 0.0)
+                if pair_scores is not None:
+                    target = rows + diagonal
+                    here = (target >= col0) & (target < tl.minimum(col0 + BLOCK_N, m))
+                    found = tl.sum(masked, 1)
+                    tl.store(pair_scores + rows, found, mask=here & (rows < n))
+                if ROWS:
+                    pos = _add_positives(masked, pos, 1, POSITIVES)
+                if COLS and POSITIVES != "none":
+                    if with_cols:
+                        _add_col_positives(masked, col_slots + 2 * col_field, cols, m,
+                                           POSITIVES)  # fmt: skip
+            if HARDEST:
+                negative = tl.where(positive | excluded, float("-inf"), s)
+                tile_neg = tl.max(negative, 1)
+                if COLS:
+                    if with_cols:
+                        _raise(col_slots + 3 * col_field, cols, m, tl.max(negative, 0))
+            if EXCLUDE_POSITIVES:
+                s = tl.where(positive | excluded, float("-inf"), s)
+            elif SELF:
+                s = tl.where(excluded, float("-inf"), s)
+
+    if ROWS:
+        tile_top = tl.max(s, 1)
+        if HARDEST:
+            neg_top = tl.maximum(neg_top, tl.where(special, tile_neg, tile_top))
+        new = tl.maximum(top, tile_top)
+        shift = scores.finite(new)
+        total = total * scores.exp(top, shift, EXACT)
+        total += tl.sum(scores.exp(s, shift[:, None], EXACT), 1)
+        top = new
+    if COLS:
+        if with_cols:
+            _add_to_cols(s, special, col_slots, cols, m, col_field, done,
+                         HARDEST, EXACT)  # fmt: skip
+    return top, total, pos, neg_top
+
+
 @triton.jit(do_not_specialize=[*scores.SIZES, "row_tiles", "col_tiles", "row_groups", "col_groups"])
 def logsumexp_kernel(
     a, b, scale, row_bias, col_bias, row_ids, col_ids, row_slots, col_slots, pair_scores,
@@ -33,7 +116,7 @@ def logsumexp_kernel(
     POSITIVES: tl.constexpr, SELF: tl.constexpr, EXCLUDE_POSITIVES: tl.constexpr,
     HARDEST: tl.constexpr, TRIANGLE: tl.constexpr, EXACT: tl.constexpr, TMA: tl.constexpr,
     PRECISION: tl.constexpr, INTERPRETED: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
     """Row and column statistics in one pass.
 
@@ -56,15 +139,11 @@ def logsumexp_kernel(
         row_slots += tl.cast(col_group, tl.int64) * n
     if COLS:
         col_slots += tl.cast(row_group, tl.int64) * m
-    # whether positives matter; without ids and with SELF there are none
-    POSITIVE: tl.constexpr = (
-        EXCLUDE_POSITIVES or HARDEST or POSITIVES != "none" or pair_scores is not None
-    )
-
     first_row = row_group * row_tiles * BLOCK_M
     last_row = tl.minimum(first_row + row_tiles * BLOCK_M, n)
     first_col = col_group * col_tiles * BLOCK_N
     last_col = tl.minimum(first_col + col_tiles * BLOCK_N, m)
+    k_steps = scores.steps(d, BLOCK_K, TMA)
     for row0 in tl.range(first_row, last_row, BLOCK_M):
         rows = row0 + tl.arange(0, BLOCK_M)
         row_scale, row_added, row_identity = scores.row_side(
@@ -75,63 +154,24 @@ def logsumexp_kernel(
         pos = tl.full([BLOCK_M], float("-inf") if POSITIVES == "lse" else 0.0, tl.float32)
         neg_top = tl.full([BLOCK_M], float("-inf"), tl.float32)
 
-        for col0 in tl.range(first_col, last_col, BLOCK_N):
-            cols = col0 + tl.arange(0, BLOCK_N)
-            acc = scores.inner_products(
-                a, b, row0, col0, n, m, d, stride_a, stride_b, EVEN_D,
+        rest = (
+            row0, rows, row_scale, row_added, row_identity, col_bias, row_ids, col_ids, col_slots,
+            pair_scores, n, m, diagonal, col_field, with_cols, row0 - first_row,
+        )  # fmt: skip
+        # one loop over tiles and steps of D: the next tile's first loads run under this one's rest
+        acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+        for step in tl.range(0, tl.cdiv(last_col - first_col, BLOCK_N) * k_steps):
+            col0 = first_col + step // k_steps * BLOCK_N
+            acc = scores.multiply(
+                acc, step % k_steps, a, b, row0, col0, n, m, d, stride_a, stride_b, EVEN_D,
                 BLOCK_M, BLOCK_N, BLOCK_K, TMA, PRECISION, INTERPRETED,
             )  # fmt: skip
-            col_added, col_identity = scores.side(col_bias, col_ids, cols, m, -2)
-            s = scores.affine(acc, row_scale, row_added, col_added)
-
-            special = False
-            tile_neg = tl.full([BLOCK_M], float("-inf"), tl.float32)
-            if SELF or POSITIVE:
-                special = scores.is_special(row_ids, row_identity, col_identity, row0, col0,
-                                            diagonal, SELF, POSITIVE, BLOCK_M,
-                                            BLOCK_N)  # fmt: skip
-                if special:
-                    positive, excluded = scores.classify(
-                        row_ids, row_identity, col_identity, rows, cols, n, m, diagonal, SELF
-                    )
-                    if POSITIVES != "none" or pair_scores is not None:
-                        # the mask is used up here: kept across a reduction it would spill
-                        masked = tl.where(positive, s, float("-inf") if POSITIVES == "lse" else 0.0)
-                        if pair_scores is not None:
-                            target = rows + diagonal
-                            here = (target >= col0) & (target < tl.minimum(col0 + BLOCK_N, m))
-                            found = tl.sum(masked, 1)
-                            tl.store(pair_scores + rows, found, mask=here & (rows < n))
-                        if ROWS:
-                            pos = _add_positives(masked, pos, 1, POSITIVES)
-                        if COLS and POSITIVES != "none":
-                            if with_cols:
-                                _add_col_positives(masked, col_slots + 2 * col_field, cols, m,
-                                                   POSITIVES)  # fmt: skip
-                    if HARDEST:
-                        negative = tl.where(positive | excluded, float("-inf"), s)
-                        tile_neg = tl.max(negative, 1)
-                        if COLS:
-                            if with_cols:
-                                _raise(col_slots + 3 * col_field, cols, m, tl.max(negative, 0))
-                    if EXCLUDE_POSITIVES:
-                        s = tl.where(positive | excluded, float("-inf"), s)
-                    elif SELF:
-                        s = tl.where(excluded, float("-inf"), s)
-
-            if ROWS:
-                tile_top = tl.max(s, 1)
-                if HARDEST:
-                    neg_top = tl.maximum(neg_top, tl.where(special, tile_neg, tile_top))
-                new = tl.maximum(top, tile_top)
-                shift = scores.finite(new)
-                total = total * scores.exp(top, shift, EXACT)
-                total += tl.sum(scores.exp(s, shift[:, None], EXACT), 1)
-                top = new
-            if COLS:
-                if with_cols:
-                    _add_to_cols(s, special, col_slots, cols, m, col_field, row0 - first_row,
-                                 HARDEST, EXACT)  # fmt: skip
+            if step % k_steps == k_steps - 1:
+                top, total, pos, neg_top = _add_tile(
+                    acc, col0, top, total, pos, neg_top, *rest, ROWS, COLS, POSITIVES, SELF,
+                    EXCLUDE_POSITIVES, HARDEST, EXACT, BLOCK_M, BLOCK_N, PARTS,
+                )  # fmt: skip
+                acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
 
         if ROWS:
             inside = rows < n
@@ -252,7 +292,7 @@ def softplus_kernel(
     n, m, d, stride_a, stride_b, diagonal, row_tiles, col_tiles, col_groups,
     EVEN_D: tl.constexpr, SCALE_PER_ROW: tl.constexpr, SELF: tl.constexpr, TMA: tl.constexpr,
     PRECISION: tl.constexpr, INTERPRETED: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
     """Row sums of softplus(±S), one slot for each group of columns."""
     row_group, col_group = _pair_of_groups(tl.program_id(0), col_groups, False)
@@ -261,23 +301,28 @@ def softplus_kernel(
     last_row = tl.minimum(first_row + row_tiles * BLOCK_M, n)
     first_col = col_group * col_tiles * BLOCK_N
     last_col = tl.minimum(first_col + col_tiles * BLOCK_N, m)
+    k_steps = scores.steps(d, BLOCK_K, TMA)
     for row0 in tl.range(first_row, last_row, BLOCK_M):
         rows = row0 + tl.arange(0, BLOCK_M)
         row_scale, row_added, row_identity = scores.row_side(
             scale, row_bias, row_ids, rows, n, SCALE_PER_ROW
         )
         total = tl.zeros([BLOCK_M], tl.float32)
-        for col0 in tl.range(first_col, last_col, BLOCK_N):
-            cols = col0 + tl.arange(0, BLOCK_N)
-            acc = scores.inner_products(
-                a, b, row0, col0, n, m, d, stride_a, stride_b, EVEN_D,
+        acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+        for step in tl.range(0, tl.cdiv(last_col - first_col, BLOCK_N) * k_steps):
+            col0 = first_col + step // k_steps * BLOCK_N
+            acc = scores.multiply(
+                acc, step % k_steps, a, b, row0, col0, n, m, d, stride_a, stride_b, EVEN_D,
                 BLOCK_M, BLOCK_N, BLOCK_K, TMA, PRECISION, INTERPRETED,
             )  # fmt: skip
-            col_added, col_identity = scores.side(col_bias, col_ids, cols, m, -2)
-            s = scores.affine(acc, row_scale, row_added, col_added)
-            special = scores.is_special(row_ids, row_identity, col_identity, row0, col0, diagonal,
-                                        SELF, True, BLOCK_M, BLOCK_N)  # fmt: skip
-            s = scores.signed(s, special, row_ids, row_identity, col_identity, rows, cols, n, m,
-                              diagonal, SELF)  # fmt: skip
-            total += tl.sum(scores.softplus(s), 1)
+            if step % k_steps == k_steps - 1:
+                cols = col0 + tl.arange(0, BLOCK_N)
+                col_added, col_identity = scores.side(col_bias, col_ids, cols, m, -2)
+                s = scores.affine(acc, row_scale, row_added, col_added)
+                special = scores.is_special(row_ids, row_identity, col_identity, row0, col0,
+                                            diagonal, SELF, True, BLOCK_M, BLOCK_N)  # fmt: skip
+                s = scores.signed(s, special, row_ids, row_identity, col_identity, rows, cols, n, m,
+                                  diagonal, SELF)  # fmt: skip
+                total += tl.sum(scores.softplus(s), 1)
+                acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
         tl.store(row_slots + rows, total, mask=rows < n)

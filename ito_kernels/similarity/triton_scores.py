@@ -104,15 +104,24 @@ def dot(x, y, acc, PRECISION: tl.constexpr, INTERPRETED: tl.constexpr):
 
 
 @triton.jit
-def inner_products(a, b, row0, col0, n, m, d, stride_a, stride_b, EVEN_D: tl.constexpr,
-                   BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-                   TMA: tl.constexpr, PRECISION: tl.constexpr,
-                   INTERPRETED: tl.constexpr):  # fmt: skip
-    acc = tl.zeros([BLOCK_M, BLOCK_N], dtype=tl.float32)
+def steps(d, BLOCK_K: tl.constexpr, TMA: tl.constexpr):
+    """Calls of `multiply` that make up a tile's inner products."""
     if TMA:
-        for k in tl.range(0, d, BLOCK_K):
-            x, y = a.load([row0, k]), b.load([col0, k])
-            acc = dot(x, tl.trans(y), acc, PRECISION, INTERPRETED)
+        return tl.cdiv(d, BLOCK_K)
+    else:
+        return 1
+
+
+@triton.jit
+def multiply(acc, step, a, b, row0, col0, n, m, d, stride_a, stride_b, EVEN_D: tl.constexpr,
+             BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+             TMA: tl.constexpr, PRECISION: tl.constexpr, INTERPRETED: tl.constexpr):  # fmt: skip
+    """A tile's inner products: with descriptors a step of BLOCK_K of them, so that one loop goes
+    over tiles and steps and loads for the next tile run while this one is reduced; with pointers,
+    which would have to be set up again in every step, all of D."""
+    if TMA:
+        k = step * BLOCK_K
+        acc = dot(a.load([row0, k]), tl.trans(b.load([col0, k])), acc, PRECISION, INTERPRETED)
     else:
         x_at = _pointers(a, row0, n, stride_a, BLOCK_M, BLOCK_K)
         y_at = _pointers(b, col0, m, stride_b, BLOCK_N, BLOCK_K)
@@ -122,6 +131,14 @@ def inner_products(a, b, row0, col0, n, m, d, stride_a, stride_b, EVEN_D: tl.con
             x_at += BLOCK_K
             y_at += BLOCK_K
     return acc
+
+
+@triton.jit
+def halves(tile):
+    """A tile's left and right columns."""
+    M: tl.constexpr = tile.shape[0]
+    N: tl.constexpr = tile.shape[1]
+    return tl.split(tl.permute(tl.reshape(tile, [M, 2, N // 2]), [0, 2, 1]))
 
 
 # ---- scores

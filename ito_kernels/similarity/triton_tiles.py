@@ -21,10 +21,10 @@ class Tile(NamedTuple):
     stages: int
 
     @property
-    def halves(self) -> bool:
-        """Whether W is formed by halves of the columns: with 128 scores per thread, the columns'
-        vectors, 3 registers for each of 32 columns, spill (sm_90: 385)."""
-        return self.m * self.n >= 128 * 32 * self.warps
+    def parts(self) -> int:
+        """By how many parts of its columns a tile is reduced. With 128 scores per thread, the
+        columns' vectors, 3 registers for each of 32 columns, spill unless they come 8 at a time."""
+        return 4 if self.m * self.n >= 128 * 32 * self.warps else 1
 
 
 def around(tile: Tile) -> list[Tile]:
@@ -83,12 +83,13 @@ ARCHS = {
         gradient=GRADIENT,
     ),
     # The matrix unit is twice as fast and L2 is not: 256 × 128 asks it for 48 bytes per clock, of
-    # about 39, where 128 × 128 would ask for 64. W panels, with more column vectors, spill there.
+    # about 39, where 128 × 128 would ask for 64. Four stages: 192 KiB, so that a quarter of the
+    # next tile at D = 768 is loaded while one is reduced.
     "sm_90": Arch(
         "sm_90",
         True,
-        forward={"half": Tile(256, 128, 64, 8, 3)} | FP32,
-        panel={"half": Tile(128, 128, 64, 8, 3)} | FP32,
+        forward={"half": Tile(256, 128, 64, 8, 4)} | FP32,
+        panel={"half": Tile(256, 128, 64, 8, 4)} | FP32,
         ids={"half": Tile(128, 64, 64, 8, 3)} | FP32_IDS,
         gradient=GRADIENT | {"half": Tile(64, 64, 0, 4, 2)},
     ),
@@ -97,7 +98,7 @@ ARCHS = {
     "sm_100": Arch(
         "sm_100",
         True,
-        forward={"half": Tile(128, 64, 64, 8, 3)} | FP32,
+        forward={"half": Tile(128, 64, 64, 8, 4)} | FP32,
         panel={"half": Tile(128, 128, 64, 8, 3)} | FP32,
         ids={"half": Tile(128, 32, 64, 8, 3)} | FP32_IDS | {"ieee": TF32X3},
         gradient=GRADIENT,
