@@ -89,10 +89,12 @@ def test_many_small_tiles(case, dtype, tma, backward, monkeypatch):
     test_primitive.test_logsumexp("triton", case, dtype)
 
 
-@pytest.mark.parametrize("tile", [(64, 32), (32, 64)], ids=str)
+@pytest.mark.parametrize(("m", "n", "warps"), [(64, 32, 4), (32, 64, 4), (64, 64, 1)])
 @pytest.mark.parametrize("same", [False, True])
-def test_tiles_that_are_not_square(tile, same, monkeypatch):
-    tiles(monkeypatch, tile=triton_tiles.Tile(*tile, 32, 4, 1))
+def test_tiles_that_are_not_square_or_come_in_parts(m, n, warps, same, backward, monkeypatch):
+    tile = triton_tiles.Tile(m, n, 32, warps, 1)
+    assert tile.parts == (4 if warps == 1 else 1)
+    tiles(monkeypatch, tile=tile, tma=True)
     case = Case(150, 150, 16, same=same, ids="groups", positives="linear", exclude_self=same)
     test_primitive.test_logsumexp("triton", case, FP32)
 

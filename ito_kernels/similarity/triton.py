@@ -290,7 +290,6 @@ def _score_arguments(plan: _Plan, op: _Operands, tile: tiles.Tile) -> dict:
         **_sources(plan, tile.m, tile.n, tile.k, op),
         **plan.options(tile),
         "BLOCK_K": tile.k,
-        "PARTS": tile.parts,
         "SCALE_PER_ROW": op.scale.ndim == 1,
         "diagonal": plan.problem.diagonal,
     }
@@ -334,6 +333,7 @@ def logsumexp_forward(problem: Problem) -> Stats:
         split.programs,
         **_score_arguments(plan, op, plan.forward),
         **split.arguments(),
+        PARTS=plan.forward.parts,
         row_groups=split.row_groups,
         row_slots=row_slots,
         col_slots=col_slots,
@@ -566,7 +566,7 @@ def _fused(call: _Backward, needs: Needs) -> Grads:
 def _panels(call: _Backward, needs: Needs) -> Grads:
     p, op, plan = call.problem, call.op, call.plan
     tile = plan.panel
-    arguments = _score_arguments(plan, op, tile) | call.arguments()
+    arguments = _score_arguments(plan, op, tile) | call.arguments() | {"PARTS": tile.parts}
     height, width = plan.panel_size()
 
     def zeros(*shape: int) -> Tensor:

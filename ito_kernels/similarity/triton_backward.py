@@ -193,12 +193,12 @@ def weights_kernel(
 ):  # fmt: skip
     """A panel of scale·W, rounded to the panel's dtype, for the vendor's matrix products.
 
-    The panel is rows [panel_row : n], columns [panel_col : m]; each program takes every so many-th
-    tile. Its memory covers whole tiles: a store without a mask is 16 bytes wide, one with a mask 2. `norm` is a
-    divisor that keeps fp16 in range. Of the unrounded W, where not None: `scale_sums` Σ_j W·<a, b>
-    and `row_sums` Σ_j W as [part of a column tile][row of the panel], `col_sums` Σ_i W as
-    [row tile][column of the panel], and `softplus_sums`, the forward value, like `row_sums`.
-    PARTS: W is formed by so many parts of a tile's columns.
+    The panel is rows [panel_row : n], columns [panel_col : m]; with P programs each takes every
+    P-th tile. Its memory covers whole tiles: a store without a mask is 16 bytes wide, one with a
+    mask 2. `norm` is a divisor that keeps fp16 in range. Of the unrounded W, where not None:
+    `scale_sums` Σ_j W·<a, b> and `row_sums` Σ_j W as [part of a column tile][row of the panel],
+    `col_sums` Σ_i W as [row tile][column of the panel], and `softplus_sums`, the forward value,
+    like `row_sums`. PARTS: W is formed by so many parts of a tile's columns.
     """
     rest = (
         scale, row_bias, col_bias, row_ids, col_ids,

@@ -292,7 +292,7 @@ def softplus_kernel(
     n, m, d, stride_a, stride_b, diagonal, row_tiles, col_tiles, col_groups,
     EVEN_D: tl.constexpr, SCALE_PER_ROW: tl.constexpr, SELF: tl.constexpr, TMA: tl.constexpr,
     PRECISION: tl.constexpr, INTERPRETED: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PARTS: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """Row sums of softplus(±S), one slot for each group of columns."""
     row_group, col_group = _pair_of_groups(tl.program_id(0), col_groups, False)
