@@ -97,8 +97,7 @@ def variants(arch: Arch, arithmetic: str) -> dict[str, tuple]:
     }  # fmt: skip
 
     def features(tile: Tile, k: int) -> dict:
-        blocks = {"BLOCK_M": tile.m, "BLOCK_N": tile.n, "BLOCK_K": k, "BLOCK_D": k,
-                  "PARTS": tile.parts}  # fmt: skip
+        blocks = {"BLOCK_M": tile.m, "BLOCK_N": tile.n, "BLOCK_K": k, "BLOCK_D": k}
         if arch.tma:
             a, b = (f"tensordesc<{element}[{rows}, {k}]>" for rows in (tile.m, tile.n))
         else:
@@ -157,6 +156,7 @@ def compile_one(arch_name: str, arithmetic: str, name: str) -> dict:
     """Compile one variant and read its machine code."""
     arch = ARCHS[arch_name]
     kernel, tile, arguments = variants(arch, arithmetic)[name]
+    arguments["PARTS"] = arch.parts(tile, arguments["SOFTPLUS"])
     signature, constants, attributes = {}, {}, {}
     for i, argument in enumerate(kernel.arg_names):
         value = arguments.get(argument)

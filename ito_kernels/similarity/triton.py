@@ -333,7 +333,7 @@ def logsumexp_forward(problem: Problem) -> Stats:
         split.programs,
         **_score_arguments(plan, op, plan.forward),
         **split.arguments(),
-        PARTS=plan.forward.parts,
+        PARTS=plan.arch.parts(plan.forward),
         row_groups=split.row_groups,
         row_slots=row_slots,
         col_slots=col_slots,
@@ -566,7 +566,8 @@ def _fused(call: _Backward, needs: Needs) -> Grads:
 def _panels(call: _Backward, needs: Needs) -> Grads:
     p, op, plan = call.problem, call.op, call.plan
     tile = plan.panel
-    arguments = _score_arguments(plan, op, tile) | call.arguments() | {"PARTS": tile.parts}
+    parts = plan.arch.parts(tile, call.softplus)
+    arguments = _score_arguments(plan, op, tile) | call.arguments() | {"PARTS": parts}
     height, width = plan.panel_size()
 
     def zeros(*shape: int) -> Tensor:
@@ -590,7 +591,7 @@ def _panels(call: _Backward, needs: Needs) -> Grads:
             cols = slice(col0, min(col0 + width, p.m))
             size = (rows.stop - rows.start, cols.stop - cols.start)
             grid = triton.cdiv(size[0], tile.m), triton.cdiv(size[1], tile.n)
-            slots = (grid[1] * tile.parts, size[0])
+            slots = (grid[1] * parts, size[0])
             sums = {
                 name: None if x is None else op.a.new_empty(shape, dtype=torch.float32)
                 for name, x, shape in (

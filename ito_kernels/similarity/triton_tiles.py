@@ -20,12 +20,6 @@ class Tile(NamedTuple):
     warps: int
     stages: int
 
-    @property
-    def parts(self) -> int:
-        """By how many parts of its columns a tile is reduced. With 128 scores per thread, the
-        columns' vectors, 3 registers for each of 32 columns, spill unless they come 8 at a time."""
-        return 4 if self.m * self.n >= 128 * 32 * self.warps else 1
-
 
 def around(tile: Tile) -> list[Tile]:
     """The tiles that autotuning tries, the table's first: shorter, narrower, another pipeline."""
@@ -53,6 +47,13 @@ class Arch(NamedTuple):
     panel: dict[str, Tile]
     ids: dict[str, Tile]
     gradient: dict[str, Tile]
+
+    def parts(self, tile: Tile, softplus: bool = False) -> int:
+        """By how many parts of its columns a tile is reduced. With 128 scores per thread, the
+        columns' vectors, 3 registers for each of 32 columns, spill unless they come 8 at a time;
+        loss and gradient of softplus together do so with 64."""
+        threads = tile.warps * (64 if self.name == "gfx942" else 32)
+        return 4 if tile.m * tile.n >= (64 if softplus else 128) * threads else 1
 
 
 # Up to here the gradient's rows fit the registers. W would cost 6 bytes of memory traffic for
