@@ -601,10 +601,12 @@ def _panels(call: _Backward, needs: Needs) -> Grads:
                     ("softplus_sums", call.values, slots),
                 )
             }
+            programs = grid[0] * grid[1]
+            if plan.arch.tma:  # a program's next tile is loaded while it reduces the one before
+                programs = min(programs, 2 * plan.processors)
             _launch(
                 triton_backward.weights_kernel,
-                # with descriptors a program's next tile is loaded while it ends the one before
-                min(grid[0] * grid[1], 2 * plan.processors if plan.arch.tma else 2**31 - 1),
+                programs,
                 **arguments | {"n": rows.stop, "m": cols.stop},
                 **sums,
                 panel=workspace,
