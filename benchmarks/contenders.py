@@ -160,6 +160,48 @@ def sentence_transformers(loss: str) -> Callable[[Inputs], Tensor]:
     return lambda x: module.compute_loss_from_embeddings([x.a, x.b], None)
 
 
+# ---- libraries for GPUs
+
+
+def memeff(loss: str) -> Callable[[Inputs], Tensor]:
+    from memeff import MemoryEfficientCLIPLoss
+
+    # its default, stable=True, gives gradients of another size than the loss's
+    module = MemoryEfficientCLIPLoss(temperature=0.07, normalized_inputs=True, stable=False)
+    return lambda x: module(x.a, x.b)
+
+
+def siglip_kernel(loss: str) -> Callable[[Inputs], Tensor]:
+    from siglip_kernel import fused_siglip_loss
+
+    return lambda x: fused_siglip_loss(x.a, x.b, x.log_scale, x.bias)
+
+
+def inf_cl(loss: str) -> Callable[[Inputs], Tensor]:
+    from inf_cl import cal_flash_loss
+
+    def run(x: Inputs) -> Tensor:
+        # one loss per row, of one direction; it splits the width into parts of head_dim
+        call = partial(
+            cal_flash_loss, scale=x.log_scale.exp(), head_dim=math.gcd(256, x.a.shape[1])
+        )
+        return (call(x.a, x.b) + call(x.b, x.a)).mean() / 2
+
+    return run
+
+
+def cut_cross_entropy(loss: str) -> Callable[[Inputs], Tensor]:
+    from cut_cross_entropy import linear_cross_entropy
+
+    def run(x: Inputs) -> Tensor:
+        scale = x.log_scale.exp()
+        labels = torch.arange(len(x.a), device=x.a.device)
+        rows = linear_cross_entropy(scale * x.a, x.b, labels)
+        return (rows + linear_cross_entropy(scale * x.b, x.a, labels)) / 2
+
+    return run
+
+
 # ---- this library
 
 
@@ -208,9 +250,19 @@ class Contender(NamedTuple):
     losses: tuple[str, ...]
     build: Callable[[str], Callable[[Inputs], Tensor]]
     compiles: bool = False  # in its first call
-    native: bool = False  # its matrix products are not PyTorch's
+    native: bool = False  # its matrix products are not all PyTorch's
+    needs_cuda: bool = False
     normalises: bool = False  # the features, itself
     not_quick: str = ""  # why --quick leaves it out
+
+    def prepare(self, loss: str, device: str) -> Callable[[Inputs], Tensor]:
+        """What `build` gives; RuntimeError with the reason where it cannot run."""
+        if self.needs_cuda and device != "cuda":
+            raise RuntimeError("needs a CUDA device")
+        try:
+            return self.build(loss)
+        except ModuleNotFoundError as error:
+            raise RuntimeError(f"{error.name} is not installed") from error
 
 
 CONTENDERS = (
@@ -231,6 +283,15 @@ CONTENDERS = (
         sentence_transformers,
         normalises=True,
         not_quick="slow to import",
+    ),
+    *(
+        Contender(build.__name__.replace("_", "-"), losses, build, native=True, needs_cuda=True)
+        for build, losses in (
+            (memeff, ("clip",)),
+            (siglip_kernel, ("siglip",)),
+            (inf_cl, ("clip",)),
+            (cut_cross_entropy, ("clip",)),
+        )
     ),
     *(
         Contender(f"ito {name}", LOSSES, partial(ito, name), native=name not in PLAIN_PYTORCH)
