@@ -127,7 +127,7 @@ def similarity_softplus(
     S = scale·a·bᵀ + biases is not formed. Arguments and errors as in `similarity_logsumexp`, but
     `row_weights` is one (N,) tensor without gradient. With it the result is the 0-d sum
     Σ_i row_weights_i · row_i, and gradients that are wanted are formed in the forward pass, except
-    in fp16: 3 matrix products instead of 4 where the backend can (cpu).
+    in fp16: 3 matrix products instead of 4 where the backend can (cpu, triton).
 
     Returns (N,), or 0-d with `row_weights`, in fp32, fp64 for fp64 features.
     """
