@@ -31,9 +31,11 @@ from pathlib import Path
 
 import torch
 from contenders import (
+    ALL_LOSSES,
     CONTENDERS,
     LOSSES,
     ONE_TOWER,
+    OTHER_LOSSES,
     Contender,
     Inputs,
     exact,
@@ -58,6 +60,7 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 QUICK_COMPILES_FOR = 20  # seconds from the start; with a cold cache torch.compile takes longer
 SWEEP_TO = 16384  # N of the memory curve, where the tables stop earlier
 EXACT_UP_TO = 16384  # rows; beyond, the fp64 loss would take longer than all contenders
+DENSE_EXACT_UP_TO = 4096  # rows; 128 MiB for each of its fp64 matrices
 
 
 def main() -> None:
@@ -82,7 +85,7 @@ def parse_args() -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--quick", action="store_true", help="small sizes, within a minute")
-    parser.add_argument("--loss", nargs="+", choices=LOSSES, default=LOSSES, metavar="LOSS")
+    parser.add_argument("--loss", nargs="+", choices=ALL_LOSSES, default=LOSSES, metavar="LOSS")
     names = [contender.name for contender in CONTENDERS]
     parser.add_argument("--contender", nargs="+", choices=names, default=names, metavar="NAME")
     parser.add_argument("--batch", nargs="+", type=positive, metavar="N")
@@ -132,7 +135,8 @@ def compare(
     torch._dynamo.reset()  # shapes of earlier tables count towards the limit of recompilations
     x = make_inputs(loss, n, args.dim, DTYPES[dtype], args.device)
     unit = Gemm(2 * n if loss in ONE_TOWER else n, args.dim, like=x.a)
-    truth = exact(loss, x) if unit.rows <= EXACT_UP_TO else None
+    exact_up_to = DENSE_EXACT_UP_TO if loss in OTHER_LOSSES else EXACT_UP_TO
+    truth = exact(loss, x) if unit.rows <= exact_up_to else None
     peak = peak_flops(DTYPES[dtype]) if args.device == "cpu" else None
     what = {"loss": loss, "dtype": dtype, "n": n, "d": args.dim}
 
