@@ -34,6 +34,8 @@ FP16_TOP = 4096.0
 def supports(problem: Problem) -> tuple[bool, str]:
     if problem.a.dtype == torch.float64:
         return False, "fp64 is computed by the reference and chunked backends"
+    if problem.row_limit is not None:
+        return False, "row_limit is left to the chunked and reference backends"
     if problem.a.device.type == "cpu" and not INTERPRETED:
         return False, "CPU tensors need TRITON_INTERPRET=1 in the environment"
     if problem.a.device.type not in ("cpu", "cuda"):
