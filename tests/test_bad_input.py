@@ -85,7 +85,7 @@ def test_message(error, message, call):
         call()
 
 
-LATER = {"false_negative_margin": 0.1, "group": object(), "chunk_size": 8}
+LATER = {"group": object(), "chunk_size": 8}
 
 
 @pytest.mark.parametrize("option", LATER)

@@ -64,26 +64,32 @@ def oracle(q, k, scale, row_ids=None, col_ids=None, **o):
             if mine[i] < 0:
                 losses.append(torch.zeros((), dtype=F64))
                 continue
-            pos, w, neg = [], [], []
+            pos, w, neg, near = [], [], [], []  # near: inner products with the positives
             for j in range(len(others)):
                 if others[j] < 0 or (o.get("exclude_self") and i == j):
                     continue
                 a, b = (i, j) if rows else (j, i)
-                score = scale[a] * (q[a] @ k[b])
+                cosine = q[a] @ k[b]
+                score = scale[a] * cosine
                 if rows and o.get("key_bias") is not None:
                     score = score + o["key_bias"][b]
                 if weights[a, b]:
                     pos.append(score)
                     w.append(weights[a, b])
+                    near.append(cosine)
                 else:
-                    neg.append(score)
+                    neg.append((score, cosine))
             if rows and o.get("queue") is not None:
                 ids = o.get("queue_ids")
                 for j, key in enumerate(o["queue"].detach()):
                     if ids is None or (ids[j] >= 0 and ids[j] != mine[i]):
-                        neg.append(scale[i] * (q[i] @ key))
+                        neg.append((scale[i] * (q[i] @ key), q[i] @ key))
             if rows and o.get("hard_negatives") is not None:
-                neg += [scale[i] * (q[i] @ key) for key in o["hard_negatives"][i]]
+                neg += [(scale[i] * (q[i] @ key), q[i] @ key) for key in o["hard_negatives"][i]]
+            margin = o.get("false_negative_margin")
+            if margin is not None and near:
+                neg = [(s, cosine) for s, cosine in neg if cosine <= max(near) + margin]
+            neg = [s for s, _ in neg]
             anchor_weight = 1 if given is None else given[i]
             if pos or o.get("empty") != "drop":
                 weight_sum = weight_sum + anchor_weight
@@ -131,6 +137,14 @@ def make(name, n, m, d):
         "queue": {"queue": queue},
         "queue ids": {"queue": queue, "queue_ids": queue_ids},
         "hard": {"hard_negatives": hard},
+        "margin": {"false_negative_margin": 0.1},
+        "negative margin, queue ids, hard, bias": {
+            "false_negative_margin": -0.2,
+            "queue": queue,
+            "queue_ids": queue_ids,
+            "hard_negatives": hard,
+            "key_bias": bias,
+        },
         "debias": {"debias": 0.1},
         "debias floor": {"debias": 0.9},
         "hardness": {"hardness": 0.7},
@@ -155,7 +169,8 @@ def make(name, n, m, d):
     }[name]
 
 
-NAMES = """smoothing; weights; weights, drop; bias; bias, smoothing; queue; queue ids; hard; debias;
+NAMES = """smoothing; weights; weights, drop; bias; bias, smoothing; queue; queue ids; hard; margin;
+negative margin, queue ids, hard, bias; debias;
 debias floor; hardness; debias, hardness; queue ids, hard, smoothing; all but smoothing"""
 NAMES = [x.strip() for x in NAMES.split(";")]
 
@@ -309,6 +324,18 @@ def test_debiased_at_its_floor():
     for grad in torch.autograd.grad(out[:3].sum(), [negatives, positive]):
         assert grad.isfinite().all()
         assert (grad[:2] == 0).all()
+
+
+def test_margin_with_a_scale_per_query_and_stats():
+    q, k = unit(8, 5).requires_grad_(), unit(8, 5, seed=1).requires_grad_()
+    scale = (1 + 5 * rand(8)).requires_grad_()
+    options = {"false_negative_margin": 0.05, "symmetric": False}
+    check(ik.clip_loss(q, k, scale, **options), oracle(q, k, scale, **options), [q, k, scale])
+    _, stats = ik.clip_loss(q, k, 5.0, false_negative_margin=-2.0, return_stats=True)
+    assert (stats["row_loss"] == 0).all()  # nothing but the positive is left
+    _, plain = ik.clip_loss(q, k, 5.0, return_stats=True)
+    for name in ("row_accuracy", "positive_score", "hardest_negative_score"):  # of the batch
+        assert stats[name] == plain[name]
 
 
 def test_the_queue_has_no_gradient():
@@ -511,6 +538,26 @@ BAD = [
         ValueError,
         r"positive_weights must have shape \(2,\)",
         {"positive_pairs": PAIRS, "positive_weights": torch.ones(3)},
+    ),
+    (
+        ValueError,
+        "false_negative_margin must be finite, got inf",
+        {"false_negative_margin": math.inf},
+    ),
+    (
+        ValueError,
+        "false_negative_margin with a logit_scale for each query",
+        {"false_negative_margin": 0.1, "scale": torch.ones(5)},
+    ),
+    (
+        NotImplementedError,
+        "label_smoothing with false_negative_margin",
+        {"false_negative_margin": 0.1, "label_smoothing": 0.1},
+    ),
+    (
+        NotImplementedError,
+        "hardness with false_negative_margin",
+        {"false_negative_margin": 0.1, "hardness": 1.0},
     ),
     (NotImplementedError, "debias and hardness", {"positive_pairs": PAIRS, "hardness": 1.0}),
 ]

@@ -41,6 +41,7 @@ class Batch:
     backend: str | None
     exclude_self: bool = False
     key_bias: Tensor | None = None
+    limits: dict[str, Tensor] | None = None  # negatives with a larger inner product are left out
 
     @property
     def directions(self) -> tuple[str, ...]:
@@ -58,24 +59,29 @@ class Batch:
     def statistics(self, power: float = 1.0, **what) -> dict[str, Direction]:
         """Of power·S, for each direction."""
 
-        def call(**more) -> Stats:
+        def call(a="row", b="col", **more) -> Stats:
             return similarity_logsumexp(
-                self.queries,
-                self.keys,
+                self.features(a),
+                self.features(b),
                 power * self.scale,
-                row_ids=self.query_ids,
-                col_ids=self.key_ids,
+                row_ids=self.ids(a),
+                col_ids=self.ids(b),
                 exclude_self=self.exclude_self,
                 backend=self.backend,
                 **what,
                 **more,
             )
 
-        if self.key_bias is None:
+        if self.key_bias is None and self.limits is None:
             stats = call(cols=self.symmetric)
         else:
-            stats = call(cols=False, col_bias=power * self.key_bias)
-            if self.symmetric:
+            bias = None if self.key_bias is None else power * self.key_bias
+            limit = self.limits or {"row": None, "col": None}
+            stats = call(cols=False, col_bias=bias, row_limit=limit["row"])
+            if self.symmetric and self.limits:  # of keys as rows: limits are of rows
+                turned = call("col", "row", cols=False, row_limit=limit["col"])
+                stats = Stats(*stats[:4], *turned[:4])
+            elif self.symmetric:
                 stats = Stats(*stats[:4], *call(rows=False)[4:])
         found = {"row": Direction(*stats[:4]), "col": Direction(*stats[4:])}
         return {side: found[side] for side in self.directions}

@@ -52,6 +52,7 @@ class Queue:
             power * self.batch.scale,
             row_ids=self.rows,
             col_ids=self.cols,
+            row_limit=self.batch.limits["row"] if self.batch.limits else None,
             cols=False,
             backend=self.batch.backend,
             **flags,
@@ -83,11 +84,17 @@ class HardNegatives:
         rows = accumulated(batch.queries)
         if batch.query_ids is not None:
             rows = rows.masked_fill((batch.query_ids < 0)[:, None], 0)
-        products = torch.bmm(accumulated(hard_negatives), rows[:, :, None])
-        self.scores = batch.scale.reshape(-1, 1) * products.squeeze(2)
+        products = torch.bmm(accumulated(hard_negatives), rows[:, :, None]).squeeze(2)
+        self.scores = batch.scale.reshape(-1, 1) * products
+        self.left_out = torch.zeros_like(products, dtype=torch.bool)
+        if batch.limits:
+            self.left_out = products > batch.limits["row"][:, None]
 
     def logsumexp(self, power: float, shift: Tensor) -> Tensor:
-        return (power * (self.scores - shift[:, None])).logsumexp(1)
+        none = self.left_out.all(1)
+        scores = power * (self.scores - shift[:, None])
+        scores = scores.masked_fill(self.left_out & ~none[:, None], -torch.inf)
+        return scores.logsumexp(1).masked_fill(none, -torch.inf)
 
     def number(self) -> int:
         return self.scores.shape[1]

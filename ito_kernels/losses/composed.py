@@ -12,6 +12,7 @@ Both are relative to `shift`, a constant beside the largest score, where digits 
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -22,6 +23,7 @@ from ..similarity.spec import check_scale
 from .batch import Batch, Direction
 from .candidates import extra_candidates
 from .common import mean_where
+from .margin import limits
 from .options import Options, check_options
 from .pairs import Positives
 from .precision import accumulated, as_autocast, logaddexp, without_autocast
@@ -70,6 +72,8 @@ def infonce_with_options(
             exclude_self=exclude_self,
             key_bias=o.key_bias,
         )
+        if o.false_negative_margin is not None:
+            batch.limits = limits(batch, o.false_negative_margin)
         anchors = _anchors(batch, o, positives)
         weights = {"row": o.query_weights, "col": o.key_weights}
         losses = tuple(
@@ -203,7 +207,7 @@ def _diagnostics(batch: Batch, anchors: dict[str, _Anchors]) -> dict:
     )
     found = None
     if anchors["row"].positive is None:
-        found = batch.statistics(positives="linear", hardest=True)
+        found = replace(batch, limits=None).statistics(positives="linear", hardest=True)
     for side, x in anchors.items():
         out[f"{side}_loss"], out[f"{side}_lse"] = x.loss.detach(), x.log_denominator.detach()
         if found:

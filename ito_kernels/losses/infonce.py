@@ -91,6 +91,9 @@ def multi_positive_infonce(
             integers: those with a query's id are left out of it, those with a negative id of all.
         hard_negatives: (N, K, D), further negatives of their own query alone, with gradient. For
             query→key.
+        false_negative_margin: m: candidates that are not positive and have an inner product with
+            the anchor above that of its nearest positive + m leave the denominator. Both
+            directions, each with its own anchors. Not on the triton backend.
         debias: τ⁺ < 1, the share of negatives that are false, a number or (N,). The negatives' part
             of D_i becomes max{(Σ_neg exp S - n·τ⁺·mean_pos exp S) / (1 - τ⁺), n·exp(-logit_scale)}
             with n the number of negatives. Both directions (a τ⁺ per query: then N = M).
@@ -109,8 +112,9 @@ def multi_positive_infonce(
         backend: see `ito_kernels.backends()`; None chooses. What torch.compile has compiled keeps
             the backend it was compiled with, whatever `use_backend` and ITO_BACKEND say later.
 
-        `false_negative_margin`, `group` and `chunk_size` raise NotImplementedError in this version,
-        as do `debias` and `hardness` with `positive_pairs`. With any of these three bf16 and fp16
+        `group` and `chunk_size` raise NotImplementedError in this version, as do `debias` and
+        `hardness` with `positive_pairs`, and `false_negative_margin` with any of these three or
+        with `label_smoothing`. With `debias`, `hardness` or `positive_pairs` bf16 and fp16
         features are computed in fp32: parts of several passes cancel.
 
     Returns:
@@ -126,7 +130,7 @@ def multi_positive_infonce(
     Miech et al. 2020 (MIL-NCE); He et al. 2020 (queue); Yi et al. 2019 (logQ correction); Chuang et
     al. 2020 (debias); Robinson et al. 2021 (hardness).
     """
-    not_yet(false_negative_margin=false_negative_margin, group=group, chunk_size=chunk_size)
+    not_yet(group=group, chunk_size=chunk_size)
     options = Options(
         label_smoothing,
         query_weights,
@@ -137,6 +141,7 @@ def multi_positive_infonce(
         queue,
         queue_ids,
         hard_negatives,
+        false_negative_margin,
         debias,
         hardness,
     )

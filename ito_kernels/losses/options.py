@@ -28,6 +28,7 @@ class Options(NamedTuple):
     queue: Tensor | None = None
     queue_ids: Tensor | None = None
     hard_negatives: Tensor | None = None
+    false_negative_margin: float | None = None
     debias: float | Tensor | None = None
     hardness: float | None = None
 
@@ -65,6 +66,10 @@ def check_options(
         hardness=check_number("hardness", o.hardness, 0, math.inf) or None,  # 0 weighs nothing
         debias=_check_debias(o.debias, scale, queries, m, symmetric),
     )
+    if o.false_negative_margin is not None:
+        margin = check_number("false_negative_margin", o.false_negative_margin, -math.inf, math.inf)
+        o = o._replace(false_negative_margin=margin)
+        _check_margin(o, scale, symmetric)
     if o.label_smoothing and o.reweighted:
         raise ValueError(
             "label_smoothing mixes targets over a softmax; with debias or hardness the denominator"
@@ -109,8 +114,9 @@ def check_number(name: str, x: object, low: float, high: float) -> float | None:
     if isinstance(x, bool) or not isinstance(x, (int, float)):
         raise TypeError(f"{name} must be a number, got {type(x).__name__}")
     if not (low <= x <= high and math.isfinite(x)):
-        upper = f" to {high}" if math.isfinite(high) else " upwards, finite"
-        raise ValueError(f"{name} must be from {low}{upper}, got {x}")
+        wanted = f"from {low} to {high}" if math.isfinite(high) else f"from {low} upwards, finite"
+        wanted = wanted if math.isfinite(low) else "finite"
+        raise ValueError(f"{name} must be {wanted}, got {x}")
     return float(x)
 
 
@@ -136,6 +142,20 @@ def _check_debias(tau: object, scale: Tensor, queries: Tensor, m: int, symmetric
     if tau == 1:
         raise ValueError("debias must be less than 1: it is the share of false negatives")
     return torch.full((), tau, dtype=accumulate_dtype(queries.dtype), device=queries.device)
+
+
+def _check_margin(o: Options, scale: Tensor, symmetric: bool) -> None:
+    for name in ("label_smoothing", "positive_pairs", "debias", "hardness"):
+        if getattr(o, name) not in (None, 0.0):
+            raise NotImplementedError(
+                f"{name} with false_negative_margin: how many candidates are left, and which of"
+                " them are pairs, is known inside the kernels alone"
+            )
+    if symmetric and scale.ndim == 1:
+        raise ValueError(
+            "false_negative_margin with a logit_scale for each query: a key as the anchor has no"
+            " one scale; use symmetric=False"
+        )
 
 
 def _check_pairs(o: Options, queries: Tensor, keys: Tensor, positives: str) -> Options:
