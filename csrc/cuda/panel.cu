@@ -1,0 +1,154 @@
+// A panel of scale·W in the features' dtype, for the vendor's matrix products W·B and Wᵀ·A.
+#include "cuda/tile.cuh"
+#include "cuda/weights.cuh"
+
+namespace ito::ITO_GPU {
+namespace {
+
+template <class Arithmetic, bool kSoftplus>
+class Writer {
+ public:
+  __device__ Writer(const Panel& panel, int row_group, int col_group)
+      : panel_(panel),
+        p_(panel.scores),
+        scale_slot_(panel.scale_sums, col_group * kWarpCols + place_.warp_col, 0,
+                    panel.last_row - panel.first_row),
+        row_slot_(panel.row_sums, col_group * kWarpCols + place_.warp_col, 0,
+                  panel.last_row - panel.first_row),
+        col_slot_(panel.col_sums, row_group * kWarpRows + place_.warp_row, 0,
+                  panel.last_col - panel.first_col),
+        inverse_(panel.norm ? 1.0f / panel.norm.load(0) : 1.0f) {}
+
+  __device__ __forceinline__ void begin(int row0) {
+#pragma unroll
+    for (int r = 0; r < kRows; ++r) {
+      const int row = row0 + place_.row(r);
+      rows_[r] = Row(p_, row);
+      row_weights_[r] = Weights(p_.row, row);
+      scale_sum_[r] = row_sum_[r] = 0.0f;
+    }
+  }
+
+  __device__ __forceinline__ void tile(Scored& s, int row0, int col0) {
+    int col_ids[kCols] = {};
+    if (p_.row.ids) {
+#pragma unroll
+      for (int j = 0; j < kCols; ++j) col_ids[j] = Line(p_.col, col0 + place_.col(j), -2).id;
+    }
+    if (special(p_, rows_, col_ids, col0 + place_.first_col(), kTile / kWarpCols))
+      weigh<true>(s, col0);
+    else
+      weigh<false>(s, col0);
+    if (panel_.panel) store(s, row0, col0);
+  }
+
+  __device__ __forceinline__ void end(int row0) {
+#pragma unroll
+    for (int r = 0; r < kRows; ++r) {
+      const int row = row0 + place_.row(r);
+      const bool mine = place_.member == 0 && row < panel_.last_row;
+      const float scale_sum = sum_of_members(scale_sum_[r]), row_sum = sum_of_members(row_sum_[r]);
+      if (mine && panel_.scale_sums) scale_slot_.store(0, row - panel_.first_row, scale_sum);
+      if (mine && panel_.row_sums) row_slot_.store(0, row - panel_.first_row, row_sum);
+    }
+  }
+
+ private:
+  // Inner products become scale·W / norm.
+  template <bool kMasked>
+  __device__ __forceinline__ void weigh(Scored& s, int col0) {
+    float col_sum[kCols];
+#pragma unroll
+    for (int j = 0; j < kCols; ++j) {
+      const int index = col0 + place_.col(j);
+      const Col col(p_, index);
+      const Weights col_weights(p_.col, index);
+      col_sum[j] = 0.0f;
+#pragma unroll
+      for (int r = 0; r < kRows; ++r) {
+        const float dot = at(s, r, j);
+        const float score = fmaf(dot, rows_[r].scale, col.added) + rows_[r].added;
+        const Kind kind = kMasked ? kind_of(p_, rows_[r], index, col.id) : Kind::kNegative;
+        const float w = weight<kSoftplus, !Arithmetic::kHalf>(p_, score, kind, row_weights_[r],
+                                                              col_weights);
+        scale_sum_[r] = fmaf(w, dot, scale_sum_[r]);
+        row_sum_[r] += w;
+        col_sum[j] += w;
+        at(s, r, j) = w * rows_[r].scale * inverse_;
+      }
+    }
+    if (!panel_.col_sums) return;
+    reduce_columns(col_sum, [](float x, float y) { return x + y; });
+#pragma unroll
+    for (int e = 0; e < 2; ++e) {
+      const int col = col0 + place_.col(2 * place_.group + e);
+      if (col < panel_.last_col) col_slot_.store(0, col - panel_.first_col, col_sum[e]);
+    }
+  }
+
+  // Whole 32-byte sectors at a time. The four lanes of a row hold 8 bytes each of 8 floats, but 4
+  // of 8 halves: there pairs of lanes exchange a word, so that one holds half of the first 8
+  // columns and the other half of the next.
+  __device__ __forceinline__ void store(Scored& s, int row0, int col0) {
+    const int64_t row = row0 - panel_.first_row, col = col0 - panel_.first_col + place_.first_col();
+#pragma unroll
+    for (int r = 0; r < kRows; ++r) {
+      const int64_t from = (row + place_.row(r)) * panel_.stride;
+      if constexpr (Arithmetic::kHalf) {
+        const bool odd = place_.member % 2;
+#pragma unroll
+        for (int j = 0; j < kCols; j += 4) {
+          const uint32_t first = Arithmetic::pack(at(s, r, j), at(s, r, j + 1));
+          const uint32_t next = Arithmetic::pack(at(s, r, j + 2), at(s, r, j + 3));
+          const uint32_t got = gpu::shuffle_xor(odd ? first : next, 1);
+          panel_.panel.store(from + (col + j / 2 * 8) / 4 + odd * 2 + place_.member / 2,
+                             odd ? TwoWords{got, next} : TwoWords{first, got});
+        }
+      } else {
+#pragma unroll
+        for (int j = 0; j < kCols; j += 2)
+          panel_.panel.store(from + (col + j / 2 * 8) / 2 + place_.member,
+                             {gpu::as_bits(at(s, r, j)), gpu::as_bits(at(s, r, j + 1))});
+      }
+    }
+  }
+
+  const Panel& panel_;
+  const Scores& p_;
+  Place place_;
+  Slot scale_slot_, row_slot_, col_slot_;
+  float inverse_;
+  Row rows_[kRows];
+  Weights row_weights_[kRows];
+  float scale_sum_[kRows], row_sum_[kRows];
+};
+
+template <class Arithmetic, bool kSoftplus>
+__global__ void __launch_bounds__(kThreads) panel_kernel(const __grid_constant__ Panel p) {
+  int row_group, col_group;
+  const Region all{p.first_row, p.last_row, p.first_col, p.last_col};
+  const Region region = region_of(p.split, all, row_group, col_group);
+  Writer<Arithmetic, kSoftplus> epilogue(p, row_group, col_group);
+  walk<Arithmetic>(p.scores, region, epilogue);
+}
+
+template <class Arithmetic>
+void start(const Panel& p, void* stream) {
+  const int64_t blocks = int64_t{p.split.row_groups} * p.split.col_groups;
+  gpu::launch("panel_kernel",
+              p.scores.softplus ? panel_kernel<Arithmetic, true> : panel_kernel<Arithmetic, false>,
+              blocks, kThreads, kTileShared, stream, p);
+}
+
+}  // namespace
+
+void panel(Arithmetic arithmetic, const Panel& p, void* stream) {
+  switch (arithmetic) {
+    case Arithmetic::kBf16: return start<Bf16>(p, stream);
+    case Arithmetic::kF16: return start<F16>(p, stream);
+    case Arithmetic::kTf32: return start<Tf32>(p, stream);
+    case Arithmetic::kTf32x3: return start<Tf32x3>(p, stream);
+  }
+}
+
+}  // namespace ito::ITO_GPU
