@@ -108,7 +108,12 @@ FAULTS = {
     "loads one row too many": ("tile.cuh", "row < side.length", "row <= side.length", "a tensor"),
     "stores one row too many": ("forward.cu", "row < p_.row.length", "row <= p_.row.length", ""),
     "stores one column too many": ("forward.cu", "col >= p_.col.length", "col > p_.col.length", ""),
-    "counts one column too many": ("scores.cuh", "index >= side.length", "index > side.length", ""),
+    "counts one column too many": (
+        "scores.cuh",
+        "col_of(first, j) < side.length ? 0.0f",
+        "col_of(first, j) <= side.length ? 0.0f",
+        "got",
+    ),
 }
 
 

@@ -3,11 +3,19 @@
 // A thread keeps the statistics of its rows, over its own columns, in registers until a row tile
 // ends. Statistics of columns are brought up to date after each tile in the warp's own slot. No two
 // warps write to the same place, so there are no atomics, and no barrier in the epilogue.
-#include "cuda/scores.cuh"
 #include "cuda/tile.cuh"
 
 namespace ito::ITO_GPU {
 namespace {
+
+// Inner products become scores.
+__device__ __forceinline__ void score(Scored& s, const Row (&rows)[kRows], const Cols& cols) {
+#pragma unroll
+  for (int j = 0; j < kCols; ++j)
+#pragma unroll
+    for (int r = 0; r < kRows; ++r)
+      at(s, r, j) = fmaf(at(s, r, j), rows[r].scale, cols.added[j]) + rows[r].added;
+}
 
 enum Field { kMax = 0, kPos = 2, kNeg = 4 };  // max and sum, pos, neg_max
 
@@ -37,22 +45,15 @@ class Statistics {
   }
 
   __device__ __forceinline__ void tile(Scored& s, int /*row0*/, int col0) {
-    int col_ids[kCols];
-#pragma unroll
-    for (int j = 0; j < kCols; ++j) {
-      const Col col(p_, col0 + place_.col(j));
-      col_ids[j] = col.id;
-#pragma unroll
-      for (int r = 0; r < kRows; ++r)
-        at(s, r, j) = fmaf(at(s, r, j), rows_[r].scale, col.added) + rows_[r].added;
-    }
+    const int col = col0 + place_.col();
+    const Cols cols(p_.col, col);
+    score(s, rows_, cols);
     Pair col_pos[2] = {no_positives(p_.positives), no_positives(p_.positives)};
     float col_neg[2] = {-kInfinity, -kInfinity};
-    const bool masked =
-        special(p_, rows_, col_ids, col0 + place_.first_col(), kTile / kWarpCols);
-    if (masked) mask(s, col0, col_ids, col_pos, col_neg);
+    const bool masked = special(p_, rows_, cols, col0 + place_.first_col(), kTile / kWarpCols);
+    if (masked) mask(s, col, cols, col_pos, col_neg);
     if (with_rows_) add_to_rows(s, masked);
-    if (with_cols_) add_to_cols(s, masked, col0, col_pos, col_neg);
+    if (with_cols_) add_to_cols(s, masked, col, col_pos, col_neg);
   }
 
   __device__ __forceinline__ void end(int row0) {
@@ -76,7 +77,7 @@ class Statistics {
 
  private:
   // Adds the positives and the largest negative; takes out of `s` what is not allowed.
-  __device__ __forceinline__ void mask(Scored& s, int col0, const int (&col_ids)[kCols],
+  __device__ __forceinline__ void mask(Scored& s, int col, const Cols& cols,
                                        Pair (&col_pos)[2], float (&col_neg)[2]) {
 #pragma unroll
     for (int j = 0; j < kCols; ++j) {
@@ -85,7 +86,7 @@ class Statistics {
 #pragma unroll
       for (int r = 0; r < kRows; ++r) {
         float& x = at(s, r, j);
-        const Kind kind = kind_of(p_, rows_[r], col0 + place_.col(j), col_ids[j]);
+        const Kind kind = kind_of(p_, rows_[r], col_of(col, j), cols.id[j]);
         if (kind == Kind::kPositive) {
           pos_[r] = merged(p_.positives, pos_[r], {x, 1.0f});
           pos = merged(p_.positives, pos, {x, 1.0f});
@@ -124,7 +125,7 @@ class Statistics {
     }
   }
 
-  __device__ __forceinline__ void add_to_cols(Scored& s, bool masked, int col0,
+  __device__ __forceinline__ void add_to_cols(Scored& s, bool masked, int first,
                                               const Pair (&pos)[2], const float (&neg)[2]) {
     float top[kCols], sum[kCols];
 #pragma unroll
@@ -146,7 +147,7 @@ class Statistics {
     reduce_columns(sum, [](float x, float y) { return x + y; });
 #pragma unroll
     for (int e = 0; e < 2; ++e) {
-      const int col = col0 + place_.col(2 * place_.group + e);
+      const int col = col_of(first, 2 * place_.group + e);
       if (col >= p_.col.length) continue;
       LogSum lse{own[e], sum[e]};
       if (started_) {
@@ -194,22 +195,16 @@ class SoftplusSums {
   }
 
   __device__ __forceinline__ void tile(Scored& s, int /*row0*/, int col0) {
-    int col_ids[kCols];
-#pragma unroll
-    for (int j = 0; j < kCols; ++j) {
-      const Col col(p_, col0 + place_.col(j));
-      col_ids[j] = col.id;
-#pragma unroll
-      for (int r = 0; r < kRows; ++r)
-        at(s, r, j) = fmaf(at(s, r, j), rows_[r].scale, col.added) + rows_[r].added;
-    }
-    if (special(p_, rows_, col_ids, col0 + place_.first_col(), kTile / kWarpCols)) {
+    const int col = col0 + place_.col();
+    const Cols cols(p_.col, col);
+    score(s, rows_, cols);
+    if (special(p_, rows_, cols, col0 + place_.first_col(), kTile / kWarpCols)) {
 #pragma unroll
       for (int j = 0; j < kCols; ++j)
 #pragma unroll
         for (int r = 0; r < kRows; ++r) {
           float& x = at(s, r, j);
-          const Kind kind = kind_of(p_, rows_[r], col0 + place_.col(j), col_ids[j]);
+          const Kind kind = kind_of(p_, rows_[r], col_of(col, j), cols.id[j]);
           if (kind == Kind::kPositive) x = -x;
           if (kind == Kind::kExcluded) x = -kInfinity;
         }

@@ -7,7 +7,7 @@ namespace ito::ITO_GPU {
 namespace {
 
 constexpr int kGradientThreads = kGradientRows / 16 * 32;  // a warp for 16 rows
-constexpr int kGradientCols = 64;
+constexpr int kGradientCols = 4 * kCols;
 constexpr int kGradientStages = 2;
 
 // 8 rows at the same chunk meet all 32 banks: a row has at least 8 chunks.
@@ -31,9 +31,9 @@ __device__ __forceinline__ void load_rows(Shared to, const Side& side, int first
 }
 
 template <class Arithmetic, int kWidth, bool kSoftplus>
-__global__ void __launch_bounds__(kGradientThreads)
+__global__ void __launch_bounds__(kGradientThreads, 2)
     gradient_kernel(const __grid_constant__ Gradient p) {
-  constexpr int kSteps = kWidth / 16, kCount = kGradientCols / 4;  // scores of a thread in a row
+  constexpr int kSteps = kWidth / 16;
   constexpr int kStage = kGradientCols * kWidth / 8;
   const Scores& q = p.scores;
   const int thread = threadIdx.x, lane = thread % 32, group = lane / 4, member = lane % 4;
@@ -50,11 +50,11 @@ __global__ void __launch_bounds__(kGradientThreads)
   for (int tile = 0; tile < kGradientStages - 1; ++tile) load(tile);
 
   Row rows[2];
-  Weights row_weights[2];
+  Factor row_factors[2];
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
     rows[r] = Row(q, row0 + r * 8 + group);
-    row_weights[r] = Weights(q.row, row0 + r * 8 + group);
+    row_factors[r] = Factor(q.row, row0 + r * 8 + group);
   }
   const float inverse = p.norm ? 1.0f / p.norm.load(0) : 1.0f;
   float grad[kWidth / 8][4] = {}, scale_sum[2] = {}, row_sum[2] = {};
@@ -66,13 +66,13 @@ __global__ void __launch_bounds__(kGradientThreads)
     const Shared stage = stages + tile % kGradientStages * kStage;
     const int col0 = tile * kGradientCols;
 
-    float s[kCount / 2][4] = {};
+    float s[kCols / 2][4] = {};
 #pragma unroll
     for (int k = 0; k < kSteps; ++k) {
       uint32_t a[4];
       gpu::ldmatrix(a, own, swizzled_row<kWidth>(warp_row + lane % 16, k * 2 + lane / 16));
 #pragma unroll
-      for (int j = 0; j < kCount / 2; j += 2) {
+      for (int j = 0; j < kCols / 2; j += 2) {
         uint32_t b[4];
         gpu::ldmatrix(b, stage,
                       swizzled_row<kWidth>(j * 8 + lane % 8 + lane / 16 * 8, k * 2 + lane / 8 % 2));
@@ -81,24 +81,23 @@ __global__ void __launch_bounds__(kGradientThreads)
       }
     }
 
-    const auto col_of = [&](int j) { return col0 + j / 2 * 8 + member * 2 + j % 2; };
-    int col_ids[kCount] = {};
-    if (q.row.ids) {
+    const int first = col0 + member * 2;
+    const Cols cols(q.col, first);
+    const bool masked = special(q, rows, cols, col0, kGradientCols);
 #pragma unroll
-      for (int j = 0; j < kCount; ++j) col_ids[j] = Line(q.col, col_of(j), -2).id;
-    }
-    const bool masked = special(q, rows, col_ids, col0, kGradientCols);
-#pragma unroll
-    for (int j = 0; j < kCount; ++j) {
-      const Col col(q, col_of(j));
-      const Weights col_weights(q.col, col_of(j));
+    for (int j = 0; j < kCols; ++j) {
+      const int col = col_of(first, j);
+      const Factor col_factor(q.col, col);
+      const float col_scale =
+          q.scale_of == ScaleOf::kCol ? q.scale.load(min(col, q.col.length - 1)) : 1.0f;
 #pragma unroll
       for (int r = 0; r < 2; ++r) {
         float& x = s[j / 2][r * 2 + j % 2];
-        const float dot = x, scale = rows[r].scale * col.scale;
-        const float score = fmaf(dot, scale, col.added) + rows[r].added;
-        const Kind kind = masked ? kind_of(q, rows[r], col_of(j), col.id) : Kind::kNegative;
-        const float w = weight<kSoftplus, false>(q, score, kind, row_weights[r], col_weights);
+        const float dot = x, scale = rows[r].scale * col_scale;
+        const float score = fmaf(dot, scale, cols.added[j]) + rows[r].added;
+        const Kind kind = masked ? kind_of(q, rows[r], col, cols.id[j]) : Kind::kNegative;
+        const float w = weight<kSoftplus, false>(q, score, kind, row_factors[r], col_factor,
+                                                  row0 + r * 8 + group, col);
         scale_sum[r] = fmaf(w, dot, scale_sum[r]);
         row_sum[r] += w;
         x = w * scale * inverse;
@@ -107,7 +106,7 @@ __global__ void __launch_bounds__(kGradientThreads)
 
     // Scores of 16 columns, as the product left them, are the left operand of depth 16.
 #pragma unroll
-    for (int j = 0; j < kCount / 2; j += 2) {
+    for (int j = 0; j < kCols / 2; j += 2) {
       const uint32_t w[4] = {Arithmetic::pack(s[j][0], s[j][1]), Arithmetic::pack(s[j][2], s[j][3]),
                              Arithmetic::pack(s[j + 1][0], s[j + 1][1]),
                              Arithmetic::pack(s[j + 1][2], s[j + 1][3])};

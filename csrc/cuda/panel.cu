@@ -24,21 +24,18 @@ class Writer {
     for (int r = 0; r < kRows; ++r) {
       const int row = row0 + place_.row(r);
       rows_[r] = Row(p_, row);
-      row_weights_[r] = Weights(p_.row, row);
+      row_factors_[r] = Factor(p_.row, row);
       scale_sum_[r] = row_sum_[r] = 0.0f;
     }
   }
 
   __device__ __forceinline__ void tile(Scored& s, int row0, int col0) {
-    int col_ids[kCols] = {};
-    if (p_.row.ids) {
-#pragma unroll
-      for (int j = 0; j < kCols; ++j) col_ids[j] = Line(p_.col, col0 + place_.col(j), -2).id;
-    }
-    if (special(p_, rows_, col_ids, col0 + place_.first_col(), kTile / kWarpCols))
-      weigh<true>(s, col0);
+    const Cols cols(p_.col, col0 + place_.col());
+    if (special(p_, rows_, cols, col0 + place_.first_col(), kTile / kWarpCols))
+      weigh<true>(s, row0, col0 + place_.col(), cols);
     else
-      weigh<false>(s, col0);
+      weigh<false>(s, row0, col0 + place_.col(), cols);
+    if (panel_.col_sums) sum_columns(s, col0 + place_.col());
     if (panel_.panel) store(s, row0, col0);
   }
 
@@ -54,34 +51,39 @@ class Writer {
   }
 
  private:
-  // Inner products become scale·W / norm.
+  // Inner products become W.
   template <bool kMasked>
-  __device__ __forceinline__ void weigh(Scored& s, int col0) {
-    float col_sum[kCols];
+  __device__ __forceinline__ void weigh(Scored& s, int row0, int first, const Cols& cols) {
 #pragma unroll
     for (int j = 0; j < kCols; ++j) {
-      const int index = col0 + place_.col(j);
-      const Col col(p_, index);
-      const Weights col_weights(p_.col, index);
-      col_sum[j] = 0.0f;
+      const int index = col_of(first, j);
+      const Factor col_factor(p_.col, index);
 #pragma unroll
       for (int r = 0; r < kRows; ++r) {
         const float dot = at(s, r, j);
-        const float score = fmaf(dot, rows_[r].scale, col.added) + rows_[r].added;
-        const Kind kind = kMasked ? kind_of(p_, rows_[r], index, col.id) : Kind::kNegative;
-        const float w = weight<kSoftplus, !Arithmetic::kHalf>(p_, score, kind, row_weights_[r],
-                                                              col_weights);
+        const float score = fmaf(dot, rows_[r].scale, cols.added[j]) + rows_[r].added;
+        const Kind kind = kMasked ? kind_of(p_, rows_[r], index, cols.id[j]) : Kind::kNegative;
+        const float w = weight<kSoftplus, !Arithmetic::kHalf>(
+            p_, score, kind, row_factors_[r], col_factor, row0 + place_.row(r), index);
         scale_sum_[r] = fmaf(w, dot, scale_sum_[r]);
         row_sum_[r] += w;
-        col_sum[j] += w;
-        at(s, r, j) = w * rows_[r].scale * inverse_;
+        at(s, r, j) = w;
       }
     }
-    if (!panel_.col_sums) return;
+  }
+
+  __device__ __forceinline__ void sum_columns(Scored& s, int first) {
+    float col_sum[kCols];
+#pragma unroll
+    for (int j = 0; j < kCols; ++j) {
+      col_sum[j] = at(s, 0, j);
+#pragma unroll
+      for (int r = 1; r < kRows; ++r) col_sum[j] += at(s, r, j);
+    }
     reduce_columns(col_sum, [](float x, float y) { return x + y; });
 #pragma unroll
     for (int e = 0; e < 2; ++e) {
-      const int col = col0 + place_.col(2 * place_.group + e);
+      const int col = col_of(first, 2 * place_.group + e);
       if (col < panel_.last_col) col_slot_.store(0, col - panel_.first_col, col_sum[e]);
     }
   }
@@ -94,12 +96,14 @@ class Writer {
 #pragma unroll
     for (int r = 0; r < kRows; ++r) {
       const int64_t from = (row + place_.row(r)) * panel_.stride;
+      const float scale = rows_[r].scale * inverse_;
+      const auto scaled = [&](int j) { return at(s, r, j) * scale; };
       if constexpr (Arithmetic::kHalf) {
         const bool odd = place_.member % 2;
 #pragma unroll
         for (int j = 0; j < kCols; j += 4) {
-          const uint32_t first = Arithmetic::pack(at(s, r, j), at(s, r, j + 1));
-          const uint32_t next = Arithmetic::pack(at(s, r, j + 2), at(s, r, j + 3));
+          const uint32_t first = Arithmetic::pack(scaled(j), scaled(j + 1));
+          const uint32_t next = Arithmetic::pack(scaled(j + 2), scaled(j + 3));
           const uint32_t got = gpu::shuffle_xor(odd ? first : next, 1);
           panel_.panel.store(from + (col + j / 2 * 8) / 4 + odd * 2 + place_.member / 2,
                              odd ? TwoWords{got, next} : TwoWords{first, got});
@@ -108,7 +112,7 @@ class Writer {
 #pragma unroll
         for (int j = 0; j < kCols; j += 2)
           panel_.panel.store(from + (col + j / 2 * 8) / 2 + place_.member,
-                             {gpu::as_bits(at(s, r, j)), gpu::as_bits(at(s, r, j + 1))});
+                             {gpu::as_bits(scaled(j)), gpu::as_bits(scaled(j + 1))});
       }
     }
   }
@@ -119,7 +123,7 @@ class Writer {
   Slot scale_slot_, row_slot_, col_slot_;
   float inverse_;
   Row rows_[kRows];
-  Weights row_weights_[kRows];
+  Factor row_factors_[kRows];
   float scale_sum_[kRows], row_sum_[kRows];
 };
 

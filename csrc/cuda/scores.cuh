@@ -57,41 +57,57 @@ __device__ __forceinline__ Pair merged(Positives kind, Pair a, Pair b) {
   return {sum.max, sum.sum};
 }
 
-// One row or column as its scores need it. Padding and what is beyond the end gets -inf added, so
-// that plain negatives need no masks: e^-inf is 0. Ids there are never equal: -1 and -2.
-struct Line {
+// A row as its scores need it. Padding and what is beyond the end gets -inf added, so that plain
+// negatives need no masks: e^-inf is 0. Ids there are -1 for rows and -2 for columns: never equal.
+struct Row {
   float added = -kInfinity, scale = 0.0f;
   int id = -1;
-
-  Line() = default;
-  __device__ Line(const Side& side, int index, int padding) : id(padding) {
-    if (index >= side.length) return;
-    if (side.ids) {
-      const int given = side.ids.load(index);
-      if (given < 0) return;
-      id = given;
-    }
-    added = side.bias ? side.bias.load(index) : 0.0f;
-  }
-};
-
-struct Row : Line {
   int partner = -1;  // the column of its self pair; without ids also of its positive
 
   Row() = default;
-  __device__ Row(const Scores& p, int index) : Line(p.row, index, -1) {
+  __device__ Row(const Scores& p, int index) {
     if (index >= p.row.length) return;
     scale = p.scale_of == ScaleOf::kCol ? 1.0f
                                         : p.scale.load(p.scale_of == ScaleOf::kRow ? index : 0);
     const int64_t col = index + p.diagonal;
     if (col >= 0 && col < p.col.length) partner = static_cast<int>(col);
+    if (p.row.ids) {
+      const int given = p.row.ids.load(index);
+      if (given < 0) return;
+      id = given;
+    }
+    added = p.row.bias ? p.row.bias.load(index) : 0.0f;
   }
 };
 
-struct Col : Line {
-  __device__ Col(const Scores& p, int index) : Line(p.col, index, -2) {
-    scale = 1.0f;
-    if (p.scale_of == ScaleOf::kCol && index < p.col.length) scale = p.scale.load(index);
+// The columns of a thread's scores, as mma leaves them: pairs of them, 8 apart. Loaded for every
+// tile, so without a branch for each.
+constexpr int kCols = 16;
+__device__ __forceinline__ int col_of(int first, int j) { return first + j / 2 * 8 + j % 2; }
+
+struct Cols {
+  float added[kCols];
+  int id[kCols];
+
+  __device__ __forceinline__ Cols(const Side& side, int first) {
+#pragma unroll
+    for (int j = 0; j < kCols; ++j) {
+      added[j] = col_of(first, j) < side.length ? 0.0f : -kInfinity;
+      id[j] = -2;
+    }
+    if (side.bias) {
+#pragma unroll
+      for (int j = 0; j < kCols; ++j)
+        if (col_of(first, j) < side.length) added[j] = side.bias.load(col_of(first, j));
+    }
+    if (side.ids) {
+#pragma unroll
+      for (int j = 0; j < kCols; ++j) {
+        const int given = col_of(first, j) < side.length ? side.ids.load(col_of(first, j)) : -1;
+        id[j] = given < 0 ? -2 : given;
+        added[j] = given < 0 ? -kInfinity : added[j];
+      }
+    }
   }
 };
 
@@ -105,9 +121,9 @@ __device__ __forceinline__ Kind kind_of(const Scores& p, const Row& row, int col
 
 // Whether a warp's scores, of these rows and `width` columns from `col0`, hold more than negatives.
 // Most tiles do not, and take a path without masks.
-template <int kRowCount, int kColCount>
+template <int kRowCount>
 __device__ __forceinline__ bool special(const Scores& p, const Row (&rows)[kRowCount],
-                                        const int (&col_ids)[kColCount], int col0, int width) {
+                                        const Cols& cols, int col0, int width) {
   bool found = false;
   if (p.exclude_self || (p.positives_matter && !p.row.ids)) {
 #pragma unroll
@@ -118,7 +134,7 @@ __device__ __forceinline__ bool special(const Scores& p, const Row (&rows)[kRowC
 #pragma unroll
     for (int r = 0; r < kRowCount; ++r)
 #pragma unroll
-      for (int j = 0; j < kColCount; ++j) found |= rows[r].id == col_ids[j];
+      for (int j = 0; j < kCols; ++j) found |= rows[r].id == cols.id[j];
   }
   return gpu::any(found);
 }
@@ -148,7 +164,7 @@ __device__ __forceinline__ float sum_of_members(float x) {
 // What 16 columns of the eight lanes that share them reduce to: each lane gets its own two columns,
 // 2·group and the next, as v[0] and v[1], by 14 shuffles instead of 48.
 template <int kHalf = 8, class Op>
-__device__ __forceinline__ void reduce_columns(float (&v)[16], Op op) {
+__device__ __forceinline__ void reduce_columns(float (&v)[kCols], Op op) {
   const bool upper = threadIdx.x % 32 & (kHalf * 2);
 #pragma unroll
   for (int j = 0; j < kHalf; ++j) {
@@ -160,7 +176,7 @@ __device__ __forceinline__ void reduce_columns(float (&v)[16], Op op) {
 
 // The way back: every lane gets the results of all 16 columns.
 template <int kHalf = 2>
-__device__ __forceinline__ void spread_columns(float (&v)[16]) {
+__device__ __forceinline__ void spread_columns(float (&v)[kCols]) {
   const bool upper = threadIdx.x % 32 & (kHalf * 2);
 #pragma unroll
   for (int j = 0; j < kHalf; ++j) {

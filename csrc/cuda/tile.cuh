@@ -4,8 +4,7 @@
 // feature vector: 32 halves or 16 floats. As ldmatrix and mma see them, 16 bytes of floats are laid
 // out like 16 bytes of halves, so all arithmetics share everything but the product itself.
 #pragma once
-#include "cuda/problem.hpp"
-#include "cuda/ptx.cuh"
+#include "cuda/scores.cuh"
 
 namespace ito::ITO_GPU {
 
@@ -17,8 +16,8 @@ constexpr int kStages = 4;  // three steps under way hide the latency; 64 KiB fi
 constexpr int kStageChunks = 2 * kTile * kStepChunks;
 constexpr int kTileShared = kStages * kStageChunks * 16;
 
-// A thread's scores: r counts its rows, 8 apart, and j its columns, pairs of them 8 apart.
-constexpr int kRows = 4, kCols = 16;
+// A thread's scores: r counts its rows, 8 apart, and j its columns.
+constexpr int kRows = 4;
 using Scored = float[kRows / 2][kCols / 2][4];
 __device__ __forceinline__ float& at(Scored& s, int r, int j) {
   return s[r / 2][j / 2][r % 2 * 2 + j % 2];
@@ -35,14 +34,15 @@ struct Place {
     member = thread % 4;
   }
   __device__ int row(int r) const { return warp_row * (kTile / kWarpRows) + r * 8 + group; }
-  __device__ int first_col() const { return warp_col * (kTile / kWarpCols); }
-  __device__ int col(int j) const { return first_col() + j / 2 * 8 + member * 2 + j % 2; }
+  __device__ int first_col() const { return warp_col * (kTile / kWarpCols); }  // of the warp
+  __device__ int col() const { return first_col() + member * 2; }              // of the thread
 };
 
 // ---- arithmetic: a 16 × 8 product of one step's half, 32 bytes of each vector
 
 struct Bf16 {
   static constexpr bool kHalf = true;
+  static constexpr int kUnrolled = 2;
   static __device__ __forceinline__ uint32_t pack(float low, float high) {
     return gpu::pack_bf16(low, high);
   }
@@ -54,6 +54,7 @@ struct Bf16 {
 
 struct F16 {
   static constexpr bool kHalf = true;
+  static constexpr int kUnrolled = 2;
   static __device__ __forceinline__ uint32_t pack(float low, float high) {
     return gpu::pack_f16(low, high);
   }
@@ -70,6 +71,7 @@ __device__ __forceinline__ uint32_t small_part(uint32_t x) {
 
 struct Tf32 {
   static constexpr bool kHalf = false;
+  static constexpr int kUnrolled = 2;
   static __device__ __forceinline__ void multiply(float (&d)[4], const uint32_t (&a)[4],
                                                   uint32_t b0, uint32_t b1) {
     const uint32_t large[4] = {large_part(a[0]), large_part(a[1]), large_part(a[2]),
@@ -80,6 +82,7 @@ struct Tf32 {
 
 struct Tf32x3 {
   static constexpr bool kHalf = false;
+  static constexpr int kUnrolled = 1;
   static __device__ __forceinline__ void multiply(float (&d)[4], const uint32_t (&a)[4],
                                                   uint32_t b0, uint32_t b1) {
     const uint32_t large[4] = {large_part(a[0]), large_part(a[1]), large_part(a[2]),
@@ -121,7 +124,7 @@ template <class Arithmetic>
 __device__ __forceinline__ void multiply_step(Scored& s, Shared stage, const Place& place) {
   const int lane = threadIdx.x % 32;
   const int row = place.row(0) - place.group, col = kTile + place.first_col();
-#pragma unroll
+#pragma unroll Arithmetic::kUnrolled
   for (int k = 0; k < kStepChunks; k += 2) {
     uint32_t a[kRows / 2][4];
 #pragma unroll
