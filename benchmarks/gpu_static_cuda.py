@@ -23,7 +23,7 @@ from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import torch
-from gpu_static import VENDOR_SHARE, count, predict, run_tool
+from gpu_static import CHIPS, VENDOR_SHARE, family, run_tool
 
 import ito_kernels
 from ito_kernels.similarity import cuda
@@ -44,7 +44,7 @@ def kernel_of(symbol: str) -> dict | None:
         return None
     kind, arithmetic = found[1], ARITHMETIC[found[2]]
     element = 2 if arithmetic in ("bf16", "fp16") else 4
-    softplus = "SoftplusSums" in symbol or "Lb1E" in symbol
+    softplus = ("SoftplusSums" if kind == "forward" else "Lb1E") in symbol
     row = {"kernel": kind, "arithmetic": arithmetic, "softplus": softplus}
     if kind == "gradient":
         width = int(re.search(r"Li(\d+)E", symbol)[1])
@@ -69,6 +69,24 @@ def functions(sass: str) -> dict[str, tuple[list, dict]]:
                 code.append((found[1].rstrip(";"), re.findall(r"\.L_x_\d+", found[2])))
         out[symbol] = code, labels
     return out
+
+
+def count(code: list, labels: dict, halves: int) -> dict:
+    """Instructions of one thread in a step of the loop over D, which may be a loop over its two
+    halves, and in a tile, the loop around it, outside of that step."""
+    matrix = [at for at, (op, _) in enumerate(code) if family(op) == "HMMA"]
+    loops = [
+        range(labels[target], at + 1)
+        for at, (_, targets) in enumerate(code)
+        for target in targets
+        if target in labels and labels[target] <= at
+    ]
+    loops = sorted((x for x in loops if any(at in x for at in matrix)), key=len)
+    step, *around = [Counter(family(code[at][0]) for at in loop) for loop in loops]
+    if halves == 2:
+        step, *around = step + around[0], *around[1:]
+    out = {"instructions": len(code), "per_step": dict(step)}
+    return out | ({"per_tile": dict(around[0] - step)} if around else {})
 
 
 def compiled(source: Path, arch: str, include: Path) -> tuple[str, dict]:
@@ -103,11 +121,11 @@ def compile_one(source: str, arch: str) -> list[dict]:
         row = kernel_of(symbol)
         if row is None:
             continue
-        counts = count(*plain_of[key(symbol)])
-        del counts["total"]
         whole = Counter(op.split(".")[0] for op, _ in code[symbol][0])
         row |= {"arch": arch, "registers": int(registers), "spills": int(stores) + int(loads)}
-        row |= {"matrix_instructions": whole["HMMA"]} | counts
+        row |= {"matrix_instructions": whole["HMMA"]} | count(
+            *plain_of[key(symbol)], halves=2 if row["arithmetic"] == "tf32x3" else 1
+        )
         rows.append(row | {"blocks": blocks(row)})
     return rows
 
@@ -141,14 +159,44 @@ def bank_use() -> list[dict]:
     return out
 
 
-def for_prediction(rows: list[dict]) -> list[dict]:
-    """The rows that `gpu_static.predict` reads. Only A100's rates are those of mma.sync: Hopper
-    reaches its own with wgmma, which these kernels do not use."""
-    return [
-        row | {"arithmetic": "half", "kernel": f"{row['kernel']} clip"}
-        for row in rows
-        if row["arch"] == "sm_80" and row["arithmetic"] == "bf16" and not row["softplus"]
-    ]
+def predict(rows: list[dict]) -> list[dict]:
+    """Forward + backward of the two-sided CLIP loss in bf16 on an A100, N = M. Not on Hopper: it
+    reaches its published rate with wgmma, which these kernels do not use."""
+    chip = CHIPS["A100 SXM"]
+    rows = {
+        r["kernel"]: r
+        for r in rows
+        if r["arch"] == chip.arch and r["arithmetic"] == "bf16" and not r["softplus"]
+    }
+    if not rows:
+        return []
+    out = []
+    for size in (32768, 65536):
+        for d in (512, 768):
+            result = {"chip": "A100 SXM", "n": size, "d": d}
+            for kernel in ("forward", "panel"):
+                m, n, k, warps, _ = rows[kernel]["tile"]
+                step, tile = (Counter(rows[kernel][x]) for x in ("per_step", "per_tile"))
+                threads = warps * 32
+                clocks = {
+                    "matrix": 2 * m * n * k / chip.matrix,
+                    "issue": sum(step.values()) * threads / chip.lanes,
+                    "L2": (m + n) * k * 2 / chip.l2,
+                }
+                epilogue = max(
+                    sum(tile.values()) * threads / chip.lanes,
+                    tile["special"] * threads / chip.special,
+                    tile["SHFL"] * threads / chip.shuffles,
+                )
+                # one block per processor: its epilogue waits for its matrix instructions
+                seconds = (-(-d // k) * max(clocks.values()) + epilogue) / chip.clock * 1e-9
+                result[f"{kernel}_ms"] = 1e3 * seconds * size**2 / (m * n) / chip.processors
+                result[f"{kernel}_limit"] = max(clocks, key=clocks.get)
+            unit, peak = 2 * size**2 * d, chip.matrix * chip.processors * chip.clock * 1e9
+            result["products_ms"] = 1e3 * 2 * unit / (peak * VENDOR_SHARE)
+            result["total_ms"] = sum(result[f"{x}_ms"] for x in ("forward", "panel", "products"))
+            out.append(result | {"share_of_peak": 4 * unit / peak / result["total_ms"] * 1e3})
+    return out
 
 
 def markdown(rows: list[dict], banks: list[dict], predictions: list[dict], version: str) -> str:
@@ -220,7 +268,7 @@ def main() -> None:
                     wrong.append(f"{name}: no matrix instruction")
     banks = bank_use()
     wrong += [f"bank conflict: {b}" for b in banks if b["passes"] != b["least"]]
-    predictions = predict(for_prediction(rows))
+    predictions = predict(rows)
     release = subprocess.run(["nvcc", "--version"], capture_output=True, text=True).stdout
     version = re.search(r"Cuda compilation tools.*", release)[0]
     text = markdown(rows, banks, predictions, version)

@@ -186,7 +186,7 @@ LARGE = [  # three tiles and panels each way
 @pytest.mark.parametrize(("case", "dtype"), spread(LARGE, (BF16, FP32, FP16)))
 def test_many_tiles(case, dtype, processors, backward, monkeypatch):
     """One block that walks everything, and several groups each way."""
-    monkeypatch.setattr(simt, "_processors", lambda: processors, raising=False)
+    monkeypatch.setattr(simt, "_processors", lambda device: processors, raising=False)
     test_primitive.test_logsumexp("simt", case, dtype)
 
 
@@ -330,7 +330,7 @@ def test_memory_outside_is_an_error():
             "forward",
             problem.a,
             scores=cuda._scores(problem, cuda._Operands.of(problem)),
-            split=simt._split(100, 50, False)._asdict(),
+            split=simt._split(problem, False)._asdict(),
             row_slots=short,
             col_slots=None,
         )

@@ -1,5 +1,5 @@
-// The gradient of one side for small D: rows of it stay in registers, W goes from the registers that
-// the scores' product left it in into those that the gradient's product reads, and nowhere else.
+// The gradient of one side for small D: rows of it stay in registers, and W goes from the registers
+// in which the scores' product left it into those that the gradient's product reads.
 #include "cuda/tile.cuh"
 #include "cuda/weights.cuh"
 

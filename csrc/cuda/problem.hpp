@@ -10,8 +10,8 @@ namespace ito::ITO_GPU {
 using gpu::Chunk;
 using gpu::Global;
 
-// bf16 and fp16; fp32 by one product of numbers rounded to tf32, or by three, of a large and a small
-// part of each number, which keeps fp32's accuracy.
+// bf16 and fp16; fp32 by one product of numbers rounded to tf32, or by three products of a large
+// and a small part of each number, which keep fp32's accuracy.
 enum class Arithmetic { kBf16, kF16, kTf32, kTf32x3 };
 
 enum class Positives { kNone, kLinear, kLse };
@@ -56,8 +56,8 @@ struct Split {
 constexpr int kTile = 128;                   // rows and columns
 constexpr int kWarpRows = 4, kWarpCols = 2;  // the warps of a block that share them
 
-// Statistics in slots, [field][slot][row or column]: kSlots for each group of the other side, so that
-// nothing is written twice. Fields: max, sum, the positives' two numbers, the largest negative. Of
+// Statistics in slots, [field][slot][row or column]: kSlots for each group of the other side, so
+// that nothing is written twice. Fields: max, sum, the positives' two numbers, the largest negative. Of
 // softplus the row sum alone, kWarpCols slots for each group.
 constexpr int kFields = 5, kSlots = 4;
 struct Forward {

@@ -11,8 +11,8 @@ constexpr float kLog2e = 1.4426950408889634f;
 // 0 for -inf: nothing allowed, and -inf - -inf would be NaN.
 __device__ __forceinline__ float finite(float x) { return x == -kInfinity ? 0.0f : x; }
 
-// e^(x - shift). For fp32 features x - shift is rounded first, so that e^0 is 1; else one FMA, whose
-// error of |x|·2^-24 is far below that of the score.
+// e^(x - shift). For fp32 features x - shift is rounded first, so that e^0 is 1; else one FMA, of
+// which the error of |x|·2^-24 is far below that of the score.
 template <bool kExact>
 __device__ __forceinline__ float exp_of(float x, float shift) {
   return gpu::exp2_fast(kExact ? (x - shift) * kLog2e : fmaf(x, kLog2e, -shift * kLog2e));

@@ -1,7 +1,7 @@
 // Tiles of inner products: global memory → cp.async → shared memory → ldmatrix → mma → registers.
 //
-// A block of 8 warps computes 128 × 128 scores, a warp 32 × 64 of them. One step is 64 bytes of each
-// feature vector: 32 halves or 16 floats. As ldmatrix and mma see them, 16 bytes of floats are laid
+// A block of 8 warps computes 128 × 128 scores, a warp 32 × 64 of them. One step is 64 bytes of
+// each feature vector: 32 halves or 16 floats. As ldmatrix and mma see them, 16 bytes of floats are laid
 // out like 16 bytes of halves, so all arithmetics share everything but the product itself.
 #pragma once
 #include "cuda/scores.cuh"
@@ -64,7 +64,9 @@ struct F16 {
   }
 };
 
-__device__ __forceinline__ uint32_t large_part(uint32_t x) { return gpu::to_tf32(gpu::as_float(x)); }
+__device__ __forceinline__ uint32_t large_part(uint32_t x) {
+  return gpu::to_tf32(gpu::as_float(x));
+}
 __device__ __forceinline__ uint32_t small_part(uint32_t x) {
   return gpu::to_tf32(gpu::as_float(x) - gpu::as_float(large_part(x)));
 }
@@ -191,8 +193,8 @@ __device__ __forceinline__ void walk(const Scores& p, const Region& region, Epil
   }
 }
 
-// The region of a block. Neighbouring blocks walk the same columns together, so that these come from
-// L2.
+// The region of a block. Neighbouring blocks walk the same columns together, so that these come
+// from L2.
 __device__ __forceinline__ Region region_of(const Split& split, const Region& all, int& row_group,
                                             int& col_group) {
   const int block = blockIdx.x;

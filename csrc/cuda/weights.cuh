@@ -18,8 +18,8 @@ struct Factor {
   }
 };
 
-// The positives' part. It is added in fp32, before W is rounded: near convergence it and the softmax
-// cancel, and bf16 would keep nothing of the difference.
+// The positives' part. It is added in fp32, before W is rounded: near convergence it and the
+// softmax cancel, and bf16 would keep nothing of the difference.
 __device__ __forceinline__ float positive_weight(const Scores& p, float s, float row_shift,
                                                  float col_shift, int row, int col) {
   float w = 0.0f;

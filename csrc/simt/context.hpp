@@ -1,35 +1,41 @@
 // Stacks of their own for the emulated threads, and the switch from one to another.
 #pragma once
-#ifndef __x86_64__
-#include <ucontext.h>
-#endif
+#include <algorithm>
 #include <cstddef>
 #include <cstdint>
 
+#if !defined(__x86_64__) && !defined(__aarch64__)
+#include <ucontext.h>
+#endif
+
 namespace simt {
 
-#ifdef __x86_64__
+#if defined(__x86_64__) || defined(__aarch64__)
 
-// 2 ns, where swapcontext, which saves the signal mask with a system call, takes 300: a warp's
-// instruction is 32 switches.
+// Saves the registers that a function must preserve and exchanges the stacks: 2 ns, where
+// swapcontext, with its system call for the signal mask, takes 300. A warp's instruction is 32.
+extern "C" void ito_simt_switch(void** from, void* to);
+
 struct Context {
   void* stack_pointer = nullptr;
 };
-
-extern "C" void ito_simt_switch(void** from, void* to);
 
 inline void switch_to(Context& from, Context& to) {
   ito_simt_switch(&from.stack_pointer, to.stack_pointer);
 }
 
+// As if the switch had saved a thread that is about to return to `entry`.
 inline void start(Context& context, char* stack, size_t bytes, void (*entry)()) {
-  // as if `entry` had been called: on entry the stack is 8 bytes off a 16-byte boundary
-  auto top = reinterpret_cast<uintptr_t>(stack + bytes) & ~uintptr_t{15};
-  auto** at = reinterpret_cast<void**>(top);
-  *--at = nullptr;
-  *--at = reinterpret_cast<void*>(entry);
-  for (int saved = 0; saved < 6; ++saved) *--at = nullptr;
-  context.stack_pointer = at;
+#ifdef __x86_64__
+  constexpr int kWords = 8, kReturn = 6;  // 7 are popped: a function starts 8 bytes off 16
+#else
+  constexpr int kWords = 20, kReturn = 11;  // x30
+#endif
+  const auto top = reinterpret_cast<uintptr_t>(stack + bytes) & ~uintptr_t{15};
+  auto* words = reinterpret_cast<uintptr_t*>(top) - kWords;
+  std::fill(words, words + kWords, 0);
+  words[kReturn] = reinterpret_cast<uintptr_t>(entry);
+  context.stack_pointer = words;
 }
 
 #else

@@ -1,9 +1,10 @@
-// CUDA's execution model on a CPU, as far as csrc/cuda uses it, so that the kernels' own source runs
-// in the tests and what a GPU would leave to chance is an error with a thread and a source line.
+// CUDA's execution model on a CPU, as far as csrc/cuda uses it, so that the kernels' own source
+// runs in the tests and what a GPU would leave to chance is an error with a thread and a line.
 //
 // Every CUDA thread is a fiber. Blocks run one after another. A warp runs until all of its lanes
-// wait at a barrier; which warp is next is drawn from a seeded generator. Lanes switch where a warp's
-// instruction (shuffle, vote, ldmatrix, mma) needs all of them; the last to arrive does the work.
+// wait at a barrier; which warp is next is drawn from a seeded generator. Lanes switch where an
+// instruction of the warp (shuffle, vote, ldmatrix, mma) needs all of them; the last to arrive does
+// the work.
 //
 // Shared memory is touched by cp.async and ldmatrix only, so its state is kept for each 16 bytes:
 // - it starts as NaN, and reading what was never written is an error;

@@ -94,7 +94,7 @@ class Backend:
     def logsumexp_forward(self, problem: Problem) -> Stats:
         p, op, kernels = problem, _Operands.of(problem), self._kernels
         symmetric = _symmetric(p)
-        split = self._split(p.n, p.m, symmetric)
+        split = self._split(p, symmetric)
 
         def slots(groups: int, length: int) -> Tensor:
             return _empty(op.a, kernels.FIELDS, groups * kernels.SLOTS, length)
@@ -136,7 +136,7 @@ class Backend:
 
     def softplus_forward(self, problem: Problem) -> Tensor:
         op = _Operands.of(problem)
-        split = self._split(problem.n, problem.m, False)
+        split = self._split(problem, triangle=False)
         slots = _empty(op.a, split.col_groups * self._kernels.WARP_COLS, problem.n)
         self._run(
             "forward",
@@ -231,7 +231,7 @@ class Backend:
             for col0 in range(row0 if call.symmetric else 0, p.m, width):
                 cols = slice(col0, min(col0 + width, p.m))
                 size = (rows.stop - rows.start, cols.stop - cols.start)
-                split = self._panel_split(*size)
+                split = self._panel_split(*size, self._processors(op.a.device))
                 shapes = (
                     (scale, (split.col_groups * kernels.WARP_COLS, size[0])),
                     (row_bias, (split.col_groups * kernels.WARP_COLS, size[0])),
@@ -274,15 +274,15 @@ class Backend:
 
     # ---- how work is cut
 
-    def _split(self, n: int, m: int, triangle: bool) -> Split:
-        tile = self._kernels.TILE
-        return _split(-(-n // tile), -(-m // tile), self._processors(), triangle)
+    def _split(self, problem: Problem, triangle: bool) -> Split:
+        tile, processors = self._kernels.TILE, self._processors(problem.a.device)
+        return _split(-(-problem.n // tile), -(-problem.m // tile), processors, triangle)
 
-    def _panel_split(self, rows: int, cols: int) -> Split:
+    def _panel_split(self, rows: int, cols: int, processors: int) -> Split:
         """One row tile for each block, and enough blocks for eight waves."""
         tile = self._kernels.TILE
         row_groups, tiles = -(-rows // tile), -(-cols // tile)
-        col_tiles = -(-tiles // min(tiles, -(-8 * self._processors() // row_groups)))
+        col_tiles = -(-tiles // min(tiles, -(-8 * processors // row_groups)))
         return Split(1, col_tiles, row_groups, -(-tiles // col_tiles), False)
 
     def _panel_size(self, problem: Problem) -> tuple[int, int]:
@@ -299,10 +299,10 @@ class Backend:
     def _kernels(self):
         return getattr(_native, self.name)
 
-    def _processors(self) -> int:
-        if self.device == "cpu":
+    def _processors(self, device: torch.device) -> int:
+        if device.type == "cpu":
             return 4
-        return torch.cuda.get_device_properties(torch.cuda.current_device()).multi_processor_count
+        return torch.cuda.get_device_properties(device).multi_processor_count
 
     def _run(self, kernel: str, like: Tensor, arithmetic: str = "", **arguments) -> None:
         """On the device of the tensors, which need not be the current one."""

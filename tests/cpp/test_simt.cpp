@@ -134,7 +134,7 @@ void test_races() {
     });
   };
   expect_report(said(false, false), "race: shared chunk 0 was written by thread 0", "no barrier");
-  expect_report(said(true, true), "race: shared chunk 0 was read by other threads", "no second one");
+  expect_report(said(true, true), "race: shared chunk 0 was read by other threads", "no second");
   expect(said(true, false).empty(), "a barrier, and no race");
 }
 

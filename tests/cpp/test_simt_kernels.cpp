@@ -1,6 +1,6 @@
-// The CUDA kernels on the emulator against a direct evaluation in double: one small problem for each
-// kernel, with edges and several steps, tiles and groups. tests/test_simt.py also builds this with a
-// fault planted in the kernels' source. Prints what is wrong; exit status 1 if anything.
+// The CUDA kernels on the emulator against a direct evaluation in double: one small problem for
+// each kernel, with edges and several steps, tiles and groups. tests/test_simt.py also builds this
+// with a fault planted in the kernels' source. Prints what is wrong; exit status 1 if anything.
 #include <cmath>
 #include <cstdio>
 #include <random>
@@ -60,7 +60,8 @@ void run() {
   std::vector<double> s(kN * kM);
   for (int i = 0; i < kN; ++i)
     for (int j = 0; j < kM; ++j)
-      for (int d = 0; d < kD; ++d) s[i * kM + j] += double{kScale} * a.value[i * kD + d] * b.value[j * kD + d];
+      for (int d = 0; d < kD; ++d)
+        s[i * kM + j] += double{kScale} * a.value[i * kD + d] * b.value[j * kD + d];
   const std::vector<float> scale{kScale};
 
   Scores scores;
@@ -72,7 +73,8 @@ void run() {
   scores.positives_matter = true;
   const Split split{2, 2, 1, 2, false};
 
-  std::vector<float> row_slots(kFields * 2 * kSlots * kN, NAN), col_slots(kFields * kSlots * kM, NAN);
+  std::vector<float> row_slots(kFields * 2 * kSlots * kN, NAN);
+  std::vector<float> col_slots(kFields * kSlots * kM, NAN);
   Forward f;
   f.scores = scores;
   f.split = split;
