@@ -63,6 +63,13 @@ def cuda_options() -> list[str]:
     ]
 
 
+def environment() -> dict[str, str]:
+    """Where the linker finds the runtime of a packaged nvcc: not in lib64, where nvcc looks."""
+    paths = [str(Path(nvcc()).resolve().parent.parent / "lib")] if nvcc() else []
+    paths += filter(None, [os.environ.get("LIBRARY_PATH")])
+    return os.environ | ({"LIBRARY_PATH": os.pathsep.join(paths)} if paths else {})
+
+
 class CMakeBuild(build_ext):
     def build_extension(self, ext: Extension) -> None:
         if compiler() is None:
@@ -85,8 +92,8 @@ class CMakeBuild(build_ext):
             f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
             *cuda_options(),
         ]
-        subprocess.run(configure, check=True)
-        subprocess.run(["cmake", "--build", str(build)], check=True)
+        subprocess.run(configure, check=True, env=environment())
+        subprocess.run(["cmake", "--build", str(build)], check=True, env=environment())
 
 
 setup(

@@ -30,6 +30,7 @@ from ito_kernels.similarity import cuda
 
 CSRC = Path(__file__).parent.parent / "csrc"
 ARCHS = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120")
+SHOWN = ("sm_80", "sm_90")  # in the docs; the others are in the JSON
 SOURCES = ("forward.cu", "panel.cu", "gradient.cu")
 ARITHMETIC = {"Bf16": "bf16", "F16": "fp16", "Tf32x3": "tf32x3", "Tf32": "tf32"}
 # of a processor: registers, KiB of shared memory, of which a block reserves one, threads
@@ -206,6 +207,8 @@ def markdown(rows: list[dict], banks: list[dict], predictions: list[dict], versi
         "|---|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for r in rows:
+        if r["arch"] not in SHOWN:
+            continue
         m, n, k, warps, _ = r["tile"]
         step = Counter(r.get("per_step", {}))
         name = r["kernel"] + (" softplus" if r["softplus"] else "")
