@@ -70,7 +70,9 @@ Split split(const py::dict& from) {
   return s;
 }
 
-void* pointer(uintptr_t stream) { return reinterpret_cast<void*>(stream); }
+gpu::Stream stream(const py::tuple& given) {  // (address, device)
+  return {reinterpret_cast<void*>(given[0].cast<uintptr_t>()), given[1].cast<int>()};
+}
 
 }  // namespace
 
@@ -87,16 +89,17 @@ void bind(py::module_ m) {
   m.attr("WARP_COLS") = kWarpCols;
   m.attr("GRADIENT_WIDTH") = kGradientWidth;
   m.def("unavailable", &unavailable);
-  m.def("forward", [](Arithmetic arithmetic, const py::dict& d, uintptr_t stream) {
+  m.def("forward", [](Arithmetic arithmetic, const py::dict& d, const py::tuple& s) {
     Forward p;
     p.scores = scores(d["scores"]);
     p.split = split(d["split"]);
     read(p.row_slots, d, "row_slots");
     read(p.col_slots, d, "col_slots");
+    const gpu::Stream queue = stream(s);
     const py::gil_scoped_release release;
-    forward(arithmetic, p, pointer(stream));
+    forward(arithmetic, p, queue);
   });
-  m.def("merge", [](const py::dict& d, uintptr_t stream) {
+  m.def("merge", [](const py::dict& d, const py::tuple& s) {
     Merge p;
     read(p.slots, d, "slots");
     read(p.length, d, "length");
@@ -106,10 +109,11 @@ void bind(py::module_ m) {
     read(p.logsum, d, "logsum");
     read(p.pos, d, "pos");
     read(p.neg_max, d, "neg_max");
+    const gpu::Stream queue = stream(s);
     const py::gil_scoped_release release;
-    merge(p, pointer(stream));
+    merge(p, queue);
   });
-  m.def("panel", [](Arithmetic arithmetic, const py::dict& d, uintptr_t stream) {
+  m.def("panel", [](Arithmetic arithmetic, const py::dict& d, const py::tuple& s) {
     Panel p;
     p.scores = scores(d["scores"]);
     p.split = split(d["split"]);
@@ -123,10 +127,11 @@ void bind(py::module_ m) {
     read(p.scale_sums, d, "scale_sums");
     read(p.row_sums, d, "row_sums");
     read(p.col_sums, d, "col_sums");
+    const gpu::Stream queue = stream(s);
     const py::gil_scoped_release release;
-    panel(arithmetic, p, pointer(stream));
+    panel(arithmetic, p, queue);
   });
-  m.def("gradient", [](Arithmetic arithmetic, const py::dict& d, uintptr_t stream) {
+  m.def("gradient", [](Arithmetic arithmetic, const py::dict& d, const py::tuple& s) {
     Gradient p;
     p.scores = scores(d["scores"]);
     read(p.norm, d, "norm");
@@ -134,8 +139,9 @@ void bind(py::module_ m) {
     read(p.stride, d, "stride");
     read(p.scale_sums, d, "scale_sums");
     read(p.row_sums, d, "row_sums");
+    const gpu::Stream queue = stream(s);
     const py::gil_scoped_release release;
-    gradient(arithmetic, p, pointer(stream));
+    gradient(arithmetic, p, queue);
   });
 }
 

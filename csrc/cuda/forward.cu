@@ -268,7 +268,7 @@ __global__ void __launch_bounds__(kMergeThreads) merge_kernel(const __grid_const
 }
 
 template <class Arithmetic>
-void start(const Forward& p, void* stream) {
+void start(const Forward& p, gpu::Stream stream) {
   const Split& s = p.split;
   const int64_t blocks = s.triangle ? int64_t{s.row_groups} * (s.row_groups + 1) / 2
                                     : int64_t{s.row_groups} * s.col_groups;
@@ -284,7 +284,7 @@ void start(const Forward& p, void* stream) {
 
 std::string unavailable() { return gpu::unavailable(); }
 
-void forward(Arithmetic arithmetic, const Forward& p, void* stream) {
+void forward(Arithmetic arithmetic, const Forward& p, gpu::Stream stream) {
   switch (arithmetic) {
     case Arithmetic::kBf16: return start<Bf16>(p, stream);
     case Arithmetic::kF16: return start<F16>(p, stream);
@@ -293,7 +293,7 @@ void forward(Arithmetic arithmetic, const Forward& p, void* stream) {
   }
 }
 
-void merge(const Merge& p, void* stream) {
+void merge(const Merge& p, gpu::Stream stream) {
   const int64_t blocks = (int64_t{p.length} + kMergeThreads - 1) / kMergeThreads;
   gpu::launch("merge_kernel", merge_kernel, blocks, kMergeThreads, 0, stream, p);
 }

@@ -27,5 +27,10 @@ struct Global {
 #endif
 };
 
+struct Stream {
+  void* address = nullptr;
+  int device = 0;
+};
+
 }  // namespace gpu
 #endif

@@ -137,7 +137,7 @@ __global__ void __launch_bounds__(kGradientThreads, 2)
 }
 
 template <class Arithmetic, int kWidth>
-void start(const Gradient& p, void* stream) {
+void start(const Gradient& p, gpu::Stream stream) {
   const int64_t blocks = (int64_t{p.scores.row.length} + kGradientRows - 1) / kGradientRows;
   gpu::launch("gradient_kernel",
               p.scores.softplus ? gradient_kernel<Arithmetic, kWidth, true>
@@ -147,7 +147,7 @@ void start(const Gradient& p, void* stream) {
 }
 
 template <class Arithmetic>
-void start(const Gradient& p, void* stream) {
+void start(const Gradient& p, gpu::Stream stream) {
   if (p.scores.row_bytes <= kGradientWidth)  // half the width, of halves
     start<Arithmetic, kGradientWidth / 2>(p, stream);
   else
@@ -156,7 +156,7 @@ void start(const Gradient& p, void* stream) {
 
 }  // namespace
 
-void gradient(Arithmetic arithmetic, const Gradient& p, void* stream) {
+void gradient(Arithmetic arithmetic, const Gradient& p, gpu::Stream stream) {
   if (arithmetic == Arithmetic::kBf16)
     start<Bf16>(p, stream);
   else

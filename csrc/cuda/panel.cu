@@ -137,7 +137,7 @@ __global__ void __launch_bounds__(kThreads) panel_kernel(const __grid_constant__
 }
 
 template <class Arithmetic>
-void start(const Panel& p, void* stream) {
+void start(const Panel& p, gpu::Stream stream) {
   const int64_t blocks = int64_t{p.split.row_groups} * p.split.col_groups;
   gpu::launch("panel_kernel",
               p.scores.softplus ? panel_kernel<Arithmetic, true> : panel_kernel<Arithmetic, false>,
@@ -146,7 +146,7 @@ void start(const Panel& p, void* stream) {
 
 }  // namespace
 
-void panel(Arithmetic arithmetic, const Panel& p, void* stream) {
+void panel(Arithmetic arithmetic, const Panel& p, gpu::Stream stream) {
   switch (arithmetic) {
     case Arithmetic::kBf16: return start<Bf16>(p, stream);
     case Arithmetic::kF16: return start<F16>(p, stream);

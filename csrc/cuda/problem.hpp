@@ -104,9 +104,9 @@ constexpr int kGradientRows = 64;    // of a block
 constexpr int kGradientWidth = 128;  // D at most
 
 std::string unavailable();  // why nothing can run; empty if it can
-void forward(Arithmetic arithmetic, const Forward& p, void* stream);
-void merge(const Merge& p, void* stream);
-void panel(Arithmetic arithmetic, const Panel& p, void* stream);
-void gradient(Arithmetic arithmetic, const Gradient& p, void* stream);  // bf16 and fp16
+void forward(Arithmetic arithmetic, const Forward& p, gpu::Stream stream);
+void merge(const Merge& p, gpu::Stream stream);
+void panel(Arithmetic arithmetic, const Panel& p, gpu::Stream stream);
+void gradient(Arithmetic arithmetic, const Gradient& p, gpu::Stream stream);  // bf16 and fp16
 
 }  // namespace ito::ITO_GPU

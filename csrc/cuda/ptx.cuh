@@ -118,11 +118,12 @@ inline std::string unavailable() {
 // Queues the kernel; throws with its name if it cannot start.
 template <class Parameters>
 void launch(const char* name, void (*kernel)(Parameters), int64_t blocks, int threads,
-            int shared_bytes, void* stream, const Parameters& parameters) {
+            int shared_bytes, Stream stream, const Parameters& parameters) {
+  cudaSetDevice(stream.device);  // of this copy of the runtime: PyTorch has its own
   cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);
   kernel<<<static_cast<unsigned>(blocks), threads, shared_bytes,
-           static_cast<cudaStream_t>(stream)>>>(parameters);
-  const cudaError_t error = cudaGetLastError();  // of either call
+           static_cast<cudaStream_t>(stream.address)>>>(parameters);
+  const cudaError_t error = cudaGetLastError();  // of any of the calls
   if (error != cudaSuccess)
     throw std::runtime_error(std::string(name) + ": " + cudaGetErrorString(error));
 }

@@ -12,8 +12,8 @@ namespace simt {
 
 #if defined(__x86_64__) || defined(__aarch64__)
 
-// Saves the registers that a function must preserve and exchanges the stacks: 2 ns, where
-// swapcontext, with its system call for the signal mask, takes 300. A warp's instruction is 32.
+// Saves the registers that a function must preserve and exchanges the stacks: 4 ns, where
+// swapcontext, with its system call for the signal mask, takes 420. A warp's instruction is 32.
 extern "C" void ito_simt_switch(void** from, void* to);
 
 struct Context {

@@ -227,11 +227,16 @@ inline float exp2_fast(float x) {
 }
 inline float reciprocal(float x) { return 1 / x; }
 
+struct Stream {  // there is one
+  void* address = nullptr;
+  int device = 0;
+};
+
 inline std::string unavailable() { return ""; }
 
 template <class Parameters>
 void launch(const char* name, void (*kernel)(Parameters), int64_t blocks, int threads,
-            int shared_bytes, void* /*stream*/, const Parameters& parameters) {
+            int shared_bytes, Stream /*stream*/, const Parameters& parameters) {
   launch(name, blocks, threads, shared_bytes, [&] { kernel(parameters); });
 }
 

@@ -66,6 +66,8 @@ class Backend:
             return False, missing
         if self.device == "cpu":
             return True, "the CUDA kernels on an emulator, for CPU tensors: to test, not to use"
+        if not torch.cuda.is_available():
+            return False, "there is a GPU, but this PyTorch cannot use it"
         return True, torch.cuda.get_device_name()
 
     def supports(self, problem: Problem) -> tuple[bool, str]:
@@ -191,7 +193,6 @@ class Backend:
                 self._run(
                     "gradient",
                     op.a,
-                    _arithmetic(p.a.dtype),
                     scores=call.scores(exchanged),
                     norm=call.norm,
                     grad=out,
@@ -304,16 +305,16 @@ class Backend:
             return 4
         return torch.cuda.get_device_properties(device).multi_processor_count
 
-    def _run(self, kernel: str, like: Tensor, arithmetic: str = "", **arguments) -> None:
+    def _run(self, kernel: str, like: Tensor, **arguments) -> None:
         """On the device of the tensors, which need not be the current one."""
         arguments = {k: _address(v) if isinstance(v, Tensor) else v for k, v in arguments.items()}
         which = ()
         if kernel != "merge":
-            name = arithmetic or _arithmetic(like.dtype)
-            which = (getattr(self._kernels.Arithmetic, name),)
-        on_gpu = like.device.type == "cuda"
-        with torch.cuda.device(like.device) if on_gpu else nullcontext():
-            stream = torch.cuda.current_stream().cuda_stream if on_gpu else 0
+            which = (getattr(self._kernels.Arithmetic, _arithmetic(like.dtype)),)
+        stream = (0, 0)
+        if like.is_cuda:
+            stream = torch.cuda.current_stream(like.device).cuda_stream, like.device.index
+        with torch.cuda.device(like.device) if like.is_cuda else nullcontext():
             getattr(self._kernels, kernel)(*which, arguments, stream)
 
 
