@@ -5,7 +5,6 @@
 #include "cpu/bind.hpp"
 #include "cpu/info.hpp"
 #include "cuda/bind.hpp"
-#include "simt/bind.hpp"
 
 namespace py = pybind11;
 
@@ -32,9 +31,7 @@ PYBIND11_MODULE(_native, m) {
   });
 
   ito::cpu::bind(m);
-  py::module_ simt = m.def_submodule("simt", "The CUDA kernels on the emulator");
-  ito::emulated::bind(simt);
-  simt::bind(simt);
+  ito::emulated::bind(m.def_submodule("simt", "The CUDA kernels on the emulator"));
 #ifdef ITO_CUDA
   ito::cuda::bind(m.def_submodule("cuda", "The CUDA kernels"));
 #endif

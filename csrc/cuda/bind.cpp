@@ -3,9 +3,10 @@
 // caller, ito_kernels/similarity/cuda.py.
 #include "cuda/bind.hpp"
 
-#include <pybind11/stl.h>
-
 #include "cuda/problem.hpp"
+#ifdef ITO_SIMT
+#include "simt/bind.hpp"
+#endif
 
 namespace py = pybind11;
 
@@ -143,6 +144,9 @@ void bind(py::module_ m) {
     const py::gil_scoped_release release;
     gradient(arithmetic, p, queue);
   });
+#ifdef ITO_SIMT
+  simt::bind(m);
+#endif
 }
 
 }  // namespace ito::ITO_GPU
