@@ -32,6 +32,7 @@ def run(loss, n):
         "pairs": lambda: infonce(a, b, 10.0, positive_pairs=pairs, return_stats=True)[0],
         "queue": lambda: infonce(a, b, 10.0, **by_id, **queue),
         "hard negatives": lambda: infonce(a, b, 10.0, hard_negatives=c[:, None], **by_id),
+        "margin": lambda: infonce(a, b, 10.0, false_negative_margin=0.1, **by_id),
         "debias and hardness": lambda: infonce(a, b, 10.0, debias=0.1, hardness=0.5, **by_id),
         "decoupled": lambda: ik.decoupled_contrastive_loss(a, b, 10.0, **by_id),
         "decoupled softmax": lambda: ik.decoupled_softmax_loss(a, b, 10.0, **by_id),
