@@ -290,6 +290,15 @@ def test_label_smoothing_is_cross_entropys():
     torch.testing.assert_close(ours, theirs)
 
 
+def test_normalize_is_of_all_candidates():
+    q, k, queue = (torch.randn(5, 3, dtype=F64) for _ in range(3))
+    options = {"queue": queue, "hard_negatives": torch.randn(5, 2, 3, dtype=F64)}
+    units = {name: torch.nn.functional.normalize(x, dim=-1) for name, x in options.items()}
+    a, b = (torch.nn.functional.normalize(x, dim=-1) for x in (q, k))
+    loss = ik.clip_loss(q, k, 5.0, normalize=True, **options)
+    torch.testing.assert_close(loss, ik.clip_loss(a, b, 5.0, **units))
+
+
 def test_no_hardness_is_the_plain_loss():
     q, k = unit(9, 5), unit(9, 5, seed=1)
     assert ik.clip_loss(q, k, 6.0, hardness=0) == ik.clip_loss(q, k, 6.0)
