@@ -130,6 +130,20 @@ def test_cluster_weights(with_ids, symmetric, per_row):
         torch.testing.assert_close(x, y)
 
 
+def test_a_weight_of_0_leaves_negatives_out_at_any_scale():
+    q = torch.eye(2)
+    loss = ik.cluster_weighted_infonce(
+        q,
+        q.flip(0),
+        100.0,
+        query_clusters=torch.arange(2),
+        key_clusters=torch.arange(2),
+        weights=torch.eye(2),
+        symmetric=False,
+    )
+    assert loss == 0
+
+
 def test_equal_cluster_weights_are_infonce():
     q, k, c = unit(9, 5), unit(9, 5, seed=1), torch.arange(9) % 3
     options = {"query_clusters": c, "key_clusters": c, "weights": torch.ones(3, 3)}
@@ -219,6 +233,7 @@ BAD = [
     (ValueError, "hardest must be a whole number, got 0", lambda: ik.mix_hard_negatives(X, Y, hardest=0)),
     (ValueError, "mixed must be a whole number, got -1", lambda: ik.mix_hard_negatives(X, Y, mixed=-1)),
     (ValueError, "weights must be a", lambda: ik.cluster_weighted_infonce(X, Y, 1.0, **{**CLUSTERS, "weights": X})),
+    (ValueError, "weights must be 0 or more, got -1", lambda: ik.cluster_weighted_infonce(X, Y, 1.0, **{**CLUSTERS, "weights": -torch.ones(5, 5)})),
     (ValueError, "key_clusters must be from 0 to 4, got 1 to 5", lambda: ik.cluster_weighted_infonce(X, Y, 1.0, **{**CLUSTERS, "key_clusters": IDS + 1})),
     (ValueError, "t_positive must be from 0 to 10, got -1", lambda: ik.cacr_loss(X, Y, t_positive=-1)),
     (ValueError, "t_negative must be greater than 0", lambda: ik.cacr_loss(X, Y, t_negative=0)),

@@ -7,6 +7,7 @@ import pytest
 import torch
 from problems import AVAILABLE
 from test_losses import check, random_ids, unit
+from torch.nn.functional import normalize
 
 import ito_kernels as ik
 from ito_kernels.losses.reweighting import debiased
@@ -530,3 +531,67 @@ def test_bad_input(error, message, options):
     options = {"scale": 1.0} | options
     with pytest.raises(error, match=message):
         ik.multi_positive_infonce(X, Y, options.pop("scale"), **options)
+
+
+@pytest.mark.parametrize("backend", AVAILABLE)
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+@pytest.mark.parametrize(
+    "options", [{"debias": 0.1}, {"hardness": 0.5}, {"debias": 0.1, "hardness": 0.5}]
+)
+def test_what_is_not_finite_shows_in_reweighted_negatives(backend, bad, options):
+    queries, keys = (normalize(torch.randn(12, 8), dim=1) for _ in range(2))
+    queries[4, 3] = bad
+    ids = torch.arange(12) // 3
+    for symmetric in (True, False):
+        loss = ik.multi_positive_infonce(
+            queries,
+            keys,
+            5.0,
+            query_ids=ids,
+            key_ids=ids + 2,
+            symmetric=symmetric,
+            backend=backend,
+            **options,
+        )
+        assert not loss.isfinite()
+
+
+@pytest.mark.parametrize("options", [{}, {"debias": 0.1, "hardness": 0.5}])
+def test_padding_may_hold_anything_beyond_the_batch_too(options):
+    queries, keys = (normalize(torch.randn(6, 8), dim=1) for _ in range(2))
+    ids = torch.tensor([0, 1, -1, 2, 3, 4])
+    hard, weights = normalize(torch.randn(6, 3, 8), dim=2), torch.rand(6)
+    bad, bad_weights = hard.clone(), weights.clone()
+    bad[2], bad_weights[2] = torch.nan, torch.nan
+    results = []
+    for h, w in ((hard, weights), (bad, bad_weights)):
+        leaves = [x.clone().requires_grad_() for x in (queries, h)]
+        loss = ik.multi_positive_infonce(
+            leaves[0],
+            keys,
+            5.0,
+            query_ids=ids,
+            key_ids=ids,
+            hard_negatives=leaves[1],
+            query_weights=w,
+            **options,
+        )
+        results.append((loss, *torch.autograd.grad(loss, leaves)))
+    for clean, padded in zip(*results, strict=True):
+        assert torch.equal(clean, padded)
+
+
+@pytest.mark.parametrize("more", ["queue", "hard_negatives"])
+def test_bf16_near_a_hard_negative_beyond_the_batch(more):
+    """A candidate 0.02 from the positive, scale 100: the gradient stays within 0.03 of fp64."""
+    a = normalize(torch.randn(64, 128), dim=1)
+    b = normalize(a + 0.05 * torch.randn(64, 128), dim=1)
+    extra = normalize(b + 0.02 * normalize(torch.randn(64, 128), dim=1), dim=1)
+    grads = []
+    for dtype in (torch.bfloat16, torch.float64):
+        x, y, z = (v.bfloat16().to(dtype) for v in (a, b, extra))
+        x.requires_grad_()
+        given = {"queue": z} if more == "queue" else {"hard_negatives": z[:, None]}
+        loss = ik.clip_loss(x, y, 100.0, symmetric=False, **given)
+        grads.append(torch.autograd.grad(loss, x)[0].double())
+    assert (grads[0] - grads[1]).norm() < 0.03 * grads[1].norm()

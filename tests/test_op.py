@@ -95,6 +95,14 @@ def test_gradcheck(backend, positives, same, monkeypatch):
         )
 
 
+def test_a_number_may_change_after_compilation():
+    """A temperature schedule: the number becomes symbolic."""
+    x, y = (torch.nn.functional.normalize(torch.randn(8, 4), dim=1) for _ in "xy")
+    compiled = torch.compile(ik.clip_loss, fullgraph=True, backend="aot_eager")
+    for scale in (20.0, 21.0, 22.5):
+        torch.testing.assert_close(compiled(x, y, scale), ik.clip_loss(x, y, scale))
+
+
 @pytest.mark.parametrize("backend", AVAILABLE)
 def test_compile_gives_the_same_numbers(backend):
     x, y = torch.randn(40, 16), torch.randn(40, 16)

@@ -10,6 +10,7 @@ regularisers.
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 
 from ..losses.batch import make_batch
@@ -51,10 +52,13 @@ class _Loss(nn.Module):
             raise ValueError(f"ref_emb and ref_labels go together: {missing} is missing")
         queries = normalized(embeddings, None)
         if ref_emb is None:
+            labels = labels - labels.min()  # -1 is a label like any other there
             return self._loss(queries, queries, labels, labels, exclude_self=True)
         check_features("ref_emb", ref_emb)
         ref_labels = check_ids("ref_labels", ref_labels.to(device), len(ref_emb), "ref_emb", device)
-        return self._loss(queries, normalized(ref_emb, None), labels, ref_labels, False)
+        least = torch.minimum(labels.min(), ref_labels.min())
+        keys = normalized(ref_emb, None)
+        return self._loss(queries, keys, labels - least, ref_labels - least, False)
 
 
 class SupConLoss(_Loss):

@@ -43,15 +43,16 @@ def cacr_loss(
     Args:
         queries, keys: (N, D) and (M, D), L2-normalised; bf16 and fp16 are computed in fp32.
         query_ids, key_ids: as in `multi_positive_infonce`. P positive pairs are gathered a panel
-            at a time: time O(P·D), memory O((N + M)·D).
-        t_positive, t_negative: t⁺ and t⁻, from 0 to 10.
+            at a time: time O(P·D), memory O((N + M)·D + P).
+        t_positive, t_negative: t⁺ and t⁻, from 0 to 10 and above 0 to 3: beyond, in fp32, the
+            positives that are subtracted hide the negatives.
 
     Returns a 0-d fp32 tensor (fp64 for fp64 features). Raises as `multi_positive_infonce`.
     Source: Zheng et al. 2021 (CACR); the defaults are those of the authors' CIFAR experiments.
     """
     not_yet(group=group, chunk_size=chunk_size)
     t_positive = check_number("t_positive", t_positive, 0, 10)
-    if check_number("t_negative", t_negative, 0, 10) == 0:
+    if check_number("t_negative", t_negative, 0, 3) == 0:
         raise ValueError("t_negative must be greater than 0, got 0")
     batch = make_batch(
         queries, keys, 2.0 * t_negative, query_ids, key_ids, False, backend, promote=True

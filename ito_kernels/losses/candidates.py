@@ -85,8 +85,10 @@ class HardNegatives:
 
     def __init__(self, batch: Batch, hard_negatives: Tensor):
         rows = accumulated(batch.queries)
-        if batch.query_ids is not None:
-            rows = rows.masked_fill((batch.query_ids < 0)[:, None], 0)
+        if batch.query_ids is not None:  # padding may hold anything
+            padded = (batch.query_ids < 0)[:, None]
+            rows = rows.masked_fill(padded, 0)
+            hard_negatives = hard_negatives.masked_fill(padded[:, :, None], 0)
         products = torch.bmm(accumulated(hard_negatives), rows[:, :, None])
         products = products.squeeze(2)
         self.scores = batch.scale.reshape(-1, 1) * products

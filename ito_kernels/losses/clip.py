@@ -134,6 +134,6 @@ def _check_bias(bias: object, like: Tensor) -> Tensor:
         return cast(bias, dtype)
     if isinstance(bias, bool) or not isinstance(bias, (int, float)):
         raise TypeError(f"logit_bias must be a number or a tensor, got {type(bias).__name__}")
-    if not math.isfinite(bias):
+    if not -math.inf < bias < math.inf:
         raise ValueError(f"logit_bias must be finite, got {bias}")
     return torch.full((), float(bias), dtype=dtype, device=like.device)

@@ -56,8 +56,11 @@ def cluster_weighted_infonce(
     rows = check_ids("query_clusters", query_clusters, len(queries), "queries", device)
     cols = check_ids("key_clusters", key_clusters, len(keys), "keys", device)
     if not isinstance(weights, Tensor) or weights.ndim != 2 or weights.shape[0] != weights.shape[1]:
-        raise ValueError("weights must be a (C, C) tensor")
+        got = tuple(weights.shape) if isinstance(weights, Tensor) else type(weights).__name__
+        raise ValueError(f"weights must be a (C, C) tensor, got {got}")
     if device.type == "cpu" and not torch.compiler.is_compiling():
+        if not (weights >= 0).all():
+            raise ValueError(f"weights must be 0 or more, got {weights.min().item():g}")
         for name, x in (("query_clusters", rows), ("key_clusters", cols)):
             if not 0 <= int(x.min()) <= int(x.max()) < len(weights):
                 raise ValueError(
@@ -66,7 +69,9 @@ def cluster_weighted_infonce(
                 )
     with without_autocast(device):
         dtype = batch.queries.dtype
-        bias = weights.to(dtype).clamp(min=torch.finfo(dtype).tiny).log()
+        weights = weights.to(dtype)
+        # a weight of 0 is a feature, which must be finite: -1e4 is below any score
+        bias = torch.where(weights > 0, torch.where(weights > 0, weights, 1).log(), -1e4)
         left = bias[rows] / batch.scale.reshape(-1, 1)
         right = one_hot(cols, len(weights)).to(dtype)
         weighted = make_batch(

@@ -58,7 +58,7 @@ def infonce_with_options(
     o = o.with_candidates(as_autocast)
     same = keys is queries
     queries, keys = as_autocast(queries), as_autocast(keys)
-    if o.reweighted or o.positive_pairs is not None:  # parts of several calls cancel
+    if o.meets_outside:  # the kernels: what cancels there was rounded before
         queries, keys = accumulated(queries), accumulated(keys)
     with without_autocast(queries.device):
         batch = Batch(
@@ -183,6 +183,8 @@ def _log_sum(found: Direction, power: float, shift: Tensor, more: list) -> Tenso
 def _reduced(
     anchors: _Anchors, ids: Tensor | None, weights: Tensor | None, empty: str, reduction: str
 ) -> Tensor:
+    if weights is not None and ids is not None:
+        weights = weights.masked_fill(ids < 0, 0)  # padding may hold anything
     loss = anchors.loss if weights is None else anchors.loss * weights
     if reduction == "none":
         return loss

@@ -10,7 +10,7 @@ from .batch import Batch
 from .decoupled import GATHERED
 from .options import Options
 from .pairs import equal_ids
-from .precision import inner, take
+from .precision import accumulated, inner, take
 
 
 @torch.no_grad()
@@ -36,10 +36,12 @@ def with_margin(batch: Batch, o: Options) -> Batch:
             top[side] = top[side].scatter_reduce(0, anchors, dot, "amax")
     margin = o.false_negative_margin
     if o.positive_pairs is not None:
-        # to the kernels all are negatives, also (i, i): rounding must not put one beyond its limit
+        # to the kernels all are negatives, also (i, i): rounding must not put one beyond its limit.
+        # Their sums of D products are off by far less than 1e-5 of the norms' product.
         none = {"query_ids": torch.zeros_like(top["row"]), "key_ids": torch.ones_like(top["col"])}
         batch = replace(batch, **{name: ids.long() for name, ids in none.items()})
-        margin += 1e-6
+        norms = [accumulated(x).square().sum(1).amax().sqrt() for x in (batch.queries, batch.keys)]
+        margin = margin + 1e-5 * norms[0] * norms[1]
     limit = {side: torch.where(x == -torch.inf, torch.inf, x + margin) for side, x in top.items()}
     return replace(
         batch, row_limit=limit["row"], col_limit=limit["col"] if batch.symmetric else None

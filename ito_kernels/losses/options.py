@@ -40,6 +40,12 @@ class Options(NamedTuple):
         """Whether negatives count otherwise than in a softmax."""
         return self.debias is not None or self.hardness is not None
 
+    @property
+    def meets_outside(self) -> bool:
+        """Whether positives and negatives come from several calls of the primitive."""
+        others = (self.positive_pairs, self.queue, self.hard_negatives)
+        return self.reweighted or any(x is not None for x in others)
+
     def with_candidates(self, function: Callable[[Tensor], Tensor]) -> Options:
         """With `function` of the queue and of the hard negatives, where there are any."""
         queue, hard = (
@@ -131,7 +137,7 @@ def check_number(name: str, x: object, low: float, high: float) -> float | None:
         return None
     if isinstance(x, bool) or not isinstance(x, (int, float)):
         raise TypeError(f"{name} must be a number, got {type(x).__name__}")
-    if not (low <= x <= high and math.isfinite(x)):
+    if not (low <= x <= high and -math.inf < x < math.inf):
         wanted = f"from {low} to {high}" if math.isfinite(high) else f"from {low} upwards, finite"
         wanted = wanted if math.isfinite(low) else "finite"
         raise ValueError(f"{name} must be {wanted}, got {x}")

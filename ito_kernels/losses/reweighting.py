@@ -34,7 +34,8 @@ def debiased(
     log_negatives = torch.where(some, log_negatives, 0)
     false = log_number + prior.log() + log_positive
     rest = 1 - (false - log_negatives).clamp(max=0).exp()  # the share that is not false
-    true = log_negatives + torch.where(rest > 0, rest, 1).log() - torch.log1p(-prior)
+    clamped = rest <= 0  # not so for NaN, which must not be lost
+    true = log_negatives + torch.where(clamped, 1, rest).log() - torch.log1p(-prior)
     floor = log_number + floor
-    log_true = torch.where(rest > 0, torch.maximum(true, floor), floor)
+    log_true = torch.where(clamped, floor, torch.maximum(true, floor))
     return torch.where(some, log_true, -torch.inf)

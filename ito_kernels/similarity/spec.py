@@ -208,7 +208,7 @@ def check_scale(name: str, scale: object, like: Tensor) -> Tensor:
         return cast(scale, dtype)
     if isinstance(scale, bool) or not isinstance(scale, (int, float)):
         raise TypeError(f"{name} must be a number or a tensor, got {type(scale).__name__}")
-    if not (math.isfinite(scale) and scale > 0):
+    if not 0 < scale < math.inf:  # torch.compile follows comparisons, not math.isfinite
         raise ValueError(f"{name} must be finite and greater than 0, got {scale}")
     return torch.full((), float(scale), dtype=dtype, device=like.device)
 
