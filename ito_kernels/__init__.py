@@ -32,7 +32,7 @@ from .modules import (
 )
 from .similarity import similarity_logsumexp, similarity_softplus
 from .similarity.dispatch import backends, use_backend
-from .similarity.op import explain
+from .similarity.primitive import explain
 
 __all__ = [
     "ClipLoss",

@@ -16,7 +16,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 from torch._ops import OpOverload
-from torch.autograd import forward_ad
 
 from . import dispatch
 from .spec import (
@@ -26,9 +25,6 @@ from .spec import (
     Stats,
     Upstream,
     autocast_enabled,
-    check_weight,
-    check_weights,
-    make_problem,
 )
 
 # The fields of Problem, Stats, Upstream and Needs as operator arguments, in their order.
@@ -44,190 +40,27 @@ _PROBLEM_ARGS = len(Problem._fields) + 1
 _INPUTS = len(Needs._fields)  # a, b, scale and the biases: what may have a gradient
 
 
-def similarity_logsumexp(
-    a: Tensor,
-    b: Tensor,
-    scale: float | Tensor,
-    *,
-    row_bias: Tensor | None = None,
-    col_bias: Tensor | None = None,
-    row_ids: Tensor | None = None,
-    col_ids: Tensor | None = None,
-    positives: str | None = None,
-    exclude_self: bool = False,
-    exclude_positives: bool = False,
-    diagonal: int = 0,
-    rows: bool = True,
-    cols: bool = True,
-    hardest: bool = False,
-    row_weights: tuple[Tensor, Tensor | None] | None = None,
-    col_weights: tuple[Tensor, Tensor | None] | None = None,
-    return_stats: bool = True,
-    backend: str | None = None,
-) -> Stats | Tensor | tuple[Tensor, Stats]:
-    """Row and column logsumexp of S = scale·a·bᵀ + biases, without forming S.
-
-    Args:
-        a, b: (N, D) and (M, D), fp32, bf16 or fp16 (fp64 on the reference and chunked backends);
-            any strides. The same tensor for both is a self-similarity.
-        scale: multiplier of the inner products: a number, a 0-d tensor, one of shape (1,) or (N,).
-        row_bias, col_bias: (N,) and (M,), added to the scores.
-        row_ids, col_ids: (N,) and (M,) integers. Equal ids are positives; a negative id is padding
-            that takes no part. Without ids the positive of row i is column i + diagonal.
-        positives: also give, per row and column, the positives' Σ (S - max) ("linear") or
-            log Σ exp(S - max) ("lse").
-        exclude_self: leave out the pairs (i, i + diagonal): without ids, every positive.
-        exclude_positives: leave the positives out of max and logsum.
-        rows, cols: which side's statistics are wanted.
-        hardest: also give the maximum over the negatives.
-        row_weights, col_weights: (u, alpha) of (N,) and (v, beta) of (M,), tensors without
-            gradient; alpha and beta may be None. Ask for the sum of all statistics, weighted:
-
-                Σ_i u_i·row_logsum_i + alpha_i·row_pos_i + Σ_j v_j·col_logsum_j + beta_j·col_pos_j
-
-            in which statistics of -inf with a weight of 0 count as 0. Gradients that are wanted
-            are then formed in the forward pass, except in fp16, and backward only multiplies them:
-            with cols=False 3 matrix products instead of 4 where the backend can (cpu).
-        return_stats: with weights: whether the statistics are wanted too, or their sum alone.
-        backend: see `ito_kernels.backends()`; None chooses. A function that torch.compile has
-            compiled keeps the backend it was compiled with: later `use_backend` and ITO_BACKEND do
-            not reach it.
-
-    Returns:
-        Stats of fp32 tensors (fp64 for fp64 features): `max` (constant for autograd), `logsum`,
-        `pos`, `neg_max` of rows (N,) and columns (M,), None where not wanted. The logsumexp is
-        `max + logsum`; a loss is best written `logsum - pos / k`, which keeps the digits that
-        `logsumexp - positive` cancels at a large scale.
-        With weights the pair of their 0-d sum and the Stats, which then carry no gradient, or the
-        sum alone without `return_stats`.
-
-    Raises:
-        TypeError, ValueError: an argument that does not fit, by name.
-        RuntimeError: the backend asked for cannot run this problem; a gradient of a gradient or
-            forward-mode differentiation is asked for.
-
-    Under autocast a and b are computed in the autocast dtype and everything else in fp32.
-    """
-    problem = make_problem(
-        a,
-        b,
-        scale,
-        row_bias=row_bias,
-        col_bias=col_bias,
-        row_ids=row_ids,
-        col_ids=col_ids,
-        positives=positives,
-        exclude_self=exclude_self,
-        exclude_positives=exclude_positives,
-        diagonal=diagonal,
-        rows=rows,
-        cols=cols,
-        hardest=hardest,
-    )
-    u, alpha = check_weights("row_weights", row_weights, problem, rows, problem.n)
-    v, beta = check_weights("col_weights", col_weights, problem, cols, problem.m)
-    weights = Upstream(u, v, alpha, beta)
-    name = dispatch.choose(problem, backend)
-    needs = _wanted_gradients(problem)
-    module = dispatch.load(name)
+def logsumexp(
+    problem: Problem,
+    backend: str,
+    cache_bytes: int,
+    with_stats: bool,
+    weights: Upstream,
+    needs: Needs,
+) -> tuple[Tensor | None, Stats]:
+    """The weighted sum, None without weights, and the statistics, which may be missing if they are
+    not wanted. `needs`: the gradients that backward will be asked for."""
     now = needs if _weighted(weights) and _can_be_early(problem) else Needs()
-    cache = module.cache_bytes(problem) if any(needs) and hasattr(module, "cache_bytes") else 0
-    stats = return_stats or not any(now)
-    out = _call(_logsumexp, (*problem, name, cache, stats, *weights, *now))
-    if _weighted(weights) and not return_stats:
-        return out[0]
-    result = _Result.read(problem, stats, weights, now, out)
-    return result.stats if result.total is None else (result.total, result.stats)
+    with_stats = with_stats or not any(now)
+    out = _call(_logsumexp, (*problem, backend, cache_bytes, with_stats, *weights, *now))
+    result = _Result.read(problem, with_stats, weights, now, out)
+    return result.total, result.stats
 
 
-def similarity_softplus(
-    a: Tensor,
-    b: Tensor,
-    scale: float | Tensor,
-    *,
-    row_bias: Tensor | None = None,
-    col_bias: Tensor | None = None,
-    row_ids: Tensor | None = None,
-    col_ids: Tensor | None = None,
-    exclude_self: bool = False,
-    diagonal: int = 0,
-    row_weights: Tensor | None = None,
-    backend: str | None = None,
-) -> Tensor:
-    """Per row, the sum over columns of softplus(S) at negatives and softplus(-S) at positives.
-
-    S = scale·a·bᵀ + biases is not formed. Arguments and errors as in `similarity_logsumexp`, but
-    `row_weights` is one (N,) tensor without gradient. With it the result is the 0-d sum
-    Σ_i row_weights_i · row_i, and gradients that are wanted are formed in the forward pass, except
-    in fp16: 3 matrix products instead of 4 where the backend can (cpu).
-
-    Returns (N,), or 0-d with `row_weights`, in fp32, fp64 for fp64 features.
-    """
-    problem = make_problem(
-        a,
-        b,
-        scale,
-        row_bias=row_bias,
-        col_bias=col_bias,
-        row_ids=row_ids,
-        col_ids=col_ids,
-        exclude_self=exclude_self,
-        diagonal=diagonal,
-    )
-    if row_weights is not None:
-        row_weights = check_weight("row_weights", row_weights, problem.n, problem.a)
-    name = dispatch.choose(problem, backend)
-    needs = _wanted_gradients(problem)
-    now = needs if row_weights is not None and _can_be_early(problem) else Needs()
-    return _call(_softplus, (*problem, name, row_weights, *now))[0]
-
-
-def explain(
-    queries: Tensor,
-    keys: Tensor,
-    logit_scale: float | Tensor = 1.0,
-    *,
-    backend: str | None = None,
-    **options,
-) -> str:
-    """Which backend and tile shape a call with these tensors would use, and why. Runs nothing.
-
-    `options` are those of `similarity_logsumexp`.
-    """
-    names = ("row_bias", "col_bias", "row_ids", "col_ids")
-    problem = make_problem(
-        queries, keys, logit_scale, **{name: options.pop(name, None) for name in names}, **options
-    )
-    name = dispatch.choose(problem, backend)
-    what = "self-similarity" if problem.b is None else "similarity"
-    return (
-        f"{what} of {problem.n} x {problem.m}, D = {problem.d}, {problem.a.dtype} on"
-        f" {problem.a.device.type}\n"
-        f"backend {name}: {dispatch.why(problem, backend)}\n"
-        f"tiles: {dispatch.load(name).describe(problem)}"
-    )
-
-
-def _wanted_gradients(problem: Problem) -> Needs:
-    """Of a, b, scale, row_bias, col_bias: the first five fields."""
-    inputs = problem[:_INPUTS]
-    if not torch.compiler.is_compiling():
-        # operators would lose a forward-mode tangent without a word
-        if forward_ad._current_level >= 0 and any(
-            x is not None and forward_ad.unpack_dual(x).tangent is not None for x in inputs
-        ):
-            raise RuntimeError(
-                "ito_kernels supports reverse mode only, not forward-mode differentiation"
-                " (torch.func.jvp, torch.autograd.forward_ad): use backward() or"
-                " torch.autograd.grad()"
-            )
-        if torch._C._functorch.maybe_current_level() is not None:
-            raise RuntimeError(
-                "ito_kernels does not run inside torch.func transforms (grad, vjp, vmap, ...): use"
-                " backward() or torch.autograd.grad(), and a loop instead of vmap"
-            )
-    live = torch.is_grad_enabled()
-    return Needs(*(live and x is not None and x.requires_grad for x in inputs))
+def softplus(problem: Problem, backend: str, weights: Tensor | None, needs: Needs) -> Tensor:
+    """The rows' sums, or their weighted sum."""
+    now = needs if weights is not None and _can_be_early(problem) else Needs()
+    return _call(_softplus, (*problem, backend, weights, *now))[0]
 
 
 def _can_be_early(problem: Problem) -> bool:
