@@ -14,7 +14,7 @@ keys that are kept for backward; the rest is gathered again.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from itertools import pairwise
 from types import ModuleType
 from typing import NamedTuple
@@ -256,7 +256,7 @@ class GlobalBatch:
         out = x.new_empty(self.size * len(x), *x.shape[1:])
         return _Started(f"all-gather of {what}", _all_gather, out, x.contiguous(), self.group)
 
-    def _chunks(self, b: Tensor, kept: list[Tensor]) -> Iterator[tuple[slice, Tensor]]:
+    def _chunks(self, b: Tensor, kept: Sequence[Tensor] = ()) -> Iterator[tuple[slice, Tensor]]:
         """All ranks' rows of a part after the other, (size·part, D); the next part travels while
         this one is used. `kept`: the first parts, from an earlier walk."""
 
@@ -402,56 +402,71 @@ def _counts(problem: Problem) -> tuple[Tensor, Tensor]:
     return rows.to(problem.accumulate), cols.to(problem.accumulate)
 
 
+class _Columns:
+    """Statistics of everyone's columns over this rank's rows; then of its own over everyone's."""
+
+    def __init__(self, whole: GlobalBatch, problem: Problem):
+        self.whole, self.number, self.present = whole, len(problem.b), []
+        self.sent = problem.scale.new_empty(0)  # (owner, statistic, column)
+
+    def add(self, part: slice, at: slice, side: _Side) -> None:
+        """Of the columns `at` of the chunk `part`: those of one owner or of several."""
+        vectors = [x for x in side if x is not None]
+        if not self.present:
+            self.present = [x is not None for x in side]
+            shape = (self.whole.size, len(vectors), self.whole.most_keys)
+            self.sent = self.sent.new_empty(shape)
+        step = part.stop - part.start
+        owners = slice(at.start // step, at.stop // step)
+        for i, x in enumerate(vectors):
+            self.sent[owners, i, part] = x.view(-1, step)
+
+    def exchanged(self) -> _Side:
+        what, arrived = "all-to-all of column statistics", torch.empty_like(self.sent)
+        arrived = _Started(what, _all_to_all, arrived, self.sent, self.whole.group).wait()
+        return _Side.union(
+            [
+                _Side(*(next(vectors) if x else None for x in self.present))
+                for vectors in map(iter, arrived[:, :, : self.number].clone())
+            ]
+        )
+
+
+class _Kept:
+    """The first chunks of keys, as many as the budget holds, for backward."""
+
+    def __init__(self, wanted: bool):
+        self.chunks, self.budget = [], _gather_cache_bytes() if wanted else 0
+
+    def offer(self, keys: Tensor) -> None:
+        self.budget -= keys.nbytes
+        if self.budget >= 0:
+            self.chunks.append(keys)
+
+
 class _Logsumexp(torch.autograd.Function):
     """Problem fields of this rank's rows and keys to the statistics of both, those wanted."""
 
     @staticmethod
     def forward(ctx, whole: GlobalBatch, module: ModuleType, needs: Needs, *fields):
         problem = Problem(*(_detached(x) if isinstance(x, Tensor) else x for x in fields))
-        budget, kept = _gather_cache_bytes() if any(needs) else 0, []
-        rows, sent = None, None
-        for part, keys in whole._chunks(problem.b, []):
-            budget -= keys.nbytes
-            if budget >= 0:
-                kept.append(keys)
-            cols = []
-            for _, block in whole._blocks(problem, part, keys):
+        kept = _Kept(any(needs))
+        rows, cols = None, _Columns(whole, problem)
+        for part, keys in whole._chunks(problem.b):
+            kept.offer(keys)
+            for at, block in whole._blocks(problem, part, keys):
                 with torch.autocast(keys.device.type, enabled=False):
                     stats = module.logsumexp_forward(block)
                 counts = _counts(block) if problem.positives == "linear" else (None, None)
                 row = _Side(*stats[:4], counts[0])
                 rows = row if rows is None else rows.merged(row)
-                cols.append(_Side(*stats[4:], counts[1]))
-            if problem.cols:  # (owner, statistic, column): of each column, from these rows
-                fields = [torch.cat(x) for x in zip(*cols, strict=True) if x[0] is not None]
-                if sent is None:
-                    shape = (whole.size, len(fields), whole.most_keys)
-                    sent = fields[0].new_empty(shape)
-                for i, x in enumerate(fields):
-                    sent[:, i, part] = x.view(whole.size, -1)
+                if problem.cols:
+                    cols.add(part, at, _Side(*stats[4:], counts[1]))
         out = list(rows[:4])
         if problem.cols:
-            arrived = _Started(
-                "all-to-all of column statistics",
-                _all_to_all,
-                torch.empty_like(sent),
-                sent,
-                whole.group,
-            ).wait()
-            union = _Side.union(
-                [
-                    _Side(*(next(x) if y is not None else None for y in cols[0]))
-                    for x in map(iter, arrived[:, :, : len(problem.b)])
-                ]
-            )
-            out += [None if x is None else x.clone() for x in union[:4]]
-        ctx.whole, ctx.module, ctx.needs, ctx.kept, ctx.flags = (
-            whole,
-            module,
-            needs,
-            kept,
-            problem[7:],
-        )
+            out += cols.exchanged()[:4]
+        ctx.whole, ctx.module, ctx.needs, ctx.kept = whole, module, needs, kept.chunks
+        ctx.flags = problem[7:]
         ctx.set_materialize_grads(False)
         ctx.present = [x is not None for x in out]
         constant = [x for i, x in enumerate(out) if x is not None and i % 4 in (0, 3)]  # maxima
@@ -514,13 +529,11 @@ class _Softplus(torch.autograd.Function):
         problem = Problem(*(_detached(x) if isinstance(x, Tensor) else x for x in fields))
         # in fp16 the gradients of a mean underflow unless a loss scale has reached them
         early = any(needs) and weights is not None and problem.a.dtype != torch.float16
-        budget, kept = _gather_cache_bytes() if any(needs) and not early else 0, []
+        kept = _Kept(any(needs) and not early)
         rows = problem.scale.new_zeros(problem.n)
         walk = _Gradients(whole, problem, needs if early else Needs())
-        for part, keys in whole._chunks(problem.b, []):
-            budget -= keys.nbytes
-            if budget >= 0:
-                kept.append(keys)
+        for part, keys in whole._chunks(problem.b):
+            kept.offer(keys)
             for _, block in whole._blocks(problem, part, keys):
                 with torch.autocast(keys.device.type, enabled=False):
                     if not early:
@@ -534,14 +547,8 @@ class _Softplus(torch.autograd.Function):
                         walk.add(module.softplus_backward(block, weights, needs))
             if early:
                 walk.send(part)
-        ctx.whole, ctx.module, ctx.needs, ctx.kept, ctx.flags, ctx.early = (
-            whole,
-            module,
-            needs,
-            kept,
-            problem[7:],
-            early,
-        )
+        ctx.whole, ctx.module, ctx.needs, ctx.kept = whole, module, needs, kept.chunks
+        ctx.flags, ctx.early = problem[7:], early
         if early:
             ctx.save_for_backward(*walk.result())
         else:

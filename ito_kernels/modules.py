@@ -125,31 +125,44 @@ class SupConLoss(nn.Module):
         temperature: float = 0.07,
         base_temperature: float | None = None,
         empty: str = "zero",
+        group=None,
+        chunk_size: int | None = None,
     ):
         super().__init__()
         self.temperature, self.base_temperature, self.empty = temperature, base_temperature, empty
+        self.where = {"group": group, "chunk_size": chunk_size}
 
     def forward(self, features: Tensor, labels: Tensor) -> Tensor:
-        return supcon_loss(features, labels, self.temperature, self.base_temperature, self.empty)
+        return supcon_loss(
+            features, labels, self.temperature, self.base_temperature, self.empty, **self.where
+        )
 
 
 class NTXentLoss(nn.Module):
     """`nt_xent_loss` with its temperature fixed at construction."""
 
-    def __init__(self, temperature: float = 0.5):
+    def __init__(self, temperature: float = 0.5, group=None, chunk_size: int | None = None):
         super().__init__()
         self.temperature = temperature
+        self.where = {"group": group, "chunk_size": chunk_size}
 
     def forward(self, z1: Tensor, z2: Tensor) -> Tensor:
-        return nt_xent_loss(z1, z2, self.temperature)
+        return nt_xent_loss(z1, z2, self.temperature, **self.where)
 
 
 class ItoLoss(nn.Module):
     """`ito_loss` with its options fixed at construction."""
 
-    def __init__(self, lambda_fusion: float = 2.0, denominator: str = "pair"):
+    def __init__(
+        self,
+        lambda_fusion: float = 2.0,
+        denominator: str = "pair",
+        group=None,
+        chunk_size: int | None = None,
+    ):
         super().__init__()
         self.lambda_fusion, self.denominator = lambda_fusion, denominator
+        self.where = {"group": group, "chunk_size": chunk_size}
 
     def forward(
         self,
@@ -165,4 +178,5 @@ class ItoLoss(nn.Module):
             logit_scale,
             lambda_fusion=self.lambda_fusion,
             denominator=self.denominator,
+            **self.where,
         )

@@ -291,6 +291,16 @@ def modules():
         value.backward()
         assert (value - truth).abs() <= 1e-12 * truth.abs()
         assert_equal_gradients(gradients(model.module), grads, 1e-12)
+    image, text, scale = (z.detach() for z in (image, text, scale))
+    where = {"group": dist.group.WORLD, "chunk_size": 3}
+    for module, args, name in (
+        (ik.SupConLoss(0.1, **where), (image, IDS[rows]), "supcon_loss"),
+        (ik.NTXentLoss(0.1, **where), (image, text), "nt_xent_loss"),
+        (ik.ItoLoss(0, **where), (image[None], text, None, scale), "ito_loss"),
+    ):
+        options = {"lambda_fusion": 0} if name == "ito_loss" else {"temperature": 0.1}
+        value, truth = module(*args), getattr(ik, name)(*args, **options, **where)
+        assert value == truth if name != "ito_loss" else value[0] == truth[0]
     with pytest.raises(ValueError, match="world_size must be that of the default group"):
         ik.ClipLoss(world_size=size + 1)(image, text, scale)
 
