@@ -3,12 +3,17 @@
 The extension does not use torch, so neither does its build. Without a C++ compiler the package
 installs all the same and `ito_kernels.backends()` says what is missing; a compiler that fails is
 an error.
+
+The CUDA kernels are built where nvcc is found: $CUDACXX, the PATH, or the package nvidia-cuda-nvcc.
+ITO_BUILD_CUDA=0 leaves them out, 1 makes a missing nvcc an error. ITO_CUDA_ARCHS lists the GPUs, as
+in CMAKE_CUDA_ARCHITECTURES; "all" is what wheels are built for.
 """
 
 import os
 import shutil
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 from setuptools import Extension, setup
@@ -21,6 +26,48 @@ def compiler() -> str | None:
     """The C++ compiler CMake will use: $CXX, or the first usual name on the PATH."""
     names = [os.environ["CXX"]] if os.environ.get("CXX") else ["c++", "g++", "clang++"]
     return next((path for name in names if (path := shutil.which(name.split()[0]))), None)
+
+
+# PTX of the oldest runs on every later GPU; the driver compiles it when it is first used
+CUDA_ARCHS = "80"
+ALL_CUDA_ARCHS = "80-real;86-real;89-real;90-real;100-real;120"
+
+
+def nvcc() -> str | None:
+    if wanted := os.environ.get("CUDACXX"):
+        return shutil.which(wanted)
+    package = find_spec("nvidia")
+    roots = package.submodule_search_locations if package else []
+    packaged = (path for root in roots for path in Path(root).glob("cu*/bin/nvcc"))
+    return shutil.which("nvcc") or next(map(str, packaged), None)
+
+
+def cuda_options() -> list[str]:
+    """CMake's, for what ITO_BUILD_CUDA and ITO_CUDA_ARCHS ask for."""
+    wanted = os.environ.get("ITO_BUILD_CUDA", "auto")
+    if wanted not in ("auto", "0", "1"):
+        raise ValueError(f"ITO_BUILD_CUDA must be auto, 0 or 1, got {wanted!r}")
+    found = nvcc()
+    if wanted == "1" and found is None:
+        raise RuntimeError(
+            "ITO_BUILD_CUDA=1, but there is no nvcc: $CUDACXX, PATH, nvidia-cuda-nvcc"
+        )
+    if wanted == "0" or found is None:
+        return ["-DITO_CUDA=OFF"]
+    archs = os.environ.get("ITO_CUDA_ARCHS") or CUDA_ARCHS
+    archs = ALL_CUDA_ARCHS if archs == "all" else archs
+    return [
+        "-DITO_CUDA=ON",
+        f"-DCMAKE_CUDA_COMPILER={found}",
+        f"-DCMAKE_CUDA_ARCHITECTURES={archs}",
+    ]
+
+
+def environment() -> dict[str, str]:
+    """Where the linker finds the runtime of a packaged nvcc: not in lib64, where nvcc looks."""
+    paths = [str(Path(nvcc()).resolve().parent.parent / "lib")] if nvcc() else []
+    paths += filter(None, [os.environ.get("LIBRARY_PATH")])
+    return os.environ | ({"LIBRARY_PATH": os.pathsep.join(paths)} if paths else {})
 
 
 class CMakeBuild(build_ext):
@@ -43,9 +90,10 @@ class CMakeBuild(build_ext):
             f"-DCMAKE_LIBRARY_OUTPUT_DIRECTORY={target}",
             f"-DPython_EXECUTABLE={sys.executable}",
             f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
+            *cuda_options(),
         ]
-        subprocess.run(configure, check=True)
-        subprocess.run(["cmake", "--build", str(build)], check=True)
+        subprocess.run(configure, check=True, env=environment())
+        subprocess.run(["cmake", "--build", str(build)], check=True, env=environment())
 
 
 setup(

@@ -16,12 +16,16 @@ from unittest.mock import patch
 
 import torch
 import torch.nn.functional as F
+from other_losses import OTHER_LOSSES
 from torch import Tensor
 
 import ito_kernels
 
 LOSSES = ("clip", "multi_positive", "siglip", "nt_xent", "supcon")
-ONE_TOWER = ("nt_xent", "supcon")  # all 2N rows against each other
+ALL_LOSSES = (*LOSSES, *OTHER_LOSSES)
+# all 2N rows against each other
+ONE_TOWER = ("nt_xent", "supcon", *(name for name, x in OTHER_LOSSES.items() if x.one_tower))
+GROUPED = ("multi_positive", "supcon", *(name for name, x in OTHER_LOSSES.items() if x.grouped))
 POSITIVES_PER_ID = 4
 PLAIN_PYTORCH = ("reference", "chunked")  # backends whose matrix products are PyTorch's
 EXACT_ROWS = 512
@@ -50,8 +54,9 @@ def make_inputs(
     The rows of an item are scattered over the batch.
     """
     rng = torch.Generator().manual_seed(0)
-    grouped = loss in ("multi_positive", "supcon")
-    ids = torch.randperm(n, generator=rng) // POSITIVES_PER_ID if grouped else torch.arange(n)
+    ids = torch.arange(n)
+    if loss in GROUPED:
+        ids = torch.randperm(n, generator=rng) // POSITIVES_PER_ID
 
     def unit() -> Tensor:
         return F.normalize(torch.randn(n, d, generator=rng), dim=1)
@@ -133,6 +138,7 @@ EAGER = {
     "siglip": siglip_eager,
     "nt_xent": nt_xent_eager,
     "supcon": supcon_eager,
+    **{name: loss.eager for name, loss in OTHER_LOSSES.items()},
 }
 
 
@@ -158,6 +164,48 @@ def sentence_transformers(loss: str) -> Callable[[Inputs], Tensor]:
     # the model is not used by the loss itself
     module = MultipleNegativesSymmetricRankingLoss(torch.nn.Identity(), scale=1 / 0.07)
     return lambda x: module.compute_loss_from_embeddings([x.a, x.b], None)
+
+
+# ---- libraries for GPUs
+
+
+def memeff(loss: str) -> Callable[[Inputs], Tensor]:
+    from memeff import MemoryEfficientCLIPLoss
+
+    # its default, stable=True, gives gradients of another size than the loss's
+    module = MemoryEfficientCLIPLoss(temperature=0.07, normalized_inputs=True, stable=False)
+    return lambda x: module(x.a, x.b)
+
+
+def siglip_kernel(loss: str) -> Callable[[Inputs], Tensor]:
+    from siglip_kernel import fused_siglip_loss
+
+    return lambda x: fused_siglip_loss(x.a, x.b, x.log_scale, x.bias)
+
+
+def inf_cl(loss: str) -> Callable[[Inputs], Tensor]:
+    from inf_cl import cal_flash_loss
+
+    def run(x: Inputs) -> Tensor:
+        # one loss per row, of one direction; it splits the width into parts of head_dim
+        call = partial(
+            cal_flash_loss, scale=x.log_scale.exp(), head_dim=math.gcd(256, x.a.shape[1])
+        )
+        return (call(x.a, x.b) + call(x.b, x.a)).mean() / 2
+
+    return run
+
+
+def cut_cross_entropy(loss: str) -> Callable[[Inputs], Tensor]:
+    from cut_cross_entropy import linear_cross_entropy
+
+    def run(x: Inputs) -> Tensor:
+        scale = x.log_scale.exp()
+        labels = torch.arange(len(x.a), device=x.a.device)
+        rows = linear_cross_entropy(scale * x.a, x.b, labels)
+        return (rows + linear_cross_entropy(scale * x.b, x.a, labels)) / 2
+
+    return run
 
 
 # ---- this library
@@ -186,6 +234,8 @@ def ito(backend: str, loss: str) -> Callable[[Inputs], Tensor]:
             case "supcon":
                 features, labels = torch.cat([x.a, x.b]), x.ids.repeat(2)
                 return ito_kernels.supcon_loss(features, labels, 1 / scale, backend=backend)
+            case _:
+                return OTHER_LOSSES[loss].ours(x, scale, backend=backend)
 
     return run
 
@@ -208,16 +258,26 @@ class Contender(NamedTuple):
     losses: tuple[str, ...]
     build: Callable[[str], Callable[[Inputs], Tensor]]
     compiles: bool = False  # in its first call
-    native: bool = False  # its matrix products are not PyTorch's
+    native: bool = False  # its matrix products are not all PyTorch's
+    needs_cuda: bool = False
     normalises: bool = False  # the features, itself
     not_quick: str = ""  # why --quick leaves it out
 
+    def prepare(self, loss: str, device: str) -> Callable[[Inputs], Tensor]:
+        """What `build` gives; RuntimeError with the reason where it cannot run."""
+        if self.needs_cuda and device != "cuda":
+            raise RuntimeError("needs a CUDA device")
+        try:
+            return self.build(loss)
+        except ModuleNotFoundError as error:
+            raise RuntimeError(f"{error.name} is not installed") from error
+
 
 CONTENDERS = (
-    Contender("eager", LOSSES, EAGER.__getitem__),
+    Contender("eager", ALL_LOSSES, EAGER.__getitem__),
     Contender("open_clip form", ("clip",), lambda loss: clip_two_matmuls),
     Contender("linear_cross_entropy ×2", ("clip",), lambda loss: clip_linear_cross_entropy),
-    Contender("torch.compile", LOSSES, compiled, compiles=True),
+    Contender("torch.compile", ALL_LOSSES, compiled, compiles=True),
     Contender(
         "pytorch-metric-learning",
         ONE_TOWER,
@@ -233,7 +293,16 @@ CONTENDERS = (
         not_quick="slow to import",
     ),
     *(
-        Contender(f"ito {name}", LOSSES, partial(ito, name), native=name not in PLAIN_PYTORCH)
+        Contender(build.__name__.replace("_", "-"), losses, build, native=True, needs_cuda=True)
+        for build, losses in (
+            (memeff, ("clip",)),
+            (siglip_kernel, ("siglip",)),
+            (inf_cl, ("clip",)),
+            (cut_cross_entropy, ("clip",)),
+        )
+    ),
+    *(
+        Contender(f"ito {name}", ALL_LOSSES, partial(ito, name), native=name not in PLAIN_PYTORCH)
         for name in ito_kernels.backends()
     ),
     *(
@@ -256,8 +325,12 @@ CONTENDERS = (
 
 
 def exact(loss: str, x: Inputs) -> tuple[Tensor, tuple[Tensor, ...]]:
-    """The loss by its definition and the gradients of `x.leaves(loss)`, in fp64, block by block."""
+    """The loss by its definition and the gradients of `x.leaves(loss)`, in fp64; block by block,
+    but for OTHER_LOSSES, which take several dense matrices."""
     x = Inputs(*(leaf.detach().double().requires_grad_() for leaf in x[:4]), x.ids)
+    if loss in OTHER_LOSSES:
+        value = EAGER[loss](x)
+        return value.detach(), torch.autograd.grad(value, x.leaves(loss))
     one_tower, directions = loss in ONE_TOWER, 1 if loss in ONE_TOWER or loss == "siglip" else 2
     ids = x.ids.repeat(2) if one_tower else x.ids
     total = 0.0

@@ -18,6 +18,7 @@ import sys
 import tempfile
 from collections import Counter
 from concurrent.futures import ProcessPoolExecutor
+from itertools import product
 from pathlib import Path
 from typing import NamedTuple
 
@@ -29,7 +30,7 @@ import triton.backends.nvidia as nvidia
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from ito_kernels.similarity import triton_kernels as kernels
+from ito_kernels.similarity import triton_backward, triton_forward
 from ito_kernels.similarity.triton_tiles import ARCHS, Arch, Tile
 
 TARGETS = {
@@ -74,6 +75,8 @@ VENDOR_SHARE = 0.75
 
 
 class Loop(NamedTuple):
+    """Or another stretch of code, both ends included."""
+
     start: int
     end: int
 
@@ -111,29 +114,37 @@ def variants(arch: Arch, arithmetic: str) -> dict[str, tuple]:
     upstream = dict.fromkeys(up, fp32)
     positive = {"alpha": fp32, "beta": fp32, "POSITIVES": "linear"}
     lse = positive | {"row_pos": fp32, "col_pos": fp32, "POSITIVES": "lse"}
-    sizes = dict.fromkeys(
-        ("panel_row", "panel_col", "panel_rows", "panel_cols", "stride_panel"), "i32"
-    ) | {"panel": f"*{element}"}
+    sizes = dict.fromkeys(("panel_row", "panel_col", "stride_panel"), "i32") | {
+        "panel": f"*{element}"
+    }
     panel, panel_ids = (features(x, x.k) | sizes for x in (w, by_ids))
     sums = {"scale_sums": fp32, "row_sums": fp32, "col_sums": fp32}
     softplus = {"SOFTPLUS": True, "u": fp32}
+    # in one pass: what a SigLIP loss with a learned scale and bias needs
+    siglip = dict.fromkeys(("row_bias", "scale_sums", "row_sums", "softplus_sums"), fp32)
     hard = everything | {"POSITIVES": "lse", "HARDEST": True, "TRIANGLE": True}
-    statistics, panels = kernels.logsumexp_kernel, kernels.weights_kernel
+    statistics, panels = triton_forward.logsumexp_kernel, triton_backward.weights_kernel
     out = {
         "forward clip": (statistics, score, forward | {"pair_scores": fp32}),
         "forward ids": (statistics, by_ids, forward_ids | {"POSITIVES": "linear"}),
         "forward all": (statistics, by_ids, forward_ids | hard),
-        "softplus ids": (kernels.softplus_kernel, by_ids, forward_ids),
+        "softplus ids": (triton_forward.softplus_kernel, by_ids, forward_ids),
         "panel clip": (panels, w, panel | upstream | positive | {"scale_sums": fp32}),
         "panel all": (panels, by_ids, panel_ids | upstream | lse | everything | sums),
-        "panel softplus": (panels, by_ids, panel_ids | ids | softplus | sums),
+        "panel siglip": (panels, w, panel | softplus | siglip),
+        "panel softplus": (panels, by_ids, panel_ids | ids | softplus | sums | siglip),
     }
     for d in (64, 128) if gradient else ():
         fused = features(gradient, d) | {"grad": f"*{element}", "stride_grad": "i32"}
         out[f"gradient {d} clip"] = (
-            kernels.gradient_kernel, gradient,
+            triton_backward.gradient_kernel, gradient,
             fused | upstream | positive | {"scale_sums": fp32},
         )  # fmt: skip
+        out[f"gradient {d} siglip"] = (
+            triton_backward.gradient_kernel,
+            gradient,
+            fused | softplus | siglip,
+        )
     if element == "fp32":
         out = {
             k: v for k, v in out.items() if k in ("forward all", "panel all", "gradient 128 clip")
@@ -145,6 +156,7 @@ def compile_one(arch_name: str, arithmetic: str, name: str) -> dict:
     """Compile one variant and read its machine code."""
     arch = ARCHS[arch_name]
     kernel, tile, arguments = variants(arch, arithmetic)[name]
+    arguments["PARTS"] = arch.parts(tile, arguments["SOFTPLUS"])
     signature, constants, attributes = {}, {}, {}
     for i, argument in enumerate(kernel.arg_names):
         value = arguments.get(argument)
@@ -220,8 +232,9 @@ def family(op: str) -> str:
 
 def count(code: list, labels: dict) -> dict:
     """Instructions of one thread: in the whole kernel, in one step of the loop over D, and in one
-    tile outside of that loop, without what a forward branch skips: the tiles with positives.
-    Holds for the CLIP kernels, with one such branch; with ids the branches nest."""
+    tile outside of such steps, without what a forward branch skips there: the tiles with positives.
+    With descriptors one loop goes over tiles and steps, and a branch skips what is done once a
+    tile. Holds for the kernels without ids; with ids the branches nest."""
     loops = [
         Loop(labels[target], at)
         for at, (_, targets) in enumerate(code)
@@ -236,19 +249,31 @@ def count(code: list, labels: dict) -> dict:
     total = Counter(family(op) for op, _ in code)
     inner = [x for x in loops if any(x.start <= at <= x.end for at in matrix)]
     out = {"total": dict(total), "instructions": len(code)}
-    rare: set[int] = set()
+    skips = []
     for at, (_, targets) in enumerate(code):
         for target in targets:
-            skipped = range(at + 1, labels.get(target, 0))
-            if 100 < len(skipped) < 3000 and not matrix.intersection(skipped):
-                rare.update(skipped)
+            skip = Loop(at + 1, labels.get(target, 0) - 1)
+            if skip.end - skip.start >= 100 and not any(
+                skip.start <= x <= skip.end for x in matrix
+            ):
+                skips.append(skip)
+
+    def inside(part: Loop, whole: Loop) -> bool:
+        return whole.start <= part.start and part.end <= whole.end and part != whole
+
     if inner:
         step = min(inner, key=lambda x: x.end - x.start)
-        outer = [x for x in inner if x.start < step.start and x.end > step.end]
-        tile = min(outer, key=lambda x: x.end - x.start) if outer else Loop(0, len(code) - 1)
-        out["per_step"] = dict(within(step))
-        skipped = Counter(family(code[at][0]) for at in rare if tile.start <= at <= tile.end)
-        out["per_tile"] = dict(within(tile) - within(step) - skipped)
+        once_a_tile = [x for x in skips if inside(x, step)]
+        if once_a_tile:
+            tile = max(once_a_tile, key=lambda x: x.end - x.start)
+            per_step, per_tile = within(step) - within(tile), within(tile)
+        else:
+            outer = [x for x in inner if inside(step, x)]
+            tile = min(outer, key=lambda x: x.end - x.start) if outer else Loop(0, len(code) - 1)
+            per_step, per_tile = within(step), within(tile) - within(step)
+        rare = {at for x in skips if inside(x, tile) for at in range(x.start, x.end + 1)}
+        out["per_step"] = dict(per_step)
+        out["per_tile"] = dict(per_tile - Counter(family(code[at][0]) for at in rare))
     return out
 
 
@@ -275,40 +300,56 @@ def units(row: dict, chip: Chip, d: int, output_bytes: int) -> dict[str, float]:
     }
 
 
+def tile_clocks(row: dict, chip: Chip, d: int, output_bytes: int) -> tuple[float, float, str]:
+    """Clocks of one tile on one processor, the least that they could be, and the limiting unit.
+
+    Where one program has the processor, its reduction of a tile waits for the matrix instructions;
+    only loads run meanwhile, with descriptors those of the next tile, as many steps as there are
+    stages to hold them.
+    """
+    clocks = units(row, chip, d, output_bytes)
+    alone = clocks.pop("epilogue")
+    limit = max(clocks, key=clocks.get)
+    least = clocks[limit]
+    if occupancy(row) != "1":
+        return least, least, limit
+    _, _, k, _, stages = row["tile"]
+    ahead = min(1, (stages - 1) / -(-d // k)) if ARCHS[row["arch"]].tma else 0
+    loads = clocks.pop("L2")
+    return max(max(clocks.values()), clocks["matrix"] + alone,
+               loads + max(0, alone - ahead * loads)), least, limit  # fmt: skip
+
+
 def predict(rows: list[dict]) -> list[dict]:
-    """Forward + backward of the two-sided CLIP loss in bf16, N = M."""
+    """Forward + backward in bf16, N = M: the two-sided CLIP loss, and SigLIP in one pass."""
+    parts = {
+        "clip": (("forward", "forward clip", 0), ("panel", "panel clip", 2)),
+        "siglip": (("panel", "panel siglip", 2),),
+    }
     out = []
     find = {(r["arch"], r["kernel"]): r for r in rows if r["arithmetic"] == "half"}
-    for name, chip in CHIPS.items():
-        if (chip.arch, "forward clip") not in find or (chip.arch, "panel clip") not in find:
+    for loss, (name, chip), size, d in product(
+        parts, CHIPS.items(), (32768, 65536), (512, 768)
+    ):  # fmt: skip
+        if any((chip.arch, kernel) not in find for _, kernel, _ in parts[loss]):
             continue
-        for size in (32768, 65536):
-            for d in (512, 768):
-                unit = 2 * size * size * d
-                peak = chip.matrix * chip.processors * chip.clock * 1e9
-                seconds, bound, limits = {}, {}, {}
-                for part, kernel, written in (("forward", "forward clip", 0),
-                                              ("panel", "panel clip", 2)):  # fmt: skip
-                    row = find[(chip.arch, kernel)]
-                    clocks = units(row, chip, d, written)
-                    tiles = size / row["tile"][0] * size / row["tile"][1] / chip.processors
-                    alone = clocks.pop("epilogue")
-                    limits[part] = max(clocks, key=clocks.get)
-                    # one program per processor: its epilogue waits for its matrix instructions
-                    bound[part] = clocks[limits[part]] * tiles / chip.clock * 1e-9
-                    seconds[part] = bound[part]
-                    if limits[part] in ("matrix", "L2"):
-                        seconds[part] += alone * tiles / chip.clock * 1e-9
-                products = 2 * unit / (peak * VENDOR_SHARE)
-                total = sum(seconds.values()) + products
-                out.append({
-                    "chip": name, "n": size, "d": d,
-                    "forward_ms": 1e3 * seconds["forward"], "forward_limit": limits["forward"],
-                    "panel_ms": 1e3 * seconds["panel"], "panel_limit": limits["panel"],
-                    "products_ms": 1e3 * products, "total_ms": 1e3 * total,
-                    "overlapped_ms": 1e3 * (sum(bound.values()) + products),
-                    "share_of_peak": 4 * unit / total / peak,
-                })  # fmt: skip
+        unit = 2 * size * size * d
+        peak = chip.matrix * chip.processors * chip.clock * 1e9
+        products = 2 * unit / (peak * VENDOR_SHARE)
+        row = {"loss": loss, "chip": name, "n": size, "d": d}
+        total = overlapped = products
+        for part, kernel, written in parts[loss]:
+            code = find[(chip.arch, kernel)]
+            clocks, least, limit = tile_clocks(code, chip, d, written)
+            tiles = size / code["tile"][0] * size / code["tile"][1] / chip.processors
+            seconds = tiles / chip.clock * 1e-9
+            row |= {f"{part}_ms": 1e3 * clocks * seconds, f"{part}_limit": limit}
+            total, overlapped = total + clocks * seconds, overlapped + least * seconds
+        out.append(row | {
+            "products_ms": 1e3 * products, "total_ms": 1e3 * total,
+            "overlapped_ms": 1e3 * overlapped,
+            "share_of_peak": (2 + len(parts[loss])) * unit / total / peak,
+        })  # fmt: skip
     return out
 
 
@@ -334,7 +375,7 @@ def markdown(rows: list[dict], predictions: list[dict], versions: str) -> str:
     for r in rows:
         m, n, k, warps, _ = r["tile"]
         counts = "| – | –"
-        if r["kernel"] in ("forward clip", "panel clip"):
+        if r["kernel"] in ("forward clip", "panel clip", "panel siglip"):
             tile = Counter(r["per_tile"])
             counts = f"| {tile['special']} | {sum(tile.values()) - tile['special']}"
         lines.append(
@@ -344,13 +385,14 @@ def markdown(rows: list[dict], predictions: list[dict], versions: str) -> str:
         )
     table = "\n".join(lines)
     lines = [
-        "| chip | N | D | forward ms | limit | W panels ms | limit | vendor products ms"
-        " | total ms | all overlapped ms | share of the bf16 peak, 4 GEMM units |",
-        "|---|---|---|---|---|---|---|---|---|---|---|",
+        "| loss | chip | N | D | forward ms | limit | W panels ms | limit | vendor products ms"
+        " | total ms | all overlapped ms | share of the bf16 peak over 4 (SigLIP: 3) GEMM units |",
+        "|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for p in predictions:
+        forward = f"{p['forward_ms']:.1f} | {p['forward_limit']}" if "forward_ms" in p else "– | –"
         lines.append(
-            f"| {p['chip']} | {p['n']:,} | {p['d']} | {p['forward_ms']:.1f} | {p['forward_limit']}"
+            f"| {p['loss']} | {p['chip']} | {p['n']:,} | {p['d']} | {forward}"
             f" | {p['panel_ms']:.1f} | {p['panel_limit']} | {p['products_ms']:.1f}"
             f" | {p['total_ms']:.1f} | {p['overlapped_ms']:.1f} | {p['share_of_peak']:.0%} |"
         )

@@ -1,6 +1,7 @@
 """Speed, memory and error of every contrastive loss, by everyone who can compute it here.
 
     python benchmarks/loss_throughput.py            N = 4096 and 8192, fp32 and bf16
+    python benchmarks/loss_throughput.py --device cuda    N = 8192 and 32768
     python benchmarks/loss_throughput.py --quick    N = 512, fp32, within a minute
     python benchmarks/loss_throughput.py --loss clip --batch 64 128 --dtype fp32
 
@@ -30,9 +31,11 @@ from pathlib import Path
 
 import torch
 from contenders import (
+    ALL_LOSSES,
     CONTENDERS,
     LOSSES,
     ONE_TOWER,
+    OTHER_LOSSES,
     Contender,
     Inputs,
     exact,
@@ -57,6 +60,7 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 QUICK_COMPILES_FOR = 20  # seconds from the start; with a cold cache torch.compile takes longer
 SWEEP_TO = 16384  # N of the memory curve, where the tables stop earlier
 EXACT_UP_TO = 16384  # rows; beyond, the fp64 loss would take longer than all contenders
+DENSE_EXACT_UP_TO = 4096  # rows; 128 MiB for each of its fp64 matrices
 
 
 def main() -> None:
@@ -81,7 +85,7 @@ def parse_args() -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--quick", action="store_true", help="small sizes, within a minute")
-    parser.add_argument("--loss", nargs="+", choices=LOSSES, default=LOSSES, metavar="LOSS")
+    parser.add_argument("--loss", nargs="+", choices=ALL_LOSSES, default=LOSSES, metavar="LOSS")
     names = [contender.name for contender in CONTENDERS]
     parser.add_argument("--contender", nargs="+", choices=names, default=names, metavar="NAME")
     parser.add_argument("--batch", nargs="+", type=positive, metavar="N")
@@ -92,7 +96,9 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--seconds", type=float, help="of timing per table, at least 3 rounds")
     parser.add_argument("--out", type=Path, help="the JSON file; pictures are put beside it")
     args = parser.parse_args()
-    args.batch = args.batch or ([512] if args.quick else [4096, 8192])
+    if not args.batch:
+        sizes = [8192, 32768] if args.device == "cuda" else [4096, 8192]
+        args.batch = [512] if args.quick else sizes
     args.dtype = args.dtype or (["fp32"] if args.quick else ["fp32", "bf16"])
     if args.seconds is None:
         args.seconds = 1 if args.quick else 30
@@ -118,7 +124,7 @@ def machine(device: str) -> dict[str, str | int]:
         cpu = next((x.split(":")[1].strip() for x in lines if x.startswith("model name")), cpu)
     facts = {"device": device, "cpu": cpu or platform.machine(), "threads": torch.get_num_threads()}
     if device == "cuda":
-        facts["gpu"] = torch.cuda.get_device_name()
+        facts |= {"gpu": torch.cuda.get_device_name(), "cuda": torch.version.cuda}
     return facts | {"torch": torch.__version__, "ito_kernels": version("ito_kernels")}
 
 
@@ -129,7 +135,8 @@ def compare(
     torch._dynamo.reset()  # shapes of earlier tables count towards the limit of recompilations
     x = make_inputs(loss, n, args.dim, DTYPES[dtype], args.device)
     unit = Gemm(2 * n if loss in ONE_TOWER else n, args.dim, like=x.a)
-    truth = exact(loss, x) if unit.rows <= EXACT_UP_TO else None
+    exact_up_to = DENSE_EXACT_UP_TO if loss in OTHER_LOSSES else EXACT_UP_TO
+    truth = exact(loss, x) if unit.rows <= exact_up_to else None
     peak = peak_flops(DTYPES[dtype]) if args.device == "cpu" else None
     what = {"loss": loss, "dtype": dtype, "n": n, "d": args.dim}
 
@@ -142,7 +149,7 @@ def compare(
             skip(who | {"reason": f"left out by --quick: {contender.not_quick}"}, report)
             continue
         try:
-            run = partial(step, contender.build(loss), loss, x)
+            run = partial(step, contender.prepare(loss, args.device), loss, x)
         except (ImportError, RuntimeError) as error:
             skip(who | {"reason": str(error)}, report)
             continue
@@ -227,7 +234,7 @@ def print_table(rows: list[dict], unit_gflops: float, peak: float | None) -> Non
     print(
         f"\n{first['loss']} {first['dtype']}, N = {first['n']}, D = {first['d']}:"
         f" one torch.mm {first['unit_ms']:.2f} ms, {unit_gflops:.0f} GFLOP/s;"
-        + (f" peak {peak / 1e9:.0f} GFLOP/s" if peak else " peak not measured: no native loop")
+        + (f" peak {peak / 1e9:.0f} GFLOP/s" if peak else " peak not measured")
     )
     layout = " ".join(column for _, column in COLUMNS)
     print(layout.format(*(name for name, _ in COLUMNS)))

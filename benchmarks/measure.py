@@ -9,10 +9,11 @@ On the CPU the first step at this size in a fresh process: the growth of its pea
 (VmHWM, reset through /proc/self/clear_refs), so that memory of C++ kernels and buffers that outlive
 the step count too. A step at a small size loads the code before that; contenders that compile are
 warmed up at the full size, because the compiler's memory is not the loss's. Resolution: about
-1 MiB. On CUDA the peak of PyTorch's allocator.
+1 MiB. On CUDA the peak of PyTorch's allocator in the second step at this size: in the first, tuners
+allocate buffers of their own.
 
 Matrix products. FLOPs of the products that ran: those of PyTorch from its profiler, those of the
-native kernels from their own counter.
+native CPU kernels from their own counter; no kernel on a GPU counts them.
 """
 
 from __future__ import annotations
@@ -138,14 +139,14 @@ def _summary(times: np.ndarray) -> Times:
 
 
 def gemm_flops(run: Callable[[], object], native: bool) -> float | None:
-    """FLOPs of the matrix products in one call; None where native code does not count its own."""
+    """FLOPs of the matrix products in one call; None where kernels do not count their own."""
     if native:
         counter = getattr(_native(), "gemm_flops", None)
         if counter is None:
             return None
         before = counter()
         run()
-        return float(counter() - before)
+        return float(counter() - before) or None
     with profile(activities=[ProfilerActivity.CPU], record_shapes=True) as profiler:
         run()
     flops = 0.0
@@ -220,13 +221,13 @@ class MemoryProbe:
 
     def __call__(self, contender: Contender, loss: str, n: int, dtype: torch.dtype) -> Probe:
         args = (loss, n, self.dim, dtype, self.device)
-        if self.device != "cpu":
-            return _first_step(contender, *args)
         seconds = STEP_SECONDS
         if contender.compiles:
             seconds = min(seconds, self.compile_until - time.perf_counter())
             if seconds <= 0:
                 return Probe(failure="no time is left for compiling")
+        if self.device != "cpu":
+            return _first_step(contender, *args)
         return self._in_process(contender.name, seconds, args)
 
     def _in_process(self, name: str, seconds: float, args: tuple) -> Probe:
@@ -273,8 +274,8 @@ def _first_step(
     contender: Contender, loss: str, n: int, dim: int, dtype: torch.dtype, device: str
 ) -> Probe:
     try:
-        run = contender.build(loss)
-        small = n if contender.compiles else min(n, SMALL)
+        run = contender.prepare(loss, device)
+        small = n if contender.compiles or device != "cpu" else min(n, SMALL)
         step(run, loss, make_inputs(loss, small, dim, dtype, device))
         x = make_inputs(loss, n, dim, dtype, device)
         before = _reset_peak(device)

@@ -56,9 +56,9 @@ def draw(report: dict, dtype: str, path: Path) -> None:
         for ax, (loss, bars) in zip(axes, by_loss.items(), strict=False):
             _bars(ax, bars, _best(bars))
             ax.set_ylim(most - 0.4, -0.6)  # bars of one thickness everywhere
-            ax.set_title(TITLES[loss])
+            ax.set_title(TITLES.get(loss, loss))
         ax = axes[len(losses)]
-        ax.set_title(f"{TITLES[losses[0]]}: extra memory")
+        ax.set_title(f"{TITLES.get(losses[0], losses[0])}: extra memory")
         if memory:
             _memory(ax, memory, _best(by_loss[losses[0]]))
         for ax in axes[len(losses) + 1 :]:

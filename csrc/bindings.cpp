@@ -4,6 +4,7 @@
 
 #include "cpu/bind.hpp"
 #include "cpu/info.hpp"
+#include "cuda/bind.hpp"
 
 namespace py = pybind11;
 
@@ -30,4 +31,8 @@ PYBIND11_MODULE(_native, m) {
   });
 
   ito::cpu::bind(m);
+  ito::emulated::bind(m.def_submodule("simt", "The CUDA kernels on the emulator"));
+#ifdef ITO_CUDA
+  ito::cuda::bind(m.def_submodule("cuda", "The CUDA kernels"));
+#endif
 }

@@ -2,6 +2,7 @@
 
 from .losses import (
     alignment_loss,
+    cacr_loss,
     clip_loss,
     cluster_weighted_infonce,
     cwcl_loss,
@@ -43,6 +44,7 @@ __all__ = [
     "SupConLoss",
     "alignment_loss",
     "backends",
+    "cacr_loss",
     "clip_loss",
     "cluster_weighted_infonce",
     "cwcl_loss",

@@ -85,9 +85,7 @@ def test_message(error, message, call):
         call()
 
 
-def test_options_to_come_name_themselves():
-    with pytest.raises(NotImplementedError, match="false_negative_margin"):
-        ik.multi_positive_infonce(X, Y, 1.0, false_negative_margin=0.1)
+def test_what_has_no_global_batch_says_so():
     with pytest.raises(NotImplementedError, match=r"label_smoothing is not .* with group"):
         ik.multi_positive_infonce(X, Y, 1.0, label_smoothing=0.1, group=object())
     with pytest.raises(NotImplementedError, match="group"):

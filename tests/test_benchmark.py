@@ -8,6 +8,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -21,6 +22,7 @@ from contenders import (  # noqa: E402
     CONTENDERS,
     LOSSES,
     ONE_TOWER,
+    OTHER_LOSSES,
     Inputs,
     exact,
     make_inputs,
@@ -31,7 +33,10 @@ N, D = 22, 7  # N is not a multiple of the 4 rows of an item: groups are unequal
 
 
 def by_definition(loss: str, x: Inputs) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
-    """Loss and gradients in fp64, entry by entry of the similarity matrix."""
+    """Loss and gradients in fp64, entry by entry of the similarity matrix; the others by their
+    eager form, whose match with this library's contenders is the check."""
+    if loss in OTHER_LOSSES:
+        return exact(loss, x)
     x = Inputs(*(leaf.detach().double().requires_grad_() for leaf in x[:4]), x.ids)
     scale = x.log_scale.exp()
     if loss in ONE_TOWER:
@@ -69,7 +74,7 @@ def by_definition(loss: str, x: Inputs) -> tuple[torch.Tensor, tuple[torch.Tenso
 )
 def test_contenders_compute_the_loss_they_are_listed_under(loss, contender):
     try:
-        run = contender.build(loss)
+        run = contender.prepare(loss, "cpu")
     except (ImportError, RuntimeError) as error:
         pytest.skip(str(error))
     x = make_inputs(loss, N, D, torch.float32, "cpu")
@@ -83,6 +88,64 @@ def test_contenders_compute_the_loss_they_are_listed_under(loss, contender):
         if contender.normalises and leaf.ndim == 2:
             expected = through_normalise(leaf, expected)
         torch.testing.assert_close(grad.double(), expected, rtol=1e-4, atol=1e-7)
+
+
+def _dense_cross_entropy(e, c, targets):
+    return torch.nn.functional.cross_entropy(e @ c.T, targets)
+
+
+def _dense_flash_loss(q, k, labels=None, scale=None, head_dim=256):
+    assert q.shape[1] % head_dim == 0
+    logits = scale * q @ k.T
+    return torch.nn.functional.cross_entropy(logits, torch.arange(len(q)), reduction="none")
+
+
+def _dense_siglip(img_features, txt_features, log_temperature, bias):
+    logits = log_temperature.exp() * img_features @ txt_features.T + bias
+    signs = 2 * torch.eye(len(logits)) - 1
+    return -torch.nn.functional.logsigmoid(signs * logits).sum() / len(logits)
+
+
+class _DenseMemeff:
+    def __init__(self, temperature=0.07, normalized_inputs=False, stable=True):
+        assert not stable, "gradients of another size"
+        self.temperature = temperature
+
+    def __call__(self, image_features, text_features):
+        logits = image_features @ text_features.T / self.temperature
+        targets = torch.arange(len(logits))
+        both = (torch.nn.functional.cross_entropy(x, targets) for x in (logits, logits.T))
+        return sum(both) / 2
+
+
+@pytest.mark.parametrize(
+    ("name", "function", "stand_in"),
+    [
+        ("memeff", "MemoryEfficientCLIPLoss", _DenseMemeff),
+        ("siglip-kernel", "fused_siglip_loss", _dense_siglip),
+        ("inf-cl", "cal_flash_loss", _dense_flash_loss),
+        ("cut-cross-entropy", "linear_cross_entropy", _dense_cross_entropy),
+    ],
+)
+def test_libraries_for_gpus_are_asked_for_the_same_loss(name, function, stand_in, monkeypatch):
+    """Dense functions in their place, with the signatures and meanings that they document."""
+    contender = next(c for c in CONTENDERS if c.name == name)
+    (loss,) = contender.losses
+    with pytest.raises(RuntimeError, match="needs a CUDA device"):
+        contender.prepare(loss, "cpu")
+    module = name.replace("-", "_")
+    monkeypatch.setitem(sys.modules, module, None)
+    with pytest.raises(RuntimeError, match=f"{module} is not installed"):
+        contender.prepare(loss, "cuda")
+    monkeypatch.setitem(sys.modules, module, SimpleNamespace(**{function: stand_in}))
+    run = contender.prepare(loss, "cuda")
+    x = make_inputs(loss, N, 24, torch.float32, "cpu")
+    value, grads = by_definition(loss, x)
+    got = measure.step(run, loss, x)
+    torch.testing.assert_close(got.loss.double(), value, rtol=1e-5, atol=0)
+    for grad, expected in zip(got.grads, grads, strict=True):
+        if grad is not None:
+            torch.testing.assert_close(grad.double(), expected, rtol=1e-4, atol=1e-7)
 
 
 @pytest.mark.parametrize("loss", LOSSES)
@@ -193,10 +256,12 @@ def test_command_line(tmp_path):
         (("--loss", "clop"), r"argument --loss: invalid choice: 'clop' (choose from"),
         (("--batch", "0"), "argument --batch: must be at least 1, got 0"),
         (("--contender", "nobody"), "argument --contender: invalid choice: 'nobody'"),
+        (("--device", "cuda"), "--device cuda: PyTorch finds no CUDA device here"),
     ],
 )
 def test_bad_arguments_are_named(args, message, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["loss_throughput.py", *args])
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(SystemExit, match="2"):
         loss_throughput.parse_args()
     assert message in capsys.readouterr().err

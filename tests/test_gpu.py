@@ -5,7 +5,7 @@ import test_primitive
 import torch
 from problems import CASES, Case, gradients, leaves, make, run
 
-from ito_kernels import clip_loss, siglip_loss
+from ito_kernels import clip_loss, siglip_loss, similarity_softplus
 
 pytestmark = pytest.mark.gpu
 if not torch.cuda.is_available():
@@ -44,6 +44,25 @@ def test_problem_set(case, dtype):
         test_primitive.test_logsumexp("triton", case, dtype)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("d", [64, 768])
+def test_sigmoid(d, dtype):
+    """In two passes, and in one where the weights are known before."""
+    case = Case(1000, 1500, d, ids="groups", biases=True)
+    t = leaves(test_primitive.make(case, dtype))
+    truth_t = leaves({k: v.double() if v.is_floating_point() else v for k, v in t.items()})
+    w = torch.rand(case.n)
+    truth = similarity_softplus(**truth_t, row_weights=w, backend="reference")
+    expected = gradients(truth, truth_t)
+    once = similarity_softplus(**t, row_weights=w, backend="triton")
+    twice = (similarity_softplus(**t, backend="triton") * w).sum()
+    for loss in (once, twice):
+        assert (loss.double() - truth).abs() <= 1e-4 * truth
+        for name, x in gradients(loss, t).items():
+            error = (x.double() - expected[name]).norm() / expected[name].norm()
+            assert error <= (1e-4 if dtype == torch.float32 else 2e-2), name
+
+
 @pytest.mark.parametrize("mode", ["highest", "high", "medium"])
 def test_fp32_modes(mode):
     """ieee and 3×tf32 keep fp32's accuracy, tf32 about 11 bits of each product."""
@@ -59,17 +78,22 @@ def test_fp32_modes(mode):
         torch.set_float32_matmul_precision(before)
 
 
-def test_same_bits_every_time():
-    a, b = (torch.randn(3000, 512, dtype=torch.bfloat16).requires_grad_() for _ in range(2))
+LOSSES = [clip_loss, lambda *args, **kw: siglip_loss(*args, -10.0, **kw)]
+
+
+@pytest.mark.parametrize("loss_fn", LOSSES)
+@pytest.mark.parametrize("d", [64, 512])
+def test_same_bits_every_time(loss_fn, d):
+    a, b = (torch.randn(3000, d, dtype=torch.bfloat16).requires_grad_() for _ in range(2))
     results = []
     for _ in range(5):
-        loss = clip_loss(a, b, 0.1, backend="triton")
+        loss = loss_fn(a, b, 0.1, backend="triton")
         results.append([loss, *torch.autograd.grad(loss, (a, b))])
     for other in results[1:]:
         assert all(torch.equal(x, y) for x, y in zip(results[0], other, strict=True))
 
 
-@pytest.mark.parametrize("loss", [clip_loss, lambda *args, **kw: siglip_loss(*args, -10.0, **kw)])
+@pytest.mark.parametrize("loss", LOSSES)
 @pytest.mark.parametrize("d", [64, 512])
 def test_cuda_graph(loss, d):
     """Forward and backward are captured: nothing in them waits for the device."""
@@ -106,24 +130,29 @@ def test_nothing_waits_for_the_device():
         torch.cuda.set_sync_debug_mode("default")
 
 
-def test_no_compilation_per_batch_size():
-    from ito_kernels.similarity import triton_kernels
+@pytest.mark.parametrize("d", [64, 256])
+def test_no_compilation_per_batch_size(d):
+    from ito_kernels.similarity import triton_backward, triton_forward
 
     def compiled() -> int:
-        kernels = (triton_kernels.logsumexp_kernel, triton_kernels.weights_kernel)
+        modules = vars(triton_forward) | vars(triton_backward)
+        kernels = [x for name, x in modules.items() if name.endswith("_kernel")]
         return sum(len(cache[0]) for k in kernels for cache in k.device_caches.values())
 
     def step(n: int, m: int) -> None:
-        a, b = torch.randn(n, 256).bfloat16(), torch.randn(m, 256).bfloat16()
+        a, b = torch.randn(n, d).bfloat16(), torch.randn(m, d).bfloat16()
         ids = torch.arange(max(n, m))
-        case = Case(n, m, 256, ids="groups", positives="linear")
+        case = Case(n, m, d, ids="groups", positives="linear")
         t = {"a": a, "b": b, "scale": torch.tensor(1.0), "row_bias": None, "col_bias": None,
              "row_ids": ids[:n], "col_ids": ids[:m]}  # fmt: skip
         t = leaves(t)
         gradients(run(case, t, "triton").row_logsum.sum(), t)
+        gradients(similarity_softplus(**t, row_weights=torch.ones(n), backend="triton"), t)
+        similarity_softplus(**t, backend="triton")
 
     step(1024, 1024)
     before = compiled()
+    assert before > 0
     for n, m in ((1, 1), (1023, 1000), (16, 4096), (777, 1)):
         step(n, m)
     assert compiled() == before

@@ -32,6 +32,7 @@ def run(loss, n):
         "pairs": lambda: infonce(a, b, 10.0, positive_pairs=pairs, return_stats=True)[0],
         "queue": lambda: infonce(a, b, 10.0, **by_id, **queue),
         "hard negatives": lambda: infonce(a, b, 10.0, hard_negatives=c[:, None], **by_id),
+        "margin": lambda: infonce(a, b, 10.0, false_negative_margin=0.1, **by_id),
         "debias and hardness": lambda: infonce(a, b, 10.0, debias=0.1, hardness=0.5, **by_id),
         "decoupled": lambda: ik.decoupled_contrastive_loss(a, b, 10.0, **by_id),
         "decoupled softmax": lambda: ik.decoupled_softmax_loss(a, b, 10.0, **by_id),
@@ -41,6 +42,13 @@ def run(loss, n):
         "uniformity": lambda: ik.uniformity_loss(a),
         "alignment": lambda: ik.alignment_loss(a, b),
         "symile": lambda: ik.symile_loss(a, b, c, 10.0),
+        "one to k": lambda: ik.one_to_k_loss(a, b[:, None], 10.0),
+        "mixup": lambda: ik.mixup_infonce(a, b, 10.0, partners=ids, mixing=0.3),
+        "clusters": lambda: ik.cluster_weighted_infonce(
+            a, b, 10.0, query_clusters=ids % 8, key_clusters=ids % 8, weights=torch.rand(8, 8)
+        ),
+        "cacr": lambda: ik.cacr_loss(a, b, **by_id),
+        "matryoshka": lambda: ik.matryoshka_loss(ik.clip_loss, a, b, dims=(4, 8), logit_scale=10.0),
     }[loss]()
 
 def status(key):

@@ -82,6 +82,8 @@ def test_mixed_hard_negatives(monkeypatch, panel):
             assert best(pairs, at) < 1e-3
         for at in (30, 41, 49):
             assert best(with_query, at) < 1e-3
+    cosines = torch.einsum("nkd,nd->nk", out, q).detach()
+    assert all(len(row[30:].unique()) == 20 for row in cosines)  # each is drawn anew
     again = ik.mix_hard_negatives(q, queue, **sizes, generator=torch.Generator().manual_seed(3))
     assert torch.equal(out, again)
     ik.multi_positive_infonce(q, unit(6, 5, seed=2), 5.0, hard_negatives=out).backward()
@@ -137,6 +139,45 @@ def test_equal_cluster_weights_are_infonce():
         torch.testing.assert_close(loss, ik.clip_loss(x, y, 50.0), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("with_ids", [True, False])
+@pytest.mark.parametrize(("t_positive", "t_negative"), [(1.0, 0.9), (0.0, 2.0), (10.0, 0.01)])
+def test_cacr(monkeypatch, with_ids, t_positive, t_negative):
+    monkeypatch.setattr("ito_kernels.losses.cacr.GATHERED", 5 * 5)
+    n, m = (13, 11) if with_ids else (9, 9)
+    q, k = unit(n, 5).requires_grad_(), unit(m, 5, seed=1).requires_grad_()
+    ids, given = (torch.arange(n), torch.arange(m)), {}
+    if with_ids:
+        ids = random_ids(n, 4, 2, padded=True), random_ids(m, 4, 3, padded=True)
+        given = {"query_ids": ids[0], "key_ids": ids[1]}
+    attraction, repulsion = [], []
+    for i in range(n):
+        if ids[0][i] < 0:
+            continue
+        cost = 2 - 2 * k @ q[i]
+        mine, others = ids[1] == ids[0][i], (ids[1] >= 0) & (ids[1] != ids[0][i])
+        if mine.any():
+            weights = (t_positive * cost[mine]).softmax(0)
+            attraction.append((weights * cost[mine]).sum())
+        if others.any():
+            weights = (-t_negative * cost[others]).softmax(0)
+            repulsion.append((weights * cost[others]).sum())
+    truth = torch.stack(attraction).mean() - torch.stack(repulsion).mean()
+    loss = ik.cacr_loss(q, k, t_positive=t_positive, t_negative=t_negative, **given)
+    check(loss, truth, [q, k])
+
+
+def test_cacr_without_negatives_or_positives():
+    q, k, same = unit(4, 3), unit(4, 3, seed=1), torch.zeros(4, dtype=torch.long)
+    q.requires_grad_()
+    cost = 2 - 2 * q @ k.T
+    truth = (cost.softmax(1) * cost).sum(1).mean()
+    check(ik.cacr_loss(q, k, query_ids=same, key_ids=same), truth, [q])
+    cost = 2 - 2 * q @ k.T
+    truth = -((-0.9 * cost).softmax(1) * cost).sum(1).mean()
+    check(ik.cacr_loss(q, k, query_ids=same, key_ids=same + 1), truth, [q])
+    assert ik.cacr_loss(q, k, query_ids=same - 1, key_ids=same - 1) == 0
+
+
 @pytest.mark.parametrize("normalized", [True, False])
 def test_matryoshka(normalized):
     x, y, scale = unit(7, 8).requires_grad_(), unit(7, 8, seed=1).requires_grad_(), leaf(4.0)
@@ -179,6 +220,9 @@ BAD = [
     (ValueError, "mixed must be a whole number, got -1", lambda: ik.mix_hard_negatives(X, Y, mixed=-1)),
     (ValueError, "weights must be a", lambda: ik.cluster_weighted_infonce(X, Y, 1.0, **{**CLUSTERS, "weights": X})),
     (ValueError, "key_clusters must be from 0 to 4, got 1 to 5", lambda: ik.cluster_weighted_infonce(X, Y, 1.0, **{**CLUSTERS, "key_clusters": IDS + 1})),
+    (ValueError, "t_positive must be from 0 to 10, got -1", lambda: ik.cacr_loss(X, Y, t_positive=-1)),
+    (ValueError, "t_negative must be greater than 0", lambda: ik.cacr_loss(X, Y, t_negative=0)),
+    (ValueError, "no query_ids", lambda: ik.cacr_loss(X, Y[:4])),
     (ValueError, "dims must be widths from 1 to 3", lambda: ik.matryoshka_loss(ik.clip_loss, X, Y, dims=[4], logit_scale=1.0)),
     (ValueError, "weights must be one for each of 2 dims", lambda: ik.matryoshka_loss(ik.clip_loss, X, Y, dims=[1, 2], weights=[1.0], logit_scale=1.0)),
     (TypeError, "needs the features", lambda: ik.matryoshka_loss(ik.clip_loss, dims=[1])),
@@ -197,5 +241,7 @@ def test_losses_without_a_global_batch():
     value = {"group": object()}
     with pytest.raises(NotImplementedError, match="group"):
         ik.cluster_weighted_infonce(X, Y, 1.0, **CLUSTERS, **value)
+    with pytest.raises(NotImplementedError, match="group"):
+        ik.cacr_loss(X, Y, **value)
     with pytest.raises(NotImplementedError, match=r"positive_pairs is not .* with group"):
         ik.mixup_infonce(X, Y, 1.0, partners=IDS, mixing=0.5, **value)

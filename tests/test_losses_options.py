@@ -431,6 +431,33 @@ def test_half_precision_is_rounded_once(name, backend):
         assert (a - b).abs().max() <= 5e-3 * b.abs().max()
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_autocast(name):
+    """Features as autocast rounds them, everything else in fp32."""
+    q, k = unit(13, 24, dtype=torch.float32), unit(9, 24, seed=1, dtype=torch.float32)
+    ids = {"query_ids": random_ids(13, 5, 2), "key_ids": random_ids(9, 4, 3)}
+    options = {
+        key: x.detach().float() if isinstance(x, torch.Tensor) and x.is_floating_point() else x
+        for key, x in make(name, 13, 9, 24).items()
+    }
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = ik.multi_positive_infonce(q, k, 30.0, **ids, **options)
+    for key in ("queue", "hard_negatives"):
+        if key in options:
+            options[key] = options[key].bfloat16().float()
+    truth = ik.multi_positive_infonce(
+        q.bfloat16().float(), k.bfloat16().float(), 30.0, **ids, **options
+    )
+    assert loss.dtype == torch.float32
+    torch.testing.assert_close(loss, truth, rtol=1e-5, atol=1e-4)
+
+
+def test_clip_loss_takes_pairs():
+    q, k, pairs = unit(5, 4), unit(7, 4, seed=1), pairs_of(5, 7, 6).unique(dim=0)
+    loss = ik.clip_loss(q, k, 5.0, positive_pairs=pairs)
+    torch.testing.assert_close(loss, oracle(q, k, 5.0, positive_pairs=pairs))
+
+
 def test_gradcheck():
     q, k = unit(5, 3).requires_grad_(), unit(6, 3, seed=1).requires_grad_()
     ids = {"query_ids": random_ids(5, 3, 2), "key_ids": random_ids(6, 3, 3)}

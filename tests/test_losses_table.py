@@ -78,6 +78,9 @@ ROWS = {
             f"{OPTIONS}::test_by_ids", queue=lambda z: z, queue_ids=IDS, **BY_ID
         ),
         "hard_negatives": infonce(f"{OPTIONS}::test_by_ids", hard_negatives=lambda z: z[:, None]),
+        "false_negative_margin": infonce(
+            "test_losses_margin.py::test_both_directions", false_negative_margin=0.1, **BY_ID
+        ),
         "debias": infonce(f"{OPTIONS}::test_by_ids", debias=0.1, **BY_ID),
         "debias per query": infonce(
             f"{OPTIONS}::test_scale_and_prior_per_query", debias=0.1 * WEIGHTS
@@ -294,6 +297,16 @@ ROWS = {
             f"{MIXED}::test_cluster_weights",
         ),
     },
+    "cacr_loss": {
+        "query_ids, key_ids": (
+            lambda x, y, z, **where: ik.cacr_loss(x, y, **BY_ID, **where),
+            f"{MIXED}::test_cacr",
+        ),
+        "t_positive, t_negative": (
+            lambda x, y, z, **where: ik.cacr_loss(x, y, t_positive=3.0, t_negative=2.0, **where),
+            f"{MIXED}::test_cacr",
+        ),
+    },
     "matryoshka_loss": {
         "dims, weights, normalize": (
             lambda x, y, z, **where: ik.matryoshka_loss(
@@ -311,8 +324,10 @@ ROWS = {
         ),
     },
 }
-# tested in test_bad_input.py (what is to come) and test_distributed.py
-ELSEWHERE = ("false_negative_margin", "group", "chunk_size")
+# what a backend leaves to others
+REFUSED = {("triton", "false_negative_margin")}
+# tested in test_distributed.py
+ELSEWHERE = ("group", "chunk_size")
 CASES = [(loss, option) for loss, rows in ROWS.items() for option in rows]
 
 
@@ -321,6 +336,10 @@ CASES = [(loss, option) for loss, rows in ROWS.items() for option in rows]
 def test_cell(loss, option, backend):
     call, _ = ROWS[loss][option]
     x, y, z = (normalize(torch.randn(N, D), dim=1) for _ in range(3))
+    if (backend, option) in REFUSED:
+        with pytest.raises(RuntimeError, match="cannot run"):
+            call(x, y, z, backend=backend)
+        return
 
     def value_and_grads(dtype, backend):
         leaves = [v.to(dtype).requires_grad_() for v in (x, y)]
@@ -333,6 +352,25 @@ def test_cell(loss, option, backend):
     )
     for a, b in zip(ours, truth, strict=True):
         assert (a - b).abs().max() <= 2e-5 * b.abs().max() + 1e-6
+
+
+@pytest.mark.parametrize(("loss", "option"), CASES, ids=[f"{a} {b}" for a, b in CASES])
+def test_what_is_not_first_order_reverse_mode_raises(loss, option):
+    """Never a silent wrong number; alignment is PyTorch's own arithmetic, which can do it all."""
+    if loss == "alignment_loss":
+        return
+    call, _ = ROWS[loss][option]
+    x, y, z = (normalize(torch.randn(N, D), dim=1) for _ in range(3))
+    leaf = x.clone().requires_grad_()
+    with pytest.raises(RuntimeError, match="first-order gradients only"):
+        torch.autograd.grad(call(leaf, y, z), leaf, create_graph=True)
+    for transform in (
+        lambda f: torch.func.grad(f)(x),
+        lambda f: torch.func.jvp(f, (x,), (x,)),
+        lambda f: torch.func.vmap(f)(x[None]),
+    ):
+        with pytest.raises(RuntimeError, match=r"ito_kernels|vmap: called random"):
+            transform(lambda x: call(x, y, z))
 
 
 def test_every_loss_and_every_option_has_a_row():
@@ -366,8 +404,8 @@ def table() -> str:
         "`TRITON_INTERPRET=1`, or on a GPU); the reference is compared with the formula, written",
         "out for one anchor after the other in fp64, by the test in the last column.",
         "Options of `multi_positive_infonce` are those of `clip_loss` too, and compose; two that",
-        "have no meaning together raise and say why. `false_negative_margin` raises",
-        "`NotImplementedError`. `group` and `chunk_size`: see distributed.md.",
+        "have no meaning together raise and say why. `group` and `chunk_size`: see",
+        "[distributed.md](distributed.md).",
         "",
         "| loss | option | " + " | ".join(BACKENDS) + " | formula tested by |",
         "|---|---|" + "---|" * len(BACKENDS) + "---|",
@@ -375,10 +413,39 @@ def table() -> str:
     for loss, rows in ROWS.items():
         summary = inspect.getdoc(getattr(ik, loss)).splitlines()[0]
         lines.append(f"| **`{loss}`** | {summary} |" + " |" * (len(BACKENDS) + 1))
-        for option, (_, test) in rows.items():
-            option = f"`{option}`" if option else "default"
-            lines.append(f"| | {option} |" + " ✓ |" * len(BACKENDS) + f" `{test}` |")
-    return "\n".join(lines) + "\n"
+        for name, (_, test) in rows.items():
+            option = f"`{name}`" if name else "default"
+            marks = (" ✓ |" if (x, name) not in REFUSED else " |" for x in BACKENDS)
+            lines.append(f"| | {option} |" + "".join(marks) + f" `{test}` |")
+    return "\n".join(lines) + "\n" + DROP_INS
+
+
+DROP_INS = """
+## One line to switch
+
+`ito_kernels.integrations` has these losses under the names and signatures of other libraries;
+`tests/test_losses_integrations.py` compares values and gradients with the real package, where it is
+installed, to fp32 rounding.
+
+```diff
+-from open_clip import ClipLoss, SigLipLoss
++from ito_kernels.integrations.open_clip import ClipLoss, SigLipLoss
+
+-from pytorch_metric_learning.losses import NTXentLoss, SupConLoss
++from ito_kernels.integrations.pytorch_metric_learning import NTXentLoss, SupConLoss
+
+-from lightly.loss import NTXentLoss
++from ito_kernels.integrations.lightly import NTXentLoss
+
+-from sentence_transformers.sentence_transformer.losses import MultipleNegativesRankingLoss
++from ito_kernels.integrations.sentence_transformers import MultipleNegativesRankingLoss
+```
+
+What needs the dense matrix (miners, other distances and reducers, hardness modes) raises
+`NotImplementedError`, as does gathering across processes. Where a peer leaves its paper's formula
+we keep to the paper: pytorch-metric-learning's SupCon drops anchors whose loss has underflowed to 0
+from the mean, and returns 0 for a batch of one label.
+"""
 
 
 if __name__ == "__main__":

@@ -17,9 +17,20 @@ if find_spec("triton") is None:
     pytest.skip("triton is not installed", allow_module_level=True)
 
 import test_primitive
-from problems import OPTIONS, Case, dense, gradients, leaves, make, run, run_softplus
+from problems import (
+    OPTIONS,
+    Case,
+    assert_accurate,
+    dense,
+    gradients,
+    leaves,
+    make,
+    run,
+    run_softplus,
+)
 
 import ito_kernels.similarity.triton as backend
+from ito_kernels import similarity_softplus
 from ito_kernels.similarity import chunked, dispatch, reference, triton_tiles
 from ito_kernels.similarity.spec import Needs, Problem, Upstream
 
@@ -78,10 +89,13 @@ def test_many_small_tiles(case, dtype, tma, backward, monkeypatch):
     test_primitive.test_logsumexp("triton", case, dtype)
 
 
-@pytest.mark.parametrize("tile", [(64, 32), (32, 64)], ids=str)
+@pytest.mark.parametrize(("m", "n", "warps"), [(64, 32, 4), (32, 64, 4), (64, 64, 1)])
 @pytest.mark.parametrize("same", [False, True])
-def test_tiles_that_are_not_square(tile, same, monkeypatch):
-    tiles(monkeypatch, tile=triton_tiles.Tile(*tile, 32, 4, 1))
+def test_tiles_that_are_not_square_or_come_in_parts(m, n, warps, same, backward, monkeypatch):
+    tile = triton_tiles.Tile(m, n, 32, warps, 1)
+    assert triton_tiles.ARCHS["sm_90"].parts(tile) == (4 if warps == 1 else 1)
+    # so few processors that a program gets several tiles of a panel
+    tiles(monkeypatch, tile=tile, tma=True, processors=5 if backward == "fused" else 1)
     case = Case(150, 150, 16, same=same, ids="groups", positives="linear", exclude_self=same)
     test_primitive.test_logsumexp("triton", case, FP32)
 
@@ -194,13 +208,14 @@ def test_nothing_outside_is_read_or_written(case, tma, backward, monkeypatch):
     stats = backend.logsumexp_forward(problem)
     grads = backend.logsumexp_backward(problem, stats, upstream, needs)
     softplus = backend.softplus_forward(problem)
-    backend.softplus_backward(problem, upstream.u, needs)
+    softplus_too, _ = backend.softplus_both(problem, upstream.u, needs)
     assert guarded.check() > 5
     for x, y in zip(stats, expected_stats, strict=True):
         assert (x is None) == (y is None)
         if x is not None:
             torch.testing.assert_close(x, y, rtol=1e-4, atol=1e-4)
-    torch.testing.assert_close(softplus, expected_softplus, rtol=1e-4, atol=1e-4)
+    for x in (softplus, softplus_too):
+        torch.testing.assert_close(x, expected_softplus, rtol=1e-4, atol=1e-4)
     for name, x, y in zip(Needs._fields, grads, expected, strict=True):
         if y is not None and name == "scale" and y.ndim and problem.scale.ndim == 0:
             x, y = x.sum(), y.sum()  # only the sum is defined for a 0-d scale
@@ -255,6 +270,54 @@ def test_a_frozen_side_costs_no_product(backward, launched, products):
     gradients(total, t)
     assert not products
     assert all(arguments.get("grad") is None for _, _, arguments in launched)
+
+
+ALL = ("a", "b", "scale", "row_bias", "col_bias")
+
+
+@pytest.mark.parametrize(
+    ("case", "dtype", "names"),
+    [
+        *((*p.values, ALL) for p in spread(OPTIONS[:-1:3], (FP32, BF16))),
+        (OPTIONS[15], FP32, ("a",)),
+        (OPTIONS[15], FP32, ("b",)),
+        (OPTIONS[15], FP32, ("scale", "row_bias", "col_bias")),
+        (replace(RAGGED[3], n=150), BF16, ALL),
+        (replace(RAGGED[5], ids=None, exclude_self=False), FP32, ALL),
+    ],
+    ids=str,
+)
+def test_sigmoid_in_one_pass(case, dtype, names, backward, launched, products, monkeypatch):
+    """Weights known before: loss and gradients from one computation of the scores less."""
+    tiles(monkeypatch, tile=MEDIUM)
+    t = leaves(make(case, dtype), names)
+    truth_t, same_t = leaves(t, names), leaves(t, names)
+    w = torch.rand(case.n, dtype=torch.float64, generator=torch.Generator().manual_seed(2)) - 0.5
+    loss = similarity_softplus(
+        **t, exclude_self=case.exclude_self, diagonal=case.diagonal, row_weights=w, backend="triton"
+    )
+    ran = [name for name, *_ in launched]
+    truth = dense(case, truth_t, torch.float64)["softplus"]
+    same = dense(case, same_t, dtype)["softplus"]
+    eps, grad_eps = test_primitive.eps_of(dtype, case.scale)
+    terms = truth.abs().sum().item()
+    assert_accurate(loss, (truth * w).sum(), (same.double() * w).sum(), 2, eps * max(1, terms))
+    ours = gradients(loss, t)
+    expected = gradients((truth * w).sum(), truth_t)
+    peer = gradients((same.double() * w).sum(), same_t)
+    assert set(ours) == {x for x in names if t[x] is not None and not (case.same and x == "b")}
+    for name, value in ours.items():
+        size = expected[name].abs().max().item()
+        assert_accurate(value, expected[name], peer[name], 3, grad_eps * size + 1e-30)
+
+    assert len(launched) == len(ran), "backward computed scores"
+    if backward == "fused":
+        sides = 1 + ("b" in ours or "col_bias" in ours or (case.same and not backend._symmetric(
+            Problem(**(t | {"b": None})))))  # fmt: skip
+        assert ran == ["gradient_kernel"] * sides
+    elif not (case.same and t["scale"].ndim == 0):
+        assert set(ran) == {"weights_kernel"}
+        assert len(products) == len(ran) * (("a" in ours) + ("b" in ours or case.same))
 
 
 def test_half_the_tiles_of_a_symmetric_problem(launched, monkeypatch):
@@ -361,6 +424,44 @@ def test_supports_and_describe():
     assert "W panels" in backend.describe(Problem(a, a, torch.tensor(1.0)))
     assert "fused" in backend.describe(Problem(a[:, :64], a[:, :64], torch.tensor(1.0)))
     assert "symmetric" in backend.describe(Problem(a, None, torch.tensor(1.0)))
+
+
+def test_autotuning(backward, launched, monkeypatch):
+    """Off by default; once for sizes up to the next power of two; the choice runs and is named."""
+    tiles(monkeypatch, tile=MEDIUM)
+    monkeypatch.setattr(backend, "_TUNED", {})
+    trials = []
+
+    def milliseconds(run):
+        run()
+        *_, (_, _, arguments) = (x for x in launched if x[0] != "merge_kernel")
+        trials.append(tuple(arguments[x] for x in ("BLOCK_M", "BLOCK_N", "num_warps")))
+        if trials[-1] == (64, 64, 4):
+            raise backend.OutOfResources(1, 0, "shared memory")
+        return {(64, 32, 4): 1.0}.get(trials[-1], 2.0)
+
+    monkeypatch.setattr(backend, "_milliseconds", milliseconds)
+
+    def step(n: int) -> tuple[torch.Tensor, str]:
+        case = Case(n, 100, 24, positives="linear")
+        t = leaves(make(case, FP32), ("a", "b"))
+        stats = run(case, t, "triton")
+        grads = gradients((stats.row_logsum - stats.row_pos).sum(), t)
+        return grads["a"], backend.describe(Problem(t["a"], t["b"], torch.tensor(1.0)))
+
+    expected, text = step(100)
+    assert not trials
+    assert "64 x 64 x 32, 4 warps, 1 stages (from the table)" in text
+    monkeypatch.setenv("ITO_TRITON_AUTOTUNE", "1")
+    got, text = step(100)
+    assert len(trials) == 2 * 5  # forward and backward
+    assert text.count("64 x 32 x 32, 4 warps, 1 stages (tuned)") == 2
+    torch.testing.assert_close(got, expected)
+    _, text = step(90)
+    assert len(trials) == 10
+    assert "tuned" in text
+    _, text = step(40)
+    assert len(trials) == 20
 
 
 def test_fp32_follows_the_matmul_precision():

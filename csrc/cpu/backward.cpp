@@ -238,7 +238,8 @@ void Call::softplus(float* loss, const float* u) {
 void logsumexp_backward(const Problem& p, const Stats& stats, const Upstream& up,
                         const Grads& grads, TileCache cache, const Run& run) {
   Call::Wants wants;
-  wants.keys = p.row_ids || p.exclude_self || p.exclude_positives || up.alpha || up.beta;
+  wants.keys = p.row_ids || p.exclude_self || p.exclude_positives || p.row_limit || up.alpha ||
+               up.beta;
   wants.gradients = true;
   wants.symmetry = true;
   Call(p, run, wants, grads).backward(stats, up, cache, false);
@@ -247,7 +248,7 @@ void logsumexp_backward(const Problem& p, const Stats& stats, const Upstream& up
 void logsumexp_both(const Problem& p, Stats stats, const Upstream& up, const Grads& grads,
                     float* total, TileCache cache, const Run& run) {
   Call::Wants wants;
-  wants.keys = p.row_ids || p.exclude_self || p.exclude_positives || p.hardest ||
+  wants.keys = p.row_ids || p.exclude_self || p.exclude_positives || p.row_limit || p.hardest ||
                p.positives != Positives::kNone;
   wants.statistics = wants.gradients = true;
   // Columns need every row first, and half of the tiles twice are less than all of them once.

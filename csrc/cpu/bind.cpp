@@ -57,6 +57,7 @@ Problem problem(const py::tuple& values) {
   p.col_bias = f.pointer<const float>();
   p.row_ids = f.pointer<const int64_t>();
   p.col_ids = f.pointer<const int64_t>();
+  p.row_limit = f.pointer<const float>();
   p.positives = f.as<Positives>();
   p.exclude_self = f.as<bool>();
   p.exclude_positives = f.as<bool>();

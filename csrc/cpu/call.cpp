@@ -22,7 +22,8 @@ int64_t l2_bytes() {
 
 // One tile serves both of its sides.
 bool symmetric(const Problem& p) {
-  if (!p.self || p.scale_per_row || p.row_bias || p.col_bias || p.diagonal != 0) return false;
+  if (!p.self || p.scale_per_row || p.row_bias || p.col_bias || p.row_limit || p.diagonal != 0)
+    return false;
   return p.row_ids == p.col_ids ||
          (p.row_ids && p.col_ids && std::equal(p.row_ids, p.row_ids + p.a.rows, p.col_ids));
 }
@@ -138,7 +139,8 @@ Tile Call::tile(const Lane& lane, int64_t row, int64_t step) const {
   if (!keys_) return t;
   t.exclude_self = p_.exclude_self && crosses_diagonal(plan_, row, column, p_.diagonal);
   t.exclude_positives = p_.exclude_positives;
-  t.plain = !t.exclude_self && !keys_->positives(row, column);
+  if (p_.row_limit) t.row_limit = p_.row_limit + i;
+  t.plain = !t.exclude_self && !t.row_limit && !keys_->positives(row, column);
   t.row_keys = keys_->row_keys.data() + i;
   t.col_keys = keys_->col_keys.data() + j;
   t.self_column = i + p_.diagonal - j;

@@ -120,7 +120,7 @@ void Call::finish_columns(const SideStats& out) {
 
 void logsumexp_forward(const Problem& p, const Stats& stats, TileCache cache, const Run& run) {
   Call::Wants wants;
-  wants.keys = p.row_ids || p.exclude_self || p.exclude_positives || p.hardest ||
+  wants.keys = p.row_ids || p.exclude_self || p.exclude_positives || p.row_limit || p.hardest ||
                p.positives != Positives::kNone;
   wants.statistics = wants.symmetry = true;
   Call(p, run, wants).forward(stats, cache);

@@ -23,6 +23,7 @@ struct Tile {
   // A tile is plain if none of this touches it: no positives in it, nothing excluded.
   bool plain = true;
   const int32_t *row_keys = nullptr, *col_keys = nullptr;
+  const float* row_limit = nullptr;  // null: none
   int64_t self_column = 0;
   bool exclude_self = false, exclude_positives = false;
 };

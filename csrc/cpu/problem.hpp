@@ -22,6 +22,7 @@ struct Problem {
   bool scale_per_row = false;
   const float *row_bias = nullptr, *col_bias = nullptr;
   const int64_t *row_ids = nullptr, *col_ids = nullptr;
+  const float* row_limit = nullptr;
   Positives positives = Positives::kNone;
   bool exclude_self = false, exclude_positives = false;
   int64_t diagonal = 0;

@@ -1,5 +1,6 @@
 """The losses: short compositions of the primitive."""
 
+from .cacr import cacr_loss
 from .clip import clip_loss, siglip_loss
 from .clusters import cluster_weighted_infonce
 from .decoupled import decoupled_contrastive_loss, decoupled_softmax_loss
@@ -15,6 +16,7 @@ from .wrappers import matryoshka_loss, multi_head_loss
 
 __all__ = [
     "alignment_loss",
+    "cacr_loss",
     "clip_loss",
     "cluster_weighted_infonce",
     "cwcl_loss",

@@ -5,7 +5,8 @@ A direction is named by its anchors: "row" for the queries, "col" for the keys.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -30,7 +31,10 @@ class Direction(NamedTuple):
 
 @dataclass
 class Batch:
-    """S = scale·queries·keysᵀ, plus, in the queries' direction alone, the bias of each key."""
+    """S = scale·queries·keysᵀ, plus, in the queries' direction alone, the bias of each key.
+
+    A limit leaves out, in its anchors' direction, negatives with a larger inner product.
+    """
 
     queries: Tensor
     keys: Tensor
@@ -41,6 +45,8 @@ class Batch:
     backend: str | None
     exclude_self: bool = False
     key_bias: Tensor | None = None
+    row_limit: Tensor | None = None
+    col_limit: Tensor | None = None
 
     @property
     def directions(self) -> tuple[str, ...]:
@@ -57,28 +63,44 @@ class Batch:
 
     def statistics(self, power: float = 1.0, **what) -> dict[str, Direction]:
         """Of power·S, for each direction."""
-
-        def call(**more) -> Stats:
-            return similarity_logsumexp(
-                self.queries,
-                self.keys,
-                power * self.scale,
-                row_ids=self.query_ids,
-                col_ids=self.key_ids,
-                exclude_self=self.exclude_self,
-                backend=self.backend,
-                **what,
-                **more,
-            )
-
-        if self.key_bias is None:
+        call = partial(self._call, power, **what)
+        if self.key_bias is None and self.row_limit is None:
             stats = call(cols=self.symmetric)
-        else:
-            stats = call(cols=False, col_bias=power * self.key_bias)
-            if self.symmetric:
+        else:  # what only one direction has takes a call of its own
+            bias = None if self.key_bias is None else power * self.key_bias
+            stats = call(cols=False, col_bias=bias, row_limit=self.row_limit)
+            if self.symmetric and self.col_limit is None:
                 stats = Stats(*stats[:4], *call(rows=False)[4:])
+            elif self.symmetric:
+                stats = Stats(*stats[:4], *self._swapped().statistics(power, **what)["row"])
         found = {"row": Direction(*stats[:4]), "col": Direction(*stats[4:])}
         return {side: found[side] for side in self.directions}
+
+    def _call(self, power: float, **what) -> Stats:
+        return similarity_logsumexp(
+            self.queries,
+            self.keys,
+            power * self.scale,
+            row_ids=self.query_ids,
+            col_ids=self.key_ids,
+            exclude_self=self.exclude_self,
+            backend=self.backend,
+            **what,
+        )
+
+    def _swapped(self) -> Batch:
+        """The keys' direction as the queries'."""
+        return replace(
+            self,
+            queries=self.keys,
+            keys=self.queries,
+            query_ids=self.key_ids,
+            key_ids=self.query_ids,
+            symmetric=False,
+            key_bias=None,
+            row_limit=self.col_limit,
+            col_limit=None,
+        )
 
     def positives(self, side: str) -> Tensor:
         """k, the number of keys (queries) with the id of each anchor."""
@@ -92,6 +114,11 @@ class Batch:
 
     def candidates(self, side: str) -> Tensor:
         """How many keys (queries) each anchor is compared with."""
+        if (self.row_limit if side == "row" else self.col_limit) is not None:
+            # only the kernels see which are left: with all scores 0 the sum counts them
+            batch = self if side == "row" else self._swapped()
+            with torch.no_grad():
+                return batch.statistics(0.0)["row"].logsum.exp().round()
         n, m = len(self.features(side)), len(self.features(OTHER[side]))
         others = self.ids(OTHER[side])
         number = self.scale.new_full((n,), m if others is None else 0)

@@ -14,7 +14,7 @@ from ..similarity.pairs import count_positives, finite_shift
 from ..similarity.spec import Stats
 from .batch import Batch
 from .options import Options
-from .precision import accumulated, as_autocast
+from .precision import accumulated
 
 
 def extra_candidates(batch: Batch, o: Options) -> list[Queue | HardNegatives]:
@@ -34,7 +34,7 @@ class Queue:
 
     def __init__(self, batch: Batch, queue: Tensor, queue_ids: Tensor | None):
         self.batch, self.alike = batch, queue_ids is not None
-        self.queue = as_autocast(queue.detach()).to(batch.queries.dtype)
+        self.queue = queue.detach().to(batch.queries.dtype)
         n, device, ids = len(batch.queries), queue.device, batch.query_ids
         if self.alike:
             self.rows = torch.arange(n, device=device) if ids is None else ids
@@ -51,6 +51,7 @@ class Queue:
             power * self.batch.scale,
             row_ids=self.rows,
             col_ids=self.cols,
+            row_limit=self.batch.row_limit,
             cols=False,
             backend=self.batch.backend,
             **flags,
@@ -61,6 +62,9 @@ class Queue:
         return stats.row_logsum + (stats.row_max - power * shift)
 
     def number(self) -> Tensor:
+        if self.batch.row_limit is not None:  # as in Batch.candidates
+            with torch.no_grad():
+                return self._statistics(0.0, exclude_positives=True).row_logsum.exp().round()
         same = count_positives(self.rows, self.cols)
         return ((self.cols >= 0).sum() - same).to(self.batch.scale.dtype)
 
@@ -82,14 +86,21 @@ class HardNegatives:
         rows = accumulated(batch.queries)
         if batch.query_ids is not None:
             rows = rows.masked_fill((batch.query_ids < 0)[:, None], 0)
-        products = torch.bmm(accumulated(as_autocast(hard_negatives)), rows[:, :, None])
-        self.scores = batch.scale.reshape(-1, 1) * products.squeeze(2)
+        products = torch.bmm(accumulated(hard_negatives), rows[:, :, None])
+        products = products.squeeze(2)
+        self.scores = batch.scale.reshape(-1, 1) * products
+        if batch.row_limit is not None:
+            beyond = products > batch.row_limit[:, None]
+            self.scores = self.scores.masked_fill(beyond, -torch.inf)
 
     def logsumexp(self, power: float, shift: Tensor) -> Tensor:
-        return (power * (self.scores - shift[:, None])).logsumexp(1)
+        scores = power * (self.scores - shift[:, None])
+        nothing = (scores == -torch.inf).all(1)  # whose gradient would be NaN
+        total = scores.masked_fill(nothing[:, None], 0).logsumexp(1)
+        return total.masked_fill(nothing, -torch.inf)
 
-    def number(self) -> int:
-        return self.scores.shape[1]
+    def number(self) -> Tensor:
+        return (self.scores != -torch.inf).sum(1)
 
     def total(self, shift: Tensor) -> Tensor:
         return (self.scores - shift[:, None]).sum(1)

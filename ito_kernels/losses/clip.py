@@ -32,10 +32,10 @@ def clip_loss(
     """
     check_pair("image_features", image_features, "text_features", text_features)
     n, m = len(image_features), len(text_features)
-    if n != m and not {"query_ids", "key_ids"} & options.keys():
+    if n != m and not {"query_ids", "key_ids", "positive_pairs"} & options.keys():
         raise ValueError(
             "image_features and text_features must have as many rows, unless query_ids and key_ids"
-            f" say what belongs together: got {n} and {m}"
+            f" or positive_pairs say what belongs together: got {n} and {m}"
         )
     return multi_positive_infonce(image_features, text_features, logit_scale, **options)
 

@@ -22,6 +22,7 @@ from ..similarity.spec import check_scale
 from .batch import Batch, Direction
 from .candidates import extra_candidates
 from .common import mean_where
+from .margin import with_margin
 from .options import Options, check_options
 from .pairs import Positives
 from .precision import accumulated, as_autocast, logaddexp, without_autocast
@@ -53,7 +54,8 @@ def infonce_with_options(
         options, queries, keys, scale, positives=positives, symmetric=symmetric, **ids
     )
     if normalize:
-        o = o.normalized()
+        o = o.with_candidates(lambda x: torch.nn.functional.normalize(x, dim=-1))
+    o = o.with_candidates(as_autocast)
     same = keys is queries
     queries, keys = as_autocast(queries), as_autocast(keys)
     if o.reweighted or o.positive_pairs is not None:  # parts of several calls cancel
@@ -69,7 +71,8 @@ def infonce_with_options(
             exclude_self=exclude_self,
             key_bias=o.key_bias,
         )
-        anchors = _anchors(batch, o, positives)
+        limited = batch if o.false_negative_margin is None else with_margin(batch, o)
+        anchors = _anchors(limited, o, positives)
         weights = {"row": o.query_weights, "col": o.key_weights}
         losses = tuple(
             _reduced(x, batch.ids(side), weights[side], empty, reduction)
@@ -93,47 +96,49 @@ class _Anchors(NamedTuple):
 
 def _anchors(batch: Batch, o: Options, positives: str) -> dict[str, _Anchors]:
     """Of each direction: calls of the primitive serve both at once."""
-    pairs = None
-    if o.positive_pairs is not None:
-        rows, cols = o.positive_pairs
-        pairs = Positives(batch, rows, cols, o.positive_weights)
-    linear = positives == "mean"
-    kind = None if pairs else "linear" if linear and not o.reweighted else "lse"
-    base = means = batch.statistics(positives=kind, exclude_positives=o.reweighted)
-    if linear and kind == "lse" and batch.query_ids is not None:  # there may be several positives
-        means = batch.statistics(positives="linear")
-    powers = {1.0: base}
+    pairs = _pairs(batch, o)
+    powers = (1.0,)
     if o.hardness:
-        powers = {
-            power: batch.statistics(power, exclude_positives=True)
-            for power in (o.hardness, 1 + o.hardness)
-        }
+        powers = (o.hardness, 1 + o.hardness)
+        passes = {p: batch.statistics(p, exclude_positives=True) for p in powers}
+        sums = None if pairs else batch.statistics(positives="lse", exclude_positives=True)
+    else:
+        kind = "linear" if positives == "mean" and not o.reweighted else "lse"
+        sums = batch.statistics(positives=None if pairs else kind, exclude_positives=o.reweighted)
+        passes = {1.0: sums}
+    means = sums
+    if positives == "mean" and o.reweighted and batch.query_ids is not None:
+        means = batch.statistics(positives="linear")  # there may be several positives
     extra = extra_candidates(batch, o)
 
-    def anchors(side: str) -> _Anchors:
-        at, more = base[side], extra if side == "row" else []
-        shift = finite_shift(at.max)
+    def positive_part(side: str, shift: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """k, and of the positives the mean S and log Σ e^S, which is 0 where k is 0; where one of
+        them is not needed, any value."""
         if pairs:
             k, mean, log_sum = pairs.of(side, shift)
         else:
-            k, log_sum = batch.positives(side), at.pos
+            k = batch.positives(side)
             mean = means[side].pos / k.clamp(min=1) + (finite_shift(means[side].max) - shift)
-        some = k > 0
-        log_k = torch.where(some, k, 1).log()
-        log_sum = None if log_sum is None else torch.where(some, log_sum, 0)
-        target = mean
-        if positives != "mean":
-            target = log_sum - log_k if positives == "in" else log_sum
-        number = batch.candidates(side) + sum(x.number() for x in more)
-        if batch.ids(side) is not None:
-            number = number.masked_fill(batch.ids(side) < 0, 0)
+            log_sum = sums[side].pos + (finite_shift(sums[side].max) - shift)
+        return k, mean, torch.where(k > 0, log_sum, 0)
 
-        logs = [_log_sum(found[side], power, shift, more) for power, found in powers.items()]
+    def anchors(side: str) -> _Anchors:
+        more = extra if side == "row" else []
+        shift = finite_shift(passes[powers[-1]][side].max) / powers[-1]
+        k, mean, log_sum = positive_part(side, shift)
+        some = k > 0
+        target = {"mean": mean, "in": log_sum - _log(k), "sum": log_sum}[positives]
+        if o.reweighted or o.label_smoothing:
+            number = batch.candidates(side) + sum(x.number() for x in more)
+            if batch.ids(side) is not None:
+                number = number.masked_fill(batch.ids(side) < 0, 0)
+
+        logs = [_log_sum(passes[p][side], p, shift, more) for p in powers]
         if o.reweighted:
             negatives = hard(*logs, number - k) if o.hardness else logs[0]
             if o.debias is not None:
                 floor = -batch.scale - shift
-                negatives = debiased(negatives, log_sum - log_k, number - k, o.debias, floor)
+                negatives = debiased(negatives, log_sum - _log(k), number - k, o.debias, floor)
             log_denominator = torch.logaddexp(log_sum, negatives)
         else:
             (log_denominator,) = logs
@@ -146,9 +151,25 @@ def _anchors(batch: Batch, o: Options, positives: str) -> dict[str, _Anchors]:
             total = total + sum(x.total(shift) for x in more)
             uniform = denominator - torch.where(some, total / number.clamp(min=1), 0)
             loss = (1 - o.label_smoothing) * loss + o.label_smoothing * uniform
-        return _Anchors(loss, log_denominator + shift, k, mean + shift if pairs else None)
+        by_pairs = o.positive_pairs is not None
+        return _Anchors(loss, log_denominator + shift, k, mean + shift if by_pairs else None)
 
-    return {side: anchors(side) for side in base}
+    return {side: anchors(side) for side in batch.directions}
+
+
+def _pairs(batch: Batch, o: Options) -> Positives | None:
+    """The positives as pairs, where they are given as such or a pass over S would be for the
+    diagonal alone; None where the kernels find them by ids."""
+    if o.positive_pairs is not None:
+        return Positives(batch, *o.positive_pairs, o.positive_weights)
+    if o.hardness and batch.query_ids is None:
+        rows = torch.arange(len(batch.queries), device=batch.queries.device)
+        return Positives(batch, rows, rows, None)
+    return None
+
+
+def _log(k: Tensor) -> Tensor:
+    return torch.where(k > 0, k, 1).log()
 
 
 def _log_sum(found: Direction, power: float, shift: Tensor, more: list) -> Tensor:

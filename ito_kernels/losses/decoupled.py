@@ -87,7 +87,8 @@ def decoupled_softmax_loss(
 
     Arguments, the symmetric form and anchors without positives or negatives as in
     `decoupled_contrastive_loss`. The positive pairs are gathered a panel at a time: time O(P·D)
-    for P of them beside the passes over S, memory O((N + M)·D). bf16 and fp16 features are computed
+    for P of them beside the passes over S, memory O((N + M)·D). With ids their number is asked of
+    the device: one wait, and a graph break in torch.compile. bf16 and fp16 features are computed
     in fp32, because positives and negatives meet outside the kernels.
 
     Returns a 0-d fp32 tensor (fp64 for fp64 features). Raises as `multi_positive_infonce`.

@@ -17,7 +17,6 @@ from .common import (
     check_choice,
     mean_where,
     normalized,
-    not_yet,
 )
 from .composed import infonce_with_options
 from .options import Options
@@ -92,6 +91,11 @@ def multi_positive_infonce(
             integers: those with a query's id are left out of it, those with a negative id of all.
         hard_negatives: (N, K, D), further negatives of their own query alone, with gradient. For
             query→key.
+        false_negative_margin: m: a candidate that is no positive leaves D_i if its inner product
+            with the anchor is above that of the anchor's largest positive by more than m. Queue
+            and hard negatives too; in key→query with the key as the anchor. One or two more passes
+            over S, or none with symmetric=False; and one for each direction with debias or
+            hardness, which need the number of those that are left.
         debias: τ⁺ < 1, the share of negatives that are false, a number or (N,). The negatives' part
             of D_i becomes max{(Σ_neg exp S - n·τ⁺·mean_pos exp S) / (1 - τ⁺), n·exp(-logit_scale)}
             with n the number of negatives. Both directions (a τ⁺ per query: then N = M).
@@ -118,9 +122,10 @@ def multi_positive_infonce(
             `hardness`. See `ito_kernels.distributed`.
         chunk_size: with a group: how many keys of all ranks are gathered at a time.
 
-        `false_negative_margin` raises NotImplementedError in this version, as do `debias` and
-        `hardness` with `positive_pairs`. With any of these three bf16 and fp16 features are
-        computed in fp32: parts of several passes cancel.
+        `debias` and `hardness` raise NotImplementedError with `positive_pairs`, and
+        `false_negative_margin` with `label_smoothing` or, if symmetric, with one logit_scale for
+        each query. With any of these three bf16 and fp16 features are computed in fp32: parts of
+        several passes cancel.
 
     Returns:
         The loss, a 0-d fp32 tensor (fp64 for fp64 features), or as `reduction` says; with
@@ -135,7 +140,6 @@ def multi_positive_infonce(
     Miech et al. 2020 (MIL-NCE); He et al. 2020 (queue); Yi et al. 2019 (logQ correction); Chuang et
     al. 2020 (debias); Robinson et al. 2021 (hardness).
     """
-    not_yet(false_negative_margin=false_negative_margin)
     check_chunk_size(chunk_size)
     options = Options(
         label_smoothing,
@@ -147,6 +151,7 @@ def multi_positive_infonce(
         queue,
         queue_ids,
         hard_negatives,
+        false_negative_margin,
         debias,
         hardness,
     )

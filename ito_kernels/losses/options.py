@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -27,6 +28,7 @@ class Options(NamedTuple):
     queue: Tensor | None = None
     queue_ids: Tensor | None = None
     hard_negatives: Tensor | None = None
+    false_negative_margin: float | None = None
     debias: float | Tensor | None = None
     hardness: float | None = None
 
@@ -43,11 +45,10 @@ class Options(NamedTuple):
         """Whether negatives count otherwise than in a softmax."""
         return self.debias is not None or self.hardness is not None
 
-    def normalized(self) -> Options:
-        """With unit candidates."""
+    def with_candidates(self, function: Callable[[Tensor], Tensor]) -> Options:
+        """With `function` of the queue and of the hard negatives, where there are any."""
         queue, hard = (
-            None if x is None else torch.nn.functional.normalize(x, dim=-1)
-            for x in (self.queue, self.hard_negatives)
+            None if x is None else function(x) for x in (self.queue, self.hard_negatives)
         )
         return self._replace(queue=queue, hard_negatives=hard)
 
@@ -69,7 +70,12 @@ def check_options(
         label_smoothing=check_number("label_smoothing", o.label_smoothing, 0, 1),
         hardness=check_number("hardness", o.hardness, 0, math.inf) or None,  # 0 weighs nothing
         debias=_check_debias(o.debias, scale, queries, m, symmetric),
+        false_negative_margin=check_number(
+            "false_negative_margin", o.false_negative_margin, -math.inf, math.inf
+        ),
     )
+    if o.false_negative_margin is not None:
+        _check_margin(o, scale, symmetric)
     if o.label_smoothing and o.reweighted:
         raise ValueError(
             "label_smoothing mixes targets over a softmax; with debias or hardness the denominator"
@@ -108,14 +114,32 @@ def check_options(
     return o
 
 
+def _check_margin(o: Options, scale: Tensor, symmetric: bool) -> None:
+    if o.label_smoothing:
+        raise NotImplementedError(
+            "label_smoothing with false_negative_margin: the sum of the scores that the margin"
+            " leaves is not known"
+        )
+    if symmetric and scale.ndim:
+        raise NotImplementedError(
+            "false_negative_margin with one logit_scale for each query needs symmetric=False"
+        )
+    if o.positive_pairs is not None and o.false_negative_margin < 0:
+        raise ValueError(
+            "false_negative_margin must be 0 or more with positive_pairs, of which none may leave"
+            f" the denominator, got {o.false_negative_margin}"
+        )
+
+
 def check_number(name: str, x: object, low: float, high: float) -> float | None:
     if x is None:
         return None
     if isinstance(x, bool) or not isinstance(x, (int, float)):
         raise TypeError(f"{name} must be a number, got {type(x).__name__}")
     if not (low <= x <= high and math.isfinite(x)):
-        upper = f" to {high}" if math.isfinite(high) else " upwards, finite"
-        raise ValueError(f"{name} must be from {low}{upper}, got {x}")
+        wanted = f"from {low} to {high}" if math.isfinite(high) else f"from {low} upwards, finite"
+        wanted = wanted if math.isfinite(low) else "finite"
+        raise ValueError(f"{name} must be {wanted}, got {x}")
     return float(x)
 
 

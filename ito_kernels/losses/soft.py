@@ -105,7 +105,7 @@ def soft_target_infonce(
         def target(c: Tensor, e: Tensor, mine: Tensor, others: Tensor) -> Tensor:
             score = 0
             if alpha > 0:
-                score = alpha * inner(mine, _attention(scale * c, e, others))
+                score = alpha * inner(mine, attention(scale * c, e, others))
             return score + (1 - alpha) * inner(mine, others) if alpha < 1 else score
 
         return _soft_cross_entropy(
@@ -151,7 +151,7 @@ def _soft_cross_entropy(batch: Batch, row_target, col_target) -> Tensor:
     return sum(losses) / len(losses)
 
 
-def _attention(queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+def attention(queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
     """softmax(queries · keysᵀ) · values, never by PyTorch's N × M form: on the CPU that is avoided
     where keys and values have one width, on the GPU a kernel that cannot run says so."""
     width = max(keys.shape[1], values.shape[1])

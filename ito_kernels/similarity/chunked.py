@@ -42,7 +42,9 @@ class _Panels:
         self.problem = problem
         self.a, self.b = features(problem)
         self.scale = problem.scale.reshape(-1, 1).expand(problem.n, 1)
-        self.excludes = problem.row_ids is not None or problem.exclude_self
+        self.excludes = (
+            problem.row_ids is not None or problem.exclude_self or problem.row_limit is not None
+        )
         self.bars = self.excludes or problem.exclude_positives
 
     def __iter__(self) -> Iterator[tuple[slice, Tensor, Tensor, Pairs]]:
@@ -56,7 +58,7 @@ class _Panels:
                 scores += p.row_bias[rows, None]
             if p.col_bias is not None:
                 scores += p.col_bias
-            yield rows, dot, scores, classify(p, rows.start, rows.stop)
+            yield rows, dot, scores, classify(p, dot, rows.start, rows.stop)
 
     def allowed(self, scores: Tensor, pairs: Pairs) -> Tensor:
         """The scores with -inf where they do not count in max and logsum."""

@@ -174,7 +174,7 @@ class _Arguments:
         self.problem = problem
         self.a = rows(problem.a)
         self.b = self.a if problem.b is None else rows(problem.b)
-        self.vectors = [None if x is None else x.contiguous() for x in problem[2:7]]
+        self.vectors = [None if x is None else x.contiguous() for x in problem[2:8]]
 
 
 def _fields(arguments: _Arguments) -> tuple[int, ...]:

@@ -23,7 +23,7 @@ from typing import NamedTuple
 
 import torch
 
-from . import chunked, cpu, reference
+from . import chunked, cpu, cuda, reference
 from .spec import Problem
 
 
@@ -42,8 +42,9 @@ REGISTRY: dict[str, ModuleType | _Later] = {
     "chunked": chunked,
     "cpu": cpu,
     "triton": _Later(".triton"),
+    "cuda": cuda.CUDA,
+    "simt": cuda.SIMT,
 }
-PLANNED = ("cuda", "simt")
 
 _chosen: list[str] = []  # the names of the `use_backend` blocks that are open
 
@@ -68,8 +69,8 @@ def backends() -> dict[str, BackendStatus]:
             f" L3 {info['l3_bytes'] >> 10} KiB"
         )
     status["cpu"] = BackendStatus(not cpu.MISSING, native)
-    for name in PLANNED:
-        status[name] = BackendStatus(False, "not in this version")
+    for backend in (cuda.CUDA, cuda.SIMT):
+        status[backend.name] = BackendStatus(*backend.status())
     return status
 
 
@@ -124,10 +125,9 @@ def choose(problem: Problem, name: str | None = None) -> str:
         return name
     said = f"{source}: " if source == "ITO_BACKEND" else ""
     _check_name(name, said)
-    ok, reason = False, "not in this version"
     if name == "triton" and not _triton().available:
-        reason = _triton().detail
-    elif name in REGISTRY:
+        ok, reason = _triton()
+    else:
         ok, reason = REGISTRY[name].supports(problem)
     if not ok:
         raise RuntimeError(f"{said}backend {name!r} cannot run: {reason}")
@@ -167,6 +167,5 @@ def why(problem: Problem, name: str | None = None) -> str:
 
 
 def _check_name(name: str, said: str = "") -> None:
-    known = (*REGISTRY, *PLANNED)
-    if name not in known:
-        raise ValueError(f"{said}unknown backend {name!r}: expected one of {', '.join(known)}")
+    if name not in REGISTRY:
+        raise ValueError(f"{said}unknown backend {name!r}: expected one of {', '.join(REGISTRY)}")

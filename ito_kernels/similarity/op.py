@@ -30,13 +30,14 @@ from .spec import (
 # The fields of Problem, Stats, Upstream and Needs as operator arguments, in their order.
 _PROBLEM = (
     "Tensor a, Tensor? b, Tensor scale, Tensor? row_bias, Tensor? col_bias, Tensor? row_ids,"
-    " Tensor? col_ids, str? positives, bool exclude_self, bool exclude_positives, SymInt diagonal,"
-    " bool rows, bool cols, bool hardest, str backend"
+    " Tensor? col_ids, Tensor? row_limit, str? positives, bool exclude_self,"
+    " bool exclude_positives, SymInt diagonal, bool rows, bool cols, bool hardest, str backend"
 )
 _STATS = ", ".join(f"Tensor? {name}" for name in Stats._fields)
 _UPSTREAM = ", ".join(f"Tensor? {name}" for name in Upstream._fields)
 _NEEDS = ", ".join(f"bool need_{name}" for name in Needs._fields)
 _PROBLEM_ARGS = len(Problem._fields) + 1
+_TENSORS = Problem._fields.index("positives")
 _INPUTS = len(Needs._fields)  # a, b, scale and the biases: what may have a gradient
 
 
@@ -344,7 +345,7 @@ class _Logsumexp(torch.autograd.Function):
         out = _below(_logsumexp, args)
         problem, ctx.backend, rest = _split(args)
         _, stats, weights, ctx.now = _forward_args(rest)
-        ctx.flags = problem[7:]
+        ctx.flags = problem[_TENSORS:]
         ctx.set_materialize_grads(False)  # of the many outputs few have a gradient
         if any(ctx.now):
             ctx.mark_non_differentiable(*out[1:])
@@ -356,7 +357,7 @@ class _Logsumexp(torch.autograd.Function):
             _, s, cache, _ = _Result.read(problem, stats, weights, ctx.now, out)
             maxima = (s.row_max, s.row_neg_max, s.col_max, s.col_neg_max)
             ctx.mark_non_differentiable(*_present(*maxima, cache))
-        ctx.save_for_backward(*problem[:7], *weights, *out)
+        ctx.save_for_backward(*problem[:_TENSORS], *weights, *out)
         return tuple(out)
 
     @staticmethod
@@ -366,9 +367,11 @@ class _Logsumexp(torch.autograd.Function):
             return (None,) * len(ctx.needs_input_grad)
         if any(ctx.now):
             return _scaled_grads(ctx, arrived[0])
+        end = _TENSORS + len(Upstream._fields)
         tensors = ctx.saved_tensors
-        problem, weights = Problem(*tensors[:7], *ctx.flags), Upstream(*tensors[7:11])
-        _, stats, cache, _ = _Result.read(problem, True, weights, ctx.now, tensors[11:])
+        problem = Problem(*tensors[:_TENSORS], *ctx.flags)
+        weights = Upstream(*tensors[_TENSORS:end])
+        _, stats, cache, _ = _Result.read(problem, True, weights, ctx.now, tensors[end:])
         total, s, *_ = _Result.read(problem, True, weights, ctx.now, arrived)
         if _weighted(weights):
             upstream = (None if x is None else x * total for x in weights)
@@ -423,12 +426,12 @@ class _Softplus(torch.autograd.Function):
         args = (*args[:-1], *args[-1])
         value, *grads = _below(_softplus, args)
         problem, ctx.backend, (weights, *now) = _split(args)
-        ctx.now, ctx.flags = Needs(*now), problem[7:]
+        ctx.now, ctx.flags = Needs(*now), problem[_TENSORS:]
         ctx.mark_non_differentiable(*grads)
         if grads:
             ctx.save_for_backward(problem.scale, *grads)
         else:
-            ctx.save_for_backward(*problem[:7], weights)
+            ctx.save_for_backward(*problem[:_TENSORS], weights)
         return value, *grads
 
     @staticmethod

@@ -14,7 +14,8 @@ class Pairs(NamedTuple):
     """Boolean masks (rows, M).
 
     positive: equal ids, not excluded.
-    excluded: padding, and self pairs under `exclude_self`; the rest is positive or negative.
+    excluded: padding, self pairs under `exclude_self`, negatives beyond `row_limit`; the rest is
+              positive or negative.
     barred:   left out of max and logsum: `excluded`, with the positives under `exclude_positives`.
     """
 
@@ -23,8 +24,8 @@ class Pairs(NamedTuple):
     barred: Tensor
 
 
-def classify(problem: Problem, start: int = 0, stop: int | None = None) -> Pairs:
-    """The masks of rows [start, stop)."""
+def classify(problem: Problem, dot: Tensor, start: int = 0, stop: int | None = None) -> Pairs:
+    """The masks of rows [start, stop). dot: their inner products with all columns."""
     stop = problem.n if stop is None else stop
     device = problem.a.device
     row = torch.arange(start, stop, device=device)[:, None]
@@ -40,6 +41,8 @@ def classify(problem: Problem, start: int = 0, stop: int | None = None) -> Pairs
     if problem.exclude_self:
         excluded = excluded | self_pair
     positive = positive & ~excluded
+    if problem.row_limit is not None:
+        excluded = excluded | (~positive & (dot > problem.row_limit[start:stop, None]))
     return Pairs(positive, excluded, positive | excluded if problem.exclude_positives else excluded)
 
 

@@ -19,6 +19,7 @@ def similarity_logsumexp(
     col_bias: Tensor | None = None,
     row_ids: Tensor | None = None,
     col_ids: Tensor | None = None,
+    row_limit: Tensor | None = None,
     positives: str | None = None,
     exclude_self: bool = False,
     exclude_positives: bool = False,
@@ -40,6 +41,9 @@ def similarity_logsumexp(
         row_bias, col_bias: (N,) and (M,), added to the scores.
         row_ids, col_ids: (N,) and (M,) integers. Equal ids are positives; a negative id is padding
             that takes no part. Without ids the positive of row i is column i + diagonal.
+        row_limit: (N,) without gradient. Pairs that are not positive and have an inner product
+            <a_i, b_j> above row_limit_i are left out of everything. By the cpu, chunked and
+            reference backends.
         positives: also give, per row and column, the positives' Σ (S - max) ("linear") or
             log Σ exp(S - max) ("lse").
         exclude_self: leave out the pairs (i, i + diagonal): without ids, every positive.
@@ -82,6 +86,7 @@ def similarity_logsumexp(
         col_bias=col_bias,
         row_ids=row_ids,
         col_ids=col_ids,
+        row_limit=row_limit,
         positives=positives,
         exclude_self=exclude_self,
         exclude_positives=exclude_positives,
@@ -122,7 +127,7 @@ def similarity_softplus(
     S = scale·a·bᵀ + biases is not formed. Arguments and errors as in `similarity_logsumexp`, but
     `row_weights` is one (N,) tensor without gradient. With it the result is the 0-d sum
     Σ_i row_weights_i · row_i, and gradients that are wanted are formed in the forward pass, except
-    in fp16: 3 matrix products instead of 4 where the backend can (cpu).
+    in fp16: 3 matrix products instead of 4 where the backend can (cpu, triton).
 
     Returns (N,), or 0-d with `row_weights`, in fp32, fp64 for fp64 features.
     """

@@ -34,8 +34,8 @@ def _scores(problem: Problem) -> tuple[Tensor, Tensor]:
 
 
 def logsumexp_forward(problem: Problem) -> Stats:
-    _, scores = _scores(problem)
-    pairs = classify(problem)
+    dot, scores = _scores(problem)
+    pairs = classify(problem, dot)
 
     def reduce(dim: int) -> tuple[Tensor | None, ...]:
         top = scores.masked_fill(pairs.barred, -torch.inf).amax(dim)
@@ -59,7 +59,7 @@ def logsumexp_forward(problem: Problem) -> Stats:
 
 def logsumexp_backward(problem: Problem, stats: Stats, upstream: Upstream, needs: Needs) -> Grads:
     dot, scores = _scores(problem)
-    pairs = classify(problem)
+    pairs = classify(problem, dot)
     weights = torch.zeros_like(scores)
 
     def add(top, logsum, pos, grad_logsum, grad_pos, dim: int) -> None:
@@ -81,8 +81,8 @@ def logsumexp_backward(problem: Problem, stats: Stats, upstream: Upstream, needs
 
 
 def softplus_forward(problem: Problem) -> Tensor:
-    _, scores = _scores(problem)
-    pairs = classify(problem)
+    dot, scores = _scores(problem)
+    pairs = classify(problem, dot)
     signed = torch.where(pairs.positive, -scores, scores)
     # torch's default threshold of 20 returns x itself beyond it, off by 2e-9: too much for fp64
     return softplus(signed, threshold=40).masked_fill(pairs.excluded, 0).sum(1)
@@ -90,7 +90,7 @@ def softplus_forward(problem: Problem) -> Tensor:
 
 def softplus_backward(problem: Problem, u: Tensor, needs: Needs) -> Grads:
     dot, scores = _scores(problem)
-    pairs = classify(problem)
+    pairs = classify(problem, dot)
     slope = torch.where(pairs.positive, -torch.sigmoid(-scores), torch.sigmoid(scores))
     weights = (u[:, None] * slope).masked_fill(pairs.excluded, 0)
     return _gradients(problem, dot, weights, needs)

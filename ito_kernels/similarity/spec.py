@@ -6,7 +6,8 @@ The similarity matrix is never formed; it is defined by
 
 Pairs (i, j) fall into three kinds:
 
-- *excluded*: a row or column with a negative id (padding); self pairs under `exclude_self`.
+- *excluded*: a row or column with a negative id (padding); self pairs under `exclude_self`; with
+  `row_limit` other than positive pairs with <a_i, b_j> > row_limit_i.
 - *positive*: equal ids; without ids, j = i + diagonal.
 - *negative*: the rest.
 
@@ -30,6 +31,7 @@ class Problem(NamedTuple):
     a: (N, D). b: (M, D), or None where both sides are the same matrix (self-similarity).
     scale: 0-d or (N,); row_bias: (N,); col_bias: (M,); in `accumulate` dtype.
     row_ids: (N,), col_ids: (M,), int64; both or neither.
+    row_limit: (N,), accumulate dtype, without gradient.
     diagonal: the self pair of row i, and without ids its positive, is column i + diagonal: places
         a block inside a larger matrix.
     """
@@ -41,6 +43,7 @@ class Problem(NamedTuple):
     col_bias: Tensor | None = None
     row_ids: Tensor | None = None
     col_ids: Tensor | None = None
+    row_limit: Tensor | None = None
     positives: str | None = None
     exclude_self: bool = False
     exclude_positives: bool = False
@@ -224,10 +227,10 @@ def check_bias(name: str, bias: object, length: int, like: Tensor) -> Tensor:
 
 
 def check_weight(name: str, weight: object, length: int, like: Tensor) -> Tensor:
-    """Like `check_bias`, for a weight of a sum: a constant."""
+    """Like `check_bias`, for a constant."""
     weight = check_bias(name, weight, length, like)
     if weight.requires_grad:
-        raise ValueError(f"{name} must not require a gradient: weights are constants")
+        raise ValueError(f"{name} must not require a gradient: it is a constant")
     return weight
 
 
@@ -259,6 +262,7 @@ def make_problem(
     col_bias: Tensor | None,
     row_ids: Tensor | None,
     col_ids: Tensor | None,
+    row_limit: Tensor | None = None,
     **flags,
 ) -> Problem:
     """A validated Problem from the primitive's arguments. `b is a` makes it a self-similarity."""
@@ -278,6 +282,8 @@ def make_problem(
         row_bias = check_bias("row_bias", row_bias, a.shape[0], a)
     if col_bias is not None:
         col_bias = check_bias("col_bias", col_bias, b.shape[0], a)
+    if row_limit is not None:
+        row_limit = check_weight("row_limit", row_limit, a.shape[0], a)
     same = b is a
     if autocast_enabled(a.device):
         # The rule of a matrix product: features in the autocast dtype. Everything else stays in
@@ -290,4 +296,6 @@ def make_problem(
         scale = scale.to(accumulate)
         row_bias = None if row_bias is None else row_bias.to(accumulate)
         col_bias = None if col_bias is None else col_bias.to(accumulate)
-    return Problem(a, None if same else b, scale, row_bias, col_bias, row_ids, col_ids, **flags)
+        row_limit = None if row_limit is None else row_limit.to(accumulate)
+    b = None if same else b
+    return Problem(a, b, scale, row_bias, col_bias, row_ids, col_ids, row_limit, **flags)

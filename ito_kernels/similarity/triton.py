@@ -7,23 +7,31 @@ matrix products in all. Where S is symmetric, half of its tiles are computed: 2 
 
 Nothing waits for the device and no atomics are used: the same inputs give the same bits, and calls
 can be captured in a CUDA graph.
+
+Environment: ITO_TRITON_AUTOTUNE=1 times a few tiles around the table's and keeps the fastest, once
+for each kernel, dtype and size up to the next power of two. That first call waits for the device,
+so it cannot be captured; another process may choose another tile, with other last bits.
 """
 
 from __future__ import annotations
 
-from contextlib import nullcontext
+import os
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext, suppress
+from functools import wraps
 from typing import NamedTuple
 
 import torch
 import triton
 from torch import Tensor
+from triton.runtime.errors import OutOfResources
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from . import triton_kernels as kernels
+from . import triton_backward, triton_forward
 from . import triton_tiles as tiles
 from .spec import Grads, Needs, Problem, Stats, Upstream
 
-INTERPRETED = not isinstance(kernels.logsumexp_kernel, triton.JITFunction)
+INTERPRETED = not isinstance(triton_forward.logsumexp_kernel, triton.JITFunction)
 PANEL_BYTES = 256 << 20  # of one W panel: docs/gpu-static.md has the traffic at other sizes
 MERGE_BLOCK = 256
 # fp16 W is multiplied up to this: 4 terms of it stay below 65,504, and a softmax entry of 1/N keeps
@@ -34,6 +42,8 @@ FP16_TOP = 4096.0
 def supports(problem: Problem) -> tuple[bool, str]:
     if problem.a.dtype == torch.float64:
         return False, "fp64 is computed by the reference and chunked backends"
+    if problem.row_limit is not None:
+        return False, "row_limit is left to the chunked and reference backends"
     if problem.a.device.type == "cpu" and not INTERPRETED:
         return False, "CPU tensors need TRITON_INTERPRET=1 in the environment"
     if problem.a.device.type not in ("cpu", "cuda"):
@@ -45,18 +55,14 @@ def supports(problem: Problem) -> tuple[bool, str]:
 
 def describe(problem: Problem) -> str:
     plan = _Plan(problem)
-    text = f"{plan.arch.name}, {plan.arithmetic}: {_words(plan.forward)} scores"
+    text = f"{plan.arch.name}, {plan.arithmetic}: {plan.words('forward')} scores"
     if _symmetric(problem):
         text += ", half of them (S is symmetric)"
     if plan.gradient:
-        return f"{text}; fused gradients, {_words(plan.gradient)}"
+        return f"{text}; fused gradients, {plan.words('gradient')}"
     rows, cols = plan.panel_size()
-    panels = f"W panels of {rows} x {cols}, {_words(plan.panel)}"
+    panels = f"W panels of {rows} x {cols}, {plan.words('panel')}"
     return f"{text}; {panels}, for the vendor's matrix product"
-
-
-def _words(tile: tiles.Tile) -> str:
-    return f"{tile.m} x {tile.n} x {tile.k}, {tile.warps} warps, {tile.stages} stages"
 
 
 class _Plan:
@@ -76,6 +82,18 @@ class _Plan:
         self.gradient = None
         if problem.d <= tiles.FUSED_D:
             self.gradient = self.arch.gradient.get(self.arithmetic)
+        for kernel in ("forward", "panel", "gradient"):
+            setattr(self, kernel, _TUNED.get(self.key(kernel), getattr(self, kernel)))
+
+    def key(self, kernel: str) -> tuple:
+        p = self.problem
+        sizes = (triton.next_power_of_2(x) for x in (p.n, p.m, p.d))
+        return kernel, self.arch.name, p.a.dtype, self.arithmetic, p.row_ids is not None, *sizes
+
+    def words(self, kernel: str) -> str:
+        m, n, k, warps, stages = getattr(self, kernel)
+        source = "tuned" if self.key(kernel) in _TUNED else "from the table"
+        return f"{m} x {n} x {k}, {warps} warps, {stages} stages ({source})"
 
     def panel_size(self) -> tuple[int, int]:
         p = self.problem
@@ -100,6 +118,47 @@ class _Plan:
             "num_warps": tile.warps,
             "num_stages": tile.stages,
         }
+
+
+_TUNED: dict[tuple, tiles.Tile] = {}
+
+
+def _tunes(choose: Callable[[_Plan], str]) -> Callable:
+    """The decorated function of a problem runs a kernel, `choose(plan)`, whose tile is tuned."""
+
+    def decorate(function: Callable) -> Callable:
+        @wraps(function)
+        def run(problem: Problem, *args):
+            if os.environ.get("ITO_TRITON_AUTOTUNE") == "1":
+                plan = _Plan(problem)
+                kernel = choose(plan)
+                key = plan.key(kernel)
+                if key not in _TUNED:
+                    times = {}
+                    try:
+                        for tile in tiles.around(getattr(plan, kernel)):
+                            _TUNED[key] = tile
+                            # a tile may ask for more shared memory than there is
+                            with suppress(OutOfResources), _on(problem.a.device):
+                                times[tile] = _milliseconds(lambda: function(problem, *args))
+                    finally:
+                        del _TUNED[key]
+                    _TUNED[key] = min(times, key=times.get)
+            return function(problem, *args)
+
+        return run
+
+    return decorate
+
+
+_tunes_forward = _tunes(lambda plan: "forward")
+_tunes_backward = _tunes(lambda plan: "gradient" if plan.gradient else "panel")
+
+
+def _milliseconds(run: Callable[[], object]) -> float:
+    if INTERPRETED:  # its times say nothing: the table's tile, which comes first, is kept
+        return 0.0
+    return triton.testing.do_bench(run, return_mode="median")
 
 
 def _arithmetic(dtype: torch.dtype) -> str:
@@ -239,15 +298,19 @@ def _score_arguments(plan: _Plan, op: _Operands, tile: tiles.Tile) -> dict:
 
 
 def _launch(kernel, programs: int, **arguments) -> None:
-    """Run on the device of the tensors, which need not be the current one."""
-    device = next(x for x in arguments.values() if isinstance(x, Tensor)).device
-    with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+    with _on(next(x for x in arguments.values() if isinstance(x, Tensor)).device):
         kernel[(programs,)](**arguments)
+
+
+def _on(device: torch.device) -> AbstractContextManager:
+    """Kernels run on the device of the tensors, which need not be the current one."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
 # ---- forward
 
 
+@_tunes_forward
 def logsumexp_forward(problem: Problem) -> Stats:
     p, plan, op = problem, _Plan(problem), _Operands.of(problem)
     symmetric = _symmetric(p)
@@ -268,10 +331,11 @@ def logsumexp_forward(problem: Problem) -> Stats:
     if p.row_ids is None and not p.exclude_self:  # also where not asked for: one kernel less
         pair_scores = op.a.new_empty(p.n, dtype=torch.float32)
     _launch(
-        kernels.logsumexp_kernel,
+        triton_forward.logsumexp_kernel,
         split.programs,
         **_score_arguments(plan, op, plan.forward),
         **split.arguments(),
+        PARTS=plan.arch.parts(plan.forward),
         row_groups=split.row_groups,
         row_slots=row_slots,
         col_slots=col_slots,
@@ -294,7 +358,7 @@ def logsumexp_forward(problem: Problem) -> Stats:
         wanted = (True, True, p.positives is not None, p.hardest)
         top, logsum, pos, neg = (slots.new_empty(length) if want else None for want in wanted)
         _launch(
-            kernels.merge_kernel,
+            triton_forward.merge_kernel,
             triton.cdiv(length, MERGE_BLOCK),
             slots=slots,
             pair_scores=pair_scores if p.positives else None,
@@ -326,12 +390,13 @@ def logsumexp_forward(problem: Problem) -> Stats:
     return Stats(*(row_stats if p.rows else nothing), *(col_stats if p.cols else nothing))
 
 
+@_tunes_forward
 def softplus_forward(problem: Problem) -> Tensor:
     plan, op = _Plan(problem), _Operands.of(problem)
     split = plan.split(triangle=False)
     slots = op.a.new_empty((split.col_groups, problem.n), dtype=torch.float32)
     _launch(
-        kernels.softplus_kernel,
+        triton_forward.softplus_kernel,
         split.programs,
         **_score_arguments(plan, op, plan.forward),
         **split.arguments(),
@@ -343,6 +408,7 @@ def softplus_forward(problem: Problem) -> Tensor:
 # ---- backward
 
 
+@_tunes_backward
 def logsumexp_backward(problem: Problem, stats: Stats, upstream: Upstream, needs: Needs) -> Grads:
     rows = (upstream.u, stats.row_max, stats.row_logsum, upstream.alpha, stats.row_pos)
     cols = (upstream.v, stats.col_max, stats.col_logsum, upstream.beta, stats.col_pos)
@@ -351,8 +417,26 @@ def logsumexp_backward(problem: Problem, stats: Stats, upstream: Upstream, needs
     return _backward(problem, rows, cols, needs, softplus=False)
 
 
+@_tunes_backward
 def softplus_backward(problem: Problem, u: Tensor, needs: Needs) -> Grads:
     return _backward(problem, (u, None, None, None, None), (None,) * 5, needs, softplus=True)
+
+
+@_tunes_backward
+def softplus_both(problem: Problem, u: Tensor, needs: Needs) -> tuple[Tensor, Grads]:
+    """The row sums and, for an upstream gradient `u` known before, the gradients, by one
+    computation of the scores less: 3 matrix products in panels, 4 fused.
+
+    There is no such pass for softmax. Its W needs complete row sums, so the scores of whole rows
+    would be kept, 4 bytes each written and read: at D = 768 an H100 computes them again in less
+    time (docs/gpu-static.md).
+    """
+    if _symmetric(problem) and not _Plan(problem).gradient:
+        # half of the panels, which hold half of the scores: 2.5 products against 3
+        return softplus_forward(problem), softplus_backward(problem, u, needs)
+    values = problem.scale.new_zeros(problem.n)
+    side = (u, None, None, None, None)
+    return values, _backward(problem, side, (None,) * 5, needs, softplus=True, values=values)
 
 
 _ROW_VECTORS = ("u", "row_factors", "alpha", "row_pos")
@@ -381,6 +465,7 @@ class _Backward(NamedTuple):
     cols: tuple[Tensor | None, ...]
     symmetric: bool  # W + Wᵀ is computed, from `rows` alone
     softplus: bool
+    values: Tensor | None  # where the forward value of softplus goes too
     norm: Tensor | None
 
     def arguments(self) -> dict:
@@ -398,7 +483,9 @@ class _Backward(NamedTuple):
         }
 
 
-def _backward(problem: Problem, rows, cols, needs: Needs, softplus: bool) -> Grads:
+def _backward(
+    problem: Problem, rows, cols, needs: Needs, softplus: bool, values: Tensor | None = None
+) -> Grads:
     plan, op = _Plan(problem), _Operands.of(problem)
     rows, cols = (tuple(_dense(x) for x in side) for side in (rows, cols))
     symmetric = _symmetric(problem)
@@ -415,7 +502,7 @@ def _backward(problem: Problem, rows, cols, needs: Needs, softplus: bool) -> Gra
         rows = cols = both
     norm = _norm(problem, rows, cols) if problem.a.dtype == torch.float16 else None
     rows, cols = _side_vectors(rows), _side_vectors(cols)
-    call = _Backward(problem, plan, op, rows, cols, symmetric, softplus, norm)
+    call = _Backward(problem, plan, op, rows, cols, symmetric, softplus, values, norm)
     if plan.gradient:
         return _fused(call, needs)
     return _panels(call, needs)
@@ -444,13 +531,14 @@ def _fused(call: _Backward, needs: Needs) -> Grads:
         n = p.m if exchanged else p.n
         out = op.a.new_empty(n, p.d, dtype=torch.float32 if together else None) if grad else None
         sums = [op.a.new_empty(n, dtype=torch.float32) if x else None for x in (scale, bias)]
-        if not (grad or scale or bias):
+        values = None if exchanged else call.values
+        if not (grad or scale or bias or values is not None):
             return out, *sums
         arguments = call._replace(
             rows=call.cols if exchanged else call.rows, cols=call.rows if exchanged else call.cols
         ).arguments()
         _launch(
-            kernels.gradient_kernel,
+            triton_backward.gradient_kernel,
             triton.cdiv(n, tile.m),
             **_sources(plan, tile.m, tile.n, block_d, op),
             **plan.options(tile),
@@ -458,6 +546,7 @@ def _fused(call: _Backward, needs: Needs) -> Grads:
             grad=out,
             scale_sums=sums[0],
             row_sums=sums[1],
+            softplus_sums=values,
             stride_grad=p.d,
             diagonal=-p.diagonal if exchanged else p.diagonal,
             SCALE="one" if op.scale.ndim == 0 else "col" if exchanged else "row",
@@ -479,7 +568,8 @@ def _fused(call: _Backward, needs: Needs) -> Grads:
 def _panels(call: _Backward, needs: Needs) -> Grads:
     p, op, plan = call.problem, call.op, call.plan
     tile = plan.panel
-    arguments = _score_arguments(plan, op, tile) | call.arguments()
+    parts = plan.arch.parts(tile, call.softplus)
+    arguments = _score_arguments(plan, op, tile) | call.arguments() | {"PARTS": parts}
     height, width = plan.panel_size()
 
     def zeros(*shape: int) -> Tensor:
@@ -492,8 +582,10 @@ def _panels(call: _Backward, needs: Needs) -> Grads:
     col_bias = zeros(p.m) if needs.col_bias else None
     workspace = None
     if needs.a or needs.b:
-        step = 16 // op.a.element_size()  # rows on 16-byte boundaries for the matrix product
-        workspace = op.a.new_empty(height, triton.cdiv(width, step) * step)
+        # whole tiles: the kernel stores them without a mask
+        workspace = op.a.new_empty(
+            triton.cdiv(height, tile.m) * tile.m, triton.cdiv(width, tile.n) * tile.n
+        )
 
     for row0 in range(0, p.n, height):
         rows = slice(row0, min(row0 + height, p.n))
@@ -501,38 +593,40 @@ def _panels(call: _Backward, needs: Needs) -> Grads:
             cols = slice(col0, min(col0 + width, p.m))
             size = (rows.stop - rows.start, cols.stop - cols.start)
             grid = triton.cdiv(size[0], tile.m), triton.cdiv(size[1], tile.n)
-            sums = [
-                None if x is None else op.a.new_empty(shape, dtype=torch.float32)
-                for x, shape in (
-                    (scale, (grid[1], size[0])),
-                    (row_bias, (grid[1], size[0])),
-                    (col_bias, (grid[0], size[1])),
+            slots = (grid[1] * parts, size[0])
+            sums = {
+                name: None if x is None else op.a.new_empty(shape, dtype=torch.float32)
+                for name, x, shape in (
+                    ("scale_sums", scale, slots),
+                    ("row_sums", row_bias, slots),
+                    ("col_sums", col_bias, (grid[0], size[1])),
+                    ("softplus_sums", call.values, slots),
                 )
-            ]
+            }
+            programs = grid[0] * grid[1]
+            if plan.arch.tma:  # a program's next tile is loaded while it reduces the one before
+                programs = min(programs, 2 * plan.processors)
             _launch(
-                kernels.weights_kernel,
-                grid[0] * grid[1],
-                **arguments,
+                triton_backward.weights_kernel,
+                programs,
+                **arguments | {"n": rows.stop, "m": cols.stop},
+                **sums,
                 panel=workspace,
                 stride_panel=0 if workspace is None else workspace.stride(0),
                 panel_row=rows.start,
                 panel_col=cols.start,
-                panel_rows=size[0],
-                panel_cols=size[1],
-                scale_sums=sums[0],
-                row_sums=sums[1],
-                col_sums=sums[2],
-                softplus_sums=None,
             )
             diagonal = call.symmetric and row0 == col0
             if scale is not None:
                 # W + Wᵀ has every pair twice; panels off the diagonal stand for two
                 half = 0.5 if diagonal else 1.0
-                scale[rows].add_(sums[0].sum(0), alpha=half)
+                scale[rows].add_(sums["scale_sums"].sum(0), alpha=half)
             if row_bias is not None:
-                row_bias[rows] += sums[1].sum(0)
+                row_bias[rows] += sums["row_sums"].sum(0)
             if col_bias is not None:
-                col_bias[cols] += sums[2].sum(0)
+                col_bias[cols] += sums["col_sums"].sum(0)
+            if call.values is not None:
+                call.values[rows] += sums["softplus_sums"].sum(0)
             if workspace is None:
                 continue
             weights = workspace[: size[0], : size[1]]

@@ -21,6 +21,17 @@ class Tile(NamedTuple):
     stages: int
 
 
+def around(tile: Tile) -> list[Tile]:
+    """The tiles that autotuning tries, the table's first: shorter, narrower, another pipeline."""
+    return [
+        tile,
+        tile._replace(m=tile.m // 2),
+        tile._replace(n=tile.n // 2),
+        tile._replace(m=tile.m // 2, warps=tile.warps // 2),
+        tile._replace(stages=tile.stages + 1),
+    ]
+
+
 class Arch(NamedTuple):
     """Tiles of one architecture, by arithmetic: "half" (bf16, fp16) and the three of fp32.
 
@@ -36,6 +47,13 @@ class Arch(NamedTuple):
     panel: dict[str, Tile]
     ids: dict[str, Tile]
     gradient: dict[str, Tile]
+
+    def parts(self, tile: Tile, softplus: bool = False) -> int:
+        """By how many parts of its columns a tile is reduced. With 128 scores per thread, the
+        columns' vectors, 3 registers for each of 32 columns, spill unless they come 8 at a time;
+        loss and gradient of softplus together do so with 64."""
+        threads = tile.warps * (64 if self.name == "gfx942" else 32)
+        return 4 if tile.m * tile.n >= (64 if softplus else 128) * threads else 1
 
 
 # Up to here the gradient's rows fit the registers. W would cost 6 bytes of memory traffic for
@@ -66,12 +84,13 @@ ARCHS = {
         gradient=GRADIENT,
     ),
     # The matrix unit is twice as fast and L2 is not: 256 × 128 asks it for 48 bytes per clock, of
-    # about 39, where 128 × 128 would ask for 64. W panels, with more column vectors, spill there.
+    # about 39, where 128 × 128 would ask for 64. Four stages: 192 KiB, so that a quarter of the
+    # next tile at D = 768 is loaded while one is reduced.
     "sm_90": Arch(
         "sm_90",
         True,
-        forward={"half": Tile(256, 128, 64, 8, 3)} | FP32,
-        panel={"half": Tile(128, 128, 64, 8, 3)} | FP32,
+        forward={"half": Tile(256, 128, 64, 8, 4)} | FP32,
+        panel={"half": Tile(256, 128, 64, 8, 4)} | FP32,
         ids={"half": Tile(128, 64, 64, 8, 3)} | FP32_IDS,
         gradient=GRADIENT | {"half": Tile(64, 64, 0, 4, 2)},
     ),
@@ -80,7 +99,7 @@ ARCHS = {
     "sm_100": Arch(
         "sm_100",
         True,
-        forward={"half": Tile(128, 64, 64, 8, 3)} | FP32,
+        forward={"half": Tile(128, 64, 64, 8, 4)} | FP32,
         panel={"half": Tile(128, 128, 64, 8, 3)} | FP32,
         ids={"half": Tile(128, 32, 64, 8, 3)} | FP32_IDS | {"ieee": TF32X3},
         gradient=GRADIENT,

@@ -75,7 +75,7 @@ struct Epilogue {
     struct Masks {
       M positive, excluded;  // an excluded self pair is not positive; excluded from max and logsum
     };
-    Masks operator()(int i, int panel, int c) const {
+    Masks operator()(int i, int panel, int c, F dot) const {
       M positive = V::equal(V::set(t.row_keys[i]), keys[c]);
       M excluded = V::none();
       if (t.exclude_self) {
@@ -83,6 +83,10 @@ struct Epilogue {
         const bool inside = at >= 0 && at < W;
         excluded = V::equal(V::set(inside ? static_cast<int32_t>(at) : -1), V::load(lane));
         positive = V::without(positive, excluded);
+      }
+      if (t.row_limit) {
+        const M beyond = V::less(V::set(t.row_limit[i]), dot);
+        excluded = V::either(excluded, V::without(beyond, positive));
       }
       if (t.exclude_positives) excluded = V::either(excluded, positive);
       return {positive, excluded};
@@ -257,8 +261,9 @@ struct Epilogue {
     for (int c = 0; c < C; ++c) {
       F top = nothing, top_neg = nothing, pos = lse ? nothing : zero, count = zero;
       for (int i = 0; i < t.rows; ++i) {
-        const F x = affine(V::load(in + i * P + c * W), V::set(t.scale[i]), V::set(t.row_add[i]), c);
-        const auto masks = pairs(i, panel, c);
+        const F dot = V::load(in + i * P + c * W);
+        const F x = affine(dot, V::set(t.scale[i]), V::set(t.row_add[i]), c);
+        const auto masks = pairs(i, panel, c, dot);
         const F allowed = V::select(masks.excluded, nothing, x);
         const F negative = V::select(masks.positive, nothing, allowed);
         V::store(out + i * P + c * W, allowed);
@@ -333,9 +338,9 @@ struct Epilogue {
         const F shift = V::load(s.c_shift + at);
         F total = V::zero();
         for (int i = 0; i < t.rows; ++i) {
-          const M positive = pairs(i, panel, c).positive;
-          if (!V::any(positive)) continue;
           const F dot = V::load(in + i * P + c * W);
+          const M positive = pairs(i, panel, c, dot).positive;
+          if (!V::any(positive)) continue;
           const F x = affine(dot, V::set(t.scale[i]), V::set(t.row_add[i]), c);
           const F nothing = V::set(-kInf);
           const F value = V::select(positive, x, nothing);

@@ -37,7 +37,7 @@ struct Weights : Epilogue<G> {
     }
   };
 
-  // Calls weight(S, i, panel, c) for every vector of the tile; stores scale_i times the result.
+  // Calls weight(S, dot, i, panel, c) for every vector of the tile; stores scale_i times the result.
   template <bool Summed, class Weight>
   static void walk(const Tile& t, const Sums& sums, Weight&& weight) {
     for (int panel = 0; panel * P < t.cols; ++panel) {
@@ -54,7 +54,7 @@ struct Weights : Epilogue<G> {
         F by_dot = V::zero(), by_row = V::zero();
         for (int c = 0; c < C; ++c) {
           const F dot = V::load(in + c * W);
-          const F w = weight(affine(dot, scale, add, c), i, panel, c);
+          const F w = weight(affine(dot, scale, add, c), dot, i, panel, c);
           if constexpr (Summed) {
             by_dot = V::fma(w, dot, by_dot);
             by_row = V::add(w, by_row);
@@ -93,7 +93,7 @@ struct Weights : Epilogue<G> {
       for (int c = 0; c < C; ++c) col_factor[c] = V::load(cols + panel * P + c * W);
     }
     void row(int i) { row_factor = V::set(rows[i]); }
-    F operator()(F s, int, int, int c) const {
+    F operator()(F s, F, int, int, int c) const {
       return V::mul(Math<V>::exp(V::sub(s, shift)), V::add(row_factor, col_factor[c]));
     }
   };
@@ -110,7 +110,7 @@ struct Weights : Epilogue<G> {
     static F term(F s, F shift, F logsum, F factor) {
       return V::mul(factor, Math<V>::exp(V::sub(V::sub(s, shift), logsum)));
     }
-    F operator()(F s, int i, int panel, int c) const {
+    F operator()(F s, F dot, int i, int panel, int c) const {
       const int j = panel * P + c * W;
       F w = V::zero();
       const Side &r = b.row, &q = b.col;
@@ -118,7 +118,7 @@ struct Weights : Epilogue<G> {
       if (q.factor)
         w = V::add(w, term(s, V::load(q.shift + j), V::load(q.logsum + j), V::load(q.factor + j)));
       if (t.plain) return w;
-      const auto masks = pairs(i, panel, c);
+      const auto masks = pairs(i, panel, c, dot);
       w = V::select(masks.excluded, V::zero(), w);
       if (!V::any(masks.positive)) return w;
       F p = V::zero();
@@ -203,10 +203,10 @@ struct Weights : Epilogue<G> {
         : t(tile), u(u), loss(loss), pairs(tile) {}
     void start(int panel) { pairs.start(panel); }
     void row(int) {}
-    F operator()(F s, int i, int panel, int c) const {
+    F operator()(F s, F dot, int i, int panel, int c) const {
       F weight = Backward ? V::set(u[i]) : V::zero();
       if (!t.plain) {
-        const auto masks = pairs(i, panel, c);
+        const auto masks = pairs(i, panel, c, dot);
         s = V::select(masks.positive, V::negate(s), s);
         weight = V::select(masks.positive, V::negate(weight), weight);
         s = V::select(masks.excluded, V::set(-kInf), s);

@@ -1,0 +1,200 @@
+"""The other losses, dense in PyTorch as people write them, and by this library.
+
+What a loss needs beyond two towers (a teacher's features, hard negatives, a queue) is made of the
+two towers' own features, without gradient.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import ito_kernels as ik
+
+if TYPE_CHECKING:
+    from contenders import Inputs
+
+PRIOR, HARDNESS, MARGIN, SOFT = 0.1, 0.5, 0.1, 0.4
+
+
+class Loss(NamedTuple):
+    eager: Callable[[Inputs], Tensor]
+    ours: Callable[..., Tensor]  # of the inputs and the backend
+    grouped: bool = False  # several rows share an id
+    one_tower: bool = False  # all 2N rows against each other
+
+
+def frozen(x: Inputs) -> Tensor:
+    """(N, D), of another item in every row."""
+    return x.b.detach().roll(1, 0)
+
+
+def both(loss: Callable[[Tensor], Tensor], scores: Tensor) -> Tensor:
+    return (loss(scores) + loss(scores.T)) / 2
+
+
+def scores_of(x: Inputs) -> Tensor:
+    return x.log_scale.exp() * x.a @ x.b.T
+
+
+def cross_entropy(logits: Tensor) -> Tensor:
+    return F.cross_entropy(logits, torch.arange(len(logits), device=logits.device))
+
+
+def mnrl(x: Inputs) -> Tensor:
+    return cross_entropy(x.log_scale.exp() * x.a @ torch.cat([x.b, frozen(x)]).T)
+
+
+def queue(x: Inputs) -> Tensor:
+    return cross_entropy(x.log_scale.exp() * x.a @ torch.cat([x.b, frozen(x)]).T)
+
+
+def decoupled(x: Inputs) -> Tensor:
+    positive = x.ids[:, None] == x.ids
+
+    def rows(scores: Tensor) -> Tensor:
+        negatives = scores.masked_fill(positive, -torch.inf).logsumexp(1)
+        return (negatives - scores.masked_fill(~positive, 0).sum(1) / positive.sum(1)).mean()
+
+    return both(rows, scores_of(x))
+
+
+def decoupled_softmax(x: Inputs) -> Tensor:
+    positive = x.ids[:, None] == x.ids
+
+    def rows(scores: Tensor) -> Tensor:
+        negatives = scores.masked_fill(positive, -torch.inf).logsumexp(1, keepdim=True)
+        terms = F.softplus(negatives - scores) * positive
+        return (terms.sum(1) / positive.sum(1)).mean()
+
+    return both(rows, scores_of(x))
+
+
+def cwcl(x: Inputs) -> Tensor:
+    c = frozen(x)
+    weights = 0.5 + 0.5 * c @ c.T
+    return F.cross_entropy(scores_of(x), weights / weights.sum(1, keepdim=True))
+
+
+def soft_target(x: Inputs) -> Tensor:
+    teacher = 10.0 * x.a.detach() @ x.b.detach().T
+    itself = torch.eye(len(teacher), dtype=teacher.dtype, device=teacher.device)
+
+    def rows(scores: Tensor, teacher: Tensor) -> Tensor:
+        return F.cross_entropy(scores, SOFT * teacher.softmax(1) + (1 - SOFT) * itself)
+
+    scores = scores_of(x)
+    return (rows(scores, teacher) + rows(scores.T, teacher.T)) / 2
+
+
+def uniformity(x: Inputs) -> Tensor:
+    # the pairs i < j: every other pair is one of these again
+    squares = torch.pdist(torch.cat([x.a, x.b])).square()
+    return (-x.log_scale.exp() * squares).exp().mean().log()
+
+
+def symile(x: Inputs) -> Tensor:
+    rng, z, scale = torch.Generator().manual_seed(0), frozen(x), x.log_scale.exp()
+    total = 0
+    for anchor, second, third in ((x.a, x.b, z), (x.b, x.a, z), (z, x.a, x.b)):
+        orders = (torch.randperm(len(z), generator=rng).to(z.device) for _ in "23")
+        others = second[next(orders)] * third[next(orders)]
+        true = scale * (anchor * second * third).sum(1)
+        itself = torch.eye(len(z), dtype=torch.bool, device=z.device)
+        total = total + cross_entropy(torch.where(itself, true[:, None], scale * anchor @ others.T))
+    return total / 3
+
+
+def hard_debiased(x: Inputs) -> Tensor:
+    scale = x.log_scale.exp()
+    itself = torch.eye(len(x.a), dtype=torch.bool, device=x.a.device)
+
+    def rows(scores: Tensor) -> Tensor:
+        n = len(scores) - 1
+        positive = scores.diagonal().exp()
+        weights = (HARDNESS * scores).exp().masked_fill(itself, 0)
+        hard = n * (weights * scores.exp()).sum(1) / weights.sum(1)
+        negatives = torch.maximum(
+            (hard - n * PRIOR * positive) / (1 - PRIOR), n * torch.exp(-scale)
+        )
+        return ((positive + negatives).log() - scores.diagonal()).mean()
+
+    return both(rows, scale * x.a @ x.b.T)
+
+
+def margin(x: Inputs) -> Tensor:
+    itself = torch.eye(len(x.a), dtype=torch.bool, device=x.a.device)
+
+    def rows(dot: Tensor) -> Tensor:
+        false = ~itself & (dot > dot.diagonal()[:, None] + MARGIN)
+        return cross_entropy((x.log_scale.exp() * dot).masked_fill(false, -torch.inf))
+
+    return both(rows, x.a @ x.b.T)
+
+
+def by_ids(x: Inputs) -> dict[str, Tensor]:
+    return {"query_ids": x.ids, "key_ids": x.ids}
+
+
+def infonce(**options) -> Callable[..., Tensor]:
+    def run(x: Inputs, scale: Tensor, **where) -> Tensor:
+        given = {k: v(x) if callable(v) else v for k, v in options.items()}
+        return ik.clip_loss(x.a, x.b, scale, **given, **where)
+
+    return run
+
+
+OTHER_LOSSES = {
+    "mnrl": Loss(
+        mnrl,
+        lambda x, scale, **where: ik.mnrl_loss(
+            x.a, x.b, frozen(x), scale, normalize=False, **where
+        ),
+    ),
+    "queue": Loss(queue, infonce(queue=frozen, symmetric=False)),
+    "decoupled": Loss(
+        decoupled,
+        lambda x, scale, **where: ik.decoupled_contrastive_loss(
+            x.a, x.b, scale, **by_ids(x), **where
+        ),
+        grouped=True,
+    ),
+    "decoupled_softmax": Loss(
+        decoupled_softmax,
+        lambda x, scale, **where: ik.decoupled_softmax_loss(x.a, x.b, scale, **by_ids(x), **where),
+        grouped=True,
+    ),
+    "cwcl": Loss(
+        cwcl, lambda x, scale, **where: ik.cwcl_loss(x.a, x.b, scale, reference=frozen(x), **where)
+    ),
+    "soft_target": Loss(
+        soft_target,
+        lambda x, scale, **where: ik.soft_target_infonce(
+            x.a,
+            x.b,
+            scale,
+            target_queries=x.a.detach(),
+            target_keys=x.b.detach(),
+            target_scale=10.0,
+            alpha=SOFT,
+            **where,
+        ),
+    ),
+    "uniformity": Loss(
+        uniformity,
+        lambda x, scale, **where: ik.uniformity_loss(torch.cat([x.a, x.b]), scale, **where),
+        one_tower=True,
+    ),
+    "symile": Loss(
+        symile,
+        lambda x, scale, **where: ik.symile_loss(
+            x.a, x.b, frozen(x), scale, torch.Generator().manual_seed(0), **where
+        ),
+    ),
+    "hard_debiased": Loss(hard_debiased, infonce(hardness=HARDNESS, debias=PRIOR)),
+    "margin": Loss(margin, infonce(false_negative_margin=MARGIN)),
+}

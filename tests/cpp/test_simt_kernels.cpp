@@ -1,0 +1,172 @@
+// The CUDA kernels on the emulator against a direct evaluation in double: one small problem for
+// each kernel, with edges and several steps, tiles and groups. tests/test_simt.py also builds this
+// with a fault planted in the kernels' source. Prints what is wrong; exit status 1 if anything.
+#include <cmath>
+#include <cstdio>
+#include <random>
+#include <string>
+#include <vector>
+
+#include "cuda/problem.hpp"
+
+using namespace ito::emulated;
+
+namespace {
+
+constexpr int kN = 200, kM = 300, kD = 72;  // 9 chunks, 3 steps; a third tile of 44 columns
+constexpr float kScale = 5;
+
+int failures = 0;
+
+void expect_close(const char* what, int at, double got, double right, double within) {
+  if (std::fabs(got - right) <= within) return;
+  if (++failures < 5) std::printf("%s %d: got %g, wanted %g\n", what, at, got, right);
+}
+
+struct Matrix {
+  int rows;
+  std::vector<simt::Chunk> data;
+  std::vector<float> value;
+
+  Matrix(int rows, uint32_t seed) : rows(rows), data(rows * kD / 8), value(rows * kD) {
+    std::mt19937 draw(seed);
+    std::normal_distribution<float> normal(0, 1 / std::sqrt(float{kD}));
+    auto* half = reinterpret_cast<uint16_t*>(data.data());
+    for (size_t i = 0; i < value.size(); ++i) {
+      half[i] = static_cast<uint16_t>(simt::to_bf16(normal(draw)));
+      value[i] = simt::from_bf16(half[i]);
+    }
+  }
+  Side side() const {
+    Side s;
+    s.features = {data.data(), static_cast<int64_t>(data.size())};
+    s.stride = kD / 8;
+    s.length = rows;
+    return s;
+  }
+};
+
+template <class T>
+simt::Global<T> tensor(std::vector<T>& x) {
+  return {x.data(), static_cast<int64_t>(x.size())};
+}
+template <class T>
+simt::Global<const T> input(const std::vector<T>& x) {
+  return {x.data(), static_cast<int64_t>(x.size())};
+}
+
+void run() {
+  const Matrix a(kN, 1), b(kM, 2);
+  std::vector<double> s(kN * kM);
+  for (int i = 0; i < kN; ++i)
+    for (int j = 0; j < kM; ++j)
+      for (int d = 0; d < kD; ++d)
+        s[i * kM + j] += double{kScale} * a.value[i * kD + d] * b.value[j * kD + d];
+  const std::vector<float> scale{kScale};
+
+  Scores scores;
+  scores.row = a.side();
+  scores.col = b.side();
+  scores.row_bytes = 2 * kD;
+  scores.scale = input(scale);
+  scores.positives = Positives::kLinear;
+  scores.positives_matter = true;
+  const Split split{2, 2, 1, 2, false};
+
+  std::vector<float> row_slots(kFields * 2 * kSlots * kN, NAN);
+  std::vector<float> col_slots(kFields * kSlots * kM, NAN);
+  Forward f;
+  f.scores = scores;
+  f.split = split;
+  f.row_slots = tensor(row_slots);
+  f.col_slots = tensor(col_slots);
+  forward(Arithmetic::kBf16, f, {});
+
+  const auto check_side = [&](const char* name, const std::vector<float>& slots, int length,
+                              int count, int stride, int other, int other_stride) {
+    std::vector<float> max(length), logsum(length), pos(length);
+    Merge m;
+    m.slots = input(slots);
+    m.length = length;
+    m.count = count;
+    m.positives = Positives::kLinear;
+    m.max = tensor(max);
+    m.logsum = tensor(logsum);
+    m.pos = tensor(pos);
+    merge(m, {});
+    for (int i = 0; i < length; ++i) {
+      double sum = 0;
+      for (int j = 0; j < other; ++j) sum += std::exp(s[i * stride + j * other_stride]);
+      expect_close(name, i, max[i] + logsum[i], std::log(sum), 1e-4);
+      if (i < std::min(kN, kM)) expect_close(name, i, pos[i] + max[i], s[i * kM + i], 1e-4);
+    }
+  };
+  check_side("row", row_slots, kN, 2 * kSlots, kM, kM, 1);
+  check_side("column", col_slots, kM, kSlots, 1, kN, kM);
+
+  // W of Σ_i row_i: softmax of rows, with the maximum as 0 and the logarithm of the sum in factor
+  std::vector<Pair> factors(kN);
+  std::vector<double> w(kN * kM);
+  for (int i = 0; i < kN; ++i) {
+    double sum = 0;
+    for (int j = 0; j < kM; ++j) sum += std::exp(s[i * kM + j]);
+    factors[i] = {0, static_cast<float>(1 / sum)};
+    for (int j = 0; j < kM; ++j) w[i * kM + j] = std::exp(s[i * kM + j]) / sum;
+  }
+  scores.row.factors = input(factors);
+  scores.positives = Positives::kNone;
+  scores.positives_matter = false;
+
+  const int stride = 96;  // two words, 4 halves each: 384 columns
+  std::vector<TwoWords> words(256 * stride);
+  std::vector<float> sums(2 * kWarpCols * kN, NAN);
+  Panel p;
+  p.scores = scores;
+  p.split = {1, 2, 2, 2, false};
+  p.last_row = kN;
+  p.last_col = kM;
+  p.panel = tensor(words);
+  p.stride = stride;
+  p.row_sums = tensor(sums);
+  panel(Arithmetic::kBf16, p, {});
+  const auto* half = reinterpret_cast<const uint16_t*>(words.data());
+  for (int i = 0; i < kN; ++i) {
+    for (int j = 0; j < kM; ++j) {
+      const double right = kScale * w[i * kM + j];
+      expect_close("W, row", i, simt::from_bf16(half[i * 384 + j]), right, 0.005 * right);
+    }
+    double sum = 0;
+    for (int slot = 0; slot < 2 * kWarpCols; ++slot) sum += sums[slot * kN + i];
+    expect_close("sum of W, row", i, sum, 1, 1e-4);
+  }
+
+  std::vector<Pair> grad(kN * kD / 2);
+  Gradient g;
+  g.scores = scores;
+  g.grad = tensor(grad);
+  g.stride = kD / 2;
+  gradient(Arithmetic::kBf16, g, {});
+  const float* value = &grad[0].x;
+  for (int i = 0; i < kN; ++i)
+    for (int d = 0; d < kD; ++d) {
+      double right = 0;
+      for (int j = 0; j < kM; ++j) right += kScale * w[i * kM + j] * b.value[j * kD + d];
+      expect_close("gradient, row", i, value[i * kD + d], right, 0.005);
+    }
+}
+
+}  // namespace
+
+int main() {
+  try {
+    for (uint64_t seed = 0; seed < 2; ++seed) {
+      simt::settings().seed = seed;
+      run();
+    }
+  } catch (const std::exception& e) {
+    std::puts(e.what());
+    return 1;
+  }
+  if (failures == 0) std::puts("all right");
+  return failures != 0;
+}
