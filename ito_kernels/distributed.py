@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator, Sequence
+from functools import wraps
 from itertools import pairwise
 from types import ModuleType
 from typing import NamedTuple
@@ -83,6 +84,18 @@ class _Started:
 
 
 # ---- the batch
+
+
+def _not_compiled(method: Callable) -> Callable:
+    """`torch.compiler.disable`, which imports dynamo: 2 s, for those alone who compile."""
+
+    @wraps(method)
+    def call(self, *args, **options):
+        if torch.compiler.is_compiling():
+            return torch.compiler.disable(method)(self, *args, **options)
+        return method(self, *args, **options)
+
+    return call
 
 
 def check_chunk_size(chunk_size: object) -> None:
@@ -168,7 +181,7 @@ class GlobalBatch:
         """The mean of all ranks' x over `where`, 0 if that is nowhere."""
         return self.sum(torch.where(where, x, 0).sum()) / self.sum(where.sum()).clamp(min=1)
 
-    @torch.compiler.disable
+    @_not_compiled
     def similarity_logsumexp(
         self,
         a: Tensor,
@@ -213,7 +226,7 @@ class GlobalBatch:
         total = self.sum(op._total(stats, Upstream(u, v, alpha, beta)))
         return (total, Stats(*(_detached(x) for x in stats))) if return_stats else total
 
-    @torch.compiler.disable
+    @_not_compiled
     def similarity_softplus(
         self,
         a: Tensor,

@@ -4,6 +4,8 @@ Each W is one start of processes, which run every check; the tests read what the
 """
 
 import os
+import subprocess
+import sys
 import time
 from functools import cache, partial
 
@@ -538,6 +540,12 @@ def compiled_step():
 @pytest.mark.slow  # importing dynamo takes as long as everything else
 def test_inside_torch_compile():
     assert ranks.run(compiled_step, 2) == [{"step": None}] * 2
+
+
+def test_the_package_does_not_import_dynamo():
+    """2 s of every start."""
+    script = "import sys, ito_kernels; sys.exit('torch._dynamo' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", script]).returncode == 0
 
 
 def abandoned(where, how):
