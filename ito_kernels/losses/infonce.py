@@ -124,8 +124,8 @@ def multi_positive_infonce(
 
         `debias` and `hardness` raise NotImplementedError with `positive_pairs`, and
         `false_negative_margin` with `label_smoothing` or, if symmetric, with one logit_scale for
-        each query. With `debias`, `hardness`, `positive_pairs`, `queue` or `hard_negatives` bf16 and
-        fp16 features are computed in fp32: parts of several passes cancel.
+        each query. With `debias`, `hardness`, `positive_pairs`, `queue` or `hard_negatives` bf16
+        and fp16 features are computed in fp32: parts of several passes cancel.
 
     Returns:
         The loss, a 0-d fp32 tensor (fp64 for fp64 features), or as `reduction` says; with
