@@ -77,6 +77,8 @@ class Backend:
             return False, self.missing() or f"needs {self.device} tensors, got {device}"
         if problem.a.dtype == torch.float64:
             return False, "fp64 is computed by the reference and chunked backends"
+        if problem.row_limit is not None:
+            return False, "row_limit is left to the chunked and reference backends"
         if max(problem.n, problem.m) >= 2**31 - 2**9:
             return False, "row numbers do not fit 32 bits"
         return True, "the CUDA kernels"
