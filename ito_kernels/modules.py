@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from .losses import (
@@ -14,20 +15,28 @@ from .losses import (
 )
 
 
-def _one_process(world_size: int, use_horovod: bool = False) -> None:
-    if use_horovod:
-        raise NotImplementedError("use_horovod: only torch.distributed is supported")
-    if world_size != 1:
-        raise NotImplementedError(
-            f"world_size={world_size}: the global batch is not in this version of ito_kernels"
+def _default_group(world_size: int) -> dist.ProcessGroup | None:
+    """What open_clip's losses gather over: the default group, where there is more than one rank."""
+    if world_size == 1:
+        return None
+    if not dist.is_initialized():
+        raise RuntimeError(
+            f"world_size={world_size} needs torch.distributed.init_process_group() first"
         )
+    if world_size != dist.get_world_size():
+        raise ValueError(
+            f"world_size must be that of the default group, {dist.get_world_size()},"
+            f" got {world_size}"
+        )
+    return dist.group.WORLD
 
 
 class ClipLoss(nn.Module):
     """`clip_loss` in place of open_clip's `ClipLoss`: same constructor, same call.
 
-    `local_loss`, `gather_with_grad`, `cache_labels` and `rank` are accepted and change nothing:
-    there is no dense logits matrix to save, and gradients are always the exact global ones.
+    With `world_size` > 1 the batch is that of all ranks of the default group. `local_loss`,
+    `gather_with_grad`, `cache_labels` and `rank` are accepted and change nothing: there is no
+    dense logits matrix to save, and gradients are always the exact global ones.
     `logit_bias` is accepted too: a constant added to every score does not change a softmax.
     """
 
@@ -41,7 +50,9 @@ class ClipLoss(nn.Module):
         use_horovod: bool = False,
     ):
         super().__init__()
-        _one_process(world_size, use_horovod)
+        if use_horovod:
+            raise NotImplementedError("use_horovod: only torch.distributed is supported")
+        self.world_size = world_size
 
     def forward(
         self,
@@ -51,14 +62,16 @@ class ClipLoss(nn.Module):
         logit_bias: float | Tensor | None = None,
         output_dict: bool = False,
     ) -> Tensor | dict[str, Tensor]:
-        loss = clip_loss(image_features, text_features, logit_scale)
+        group = _default_group(self.world_size)
+        loss = clip_loss(image_features, text_features, logit_scale, group=group)
         return {"contrastive_loss": loss} if output_dict else loss
 
 
 class SigLipLoss(nn.Module):
     """`siglip_loss` in place of open_clip's `SigLipLoss`: same constructor, same call.
 
-    `cache_labels`, `rank` and `dist_impl` are accepted and change nothing.
+    With `world_size` > 1 the batch is that of all ranks of the default group. `cache_labels`,
+    `rank` and `dist_impl` are accepted and change nothing.
     """
 
     def __init__(
@@ -69,7 +82,7 @@ class SigLipLoss(nn.Module):
         dist_impl: str | None = None,
     ):
         super().__init__()
-        _one_process(world_size)
+        self.world_size = world_size
 
     def forward(
         self,
@@ -79,7 +92,8 @@ class SigLipLoss(nn.Module):
         logit_bias: float | Tensor,
         output_dict: bool = False,
     ) -> Tensor | dict[str, Tensor]:
-        loss = siglip_loss(image_features, text_features, logit_scale, logit_bias)
+        group = _default_group(self.world_size)
+        loss = siglip_loss(image_features, text_features, logit_scale, logit_bias, group=group)
         return {"contrastive_loss": loss} if output_dict else loss
 
 
@@ -111,31 +125,44 @@ class SupConLoss(nn.Module):
         temperature: float = 0.07,
         base_temperature: float | None = None,
         empty: str = "zero",
+        group=None,
+        chunk_size: int | None = None,
     ):
         super().__init__()
         self.temperature, self.base_temperature, self.empty = temperature, base_temperature, empty
+        self.where = {"group": group, "chunk_size": chunk_size}
 
     def forward(self, features: Tensor, labels: Tensor) -> Tensor:
-        return supcon_loss(features, labels, self.temperature, self.base_temperature, self.empty)
+        return supcon_loss(
+            features, labels, self.temperature, self.base_temperature, self.empty, **self.where
+        )
 
 
 class NTXentLoss(nn.Module):
     """`nt_xent_loss` with its temperature fixed at construction."""
 
-    def __init__(self, temperature: float = 0.5):
+    def __init__(self, temperature: float = 0.5, group=None, chunk_size: int | None = None):
         super().__init__()
         self.temperature = temperature
+        self.where = {"group": group, "chunk_size": chunk_size}
 
     def forward(self, z1: Tensor, z2: Tensor) -> Tensor:
-        return nt_xent_loss(z1, z2, self.temperature)
+        return nt_xent_loss(z1, z2, self.temperature, **self.where)
 
 
 class ItoLoss(nn.Module):
     """`ito_loss` with its options fixed at construction."""
 
-    def __init__(self, lambda_fusion: float = 2.0, denominator: str = "pair"):
+    def __init__(
+        self,
+        lambda_fusion: float = 2.0,
+        denominator: str = "pair",
+        group=None,
+        chunk_size: int | None = None,
+    ):
         super().__init__()
         self.lambda_fusion, self.denominator = lambda_fusion, denominator
+        self.where = {"group": group, "chunk_size": chunk_size}
 
     def forward(
         self,
@@ -151,4 +178,5 @@ class ItoLoss(nn.Module):
             logit_scale,
             lambda_fusion=self.lambda_fusion,
             denominator=self.denominator,
+            **self.where,
         )

@@ -85,27 +85,36 @@ def test_message(error, message, call):
         call()
 
 
-LATER = {"group": object(), "chunk_size": 8}
+def test_what_has_no_global_batch_says_so():
+    with pytest.raises(NotImplementedError, match=r"label_smoothing is not .* with group"):
+        ik.multi_positive_infonce(X, Y, 1.0, label_smoothing=0.1, group=object())
+    with pytest.raises(NotImplementedError, match="group"):
+        ik.cwcl_loss(X, Y, 1.0, reference=X, group=object())
 
 
-@pytest.mark.parametrize("option", LATER)
-def test_options_to_come_name_themselves(option):
-    with pytest.raises(NotImplementedError, match=option):
-        ik.multi_positive_infonce(X, Y, 1.0, **{option: LATER[option]})
-
-
-@pytest.mark.parametrize("option", ["group", "chunk_size"])
-def test_every_loss_names_the_global_batch_as_to_come(option):
-    value = {option: LATER[option]}
+@pytest.mark.parametrize(
+    ("error", "message", "value"),
+    [
+        (TypeError, "group must be a ProcessGroup or a DeviceMesh, got str", {"group": "all"}),
+        (TypeError, "chunk_size must be a whole number, got float", {"chunk_size": 8.0}),
+        (ValueError, "chunk_size must be at least 1, got 0", {"chunk_size": 0}),
+    ],
+)
+def test_every_loss_checks_the_group(error, message, value):
     for call in (
         lambda: ik.clip_loss(X, Y, 1.0, **value),
         lambda: ik.siglip_loss(X, Y, 1.0, 0.0, **value),
         lambda: ik.supcon_loss(X, IDS, **value),
         lambda: ik.nt_xent_loss(X, Y, **value),
+        lambda: ik.mnrl_loss(X, Y, **value),
         lambda: ik.ito_loss(X[None], Y, None, 1.0, lambda_fusion=0, **value),
     ):
-        with pytest.raises(NotImplementedError, match=option):
+        with pytest.raises(error, match=message):
             call()
-    for module in (ik.ClipLoss, ik.SigLipLoss):
-        with pytest.raises(NotImplementedError, match="world_size=2"):
-            module(rank=1, world_size=2)
+
+
+@pytest.mark.parametrize("module", [ik.ClipLoss, ik.SigLipLoss])
+def test_modules_need_an_initialised_group(module):
+    loss = module(rank=1, world_size=2)
+    with pytest.raises(RuntimeError, match=r"world_size=2 needs .*init_process_group"):
+        loss(X, Y, torch.tensor(1.0), torch.tensor(0.0))

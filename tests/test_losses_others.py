@@ -312,13 +312,12 @@ def test_gradcheck(name):
 
 
 @pytest.mark.parametrize("option", ["group", "chunk_size"])
-def test_the_global_batch_is_to_come(option):
+def test_losses_without_a_global_batch(option):
     x, value = unit(4, 3), {option: 4}
     soft = {"target_queries": x, "target_keys": x, "target_scale": 1.0}
     for call in (
         lambda: ik.decoupled_contrastive_loss(x, x, 1.0, **value),
         lambda: ik.decoupled_softmax_loss(x, x, 1.0, **value),
-        lambda: ik.mnrl_loss(x, x, **value),
         lambda: ik.cwcl_loss(x, x, 1.0, reference=x, **value),
         lambda: ik.soft_target_infonce(x, x, 1.0, **soft, **value),
         lambda: ik.uniformity_loss(x, **value),

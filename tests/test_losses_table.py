@@ -326,8 +326,8 @@ ROWS = {
 }
 # what a backend leaves to others
 REFUSED = {("triton", "false_negative_margin")}
-# what every loss takes but not every version can do; tested in test_bad_input.py
-LATER = ("group", "chunk_size")
+# tested in test_distributed.py
+ELSEWHERE = ("group", "chunk_size")
 CASES = [(loss, option) for loss, rows in ROWS.items() for option in rows]
 
 
@@ -379,7 +379,7 @@ def test_every_loss_and_every_option_has_a_row():
     for loss, rows in ROWS.items():
         named = set(re.findall(r"\w+", " ".join(rows)))
         for name, parameter in inspect.signature(getattr(ik, loss)).parameters.items():
-            if parameter.default is inspect.Parameter.empty or name in (*LATER, "backend"):
+            if parameter.default is inspect.Parameter.empty or name in (*ELSEWHERE, "backend"):
                 continue
             assert name in named, f"{loss}: no row for {name}"
 
@@ -404,10 +404,8 @@ def table() -> str:
         "`TRITON_INTERPRET=1`, or on a GPU); the reference is compared with the formula, written",
         "out for one anchor after the other in fp64, by the test in the last column.",
         "Options of `multi_positive_infonce` are those of `clip_loss` too, and compose; two that",
-        "have no meaning together raise and say why. "
-        + ", ".join(f"`{name}`" for name in LATER)
-        + " raise",
-        "`NotImplementedError`.",
+        "have no meaning together raise and say why. `group` and `chunk_size`: see",
+        "[distributed.md](distributed.md).",
         "",
         "| loss | option | " + " | ".join(BACKENDS) + " | formula tested by |",
         "|---|---|" + "---|" * len(BACKENDS) + "---|",

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from ..similarity import similarity_logsumexp
+from ..similarity.pairs import count_positives
 from ..similarity.spec import Stats, check_ids, check_pair, check_scale
-from .common import count_positives
 from .precision import accumulated, as_autocast, inner
 
 OTHER = {"row": "col", "col": "row"}

@@ -10,10 +10,9 @@ import torch
 from torch import Tensor
 
 from ..similarity import similarity_logsumexp
-from ..similarity.pairs import finite_shift
+from ..similarity.pairs import count_positives, finite_shift
 from ..similarity.spec import Stats
 from .batch import Batch
-from .common import count_positives
 from .options import Options
 from .precision import accumulated
 

@@ -7,9 +7,10 @@ import math
 import torch
 from torch import Tensor
 
+from ..distributed import GlobalBatch, check_chunk_size
 from ..similarity import similarity_softplus
 from ..similarity.spec import accumulate_dtype, cast, check_ids, check_pair, check_scale, scalar
-from .common import REDUCTIONS, check_choice, normalized, not_yet
+from .common import REDUCTIONS, check_choice, normalized
 from .infonce import multi_positive_infonce
 
 
@@ -69,7 +70,7 @@ def siglip_loss(
             "sum": over pairs; "none": (N,), each image's sum over the texts.
         backend: see `ito_kernels.backends()`; None chooses.
 
-        `group` and `chunk_size` raise NotImplementedError in this version.
+        group, chunk_size: as in `multi_positive_infonce`: the images and texts of all ranks.
 
     Returns a 0-d fp32 tensor (fp64 for fp64 features), (N,) for "none".
 
@@ -79,7 +80,7 @@ def siglip_loss(
 
     Source: Zhai et al. 2023 (SigLIP), eq. 1.
     """
-    not_yet(group=group, chunk_size=chunk_size)
+    check_chunk_size(chunk_size)
     check_choice("reduction", reduction, REDUCTIONS)
     check_pair("image_features", image_features, "text_features", text_features)
     check_scale("logit_scale", logit_scale, image_features)
@@ -91,14 +92,22 @@ def siglip_loss(
             f" got {n} images, {m} texts and no "
             + ("image_ids" if image_ids is None else "text_ids")
         )
-    number = n
     if image_ids is not None or text_ids is not None:
-        rows = torch.arange(n, device=device)
+        rows = torch.arange(n, device=device) if group is None else None
         image_ids = rows if image_ids is None else image_ids
         text_ids = rows if text_ids is None else text_ids
-        image_ids = check_ids("image_ids", image_ids, n, "image_features", device)
-        text_ids = check_ids("text_ids", text_ids, m, "text_features", device)
-        number = (image_ids >= 0).sum().clamp(min=1)  # padding does not count
+        if image_ids is not None:
+            image_ids = check_ids("image_ids", image_ids, n, "image_features", device)
+        if text_ids is not None:
+            text_ids = check_ids("text_ids", text_ids, m, "text_features", device)
+    softplus = similarity_softplus
+    if group is not None:
+        whole = GlobalBatch(group, image_features, text_features, image_ids, text_ids, chunk_size)
+        softplus, image_ids, text_ids = whole.similarity_softplus, whole.query_ids, whole.key_ids
+    number = n
+    if image_ids is not None:
+        number = (image_ids >= 0).sum()  # padding does not count
+        number = (number if group is None else whole.sum(number)).clamp(min=1)
     if normalize:
         image_features = normalized(image_features, image_ids)
         text_features = normalized(text_features, text_ids)
@@ -107,7 +116,7 @@ def siglip_loss(
         weights = torch.ones(n, dtype=bias.dtype, device=device)
         if reduction == "mean":
             weights /= number
-    return similarity_softplus(
+    return softplus(
         image_features,
         text_features,
         logit_scale,

@@ -35,13 +35,6 @@ def normalized(features: Tensor, ids: Tensor | None) -> Tensor:
     return torch.nn.functional.normalize(features, dim=1)
 
 
-def count_positives(ids: Tensor, other_ids: Tensor) -> Tensor:
-    """k_i, the number of `other_ids` equal to ids_i; 0 for padding. O((N + M) log M)."""
-    ordered = other_ids.sort().values
-    above = torch.searchsorted(ordered, ids, right=True)
-    return (above - torch.searchsorted(ordered, ids)).masked_fill(ids < 0, 0)
-
-
 def mean_where(x: Tensor, where: Tensor) -> Tensor:
     """The mean of x over `where`, 0 if that is nowhere."""
     return torch.where(where, x, 0).sum() / where.sum().clamp(min=1)

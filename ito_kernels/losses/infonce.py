@@ -8,15 +8,15 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..distributed import GlobalBatch, check_chunk_size
 from ..similarity import similarity_logsumexp
+from ..similarity.pairs import count_positives
 from ..similarity.spec import Stats, accumulate_dtype, check_ids, check_pair, check_scale
 from .common import (
     REDUCTIONS,
     check_choice,
-    count_positives,
     mean_where,
     normalized,
-    not_yet,
 )
 from .composed import infonce_with_options
 from .options import Options
@@ -114,11 +114,18 @@ def multi_positive_infonce(
         backend: see `ito_kernels.backends()`; None chooses. What torch.compile has compiled keeps
             the backend it was compiled with, whatever `use_backend` and ITO_BACKEND say later.
 
-        `group` and `chunk_size` raise NotImplementedError in this version, as do `debias` and
-        `hardness` with `positive_pairs`, and `false_negative_margin` with `label_smoothing` or, if
-        symmetric, with one logit_scale for each query. With `debias`, `hardness`, `positive_pairs`,
-        `queue` or `hard_negatives` bf16 and fp16 features are computed in fp32: parts of several
-        passes cancel.
+        group: a process group or a one-dimensional DeviceMesh: the batch is that of all its ranks,
+            each of which gives its own rows and gets the global loss, with gradients that are
+            those of one process on the whole batch once averaged over ranks (DDP, FSDP). Ids
+            count across ranks and default to global row numbers; means divide by global counts;
+            what is per anchor is this rank's. Not with the options from `label_smoothing` to
+            `hardness`. See `ito_kernels.distributed`.
+        chunk_size: with a group: how many keys of all ranks are gathered at a time.
+
+        `debias` and `hardness` raise NotImplementedError with `positive_pairs`, and
+        `false_negative_margin` with `label_smoothing` or, if symmetric, with one logit_scale for
+        each query. With `debias`, `hardness`, `positive_pairs`, `queue` or `hard_negatives` bf16
+        and fp16 features are computed in fp32: parts of several passes cancel.
 
     Returns:
         The loss, a 0-d fp32 tensor (fp64 for fp64 features), or as `reduction` says; with
@@ -133,7 +140,7 @@ def multi_positive_infonce(
     Miech et al. 2020 (MIL-NCE); He et al. 2020 (queue); Yi et al. 2019 (logQ correction); Chuang et
     al. 2020 (debias); Robinson et al. 2021 (hardness).
     """
-    not_yet(group=group, chunk_size=chunk_size)
+    check_chunk_size(chunk_size)
     options = Options(
         label_smoothing,
         query_weights,
@@ -163,11 +170,18 @@ def multi_positive_infonce(
             + ("query_ids" if query_ids is None else "key_ids")
         )
     if query_ids is not None or key_ids is not None:
-        rows = torch.arange(n, device=queries.device)
+        rows = torch.arange(n, device=queries.device) if group is None else None
         query_ids = rows if query_ids is None else query_ids
         key_ids = rows if key_ids is None else key_ids
-        query_ids = check_ids("query_ids", query_ids, n, "queries", queries.device)
-        key_ids = check_ids("key_ids", key_ids, m, "keys", queries.device)
+        if query_ids is not None:
+            query_ids = check_ids("query_ids", query_ids, n, "queries", queries.device)
+        if key_ids is not None:
+            key_ids = check_ids("key_ids", key_ids, m, "keys", queries.device)
+    whole, logsumexp = None, similarity_logsumexp
+    if group is not None:
+        options.refuse_group()
+        whole = GlobalBatch(group, queries, keys, query_ids, key_ids, chunk_size)
+        logsumexp, query_ids, key_ids = whole.similarity_logsumexp, whole.query_ids, whole.key_ids
     if normalize:
         same = keys is queries and query_ids is key_ids
         queries = normalized(queries, query_ids)
@@ -191,7 +205,7 @@ def multi_positive_infonce(
         )
 
     call = partial(
-        similarity_logsumexp,
+        logsumexp,
         queries,
         keys,
         logit_scale,
@@ -201,9 +215,9 @@ def multi_positive_infonce(
         backend=backend,
     )
     shape = {"positives": "linear" if positives == "mean" else "lse", "hardest": return_stats}
-    rows = _Anchors.of(queries, query_ids, key_ids, exclude_self, empty)
+    rows = _Anchors.of(queries, query_ids, key_ids, exclude_self, empty, whole)
     same = query_ids is key_ids or not symmetric
-    cols = rows if same else _Anchors.of(keys, key_ids, query_ids, exclude_self, empty)
+    cols = rows if same else _Anchors.of(keys, key_ids, query_ids, exclude_self, empty, whole)
 
     if reduction == "none":
         stats = call(cols=symmetric, **shape)
@@ -220,16 +234,19 @@ def multi_positive_infonce(
         out = call(cols=symmetric, **shape, **weights, return_stats=return_stats)
         loss, stats = out if return_stats else (out, None)
         if positives == "in":
-            loss = loss + rows.log_counts(share, reduction)
+            counts = rows.log_counts(share, reduction)
             if symmetric:
-                loss = loss + cols.log_counts(share, reduction)
+                counts = counts + cols.log_counts(share, reduction)
+            loss = loss + (counts if whole is None else whole.sum(counts))
     if not return_stats:
         return loss
     with torch.no_grad():
         positive = stats.row_pos
         if positives != "mean":  # "lse" positives do not give their mean: one more forward pass
             positive = call(positives="linear", cols=False).row_pos
-        return loss, _diagnostics(stats, rows, cols, positives, positive / rows.k.clamp(min=1))
+        mean = mean_where if whole is None else whole.mean_where
+        positive = positive / rows.k.clamp(min=1)
+        return loss, _diagnostics(stats, rows, cols, positives, positive, mean)
 
 
 class _Anchors(NamedTuple):
@@ -243,16 +260,25 @@ class _Anchors(NamedTuple):
     single: bool = False
 
     @classmethod
-    def of(cls, features: Tensor, ids, other_ids, exclude_self: bool, empty: str) -> _Anchors:
+    def of(
+        cls,
+        features: Tensor,
+        ids: Tensor | None,
+        other_ids: Tensor | None,
+        exclude_self: bool,
+        empty: str,
+        whole: GlobalBatch | None,
+    ) -> _Anchors:
         n, dtype = len(features), accumulate_dtype(features.dtype)
         if ids is None:  # row i's positive is key i, and itself where self is left out
             k = torch.full((n,), 0 if exclude_self else 1, dtype=dtype, device=features.device)
             return cls(k, 1 if exclude_self and empty == "drop" else n, not exclude_self)
-        k = count_positives(ids, other_ids)
+        k = count_positives(ids, other_ids if whole is None else whole.everyones(other_ids))
         if exclude_self:
             k = k - ((ids == other_ids) & (ids >= 0)).long()
         counted = k > 0 if empty == "drop" else ids >= 0
-        return cls(k.to(dtype), counted.sum().clamp(min=1).to(dtype))
+        number = counted.sum() if whole is None else whole.sum(counted.sum())
+        return cls(k.to(dtype), number.clamp(min=1).to(dtype))
 
     def share(self, share: float, reduction: str) -> Tensor:
         """What an anchor's loss is multiplied by: 0 for anchors without a positive."""
@@ -281,7 +307,7 @@ class _Anchors(NamedTuple):
 
 
 def _diagnostics(
-    stats: Stats, rows: _Anchors, cols: _Anchors, positives: str, mean_positive: Tensor
+    stats: Stats, rows: _Anchors, cols: _Anchors, positives: str, mean_positive: Tensor, mean
 ) -> dict:
     def side(name: str, anchors: _Anchors) -> dict:
         top, logsum, pos, neg_max = (
@@ -292,12 +318,12 @@ def _diagnostics(
         return {
             f"{name}_loss": anchors.losses(logsum, pos, positives),
             f"{name}_lse": top + logsum,
-            f"{name}_accuracy": mean_where((top > neg_max).to(top.dtype), anchors.k > 0),
+            f"{name}_accuracy": mean((top > neg_max).to(top.dtype), anchors.k > 0),
         }
 
     return {
         **side("row", rows),
         **side("col", cols),
-        "positive_score": mean_where(mean_positive + stats.row_max, rows.k > 0),
-        "hardest_negative_score": mean_where(stats.row_neg_max, stats.row_neg_max != -torch.inf),
+        "positive_score": mean(mean_positive + stats.row_max, rows.k > 0),
+        "hardest_negative_score": mean(stats.row_neg_max, stats.row_neg_max != -torch.inf),
     }

@@ -7,6 +7,7 @@ import math
 import torch
 from torch import Tensor
 
+from ..distributed import check_chunk_size, global_rows
 from ..similarity.spec import check_scale, scalar
 from .common import check_choice
 from .infonce import multi_positive_infonce
@@ -73,8 +74,9 @@ def ito_loss(
         _check_views("fused_views", fused_views, "F", like=views, any_width=True)
         if len(fused_views) < 2:
             raise ValueError(f"fused_views must hold at least 2 views, got {len(fused_views)}")
+    check_chunk_size(chunk_size)
     where = {"group": group, "chunk_size": chunk_size, "backend": backend}
-    items = torch.arange(views.shape[1], device=views.device)
+    items = global_rows(views.shape[1], group, views.device)
 
     if denominator == "pair":
         pairs = [

@@ -35,6 +35,11 @@ class Options(NamedTuple):
     def given(self) -> bool:
         return any(option is not None for option in self[1:]) or self.label_smoothing != 0
 
+    def refuse_group(self) -> None:
+        for name, value in self._asdict().items():
+            if value is not None and not (name == "label_smoothing" and value == 0):
+                raise NotImplementedError(f"{name} is not implemented together with group")
+
     @property
     def reweighted(self) -> bool:
         """Whether negatives count otherwise than in a softmax."""

@@ -7,9 +7,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from ..similarity.pairs import finite_shift
+from ..similarity.pairs import count_positives, finite_shift
 from .batch import Batch
-from .common import count_positives
 from .precision import inner, take
 
 

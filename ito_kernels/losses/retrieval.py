@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..distributed import global_rows
 from ..similarity.spec import check_features, check_pair
 from .infonce import multi_positive_infonce
 
@@ -55,7 +56,7 @@ def mnrl_loss(
     negatives = negatives.flatten(0, -2)
     check_pair("queries", queries, "negatives", negatives)
     keys = torch.cat([positives, negatives])
-    rows = torch.arange(len(keys), device=queries.device)
+    rows = global_rows(len(keys), group, queries.device)
     return multi_positive_infonce(queries, keys, scale, query_ids=rows[:n], key_ids=rows, **options)
 
 
@@ -91,7 +92,7 @@ def one_to_k_loss(
         raise ValueError(
             f"keys must have shape (N, K, D) with N = {len(queries)}, got {tuple(keys.shape)}"
         )
-    rows = torch.arange(len(queries), device=queries.device)
+    rows = global_rows(len(queries), group, queries.device)
     return multi_positive_infonce(
         queries,
         keys.flatten(0, 1),

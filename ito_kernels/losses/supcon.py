@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..distributed import check_chunk_size, global_rows
 from ..similarity import similarity_logsumexp
 from ..similarity.spec import (
     accumulate_dtype,
@@ -14,7 +15,7 @@ from ..similarity.spec import (
     check_scale,
     scalar,
 )
-from .common import check_choice, not_yet, scale_from_temperature
+from .common import check_choice, scale_from_temperature
 from .infonce import multi_positive_infonce
 
 
@@ -104,15 +105,30 @@ def nt_xent_loss(
     check_pair("z1", z1, "z2", z2)
     if len(z1) != len(z2):
         raise ValueError(f"z1 and z2 must have as many rows, got {len(z1)} and {len(z2)}")
-    not_yet(group=group, chunk_size=chunk_size)
+    check_chunk_size(chunk_size)
+    scale = scale_from_temperature(temperature, z1)
     z = torch.cat([z1, z2])
+    if group is not None:
+        ids = global_rows(len(z1), group, z.device).repeat(2)
+        return multi_positive_infonce(
+            z,
+            z,
+            scale,
+            query_ids=ids,
+            key_ids=ids,
+            symmetric=False,
+            exclude_self=True,
+            group=group,
+            chunk_size=chunk_size,
+            backend=backend,
+        )
     ids = torch.arange(len(z1), device=z.device).repeat(2)
     share = torch.full((len(z),), 1 / len(z), dtype=accumulate_dtype(z.dtype), device=z.device)
     # every row has one positive: nothing to count, which is half of supcon_loss's time at N = 64
     return similarity_logsumexp(
         z,
         z,
-        scale_from_temperature(temperature, z),
+        scale,
         row_ids=ids,
         col_ids=ids,
         positives="linear",

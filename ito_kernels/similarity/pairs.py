@@ -65,3 +65,10 @@ def features(problem: Problem) -> tuple[Tensor, Tensor]:
 def finite_shift(maximum: Tensor) -> Tensor:
     """`maximum` with 0 for -inf: rows with nothing allowed would otherwise give -inf - -inf."""
     return maximum.masked_fill(maximum == -torch.inf, 0)
+
+
+def count_positives(ids: Tensor, other_ids: Tensor) -> Tensor:
+    """k_i, the number of `other_ids` equal to ids_i; 0 for padding. O((N + M) log M)."""
+    ordered = other_ids.sort().values
+    above = torch.searchsorted(ordered, ids, right=True)
+    return (above - torch.searchsorted(ordered, ids)).masked_fill(ids < 0, 0)

@@ -1,0 +1,59 @@
+"""Runs functions in several processes joined by gloo, and brings home what each rank found."""
+
+import multiprocessing
+import os
+import tempfile
+import traceback
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+SPAWN = multiprocessing.get_context("forkserver")  # imports torch once, not once for each rank
+SPAWN.set_forkserver_preload(["torch", "ito_kernels", "ranks"])
+
+
+def run(target, size: int, *args, seconds: float = 60, timeout: float = 240) -> list[dict]:
+    """`target(*args)` on every rank, which returns a dict of its findings. `seconds`: the group's
+    time-out. A rank that ends without a result gives {}."""
+    with tempfile.TemporaryDirectory() as folder:
+        processes = [
+            SPAWN.Process(target=_work, args=(target, rank, size, folder, seconds, args))
+            for rank in range(size)
+        ]
+        for process in processes:
+            process.start()
+        for process in processes:
+            process.join(timeout)
+        for process in processes:
+            if process.is_alive():
+                process.kill()
+        files = [Path(folder) / str(rank) for rank in range(size)]
+        return [torch.load(file) if file.exists() else {} for file in files]
+
+
+def _work(target, rank: int, size: int, folder: str, seconds: float, args: tuple) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group(
+        "gloo",
+        init_method=f"file://{folder}/store",
+        rank=rank,
+        world_size=size,
+        timeout=timedelta(seconds=seconds),
+    )
+    torch.save(target(*args), f"{folder}/part{rank}")
+    os.rename(f"{folder}/part{rank}", f"{folder}/{rank}")
+    os._exit(0)  # a group that another rank has left would wait
+
+
+def findings(checks: dict) -> dict:
+    """{name: None, or how the check failed} of functions without arguments."""
+    found = {}
+    for name, check in checks.items():
+        try:
+            check()
+            found[name] = None
+        except Exception:
+            found[name] = traceback.format_exc()
+    return found

@@ -1,0 +1,579 @@
+"""The global batch on W processes is the batch of one: losses, gradients, statistics, traffic.
+
+Each W is one start of processes, which run every check; the tests read what they found.
+"""
+
+import os
+import subprocess
+import sys
+import time
+from functools import cache, partial
+
+import pytest
+import ranks
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.nn.functional import normalize
+from torch.nn.parallel import DistributedDataParallel
+
+import ito_kernels as ik
+from ito_kernels import distributed
+
+N, D = 13, 5
+SIZES = (1, 2, 3, 4)
+SHARES = {1: [13], 2: [9, 4], 3: [6, 2, 5], 4: [5, 1, 3, 4]}  # rows of each rank
+IDS = torch.tensor([4, 1, 4, -1, 0, 2, 1, 1, 7, -1, 0, 4, 9])
+OTHER_IDS = torch.tensor([1, 4, -1, 0, 4, 4, 2, 8, 1, 9, 0, -1, 1])
+
+
+class Model(nn.Module):
+    """Two towers, a scale and a bias."""
+
+    def __init__(self, dtype=torch.float64):
+        super().__init__()
+        torch.manual_seed(3)
+        self.image, self.text = nn.Linear(6, D), nn.Linear(4, D)
+        self.logit_scale, self.logit_bias = (nn.Parameter(torch.tensor(x)) for x in (2.5, -2.0))
+        self.to(dtype)
+
+    def forward(self, x, y):
+        x, y = (normalize(tower(z), dim=-1) for tower, z in ((self.image, x), (self.text, y)))
+        return x, y, self.logit_scale.exp(), 1 * self.logit_bias
+
+
+def ids(r):
+    return {"query_ids": IDS[r], "key_ids": OTHER_IDS[r]}
+
+
+def infonce(x, y, s, b, r, **o):
+    return ik.multi_positive_infonce(x, y, s, **o)
+
+
+def by_ids(x, y, s, b, r, **o):
+    return ik.multi_positive_infonce(x, y, s, **ids(r), **o)
+
+
+def one_tower(x, y, s, b, r, **o):
+    return ik.multi_positive_infonce(x, x, s, query_ids=IDS[r], key_ids=IDS[r], **o)
+
+
+def ito(x, y, s, b, r, denominator, **o):
+    views, fused = torch.stack([x, y]), torch.stack([x, y, x - y])
+    return ik.ito_loss(views, torch.stack([y, x + y]), fused, s, denominator=denominator, **o)[0]
+
+
+def other_towers(x, y, s, b, r, **o):
+    """Queries and keys of different towers, self left out in both directions."""
+    return ik.multi_positive_infonce(x, y, s, **ids(r), exclude_self=True, **o)
+
+
+# from the rows' features, scale, bias and numbers; with the options of the group
+LOSSES = {
+    "clip": lambda x, y, s, b, r, **o: ik.clip_loss(x, y, s, **o),
+    "rows only": partial(infonce, symmetric=False),
+    "mean": by_ids,
+    "in": partial(by_ids, positives="in"),
+    "sum": partial(by_ids, positives="sum", empty="drop"),
+    "reduction sum": partial(by_ids, reduction="sum", positives="in"),
+    "drop, rows only": partial(by_ids, symmetric=False, empty="drop"),
+    "normalize": partial(by_ids, normalize=True),
+    "one id given": lambda x, y, s, b, r, **o: ik.clip_loss(x, y, s, key_ids=5 * r % N, **o),
+    "scale per query": lambda x, y, s, b, r, **o: by_ids(
+        x, y, s * (1 + r.to(s.dtype) / N), b, r, **o
+    ),
+    "self excluded": other_towers,
+    "one tower": partial(one_tower, exclude_self=True),
+    "one tower, lse": partial(one_tower, exclude_self=True, positives="in", symmetric=False),
+    "supcon": lambda x, y, s, b, r, **o: ik.supcon_loss(x, IDS[r], 1 / s, empty="drop", **o),
+    "nt_xent": lambda x, y, s, b, r, **o: ik.nt_xent_loss(x, y, 1 / s, **o),
+    "siglip": lambda x, y, s, b, r, **o: ik.siglip_loss(x, y, s, b, **o),
+    "siglip by ids": lambda x, y, s, b, r, **o: ik.siglip_loss(
+        x, y, s, b, image_ids=IDS[r], text_ids=OTHER_IDS[r], **o
+    ),
+    "siglip sum": lambda x, y, s, b, r, **o: ik.siglip_loss(x, y, s, b, reduction="sum", **o),
+    "mnrl": lambda x, y, s, b, r, **o: ik.mnrl_loss(x, y, torch.stack([-y, x + y], 1), s, **o),
+    "one to k": lambda x, y, s, b, r, **o: ik.one_to_k_loss(x, torch.stack([y, x - y], 1), s, **o),
+    "ito pair": partial(ito, denominator="pair"),
+    "ito pooled": partial(ito, denominator="pooled"),
+    "matryoshka": lambda x, y, s, b, r, **o: ik.matryoshka_loss(
+        ik.clip_loss, x, y, dims=[2, D], logit_scale=s, **o
+    ),
+}  # fmt: skip
+
+
+def batch(dtype=torch.float64):
+    g = torch.Generator().manual_seed(0)
+    return torch.randn(N, 6, generator=g).to(dtype), torch.randn(N, 4, generator=g).to(dtype)
+
+
+def rows_of(shares, rank):
+    first = sum(shares[:rank])
+    return torch.arange(first, first + shares[rank])
+
+
+def local_rows(even=False):
+    size = dist.get_world_size()
+    return rows_of([N // size] * size if even else SHARES[size], dist.get_rank())
+
+
+def gradients(model):
+    return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+
+def assert_equal_gradients(ours, truth, tolerance):
+    assert ours.keys() == truth.keys()
+    for name in truth:
+        error = (ours[name] - truth[name]).abs().max()
+        assert error <= tolerance * (1 + truth[name].abs().max()), f"{name}: off by {error:.3g}"
+
+
+def single(loss, rows=None, dtype=torch.float64):
+    """The loss of one process on the whole batch, and its gradients."""
+    x, y = batch(dtype)
+    rows = torch.arange(N) if rows is None else rows
+    model = Model(dtype)
+    value = loss(*model(x[rows], y[rows]), rows)
+    value.backward()
+    return value.detach(), gradients(model)
+
+
+@cache
+def replica(dtype):
+    """One for all checks: its start costs more than a step."""
+    return DistributedDataParallel(Model(dtype), find_unused_parameters=True)
+
+
+def exact(name, chunk_size, dtype=torch.float64, even=False, tolerance=1e-12):
+    rows = local_rows(even)
+    everyone = torch.arange(N // dist.get_world_size() * dist.get_world_size()) if even else None
+    truth, grads = single(LOSSES[name], everyone, dtype)
+    x, y = batch(dtype)
+    model = replica(dtype)
+    model.zero_grad()
+    where = {"group": dist.group.WORLD, "chunk_size": chunk_size}
+    value = LOSSES[name](*model(x[rows], y[rows]), rows, **where)
+    value.backward()
+    assert (value - truth).abs() <= tolerance * truth.abs()
+    assert_equal_gradients(gradients(model.module), grads, tolerance)
+
+
+def averaged(model, group):
+    """As DistributedDataParallel does, for groups that are not worth one."""
+    for p in model.parameters():
+        if p.grad is not None:
+            dist.all_reduce(p.grad, group=group)
+            p.grad /= dist.get_world_size(group)
+
+
+def subgroup():
+    """Two of the ranks; the others take no part, and may not."""
+    size, rank = dist.get_world_size(), dist.get_rank()
+    members = [0, size - 1] if size > 1 else [0]
+    group = dist.new_group(members)
+    x, y = batch()
+    all_rows = [rows_of(SHARES[size], r) for r in members]
+    if rank not in members:
+        with pytest.raises(ValueError, match="group does not hold this process"):
+            ik.clip_loss(x, x, 1.0, group=group)
+        return
+    truth, grads = single(LOSSES["mean"], torch.cat(all_rows))
+    rows, model = all_rows[members.index(rank)], Model()
+    value = LOSSES["mean"](*model(x[rows], y[rows]), rows, group=group, chunk_size=4)
+    value.backward()
+    averaged(model, group)
+    assert (value - truth).abs() <= 1e-12 * truth.abs()
+    assert_equal_gradients(gradients(model), grads, 1e-12)
+
+
+def device_mesh():
+    size, rows = dist.get_world_size(), local_rows()
+    x, y = batch()
+    features = Model()(x[rows], y[rows])
+    mesh = init_device_mesh("cpu", (size,))
+    value = LOSSES["mean"](*features, rows, group=mesh)
+    assert torch.equal(value, LOSSES["mean"](*features, rows, group=dist.group.WORLD))
+    with pytest.raises(ValueError, match="mesh of one dimension, got 2"):
+        LOSSES["mean"](*features, rows, group=init_device_mesh("cpu", (size, 1)))
+
+
+def fully_sharded():
+    from torch.distributed.fsdp import fully_shard
+
+    rows, (x, y) = local_rows(), batch()
+    truth, grads = single(LOSSES["mean"])
+    model = Model()
+    for tower in (model.image, model.text):
+        fully_shard(tower, mesh=init_device_mesh("cpu", (dist.get_world_size(),)))
+    value = LOSSES["mean"](*model(x[rows], y[rows]), rows, group=dist.group.WORLD)
+    value.backward()
+    ours = gradients(model)
+    for name, grad in ours.items():
+        if name == "logit_scale":
+            dist.all_reduce(grad)
+            grad /= dist.get_world_size()
+        else:
+            ours[name] = grad.full_tensor()
+    assert (value - truth).abs() <= 1e-12 * truth.abs()
+    assert_equal_gradients(ours, grads, 1e-12)
+
+
+def compiled():
+    """The loss breaks the graph of a compiled step, and does not change it."""
+    rows, (x, y) = local_rows(), batch()
+    truth, grads = single(LOSSES["mean"])
+    model = Model()
+
+    @partial(torch.compile, backend="eager")
+    def step(x, y):
+        return 2 * LOSSES["mean"](*model(x, y), rows, group=dist.group.WORLD)
+
+    value = step(x[rows], y[rows])
+    (value / 2).backward()
+    averaged(model, dist.group.WORLD)
+    assert (value / 2 - truth).abs() <= 1e-12 * truth.abs()
+    assert_equal_gradients(gradients(model), grads, 1e-12)
+
+
+def per_anchor():
+    """reduction="none": this rank's anchors; gradients of the sum over ranks of what each makes of
+    them, which is what averaging divides by W."""
+    rows, (x, y) = local_rows(), batch()
+    size = dist.get_world_size()
+
+    def loss(x, y, s, b, r, **o):
+        row, col = by_ids(x, y, s, b, r, reduction="none", **o)
+        pairs = ik.siglip_loss(x, y, s, b, reduction="none", **o)
+        return row, col, pairs
+
+    def total(losses, r):
+        weights = 1 + r
+        return sum((weights * x).sum() for x in losses)
+
+    whole, model = Model(), Model()
+    truth = loss(*whole(x, y), torch.arange(N))
+    total(truth, torch.arange(N)).backward()
+    ours = loss(*model(x[rows], y[rows]), rows, group=dist.group.WORLD, chunk_size=3)
+    total(ours, rows).backward()
+    for a, b in zip(ours, truth, strict=True):
+        torch.testing.assert_close(a, b[rows], rtol=1e-12, atol=1e-12)
+    averaged(model, dist.group.WORLD)
+    grads = {name: grad / size for name, grad in gradients(whole).items()}
+    assert_equal_gradients(gradients(model), grads, 1e-12)
+
+
+def statistics():
+    rows, (x, y) = local_rows(), batch()
+    model = Model()
+    for loss in (by_ids, partial(by_ids, positives="in", symmetric=False)):
+        value, truth = loss(*model(x, y), torch.arange(N), return_stats=True)
+        ours, stats = loss(
+            *model(x[rows], y[rows]), rows, return_stats=True, group=dist.group.WORLD, chunk_size=3
+        )
+        assert (ours - value).abs() <= 1e-12
+        assert stats.keys() == truth.keys()
+        for name, x_ in truth.items():
+            if x_ is None:
+                assert stats[name] is None
+            else:
+                expected = x_[rows] if x_.ndim else x_
+                torch.testing.assert_close(stats[name], expected, rtol=1e-12, atol=1e-12)
+
+
+def modules():
+    rows, (x, y) = local_rows(), batch()
+    size = dist.get_world_size()
+    for module, name in ((ik.ClipLoss, "clip"), (ik.SigLipLoss, "siglip")):
+        truth, grads = single(LOSSES[name])
+        model = replica(torch.float64)
+        model.zero_grad()
+        image, text, scale, bias = model(x[rows], y[rows])
+        value = module(rank=dist.get_rank(), world_size=size)(image, text, scale, bias)
+        value.backward()
+        assert (value - truth).abs() <= 1e-12 * truth.abs()
+        assert_equal_gradients(gradients(model.module), grads, 1e-12)
+    image, text, scale = (z.detach() for z in (image, text, scale))
+    where = {"group": dist.group.WORLD, "chunk_size": 3}
+    for module, args, name in (
+        (ik.SupConLoss(0.1, **where), (image, IDS[rows]), "supcon_loss"),
+        (ik.NTXentLoss(0.1, **where), (image, text), "nt_xent_loss"),
+        (ik.ItoLoss(0, **where), (image[None], text, None, scale), "ito_loss"),
+    ):
+        options = {"lambda_fusion": 0} if name == "ito_loss" else {"temperature": 0.1}
+        value, truth = module(*args), getattr(ik, name)(*args, **options, **where)
+        assert value == truth if name != "ito_loss" else value[0] == truth[0]
+    with pytest.raises(ValueError, match="world_size must be that of the default group"):
+        ik.ClipLoss(world_size=size + 1)(image, text, scale)
+
+
+def narrow(dtype, backend):
+    """bf16 and fp16 within twice the error of one process, and fp32 sums over ranks."""
+    g = torch.Generator().manual_seed(1)
+    size, rank, n = dist.get_world_size(), dist.get_rank(), 24
+    x, y = (normalize(torch.randn(n, 64, generator=g), dim=1).to(dtype) for _ in range(2))
+    rows = rows_of([n // size] * size, rank)
+
+    def run(x, y, **o):
+        x, y = (z.clone().requires_grad_() for z in (x, y))
+        loss = ik.clip_loss(x, y, 50.0, **o) + ik.siglip_loss(x, y, 50.0, -5.0, **o)
+        (1024 * loss).backward()
+        return loss.detach(), x.grad, y.grad
+
+    truth = run(x.double(), y.double())
+    same = run(x, y, backend=backend)
+    ours = run(x[rows], y[rows], backend=backend, group=dist.group.WORLD, chunk_size=7)
+    assert (ours[0] - truth[0]).abs() <= 2 * (same[0] - truth[0]).abs() + 1e-5
+    for a, b, t in zip(ours[1:], same[1:], truth[1:], strict=True):
+        error = (a.double() / size - t[rows]).abs().max()
+        assert error <= 2 * (b - t).abs().max() + 1e-6 * t.abs().max()
+
+
+def autocast():
+    """Features travel in autocast's dtype; the result is that of features given so."""
+    rows, (x, y) = local_rows(), batch(torch.float32)
+    x, y = x[rows], torch.cat([y, y[:, :2]], 1)[rows]
+    where = {"group": dist.group.WORLD, "chunk_size": 5}
+    with torch.autocast("cpu", torch.bfloat16):
+        a = x.clone().requires_grad_()
+        value = ik.clip_loss(a, y, 3.0, **where)
+    value.backward()
+    b = x.bfloat16().requires_grad_()
+    truth = ik.clip_loss(b, y.bfloat16(), 3.0, **where)
+    truth.backward()
+    assert torch.equal(value, truth)
+    assert torch.equal(a.grad, b.grad.float())
+
+
+def deterministic():
+    rows, (x, y) = local_rows(), batch(torch.float32)
+
+    def run():
+        model = Model(torch.float32)
+        loss = LOSSES["mean"](*model(x[rows], y[rows]), rows, group=dist.group.WORLD, chunk_size=3)
+        loss.backward()
+        return [loss.detach(), *gradients(model).values()]
+
+    assert all(map(torch.equal, run(), run()))
+
+
+def not_a_number():
+    """One bad feature on one rank: not finite anywhere. In a padded row: no harm."""
+    rows, (x, y) = local_rows(), batch()
+    model = Model()
+    image, text, scale, bias = (z.detach() for z in model(x, y))
+    for name in ("mean", "siglip by ids"):
+        clean = LOSSES[name](image[rows], text[rows], scale, bias, rows, group=dist.group.WORLD)
+        for bad, finite in ((4, False), (3, True)):
+            assert (IDS[bad] < 0) == finite
+            a = image.index_fill(0, torch.tensor(bad), torch.nan)
+            value = LOSSES[name](a[rows], text[rows], scale, bias, rows, group=dist.group.WORLD)
+            assert value.isfinite() == finite
+            assert not finite or torch.equal(value, clean)
+
+
+class Traffic:
+    """Bytes that this rank receives from others, by kind of collective."""
+
+    def __init__(self):
+        self.received = {}
+
+    def __enter__(self):
+        self.saved = distributed._Started.__init__
+        size = dist.get_world_size()
+
+        def counted(started, what, collective, out, x, group):
+            # of an all-gather and an all-to-all the own part stays at home; a reduce-scatter sends
+            # what it does not keep; a ring's all-reduce is both
+            nbytes = {
+                distributed._all_gather: out.nbytes * (size - 1) // size,
+                distributed._all_to_all: out.nbytes * (size - 1) // size,
+                distributed._reduce_scatter: x.nbytes * (size - 1) // size,
+                distributed._all_reduce: 2 * out.nbytes * (size - 1) // size,
+            }[collective]
+            kinds = ("gradients", "keys", "statistics", "ids", "sizes", "sum")
+            name = next(kind for kind in kinds if kind in what.replace("key ids", "ids"))
+            self.received[name] = self.received.get(name, 0) + nbytes
+            self.saved(started, what, collective, out, x, group)
+
+        distributed._Started.__init__ = counted
+        return self
+
+    def __exit__(self, *_):
+        distributed._Started.__init__ = self.saved
+
+
+def traffic():
+    """The formula of docs/distributed.md."""
+    size, n, width = dist.get_world_size(), 6, 8
+    g = torch.Generator().manual_seed(dist.get_rank())
+    for dtype, e in ((torch.float32, 4), (torch.bfloat16, 2)):
+        x, y = (torch.randn(n, width, generator=g).to(dtype).requires_grad_() for _ in range(2))
+        others = (size - 1) * n
+        small = {"sizes": (size - 1) * 16, "ids": others * 8, "sum": 2 * (size - 1) * 4 // size}
+        gathered, returned = others * width * e, others * width * 4
+
+        def count(loss, budget, y=y):
+            os.environ["ITO_GATHER_CACHE_BYTES"] = str(budget)
+            with Traffic() as counted:
+                loss(y).backward()
+            return counted.received
+
+        where = {"group": dist.group.WORLD, "chunk_size": 4}
+
+        def clip(y, x=x, where=where):
+            return ik.clip_loss(x, y, 1.0, **where)
+
+        def one_way(y, x=x, where=where):
+            return ik.clip_loss(x, y, 1.0, symmetric=False, **where)
+
+        def siglip(y, x=x, where=where):
+            return ik.siglip_loss(x, y, 1.0, 0.0, **where)
+
+        def with_counts(received):
+            return {k: v for k, v in received.items() if k != "sum"}
+
+        del small["sum"]
+        # forward: max, logsum, pos and count; backward: max, logsum, pos, v and beta
+        columns = {"statistics": others * 4 * (4 + 5)}
+        expected = small | columns | {"keys": 2 * gathered, "gradients": returned}
+        assert with_counts(count(clip, 0)) == expected
+        assert with_counts(count(clip, 1 << 20)) == expected | {"keys": gathered}
+        expected = small | {"keys": 2 * gathered, "gradients": returned}
+        assert with_counts(count(one_way, 0)) == expected
+        expected["keys"] = gathered
+        assert with_counts(count(siglip, 0)) == expected
+        # a frozen tower gets no gradient and sends none
+        del expected["gradients"]
+        assert with_counts(count(siglip, 0, y.detach())) == expected
+    del os.environ["ITO_GATHER_CACHE_BYTES"]
+
+
+def peak_bytes(run):
+    """The most that PyTorch holds at a time beyond what it held before."""
+    with torch.autograd.profiler.profile(profile_memory=True) as profile:
+        run()
+    events = [e for e in profile.kineto_results.events() if e.name() == "[memory]"]
+    held = most = 0
+    for event in sorted(events, key=lambda e: e.start_ns()):
+        held += event.nbytes()
+        most = max(most, held)
+    return most
+
+
+def memory():
+    """6 local matrices and 4 chunks of keys and their gradients; B numbers."""
+    size, n, width = dist.get_world_size(), 256, 512
+    if size != max(SIZES):
+        return
+    os.environ["ITO_GATHER_CACHE_BYTES"] = "0"
+    x, y = (torch.randn(n, width).requires_grad_() for _ in range(2))
+    local, whole = n * width * 4, size * n
+    peaks = {}
+    for chunk in (64, 256, whole):
+        for name, loss in (
+            ("clip", ik.clip_loss),
+            ("siglip", partial(ik.siglip_loss, logit_bias=0.0)),
+        ):
+
+            def run(chunk=chunk, loss=loss):
+                loss(x, y, logit_scale=1.0, group=dist.group.WORLD, chunk_size=chunk).backward()
+                x.grad = y.grad = None
+
+            run()
+            peaks[name, chunk] = peak_bytes(run)
+            bound = 6 * local + 4 * chunk * width * 4 + 200 * whole
+            assert peaks[name, chunk] <= bound, f"{name}, {chunk}: {peaks[name, chunk]} > {bound}"
+    del os.environ["ITO_GATHER_CACHE_BYTES"]
+    assert 2 * peaks["clip", 64] < peaks["clip", whole]
+
+
+CHECKS = {
+    **{name: partial(exact, name, 7) for name in LOSSES},
+    **{
+        f"{name}, chunk {chunk}": partial(exact, name, chunk)
+        for name in ("clip", "in", "one tower", "siglip")
+        for chunk in (1, 1000)
+    },
+    **{
+        f"{name}, fp32": partial(exact, name, 7, torch.float32, tolerance=5e-6)
+        for name in ("mean", "one tower, lse", "siglip", "nt_xent")
+    },
+    **{
+        f"{name}, even": partial(exact, name, None, even=True)
+        for name in ("clip", "supcon", "siglip by ids")
+    },
+    **{
+        f"{str(dtype).removeprefix('torch.')}, {backend}": partial(narrow, dtype, backend)
+        for dtype in (torch.bfloat16, torch.float16)
+        for backend in ("chunked", "reference", None)
+    },
+}
+for check in (
+    *(subgroup, device_mesh, fully_sharded, per_anchor, statistics, modules, autocast),
+    *(deterministic, not_a_number, traffic, memory),
+):
+    CHECKS[check.__name__] = check
+
+
+def all_checks():
+    return ranks.findings(CHECKS)
+
+
+@pytest.fixture(scope="module")
+def found():
+    return {size: ranks.run(all_checks, size, seconds=30) for size in SIZES}
+
+
+@pytest.mark.parametrize("check", CHECKS)
+@pytest.mark.parametrize("size", SIZES)
+def test_as_one_process(found, size, check):
+    for rank, results in enumerate(found[size]):
+        assert check in results, f"rank {rank} ended before it came to this"
+        assert results[check] is None, f"rank {rank}: {results[check]}"
+
+
+def compiled_step():
+    return ranks.findings({"step": compiled})
+
+
+@pytest.mark.slow  # importing dynamo takes as long as everything else
+def test_inside_torch_compile():
+    assert ranks.run(compiled_step, 2) == [{"step": None}] * 2
+
+
+def test_the_package_does_not_import_dynamo():
+    """2 s of every start."""
+    script = "import sys, ito_kernels; sys.exit('torch._dynamo' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", script]).returncode == 0
+
+
+def abandoned(where, how):
+    """Rank 1 leaves or hangs before the forward or the backward pass; what do the others say?"""
+    x = torch.randn(4, 3, requires_grad=True)
+    loss = None
+    if where == "backward":
+        loss = ik.clip_loss(x, x.flip(0), 1.0, group=dist.group.WORLD)
+    if dist.get_rank() == 1:
+        if how == "dies":
+            os._exit(1)
+        time.sleep(8)
+    start = time.monotonic()
+    try:
+        if where == "forward":
+            ik.clip_loss(x, x.flip(0), 1.0, group=dist.group.WORLD)
+        else:
+            loss.backward()
+        return {"error": None}
+    except RuntimeError as error:
+        return {"error": str(error), "seconds": time.monotonic() - start}
+
+
+@pytest.mark.parametrize("how", ["dies", "hangs"])
+@pytest.mark.parametrize("where", ["forward", "backward"])
+def test_a_rank_that_ends_ends_the_others(where, how):
+    first, _, third = ranks.run(abandoned, 3, where, how, seconds=3)
+    for result in (first, third):
+        message = "all-gather of " + ("batch sizes" if where == "forward" else "column statistics")
+        assert result["error"].startswith(f"{message} failed on rank ")
+        assert result["seconds"] < 7
