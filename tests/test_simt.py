@@ -40,7 +40,7 @@ def backward(request, monkeypatch):
 def launched(monkeypatch):
     """The kernels that ran, with their arguments, and the matrix products, as "product"."""
     calls = []
-    run_kernel, accumulate = simt._run, cuda._accumulate
+    run_kernel, accumulate = simt._run, cuda.accumulate
 
     def spy(kernel, *args, **arguments):
         calls.append((kernel, arguments))
@@ -48,7 +48,7 @@ def launched(monkeypatch):
 
     monkeypatch.setattr(simt, "_run", spy, raising=False)
     monkeypatch.setattr(
-        cuda, "_accumulate", lambda *args: calls.append(("product", {})) or accumulate(*args)
+        cuda, "accumulate", lambda *args: calls.append(("product", {})) or accumulate(*args)
     )
     return calls
 
@@ -329,7 +329,7 @@ def test_memory_outside_is_an_error():
         simt._run(
             "forward",
             problem.a,
-            scores=cuda._scores(problem, cuda._Operands.of(problem)),
+            scores=cuda._scores(problem, cuda.Operands.of(problem)),
             split=simt._split(problem, False)._asdict(),
             row_slots=short,
             col_slots=None,

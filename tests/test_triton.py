@@ -243,9 +243,9 @@ def launched(monkeypatch):
 @pytest.fixture
 def products(monkeypatch):
     calls = []
-    accumulate = backend._accumulate
+    accumulate = backend.accumulate
     monkeypatch.setattr(
-        backend, "_accumulate", lambda *args: calls.append(args) or accumulate(*args)
+        backend, "accumulate", lambda *args: calls.append(args) or accumulate(*args)
     )
     return calls
 
@@ -312,7 +312,7 @@ def test_sigmoid_in_one_pass(case, dtype, names, backward, launched, products, m
 
     assert len(launched) == len(ran), "backward computed scores"
     if backward == "fused":
-        sides = 1 + ("b" in ours or "col_bias" in ours or (case.same and not backend._symmetric(
+        sides = 1 + ("b" in ours or "col_bias" in ours or (case.same and not backend.is_symmetric(
             Problem(**(t | {"b": None})))))  # fmt: skip
         assert ran == ["gradient_kernel"] * sides
     elif not (case.same and t["scale"].ndim == 0):

@@ -19,6 +19,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .operands import Operands, accumulate, is_symmetric
 from .spec import Grads, Needs, Problem, Stats, Upstream
 
 try:
@@ -86,7 +87,7 @@ class Backend:
     def describe(self, problem: Problem) -> str:
         tile = f"{self._kernels.TILE} x {self._kernels.TILE}"
         text = f"{_arithmetic(problem.a.dtype)}, {tile} scores"
-        if _symmetric(problem):
+        if is_symmetric(problem):
             text += ", half of them (S is symmetric)"
         if self._fused(problem):
             return f"{text}; fused gradients"
@@ -96,8 +97,8 @@ class Backend:
     # ---- forward
 
     def logsumexp_forward(self, problem: Problem) -> Stats:
-        p, op, kernels = problem, _Operands.of(problem), self._kernels
-        symmetric = _symmetric(p)
+        p, op, kernels = problem, Operands.of(problem), self._kernels
+        symmetric = is_symmetric(p)
         split = self._split(p, symmetric)
 
         def slots(groups: int, length: int) -> Tensor:
@@ -139,7 +140,7 @@ class Backend:
         return Stats(*(rows if p.rows else nothing), *(cols if p.cols else nothing))
 
     def softplus_forward(self, problem: Problem) -> Tensor:
-        op = _Operands.of(problem)
+        op = Operands.of(problem)
         split = self._split(problem, triangle=False)
         slots = _empty(op.a, split.col_groups * self._kernels.WARP_COLS, problem.n)
         self._run(
@@ -171,7 +172,7 @@ class Backend:
     def _backward(
         self, problem: Problem, rows: _Side, cols: _Side, needs: Needs, softplus: bool
     ) -> Grads:
-        op, symmetric = _Operands.of(problem), _symmetric(problem)
+        op, symmetric = Operands.of(problem), is_symmetric(problem)
         if symmetric:
             rows = cols = rows.added_to(cols)
         norm = _norm(problem, rows, cols) if problem.a.dtype == torch.float16 else None
@@ -269,9 +270,9 @@ class Backend:
                     continue
                 weights = workspace[: size[0], : size[1]]
                 if grad_a is not None:
-                    _accumulate(grad_a[rows], weights, op.b[cols])
+                    accumulate(grad_a[rows], weights, op.b[cols])
                 if grad_b is not None and not diagonal:
-                    _accumulate(grad_b[cols], weights.T, op.a[rows])
+                    accumulate(grad_b[cols], weights.T, op.a[rows])
         grad_b = None if p.b is None else call.rounded(grad_b)
         return Grads(call.rounded(grad_a), grad_b, scale, row_bias, col_bias)
 
@@ -332,19 +333,6 @@ def _arithmetic(dtype: torch.dtype) -> str:
     return {torch.bfloat16: "bf16", torch.float16: "fp16"}[dtype]
 
 
-def _symmetric(problem: Problem) -> bool:
-    """Whether S and the masks are symmetric. Ids are compared by place: values would need a wait
-    for the device."""
-    p = problem
-    if p.b is not None or p.scale.ndim or p.row_bias is not None or p.col_bias is not None:
-        return False
-    if p.diagonal != 0:
-        return False
-    return p.row_ids is None or (
-        p.row_ids.data_ptr() == p.col_ids.data_ptr() and p.row_ids.stride() == p.col_ids.stride()
-    )
-
-
 @lru_cache(maxsize=256)
 def _split(tiles_m: int, tiles_n: int, processors: int, triangle: bool) -> Split:
     """The split with the least work on the busiest processor, then the fewest groups.
@@ -377,69 +365,6 @@ def _split(tiles_m: int, tiles_n: int, processors: int, triangle: bool) -> Split
 # ---- tensors as the kernels read them
 
 
-class _Operands(NamedTuple):
-    """A problem's tensors."""
-
-    a: Tensor
-    b: Tensor
-    scale: Tensor
-    row_bias: Tensor | None
-    col_bias: Tensor | None
-    row_ids: Tensor | None
-    col_ids: Tensor | None
-
-    @classmethod
-    def of(cls, problem: Problem) -> _Operands:
-        p = problem
-        a = _features(p.a, p.row_ids)
-        shared = p.b is None and (p.row_ids is None or _symmetric(p))
-        b = a if shared else _features(p.a if p.b is None else p.b, p.col_ids)
-        vectors = (_dense(x) for x in (p.scale, p.row_bias, p.col_bias))
-        return cls(a, b, *vectors, *_ranks(p))
-
-    def exchanged(self) -> _Operands:
-        a, b, scale, row_bias, col_bias, row_ids, col_ids = self
-        return _Operands(b, a, scale, col_bias, row_bias, col_ids, row_ids)
-
-
-def _features(x: Tensor, ids: Tensor | None) -> Tensor:
-    """Features with rows on 16-byte boundaries, as 16-byte copies want them.
-
-    Padded rows, which may hold anything, become 0: in a matrix product 0 · NaN would spread.
-    """
-    step = 16 // x.element_size()
-    aligned = x.stride(1) == 1 and x.stride(0) % step == 0 and x.data_ptr() % 16 == 0
-    if ids is None and aligned:
-        return x
-    rows, d = x.shape
-    out = x.new_empty(rows, -(-d // step) * step)[:, :d]
-    if ids is None:
-        return out.copy_(x)
-    return torch.where((ids >= 0)[:, None], x, x.new_zeros(()), out=out)
-
-
-def _ranks(problem: Problem) -> tuple[Tensor | None, Tensor | None]:
-    """Ids as int32 with the same equalities, negative for padding: half the comparisons of int64.
-
-    An id's rank is its place among the sorted column ids, M for a row's that is not there.
-    """
-    p = problem
-    if p.row_ids is None:
-        return None, None
-    order = p.col_ids.sort().values
-    cols = torch.searchsorted(order, p.col_ids)
-    cols = torch.where(p.col_ids < 0, -1, cols).int()
-    if _symmetric(p):
-        return cols, cols
-    rows = torch.searchsorted(order, p.row_ids)
-    found = order[rows.clamp(max=p.m - 1)] == p.row_ids
-    return torch.where(p.row_ids < 0, -1, torch.where(found, rows, p.m)).int(), cols
-
-
-def _dense(x: Tensor | None) -> Tensor | None:
-    return None if x is None else x.contiguous()
-
-
 def _empty(like: Tensor, *shape: int) -> Tensor:
     return like.new_empty(shape, dtype=torch.float32)
 
@@ -456,7 +381,7 @@ def _address(x: Tensor | None) -> tuple[int, int] | None:
 
 def _scores(
     problem: Problem,
-    op: _Operands,
+    op: Operands,
     *,
     rows: tuple[Tensor | None, ...] = (None,) * 3,
     cols: tuple[Tensor | None, ...] = (None,) * 3,
@@ -539,7 +464,7 @@ class _Backward(NamedTuple):
     """What both shapes of backward share."""
 
     problem: Problem
-    op: _Operands
+    op: Operands
     rows: tuple[Tensor | None, ...]  # (factors, alpha, pos)
     cols: tuple[Tensor | None, ...]
     symmetric: bool  # W + Wᵀ is computed, from `rows` alone
@@ -571,11 +496,3 @@ def _norm(problem: Problem, rows: _Side, cols: _Side) -> Tensor:
     vectors = [x.abs().max() for x in (rows.u, rows.alpha, cols.u, cols.alpha) if x is not None]
     top = torch.stack([x.float() for x in vectors]).max() * problem.scale.abs().max() / FP16_TOP
     return torch.where((top > 0) & top.isfinite(), top, 1.0)
-
-
-def _accumulate(out: Tensor, x: Tensor, y: Tensor) -> None:
-    """out += x @ y, accumulated in fp32 whatever the dtype of x and y."""
-    if x.dtype == torch.float32 or not x.is_cuda:
-        out.addmm_(x.float(), y.float())
-    else:
-        torch.addmm(out, x, y, out_dtype=torch.float32, out=out)

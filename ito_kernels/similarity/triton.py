@@ -29,6 +29,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from . import triton_backward, triton_forward
 from . import triton_tiles as tiles
+from .operands import Operands, accumulate, dense, is_symmetric
 from .spec import Grads, Needs, Problem, Stats, Upstream
 
 INTERPRETED = not isinstance(triton_forward.logsumexp_kernel, triton.JITFunction)
@@ -56,7 +57,7 @@ def supports(problem: Problem) -> tuple[bool, str]:
 def describe(problem: Problem) -> str:
     plan = _Plan(problem)
     text = f"{plan.arch.name}, {plan.arithmetic}: {plan.words('forward')} scores"
-    if _symmetric(problem):
+    if is_symmetric(problem):
         text += ", half of them (S is symmetric)"
     if plan.gradient:
         return f"{text}; fused gradients, {plan.words('gradient')}"
@@ -98,12 +99,12 @@ class _Plan:
     def panel_size(self) -> tuple[int, int]:
         p = self.problem
         return tiles.panel(
-            p.n, p.m, p.d, PANEL_BYTES // p.a.element_size(), self.processors, _symmetric(p)
+            p.n, p.m, p.d, PANEL_BYTES // p.a.element_size(), self.processors, is_symmetric(p)
         )
 
     def split(self, triangle: bool = True) -> tiles.Split:
         p, tile = self.problem, self.forward
-        return tiles.split(p.n, p.m, tile, self.processors, triangle and _symmetric(p))
+        return tiles.split(p.n, p.m, tile, self.processors, triangle and is_symmetric(p))
 
     def options(self, tile: tiles.Tile) -> dict:
         """Arguments that all kernels take and that follow from the plan."""
@@ -170,67 +171,7 @@ def _arithmetic(dtype: torch.dtype) -> str:
     return modes[torch.get_float32_matmul_precision()]
 
 
-def _symmetric(problem: Problem) -> bool:
-    """Whether S and the masks are symmetric. Ids are compared by place: values would need a wait
-    for the device."""
-    p = problem
-    if p.b is not None or p.scale.ndim or p.row_bias is not None or p.col_bias is not None:
-        return False
-    if p.diagonal != 0:
-        return False
-    return p.row_ids is None or (
-        p.row_ids.data_ptr() == p.col_ids.data_ptr() and p.row_ids.stride() == p.col_ids.stride()
-    )
-
-
-class _Operands(NamedTuple):
-    """A problem's tensors as the kernels read them."""
-
-    a: Tensor
-    b: Tensor
-    scale: Tensor
-    row_bias: Tensor | None
-    col_bias: Tensor | None
-    row_ids: Tensor | None
-    col_ids: Tensor | None
-
-    @classmethod
-    def of(cls, problem: Problem) -> _Operands:
-        p = problem
-        a = _features(p.a, p.row_ids)
-        shared = p.b is None and (p.row_ids is None or _symmetric(p))
-        b = a if shared else _features(p.a if p.b is None else p.b, p.col_ids)
-        vectors = (_dense(x) for x in (p.scale, p.row_bias, p.col_bias))
-        return cls(a, b, *vectors, *_ranks(p))
-
-    def exchanged(self) -> _Operands:
-        a, b, scale, row_bias, col_bias, row_ids, col_ids = self
-        return _Operands(b, a, scale, col_bias, row_bias, col_ids, row_ids)
-
-
-def _dense(x: Tensor | None) -> Tensor | None:
-    return None if x is None else x.contiguous()
-
-
-def _ranks(problem: Problem) -> tuple[Tensor | None, Tensor | None]:
-    """Ids as int32 with the same equalities, negative for padding: half the comparisons of int64.
-
-    An id's rank is its place among the sorted column ids, M for a row's that is not there.
-    """
-    p = problem
-    if p.row_ids is None:
-        return None, None
-    order = p.col_ids.sort().values
-    cols = torch.searchsorted(order, p.col_ids)
-    cols = torch.where(p.col_ids < 0, -1, cols).int()
-    if _symmetric(p):
-        return cols, cols
-    rows = torch.searchsorted(order, p.row_ids)
-    found = order[rows.clamp(max=p.m - 1)] == p.row_ids
-    return torch.where(p.row_ids < 0, -1, torch.where(found, rows, p.m)).int(), cols
-
-
-def _counts(problem: Problem, op: _Operands) -> tuple[Tensor, Tensor]:
+def _counts(problem: Problem, op: Operands) -> tuple[Tensor, Tensor]:
     """The numbers of positives of rows and columns, from their ranks."""
     p = problem
 
@@ -250,23 +191,7 @@ def _counts(problem: Problem, op: _Operands) -> tuple[Tensor, Tensor]:
     return rows, cols
 
 
-def _features(x: Tensor, ids: Tensor | None) -> Tensor:
-    """Features with rows on 16-byte boundaries, as tensor descriptors and 16-byte loads want them.
-
-    Padded rows, which may hold anything, become 0: in a matrix product 0 · NaN would spread.
-    """
-    step = 16 // x.element_size()
-    aligned = x.stride(1) == 1 and x.stride(0) % step == 0 and x.data_ptr() % 16 == 0
-    if ids is None and aligned:
-        return x
-    rows, d = x.shape
-    out = x.new_empty(rows, triton.cdiv(d, step) * step)[:, :d]
-    if ids is None:
-        return out.copy_(x)
-    return torch.where((ids >= 0)[:, None], x, x.new_zeros(()), out=out)
-
-
-def _sources(plan: _Plan, tile_rows: int, tile_cols: int, k: int, op: _Operands) -> dict:
+def _sources(plan: _Plan, tile_rows: int, tile_cols: int, k: int, op: Operands) -> dict:
     """The features as kernel arguments: pointers, or tensor descriptors where there is TMA."""
 
     def source(x: Tensor, rows: int):
@@ -287,7 +212,7 @@ def _sources(plan: _Plan, tile_rows: int, tile_cols: int, k: int, op: _Operands)
     }
 
 
-def _score_arguments(plan: _Plan, op: _Operands, tile: tiles.Tile) -> dict:
+def _score_arguments(plan: _Plan, op: Operands, tile: tiles.Tile) -> dict:
     return {
         **_sources(plan, tile.m, tile.n, tile.k, op),
         **plan.options(tile),
@@ -312,8 +237,8 @@ def _on(device: torch.device) -> AbstractContextManager:
 
 @_tunes_forward
 def logsumexp_forward(problem: Problem) -> Stats:
-    p, plan, op = problem, _Plan(problem), _Operands.of(problem)
-    symmetric = _symmetric(p)
+    p, plan, op = problem, _Plan(problem), Operands.of(problem)
+    symmetric = is_symmetric(p)
     rows, cols = (True, True) if symmetric else (p.rows, p.cols)
     split = plan.split()
 
@@ -392,7 +317,7 @@ def logsumexp_forward(problem: Problem) -> Stats:
 
 @_tunes_forward
 def softplus_forward(problem: Problem) -> Tensor:
-    plan, op = _Plan(problem), _Operands.of(problem)
+    plan, op = _Plan(problem), Operands.of(problem)
     split = plan.split(triangle=False)
     slots = op.a.new_empty((split.col_groups, problem.n), dtype=torch.float32)
     _launch(
@@ -431,7 +356,7 @@ def softplus_both(problem: Problem, u: Tensor, needs: Needs) -> tuple[Tensor, Gr
     would be kept, 4 bytes each written and read: at D = 768 an H100 computes them again in less
     time (docs/gpu-static.md).
     """
-    if _symmetric(problem) and not _Plan(problem).gradient:
+    if is_symmetric(problem) and not _Plan(problem).gradient:
         # half of the panels, which hold half of the scores: 2.5 products against 3
         return softplus_forward(problem), softplus_backward(problem, u, needs)
     values = problem.scale.new_zeros(problem.n)
@@ -460,7 +385,7 @@ class _Backward(NamedTuple):
 
     problem: Problem
     plan: _Plan
-    op: _Operands
+    op: Operands
     rows: tuple[Tensor | None, ...]  # in the order of _ROW_VECTORS
     cols: tuple[Tensor | None, ...]
     symmetric: bool  # W + Wᵀ is computed, from `rows` alone
@@ -486,9 +411,9 @@ class _Backward(NamedTuple):
 def _backward(
     problem: Problem, rows, cols, needs: Needs, softplus: bool, values: Tensor | None = None
 ) -> Grads:
-    plan, op = _Plan(problem), _Operands.of(problem)
-    rows, cols = (tuple(_dense(x) for x in side) for side in (rows, cols))
-    symmetric = _symmetric(problem)
+    plan, op = _Plan(problem), Operands.of(problem)
+    rows, cols = (tuple(dense(x) for x in side) for side in (rows, cols))
+    symmetric = is_symmetric(problem)
     if symmetric:
         # dA takes (W + Wᵀ)·A, and W + Wᵀ is the W of a problem whose two sides have the same
         # statistics and the sum of both sides' upstream vectors
@@ -527,7 +452,7 @@ def _fused(call: _Backward, needs: Needs) -> Grads:
     block_d = max(16, triton.next_power_of_2(p.d))
     together = p.b is None and not call.symmetric  # both sides' gradients meet in one tensor
 
-    def side(op: _Operands, exchanged: bool, grad: bool, scale: bool, bias: bool):
+    def side(op: Operands, exchanged: bool, grad: bool, scale: bool, bias: bool):
         n = p.m if exchanged else p.n
         out = op.a.new_empty(n, p.d, dtype=torch.float32 if together else None) if grad else None
         sums = [op.a.new_empty(n, dtype=torch.float32) if x else None for x in (scale, bias)]
@@ -631,9 +556,9 @@ def _panels(call: _Backward, needs: Needs) -> Grads:
                 continue
             weights = workspace[: size[0], : size[1]]
             if grad_a is not None:
-                _accumulate(grad_a[rows], weights, op.b[cols])
+                accumulate(grad_a[rows], weights, op.b[cols])
             if grad_b is not None and not diagonal:
-                _accumulate(grad_b[cols], weights.T, op.a[rows])
+                accumulate(grad_b[cols], weights.T, op.a[rows])
 
     def rounded(x: Tensor | None) -> Tensor | None:
         return None if x is None else (x if call.norm is None else x * call.norm).to(p.a.dtype)
@@ -641,11 +566,3 @@ def _panels(call: _Backward, needs: Needs) -> Grads:
     return Grads(
         rounded(grad_a), None if p.b is None else rounded(grad_b), scale, row_bias, col_bias
     )
-
-
-def _accumulate(out: Tensor, x: Tensor, y: Tensor) -> None:
-    """out += x @ y, accumulated in fp32 whatever the dtype of x and y."""
-    if x.dtype == torch.float32 or not x.is_cuda:
-        out.addmm_(x.float(), y.float())
-    else:
-        torch.addmm(out, x, y, out_dtype=torch.float32, out=out)
