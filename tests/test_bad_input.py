@@ -65,6 +65,7 @@ CALLS = [
     (ValueError, "lambda_fusion must be a number of at least 0, got -1", lambda: ik.ito_loss(X[None], Y, None, 1.0, lambda_fusion=-1)),
     (ValueError, "denominator must be one of 'pair', 'pooled', got 'joint'", lambda: ik.ito_loss(X[None], Y, None, 1.0, lambda_fusion=0, denominator="joint")),
     (ValueError, r"logit_scale must be a number or a 0-d tensor, got shape \(5,\)", lambda: ik.ito_loss(X[None], Y, None, torch.ones(5), lambda_fusion=0)),
+    (ValueError, "queries and keys must have the same width D, got 3 and 2", lambda: ik.explain(X, Y[:, :2])),
     (ValueError, "row_ids and col_ids go together: col_ids is missing", lambda: ik.similarity_logsumexp(X, Y, 1.0, row_ids=IDS)),
     (ValueError, 'positives must be None, "linear" or "lse", got \'mean\'', lambda: ik.similarity_logsumexp(X, Y, 1.0, positives="mean")),
     (ValueError, "rows and cols are both False", lambda: ik.similarity_logsumexp(X, Y, 1.0, rows=False, cols=False)),

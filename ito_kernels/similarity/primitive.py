@@ -7,7 +7,16 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from . import dispatch, op
-from .spec import Needs, Problem, Stats, Upstream, check_weight, check_weights, make_problem
+from .spec import (
+    Needs,
+    Problem,
+    Stats,
+    Upstream,
+    check_pair,
+    check_weight,
+    check_weights,
+    make_problem,
+)
 
 
 def similarity_logsumexp(
@@ -161,6 +170,7 @@ def explain(
 
     `options` are those of `similarity_logsumexp`.
     """
+    check_pair("queries", queries, "keys", keys)
     names = ("row_bias", "col_bias", "row_ids", "col_ids")
     problem = make_problem(
         queries, keys, logit_scale, **{name: options.pop(name, None) for name in names}, **options
