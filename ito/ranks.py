@@ -17,9 +17,10 @@ from torch import Tensor, nn
 from ito.cli import USER_ERRORS, reason
 
 T = TypeVar("T")
+LOST = "another rank has ended"  # the losses' collectives say so too
 
 
-class RankLost(RuntimeError):
+class RankLost(ConnectionError):
     """A collective failed: another rank has ended, or does not answer."""
 
 
@@ -51,13 +52,17 @@ class Ranks:
                 sys.stdout = open(os.devnull, "w")
         return self
 
-    def __exit__(self, kind, *_) -> None:
+    def __exit__(self, kind, error, _) -> None:
         if self.group is None:
             return
-        if kind is None:
-            dist.destroy_process_group()
         if not self.leads:
             sys.stdout = sys.__stdout__
+        if kind is None:
+            dist.destroy_process_group()
+        elif kind is FloatingPointError and not self.leads:
+            sys.exit(1)  # the loss is that of all ranks, and rank 0 says so
+        elif kind in (RankLost, RuntimeError) and LOST in str(error):
+            raise RankLost(f"rank {self.rank}: {error}") from None
 
     def share(self, count: int) -> slice:
         """This rank's of `count` items: as even as can be, each item on one rank."""
@@ -126,7 +131,7 @@ def all_reduce(x: Tensor, group: dist.ProcessGroup, what: str) -> Tensor:
     try:
         dist.all_reduce(x, group=group)
     except RuntimeError as error:
-        raise RankLost(f"{what} failed: another rank has ended or does not answer") from error
+        raise RankLost(f"{what} failed: {LOST}, or does not answer") from error
     return x
 
 

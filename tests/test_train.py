@@ -362,10 +362,8 @@ def test_the_export_holds_the_dual_encoder_and_no_fusion(finished):
     names = set(load_file(finished / "model" / "model.safetensors"))
     assert names == set(ito.load(finished).model.state_dict())
     assert {name.split(".")[0] for name in names} == {"image", "text", "logit_scale"}
-    fusion = torch.load(finished / "checkpoints" / "step_0000006.pt", weights_only=True)[
-        "objective"
-    ]
-    assert len(fusion) > 20
+    checkpoint = torch.load(finished / "checkpoints" / "step_0000006.pt", weights_only=True)
+    assert len(checkpoint["objective"]) > 20
 
 
 def test_command_lines_of_a_finished_run(finished, tmp_path):
