@@ -14,8 +14,10 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from ..similarity import dispatch, op
 from ..similarity.spec import Needs, Problem, Stats, Upstream, make_problem
+from .chunks import Chunk
 from .collectives import Started, all_gather, gathered_sizes, process_group
 from .gradients import Logsumexp, Softplus, Sum
+from .transport import transport
 
 # Enough rows for full-speed matrix products; 16 MiB of keys at D = 512 in fp32.
 MIN_CHUNK = 8192
@@ -97,12 +99,8 @@ class GlobalBatch:
         self.all_key_ids = self.all_query_ids
         if key_ids is not query_ids:
             self.all_key_ids = self.gather("key ids", key_ids, self.most_keys, -1)
-        chunk = chunk_size or max(MIN_CHUNK, self.most_keys)
-        step = min(-(-chunk // self.size), self.most_keys)
-        self.parts = [
-            slice(start, min(start + step, self.most_keys))
-            for start in range(0, self.most_keys, step)
-        ]
+        chunk_size = chunk_size or max(MIN_CHUNK, self.most_keys)
+        self.transport = transport(self.group, self.most_keys, chunk_size)
 
     def everyones(self, ids: Tensor) -> Tensor:
         """`query_ids` or `key_ids` of all ranks, with some padding."""
@@ -201,26 +199,24 @@ class GlobalBatch:
 
     def gather(self, what: str, x: Tensor, length: int, fill: float = 0) -> Tensor:
         """(…, k) of each rank as (size, …, length)."""
-        x = torch.nn.functional.pad(x, (0, length - x.shape[-1]), value=fill)
-        return self.start_gather(what, x[None]).wait()
+        x = torch.nn.functional.pad(x, (0, length - x.shape[-1]), value=fill)[None].contiguous()
+        out = x.new_empty(self.size, *x.shape[1:])
+        return Started(f"all-gather of {what}", all_gather, out, x, self.group).wait()
 
-    def start_gather(self, what: str, x: Tensor) -> Started:
-        out = x.new_empty(self.size * len(x), *x.shape[1:])
-        return Started(f"all-gather of {what}", all_gather, out, x.contiguous(), self.group)
-
-    def blocks(self, problem: Problem, part: slice, keys: Tensor) -> Iterator[tuple]:
+    def blocks(self, problem: Problem, chunk: Chunk) -> Iterator[tuple]:
         """The problem of this rank's rows with a chunk's keys, with the range of those keys.
 
         One; under `exclude_self` up to three: self pairs are with this rank's own part alone.
         """
-        ids = self.all_key_ids[:, part].flatten()
-        step, end = part.stop - part.start, len(keys)
-        own = (self.rank * step, (self.rank + 1) * step)
-        bounds = (0, *own, end) if problem.exclude_self else (0, end)
+        owners, part, keys = chunk
+        ids = self.all_key_ids[owners, part].flatten()
+        own = tuple((self.rank - owners.start + i) * chunk.step for i in (0, 1))
+        with_own = problem.exclude_self and self.rank in range(owners.start, owners.stop)
+        bounds = (0, *own, len(keys)) if with_own else (0, len(keys))
         for low, high in pairwise(bounds):
             if low == high:
                 continue
-            mine = problem.exclude_self and (low, high) == own
+            mine = with_own and (low, high) == own
             yield (
                 slice(low, high),
                 problem._replace(
