@@ -49,6 +49,11 @@ class Homeward(Protocol):
         """The sums over ranks for this rank's keys."""
 
 
+def flat(x: Tensor) -> Tensor:
+    """Contiguous, which `flatten` is not where one size is 1."""
+    return x.contiguous().view(-1)
+
+
 def parts(rows: int, step: int) -> list[slice]:
     return [slice(start, min(start + step, rows)) for start in range(0, rows, step)]
 

@@ -51,7 +51,7 @@ class Works(NamedTuple):
 
 
 class Started:
-    """A collective under way. `wait` returns its output, or raises with its name."""
+    """A transfer under way. `wait` returns its output, or raises with its name."""
 
     def __init__(self, what: str, collective: Callable, out: Tensor, x: Tensor, group):
         self.what, self.out, self.group = what, out, group

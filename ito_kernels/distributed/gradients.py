@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..similarity import op
 from ..similarity.spec import Grads, Needs, Problem, Stats, Upstream
-from .chunks import Chunk, Kept
+from .chunks import Chunk, Kept, flat
 from .collectives import Started, all_reduce
 from .statistics import Columns, Side, count_pairs
 
@@ -80,8 +80,8 @@ class Logsumexp(torch.autograd.Function):
         walk = _Gradients(whole, problem, needs)
         for chunk in whole.transport.walk(problem.b, ctx.kept):
             if problem.cols:
-                vectors = columns[chunk.owners, :, chunk.part].transpose(0, 1).flatten(1).unbind()
-                vectors = iter(vectors)
+                own = columns[chunk.owners, :, chunk.part]
+                vectors = (flat(own[:, i]) for i in range(own.shape[1]))
                 everyone = [None if x is None else next(vectors) for x in sent]
             for at, block in whole.blocks(problem, chunk):
                 cols = (None,) * 5

@@ -4,18 +4,15 @@ from __future__ import annotations
 
 import os
 
-import torch.distributed as dist
-
-from .chunks import Transport
 from .gather import Gather
 from .ring import Ring
 
 TRANSPORTS = {"gather": Gather, "ring": Ring}
 
 
-def transport(group: dist.ProcessGroup, most_keys: int, chunk_size: int) -> Transport:
+def chosen_transport() -> type[Gather | Ring]:
     """The one that the environment's ITO_TRANSPORT names."""
     name = os.environ.get("ITO_TRANSPORT") or "gather"
     if name not in TRANSPORTS:
         raise ValueError(f"ITO_TRANSPORT must be 'gather' or 'ring', got {name!r}")
-    return TRANSPORTS[name](group, most_keys, chunk_size)
+    return TRANSPORTS[name]
