@@ -4,7 +4,8 @@ Every process has one thread, on a core of its own where there are enough. Plain
 the machine's constants: torch.mm the rate of matrix products; collectives of two sizes latency and
 rate of each kind; an all-gather beside torch.mm what they hide of each other; and the chunks of a
 loss of 8 rows and 8 features, in a group of one process, what a step and each of its chunks cost
-apart from products and transfers. From these alone the model predicts the losses' steps, which run in turns with them.
+apart from products and transfers. From these alone the model predicts the losses' steps, which run
+in turns with them.
 
 A time is the slowest rank's; of all rounds the least, because the machine may be busy with
 other work.
@@ -28,11 +29,16 @@ from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
-from scaling_model import LOSSES, Step, Walk, gathered, number
+from scaling_model import LOSSES, Step, Walk, number, step_seconds
 from torch import Tensor
 
 import ito_kernels as ik
-from ito_kernels.distributed import _all_gather, _all_reduce, _all_to_all, _reduce_scatter
+from ito_kernels.distributed.collectives import (
+    all_gather,
+    all_reduce,
+    all_to_all,
+    reduce_scatter,
+)
 
 DIM, FP32 = 512, 4
 ROWS, SHARES, KINDS = (128, 512), (1, 4), ("clip", "siglip")
@@ -87,7 +93,7 @@ def check(out: Path) -> None:
         report["machines"][ranks] = machine._asdict() | {"rounds": rounds}
         for step in steps(ranks):
             seconds = min(times[name(step)])
-            guess = gathered(step, machine)
+            guess = step_seconds(step, machine)
             report["rows"].append(
                 step._asdict()
                 | {"predicted_ms": 1e3 * guess, "measured_ms": 1e3 * seconds}
@@ -120,8 +126,8 @@ def markdown(report: dict) -> str:
     ]
     for r in report["rows"]:
         lines.append(
-            f"| {r['ranks']} | {r['loss']} | {r['rows']} | {r['chunk']} | {number(r['predicted_ms'])}"
-            f" | {number(r['measured_ms'])} | {r['ratio']:.2f} |"
+            f"| {r['ranks']} | {r['loss']} | {r['rows']} | {r['chunk']}"
+            f" | {number(r['predicted_ms'])} | {number(r['measured_ms'])} | {r['ratio']:.2f} |"
         )
     return "\n".join(lines)
 
@@ -169,10 +175,10 @@ def mm_flops(ranks: int) -> float:
 
 
 COLLECTIVES = {
-    "all_gather": _all_gather,
-    "reduce_scatter": _reduce_scatter,
-    "all_to_all": _all_to_all,
-    "all_reduce": _all_reduce,
+    "all_gather": all_gather,
+    "reduce_scatter": reduce_scatter,
+    "all_to_all": all_to_all,
+    "all_reduce": all_reduce,
 }
 
 

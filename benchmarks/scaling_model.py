@@ -19,6 +19,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+from collections import Counter
 from itertools import accumulate, product
 from pathlib import Path
 from typing import NamedTuple, Protocol
@@ -27,6 +28,7 @@ RESULTS = Path(__file__).parent / "results"
 RANKS = (8, 64, 512, 4096)
 BATCHES = (1 << 15, 1 << 17, 1 << 19, 1 << 20, 1 << 22)
 LEAST_ROWS = 8  # of a rank
+LEAST_CHUNK = 2048
 ENOUGH = 1.02  # a chunk is chosen that is this close to the fastest
 MIN_CHUNK, CACHE = 8192, 64 << 20  # defaults of ito_kernels.distributed
 WIDE = 4  # bytes of what is summed
@@ -54,6 +56,13 @@ LOSSES = {
 STATISTICS = {"forward": 4, "backward": 5}  # numbers for each column, sent by CLIP's walks
 
 
+class Chunk(NamedTuple):
+    """Keys that are used together, and how many of them come from other ranks."""
+
+    keys: int
+    travelled: int
+
+
 class Step(NamedTuple):
     """One loss and its gradients: `rows` of each of `ranks`, `dim` features of `itemsize` bytes."""
 
@@ -63,43 +72,37 @@ class Step(NamedTuple):
     itemsize: int = 2
     loss: str = "clip"
     chunk: int | None = None  # chunk_size
+    transport: str = "gather"  # or "ring"
     cache: int = CACHE  # ITO_GATHER_CACHE_BYTES
 
     @property
     def batch(self) -> int:
         return self.ranks * self.rows
 
-    @property
-    def chunk_rows(self) -> int:
-        """Keys of each rank in a chunk."""
-        chunk = self.chunk or max(MIN_CHUNK, self.rows)
-        return min(-(-chunk // self.ranks), self.rows)
-
-    def parts(self) -> list[int]:
-        """Keys of each rank in every chunk."""
-        step = self.chunk_rows
-        return [min(step, self.rows - start) for start in range(0, self.rows, step)]
+    def chunks(self) -> list[Chunk]:
+        """An all-gather's are the same part of everyone's keys, a ring's a part of one rank's."""
+        size = self.chunk or max(MIN_CHUNK, self.rows)
+        ring = self.transport == "ring"
+        part = min(size if ring else -(-size // self.ranks), self.rows)
+        parts = [min(part, self.rows - start) for start in range(0, self.rows, part)]
+        if ring:
+            return [Chunk(part, part if t else 0) for part in parts for t in range(self.ranks)]
+        return [Chunk(self.ranks * part, (self.ranks - 1) * part) for part in parts]
 
     def kept(self) -> int:
         """Chunks that the second walk need not gather again: the first ones, while they fit."""
-        filled = accumulate(
-            self.received(part, self.itemsize, everyone=True) for part in self.parts()
-        )
+        filled = accumulate(chunk.keys * self.dim * self.itemsize for chunk in self.chunks())
         return sum(nbytes <= self.cache for nbytes in filled)
-
-    def received(self, rows: int, itemsize: int, everyone: bool = False) -> int:
-        """Bytes of `rows` keys of each of the other ranks, or of `everyone`."""
-        return (self.ranks if everyone else self.ranks - 1) * rows * self.dim * itemsize
 
     def traffic(self) -> dict[str, int]:
         """Bytes that a rank receives, by kind: the table of docs/distributed.md."""
-        others, walks = (self.ranks - 1) * self.rows, LOSSES[self.loss]
-        again = sum(self.parts()[self.kept() :])
+        chunks, others = self.chunks(), (self.ranks - 1) * self.rows
+        again = chunks[self.kept() :] * (len(LOSSES[self.loss]) - 1)
         out = {
             "sizes": (self.ranks - 1) * 16,
             "ids": others * 8,
-            "keys": self.received(self.rows + again * (len(walks) - 1), self.itemsize),
-            "gradients": self.received(self.rows, WIDE),
+            "keys": sum(c.travelled for c in chunks + again) * self.dim * self.itemsize,
+            "gradients": sum(c.travelled for c in chunks) * self.dim * WIDE,
         }
         if self.loss == "clip":
             out["statistics"] = others * WIDE * sum(STATISTICS.values())
@@ -110,11 +113,9 @@ class Step(NamedTuple):
 
     def memory(self) -> int:
         """Bytes at most, beside the encoders and the kernels' own: docs/distributed.md."""
-        local, chunk = (
-            rows * self.dim * WIDE for rows in (self.rows, self.ranks * self.chunk_rows)
-        )
-        kept = self.kept() * chunk // WIDE * self.itemsize
-        return 6 * local + 4 * chunk + 200 * self.batch + kept
+        chunk = self.chunks()[0].keys * self.dim
+        kept = self.kept() * chunk * self.itemsize
+        return 6 * self.rows * self.dim * WIDE + 4 * chunk * WIDE + 200 * self.batch + kept
 
 
 def open_clip_memory(step: Step, local_loss: bool) -> int:
@@ -149,51 +150,60 @@ class Machine(Protocol):
 def compute_seconds(step: Step, machine: Machine) -> float:
     """The kernels alone, chunk after chunk."""
     return sum(
-        machine.compute(walk, step.rows, step.ranks * part, step.dim, step.itemsize)
-        for walk, part in product(LOSSES[step.loss], step.parts())
+        number * machine.compute(walk, step.rows, keys, step.dim, step.itemsize)
+        for keys, number in Counter(chunk.keys for chunk in step.chunks()).items()
+        for walk in LOSSES[step.loss]
     )
 
 
-def gathered(step: Step, machine: Machine) -> float:
-    """Seconds of a step with the all-gather of chunks."""
-    parts, ranks = step.parts(), step.ranks
+def step_seconds(step: Step, machine: Machine) -> float:
     seconds = exchanges(step, machine)
     for number, walk in enumerate(LOSSES[step.loss]):
-        kernels = [
-            machine.compute(walk, step.rows, ranks * part, step.dim, step.itemsize)
-            for part in parts
-        ]
-        gather = [machine.all_gather(ranks, step.received(p, step.itemsize)) for p in parts]
-        scatter = [machine.reduce_scatter(ranks, step.received(p, WIDE)) for p in parts]
+        chunks = step.chunks()
+        each = {chunk: chunk_seconds(step, walk, chunk, machine) for chunk in set(chunks)}
+        work = [each[chunk] for chunk in chunks]
         kept = step.kept() if number else 0
-        seconds += pipeline(
-            kernels, gather, scatter if walk.gradients else [0.0] * len(parts), machine, kept
-        )
+        seconds += pipeline(work, machine, kept, prefetches=step.transport == "ring")
     return seconds
 
 
-def pipeline(
-    kernels: list[float],
-    gather: list[float],
-    scatter: list[float],
-    machine: Machine,
-    kept: int = 0,
-) -> float:
-    """One walk. While a chunk's kernels run, the gradients of the chunk before go home and the
-    chunk after arrives; nothing hides the first chunk's gather and the last one's gradients.
+class Work(NamedTuple):
+    """Seconds of a chunk: of its arrival, its kernels, and its gradients' way home."""
 
-    The first `kept` chunks are there already; the gather of the one after starts when they are
-    done.
+    arrival: float
+    kernels: float
+    home: float
+
+
+def chunk_seconds(step: Step, walk: Walk, chunk: Chunk, machine: Machine) -> Work:
+    bring, take = machine.all_gather, machine.reduce_scatter
+    if step.transport == "ring":
+        bring = take = machine.hop
+    kernels = machine.compute(walk, step.rows, chunk.keys, step.dim, step.itemsize)
+    if not chunk.travelled:
+        return Work(0.0, kernels, 0.0)
+    arrival, home = (chunk.travelled * step.dim * size for size in (step.itemsize, WIDE))
+    return Work(
+        bring(step.ranks, arrival), kernels, take(step.ranks, home) if walk.gradients else 0.0
+    )
+
+
+def pipeline(work: list[Work], machine: Machine, kept: int = 0, prefetches: bool = False) -> float:
+    """Seconds of one walk. While a chunk's kernels run, the gradients of the chunk before go home
+    and the chunk after arrives; nothing hides the first arrival and the last gradients.
+
+    The first `kept` chunks are there already, and the one after starts to arrive when they are
+    done; or, where the transport `prefetches`, during the last of them.
     """
-    seconds, last = 0.0, len(kernels) - 1
-    for k, compute in enumerate(kernels):
-        if k == kept:
-            seconds += gather[k]
-        transfer = scatter[k - 1] if k else 0.0
-        if kept <= k < last:
-            transfer += gather[k + 1]
-        seconds += machine.together(compute, transfer)
-    return seconds + scatter[last]
+    seconds, last = 0.0, len(work) - 1
+    for k, (arrival, kernels, _) in enumerate(work):
+        if k == kept and not (k and prefetches):
+            seconds += arrival
+        transfer = work[k - 1].home if k else 0.0
+        if k < last and (k >= kept or (k == kept - 1 and prefetches)):
+            transfer += work[k + 1].arrival
+        seconds += machine.together(kernels, transfer)
+    return seconds + work[last].home
 
 
 def exchanges(step: Step, machine: Machine) -> float:
@@ -208,47 +218,28 @@ def exchanges(step: Step, machine: Machine) -> float:
     return seconds
 
 
-def ringed(step: Step, machine: Machine) -> float:
-    """Seconds of a step where keys go from neighbour to neighbour, one rank's at a time, and the
-    sums of their gradients behind them and once more, home."""
-    ranks = step.ranks
-    keys, sums = (machine.hop(ranks, step.rows * step.dim * size) for size in (step.itemsize, WIDE))
-    seconds = exchanges(step, machine)
-    for walk in LOSSES[step.loss]:
-        compute = machine.compute(walk, step.rows, step.rows, step.dim, step.itemsize)
-        hop = keys + (sums if walk.gradients else 0.0)
-        seconds += (ranks - 1) * machine.together(compute, hop)
-        seconds += machine.together(compute, 0.0) + (sums if walk.gradients else 0.0)
-    return seconds
-
-
 def chunk_sizes(step: Step) -> list[int]:
-    """Those whose share of a rank is a power of two, and the whole batch."""
-    shares = [1 << k for k in range(step.rows.bit_length()) if 1 << k < step.rows]
-    return [step.ranks * share for share in (*shares, step.rows)]
+    """From LEAST_CHUNK keys on, those whose share of a rank is a power of two; and the batch."""
+    shares = [1 << k for k in range(step.rows.bit_length())]
+    sizes = [step.ranks * share for share in shares if share < step.rows]
+    return [size for size in sizes if size >= LEAST_CHUNK] + [step.batch]
 
 
 def best_chunk(step: Step, machine: Machine) -> int:
     """The smallest chunk size within 2 % of the fastest."""
-    times = {c: gathered(step._replace(chunk=c), machine) for c in chunk_sizes(step)}
+    times = {c: step_seconds(step._replace(chunk=c), machine) for c in chunk_sizes(step)}
     return min(c for c, seconds in times.items() if seconds <= ENOUGH * min(times.values()))
 
 
 def hiding_chunk(step: Step, machine: Machine) -> int | None:
     """The smallest chunk size whose kernels take as long as its transfers, in every walk."""
 
-    def hides(chunk: int) -> bool:
-        part, ranks = step._replace(chunk=chunk).chunk_rows, step.ranks
-        for walk in LOSSES[step.loss]:
-            transfer = machine.all_gather(ranks, step.received(part, step.itemsize))
-            if walk.gradients:
-                transfer += machine.reduce_scatter(ranks, step.received(part, WIDE))
-            keys = ranks * part
-            if machine.compute(walk, step.rows, keys, step.dim, step.itemsize) < transfer:
-                return False
-        return True
+    def hides(size: int) -> bool:
+        chunk = step._replace(chunk=size).chunks()[0]
+        work = [chunk_seconds(step, walk, chunk, machine) for walk in LOSSES[step.loss]]
+        return all(w.kernels >= w.arrival + w.home for w in work)
 
-    return next((chunk for chunk in chunk_sizes(step) if hides(chunk)), None)
+    return next((size for size in chunk_sizes(step) if hides(size)), None)
 
 
 # ---- GPUs: predictions
@@ -392,9 +383,9 @@ def row(step: Step, gpu: Gpu) -> dict:
         "gpu": gpu.name, "loss": step.loss, "d": step.dim, "ranks": step.ranks,
         "batch": step.batch, "rows": step.rows, "traffic": step.traffic(), "flops": step.flops(),
         "chunk": chunk, "hiding_chunk": hiding,
-        "compute_ms": 1e3 * compute_seconds(best, gpu), "step_ms": 1e3 * gathered(best, gpu),
-        "default_ms": 1e3 * gathered(step, gpu), "once_ms": 1e3 * gathered(once, gpu),
-        "ring_ms": 1e3 * ringed(step, gpu),
+        "compute_ms": 1e3 * compute_seconds(best, gpu), "step_ms": 1e3 * step_seconds(best, gpu),
+        "default_ms": 1e3 * step_seconds(step, gpu), "once_ms": 1e3 * step_seconds(once, gpu),
+        "ring_ms": 1e3 * step_seconds(step._replace(transport="ring"), gpu),
         "memory": best.memory() + PANEL,
         "open_clip_memory": open_clip_memory(step, True),
         "dense_memory": open_clip_memory(step, False),
@@ -450,6 +441,8 @@ def main() -> None:
         check(options.out / "scaling_check.json")
         return
 
+    from scaling_plot import draw
+
     gpu = load_gpu(options.gpu)
     rows = [
         row(Step(ranks, batch // ranks, options.dim, loss=options.loss), gpu)
@@ -468,6 +461,7 @@ def main() -> None:
         "host_s": gpu.host, "rows_to_hide": {"node": inside, "across": across}, "rows": rows,
     }  # fmt: skip
     (options.out / f"{name}.json").write_text(json.dumps(report, indent=1) + "\n")
+    draw(gpu, options.dim, options.loss, options.out / f"{name}.png")
 
 
 if __name__ == "__main__":

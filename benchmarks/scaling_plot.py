@@ -18,9 +18,9 @@ from scaling_model import (
     best_chunk,
     chunk_sizes,
     compute_seconds,
-    gathered,
     open_clip_memory,
     size,
+    step_seconds,
 )
 
 RANKS = [1 << k for k in range(3, 13)]
@@ -68,7 +68,7 @@ def _over_ranks(ax: Axes, gpu: Gpu, dim: int, loss: str) -> None:
             if step.rows >= LEAST_ROWS
         ]
         ranks = [step.ranks for step in steps]
-        times = [1e3 * gathered(step, gpu) for step in steps]
+        times = [1e3 * step_seconds(step, gpu) for step in steps]
         ax.plot(ranks, times, color=colour, linewidth=2.2)
         alone = [1e3 * compute_seconds(step, gpu) for step in steps]
         ax.plot(ranks, alone, color=colour, linewidth=1.3, linestyle=":")
@@ -82,13 +82,13 @@ def _over_chunks(ax: Axes, gpu: Gpu, dim: int, loss: str) -> None:
     ticks = set()
     for (ranks, batch), colour in zip(CHUNKED, SHADES, strict=True):
         step = Step(ranks, batch // ranks, dim, loss=loss)
-        sizes = [chunk for chunk in chunk_sizes(step) if chunk >= 2048]
-        times = [1e3 * gathered(step._replace(chunk=chunk), gpu) for chunk in sizes]
+        sizes = chunk_sizes(step)
+        times = [1e3 * step_seconds(step._replace(chunk=chunk), gpu) for chunk in sizes]
         ax.plot(sizes, times, color=colour, linewidth=2.2)
         chosen = best_chunk(step, gpu)
         ax.plot(chosen, times[sizes.index(chosen)], "o", color=colour, markersize=7)
         ax.plot(
-            ranks * step.chunk_rows, 1e3 * gathered(step, gpu), "x", color=colour, markersize=8
+            step.chunks()[0].keys, 1e3 * step_seconds(step, gpu), "x", color=colour, markersize=8
         )
         _name(ax, sizes[-1], times[-1], f"{ranks} GPUs\nB = {_count(batch)}", colour)
         ticks.update(sizes)
