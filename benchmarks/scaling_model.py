@@ -9,7 +9,8 @@ published rates and NCCL's own cost model; nothing here has run on a GPU. `scali
 the same formulas against gloo on this machine, with constants measured by plain torch calls.
 
 Columns. rows: of each GPU. compute: the kernels alone. step: with the chunk size beside it, the
-smallest that is within 2 % of the best. default: with chunk_size=None. at once: with one chunk.
+smallest that is within 2 % of the best. rule: with max(32,768, 512·GPUs). default: with
+chunk_size=None. at once: with one chunk.
 ring: neighbours' sends instead of all-gathers. memory: the bound of docs/distributed.md with that
 chunk, and the kernels' panel; open_clip: its logits and gathered features, local_loss, and without.
 """
@@ -25,7 +26,8 @@ from pathlib import Path
 from typing import NamedTuple, Protocol
 
 RESULTS = Path(__file__).parent / "results"
-RANKS = (8, 64, 512, 4096)
+ALL_RANKS = [1 << k for k in range(3, 13)]
+RANKS = (8, 64, 512, 4096)  # of the table
 BATCHES = (1 << 15, 1 << 17, 1 << 19, 1 << 20, 1 << 22)
 LEAST_ROWS = 8  # of a rank
 LEAST_CHUNK = 2048
@@ -116,6 +118,11 @@ class Step(NamedTuple):
         chunk = self.chunks()[0].keys * self.dim
         kept = self.kept() * chunk * self.itemsize
         return 6 * self.rows * self.dim * WIDE + 4 * chunk * WIDE + 200 * self.batch + kept
+
+
+def panel(step: Step) -> int:
+    """Bytes of W that the GPU kernels hold in backward."""
+    return min(PANEL, step.rows * step.chunks()[0].keys * step.itemsize)
 
 
 def open_clip_memory(step: Step, local_loss: bool) -> int:
@@ -231,6 +238,12 @@ def best_chunk(step: Step, machine: Machine) -> int:
     return min(c for c, seconds in times.items() if seconds <= ENOUGH * min(times.values()))
 
 
+def chunk_to_choose(ranks: int) -> int:
+    """A chunk size for every batch: below 32,768 keys the host is slower than the GPU, and with
+    less than 512 of each rank the ring's latency is longer than the transfer."""
+    return max(1 << 15, 512 * ranks)
+
+
 def hiding_chunk(step: Step, machine: Machine) -> int | None:
     """The smallest chunk size whose kernels take as long as its transfers, in every walk."""
 
@@ -272,15 +285,17 @@ PROTOCOLS = {
     "Simple": (8.4, 3.4, 14.0, 1.0),
 }
 TREE = (6.8, 0.6, 5.0)  # the same of a small all-reduce (LL)
-# Python and launches for each chunk and walk: an assumption, checked on a CPU (docs/scaling.md).
-HOST = 0.5e-3
+# Python's own for each chunk and walk, and for each step: what scaling_check.py finds on a CPU
+# core, assumed of a GPU's host. A chunk is issued while the GPU works on another; CALL is added.
+HOST, CALL = 0.25e-3, 1.7e-3
 
 
 class Gpu:
     """Nodes of 8 GPUs, a network card for each."""
 
-    def __init__(self, name: str, static: dict, host: float = HOST):
-        self.name, self.network, self.host, self.call = name, NETWORKS[name], host, 0.0
+    def __init__(self, name: str, static: dict):
+        self.name, self.network = name, NETWORKS[name]
+        self.host, self.call = HOST, CALL
         self.chip = static["chips"][CHIPS[name]]
         self.predictions = [p for p in static["predictions"] if p["chip"] == CHIPS[name]]
         self.tiles = {
@@ -372,21 +387,35 @@ def rows_to_hide(gpu: Gpu, dim: int, ranks: int) -> float:
     return out
 
 
+def most_gpus(batch: int, gpu: Gpu, dim: int, loss: str) -> int:
+    """Up to how many GPUs the kernels take half of the step or more, 0 if on none: beyond,
+    communication and the host have taken over."""
+    most = 0
+    for ranks in ALL_RANKS:
+        step = Step(ranks, batch // ranks, dim, loss=loss)
+        if step.rows >= LEAST_ROWS:
+            step = step._replace(chunk=best_chunk(step, gpu))
+            if 2 * compute_seconds(step, gpu) >= step_seconds(step, gpu):
+                most = ranks
+    return most
+
+
 # ---- table, files
 
 
 def row(step: Step, gpu: Gpu) -> dict:
     chunk, hiding = best_chunk(step, gpu), hiding_chunk(step, gpu)
     best = step._replace(chunk=chunk)
-    once = step._replace(chunk=step.batch)
+    once, rule = (step._replace(chunk=x) for x in (step.batch, chunk_to_choose(step.ranks)))
     return {
         "gpu": gpu.name, "loss": step.loss, "d": step.dim, "ranks": step.ranks,
         "batch": step.batch, "rows": step.rows, "traffic": step.traffic(), "flops": step.flops(),
         "chunk": chunk, "hiding_chunk": hiding,
         "compute_ms": 1e3 * compute_seconds(best, gpu), "step_ms": 1e3 * step_seconds(best, gpu),
         "default_ms": 1e3 * step_seconds(step, gpu), "once_ms": 1e3 * step_seconds(once, gpu),
+        "rule_ms": 1e3 * step_seconds(rule, gpu),
         "ring_ms": 1e3 * step_seconds(step._replace(transport="ring"), gpu),
-        "memory": best.memory() + PANEL,
+        "memory": best.memory() + panel(best),
         "open_clip_memory": open_clip_memory(step, True),
         "dense_memory": open_clip_memory(step, False),
     }  # fmt: skip
@@ -394,12 +423,12 @@ def row(step: Step, gpu: Gpu) -> dict:
 
 def markdown(rows: list[dict]) -> str:
     lines = [
-        "| GPUs | batch | rows | compute ms | step ms | chunk | default ms | at once ms | ring ms"
-        " | memory | open_clip, local_loss | open_clip |",
-        "|---|---|---|---|---|---|---|---|---|---|---|---|",
+        "| GPUs | batch | rows | compute ms | step ms | chunk | rule ms | default ms | at once ms"
+        " | ring ms | memory | open_clip, local_loss | open_clip |",
+        "|---|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for r in rows:
-        times = [number(r[f"{x}_ms"]) for x in ("default", "once", "ring")]
+        times = [number(r[f"{x}_ms"]) for x in ("rule", "default", "once", "ring")]
         sizes = [size(r[x]) for x in ("memory", "open_clip_memory", "dense_memory")]
         cells = [
             f"{r['ranks']:,}", f"{r['batch']:,}", f"{r['rows']:,}", number(r["compute_ms"]),
@@ -421,8 +450,8 @@ def size(nbytes: float) -> str:
     raise AssertionError
 
 
-def load_gpu(name: str, host: float = HOST) -> Gpu:
-    return Gpu(name, json.loads((RESULTS / "gpu_static.json").read_text()), host)
+def load_gpu(name: str) -> Gpu:
+    return Gpu(name, json.loads((RESULTS / "gpu_static.json").read_text()))
 
 
 def main() -> None:
@@ -455,10 +484,14 @@ def main() -> None:
         f"\nKernels hide a large chunk's transfer from {inside:,.0f} rows for each GPU in one node,"
         f" {across:,.0f} across nodes (predictions; nothing was run)"
     )
+    most = {batch: most_gpus(batch, gpu, options.dim, options.loss) for batch in BATCHES}
+    for batch, ranks in most.items():
+        print(f"batch {batch:,}: kernels are half of the step up to {ranks:,} GPUs")
     name = f"scaling-{options.gpu}-{options.loss}-{options.dim}"
     report = {
         "gpu": options.gpu, "network": gpu.network._asdict(), "protocols": PROTOCOLS,
-        "host_s": gpu.host, "rows_to_hide": {"node": inside, "across": across}, "rows": rows,
+        "host_s": gpu.host, "call_s": gpu.call, "most_gpus": most, "rows": rows,
+        "rows_to_hide": {"node": inside, "across": across},
     }  # fmt: skip
     (options.out / f"{name}.json").write_text(json.dumps(report, indent=1) + "\n")
     draw(gpu, options.dim, options.loss, options.out / f"{name}.png")

@@ -10,23 +10,23 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, NullLocator
 from plot import EAGER, GRID, INK, MUTED, OURS, OURS_OTHER, STYLE, THEIRS
 from scaling_model import (
+    ALL_RANKS,
     BATCHES,
     LEAST_ROWS,
-    PANEL,
     Gpu,
     Step,
     best_chunk,
     chunk_sizes,
     compute_seconds,
     open_clip_memory,
+    panel,
     size,
     step_seconds,
 )
 
-RANKS = [1 << k for k in range(3, 13)]
 SHOWN = (BATCHES[0], BATCHES[2], BATCHES[4])  # global batches
 SHADES = (OURS_OTHER, OURS, INK)
-CHUNKED = ((64, 1 << 19), (512, 1 << 20), (512, 1 << 22))  # GPUs, batch
+CHUNKED = ((64, 1 << 19), (4096, 1 << 22), (512, 1 << 22))  # GPUs, batch
 MEMORY_ROWS = 1024
 
 
@@ -61,7 +61,7 @@ def draw(gpu: Gpu, dim: int, loss: str, path: Path) -> None:
 def _over_ranks(ax: Axes, gpu: Gpu, dim: int, loss: str) -> None:
     ax.set_title("Step time over the number of GPUs")
     for batch, colour in zip(SHOWN, SHADES, strict=True):
-        all_steps = [Step(ranks, batch // ranks, dim, loss=loss) for ranks in RANKS]
+        all_steps = [Step(ranks, batch // ranks, dim, loss=loss) for ranks in ALL_RANKS]
         steps = [
             step._replace(chunk=best_chunk(step, gpu))
             for step in all_steps
@@ -72,9 +72,9 @@ def _over_ranks(ax: Axes, gpu: Gpu, dim: int, loss: str) -> None:
         ax.plot(ranks, times, color=colour, linewidth=2.2)
         alone = [1e3 * compute_seconds(step, gpu) for step in steps]
         ax.plot(ranks, alone, color=colour, linewidth=1.3, linestyle=":")
-        _name(ax, ranks[-1], times[-1], f"B = {_count(batch)}", colour)
-    _log(ax, RANKS[::3], "GPUs", _ms)
-    ax.set_xlim(right=RANKS[-1] * 6)
+        _name(ax, ranks[-1], times[-1], f"B = {_count(batch)}", colour, batch == SHOWN[0])
+    _log(ax, ALL_RANKS[::3], "GPUs", _ms)
+    ax.set_xlim(right=ALL_RANKS[-1] * 6)
 
 
 def _over_chunks(ax: Axes, gpu: Gpu, dim: int, loss: str) -> None:
@@ -90,7 +90,7 @@ def _over_chunks(ax: Axes, gpu: Gpu, dim: int, loss: str) -> None:
         ax.plot(
             step.chunks()[0].keys, 1e3 * step_seconds(step, gpu), "x", color=colour, markersize=8
         )
-        _name(ax, sizes[-1], times[-1], f"{ranks} GPUs\nB = {_count(batch)}", colour)
+        _name(ax, sizes[-1], times[-1], f"{ranks:,} GPUs\nB = {_count(batch)}", colour)
         ticks.update(sizes)
     _log(ax, [2048, 1 << 14, 1 << 17, 1 << 20], "keys in a chunk", _ms)
     ax.set_xlim(right=max(ticks) * 12)
@@ -104,8 +104,8 @@ def _memory(ax: Axes, dim: int, loss: str) -> None:
     lines = (
         ("open_clip", [open_clip_memory(s, False) for s in steps], THEIRS, 1.3),
         ("open_clip,\nlocal_loss", [open_clip_memory(s, True) for s in steps], EAGER, 1.3),
-        ("chunks of B / 8", [s.memory() + PANEL for s in tenth], OURS_OTHER, 2.2),
-        ("chunks of 8,192", [s.memory() + PANEL for s in steps], OURS, 2.2),
+        ("chunks of B / 8", [s.memory() + panel(s) for s in tenth], OURS_OTHER, 2.2),
+        ("chunks of 8,192", [s.memory() + panel(s) for s in steps], OURS, 2.2),
     )
     for name, values, colour, width in lines:
         ax.plot(batches, values, color=colour, linewidth=width)
@@ -115,10 +115,9 @@ def _memory(ax: Axes, dim: int, loss: str) -> None:
     ax.set_xlim(right=batches[-1] * 9)
 
 
-def _name(ax: Axes, x: float, y: float, text: str, colour: str) -> None:
-    ax.annotate(
-        text, (x, y), (6, 0), textcoords="offset points", va="center", color=colour, fontsize=9
-    )
+def _name(ax: Axes, x: float, y: float, text: str, colour: str, below: bool = False) -> None:
+    at = {"textcoords": "offset points", "va": "center", "fontsize": 9}
+    ax.annotate(text, (x, y), (6, -8 if below else 2), color=colour, **at)
 
 
 def _log(ax: Axes, ticks: list[int], label: str, format_y) -> None:
