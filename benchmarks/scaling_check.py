@@ -16,7 +16,6 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
-import platform
 import random
 import sys
 import tempfile
@@ -29,6 +28,7 @@ from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
+from loss_throughput import machine
 from scaling_model import LOSSES, Step, Walk, number, step_seconds
 from torch import Tensor
 
@@ -44,7 +44,7 @@ DIM, FP32 = 512, 4
 ROWS, SHARES, KINDS = (128, 512), (1, 4), ("clip", "siglip")
 SMALL, LARGE = 1 << 12, 1 << 21  # bytes that each rank contributes to a plain collective
 HOST_CHUNKS = 8
-SECONDS = 120  # of rounds, for each W
+SECONDS = 90  # of rounds, for each W
 
 
 class Gloo(NamedTuple):
@@ -82,18 +82,15 @@ class Gloo(NamedTuple):
 
 def check(out: Path) -> None:
     """Runs W = 1, 2, 4, prints predictions beside measurements, writes both as JSON."""
-    report = {
-        "date": datetime.now().isoformat(timespec="seconds"), "cpu": platform.processor(),
-        "cores": len(os.sched_getaffinity(0)), "torch": torch.__version__, "machines": {},
-        "rows": [],
-    }  # fmt: skip
+    report = {"date": datetime.now().isoformat(timespec="seconds"), **machine("cpu")}
+    report |= {"threads": 1, "cores": len(os.sched_getaffinity(0)), "machines": {}, "rows": []}
     for ranks in (1, 2, 4):
         rounds, times = measured(ranks)
-        machine = calibrated(ranks, times)
-        report["machines"][ranks] = machine._asdict() | {"rounds": rounds}
+        gloo = calibrated(ranks, times)
+        report["machines"][ranks] = gloo._asdict() | {"rounds": rounds}
         for step in steps(ranks):
             seconds = min(times[name(step)])
-            guess = step_seconds(step, machine)
+            guess = step_seconds(step, gloo)
             report["rows"].append(
                 step._asdict()
                 | {"predicted_ms": 1e3 * guess, "measured_ms": 1e3 * seconds}
@@ -108,15 +105,15 @@ def markdown(report: dict) -> str:
         "| W | rounds | torch.mm GFLOP/s | all-gather | reduce-scatter | hidden | chunk | step |",
         "|---|---|---|---|---|---|---|---|",
     ]
-    for ranks, machine in report["machines"].items():
+    for ranks, gloo in report["machines"].items():
         links = [
             f"{1e6 * latency:,.0f} µs + {rate / 1e9:.2f} GB/s"
-            for latency, rate in (machine["links"][x] for x in ("all_gather", "reduce_scatter"))
+            for latency, rate in (gloo["links"][x] for x in ("all_gather", "reduce_scatter"))
         ]
         cells = [
-            str(ranks), str(machine["rounds"]), f"{machine['flops'] / 1e9:.0f}", *links,
-            f"{machine['hidden']:.2f}", f"{1e6 * machine['host']:,.0f} µs",
-            f"{1e6 * machine['call']:,.0f} µs",
+            str(ranks), str(gloo["rounds"]), f"{gloo['flops'] / 1e9:.0f}", *links,
+            f"{gloo['hidden']:.2f}", f"{1e6 * gloo['host']:,.0f} µs",
+            f"{1e6 * gloo['call']:,.0f} µs",
         ]  # fmt: skip
         lines.append("| " + " | ".join(cells) + " |")
     lines += [

@@ -9,8 +9,8 @@ published rates and NCCL's own cost model; nothing here has run on a GPU. `scali
 the same formulas against gloo on this machine, with constants measured by plain torch calls.
 
 Columns. rows: of each GPU. compute: the kernels alone. step: with the chunk size beside it, the
-smallest that is within 2 % of the best. rule: with max(32,768, 512·GPUs). default: with
-chunk_size=None. at once: with one chunk.
+smallest that is within 2 % of the best. hides from: the smallest whose kernels take as long as its
+transfers, if there is one. rule: with max(32,768, 512·GPUs). default: with chunk_size=None.
 ring: neighbours' sends instead of all-gathers. memory: the bound of docs/distributed.md with that
 chunk, and the kernels' panel; open_clip: its logits and gathered features, local_loss, and without.
 """
@@ -423,16 +423,17 @@ def row(step: Step, gpu: Gpu) -> dict:
 
 def markdown(rows: list[dict]) -> str:
     lines = [
-        "| GPUs | batch | rows | compute ms | step ms | chunk | rule ms | default ms | at once ms"
-        " | ring ms | memory | open_clip, local_loss | open_clip |",
+        "| GPUs | batch | rows | compute ms | step ms | chunk | hides from | rule ms"
+        " | default ms | ring ms | memory | open_clip, local_loss | open_clip |",
         "|---|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for r in rows:
-        times = [number(r[f"{x}_ms"]) for x in ("rule", "default", "once", "ring")]
+        times = [number(r[f"{x}_ms"]) for x in ("rule", "default", "ring")]
         sizes = [size(r[x]) for x in ("memory", "open_clip_memory", "dense_memory")]
         cells = [
             f"{r['ranks']:,}", f"{r['batch']:,}", f"{r['rows']:,}", number(r["compute_ms"]),
-            f"**{number(r['step_ms'])}**", f"{r['chunk']:,}", *times, *sizes,
+            f"**{number(r['step_ms'])}**", f"{r['chunk']:,}",
+            f"{r['hiding_chunk']:,}" if r["hiding_chunk"] else "–", *times, *sizes,
         ]  # fmt: skip
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)

@@ -8,7 +8,7 @@ import matplotlib as mpl
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, NullLocator
-from plot import EAGER, GRID, INK, MUTED, OURS, OURS_OTHER, STYLE, THEIRS
+from plot import EAGER, GRID, INK, MUTED, OURS, OURS_OTHER, STYLE, THEIRS, TITLES
 from scaling_model import (
     ALL_RANKS,
     BATCHES,
@@ -39,8 +39,8 @@ def draw(gpu: Gpu, dim: int, loss: str, path: Path) -> None:
         _memory(memory, dim, loss)
         left = {"x": 0.01, "ha": "left"}
         figure.suptitle(
-            f"Predicted, not measured: {loss} on {gpu.name.upper()}, D = {dim}, bf16, forward +"
-            " backward",
+            f"Predicted, not measured: {TITLES.get(loss, loss)} on {gpu.name.upper()}, D = {dim},"
+            " bf16, forward + backward",
             fontsize=14,
             fontweight="bold",
             **left,
