@@ -50,7 +50,7 @@ def data(tmp_path_factory):
 def make(data, ranks=None, **options):
     dataset = load_dataset(data, 32)
     tokenizer = Tokenizer.train([c for names in dataset.captions for c in names], 270, 8)
-    size = {"width": 16, "heads": 2, "load_size": 32, "batch_size": 15}
+    size = {"width": 16, "heads": 2, "image_size": 16, "load_size": 32, "batch_size": 15}
     return Trainer(Config(**size | options), dataset, tokenizer, CPU, torch.float32, ranks)
 
 
