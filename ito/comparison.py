@@ -1,8 +1,8 @@
 """What a comparison found: tables and pictures of several runs, written as `comparison.md`.
 
 R@1 is the mean of both directions on the first held-out split (drawings never seen of things that
-were). Deviations are over seeds. Differences are paired by seed, with the 95 % interval of Student's t:
-4.3 standard errors for three seeds.
+were). Deviations are over seeds. Differences are paired by seed, with the 95 % interval of
+Student's t: 4.3 standard errors for three seeds.
 """
 
 import json
@@ -215,8 +215,8 @@ def equal_time(arms: dict[str, list[Result]]) -> str:
     table = rows(["objective", "steps by then", "R@1", "gap"], lines)
     return (
         f"After {budget:.0f} s of steps, when the quickest has ended: from the same runs' curves "
-        "and the logged cost of a step. The learning rate of the slower ones has not come down yet, "
-        f"which is to their disadvantage.\n\n{table}"
+        "and the logged cost of a step. The learning rate of the slower ones has not come down "
+        f"yet, which is to their disadvantage.\n\n{table}"
     )
 
 
