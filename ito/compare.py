@@ -19,7 +19,7 @@ from ito.cli import user_errors
 from ito.comparison import write_comparison
 from ito.config import Config, add_options, from_options
 
-# What a run adds to the options that all share. The second row of each: who is compared with whom.
+# What a run adds to the options that all share.
 ARMS = {
     "clip": {"objective": "clip"},
     "clip-aug": {"objective": "clip-aug"},
@@ -28,19 +28,26 @@ ARMS = {
     "flair": {"objective": "flair"},
     "ito-align": {"objective": "ito", "lambda_fusion": 0.0},
     "ito": {"objective": "ito"},
+    # ablations, not trained unless named
+    "ito-lambda-0.5": {"objective": "ito", "lambda_fusion": 0.5},
+    "ito-lambda-1": {"objective": "ito", "lambda_fusion": 1.0},
+    "ito-lambda-6": {"objective": "ito", "lambda_fusion": 6.0},
+    "ito-lambda-falling": {"objective": "ito", "lambda_schedule": "cosine"},
+    "ito-depth-1": {"objective": "ito", "fusion_depth": 1},
+    "ito-depth-4": {"objective": "ito", "fusion_depth": 4},
+    "ito-mean": {"objective": "ito", "fusion_readout": "mean"},
+    "ito-pooled": {"objective": "ito", "denominator": "pooled"},
+    "ito-own-scale": {"objective": "ito", "fusion_scale": "own"},
+    "ito-stop-gradient": {"objective": "ito", "fusion_stop_gradient": "both"},
+    "ito-text-shuffled": {"objective": "ito", "fusion_text": "shuffled"},
+    "ito-text-dropped": {"objective": "ito", "fusion_text": "dropped"},
 }
-ABLATIONS = {
-    "ito-lambda-0.5": {"lambda_fusion": 0.5},
-    "ito-lambda-1": {"lambda_fusion": 1.0},
-    "ito-lambda-6": {"lambda_fusion": 6.0},
-    "ito-depth-1": {"fusion_depth": 1},
-    "ito-depth-4": {"fusion_depth": 4},
-    "ito-pooled": {"denominator": "pooled"},
-    "ito-text-shuffled": {"fusion_text": "shuffled"},
-    "ito-text-dropped": {"fusion_text": "dropped"},
-    "ito-stop-gradient": {"fusion_stop_gradient": True},
-}
-ABLATIONS = {name: {"objective": "ito"} | options for name, options in ABLATIONS.items()}
+MAIN = tuple(ARMS)[:7]
+DECIDED = (
+    "objective",
+    "seed",
+    *sorted({name for arm in ARMS.values() for name in arm if name != "objective"}),
+)
 
 
 @dataclass(frozen=True)
@@ -68,10 +75,10 @@ def main(arguments: list[str] | None = None) -> Path:
     group.add_argument(
         "--arms",
         nargs="+",
-        choices=(*ARMS, *ABLATIONS),
-        default=list(ARMS),
+        choices=tuple(ARMS),
+        default=list(MAIN),
         metavar="ARM",
-        help=f"which to train: {', '.join(ARMS)} (all of these); {', '.join(ABLATIONS)}",
+        help=f"what to train, of {', '.join(ARMS)} ({' '.join(MAIN)})",
     )
     group.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], help="of each (0 1 2)")
     group.add_argument("--jobs", type=int, default=1, help="runs at a time (1); costs are theirs")
@@ -89,31 +96,28 @@ def main(arguments: list[str] | None = None) -> Path:
 
 def plan(options: argparse.Namespace) -> list[Run]:
     """The runs, seed by seed, so that a comparison that is cut off still compares."""
-    decided = {name for arm in (ARMS | ABLATIONS).values() for name in arm} | {"seed"}
-    given = vars(options)
-    for name in sorted(decided & given.keys() - {"lambda_fusion", "fusion_depth", "denominator"}):
-        raise ValueError(f"--{name.replace('_', '-')} is what the runs of a comparison differ in")
+    given = {name: x for name, x in vars(options).items() if name in Config().flat()}
+    for name in DECIDED:
+        if name in given:
+            raise ValueError(f"--{name.replace('_', '-')} is what the runs of a comparison decide")
     runs = []
     for seed in options.seeds:
         for arm in options.arms:
-            own = (ARMS | ABLATIONS)[arm] | {"seed": seed}
-            config = from_options(argparse.Namespace(**given | own))
-            runs.append(Run(arm, seed, config, command_line(config)))
+            chosen = given | ARMS[arm] | {"seed": seed}
+            config = from_options(argparse.Namespace(**chosen))
+            runs.append(Run(arm, seed, config, command_line(chosen)))
     return runs
 
 
-def command_line(config: Config) -> list[str]:
-    """The options of `python -m ito.train` that give this configuration."""
+def command_line(chosen: dict) -> list[str]:
+    """The options of `python -m ito.train` for these values."""
     words = []
-    default = Config().flat()
-    for name, value in config.flat().items():
-        if value != default[name]:
-            option = f"--{name.replace('_', '-')}"
-            if isinstance(value, bool):
-                words.append(option)
-            else:
-                values = value if isinstance(value, tuple) else (value,)
-                words += [option, *map(str, values)]
+    for name, value in chosen.items():
+        if name == "locked":
+            words.append(f"--lock-{value}")
+        else:
+            values = value if isinstance(value, list) else [value]
+            words += [f"--{name.replace('_', '-')}", *map(str, values)]
     return words
 
 
