@@ -98,6 +98,8 @@ def write_comparison(out: Path) -> Path:
         about(arms, first),
         "## Equal steps",
         equal_steps(arms),
+        "## What the exported models know",
+        probes(arms),
         "## Equal time",
         equal_time(arms),
         "## Differences",
@@ -195,6 +197,32 @@ def equal_steps(arms: dict[str, list[Result]]) -> str:
         "\n\nThe last column says how far from convergence a run is: R@1 at the end less R@1 after "
         "three quarters of the steps."
     )
+
+
+def probes(arms: dict[str, list[Result]]) -> str:
+    """What `python -m ito.evaluate` adds to the scores that training logs."""
+    columns = (
+        ("linear probe, concepts", "linear_probe/concepts/top1", percent),
+        ("k-NN, concepts", "knn/concepts/top1", percent),
+        ("linear probe, subgroups", "linear_probe/subgroups/top1", percent),
+        ("zero-shot, prompt ensemble", "zero_shot/names/ensemble", percent),
+        ("modality told apart", "modality/classifier", percent),
+        ("uniformity, images", "geometry/uniformity_images", plain),
+        ("uniformity, names", "geometry/uniformity_texts", plain),
+        ("alignment", "geometry/alignment", plain),
+        ("rank variance over languages", "languages/t2i/mean_rank_variance", plain),
+    )
+    lines = [
+        [
+            arm,
+            *(
+                spread([r.more.get(f"{r.split}/{key}", math.nan) for r in runs], form)
+                for _, key, form in columns
+            ),
+        ]
+        for arm, runs in arms.items()
+    ]
+    return rows(["objective", *(name for name, _, _ in columns)], lines)
 
 
 def equal_time(arms: dict[str, list[Result]]) -> str:
