@@ -7,7 +7,8 @@ inference costs what a plain dual encoder costs.
 import argparse
 import io
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -91,7 +92,7 @@ class Encoder:
 def load(run: str | Path, device: str | torch.device = "cpu") -> Encoder:
     """The exported model of a run folder, or of a `model/` folder itself.
 
-    Raises FileNotFoundError if there is none.
+    Raises FileNotFoundError if there is none, ValueError naming a file of it that is damaged.
     """
     folder = Path(run)
     folder = folder / "model" if (folder / "model").is_dir() else folder
@@ -100,27 +101,53 @@ def load(run: str | Path, device: str | torch.device = "cpu") -> Encoder:
             f"{run} holds no exported model (model/model.safetensors); a run writes it with its "
             "first checkpoint, and `python -m ito.export RUN` from its newest one"
         )
-    about = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    model = DualEncoder(**about["architecture"])
-    model.load_state_dict(load_file(folder / "model.safetensors"))
+    with intact(folder / "config.json"):
+        about = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        model = DualEncoder(**about["architecture"])
+        load_size, step = about["load_size"], about["step"]
+    with intact(folder / "model.safetensors"):
+        model.load_state_dict(load_file(folder / "model.safetensors"))
     model.to(device, memory_format=torch.channels_last).eval().requires_grad_(False)
-    tokenizer = Tokenizer.load(folder / "tokenizer.json")
-    return Encoder(model, tokenizer, about["load_size"], about["step"])
+    with intact(folder / "tokenizer.json"):
+        tokenizer = Tokenizer.load(folder / "tokenizer.json")
+    return Encoder(model, tokenizer, load_size, step)
+
+
+@contextmanager
+def intact(path: Path) -> Iterator[None]:
+    """Reading `path`, a file of a run: whatever its readers raise, ValueError names the file."""
+    try:
+        yield
+    except OSError:
+        raise
+    except Exception as error:  # json, safetensors, torch, tokenizers each have their own
+        what = str(error).strip().split("\n")[0]
+        raise ValueError(f"{path} is damaged: {type(error).__name__}: {what}") from error
 
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m ito.export", description=__doc__)
     parser.add_argument("run", type=Path, help="a run folder; its newest checkpoint is exported")
     parser.add_argument("--out", type=Path, help="folder to write (default: RUN/model)")
+    parser.add_argument(
+        "--onnx", action="store_true", help="also image_encoder.onnx and text_encoder.onnx"
+    )
     with user_errors():
         options = parser.parse_args(arguments)
-        state = load_checkpoint(options.run)
-        model = DualEncoder(**state["architecture"])
-        model.load_state_dict(state["model"])
+        with intact(options.run / "checkpoints"):
+            state = load_checkpoint(options.run)
+            model = DualEncoder(**state["architecture"])
+            model.load_state_dict(state["model"])
+            load_size, step = state["load_size"], state["step"]
+        with intact(options.run / "model" / "tokenizer.json"):
+            tokenizer = Tokenizer.load(options.run / "model" / "tokenizer.json")
         out = options.out or options.run / "model"
-        tokenizer = Tokenizer.load(options.run / "model" / "tokenizer.json")
-        export(model, tokenizer, state["load_size"], state["step"], out)
-        print(f"exported step {state['step']} to {out}")
+        export(model, tokenizer, load_size, step, out)
+        if options.onnx:
+            from ito.onnx import export_onnx
+
+            export_onnx(model, out)
+        print(f"exported step {step} to {out}")
 
 
 if __name__ == "__main__":

@@ -24,8 +24,9 @@ def retrieval(
     (Karpathy & Li 2015; with several correct ones as for COCO's five captions), `mean_rank` and
     `median_rank` those of its best correct candidate, 1 being first. A tie with a wrong candidate
     counts as lost: a model that maps everything to one point scores 0, not 1. `chance` is R@1 of a
-    random order, the mean share of correct candidates, `mean_rank_chance` its mean rank. Queries without a correct candidate are
-    left out; `queries` counts the others. With no more than k candidates R@k says nothing.
+    random order, the mean share of correct candidates, `mean_rank_chance` its mean rank. Queries
+    without a correct candidate are left out; `queries` counts the others. With no more than k
+    candidates R@k says nothing.
 
     image_emb (N, D), text_emb (M, D), image_item (N,) and text_item (M,) integer item ids.
     Returns `i2t/R@1` …, `i2t/chance`, `i2t/mean_rank`, `i2t/mean_rank_chance`, `i2t/median_rank`,
