@@ -36,7 +36,7 @@ class Half(nn.Module):
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Without what the exporter says of itself: deprecations inside torch, torchvision's absence."""
+    """Without what the exporter says of itself: torch's deprecations, torchvision's absence."""
     logger = logging.getLogger("torch.onnx")
     level = logger.level
     logger.setLevel(logging.ERROR)
