@@ -4,6 +4,7 @@ Plain HTML from one request, no script. It listens on 127.0.0.1 only and answers
 so that no page of the web can read it through the browser.
 """
 
+import contextlib
 import html
 import io
 import socket
@@ -41,7 +42,8 @@ p { color: #555; display: flex; gap: .6rem; align-items: center; }
 p img { width: 40px; height: 40px; border-radius: 4px; }
 .found { display: grid; grid-template-columns: repeat(auto-fill, minmax(100px, 1fr)); gap: .8rem; }
 .found a { color: inherit; text-decoration: none; text-align: center; font-size: .8rem; }
-.found img { width: 100%; aspect-ratio: 1; box-sizing: border-box; border: 1px solid #ddd; border-radius: 6px; }
+.found img { width: 100%; aspect-ratio: 1; box-sizing: border-box; border: 1px solid #ddd;
+             border-radius: 6px; }
 .found span { display: block; overflow: hidden; text-overflow: ellipsis; white-space: nowrap; }
 .found small { color: #666; }
 """
@@ -110,4 +112,6 @@ def serve(index: Index, port: int) -> None:
         reason = error.strerror if isinstance(error, OSError) else "must be in [0, 65535]"
         raise OSError(f"--serve {port}: {reason}") from None
     print(f"http://127.0.0.1:{listener.getsockname()[1]} (Ctrl-C ends it)", flush=True)
-    uvicorn.Server(uvicorn.Config(application(index), log_level="warning")).run([listener])
+    server = uvicorn.Server(uvicorn.Config(application(index), log_level="warning"))
+    with contextlib.suppress(KeyboardInterrupt):
+        server.run([listener])
