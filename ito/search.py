@@ -6,6 +6,7 @@ Prints the best matches of every query, a text or a picture, and writes them as 
 
 import argparse
 import hashlib
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -61,10 +62,10 @@ def embed(encoder: Encoder, query: str) -> torch.Tensor:
 
     Raises ValueError naming a picture that does not exist or cannot be read.
     """
-    path = Path(query)
-    if path.suffix.lower() in Image.registered_extensions() or path.is_file():
+    # not Path.is_file, which raises where a text is too long for a file's name
+    if os.path.isfile(query) or Path(query).suffix.lower() in Image.registered_extensions():
         try:
-            return encoder.encode_image(path)
+            return encoder.encode_image(query)
         except ValueError as error:
             raise ValueError(str(error).removeprefix("images[0]: ")) from None
     if not query.strip():
@@ -133,6 +134,9 @@ def main(arguments: list[str] | None = None) -> None:
             raise ValueError(f"-k must be at least 1, got {options.k}")
         if options.serve is None and not options.queries:
             raise ValueError("nothing to search for: name a text or a picture's file, or --serve")
+        out = options.out or options.run / "search.png"
+        if out.is_dir():
+            raise ValueError(f"--out {out} is a folder: name a file for the contact sheet")
         if options.serve is not None:
             from ito.page import serve  # before the work, so that a missing package is told at once
         options.split = None
@@ -150,7 +154,6 @@ def main(arguments: list[str] | None = None) -> None:
             print(query)
             for value, picture in zip(values, pictures, strict=True):
                 print(f"  {value:6.3f}  {index.name(picture):32} {index.dataset.files[picture]}")
-        out = options.out or options.run / "search.png"
         sheet = contact_sheet(index, options.queries, scores, found)
         write_atomically(out, lambda path: sheet.save(path, "PNG"))
         print(out)
