@@ -96,6 +96,8 @@ class ImageEncoder(nn.Module):
         stem: (channels, kernel, stride) of the convolutions; the strides multiply to 8.
 
     ``forward(images (B, 3, S, S)) -> tokens (B, 1 + (S/8)², E), pooled (B, E)``; token 0 is CLS.
+    It is ``attend(convolve(images))``. Batch normalisation lets pictures see each other in
+    ``convolve``; in ``attend`` each stands alone.
     """
 
     def __init__(
@@ -133,12 +135,18 @@ class ImageEncoder(nn.Module):
         initialise(self, depth)
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        return self.attend(self.convolve(images))
+
+    def convolve(self, images: Tensor) -> Tensor:
+        """``(B, 3, S, S) -> (B, W, S/8, S/8)``."""
         if images.shape[-2:] != (self.image_size, self.image_size):
             got = tuple(images.shape)
             raise ValueError(
                 f"images must be (B, 3, {self.image_size}, {self.image_size}), got {got}"
             )
-        features = self.stem(images.contiguous(memory_format=torch.channels_last))
+        return self.stem(images.contiguous(memory_format=torch.channels_last))
+
+    def attend(self, features: Tensor) -> tuple[Tensor, Tensor]:
         patches = features.flatten(2).transpose(1, 2)
         # Starting CLS at the mean of the patches makes it a usable read-out from the first step.
         cls = self.cls.to(patches.dtype) + patches.mean(1, keepdim=True)

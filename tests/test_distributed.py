@@ -19,7 +19,7 @@ from torch.nn.functional import normalize
 from torch.nn.parallel import DistributedDataParallel
 
 import ito_kernels as ik
-from ito_kernels import distributed
+from ito_kernels.distributed import collectives
 
 N, D = 13, 5
 SIZES = (1, 2, 3, 4)
@@ -379,28 +379,28 @@ class Traffic:
         self.received = {}
 
     def __enter__(self):
-        self.saved = distributed._Started.__init__
+        self.saved = collectives.Started.__init__
         size = dist.get_world_size()
 
         def counted(started, what, collective, out, x, group):
             # of an all-gather and an all-to-all the own part stays at home; a reduce-scatter sends
             # what it does not keep; a ring's all-reduce is both
             nbytes = {
-                distributed._all_gather: out.nbytes * (size - 1) // size,
-                distributed._all_to_all: out.nbytes * (size - 1) // size,
-                distributed._reduce_scatter: x.nbytes * (size - 1) // size,
-                distributed._all_reduce: 2 * out.nbytes * (size - 1) // size,
+                collectives.all_gather: out.nbytes * (size - 1) // size,
+                collectives.all_to_all: out.nbytes * (size - 1) // size,
+                collectives.reduce_scatter: x.nbytes * (size - 1) // size,
+                collectives.all_reduce: 2 * out.nbytes * (size - 1) // size,
             }[collective]
             kinds = ("gradients", "keys", "statistics", "ids", "sizes", "sum")
             name = next(kind for kind in kinds if kind in what.replace("key ids", "ids"))
             self.received[name] = self.received.get(name, 0) + nbytes
             self.saved(started, what, collective, out, x, group)
 
-        distributed._Started.__init__ = counted
+        collectives.Started.__init__ = counted
         return self
 
     def __exit__(self, *_):
-        distributed._Started.__init__ = self.saved
+        collectives.Started.__init__ = self.saved
 
 
 def traffic():

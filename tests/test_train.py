@@ -110,8 +110,9 @@ def test_the_loss_is_that_of_the_method(data, options):
     config = Config(width=32, heads=2, batch_size=6, **options)
     trainer = Trainer(config, dataset, tokenizer, CPU, torch.float32)
     rows, ids = trainer.batches(0)
-    images = torch.randn(rows.numel(), 3, 32, 32)
-    loss, _ = trainer.loss(images, ids, config.views)
+    images = torch.randn(*rows.shape, 3, 32, 32)
+    loss, _ = trainer.backward(images, ids)
+    images = images.flatten(0, 1)
 
     model, scale, n = trainer.model, trainer.model.logit_scale.exp(), 6
     image_tokens, pooled = model.image(images)
@@ -129,7 +130,7 @@ def test_the_loss_is_that_of_the_method(data, options):
         mask, positions = ids[0] != 0, model.text.positions[: ids.shape[2]]
         text_tokens = encoded[0][0]
         h, g = (
-            trainer.fusion(tokens, text_tokens, mask, positions).double()
+            trainer.objective.fusion(tokens, text_tokens, mask, positions).double()
             for tokens in image_tokens.split(n)
         )
         total = 0
@@ -221,7 +222,7 @@ def test_resume_gives_the_same_bits_as_an_uninterrupted_run(finished, tmp_path):
     lines = (finished / "metrics.jsonl").read_text().splitlines(keepends=True)
     (run / "metrics.jsonl").write_text("".join(lines[:7]) + lines[7][:20])  # writing a line
     train.main(["--resume", str(run)])
-    for name in ("model", "fusion", "optimizer"):
+    for name in ("model", "objective", "optimizer"):
         a, b = (
             torch.load(folder / "checkpoints" / "step_0000006.pt", weights_only=True)[name]
             for folder in (finished, run)
@@ -361,8 +362,8 @@ def test_the_export_holds_the_dual_encoder_and_no_fusion(finished):
     names = set(load_file(finished / "model" / "model.safetensors"))
     assert names == set(ito.load(finished).model.state_dict())
     assert {name.split(".")[0] for name in names} == {"image", "text", "logit_scale"}
-    fusion = torch.load(finished / "checkpoints" / "step_0000006.pt", weights_only=True)["fusion"]
-    assert len(fusion) > 20
+    checkpoint = torch.load(finished / "checkpoints" / "step_0000006.pt", weights_only=True)
+    assert len(checkpoint["objective"]) > 20
 
 
 def test_command_lines_of_a_finished_run(finished, tmp_path):
