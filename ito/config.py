@@ -7,10 +7,10 @@ import math
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from ito.augment import CROP, DRAWINGS, Augmentation
+from ito.augment import CROP, DRAWINGS, PAPER, Augmentation
 from ito.fusion import READOUTS
 
-EMOJI_SMALL = "emoji-small"
+EMOJI_SMALL, EMOJI_FULL = "emoji-small", "emoji-full"
 
 
 @dataclass(frozen=True)
@@ -42,6 +42,39 @@ KINDS = {
     "slip": Kind(views=3),
     "siglip": Kind(),
     "flair": Kind(captions=2, options=("captions",)),
+}
+
+
+YFCC_VITB16 = {
+    "image_size": 224,
+    "load_size": 256,
+    "patch_size": 16,
+    "image_width": 768,
+    "image_heads": 12,
+    "image_depth": 12,
+    "width": 512,
+    "heads": 8,
+    "text_depth": 12,
+    "vocab_size": 49408,
+    "context_length": 77,
+    "weight_decay": 0.1,
+    "augmentation": PAPER,
+    "batch_size": 4096,
+    "lr": 3e-3,
+    "steps": 30 * 14_829_396 // 4096,  # 30 epochs of the pairs that open_clip counts
+    "warmup": 10_000 / (30 * 14_829_396 // 4096),
+}
+CC12M_VITB16 = YFCC_VITB16 | {
+    "batch_size": 2048,
+    "lr": 1e-3,
+    "steps": 30 * 10_968_539 // 2048,
+    "warmup": 10_000 / (30 * 10_968_539 // 2048),
+}
+PRESETS = {
+    "emoji-small": {},
+    "emoji-full": {"train_data": EMOJI_FULL},
+    "cc12m-vitb16": CC12M_VITB16,
+    "yfcc15m-vitb16": YFCC_VITB16,
 }
 
 
@@ -79,7 +112,8 @@ class Config:
     train_data: str = option(
         EMOJI_SMALL,
         "data",
-        "a folder with captions.jsonl, an open_clip CSV, or emoji-small (prepared on first use)",
+        "a folder with captions.jsonl, an open_clip CSV, emoji-small or emoji-full (both prepared "
+        "on first use)",
     )
     csv_separator: str = option("\t", "data", "of an open_clip CSV")
     csv_img_key: str = option("filepath", "data", "its column of picture paths")
@@ -131,10 +165,28 @@ class Config:
     image_size: int = option(32, "model", "pixels per side that the image tower sees", least=8)
     vocab_size: int = option(1500, "model", "of the BPE trained on the training captions")
     context_length: int = option(16, "model", "longest caption in tokens, the ends included")
-    width: int = option(128, "model", "of both towers and of the joint embedding", least=1)
+    width: int = option(128, "model", "of the towers and of the joint embedding", least=1)
     heads: int = option(4, "model", "attention heads", least=1)
+    image_width: int | None = option(
+        None, "model", "of the image tower, where it differs (--width)", least=1, kind=int
+    )
+    image_heads: int | None = option(
+        None, "model", "of the image tower, where they differ (--heads)", least=1, kind=int
+    )
+    patch_size: int | None = option(
+        None, "model", "ViT's patches in place of the convolutions (none)", least=1, kind=int
+    )
     image_depth: int = option(1, "model", "transformer blocks of the image tower", least=1)
     text_depth: int = option(1, "model", "transformer blocks of the text tower", least=1)
+    pretrained: str | None = option(
+        None,
+        "model",
+        "a run whose exported towers and tokenizer to start from (random weights)",
+        kind=str,
+    )
+    locked: str = option(
+        "none", "model", "the tower that is not trained (LiT)", ("none", "image", "text")
+    )
 
     steps: int = option(2000, "optimisation", "optimizer steps", least=1)
     batch_size: int = option(
@@ -174,6 +226,8 @@ class Config:
             refuse_unfit("clip", ["augmentation"])
         for item in dataclasses.fields(self):
             value = getattr(self, item.name)
+            if value is None:
+                continue
             least, most = item.metadata.get("bounds", (None, None))
             if least is not None and not value >= least:  # not <: NaN is refused too
                 raise ValueError(f"{item.name} must be at least {least}, got {value}")
@@ -181,6 +235,8 @@ class Config:
                 raise ValueError(f"{item.name} must be at most {most}, got {value}")
             if value == math.inf:
                 raise ValueError(f"{item.name} must be finite, got {value}")
+        if self.locked != "none" and self.pretrained is None:
+            raise ValueError(f"--lock-{self.locked} keeps the weights of --pretrained: name a run")
         if len(self.csv_separator) != 1:
             raise ValueError(
                 f"csv_separator must be one character, got {self.csv_separator!r}; "
@@ -257,13 +313,13 @@ def add_options(parser: argparse.ArgumentParser, only: str | None = None) -> Non
             type=kind or type(default[0] if several else default),
             nargs=len(default) if several else None,
             choices=choices,
-            metavar=None if choices else "TEXT" if isinstance(default, str) else "N",
+            metavar=None if choices else "TEXT" if str in (kind, type(default)) else "N",
             default=argparse.SUPPRESS,
             help=help,
         )
 
     for item in dataclasses.fields(Config):
-        if item.name != "augmentation" and only in (None, item.metadata["group"]):
+        if item.name not in ("augmentation", "locked") and only in (None, item.metadata["group"]):
             about = item.metadata
             add(
                 item.name,
@@ -274,12 +330,22 @@ def add_options(parser: argparse.ArgumentParser, only: str | None = None) -> Non
                 about["kind"],
             )
     if only is None:
+        for tower in ("image", "text"):
+            groups["model"].add_argument(
+                f"--lock-{tower}",
+                dest="locked",
+                action="store_const",
+                const=tower,
+                default=argparse.SUPPRESS,
+                help=f"the {tower} tower keeps the weights of --pretrained (LiT)",
+            )
         for name, default in vars(Config().augmentation).items():
             add(name, default, "augmentation", "see ito/augment.py")
 
 
 def from_options(options: argparse.Namespace, base: Config | None = None) -> Config:
-    """The configuration of parsed options; what was not given is `base`'s (default: the defaults').
+    """The configuration of parsed options. What was not given is `base`'s; without one, that of
+    `--preset`, the objective's or the default.
 
     A path becomes absolute: the configuration is read again in other working directories.
     """
@@ -287,8 +353,9 @@ def from_options(options: argparse.Namespace, base: Config | None = None) -> Con
         name: tuple(value) if isinstance(value, list) else value
         for name, value in vars(options).items()
     }
-    if given.get("train_data", EMOJI_SMALL) != EMOJI_SMALL:
-        given["train_data"] = str(Path(given["train_data"]).absolute())
+    for name in ("train_data", "pretrained"):
+        if given.get(name, EMOJI_SMALL) not in (EMOJI_SMALL, EMOJI_FULL):
+            given[name] = str(Path(given[name]).absolute())
     plain = {f.name: given[f.name] for f in dataclasses.fields(Config) if f.name in given}
     drawn = {name: given[name] for name in vars(DRAWINGS) if name in given}
     if base:
@@ -296,5 +363,9 @@ def from_options(options: argparse.Namespace, base: Config | None = None) -> Con
         return dataclasses.replace(base, **plain, augmentation=augmentation)
     objective = plain.get("objective", Config.objective)
     refuse_unfit(objective, [name for name in given if name in (*ITO, *drawn)])
-    augmentation = dataclasses.replace(KINDS[objective].augmentation, **drawn)
-    return Config(**plain, augmentation=augmentation)
+    preset = PRESETS[given.get("preset") or "emoji-small"]
+    augmentation = KINDS[objective].augmentation
+    if objective != "clip":
+        augmentation = preset.get("augmentation", augmentation)
+    augmentation = dataclasses.replace(augmentation, **drawn)
+    return Config(**preset | plain | {"augmentation": augmentation})

@@ -16,9 +16,9 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from ito.checkpoint import load_checkpoint, save_checkpoint, write_atomically
+from ito.checkpoint import load_checkpoint, save_checkpoint, undamaged, write_atomically
 from ito.cli import user_errors
-from ito.config import Config, add_options, from_options
+from ito.config import PRESETS, Config, add_options, from_options
 from ito.data import Dataset, report_skipped
 from ito.evaluate import evaluate, table
 from ito.export import export, load
@@ -53,6 +53,12 @@ def run_options(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("run")
     group.add_argument("--out", type=Path, help="run folder to create (runs/DATE-TIME)")
     group.add_argument("--resume", type=Path, metavar="RUN", help="continue a run to its end")
+    group.add_argument(
+        "--preset",
+        choices=tuple(PRESETS),
+        help="values for what is not given: the defaults, the full set, or the paper's recipes for "
+        "your own --train-data (emoji-small)",
+    )
     group.add_argument("--cache", type=Path, help="where prepared data lives (~/.cache/ito)")
     group.add_argument(
         "--precision",
@@ -77,6 +83,8 @@ def thread_count(text: str) -> int:
 def resumed_config(options: argparse.Namespace) -> Config:
     """The configuration of the run to resume; nothing but its intervals may be given anew."""
     run = options.resume
+    if options.preset:
+        raise ValueError(f"--resume keeps the run's configuration: drop --preset {options.preset}")
     if options.out:
         raise ValueError(f"--resume {run} continues in that folder: drop --out {options.out}")
     if not (run / "config.json").is_file():
@@ -143,7 +151,8 @@ def train(
             print(f"resume     {run} is finished: it has all of its {config.steps} steps")
         machine, precision = {}, options.precision
         if resumed:  # as before: anything else would change the numbers
-            machine = json.loads((run / "environment.json").read_text(encoding="utf-8"))
+            with undamaged(run / "environment.json") as path:
+                machine = json.loads(path.read_text(encoding="utf-8"))
             precision = {"torch.bfloat16": "bf16", "torch.float32": "fp32"}[resumed["dtype"]]
             if options.precision not in ("auto", precision):
                 raise ValueError(
@@ -163,15 +172,25 @@ def train(
         print(f"machine    {shared}, {threads}, torch {torch.__version__}")
         print(f"precision  {str(dtype).removeprefix('torch.')}: {reason}")
 
+        start = load(config.pretrained) if config.pretrained else None
         if resumed:
-            tokenizer = Tokenizer.load(run / "model" / "tokenizer.json")
+            with undamaged(run / "model" / "tokenizer.json") as path:
+                tokenizer = Tokenizer.load(path)
+        elif start:
+            tokenizer = start.tokenizer
         else:
             captions = training_captions(dataset)
             tokenizer = Tokenizer.train(captions, config.vocab_size, config.context_length)
         trainer = Trainer(config, dataset, tokenizer, device, dtype, ranks)
+        if start and not resumed:
+            trainer.start_from(start.model, config.pretrained)
+            print(f"pretrained {config.pretrained}, step {start.step}")
         if trainer.batches.size < config.batch_size:
             size, wanted = trainer.batches.size, config.batch_size
             print(f"batch      {size}: all training items there are; --batch-size is {wanted}")
+        for split in dataset.held_out_splits():
+            if len(dataset.image_item[dataset.rows(split)].unique()) == 1:
+                print(f"warning    {split} holds 1 item: R@1 is 100 % whatever is learned")
         now = environment(device, dtype, dataset, ranks)
         log = Log(run / "metrics.jsonl")
         if resumed:
@@ -180,7 +199,8 @@ def train(
                     print(
                         f"warning    {name} was {machine[name]}, is {now[name]}: numbers may differ"
                     )
-            trainer.load(resumed)
+            with undamaged(run / "checkpoints"):
+                trainer.load(resumed)
             print(f"resume     {run} from step {resumed['step']}")
             if ranks.leads:
                 log.forget_after(resumed["step"])
@@ -202,11 +222,11 @@ def train(
         export(trainer.model, tokenizer, config.load_size, step, run / "model")
         save_checkpoint(run, step, trainer.state() | about)
 
-    step = start = resumed["step"] if resumed else 0
+    step = first = resumed["step"] if resumed else 0
     began = time.perf_counter()
     bar = tqdm(
         total=config.steps,
-        initial=start,
+        initial=first,
         desc="training",
         unit="step",
         dynamic_ncols=True,
@@ -223,7 +243,7 @@ def train(
             last = step == config.steps
             if last or step % config.log_every == 0:
                 elapsed = time.perf_counter() - began
-                rate = (step - start) * trainer.batches.size * config.views / elapsed
+                rate = (step - first) * trainer.batches.size * config.views / elapsed
                 log.write("train", step, terms | {"images_per_second": rate, "seconds": elapsed})
                 bar.set_postfix_str(progress(terms, rate), refresh=False)
             if last or step % config.eval_every == 0:
@@ -239,8 +259,8 @@ def train(
     report = write_report(run, load(run), dataset)
     evaluations = log.read("eval")
     print(table({"before": evaluations[0], "after": evaluations[-1]}))
-    if start < step:
-        print(f"trained    {step - start} steps in {time.perf_counter() - began:.0f} s")
+    if first < step:
+        print(f"trained    {step - first} steps in {time.perf_counter() - began:.0f} s")
     for name, path in (("model", run / "model"), ("metrics", log.path), ("report", report)):
         print(f"{name:10} {path}")
     return run

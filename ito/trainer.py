@@ -49,10 +49,17 @@ class Trainer:
             text_depth=config.text_depth,
             vocab_size=tokenizer.vocab_size,
             context_length=tokenizer.context_length,
+            image_width=config.image_width,
+            image_heads=config.image_heads,
+            patch_size=config.patch_size,
         ).to(device, memory_format=torch.channels_last)
         normalise_globally(self.model, self.ranks.group)
         self.objective = OBJECTIVES[config.objective](config, self.model).to(device)
-        self.parameters = [*self.model.parameters(), *self.objective.parameters()]
+        self.locked = None if config.locked == "none" else getattr(self.model, config.locked)
+        if self.locked is not None:
+            self.locked.requires_grad_(False)
+        owned = [*self.model.parameters(), *self.objective.parameters()]
+        self.parameters = [p for p in owned if p.requires_grad]
         self.optimizer = torch.optim.AdamW(
             [
                 {"params": [p for p in self.parameters if p.ndim >= 2]},
@@ -79,6 +86,8 @@ class Trainer:
         Raises FloatingPointError if the loss is not finite, before any weight changes.
         """
         self.model.train()
+        if self.locked is not None:
+            self.locked.eval()  # batch normalisation too stays as it was
         self.optimizer.zero_grad()
         progress = number / self.config.steps
         loss, terms = self.backward(*self.batch(number), progress)
@@ -160,6 +169,14 @@ class Trainer:
             return self.config.lr * (number + 1) / (warmup + 1)
         progress = (number - warmup) / (self.config.steps - warmup)
         return self.config.lr * 0.5 * (1 + math.cos(math.pi * progress))
+
+    def start_from(self, model: DualEncoder, name: str) -> None:
+        """Take the towers' weights. Raises ValueError where the architectures differ."""
+        other, own = model.architecture, self.model.architecture
+        if wrong := [f"{key} {other.get(key)}" for key in own if other.get(key) != own[key]]:
+            raise ValueError(f"--pretrained {name} has {', '.join(wrong)}: give the same options")
+        for tower in ("image", "text"):
+            getattr(self.model, tower).load_state_dict(getattr(model, tower).state_dict())
 
     def state(self) -> dict:
         return {
