@@ -7,8 +7,7 @@ inference costs what a plain dual encoder costs.
 import argparse
 import io
 import json
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +15,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save
 
-from ito.checkpoint import load_checkpoint, write_atomically
+from ito.checkpoint import load_checkpoint, undamaged, write_atomically
 from ito.cli import user_errors
 from ito.data import decode
 from ito.encoders import DualEncoder
@@ -101,28 +100,16 @@ def load(run: str | Path, device: str | torch.device = "cpu") -> Encoder:
             f"{run} holds no exported model (model/model.safetensors); a run writes it with its "
             "first checkpoint, and `python -m ito.export RUN` from its newest one"
         )
-    with intact(folder / "config.json"):
+    with undamaged(folder / "config.json"):
         about = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         model = DualEncoder(**about["architecture"])
         load_size, step = about["load_size"], about["step"]
-    with intact(folder / "model.safetensors"):
+    with undamaged(folder / "model.safetensors"):
         model.load_state_dict(load_file(folder / "model.safetensors"))
     model.to(device, memory_format=torch.channels_last).eval().requires_grad_(False)
-    with intact(folder / "tokenizer.json"):
+    with undamaged(folder / "tokenizer.json"):
         tokenizer = Tokenizer.load(folder / "tokenizer.json")
     return Encoder(model, tokenizer, load_size, step)
-
-
-@contextmanager
-def intact(path: Path) -> Iterator[None]:
-    """Reading `path`, a file of a run: whatever its readers raise, ValueError names the file."""
-    try:
-        yield
-    except OSError:
-        raise
-    except Exception as error:  # json, safetensors, torch, tokenizers each have their own
-        what = str(error).strip().split("\n")[0]
-        raise ValueError(f"{path} is damaged: {type(error).__name__}: {what}") from error
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -132,14 +119,20 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument(
         "--onnx", action="store_true", help="also image_encoder.onnx and text_encoder.onnx"
     )
+    parser.add_argument(
+        "--open-clip",
+        type=Path,
+        metavar="FOLDER",
+        help='also a folder for open_clip\'s "local-dir:FOLDER"; of runs with --patch-size',
+    )
     with user_errors():
         options = parser.parse_args(arguments)
-        with intact(options.run / "checkpoints"):
+        with undamaged(options.run / "checkpoints"):
             state = load_checkpoint(options.run)
             model = DualEncoder(**state["architecture"])
             model.load_state_dict(state["model"])
             load_size, step = state["load_size"], state["step"]
-        with intact(options.run / "model" / "tokenizer.json"):
+        with undamaged(options.run / "model" / "tokenizer.json"):
             tokenizer = Tokenizer.load(options.run / "model" / "tokenizer.json")
         out = options.out or options.run / "model"
         export(model, tokenizer, load_size, step, out)
@@ -147,6 +140,10 @@ def main(arguments: list[str] | None = None) -> None:
             from ito.onnx import export_onnx
 
             export_onnx(model, out)
+        if options.open_clip:
+            from ito.open_clip import export_open_clip
+
+            export_open_clip(model, tokenizer, options.open_clip)
         print(f"exported step {step} to {out}")
 
 

@@ -17,11 +17,12 @@ import torch
 from PIL import Image
 
 from ito import charts
+from ito.checkpoint import undamaged
 from ito.cli import user_errors
 from ito.config import add_options
 from ito.data import Dataset
 from ito.evaluate import choose_data, embed_images, embed_texts
-from ito.export import Encoder, intact, load
+from ito.export import Encoder, load
 from ito.metrics import ranks
 from ito.scores import DIRECTIONS, sections
 from ito.source import open_dataset
@@ -70,7 +71,7 @@ def write_report(run: Path, encoder: Encoder, dataset: Dataset, project: str = "
 
     `project` chooses the map, "pca" or "umap" (of the package umap-learn).
     """
-    with intact(run / "metrics.jsonl"):
+    with undamaged(run / "metrics.jsonl"):
         lines = (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
         records = [json.loads(line) for line in lines]
         scores = [r for r in records if r["kind"] == "eval"]
@@ -95,7 +96,7 @@ def write_report(run: Path, encoder: Encoder, dataset: Dataset, project: str = "
     for title, name in (("Configuration", "config.json"), ("Environment", "environment.json")):
         path = run / name
         if path.exists():
-            with intact(path):
+            with undamaged(path):
                 parts.append(settings(title, json.loads(path.read_text(encoding="utf-8"))))
     page = (
         '<!doctype html><html lang="en"><meta charset="utf-8">'

@@ -14,12 +14,12 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from safetensors.torch import load_file, save
 
-from ito.checkpoint import write_atomically
+from ito.checkpoint import undamaged, write_atomically
 from ito.cli import user_errors
 from ito.config import add_options
 from ito.data import Dataset
 from ito.evaluate import choose_data
-from ito.export import Encoder, intact, load
+from ito.export import Encoder, load
 from ito.source import open_dataset
 
 CELL, PICTURE, LINE = 120, 96, 16  # pixels of the contact sheet
@@ -43,7 +43,7 @@ class Index:
             key.update(name.encode() + value.cpu().contiguous().numpy().tobytes())
         path = run / "index" / f"{key.hexdigest()[:16]}.safetensors"
         if path.exists():
-            with intact(path):
+            with undamaged(path):
                 return cls(encoder, dataset, load_file(path)["images"])
         embeddings = encoder.encode_image(dataset.images)
         write_atomically(path, lambda place: place.write_bytes(save({"images": embeddings})))
