@@ -1,6 +1,7 @@
 """The evaluation command: what it scores, what it leaves out and says, and what it writes."""
 
 import json
+import statistics
 
 import pytest
 import small_run
@@ -98,6 +99,17 @@ def test_languages_are_those_that_the_items_have(scored):
     assert scores["heldout_concept/languages/items"] == 5
     item = dataset.image_item[dataset.rows("heldout_concept")]
     images = embed_images(encoder.model, dataset.images[dataset.rows("heldout_concept")])
+    spread = []
+    for n in item.unique().tolist():
+        rank = []
+        for text in (dataset.captions[n], *dataset.translations[n].values()):
+            query = embed_texts(encoder.model, encoder.tokenizer(text[:1]))[0]
+            cosines = (images.double() @ query.double()).tolist()
+            best = max(c for c, i in zip(cosines, item.tolist(), strict=True) if i == n)
+            rank.append(1 + sum(c > best for c in cosines))
+        spread.append(statistics.pvariance(rank))
+    want = pytest.approx(statistics.mean(spread))
+    assert scores["heldout_concept/languages/t2i/mean_rank_variance"] == want
     args = encoder.model, encoder.tokenizer, dataset, images, item
     translations = dataset.translations
     first, *others = item.unique().tolist()
