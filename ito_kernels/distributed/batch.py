@@ -14,8 +14,10 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from ..similarity import dispatch, op
 from ..similarity.spec import Needs, Problem, Stats, Upstream, make_problem
+from .chunks import Chunk, Transport, flat
 from .collectives import Started, all_gather, gathered_sizes, process_group
 from .gradients import Logsumexp, Softplus, Sum
+from .transport import chosen_transport
 
 # Enough rows for full-speed matrix products; 16 MiB of keys at D = 512 in fp32.
 MIN_CHUNK = 8192
@@ -61,8 +63,8 @@ class GlobalBatch:
         queries, keys: this rank's (n, D) and (m, D); the numbers may differ between ranks.
         query_ids, key_ids: (n,) and (m,) integers, equal across ranks for positives; by default
             the row numbers in the global batch, then n must equal m. Negative ids are padding.
-        chunk_size: keys of all ranks that are gathered at a time, rounded up to as many from each;
-            by default as many as the largest local batch, at least 8,192.
+        chunk_size: keys that a rank gets at a time: of all ranks, rounded up to as many from each;
+            on a ring of one. By default as many as the largest local batch, at least 8,192.
 
     Its sums and statistics are those of the global batch, and so are gradients if every rank
     differentiates what it was given and parameters' gradients are *averaged* over ranks, as
@@ -79,7 +81,8 @@ class GlobalBatch:
         chunk_size: int | None = None,
     ):
         check_chunk_size(chunk_size)
-        self.group = process_group(group)
+        self.group, self.chunk_size = process_group(group), chunk_size
+        self._transport = chosen_transport()
         self.rank, self.size = dist.get_rank(self.group), dist.get_world_size(self.group)
         n, m, device = len(queries), len(keys), queries.device
         sizes = gathered_sizes(self.group, device, n, m)
@@ -97,12 +100,11 @@ class GlobalBatch:
         self.all_key_ids = self.all_query_ids
         if key_ids is not query_ids:
             self.all_key_ids = self.gather("key ids", key_ids, self.most_keys, -1)
-        chunk = chunk_size or max(MIN_CHUNK, self.most_keys)
-        step = min(-(-chunk // self.size), self.most_keys)
-        self.parts = [
-            slice(start, min(start + step, self.most_keys))
-            for start in range(0, self.most_keys, step)
-        ]
+
+    @property
+    def transport(self) -> Transport:
+        chunk_size = self.chunk_size or max(MIN_CHUNK, self.most_keys)
+        return self._transport(self.group, self.most_keys, chunk_size)
 
     def everyones(self, ids: Tensor) -> Tensor:
         """`query_ids` or `key_ids` of all ranks, with some padding."""
@@ -208,19 +210,20 @@ class GlobalBatch:
         out = x.new_empty(self.size * len(x), *x.shape[1:])
         return Started(f"all-gather of {what}", all_gather, out, x.contiguous(), self.group)
 
-    def blocks(self, problem: Problem, part: slice, keys: Tensor) -> Iterator[tuple]:
+    def blocks(self, problem: Problem, chunk: Chunk) -> Iterator[tuple]:
         """The problem of this rank's rows with a chunk's keys, with the range of those keys.
 
         One; under `exclude_self` up to three: self pairs are with this rank's own part alone.
         """
-        ids = self.all_key_ids[:, part].flatten()
-        step, end = part.stop - part.start, len(keys)
-        own = (self.rank * step, (self.rank + 1) * step)
-        bounds = (0, *own, end) if problem.exclude_self else (0, end)
+        owners, part, keys = chunk
+        ids = flat(self.all_key_ids[owners, part])
+        own = tuple((self.rank - owners.start + i) * chunk.step for i in (0, 1))
+        with_own = problem.exclude_self and self.rank in range(owners.start, owners.stop)
+        bounds = (0, *own, len(keys)) if with_own else (0, len(keys))
         for low, high in pairwise(bounds):
             if low == high:
                 continue
-            mine = problem.exclude_self and (low, high) == own
+            mine = with_own and (low, high) == own
             yield (
                 slice(low, high),
                 problem._replace(
