@@ -112,7 +112,9 @@ def get(app, path: str, query: str = "", host: str = "127.0.0.1") -> tuple[int, 
 
 def test_the_page_searches_and_serves_the_pictures(index):
     pytest.importorskip("starlette", reason=SERVER)
-    page = pytest.importorskip("ito.page", reason=SERVER)
+    pytest.importorskip("uvicorn", reason=SERVER)
+    from ito import page
+
     app = page.application(index)
     status, body = get(app, "/", "q=a+blue+dog")
     assert status == 200
