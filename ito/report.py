@@ -215,7 +215,9 @@ def umap(emb: torch.Tensor) -> tuple[list[tuple[float, float]], str]:
     from umap import UMAP
 
     neighbours = min(15, len(emb) - 1)
-    plane = UMAP(n_neighbors=neighbours, metric="cosine", random_state=0).fit_transform(emb.numpy())
+    # one thread, the seed's price; said, or it warns
+    mapper = UMAP(n_neighbors=neighbours, metric="cosine", random_state=0, n_jobs=1)
+    plane = mapper.fit_transform(emb.numpy())
     about = f"{len(emb) // 2} pairs by UMAP, {neighbours} neighbours, cosine; distances far apart "
     return [tuple(p) for p in plane.tolist()], about + "mean nothing."
 
