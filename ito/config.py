@@ -58,7 +58,7 @@ class Config:
     views: int = option(
         None,
         "objective",
-        "V, augmented drawings of an item per step (ito 2; others: slip 3, the rest 1)",
+        "V, augmented drawings of an item per step (ito 2, slip 3, else 1; ito alone takes others)",
         least=1,
         kind=int,
     )
@@ -264,8 +264,9 @@ def add_options(parser: argparse.ArgumentParser, only: str | None = None) -> Non
                 about["kind"],
             )
     if only is None:
+        either = groups["model"].add_mutually_exclusive_group()
         for tower in ("image", "text"):
-            groups["model"].add_argument(
+            either.add_argument(
                 f"--lock-{tower}",
                 dest="locked",
                 action="store_const",
