@@ -15,8 +15,13 @@ STEM = ((48, 4, 4), (64, 3, 1), (128, 3, 2), (128, 3, 1))  # channels, kernel, s
 
 
 def attention(query: Tensor, key: Tensor, value: Tensor, key_mask: Tensor | None) -> Tensor:
-    """``softmax(Q Kᵀ / √d) V`` for ``(B, H, L, d)``; ``key_mask`` is ``(B, L)``, True = real."""
-    mask = None if key_mask is None else key_mask[:, None, None, :]
+    """``softmax(Q Kᵀ / √d) V`` for ``(B, H, L, d)``; True in ``key_mask`` is a key that is seen.
+
+    ``key_mask`` is ``(B, L)``, or ``(B, L, L)`` with what each query sees.
+    """
+    mask = key_mask
+    if mask is not None:
+        mask = mask[:, None, None, :] if mask.ndim == 2 else mask[:, None]
     if query.is_cuda:
         return F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
     # On the CPU the fused op is slower at these lengths (256 x 4 heads x 33 tokens x 32, forward +
@@ -109,7 +114,8 @@ class ImageEncoder(nn.Module):
     Args:
         image_size: side of the square input in pixels, a multiple of 8, or of `patch_size`.
         width, depth, heads: of the transformer; embed_dim: the joint width E.
-        patch_size: side of ViT's patches, each projected; None for the CNN stem.
+        patch_size: side of ViT's patches, each projected; None for the CNN stem, where CLS starts
+            at the mean of the patches.
         stem: (channels, kernel, stride) of the convolutions; the strides multiply to 8.
 
     ``forward(images (B, 3, S, S)) -> tokens (B, 1 + grid², E), pooled (B, E)``; token 0 is CLS.
@@ -133,6 +139,7 @@ class ImageEncoder(nn.Module):
             raise ValueError(f"image_size must be a multiple of {stride}, got {image_size}")
         self.image_size = image_size
         self.grid = image_size // stride
+        self.cls_of_patches = patch_size is None
         if patch_size:
             self.stem = nn.Conv2d(3, width, patch_size, patch_size)
         else:
@@ -158,8 +165,9 @@ class ImageEncoder(nn.Module):
 
     def attend(self, features: Tensor) -> tuple[Tensor, Tensor]:
         patches = features.flatten(2).transpose(1, 2)
-        # Starting CLS at the mean of the patches makes it a usable read-out from the first step.
-        cls = self.cls.to(patches.dtype) + patches.mean(1, keepdim=True)
+        cls = self.cls.to(patches.dtype).expand(len(patches), 1, -1)
+        if self.cls_of_patches:  # makes CLS a usable read-out from the first step
+            cls = cls + patches.mean(1, keepdim=True)
         # An fp32 embedding would silently promote a bf16 stream for the rest of the tower.
         x = torch.cat([cls, patches], 1) + self.positions.to(patches.dtype)
         for block in self.blocks:
@@ -172,7 +180,8 @@ class TextEncoder(nn.Module):
     """Token and learned positional embedding, transformer blocks, final norm, projection.
 
     ``forward(ids (B, L) int64) -> tokens (B, L, E), pooled (B, E)``; L ≤ context_length, id 0 is
-    padding, masked on the keys; ``pooled`` is the mean over the real tokens.
+    padding, masked on the keys; ``pooled`` is the mean over the real tokens. With ``causal`` a
+    token sees those before it alone, and ``pooled`` is the last real one, the end of the text.
     """
 
     def __init__(
@@ -183,9 +192,11 @@ class TextEncoder(nn.Module):
         depth: int,
         heads: int,
         embed_dim: int,
+        causal: bool = False,
     ):
         super().__init__()
         self.context_length = context_length
+        self.causal = causal
         self.embedding = nn.Embedding(vocab_size, width, padding_idx=PAD)
         self.positions = nn.Parameter(0.5 * width**-0.5 * torch.randn(context_length, width))
         self.blocks = nn.ModuleList(Block(width, heads) for _ in range(depth))
@@ -201,9 +212,15 @@ class TextEncoder(nn.Module):
         x = self.embedding(ids) + self.positions[:length]
         if torch.is_autocast_enabled(x.device.type):
             x = x.to(torch.get_autocast_dtype(x.device.type))
+        seen = key_mask
+        if self.causal:
+            seen = key_mask[:, None, :] & key_mask.new_ones(length, length).tril()
         for block in self.blocks:
-            x = block(x, key_mask)
+            x = block(x, seen)
         tokens = self.project(self.norm(x))
+        if self.causal:
+            last = key_mask.sum(1).sub(1).clamp(min=0)
+            return tokens, tokens[torch.arange(len(ids), device=ids.device), last]
         weights = key_mask.unsqueeze(-1).to(tokens.dtype)
         pooled = (tokens * weights).sum(1) / weights.sum(1).clamp(min=1)
         return tokens, pooled
@@ -213,8 +230,9 @@ class DualEncoder(nn.Module):
     """Both towers and the learnable scale: everything that inference needs, and nothing else.
 
     `width` is that of the text tower and of the joint embedding, `image_width` (None: the same)
-    that of the image tower, and so for `heads`. `architecture` keeps the arguments, so that a file
-    of weights can say what it belongs to.
+    that of the image tower, and so for `heads`. With `patch_size` the towers are CLIP's: a plain
+    ViT, without its normalisation before the blocks, and a causal text transformer. `architecture`
+    keeps the arguments, so that a file of weights can say what it belongs to.
     """
 
     def __init__(
@@ -247,7 +265,15 @@ class DualEncoder(nn.Module):
         self.image = ImageEncoder(
             image_size, image_width or width, image_depth, image_heads or heads, width, patch_size
         )
-        self.text = TextEncoder(vocab_size, context_length, width, text_depth, heads, width)
+        self.text = TextEncoder(
+            vocab_size,
+            context_length,
+            width,
+            text_depth,
+            heads,
+            width,
+            causal=patch_size is not None,
+        )
         self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
 
     def encode_image(self, images: Tensor) -> Tensor:

@@ -1,4 +1,8 @@
-"""`python -m ito.evaluate RUN`: retrieval, zero-shot and the modality gap on held-out pictures."""
+"""`python -m ito.evaluate RUN`: what a run's model knows about held-out pictures, or any others.
+
+Retrieval, zero-shot with prompt ensembles, linear probe and k nearest neighbours, the modality gap,
+uniformity and alignment, and how evenly languages find the same things.
+"""
 
 import argparse
 import json
@@ -6,16 +10,29 @@ from pathlib import Path
 
 import torch
 
+from ito import probes
 from ito.augment import eval_transform
 from ito.cli import user_errors
 from ito.config import Config, add_options, from_options
 from ito.data import Dataset, report_skipped
 from ito.encoders import DualEncoder
-from ito.metrics import modality_gap, retrieval, zero_shot
+from ito.metrics import (
+    ensemble,
+    mean_rank_variance,
+    modality_gap,
+    random_rank_variance,
+    ranks,
+    retrieval,
+    zero_shot,
+)
+from ito.scores import clip_benchmark, table
 from ito.source import open_dataset
 from ito.tokenizer import Tokenizer
+from ito_kernels import alignment_loss, uniformity_loss
 
 BATCH = 256
+PROMPTS = ("{}", "a picture of {}", "a drawing of {}", "a photo of {}", "an icon of {}")
+ALL = "all"  # every picture of a data set, as one split
 
 
 @torch.inference_mode()
@@ -39,7 +56,7 @@ def embed_texts(model: DualEncoder, ids: torch.Tensor) -> torch.Tensor:
 
 
 def evaluate(model: DualEncoder, tokenizer: Tokenizer, dataset: Dataset) -> dict[str, float]:
-    """Scores of every held-out split, as `split/metric`.
+    """The scores that training logs, of every held-out split, as `split/metric`.
 
     An item's first caption stands for it. Retrieval is among the split's own pictures and items.
     `zero_shot/names`: the most similar name of *all* items of the data set, trained on or not.
@@ -47,62 +64,168 @@ def evaluate(model: DualEncoder, tokenizer: Tokenizer, dataset: Dataset) -> dict
 
     Raises ValueError if nothing is held out.
     """
-    names = embed_texts(model, tokenizer([captions[0] for captions in dataset.captions]))
-    subgroups = sorted({name for name in dataset.subgroup if name is not None})
-    prompts = embed_texts(model, tokenizer([name.replace("-", " ") for name in subgroups]))
-    scores: dict[str, float] = {}
+    classes = Classes(model, tokenizer, dataset, ("subgroup",))
+    scores = {}
     for split in dataset.held_out_splits():
         rows = dataset.rows(split)
         images = embed_images(model, dataset.images[rows])
-        item = dataset.image_item[rows]
-        candidates = item.unique()
-        results = {
-            "": retrieval(images, names[candidates], item, candidates),
-            "zero_shot/names/": zero_shot(images, names, item),
-            "modality/": modality_gap(images, names[candidates]),
-        }
-        known = torch.tensor([dataset.subgroup[n] is not None for n in item.tolist()])
-        if known.any():
-            labels = [subgroups.index(dataset.subgroup[n]) for n in item[known].tolist()]
-            results["zero_shot/subgroups/"] = zero_shot(
-                images[known], prompts, torch.tensor(labels)
-            )
-        scores |= {
-            f"{split}/{prefix}{name}": value
-            for prefix, values in results.items()
-            for name, value in values.items()
-        }
+        scores |= under(split, basic_scores(images, dataset.image_item[rows], classes))
     return scores
 
 
-def table(columns: dict[str, dict[str, float]]) -> str:
-    """The scores as text, a column per evaluation (`{"before": ..., "after": ...}`)."""
-    last = columns[list(columns)[-1]]
-    lines = []
-    for split in dict.fromkeys(name.split("/")[0] for name in last if "/" in name):
+def evaluate_fully(
+    model: DualEncoder,
+    tokenizer: Tokenizer,
+    dataset: Dataset,
+    splits: list[str],
+    prompts: tuple[str, ...] = PROMPTS,
+) -> dict[str, float]:
+    """`evaluate`'s scores, of `splits`, and those too dear to compute while training.
 
-        def line(label: str, key: str, chance: str = "", form: str = ".1%", split=split) -> None:
-            if f"{split}/{key}" in last:
-                cells = "".join(
-                    f"{scores[f'{split}/{key}']:10{form}}" for scores in columns.values()
+    `zero_shot/…/ensemble`: a class is the mean of its `prompts`. `linear_probe`, `knn`: classifiers
+    of the images' embeddings, fitted on the split "train" and so only where there is one; by
+    subgroup, and by concept (item). `modality/classifier`; `geometry/` uniformity of each modality
+    and alignment of the pairs; `languages/` mean rank variance over the data's translations.
+    `splits` may hold ALL. Raises ValueError naming a split that the data lacks.
+    """
+    missing = [name for name in splits if name != ALL and name not in dataset.split]
+    if missing:
+        raise ValueError(f"--split {missing[0]}: the data has {dataset.describe()}")
+    classes = Classes(model, tokenizer, dataset, ("group", "subgroup"), prompts)
+    train = dataset.rows("train")
+    trained = embed_images(model, dataset.images[train]) if len(train) else None
+    scores = {}
+    for split in splits:
+        rows = torch.arange(len(dataset.images)) if split == ALL else dataset.rows(split)
+        images, item = embed_images(model, dataset.images[rows]), dataset.image_item[rows]
+        texts = classes.names[item]
+        found = basic_scores(images, item, classes)
+        for kind, emb, labels in classes.of(item, classes.ensembles):
+            known = labels >= 0
+            top1 = zero_shot(images[known], emb, labels[known])["top1"]
+            found[f"zero_shot/{kind}/ensemble"] = top1
+        if trained is not None and split not in (ALL, "train"):
+            sides = trained, dataset.image_item[train], images, item
+            found |= probe_scores(*sides, dataset.subgroup)
+        if len(images) > 1 and len(item.unique()) > 1:
+            names = classes.names[item.unique()]
+            found |= under("modality", probes.modality_classifier(images, names))
+            found |= {
+                "geometry/uniformity_images": uniformity_loss(images).item(),
+                "geometry/uniformity_texts": uniformity_loss(names).item(),
+            }
+        found["geometry/alignment"] = alignment_loss(images, texts).item()
+        found |= language_scores(model, tokenizer, dataset, images, item)
+        scores |= under(split, found)
+    return scores
+
+
+def under(prefix: str, scores: dict[str, float]) -> dict[str, float]:
+    return {f"{prefix}/{name}": value for name, value in scores.items()}
+
+
+class Classes:
+    """What a picture can be told to be: embeddings of all names, and of groups by their words.
+
+    `names` (n, E), an item each. With `prompts`, `ensembles` too. A picture without a group has
+    the label -1 there.
+    """
+
+    def __init__(self, model, tokenizer, dataset, groupings, prompts=None):
+        words = {"names": [captions[0] for captions in dataset.captions]}
+        self.index = {"names": torch.arange(len(dataset.items))}
+        for grouping in groupings:
+            label = getattr(dataset, grouping)
+            known = sorted({name for name in label if name is not None})
+            if known:
+                words[f"{grouping}s"] = [name.replace("-", " ") for name in known]
+                place = {name: n for n, name in enumerate(known)} | {None: -1}
+                self.index[f"{grouping}s"] = torch.tensor([place[name] for name in label])
+
+        def embed(texts: list[str]) -> torch.Tensor:
+            return embed_texts(model, tokenizer(texts))
+
+        self.plain = {kind: embed(texts) for kind, texts in words.items()}
+        self.names = self.plain["names"]
+        if prompts:
+            self.ensembles = {
+                kind: ensemble(
+                    torch.stack([embed([p.format(t) for t in texts]) for p in prompts], 1)
                 )
-                odds = f"{last[f'{split}/{chance}']:10.2%}" if chance else ""
-                lines.append(f"  {label:32}{cells}{odds}")
+                for kind, texts in words.items()
+            }
 
-        pictures, captions = last[f"{split}/t2i/candidates"], last[f"{split}/i2t/candidates"]
-        lines.append(f"{split}: {pictures} pictures, {captions} captions")
-        lines.append(f"  {'':32}" + "".join(f"{title:>10}" for title in [*columns, "chance"]))
-        for direction, words in (("i2t", "image to text"), ("t2i", "text to image")):
-            line(f"{words} R@1", f"{direction}/R@1", f"{direction}/chance")
-            line(f"{words} R@5", f"{direction}/R@5")
-            line(f"{words} R@10", f"{direction}/R@10")
-        for kind in ("names", "subgroups"):
-            classes = last.get(f"{split}/zero_shot/{kind}/classes")
-            label = f"zero-shot among {classes} {kind}"
-            line(label, f"zero_shot/{kind}/top1", f"zero_shot/{kind}/chance")
-        line("modality gap", "modality/gap", form=".3f")
-        line("modality gap, relative", "modality/relative", form=".3f")
-    return "\n".join(lines)
+    def of(self, item: torch.Tensor, embeddings: dict[str, torch.Tensor]):
+        """(kind, embeddings, label of each item) of every kind that these items have."""
+        for kind, emb in embeddings.items():
+            labels = self.index[kind][item]
+            if (labels >= 0).any():
+                yield kind, emb, labels
+
+
+def basic_scores(images: torch.Tensor, item: torch.Tensor, classes: Classes) -> dict[str, float]:
+    candidates = item.unique()
+    names = classes.names[candidates]
+    scores = retrieval(images, names, item, candidates)
+    for kind, emb, labels in classes.of(item, classes.plain):
+        known = labels >= 0
+        scores |= under(f"zero_shot/{kind}", zero_shot(images[known], emb, labels[known]))
+    return scores | under("modality", modality_gap(images, names))
+
+
+def probe_scores(train_emb, train_item, test_emb, test_item, subgroup) -> dict[str, float]:
+    """By subgroup and by concept, each where at least 2 labels are on both sides."""
+    place = {name: n for n, name in enumerate(sorted({s for s in subgroup if s is not None}))}
+    index = torch.tensor([place.get(name, -1) for name in subgroup])
+    scores = {}
+    for kind, labels in (("subgroups", index), ("concepts", torch.arange(len(subgroup)))):
+        y, y_test = labels[train_item], labels[test_item]
+        fit, test = y >= 0, y_test >= 0
+        if len(y[fit][torch.isin(y[fit], y_test[test])].unique()) < 2:
+            continue
+        sides = train_emb[fit], y[fit], test_emb[test], y_test[test]
+        scores |= under(f"linear_probe/{kind}", probes.linear_probe(*sides))
+        scores |= under(f"knn/{kind}", probes.knn(*sides))
+    return scores
+
+
+def language_scores(model, tokenizer, dataset, images, item) -> dict[str, float]:
+    """Mean rank variance over the captions' language and those that half of the items or more have.
+
+    Of the items that have a name in each of them; nothing if that leaves fewer than 2 items, or no
+    second language.
+    """
+    names = {n: dataset.translations[n] for n in item.unique().tolist()}
+    languages = sorted({language for texts in names.values() for language in texts})
+    languages = [
+        name
+        for name in languages
+        if 2 * sum(name in texts for texts in names.values()) >= len(names)
+    ]
+    items = [n for n, texts in names.items() if all(texts.get(name) for name in languages)]
+    if not languages or len(items) < 2:
+        return {}
+    items = torch.tensor(items)
+    shown = torch.isin(item, items)
+    images, item = images[shown], item[shown]
+    text_rank, image_rank = [], []
+    for language in [None, *languages]:
+        texts = [
+            names[n][language][0] if language else dataset.captions[n][0] for n in items.tolist()
+        ]
+        emb = embed_texts(model, tokenizer(texts))
+        text_rank.append(ranks(emb, images, items, item)[0])
+        image_rank.append(ranks(images, emb, item, items)[0])
+    count = len(text_rank)
+    pictures = (item[None, :] == items[:, None]).sum(1)
+    return {
+        "languages/count": count,
+        "languages/items": len(items),
+        "languages/t2i/mean_rank_variance": mean_rank_variance(torch.stack(text_rank, 1)),
+        "languages/t2i/chance": random_rank_variance(pictures, len(item), count),
+        "languages/i2t/mean_rank_variance": mean_rank_variance(torch.stack(image_rank, 1)),
+        "languages/i2t/chance": random_rank_variance(torch.ones(1), len(items), count),
+    }
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -110,19 +233,62 @@ def main(arguments: list[str] | None = None) -> None:
 
     parser = argparse.ArgumentParser(prog="python -m ito.evaluate", description=__doc__)
     parser.add_argument("run", type=Path, help="a run folder")
+    parser.add_argument(
+        "--data", metavar="PATH", help="score every picture of this data set, not the held-out ones"
+    )
+    parser.add_argument("--split", action="append", help=f"score this one ({ALL}: every picture)")
+    parser.add_argument(
+        "--prompts",
+        nargs="+",
+        default=PROMPTS,
+        metavar="TEXT",
+        help="of the ensembles; {} is filled",
+    )
     parser.add_argument("--cache", type=Path, help="where prepared data lives (~/.cache/ito)")
     parser.add_argument("--json", type=Path, help="also write the scores to this file")
+    parser.add_argument(
+        "--clip-benchmark",
+        type=Path,
+        metavar="FOLDER",
+        help="also write a file per split and task, as clip_benchmark does",
+    )
     add_options(parser, only="data")
     with user_errors():
         options = parser.parse_args(arguments)
+        if bad := [prompt for prompt in options.prompts if "{}" not in prompt]:
+            raise ValueError(f"--prompts must hold {{}} for the name, got {bad[0]!r}")
         encoder = load(options.run)
-        config = from_options(options, Config.load(options.run / "config.json"))
+        config, splits = choose_data(options)
         dataset = open_dataset(config, options.cache)
         print(report_skipped(dataset.skipped) or f"{len(dataset.images)} pictures")
-        scores = evaluate(encoder.model, encoder.tokenizer, dataset)
+        scores = evaluate_fully(
+            encoder.model,
+            encoder.tokenizer,
+            dataset,
+            splits or dataset.held_out_splits(),
+            tuple(options.prompts),
+        )
         print(table({"score": scores}))
         if options.json:
             options.json.write_text(json.dumps(scores, indent=2) + "\n", encoding="utf-8")
+        if options.clip_benchmark:
+            options.clip_benchmark.mkdir(parents=True, exist_ok=True)
+            data = Path(config.train_data).stem
+            for record in clip_benchmark(scores, data, options.run):
+                name = f"{record['dataset']}_{record['task']}".replace("/", "-")
+                path = options.clip_benchmark / f"{name}.json"
+                path.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+
+
+def choose_data(options: argparse.Namespace) -> tuple[Config, list[str] | None]:
+    """The run's configuration with the data asked for, and which splits (None: the held-out)."""
+    config = from_options(options, Config.load(options.run / "config.json"))
+    if options.data is None:
+        return config, options.split
+    if "train_data" in options:
+        raise ValueError(f"--data {options.data} and --train-data name the same thing: drop one")
+    path = argparse.Namespace(train_data=options.data)
+    return from_options(path, config), options.split or [ALL]
 
 
 if __name__ == "__main__":

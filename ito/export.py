@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save
 
-from ito.checkpoint import load_checkpoint, write_atomically
+from ito.checkpoint import load_checkpoint, undamaged, write_atomically
 from ito.cli import user_errors
 from ito.data import decode
 from ito.encoders import DualEncoder
@@ -91,7 +91,7 @@ class Encoder:
 def load(run: str | Path, device: str | torch.device = "cpu") -> Encoder:
     """The exported model of a run folder, or of a `model/` folder itself.
 
-    Raises FileNotFoundError if there is none.
+    Raises FileNotFoundError if there is none, ValueError naming a file of it that is damaged.
     """
     folder = Path(run)
     folder = folder / "model" if (folder / "model").is_dir() else folder
@@ -100,27 +100,51 @@ def load(run: str | Path, device: str | torch.device = "cpu") -> Encoder:
             f"{run} holds no exported model (model/model.safetensors); a run writes it with its "
             "first checkpoint, and `python -m ito.export RUN` from its newest one"
         )
-    about = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    model = DualEncoder(**about["architecture"])
-    model.load_state_dict(load_file(folder / "model.safetensors"))
+    with undamaged(folder / "config.json"):
+        about = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        model = DualEncoder(**about["architecture"])
+        load_size, step = about["load_size"], about["step"]
+    with undamaged(folder / "model.safetensors"):
+        model.load_state_dict(load_file(folder / "model.safetensors"))
     model.to(device, memory_format=torch.channels_last).eval().requires_grad_(False)
-    tokenizer = Tokenizer.load(folder / "tokenizer.json")
-    return Encoder(model, tokenizer, about["load_size"], about["step"])
+    with undamaged(folder / "tokenizer.json"):
+        tokenizer = Tokenizer.load(folder / "tokenizer.json")
+    return Encoder(model, tokenizer, load_size, step)
 
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m ito.export", description=__doc__)
     parser.add_argument("run", type=Path, help="a run folder; its newest checkpoint is exported")
     parser.add_argument("--out", type=Path, help="folder to write (default: RUN/model)")
+    parser.add_argument(
+        "--onnx", action="store_true", help="also image_encoder.onnx and text_encoder.onnx"
+    )
+    parser.add_argument(
+        "--open-clip",
+        type=Path,
+        metavar="FOLDER",
+        help='also a folder for open_clip\'s "local-dir:FOLDER"; of runs with --patch-size',
+    )
     with user_errors():
         options = parser.parse_args(arguments)
-        state = load_checkpoint(options.run)
-        model = DualEncoder(**state["architecture"])
-        model.load_state_dict(state["model"])
+        with undamaged(options.run / "checkpoints"):
+            state = load_checkpoint(options.run)
+            model = DualEncoder(**state["architecture"])
+            model.load_state_dict(state["model"])
+            load_size, step = state["load_size"], state["step"]
+        with undamaged(options.run / "model" / "tokenizer.json"):
+            tokenizer = Tokenizer.load(options.run / "model" / "tokenizer.json")
         out = options.out or options.run / "model"
-        tokenizer = Tokenizer.load(options.run / "model" / "tokenizer.json")
-        export(model, tokenizer, state["load_size"], state["step"], out)
-        print(f"exported step {state['step']} to {out}")
+        export(model, tokenizer, load_size, step, out)
+        if options.onnx:
+            from ito.onnx import export_onnx
+
+            export_onnx(model, out)
+        if options.open_clip:
+            from ito.open_clip import export_open_clip
+
+            export_open_clip(model, tokenizer, options.open_clip)
+        print(f"exported step {step} to {out}")
 
 
 if __name__ == "__main__":

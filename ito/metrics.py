@@ -1,4 +1,4 @@
-"""Retrieval, zero-shot accuracy and the modality gap, as pure functions of embeddings.
+"""Retrieval, zero-shot accuracy, the modality gap and its kin, as pure functions of embeddings.
 
 Embeddings are (N, D) and (M, D), any float dtype, computed in fp32. They need not be normalised:
 similarities are cosines. No N × M matrix is held, only BLOCK rows of it.
@@ -18,51 +18,77 @@ def retrieval(
     text_item: torch.Tensor,
     ks: tuple[int, ...] = (1, 5, 10),
 ) -> dict[str, float]:
-    """Recall@k in both directions, in [0, 1]; candidates of a query's item are all correct.
+    """Recall@k and rank in both directions; candidates of a query's item are all correct.
 
-    R@k is the share of queries with a correct candidate among the k most similar (Karpathy & Li
-    2015; with several correct ones as for COCO's five captions). A tie with a wrong candidate
+    R@k, in [0, 1], is the share of queries with a correct candidate among the k most similar
+    (Karpathy & Li 2015; with several correct ones as for COCO's five captions), `mean_rank` and
+    `median_rank` those of its best correct candidate, 1 being first. A tie with a wrong candidate
     counts as lost: a model that maps everything to one point scores 0, not 1. `chance` is R@1 of a
-    random order, the mean share of correct candidates. Queries without a correct candidate are
-    left out; `queries` counts the others.
+    random order, the mean share of correct candidates, `mean_rank_chance` its mean rank. Queries
+    without a correct candidate are left out; `queries` counts the others. With no more than k
+    candidates R@k says nothing.
 
     image_emb (N, D), text_emb (M, D), image_item (N,) and text_item (M,) integer item ids.
-    Returns `i2t/R@1` …, `i2t/chance`, `i2t/candidates`, `i2t/queries`, and the same for `t2i`.
+    Returns `i2t/R@1` …, `i2t/chance`, `i2t/mean_rank`, `i2t/mean_rank_chance`, `i2t/median_rank`,
+    `i2t/candidates`, `i2t/queries`, and the same for `t2i`.
     Raises ValueError where shapes disagree, or if no query has a correct candidate.
     """
     check("image_item", image_item, image_emb)
     check("text_item", text_item, text_emb)
-    image, text = F.normalize(image_emb.float(), dim=1), F.normalize(text_emb.float(), dim=1)
-    return {
-        f"{name}/{key}": value
-        for name, args in (
-            ("i2t", (image, text, image_item, text_item)),
-            ("t2i", (text, image, text_item, image_item)),
-        )
-        for key, value in recall(*args, ks).items()
-    }
+    scores = {}
+    for name, args in (
+        ("i2t", (image_emb, text_emb, image_item, text_item)),
+        ("t2i", (text_emb, image_emb, text_item, image_item)),
+    ):
+        rank, share = ranks(*args)
+        answerable = rank > 0
+        rank, share = rank[answerable], share[answerable]
+        if not len(rank):
+            raise ValueError("no query has a correct candidate: image_item, text_item share no id")
+        scores |= {f"{name}/R@{k}": (rank <= k).float().mean().item() for k in ks}
+        scores |= {
+            f"{name}/mean_rank": rank.double().mean().item(),
+            f"{name}/mean_rank_chance": random_rank(share, len(args[1])),
+            f"{name}/median_rank": rank.double().quantile(0.5).item(),
+            f"{name}/chance": share.mean().item(),
+            f"{name}/candidates": len(args[1]),
+            f"{name}/queries": len(rank),
+        }
+    return scores
 
 
-def recall(queries, candidates, query_item, candidate_item, ks) -> dict[str, float]:
-    ranks, shares = [], []
+def ranks(
+    query_emb: torch.Tensor,
+    candidate_emb: torch.Tensor,
+    query_item: torch.Tensor,
+    candidate_item: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Each query's rank and share of correct candidates, both (N,).
+
+    The rank is int64, 1 + the number of wrong candidates at least as similar as the best correct
+    one, so the worst correct answer of M candidates is at most M; 0 where none is correct.
+    """
+    queries, candidates = unit(query_emb), unit(candidate_emb)
+    rank, shares = [], []
     for q, item in zip(queries.split(BLOCK), query_item.split(BLOCK), strict=True):
         scores = q @ candidates.T
         correct = item[:, None] == candidate_item[None, :]
         best = scores.masked_fill(~correct, -torch.inf).amax(1, keepdim=True)
         # not(<) rather than >=: a NaN score must not count as beaten
         above = ~(scores < best - TIE) & ~correct
-        answerable = correct.any(1)
-        ranks.append(above.sum(1)[answerable])
-        shares.append(correct.float().mean(1)[answerable])
-    rank, share = torch.cat(ranks), torch.cat(shares)
-    if not len(rank):
-        raise ValueError("no query has a correct candidate: image_item and text_item share no id")
-    result = {f"R@{k}": (rank < k).float().mean().item() for k in ks}
-    return result | {
-        "chance": share.mean().item(),
-        "candidates": len(candidates),
-        "queries": len(rank),
-    }
+        rank.append((1 + above.sum(1)) * correct.any(1))
+        shares.append(correct.float().mean(1))
+    return torch.cat(rank), torch.cat(shares)
+
+
+def random_rank(share: torch.Tensor, candidates: int) -> float:
+    """The mean rank of random orders: `1 + (M − c) / (c + 1)` with c of M candidates right."""
+    c = share.double() * candidates
+    return (1 + (candidates - c) / (c + 1)).mean().item()
+
+
+def unit(emb: torch.Tensor) -> torch.Tensor:
+    return F.normalize(emb.float(), dim=1)
 
 
 def check(name: str, ids: torch.Tensor, rows: torch.Tensor) -> None:
@@ -73,11 +99,12 @@ def check(name: str, ids: torch.Tensor, rows: torch.Tensor) -> None:
 def zero_shot(
     image_emb: torch.Tensor, class_emb: torch.Tensor, labels: torch.Tensor
 ) -> dict[str, float]:
-    """Top-1 accuracy of the most similar class (Radford et al. 2021); a tie counts as wrong.
+    """Accuracy of the most similar class (Radford et al. 2021); a tie counts as wrong.
 
     image_emb (N, D), class_emb (C, D) one embedding per class, labels (N,) class indices.
-    `chance` is 1/C, `majority` the accuracy of always naming the most frequent class.
-    Raises ValueError if a label is not in [0, C).
+    `top1`, `top5`: the true class is the first, or among the first five; `mean_per_class`: top1
+    averaged over the classes that occur. `chance` is 1/C, `majority` the accuracy of always naming
+    the most frequent class. Raises ValueError if a label is not in [0, C).
     """
     check("labels", labels, image_emb)
     if labels.min() < 0 or labels.max() >= len(class_emb):
@@ -85,14 +112,56 @@ def zero_shot(
             f"labels must be in [0, {len(class_emb)}), got {labels.min()} to {labels.max()}"
         )
     item = torch.arange(len(class_emb), device=labels.device)
-    image, classes = F.normalize(image_emb.float(), dim=1), F.normalize(class_emb.float(), dim=1)
-    scores = recall(image, classes, labels, item, ks=(1,))
+    rank, _ = ranks(image_emb, class_emb, labels, item)
     return {
-        "top1": scores["R@1"],
+        "top1": (rank == 1).float().mean().item(),
+        "top5": (rank <= 5).float().mean().item(),
+        "mean_per_class": mean_per_class(rank == 1, labels),
         "chance": 1 / len(class_emb),
         "majority": labels.bincount().max().item() / len(labels),
         "classes": len(class_emb),
     }
+
+
+def mean_per_class(right: torch.Tensor, labels: torch.Tensor) -> float:
+    """The mean over the classes that occur of the share of `right` (N,) among their rows."""
+    _, index, count = labels.unique(return_inverse=True, return_counts=True)
+    hits = torch.zeros(len(count), dtype=torch.float64).index_add_(0, index, right.double())
+    return (hits / count).mean().item()
+
+
+def ensemble(prompt_emb: torch.Tensor) -> torch.Tensor:
+    """One unit embedding per class (C, D) of P prompts each (C, P, D): their normalised mean.
+
+    Source: Radford et al. 2021, section 3.1.4.
+    """
+    return F.normalize(F.normalize(prompt_emb.float(), dim=-1).mean(1), dim=-1)
+
+
+def mean_rank_variance(rank: torch.Tensor) -> float:
+    """How differently K languages rank the same item, of ranks (N, K).
+
+    `(1/N) Σ_i (1/K) Σ_k (r_ik − r̄_i)²`, r̄_i the mean over the languages; 0 where every language
+    finds every item at the same rank.
+
+    Source: Nie et al. 2024, "Improving the Consistency in Cross-Lingual Cross-Modal Retrieval with
+    1-to-K Contrastive Learning". Raises ValueError for another shape.
+    """
+    if rank.ndim != 2 or not rank.numel():
+        raise ValueError(f"rank must have shape (N, K), N, K >= 1, got {tuple(rank.shape)}")
+    return rank.double().var(1, correction=0).mean().item()
+
+
+def random_rank_variance(correct: torch.Tensor, candidates: int, languages: int) -> float:
+    """What `mean_rank_variance` expects of random orders of `candidates`, for `ranks`.
+
+    The wrong candidates before the best of c right ones, of M, are negative hypergeometric with the
+    variance `W (M + 1) c / ((c + 1)² (c + 2))`, W = M − c; at c = 1 the uniform (M² − 1) / 12.
+    `correct` (N,) is the number of right candidates of each query.
+    """
+    c = correct.double()
+    variance = (candidates - c) * (candidates + 1) * c / ((c + 1) ** 2 * (c + 2))
+    return (1 - 1 / languages) * variance.mean().item()
 
 
 def modality_gap(image_emb: torch.Tensor, text_emb: torch.Tensor) -> dict[str, float]:
@@ -105,7 +174,7 @@ def modality_gap(image_emb: torch.Tensor, text_emb: torch.Tensor) -> dict[str, f
 
     image_emb (N, D), text_emb (M, D); no pairing is assumed.
     """
-    image, text = F.normalize(image_emb.float(), dim=1), F.normalize(text_emb.float(), dim=1)
+    image, text = unit(image_emb), unit(text_emb)
     gap = (image.mean(0) - text.mean(0)).norm()
     # mean_ij ‖x_i − y_j‖² of unit vectors, with no N×M matrix
     distance = (2 - 2 * image.mean(0) @ text.mean(0)).clamp_min(0).sqrt()

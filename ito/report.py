@@ -1,77 +1,103 @@
-"""`report.html` of a run, one self-contained file: curves, scores, a gallery, the configuration."""
+"""`report.html` of a run, one self-contained file: `python -m ito.report RUN` writes it anew.
 
+Scores, curves, a map of both modalities, what the model finds and what it takes for what, the
+configuration and the machine. It asks for nothing over the network.
+"""
+
+import argparse
 import base64
 import html
+import importlib.util
 import io
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from PIL import Image
 
+from ito import charts
+from ito.checkpoint import undamaged
+from ito.cli import user_errors
+from ito.config import add_options
 from ito.data import Dataset
-from ito.evaluate import embed_images, embed_texts, table
-from ito.export import Encoder
+from ito.evaluate import choose_data, embed_images, embed_texts
+from ito.export import Encoder, load
+from ito.metrics import ranks
+from ito.scores import DIRECTIONS, sections
+from ito.source import open_dataset
 
-QUERIES, SHOWN = 12, 6
-COLOURS = ("#2463a8", "#c4572b", "#3d8a4f", "#7a4fa3")
+QUERIES, SHOWN, MISTAKES = 8, 6, 12
+MAPPED = 300  # pairs in the map: more hide each other
+# logged at every step and no term of the loss, with what ends in these words
+NOT_LOSSES = ("kind", "step", "logit_scale", "logit_bias", "grad_norm", "lr")
+NOT_LOSS_UNITS = ("seconds", "_per_second", "_norm", "_share", "_mib", "_ms")
 STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 68rem; margin: 2rem auto; padding: 0 1rem;
        color: #222; background: #fff; }
-h1 { font-size: 1.5rem; } h2 { font-size: 1.15rem; margin-top: 2.2rem; }
-pre { overflow-x: auto; background: #f6f6f4; padding: .8rem; font-size: 13px; line-height: 1.35; }
-.curves { display: grid; grid-template-columns: repeat(auto-fit, minmax(19rem, 1fr)); gap: 1rem; }
-.curves svg { width: 100%; height: auto; }
-.query { display: flex; gap: .5rem; align-items: center; margin: .35rem 0; overflow-x: auto; }
-.query > span { flex: 0 0 12rem; }
-.query figure { margin: 0; flex: 0 0 auto; text-align: center; font-size: 11px; width: 5.2rem; }
-.query img { width: 56px; height: 56px; border: 3px solid #ddd; border-radius: 4px; }
-.query .right img { border-color: #3d8a4f; }
-.query figcaption { white-space: nowrap; overflow: hidden; text-overflow: ellipsis; }
+h1 { font-size: 1.5rem; overflow-wrap: anywhere; } h2 { font-size: 1.2rem; margin-top: 2.4rem; }
+h3 { font-size: 1rem; margin: 1.4rem 0 .4rem; } p { max-width: 46rem; }
+table { border-collapse: collapse; font-size: 13px; font-variant-numeric: tabular-nums; }
+th, td { padding: .15rem .5rem; text-align: right; border-bottom: 1px solid #eee; }
+th:first-child, td:first-child { text-align: left; padding-left: 0; }
+.wide { overflow-x: auto; }
+.grid { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(19rem, 100%), 1fr));
+        gap: 1rem 1.5rem; }
+.grid svg { width: 100%; max-width: 26rem; height: auto; }
+img { display: block; width: 100%; max-width: 64px; aspect-ratio: 1; box-sizing: border-box;
+      border: 3px solid #ddd; border-radius: 4px; }
+.right img { border-color: #3d8a4f; }
+figure { margin: 0; min-width: 0; font-size: 11px; line-height: 1.3; }
+.name { display: block; white-space: nowrap; overflow: hidden; text-overflow: ellipsis; }
+.query { display: grid; grid-template-columns: 11rem 1fr; gap: .3rem .8rem; align-items: center;
+         margin: .6rem 0; }
+.found { display: grid; grid-template-columns: repeat(6, minmax(0, 5rem)); gap: .5rem; }
+.told { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(15rem, 100%), 1fr));
+        gap: .8rem; font-size: 13px; }
+.told > div { display: grid; grid-template-columns: 52px 1fr 52px; gap: .6rem; }
+.told ol { margin: 0; padding-left: 1.2rem; } .told .right { color: #2c6b3b; font-weight: 600; }
+.settings { columns: 17rem; font-size: 13px; } .settings div { break-inside: avoid; }
+.settings code { float: right; max-width: 60%; overflow-wrap: anywhere; text-align: right; }
+.settings div { overflow: hidden; border-bottom: 1px solid #eee; padding: .1rem 0; }
+@media (max-width: 40rem) {
+  .query { grid-template-columns: 1fr; } .query > span { font-weight: 600; }
+  table { font-size: 12px; } th, td { padding: .15rem .3rem; }
+}
 """
 
 
-def write_report(run: Path, encoder: Encoder, dataset: Dataset) -> Path:
-    """Write `run/report.html` from the logged metrics, the configuration and the exported model."""
-    lines = (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    records = [json.loads(line) for line in lines]
-    steps = [r for r in records if r["kind"] == "train"]
-    scores = [r for r in records if r["kind"] == "eval"]
-    splits = dataset.held_out_splits()
-    config = (run / "config.json").read_text(encoding="utf-8")
+def write_report(run: Path, encoder: Encoder, dataset: Dataset, project: str = "pca") -> Path:
+    """Write `run/report.html` from the logged metrics, the configuration and the exported model.
+
+    `project` chooses the map, "pca" or "umap" (of the package umap-learn).
+    """
+    with undamaged(run / "metrics.jsonl"):
+        lines = (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+        records = [json.loads(line) for line in lines]
+        scores = [r for r in records if r["kind"] == "eval"]
+        curves = curve_charts(records, dataset.held_out_splits())
     parts = [
         f"<h1>{html.escape(run.name)}</h1>",
         f"<p>Step {encoder.step}, {len(dataset.items)} items, {len(dataset.images)} pictures, "
         f"{len(dataset.skipped)} records skipped.</p>",
     ]
     if scores:
-        columns = {"before": scores[0], "after": scores[-1]}
-        parts.append(f"<h2>Held-out scores</h2><pre>{html.escape(table(columns))}</pre>")
-    terms = [n for n in ("align", "fusion", "views", "local", "all") if steps and n in steps[0]]
-    parts.append('<h2>Curves</h2><div class="curves">')
-    for title, names in (
-        ("loss terms", terms),
-        ("logit scale", ("logit_scale",)),
-        ("gradient norm", ("grad_norm",)),
-        ("learning rate", ("lr",)),
-    ):
-        parts.append(plot(title, {n: [(r["step"], r[n]) for r in steps] for n in names}))
-    for split in splits:
-        parts.append(
-            plot(
-                f"{split}: R@1",
-                {
-                    words: [(r["step"], r[f"{split}/{key}/R@1"]) for r in scores]
-                    for key, words in (("i2t", "image to text"), ("t2i", "text to image"))
-                },
-            )
-        )
-        gap = [(r["step"], r[f"{split}/modality/gap"]) for r in scores]
-        parts.append(plot(f"{split}: modality gap", {"gap": gap}))
-    parts.append("</div>")
-    for split in splits:
-        parts.append(gallery(split, encoder, dataset))
-    parts.append(f"<h2>Configuration</h2><pre>{html.escape(config)}</pre>")
+        parts.append(score_tables({"before": scores[0], "after": scores[-1]}))
+    parts.append(f'<h2>Curves</h2><div class="grid">{curves}</div>')
+    for split in dataset.held_out_splits():
+        view = View(split, encoder, dataset)
+        parts += [
+            f"<h2>{html.escape(split)}</h2>",
+            embedding_map(view, project),
+            text_to_image(view),
+            image_to_text(view),
+            mistakes(view),
+        ]
+    for title, name in (("Configuration", "config.json"), ("Environment", "environment.json")):
+        path = run / name
+        if path.exists():
+            with undamaged(path):
+                parts.append(settings(title, json.loads(path.read_text(encoding="utf-8"))))
     page = (
         '<!doctype html><html lang="en"><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
@@ -82,68 +108,213 @@ def write_report(run: Path, encoder: Encoder, dataset: Dataset) -> Path:
     return path
 
 
-def gallery(split: str, encoder: Encoder, dataset: Dataset) -> str:
-    """Evenly spaced captions of a split with the pictures that come first; right ones framed."""
-    rows = dataset.rows(split)
-    item = dataset.image_item[rows]
-    items = item.unique()
-    asked = items[torch.linspace(0, len(items) - 1, min(QUERIES, len(items))).long()]
-    images = embed_images(encoder.model, dataset.images[rows])
-    texts = [dataset.captions[n][0] for n in asked.tolist()]
-    order = (embed_texts(encoder.model, encoder.tokenizer(texts)) @ images.T).argsort(1, True)
-    parts = [f"<h2>{html.escape(split)}: text to image</h2>"]
-    for query, (text, best) in enumerate(zip(texts, order[:, :SHOWN].tolist(), strict=True)):
-        parts.append(f'<div class="query"><span>{html.escape(text)}</span>')
-        for place in best:
-            name = html.escape(dataset.captions[int(item[place])][0])
-            right = ' class="right"' if item[place] == asked[query] else ""
-            picture = png(dataset.images[rows[place]])
-            parts.append(
-                f'<figure{right}><img src="{picture}" alt="{name}">'
-                f"<figcaption>{name}</figcaption></figure>"
-            )
-        parts.append("</div>")
+def score_tables(columns: dict[str, dict[str, float]]) -> str:
+    parts = ['<h2>Held-out scores</h2><div class="grid">']
+    for section in sections(columns):
+        head = "".join(f"<th>{title}</th>" for title in ["", *section.columns])
+        rows = "".join(
+            "<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in [label, *cells, chance])
+            for label, cells, chance in section.rows
+        )
+        notes = "".join(f"<p>Note: {html.escape(note)}.</p>" for note in section.notes)
+        parts.append(
+            f'<div class="wide"><h3>{html.escape(section.title)}</h3>{notes}'
+            f"<table><tr>{head}</tr>{rows}</table></div>"
+        )
+    return "".join([*parts, "</div>"])
+
+
+def curve_charts(records: list[dict], splits: list[str]) -> str:
+    steps = [r for r in records if r["kind"] == "train"]
+    scores = [r for r in records if r["kind"] == "eval"]
+
+    def line(source: list[dict], key: str) -> list[tuple[float, float]]:
+        return [(r["step"], r[key]) for r in source if key in r]
+
+    terms = [
+        name
+        for name in dict.fromkeys(name for r in steps for name in r)
+        if name not in NOT_LOSSES and not name.endswith(NOT_LOSS_UNITS)
+    ]
+    parts = [charts.lines("loss and its terms", {name: line(steps, name) for name in terms})]
+    for title, name in (
+        ("logit scale", "logit_scale"),
+        ("gradient norm", "grad_norm"),
+        ("learning rate", "lr"),
+    ):
+        parts.append(charts.lines(title, {name: line(steps, name)}))
+    for split in splits:
+        for way, words in DIRECTIONS.items():
+            recall = {f"R@{k}": line(scores, f"{split}/{way}/R@{k}") for k in (1, 5, 10)}
+            parts.append(charts.lines(f"{split}: {words}", recall))
+        gap = {name: line(scores, f"{split}/modality/{name}") for name in ("gap", "relative")}
+        parts.append(charts.lines(f"{split}: modality gap", gap))
     return "".join(parts)
 
 
+class View:
+    """One split, embedded: its pictures, the items that they show, and each item's first caption.
+
+    `item` (N,) is a place in `items` (n,), which are indices into the data set.
+    """
+
+    def __init__(self, split: str, encoder: Encoder, dataset: Dataset):
+        self.rows = dataset.rows(split)
+        self.items, self.item = dataset.image_item[self.rows].unique(return_inverse=True)
+        self.pictures = dataset.images[self.rows]
+        self.names = [dataset.captions[n][0] for n in self.items.tolist()]
+        self.group = [dataset.group[n] for n in self.items.tolist()]
+        self.images = embed_images(encoder.model, self.pictures)
+        self.texts = embed_texts(encoder.model, encoder.tokenizer(self.names))
+
+
+def spaced(count: int, wanted: int) -> torch.Tensor:
+    """`wanted` indices of `range(count)`, evenly spaced; all of them if it is fewer."""
+    return torch.linspace(0, count - 1, min(count, wanted)).long()
+
+
+def embedding_map(view: View, project: str) -> str:
+    """Both modalities in the plane, coloured by modality and by group: an x is a text."""
+    chosen = spaced(len(view.items), MAPPED)
+    first = torch.stack([(view.item == n).nonzero()[0, 0] for n in chosen])
+    count = len(chosen)
+    plane, about = PROJECTIONS[project](torch.cat([view.images[first], view.texts[chosen]]))
+    images, texts = plane[:count], plane[count:]
+    names = [view.names[n] for n in chosen.tolist()]
+    modality = {"images": (images, names, "o"), "texts": (texts, names, "x")}
+    maps = charts.points("by modality", modality)
+    group = [view.group[n] or "none" for n in chosen.tolist()]
+    if len(set(group)) > 1:
+        by_group = {
+            label: pick(images, names, [g == label for g in group], "o")
+            for label in sorted(set(group), key=lambda label: (label == "none", label))
+        }
+        maps += charts.points("images by group", by_group)
+    return f'<h3>Embedding map</h3><p>{about}</p><div class="grid">{maps}</div>'
+
+
+def pick(places, names, wanted: list[bool], mark: str):
+    kept = [n for n, yes in enumerate(wanted) if yes]
+    return [places[n] for n in kept], [names[n] for n in kept], mark
+
+
+def pca(emb: torch.Tensor) -> tuple[list[tuple[float, float]], str]:
+    centred = emb.double() - emb.double().mean(0)
+    _, sizes, axes = torch.linalg.svd(centred, full_matrices=False)
+    axes = axes[:2] * axes[:2].gather(1, axes[:2].abs().argmax(1, keepdim=True)).sign()
+    share = (sizes[:2].square().sum() / sizes.square().sum().clamp_min(1e-30)).item()
+    plane = centred @ axes.T
+    plane = torch.nn.functional.pad(plane, (0, 2 - plane.shape[1]))  # a single pair has no plane
+    about = f"{len(emb) // 2} pairs, the first two principal components: {share:.0%} of variance."
+    return [tuple(p) for p in plane.tolist()], about
+
+
+def umap(emb: torch.Tensor) -> tuple[list[tuple[float, float]], str]:
+    if importlib.util.find_spec("umap") is None:
+        raise ImportError("--map umap needs umap-learn: pip install ito_kernels[umap]")
+    from umap import UMAP
+
+    neighbours = min(15, len(emb) - 1)
+    # one thread, the seed's price; said, or it warns
+    mapper = UMAP(n_neighbors=neighbours, metric="cosine", random_state=0, n_jobs=1)
+    plane = mapper.fit_transform(emb.numpy())
+    about = f"{len(emb) // 2} pairs by UMAP, {neighbours} neighbours, cosine; distances far apart "
+    return [tuple(p) for p in plane.tolist()], about + "mean nothing."
+
+
+PROJECTIONS: dict[str, Callable] = {"pca": pca, "umap": umap}
+
+
+def text_to_image(view: View) -> str:
+    """Evenly spaced captions with the pictures that come first; right ones framed green."""
+    asked = spaced(len(view.items), QUERIES)
+    best = (view.texts[asked] @ view.images.T).argsort(1, True)[:, :SHOWN]
+    parts = ["<h3>Text to image</h3><p>Framed green: the picture that was asked for.</p>"]
+    for n, pictures in zip(asked.tolist(), best.tolist(), strict=True):
+        found = "".join(
+            f"<figure{' class=right' if view.item[p] == n else ''}>{img(view, p)}"
+            f'<span class="name">{html.escape(view.names[view.item[p]])}</span></figure>'
+            for p in pictures
+        )
+        name = html.escape(view.names[n])
+        parts.append(
+            f'<div class="query"><span>{name}</span><div class="found">{found}</div></div>'
+        )
+    return "".join(parts)
+
+
+def image_to_text(view: View) -> str:
+    """Evenly spaced pictures with the captions that come first."""
+    asked = spaced(len(view.images), QUERIES)
+    best = (view.images[asked] @ view.texts.T).argsort(1, True)[:, :5]
+    parts = ['<h3>Image to text</h3><div class="told">']
+    for p, items in zip(asked.tolist(), best.tolist(), strict=True):
+        told = "".join(
+            f"<li{' class=right' if view.item[p] == n else ''}>{html.escape(view.names[n])}</li>"
+            for n in items
+        )
+        parts.append(f"<div>{img(view, p)}<ol>{told}</ol></div>")
+    return "".join([*parts, "</div>"])
+
+
+def mistakes(view: View) -> str:
+    """The pictures whose own caption comes last, with the one that comes first instead."""
+    rank, _ = ranks(view.images, view.texts, view.item, torch.arange(len(view.items)))
+    worst = [p for p in rank.argsort(descending=True).tolist() if rank[p] > 1][:MISTAKES]
+    if not worst:
+        return ""
+    taken = (view.images[worst] @ view.texts.T).argmax(1)
+    parts = [
+        '<h3>Worst mistakes</h3><p>Right: what the picture was taken for.</p><div class="told">'
+    ]
+    for p, wrong in zip(worst, taken.tolist(), strict=True):
+        other = int((view.item == wrong).nonzero()[0, 0])
+        own, name = html.escape(view.names[view.item[p]]), html.escape(view.names[wrong])
+        parts.append(
+            f"<div>{img(view, p)}<span><b>{own}</b>, its caption {rank[p]} of {len(view.items)}; "
+            f"taken for <b>{name}</b></span>{img(view, other)}</div>"
+        )
+    return "".join([*parts, "</div>"])
+
+
+def img(view: View, picture: int) -> str:
+    name = html.escape(view.names[view.item[picture]])
+    return f'<img src="{png(view.pictures[picture])}" alt="{name}" loading="lazy">'
+
+
 def png(picture: torch.Tensor) -> str:
-    """A uint8 (3, S, S) picture as a data URL."""
+    """A uint8 (3, S, S) picture as a data URL, in 256 colours: a third of the bytes."""
     buffer = io.BytesIO()
-    Image.fromarray(picture.permute(1, 2, 0).numpy()).save(buffer, "PNG", optimize=True)
+    image = Image.fromarray(picture.permute(1, 2, 0).numpy())
+    image.thumbnail((64, 64), Image.Resampling.LANCZOS)
+    image.quantize(256).save(buffer, "PNG", optimize=True)
     return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
 
 
-def plot(title: str, series: dict[str, list[tuple[float, float]]]) -> str:
-    """Lines over training steps as an SVG, with the ends of both axes labelled."""
-    points = [point for line in series.values() for point in line]
-    if not points:
-        return ""
-    right = max(x for x, _ in points) or 1
-    top = max(max(y for _, y in points), 0) or 1
-    width, height, left, bottom = 320, 170, 44, 22
+def settings(title: str, values: dict) -> str:
+    flat = {}
+    for name, value in values.items():
+        flat |= value if isinstance(value, dict) else {name: value}
+    rows = "".join(
+        f"<div>{html.escape(name)} <code>{html.escape(json.dumps(value))}</code></div>"
+        for name, value in flat.items()
+    )
+    return f'<h2>{title}</h2><div class="settings">{rows}</div>'
 
-    def place(x: float, y: float) -> str:
-        inner_width, inner_height = width - left - 8, height - bottom - 26
-        return f"{left + x / right * inner_width:.1f},{26 + (1 - y / top) * inner_height:.1f}"
 
-    parts = [
-        f'<svg viewBox="0 0 {width} {height}" role="img" aria-label="{html.escape(title)}" '
-        'font-family="system-ui, sans-serif" font-size="11">',
-        f'<text x="{left}" y="14" font-weight="600">{html.escape(title)}</text>',
-        f'<path d="M{left},26V{height - bottom}H{width - 8}" fill="none" stroke="#999"/>',
-        f'<text x="{left - 4}" y="32" text-anchor="end">{top:.3g}</text>',
-        f'<text x="{left - 4}" y="{height - bottom}" text-anchor="end">0</text>',
-        f'<text x="{width - 8}" y="{height - 8}" text-anchor="end">step {right:g}</text>',
-    ]
-    for number, (name, line) in enumerate(series.items()):
-        colour = COLOURS[number % len(COLOURS)]
-        path = " ".join(place(x, y) for x, y in line)
-        parts.append(
-            f'<polyline points="{path}" fill="none" stroke="{colour}" stroke-width="1.6"/>'
-        )
-        if len(series) > 1:
-            parts.append(
-                f'<text x="{width - 8}" y="{14 + 12 * number}" text-anchor="end" '
-                f'fill="{colour}">{html.escape(name)}</text>'
-            )
-    return "".join([*parts, "</svg>"])
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m ito.report", description=__doc__)
+    parser.add_argument("run", type=Path, help="a run folder")
+    parser.add_argument("--map", choices=PROJECTIONS, default="pca", help="of the embeddings (pca)")
+    parser.add_argument("--cache", type=Path, help="where prepared data lives (~/.cache/ito)")
+    add_options(parser, only="data")
+    with user_errors():
+        options = parser.parse_args(arguments)
+        options.data = options.split = None
+        encoder = load(options.run)
+        config, _ = choose_data(options)
+        print(write_report(options.run, encoder, open_dataset(config, options.cache), options.map))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,28 +1,38 @@
 """The metrics against loops that write the definitions out in fp64."""
 
 import math
+import statistics
 
 import pytest
 import torch
 import torch.nn.functional as F
 
 from ito import metrics
-from ito.metrics import modality_gap, retrieval, zero_shot
+from ito.metrics import (
+    ensemble,
+    mean_rank_variance,
+    modality_gap,
+    random_rank_variance,
+    ranks,
+    retrieval,
+    zero_shot,
+)
 
 
 def random(*shape, seed=0):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
-def recall_by_loops(queries, candidates, query_item, candidate_item, k):
-    """Share of queries, among those that have one, with a correct candidate in the best k."""
-    hits = []
+def ranks_by_loops(queries, candidates, query_item, candidate_item):
+    """Wrong candidates before the first correct one, + 1, of the queries that have one."""
+    found = []
     for q, item in zip(queries, query_item.tolist(), strict=True):
         scores = [float(F.cosine_similarity(q, c, dim=0)) for c in candidates]
         order = sorted(range(len(scores)), key=lambda j: -scores[j])
-        if item in candidate_item.tolist():
-            hits.append(any(int(candidate_item[j]) == item for j in order[:k]))
-    return sum(hits) / len(hits), len(hits)
+        right = [int(candidate_item[j]) == item for j in order]
+        if any(right):
+            found.append(right.index(True) + 1)
+    return found
 
 
 # 3 rows a block: several blocks, the last one ragged
@@ -38,10 +48,13 @@ def test_retrieval_is_the_loops(n, m, items, block, monkeypatch):
         "t2i": (text, image, text_item, image_item),
     }
     for name, args in both.items():
+        want = ranks_by_loops(*args)
         for k in (1, 2, 5):
-            want, queries = recall_by_loops(*args, k)
-            assert got[f"{name}/R@{k}"] == pytest.approx(want, abs=1e-6), (name, k)
-            assert got[f"{name}/queries"] == queries
+            recall = sum(rank <= k for rank in want) / len(want)
+            assert got[f"{name}/R@{k}"] == pytest.approx(recall, abs=1e-6), (name, k)
+        assert got[f"{name}/mean_rank"] == pytest.approx(statistics.mean(want))
+        assert got[f"{name}/median_rank"] == statistics.median(want)
+        assert got[f"{name}/queries"] == len(want)
         assert got[f"{name}/candidates"] == len(args[1])
 
 
@@ -53,14 +66,45 @@ def test_chance_is_the_mean_share_of_correct_candidates():
     assert got["t2i/chance"] == pytest.approx(1 / 3)
 
 
-def test_chance_is_what_random_embeddings_reach():
-    item = torch.arange(20)
-    scores = [
-        retrieval(random(20, 8, seed=s), random(20, 8, seed=1000 + s), item, item)["i2t/R@1"]
-        for s in range(200)
-    ]
-    # 4,000 queries at p = 1/20: the standard deviation is 0.0034
-    assert sum(scores) / len(scores) == pytest.approx(1 / 20, abs=0.014)
+@pytest.mark.parametrize("right", [1, 3])
+def test_chance_is_what_random_embeddings_reach(right):
+    """Of R@1, of the mean rank, and of the rank's variance; `right` of 20 candidates are."""
+    item, text_item = torch.arange(20), torch.arange(20).repeat_interleave(right)
+    texts, found = len(text_item), []
+    for s in range(200):
+        emb = random(20, 32, seed=s), random(texts, 32, seed=1000 + s)
+        scores = retrieval(*emb, item, text_item)
+        rank = ranks(*emb, item, text_item)[0].double()
+        found.append((scores["i2t/R@1"], scores["i2t/mean_rank"], rank))
+    recall, mean, rank = zip(*found, strict=True)
+    # 4,000 queries: the standard deviations are 0.0034, 0.09 and, of the variance, 0.4
+    assert statistics.mean(recall) == pytest.approx(scores["i2t/chance"], abs=0.014)
+    assert scores["i2t/chance"] == pytest.approx(1 / 20)
+    assert statistics.mean(mean) == pytest.approx(scores["i2t/mean_rank_chance"], rel=0.04)
+    variance = torch.stack(rank, 1)  # as if 200 languages
+    want = random_rank_variance(torch.full((20,), right), texts, 200)
+    assert mean_rank_variance(variance) == pytest.approx(want, rel=0.1)
+
+
+def test_random_rank_variance_of_one_right_candidate_is_that_of_uniform_ranks():
+    uniform = torch.arange(1, 10, dtype=torch.float64).var(correction=0)
+    assert random_rank_variance(torch.ones(4), 9, 5) == pytest.approx(uniform * 4 / 5)
+
+
+def test_mean_rank_variance_is_the_formula():
+    rank = torch.tensor([[1, 5, 3], [7, 7, 7]])
+    mean = 3.0
+    want = ((1 - mean) ** 2 + (5 - mean) ** 2 + (3 - mean) ** 2) / 3 / 2  # the second item: 0
+    assert mean_rank_variance(rank) == pytest.approx(want)
+    with pytest.raises(ValueError, match=r"rank must have shape \(N, K\), .* got \(3,\)"):
+        mean_rank_variance(rank[0])
+
+
+def test_ensemble_is_the_direction_of_the_mean_of_unit_prompts():
+    prompts = random(3, 4, 5) * torch.tensor([1.0, 9.0, 0.1, 3.0])[:, None]
+    for c, got in enumerate(ensemble(prompts)):
+        mean = sum(p / math.sqrt(float(p @ p)) for p in prompts[c]) / 4
+        torch.testing.assert_close(got.double(), mean / math.sqrt(float(mean @ mean)))
 
 
 def test_a_collapsed_model_retrieves_nothing():
@@ -119,6 +163,8 @@ def test_zero_shot():
     assert got["top1"] == 0.75
     assert got["chance"] == pytest.approx(1 / 3)
     assert got["majority"] == 0.5
+    assert got["mean_per_class"] == pytest.approx((1 + 1 + 0.5) / 3)
+    assert got["top5"] == 1  # of three classes
     assert got["classes"] == 3
     for labels in ([0, 1, 2, 3], [0, 1, 2, -1]):
         with pytest.raises(ValueError, match=r"labels must be in \[0, 3\)"):

@@ -274,7 +274,7 @@ def test_a_run_goes_on_from_another_folder(data, tmp_path, monkeypatch, capsys):
     train.main(["--resume", str(run)])
     logged = steady(run)[-1]
     scores = json.loads((tmp_path / "scores.json").read_text())
-    assert {name: logged[name] for name in scores} == scores
+    assert {name: scores[name] for name in logged if "/" in name}.items() <= logged.items()
 
 
 def test_evaluate_takes_the_data_options(finished, data, tmp_path, capsys):
@@ -381,7 +381,7 @@ def test_command_lines_of_a_finished_run(finished, tmp_path):
     assert result.stderr == ""
     logged = steady(finished)[-1]
     scores = json.loads((tmp_path / "scores.json").read_text())
-    assert {name: logged[name] for name in scores} == scores
+    assert {name: scores[name] for name in logged if "/" in name}.items() <= logged.items()
 
 
 # --- bad input ---

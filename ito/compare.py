@@ -1,0 +1,182 @@
+"""`python -m ito.compare`: objectives on equal budgets, over several seeds, and what came out.
+
+Every run is a `python -m ito.train` of its own with the same data, towers, batches and steps; what
+differs is the objective. Runs that are finished stay, one that was cut off goes on where it stood:
+the same command continues a comparison. At the end it writes `comparison.md` and its pictures.
+"""
+
+import argparse
+import json
+import os
+import shutil
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+from ito.cli import user_errors
+from ito.comparison import write_comparison
+from ito.config import Config, add_options, from_options
+
+# What a run adds to the options that all share.
+ARMS = {
+    "clip": {"objective": "clip"},
+    "clip-aug": {"objective": "clip-aug"},
+    "slip": {"objective": "slip"},
+    "siglip": {"objective": "siglip"},
+    "flair": {"objective": "flair"},
+    "ito-align": {"objective": "ito", "lambda_fusion": 0.0},
+    "ito": {"objective": "ito"},
+    # ablations, not trained unless named
+    "ito-lambda-0.5": {"objective": "ito", "lambda_fusion": 0.5},
+    "ito-lambda-1": {"objective": "ito", "lambda_fusion": 1.0},
+    "ito-lambda-6": {"objective": "ito", "lambda_fusion": 6.0},
+    "ito-lambda-falling": {"objective": "ito", "lambda_schedule": "cosine"},
+    "ito-depth-1": {"objective": "ito", "fusion_depth": 1},
+    "ito-depth-4": {"objective": "ito", "fusion_depth": 4},
+    "ito-mean": {"objective": "ito", "fusion_readout": "mean"},
+    "ito-pooled": {"objective": "ito", "denominator": "pooled"},
+    "ito-own-scale": {"objective": "ito", "fusion_scale": "own"},
+    "ito-stop-gradient": {"objective": "ito", "fusion_stop_gradient": "both"},
+    "ito-text-shuffled": {"objective": "ito", "fusion_text": "shuffled"},
+    "ito-text-dropped": {"objective": "ito", "fusion_text": "dropped"},
+}
+MAIN = tuple(ARMS)[:7]
+DECIDED = (
+    "objective",
+    "seed",
+    *sorted({name for arm in ARMS.values() for name in arm if name != "objective"}),
+)
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training: `name` is its folder, `options` those of `python -m ito.train`."""
+
+    arm: str
+    seed: int
+    config: Config
+    options: list[str]
+
+    @property
+    def name(self) -> str:
+        return f"{self.arm}-seed{self.seed}"
+
+
+def main(arguments: list[str] | None = None) -> Path:
+    parser = argparse.ArgumentParser(
+        prog="python -m ito.compare", usage="%(prog)s [options]", description=__doc__
+    )
+    group = parser.add_argument_group("comparison")
+    group.add_argument(
+        "--out", type=Path, default=Path("runs/compare"), help="its folder (runs/compare)"
+    )
+    group.add_argument(
+        "--arms",
+        nargs="+",
+        choices=tuple(ARMS),
+        default=list(MAIN),
+        metavar="ARM",
+        help=f"what to train, of {', '.join(ARMS)} ({' '.join(MAIN)})",
+    )
+    group.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], help="of each (0 1 2)")
+    group.add_argument("--jobs", type=int, default=1, help="runs at a time (1); costs are theirs")
+    group.add_argument("--threads", type=int, help="of each run (PyTorch's choice)")
+    group.add_argument("--cache", type=Path, help="where prepared data lives (~/.cache/ito)")
+    group.add_argument("--report-only", action="store_true", help="of the runs that are there")
+    add_options(parser)
+    with user_errors():
+        options = parser.parse_args(arguments)
+        if not options.report_only:
+            runs = plan(options)
+            train_all(runs, options)
+        return write_comparison(options.out)
+
+
+def plan(options: argparse.Namespace) -> list[Run]:
+    """The runs, seed by seed, so that a comparison that is cut off still compares."""
+    given = {name: x for name, x in vars(options).items() if name in Config().flat()}
+    for name in DECIDED:
+        if name in given:
+            raise ValueError(f"--{name.replace('_', '-')} is what the runs of a comparison decide")
+    runs = []
+    for seed in options.seeds:
+        for arm in options.arms:
+            chosen = given | ARMS[arm] | {"seed": seed}
+            config = from_options(argparse.Namespace(**chosen))
+            runs.append(Run(arm, seed, config, command_line(chosen)))
+    return runs
+
+
+def command_line(chosen: dict) -> list[str]:
+    """The options of `python -m ito.train` for these values."""
+    words = []
+    for name, value in chosen.items():
+        if name == "locked":
+            words.append(f"--lock-{value}")
+        else:
+            values = value if isinstance(value, list) else [value]
+            words += [f"--{name.replace('_', '-')}", *map(str, values)]
+    return words
+
+
+def train_all(runs: list[Run], options: argparse.Namespace) -> None:
+    out = options.out
+    out.mkdir(parents=True, exist_ok=True)
+    environment = dict(os.environ)
+    if options.cache:
+        environment["ITO_CACHE"] = str(options.cache.absolute())
+    with ThreadPoolExecutor(max(options.jobs, 1)) as pool:
+        for line in pool.map(lambda run: train(run, out, options.threads, environment), runs):
+            print(line, flush=True)
+
+
+def train(run: Run, out: Path, threads: int | None, environment: dict) -> str:
+    """Train a run to its end, or what is left of it. Raises OSError with the end of its output."""
+    folder, log = out / run.name, out / f"{run.name}.log"
+    if finished(folder, run):
+        return f"{run.name}: there already"
+    train = [sys.executable, "-m", "ito.train"]
+    if any((folder / "checkpoints").glob("step_*.pt")):
+        words = [*train, "--resume", str(folder)]
+    else:
+        if folder.exists():
+            shutil.rmtree(folder)  # ours, and cut off before its first checkpoint
+        words = [*train, "--out", str(folder), *run.options]
+        words += ["--threads", str(threads)] if threads else []
+    cost = call(words, log, environment)
+    evaluate = [sys.executable, "-m", "ito.evaluate", str(folder)]
+    call([*evaluate, "--json", str(folder / "evaluation.json")], log, environment)
+    (folder / "cost.json").write_text(json.dumps(cost) + "\n", encoding="utf-8")
+    return f"{run.name}: {run.config.steps} steps, {cost['peak_bytes'] / 2**20:.0f} MiB at most"
+
+
+def call(words: list[str], log: Path, environment: dict) -> dict:
+    """Run a command into the log; what it cost. Raises OSError with the end of its output."""
+    with log.open("a", encoding="utf-8") as file:
+        process = subprocess.Popen(words, stdout=file, stderr=file, env=environment)
+        _, status, usage = os.wait4(process.pid, 0)
+        process.returncode = os.waitstatus_to_exitcode(status)
+    if process.returncode:
+        end = "\n".join(log.read_text(encoding="utf-8").splitlines()[-5:])
+        raise OSError(f"{' '.join(words[1:4])} ended with {process.returncode}:\n{end}")
+    kilobyte = 1 if sys.platform == "darwin" else 1024
+    return {"peak_bytes": usage.ru_maxrss * kilobyte, "cpu_seconds": usage.ru_utime}
+
+
+def finished(folder: Path, run: Run) -> bool:
+    """Whether the run is whole. Raises ValueError if the folder holds a run of other options."""
+    if not (folder / "config.json").exists():
+        return False
+    found = Config.load(folder / "config.json").flat()
+    other = [name for name, value in run.config.flat().items() if found[name] != value]
+    if other:
+        raise ValueError(
+            f"{folder} was trained with another {', '.join(other)}: name another --out"
+        )
+    return (folder / "cost.json").exists()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,434 @@
+"""What a comparison found: tables and pictures of several runs, written as `comparison.md`.
+
+R@1 is the mean of both directions on the first held-out split (drawings never seen of things that
+were). Deviations are over seeds. Differences are paired by seed, with the 95 % interval of
+Student's t: 4.3 standard errors for three seeds.
+"""
+
+import json
+import math
+import statistics
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ito.config import Config
+from ito.data import Dataset
+from ito.evaluate import embed_images, embed_texts
+from ito.export import Encoder, load
+from ito.source import open_dataset
+
+# 97.5 % quantiles of Student's t, by degrees of freedom
+T = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
+# who is expected to beat whom, by the paper
+EXPECTED = (("ito", "ito-align"), ("ito-align", "clip-aug"), ("clip-aug", "clip"))
+BASE = "ito"  # what ablations are compared with
+
+
+@dataclass
+class Result:
+    """A finished run."""
+
+    folder: Path
+    arm: str
+    config: Config
+    steps: list[dict]
+    evaluations: list[dict]
+    more: dict
+    peak_bytes: int
+
+    @classmethod
+    def load(cls, folder: Path) -> "Result":
+        lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+        records = [json.loads(line) for line in lines]
+        return cls(
+            folder,
+            folder.name.rpartition("-seed")[0],
+            Config.load(folder / "config.json"),
+            [r for r in records if r["kind"] == "train"],
+            [r for r in records if r["kind"] == "eval"],
+            json.loads((folder / "evaluation.json").read_text(encoding="utf-8")),
+            json.loads((folder / "cost.json").read_text(encoding="utf-8"))["peak_bytes"],
+        )
+
+    @property
+    def split(self) -> str:
+        """The first held-out split, which stands for the run."""
+        return next(name for name in self.evaluations[0] if "/" in name).split("/")[0]
+
+    def curve(self, metric: str) -> list[tuple[int, float]]:
+        """(step, value) of an evaluation's metric; R@1 is the mean of both directions."""
+        return [(r["step"], self.value(r, metric)) for r in self.evaluations]
+
+    def value(self, record: dict, metric: str) -> float:
+        if metric == "R@1":
+            return (self.value(record, "i2t/R@1") + self.value(record, "t2i/R@1")) / 2
+        return record.get(f"{self.split}/{metric}", math.nan)
+
+    def end(self, metric: str) -> float:
+        return self.value(self.evaluations[-1], metric)
+
+    @property
+    def step_seconds(self) -> float:
+        """The median of the logged intervals: those with an evaluation inside are outliers."""
+        pairs = list(pairwise((r["step"], r["seconds"]) for r in self.steps))
+        # a resumed run counts its seconds anew
+        return statistics.median((t - s) / (b - a) for (a, s), (b, t) in pairs if t > s)
+
+
+def write_comparison(out: Path) -> Path:
+    """Write `out/comparison.md` and its pictures from the finished runs in `out`.
+
+    Raises ValueError if there are none.
+    """
+    folders = sorted(path.parent for path in out.glob("*/cost.json"))
+    if not folders:
+        raise ValueError(f"{out} holds no finished run")
+    arms: dict[str, list[Result]] = {}
+    for result in map(Result.load, folders):
+        arms.setdefault(result.arm, []).append(result)
+    arms = dict(sorted(arms.items(), key=lambda item: item[1][0].step_seconds))
+    first = next(iter(arms.values()))[0]
+    parts = [
+        "# Objectives compared",
+        about(arms, first),
+        "## Equal steps",
+        equal_steps(arms),
+        "## What the exported models know",
+        probes(arms),
+        "## Equal time",
+        equal_time(arms),
+        "## Differences",
+        differences(arms),
+        "## The modality gap at matched quality",
+        matched_gap(arms),
+        "## Cost",
+        costs(arms),
+        "## Curves",
+        "![R@1, modality gap, scale and fusion loss](curves.png)",
+        "## Maps of both modalities",
+        "![Pictures and names in two dimensions](maps.png)",
+    ]
+    draw_curves(arms, out / "curves.png")
+    method = draw_maps(arms, out / "maps.png")
+    parts.append(f"Held-out pictures and their names, first seed, {method}.")
+    path = out / "comparison.md"
+    path.write_text("\n\n".join(parts) + "\n", encoding="utf-8")
+    print(f"comparison {path}")
+    return path
+
+
+# ---- tables
+
+
+def rows(header: list[str], lines: list[list[str]]) -> str:
+    table = [header, ["---"] * len(header), *lines]
+    return "\n".join(f"| {' | '.join(line)} |" for line in table)
+
+
+def spread(values: list[float], form: Callable[[float], str]) -> str:
+    """mean ± deviation over seeds."""
+    values = [x for x in values if not math.isnan(x)]
+    if not values:
+        return ""
+    mean = form(statistics.mean(values))
+    return f"{mean} ± {form(statistics.stdev(values))}" if len(values) > 1 else mean
+
+
+def percent(x: float) -> str:
+    return f"{100 * x:.1f}"
+
+
+def plain(x: float) -> str:
+    return f"{x:.2f}"
+
+
+def about(arms: dict[str, list[Result]], first: Result) -> str:
+    config, chance = first.config, first.end("i2t/chance")
+    environment = json.loads((first.folder / "environment.json").read_text(encoding="utf-8"))
+    seeds = ", ".join(f"{arm} {len(runs)}" for arm, runs in arms.items())
+    return (
+        f"{config.steps} steps of {config.batch_size} items each, {environment['threads']} threads,"
+        f" {environment['dtype'].removeprefix('torch.')}; {environment['data']}. Split "
+        f"`{first.split}`, {first.end('i2t/candidates')} names, chance {chance:.2%}. "
+        f"Seeds: {seeds}. Percentages, mean ± deviation over seeds."
+    )
+
+
+def equal_steps(arms: dict[str, list[Result]]) -> str:
+    concept = "heldout_concept/i2t/R@1"
+    lines = []
+    for arm, runs in arms.items():
+        late = [r.end("R@1") - at(r.curve("R@1"), 0.75 * r.config.steps) for r in runs]
+        lines.append(
+            [
+                arm,
+                spread([r.end("i2t/R@1") for r in runs], percent),
+                spread([r.end("t2i/R@1") for r in runs], percent),
+                spread([r.end("t2i/R@10") for r in runs], percent),
+                spread([r.end("zero_shot/names/top1") for r in runs], percent),
+                spread([r.evaluations[-1].get(concept, math.nan) for r in runs], percent),
+                spread([r.end("modality/gap") for r in runs], plain),
+                spread([r.end("modality/relative") for r in runs], plain),
+                spread([r.steps[-1]["logit_scale"] for r in runs], plain),
+                spread(late, percent),
+            ]
+        )
+    table = rows(
+        [
+            "objective",
+            "image → text R@1",
+            "text → image R@1",
+            "R@10",
+            "zero-shot, all names",
+            "unseen things R@1",
+            "gap",
+            "relative gap",
+            "scale",
+            "gained in the last quarter",
+        ],
+        lines,
+    )
+    return table + (
+        "\n\nThe last column says how far from convergence a run is: R@1 at the end less R@1 after "
+        "three quarters of the steps."
+    )
+
+
+def probes(arms: dict[str, list[Result]]) -> str:
+    """What `python -m ito.evaluate` adds to the scores that training logs."""
+    columns = (
+        ("linear probe, concepts", "linear_probe/concepts/top1", percent),
+        ("k-NN, concepts", "knn/concepts/top1", percent),
+        ("linear probe, subgroups", "linear_probe/subgroups/top1", percent),
+        ("zero-shot, prompt ensemble", "zero_shot/names/ensemble", percent),
+        ("modality told apart", "modality/classifier", percent),
+        ("uniformity, images", "geometry/uniformity_images", plain),
+        ("uniformity, names", "geometry/uniformity_texts", plain),
+        ("alignment", "geometry/alignment", plain),
+        ("rank variance over languages", "languages/t2i/mean_rank_variance", plain),
+    )
+    lines = [
+        [
+            arm,
+            *(
+                spread([r.more.get(f"{r.split}/{key}", math.nan) for r in runs], form)
+                for _, key, form in columns
+            ),
+        ]
+        for arm, runs in arms.items()
+    ]
+    return rows(["objective", *(name for name, _, _ in columns)], lines)
+
+
+def equal_time(arms: dict[str, list[Result]]) -> str:
+    """Each run at the time at which the quickest arm has ended."""
+    cost = {arm: statistics.median(r.step_seconds for r in runs) for arm, runs in arms.items()}
+    budget = min(cost[arm] * runs[0].config.steps for arm, runs in arms.items())
+    lines = []
+    for arm, runs in arms.items():
+        step = min(budget / cost[arm], runs[0].config.steps)
+        lines.append(
+            [
+                arm,
+                f"{step:.0f}",
+                spread([at(r.curve("R@1"), step) for r in runs], percent),
+                spread([at(r.curve("modality/gap"), step) for r in runs], plain),
+            ]
+        )
+    table = rows(["objective", "steps by then", "R@1", "gap"], lines)
+    return (
+        f"After {budget:.0f} s of steps, when the quickest has ended: from the same runs' curves "
+        "and the logged cost of a step. The learning rate of the slower ones has not come down "
+        f"yet, which is to their disadvantage.\n\n{table}"
+    )
+
+
+def differences(arms: dict[str, list[Result]]) -> str:
+    pairs = [pair for pair in EXPECTED if pair[0] in arms and pair[1] in arms]
+    pairs += [(BASE, arm) for arm in arms if BASE in arms and (BASE, arm) not in pairs]
+    lines = []
+    for a, b in pairs:
+        if a == b:
+            continue
+        cells = [f"{a} − {b}"]
+        for metric, form in (("R@1", percent), ("modality/gap", plain)):
+            cells.append(interval(paired(arms[a], arms[b], metric), form))
+        lines.append([*cells, "yes" if (a, b) in EXPECTED else ""])
+    header = ["difference", "R@1", "gap", "expected by the paper to be better"]
+    return rows(header, lines)
+
+
+def paired(a: list[Result], b: list[Result], metric: str) -> list[float]:
+    others = {r.config.seed: r.end(metric) for r in b}
+    return [r.end(metric) - others[r.config.seed] for r in a if r.config.seed in others]
+
+
+def interval(values: list[float], form: Callable[[float], str]) -> str:
+    """The mean, with its 95 % interval if there are several."""
+    if not values:
+        return ""
+    mean = statistics.mean(values)
+    if len(values) == 1:
+        return f"{form(mean)} (one seed)"
+    quantile = T[min(len(values) - 2, len(T) - 1)]
+    half = quantile * statistics.stdev(values) / math.sqrt(len(values))
+    verdict = ", significant" if abs(mean) > half else ""
+    return f"{form(mean)} ± {form(half)}{verdict}"
+
+
+def matched_gap(arms: dict[str, list[Result]]) -> str:
+    """The gap when a run first reached the R@1 that every arm reaches: gaps track progress."""
+    target = min(max(v for _, v in r.curve("R@1")) for runs in arms.values() for r in runs)
+    lines = []
+    for arm, runs in arms.items():
+        steps = [reached(r.curve("R@1"), target) for r in runs]
+        scales = [
+            at([(s["step"], s["logit_scale"]) for s in r.steps], step)
+            for r, step in zip(runs, steps, strict=True)
+        ]
+        gaps = [at(r.curve("modality/gap"), step) for r, step in zip(runs, steps, strict=True)]
+        relative = [
+            at(r.curve("modality/relative"), step) for r, step in zip(runs, steps, strict=True)
+        ]
+        lines.append(
+            [
+                arm,
+                f"{statistics.mean(steps):.0f}",
+                spread(gaps, plain),
+                spread(relative, plain),
+                spread(scales, plain),
+            ]
+        )
+    table = rows(["objective", "at step", "gap", "relative gap", "scale"], lines)
+    return f"When R@1 first reaches {target:.1%}, which every run does.\n\n{table}"
+
+
+def at(curve: list[tuple[float, float]], step: float) -> float:
+    """The curve at a step, linearly between its points."""
+    for (a, x), (b, y) in pairwise(curve):
+        if step <= b:
+            return x + (y - x) * max(step - a, 0) / (b - a)
+    return curve[-1][1]
+
+
+def reached(curve: list[tuple[float, float]], target: float) -> float:
+    """The first step at which the curve is at `target`."""
+    for (a, x), (b, y) in pairwise(curve):
+        if y >= target:
+            return a if x >= target else a + (b - a) * (target - x) / (y - x)
+    return curve[-1][0]
+
+
+def costs(arms: dict[str, list[Result]]) -> str:
+    quickest = min(statistics.median(r.step_seconds for r in runs) for runs in arms.values())
+    lines = []
+    for arm, runs in arms.items():
+        seconds = statistics.median(r.step_seconds for r in runs)
+        weights = runs[0].folder / "model" / "model.safetensors"
+        lines.append(
+            [
+                arm,
+                f"{1000 * seconds:.0f}",
+                f"{seconds / quickest:.2f}",
+                f"{max(r.peak_bytes for r in runs) / 2**20:.0f}",
+                f"{weights.stat().st_size / 2**20:.1f}",
+            ]
+        )
+    table = rows(
+        ["objective", "ms a step", "× the quickest", "peak memory, MiB", "exported model, MiB"],
+        lines,
+    )
+    return table + (
+        "\n\nThe exported model is the two towers alone, the same for every objective: so is the "
+        "cost of inference. Memory is the process's, pictures and evaluation included."
+    )
+
+
+# ---- pictures
+
+
+def draw_curves(arms: dict[str, list[Result]], path: Path) -> None:
+    plt = pyplot()
+    figure, axes = plt.subplots(2, 2, figsize=(11, 7), layout="constrained")
+    panels = (
+        ("R@1, %", lambda r: [(s, 100 * v) for s, v in r.curve("R@1")]),
+        ("modality gap", lambda r: r.curve("modality/gap")),
+        ("scale", lambda r: [(s["step"], s["logit_scale"]) for s in r.steps]),
+        ("fusion loss", lambda r: [(s["step"], s["fusion"]) for s in r.steps if s.get("fusion")]),
+    )
+    for axis, (title, curve) in zip(axes.flat, panels, strict=True):
+        for number, (arm, runs) in enumerate(arms.items()):
+            label = arm
+            for run in runs:
+                if points := curve(run):
+                    style = {"color": f"C{number % 10}", "lw": 1.1, "alpha": 0.8}
+                    axis.plot(*zip(*points, strict=True), label=label, **style)
+                    label = None
+        axis.set(title=title, xlabel="step")
+        axis.spines[["top", "right"]].set_visible(False)
+    axes[1, 1].set_yscale("log")
+    axes[0, 0].legend(frameon=False, fontsize=8)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def draw_maps(arms: dict[str, list[Result]], path: Path) -> str:
+    """Pictures and names of the held-out split, of each arm's first run; how they were laid out."""
+    plt = pyplot()
+    columns = min(len(arms), 4)
+    height = -(-len(arms) // columns)
+    figure, axes = plt.subplots(
+        height, columns, figsize=(3 * columns, 3 * height), squeeze=False, layout="constrained"
+    )
+    method = ""
+    datasets: dict[str, Dataset] = {}
+    for axis in axes.flat:
+        axis.axis("off")
+    for axis, (arm, runs) in zip(axes.flat, arms.items(), strict=False):
+        run = runs[0]
+        data = datasets.setdefault(run.config.train_data, open_dataset(run.config))
+        images, texts = embeddings(load(run.folder), data, run.split)
+        points, method = layout(torch.cat([images, texts]))
+        n = len(images)
+        axis.scatter(*points[:n].T, s=5, lw=0, alpha=0.7, label="pictures")
+        axis.scatter(*points[n:].T, s=5, lw=0, alpha=0.7, label="names")
+        axis.set_title(arm, fontsize=10)
+    axes[0, 0].legend(frameon=False, fontsize=8)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+    return method
+
+
+def embeddings(encoder: Encoder, dataset: Dataset, split: str) -> tuple[Tensor, Tensor]:
+    picked = dataset.rows(split)
+    items = dataset.image_item[picked].unique().tolist()
+    ids = encoder.tokenizer([dataset.captions[item][0] for item in items])
+    return embed_images(encoder.model, dataset.images[picked]), embed_texts(encoder.model, ids)
+
+
+def layout(x: Tensor) -> tuple[Tensor, str]:
+    """(K, D) → (K, 2): UMAP of cosines where it is installed, else the two principal directions."""
+    try:
+        from umap import UMAP
+    except ImportError:
+        centred = x - x.mean(0)
+        return centred @ torch.pca_lowrank(centred, 2, center=False)[2], "principal directions"
+    return torch.from_numpy(UMAP(metric="cosine", random_state=0).fit_transform(x.numpy())), "UMAP"
+
+
+def pyplot():
+    try:
+        import matplotlib
+    except ImportError:
+        raise ImportError(
+            "a comparison draws with matplotlib: pip install ito_kernels[compare]"
+        ) from None
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    return plt

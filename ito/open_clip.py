@@ -1,0 +1,113 @@
+"""A run's dual encoder as open_clip loads it: `create_model_and_transforms("local-dir:FOLDER")`.
+
+open_clip has CLIP's towers, so a run can be written for it that has them: `--patch-size`, as the
+vitb16 presets set it. The towers with a CNN stem, whose CLS token starts at the mean of the patches
+and whose text is the mean of its tokens, have no counterpart there (v3.3.0) and are refused; the
+ONNX pair takes them elsewhere.
+"""
+
+import json
+from pathlib import Path
+
+from safetensors.torch import save
+from torch import Tensor
+
+from ito.augment import MEAN, STD
+from ito.checkpoint import write_atomically
+from ito.encoders import DualEncoder
+from ito.tokenizer import BOS, EOT, PAD, Tokenizer
+
+
+def export_open_clip(model: DualEncoder, tokenizer: Tokenizer, out: Path) -> None:
+    """Write the weights, open_clip's configuration and a Hugging Face tokenizer to `out`.
+
+    Raises ValueError if open_clip cannot express the towers.
+    """
+    about = model.architecture
+    if about["patch_size"] is None:
+        raise ValueError(
+            "--open-clip: open_clip has no towers like this run's (CNN stem, CLS of the patches' "
+            "mean, mean of the text's tokens); train with --patch-size, or export with --onnx"
+        )
+    weights = {name: value.cpu().contiguous() for name, value in state_dict(model).items()}
+    write_atomically(
+        out / "open_clip_model.safetensors", lambda path: path.write_bytes(save(weights))
+    )
+    write_atomically(out / "tokenizer.json", tokenizer.save)
+    special = {"pad_token": PAD, "bos_token": BOS, "eos_token": EOT}
+    loader = {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": 10**6}
+    for name, values in (
+        ("open_clip_config.json", configuration(model, tokenizer)),
+        ("tokenizer_config.json", loader | special),
+        ("special_tokens_map.json", special),
+    ):
+        text = json.dumps(values, indent=2) + "\n"
+        write_atomically(
+            out / name, lambda path, text=text: path.write_text(text, encoding="utf-8")
+        )
+
+
+def configuration(model: DualEncoder, tokenizer: Tokenizer) -> dict:
+    about = model.architecture
+    width = about["image_width"] or about["width"]
+    return {
+        "model_cfg": {
+            "embed_dim": about["width"],
+            "vision_cfg": {
+                "image_size": about["image_size"],
+                "patch_size": about["patch_size"],
+                "layers": about["image_depth"],
+                "width": width,
+                "head_width": width // (about["image_heads"] or about["heads"]),
+                "no_ln_pre": True,
+            },
+            "text_cfg": {
+                "context_length": about["context_length"],
+                "vocab_size": about["vocab_size"],
+                "width": about["width"],
+                "heads": about["heads"],
+                "layers": about["text_depth"],
+                "pool_type": "eos",
+                "eos_id": tokenizer.eot_id,
+                "hf_tokenizer_name": "this folder",  # a local-dir reads its own files
+            },
+        },
+        "preprocess_cfg": {"size": about["image_size"], "mean": [MEAN] * 3, "std": [STD] * 3},
+    }
+
+
+def state_dict(model: DualEncoder) -> dict[str, Tensor]:
+    """The weights under the names of open_clip's `CLIP`, which has no bias on the patches: theirs
+    goes into the positions."""
+    image, text = model.image, model.text
+    positions = image.positions.detach().clone()
+    positions[1:] += image.stem.bias.detach()
+    weights = {
+        "logit_scale": model.logit_scale.detach(),
+        "visual.conv1.weight": image.stem.weight.detach(),
+        "visual.class_embedding": image.cls.detach(),
+        "visual.positional_embedding": positions,
+        "visual.ln_post.weight": image.norm.weight.detach(),
+        "visual.ln_post.bias": image.norm.bias.detach(),
+        "visual.proj": image.project.weight.detach().T,
+        "token_embedding.weight": text.embedding.weight.detach(),
+        "positional_embedding": text.positions.detach(),
+        "ln_final.weight": text.norm.weight.detach(),
+        "ln_final.bias": text.norm.bias.detach(),
+        "text_projection": text.project.weight.detach().T,
+    }
+    parts = {
+        "norm_attention": "ln_1",
+        "qkv": "attn.in_proj",
+        "out": "attn.out_proj",
+        "norm_mlp": "ln_2",
+        "mlp.0": "mlp.c_fc",
+        "mlp.2": "mlp.c_proj",
+    }
+    for prefix, tower in (("visual.", image), ("", text)):
+        for n, block in enumerate(tower.blocks):
+            for name, value in block.state_dict().items():
+                part, kind = name.rsplit(".", 1)
+                mark = "_" if part == "qkv" else "."  # in_proj_weight, out_proj.weight
+                weights[f"{prefix}transformer.resblocks.{n}.{parts[part]}{mark}{kind}"] = value
+    return weights

@@ -1,0 +1,117 @@
+"""The page of `python -m ito.search RUN --serve`: a text box, and pictures to click for their like.
+
+Plain HTML from one request, no script. It listens on 127.0.0.1 only and answers no other host name,
+so that no page of the web can read it through the browser.
+"""
+
+import contextlib
+import html
+import io
+import socket
+
+import torch
+from PIL import Image
+
+from ito.search import Index
+
+try:
+    import uvicorn
+    from starlette.applications import Starlette
+    from starlette.middleware import Middleware
+    from starlette.middleware.trustedhost import TrustedHostMiddleware
+    from starlette.requests import Request
+    from starlette.responses import HTMLResponse, PlainTextResponse, Response
+    from starlette.routing import Route
+except ImportError as error:
+    raise ImportError(
+        f"--serve needs starlette and uvicorn ({error.name} is not installed here): "
+        "pip install ito_kernels[search]"
+    ) from None
+
+SHOWN = 24
+STYLE = """
+body { font: 16px/1.4 system-ui, sans-serif; max-width: 60rem; margin: 1.5rem auto;
+       padding: 0 1rem; color: #222; background: #fff; }
+h1 { font-size: 1.2rem; margin: 0 0 .8rem; overflow-wrap: anywhere; }
+form { display: flex; gap: .5rem; }
+input { flex: 1; min-width: 0; font: inherit; padding: .5rem .7rem; border: 1px solid #888;
+        border-radius: 6px; }
+button { font: inherit; padding: .5rem 1rem; border: 0; border-radius: 6px; background: #2463a8;
+         color: #fff; }
+p { color: #555; display: flex; gap: .6rem; align-items: center; }
+p img { width: 40px; height: 40px; border-radius: 4px; }
+.found { display: grid; grid-template-columns: repeat(auto-fill, minmax(100px, 1fr)); gap: .8rem; }
+.found a { color: inherit; text-decoration: none; text-align: center; font-size: .8rem; }
+.found img { width: 100%; aspect-ratio: 1; box-sizing: border-box; border: 1px solid #ddd;
+             border-radius: 6px; }
+.found span { display: block; overflow: hidden; text-overflow: ellipsis; white-space: nowrap; }
+.found small { color: #666; }
+"""
+
+
+def application(index: Index) -> Starlette:
+    """`/?q=TEXT` and `/?like=PICTURE` search; `/picture/N` is a picture as PNG."""
+    count = len(index.dataset.images)
+
+    def home(request: Request) -> Response:
+        text, like = request.query_params.get("q", "").strip(), request.query_params.get("like")
+        about, results = f"{count} pictures. Type what you look for.", ""
+        if like is not None:
+            if not (like.isdecimal() and int(like) < count):
+                return PlainTextResponse(f"like must be in [0, {count}), got {like}", 400)
+            picture = int(like)
+            results = tiles(index, index.embeddings[picture][None])
+            about = f'<img src="/picture/{picture}" alt="">Pictures like this one: '
+            about += html.escape(index.name(picture))
+        elif text:
+            results = tiles(index, index.encoder.encode_text(text))
+            about = f"The closest of {count} pictures. Click one for its like."
+        return HTMLResponse(
+            '<!doctype html><html lang="en"><meta charset="utf-8">'
+            '<meta name="viewport" content="width=device-width, initial-scale=1">'
+            f"<title>{html.escape(text or 'ito.search')}</title><style>{STYLE}</style>"
+            "<h1>Search pictures by words</h1>"
+            f'<form><input name="q" value="{html.escape(text)}" placeholder="a red flag" '
+            'aria-label="what to look for" autofocus><button>Search</button></form>'
+            f'<p>{about}</p><div class="found">{results}</div></html>'
+        )
+
+    def picture(request: Request) -> Response:
+        number = request.path_params["number"]
+        if number >= count:
+            return PlainTextResponse(f"picture must be in [0, {count}), got {number}", 404)
+        buffer = io.BytesIO()
+        pixels = index.dataset.images[number].permute(1, 2, 0).numpy()
+        Image.fromarray(pixels).save(buffer, "PNG")
+        return Response(buffer.getvalue(), media_type="image/png")
+
+    hosts = Middleware(TrustedHostMiddleware, allowed_hosts=["127.0.0.1", "localhost"])
+    routes = [Route("/", home), Route("/picture/{number:int}", picture)]
+    return Starlette(routes=routes, middleware=[hosts])
+
+
+def tiles(index: Index, query: torch.Tensor) -> str:
+    scores, found = index.search(query, SHOWN)
+    parts = []
+    for score, picture in zip(scores[0].tolist(), found[0].tolist(), strict=True):
+        name = html.escape(index.name(picture))
+        parts.append(
+            f'<a href="/?like={picture}" title="{name}"><img src="/picture/{picture}" alt="{name}">'
+            f"<span>{name}</span><small>{score:.3f}</small></a>"
+        )
+    return "".join(parts)
+
+
+def serve(index: Index, port: int) -> None:
+    """Serve until interrupted. Raises OSError naming --serve if the port cannot be had."""
+    listener = socket.socket()
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listener.bind(("127.0.0.1", port))
+    except (OSError, OverflowError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "must be in [0, 65535]"
+        raise OSError(f"--serve {port}: {reason}") from None
+    print(f"http://127.0.0.1:{listener.getsockname()[1]} (Ctrl-C ends it)", flush=True)
+    server = uvicorn.Server(uvicorn.Config(application(index), log_level="warning"))
+    with contextlib.suppress(KeyboardInterrupt):
+        server.run([listener])

@@ -1,0 +1,166 @@
+"""Classifiers on frozen embeddings: logistic regression, k nearest neighbours, which modality.
+
+Embeddings are (N, D), any float dtype; labels are integers (N,). Deterministic: no random numbers.
+"""
+
+import torch
+import torch.nn.functional as F
+
+from ito.metrics import check, mean_per_class, unit
+
+PENALTIES = (1e0, 1e-1, 1e-2, 1e-3, 1e-4)
+ITERATIONS = 100  # of L-BFGS, at most
+
+
+def linear_probe(
+    train_emb: torch.Tensor,
+    train_labels: torch.Tensor,
+    test_emb: torch.Tensor,
+    test_labels: torch.Tensor,
+) -> dict[str, float]:
+    """Accuracy of a logistic regression on the training embeddings, as CLIP's linear probe.
+
+    Only labels that both sides have count: `train`, `test` and `classes` say how much is left. The
+    L2 penalty is the best of PENALTIES on every fifth training picture of a class, from the second
+    on, and the fit is then repeated on all; where no class has two, it is the middle one.
+    `top1`, `top5`, `mean_per_class`, `chance` = 1/classes, `penalty`.
+
+    Source: Radford et al. 2021, section 3.2 (L-BFGS, the penalty by a sweep).
+    Raises ValueError where shapes disagree, or if fewer than 2 labels are on both sides.
+    """
+    train, test = shared_classes(train_emb, train_labels, test_emb, test_labels)
+    (x, y), (x_test, y_test) = train, test
+    mean, std = x.mean(0), x.std(0).clamp_min(1e-6)
+    x, x_test = (x - mean) / std, (x_test - mean) / std
+    classes = int(y.max()) + 1
+    held = place_in_class(y) % 5 == 1
+    penalty = PENALTIES[len(PENALTIES) // 2]
+    if held.any():
+        right, parameters = [], None
+        for candidate in PENALTIES:  # strong first: its solution is a warm start for the next
+            parameters = fit(x[~held], y[~held], classes, candidate, parameters)
+            right.append(int((scores(x[held], parameters).argmax(1) == y[held]).sum()))
+        penalty = PENALTIES[right.index(max(right))]
+    predicted = scores(x_test, fit(x, y, classes, penalty))
+    return {
+        **accuracy(predicted, y_test),
+        "chance": 1 / classes,
+        "classes": classes,
+        "train": len(y),
+        "test": len(y_test),
+        "penalty": penalty,
+    }
+
+
+def knn(
+    train_emb: torch.Tensor,
+    train_labels: torch.Tensor,
+    test_emb: torch.Tensor,
+    test_labels: torch.Tensor,
+    k: int = 20,
+    temperature: float = 0.07,
+) -> dict[str, float]:
+    """Accuracy of the vote of the k nearest training pictures, each of `exp(cos / temperature)`.
+
+    Labels as in `linear_probe`; k is at most the number of training pictures. Source: Wu et al.
+    2018, "Unsupervised Feature Learning via Non-Parametric Instance Discrimination"; k and
+    temperature are those that DINO reports.
+    Raises ValueError where shapes disagree, or if fewer than 2 labels are on both sides.
+    """
+    (x, y), (x_test, y_test) = shared_classes(train_emb, train_labels, test_emb, test_labels)
+    classes, k = int(y.max()) + 1, min(k, len(y))
+    near, index = (unit(x_test) @ unit(x).T).topk(k)
+    votes = torch.zeros(len(x_test), classes)
+    votes.scatter_add_(1, y[index], ((near - 1) / temperature).exp())
+    return {
+        **accuracy(votes, y_test),
+        "chance": 1 / classes,
+        "classes": classes,
+        "train": len(y),
+        "test": len(y_test),
+        "k": k,
+    }
+
+
+def modality_classifier(image_emb: torch.Tensor, text_emb: torch.Tensor) -> dict[str, float]:
+    """How well a linear classifier tells images from texts: 0.5 if they are mixed, 1 if apart.
+
+    A logistic regression fitted on every other row of each modality, scored on the rest; the mean
+    of both modalities' accuracies, so that unequal numbers do not matter. The rows are taken as
+    they come: row i of both being one item tells it nothing.
+    image_emb (N, D), text_emb (M, D), N, M >= 2; raises ValueError otherwise.
+    """
+    for name, rows in (("image_emb", image_emb), ("text_emb", text_emb)):
+        if len(rows) < 2:
+            raise ValueError(f"{name} must have at least 2 rows, to fit and to score, got 1")
+    sides = unit(image_emb), unit(text_emb)
+    x = torch.cat([side[::2] for side in sides]).double()
+    y = torch.cat([torch.full((len(side[::2]),), n) for n, side in enumerate(sides)])
+    parameters = fit(x, y, 2, 1e-4)
+    right = [
+        (scores(side[1::2].double(), parameters).argmax(1) == n).double().mean()
+        for n, side in enumerate(sides)
+    ]
+    return {"classifier": ((right[0] + right[1]) / 2).item(), "classifier_chance": 0.5}
+
+
+def shared_classes(train_emb, train_labels, test_emb, test_labels):
+    """Unit rows and labels, renumbered, of the classes that both sides have."""
+    check("train_labels", train_labels, train_emb)
+    check("test_labels", test_labels, test_emb)
+    shared = train_labels[torch.isin(train_labels, test_labels)].unique()
+    if len(shared) < 2:
+        raise ValueError(f"need at least 2 labels on both sides, got {len(shared)}")
+    sides = []
+    for emb, labels in ((train_emb, train_labels), (test_emb, test_labels)):
+        known = torch.isin(labels, shared)
+        sides.append((unit(emb[known]), torch.searchsorted(shared, labels[known])))
+    return sides
+
+
+def place_in_class(labels: torch.Tensor) -> torch.Tensor:
+    """0 for the first row of its class, 1 for the second, ..."""
+    order = labels.argsort(stable=True)
+    count = labels.bincount()
+    starts = (count.cumsum(0) - count).repeat_interleave(count)
+    place = torch.empty_like(labels)
+    place[order] = torch.arange(len(labels)) - starts
+    return place
+
+
+def fit(x, y, classes: int, penalty: float, start=None):
+    """Weights (C, D) and biases (C,) of `mean cross-entropy + penalty/2 · ‖weights‖²`."""
+    if start is None:
+        start = x.new_zeros(classes, x.shape[1]), x.new_zeros(classes)
+    weight, bias = (value.clone().requires_grad_() for value in start)
+    optimizer = torch.optim.LBFGS(
+        [weight, bias],
+        max_iter=ITERATIONS,
+        tolerance_grad=1e-5,
+        tolerance_change=1e-6,
+        line_search_fn="strong_wolfe",
+    )
+
+    def closure():
+        optimizer.zero_grad()
+        loss = F.cross_entropy(x @ weight.T + bias, y) + penalty / 2 * weight.square().sum()
+        loss.backward()
+        return loss
+
+    with torch.enable_grad():
+        optimizer.step(closure)
+    return weight.detach(), bias.detach()
+
+
+def scores(x, parameters):
+    weight, bias = parameters
+    return x @ weight.T + bias
+
+
+def accuracy(predicted: torch.Tensor, labels: torch.Tensor) -> dict[str, float]:
+    best = predicted.topk(min(5, predicted.shape[1])).indices == labels[:, None]
+    return {
+        "top1": best[:, 0].double().mean().item(),
+        "top5": best.any(1).double().mean().item(),
+        "mean_per_class": mean_per_class(best[:, 0], labels),
+    }
