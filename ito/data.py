@@ -20,12 +20,14 @@ class Dataset:
     """K decoded pictures of n items; several pictures may show one item.
 
     `images` uint8 (K, 3, S, S); `image_item` int64 (K,), an index into the per-item lists;
-    `split`, `style` per picture; `items` (keys), `captions`, `translations` ({language: names}),
-    `group`, `subgroup` per item; `skipped` (file and row, reason) per record left out.
+    `files` (where each is), `split`, `style` per picture; `items` (keys), `captions`,
+    `translations` ({language: names}), `group`, `subgroup` per item; `skipped` (file and row,
+    reason) per record left out.
     """
 
     images: torch.Tensor
     image_item: torch.Tensor
+    files: list[str]
     split: list[str]
     style: list[str | None]
     items: list[str]
@@ -114,6 +116,7 @@ def load_dataset(
     return Dataset(
         images=images,
         image_item=torch.tensor([index[r.item] for r in kept]),
+        files=[str(r.image) for r in kept],
         split=split,
         style=[r.style for r in kept],
         items=list(index),

@@ -26,6 +26,9 @@ class Member(NamedTuple):
     offset: int
     size: int
 
+    def __str__(self) -> str:
+        return f"{self.tar}@{self.offset}"
+
     def read_bytes(self) -> bytes:
         with self.tar.open("rb") as file:
             file.seek(self.offset)
@@ -56,7 +59,7 @@ def expand(pattern: str) -> list[Path]:
 def read_samples(tar: Path) -> Iterator[Sample]:
     """The samples of a shard in its order.
 
-    Raises ValueError naming the tar where it is damaged or cut off, after the samples before that.
+    Raises ValueError where it is damaged or cut off, after the samples before that.
     """
     try:
         with tarfile.open(tar, "r:") as archive:
@@ -68,8 +71,11 @@ def read_samples(tar: Path) -> Iterator[Sample]:
                     if kind in ("txt", "json"):
                         contents[kind] = archive.extractfile(info).read()
                 yield Sample(key, members, contents)
+            archive.fileobj.seek(archive.offset)  # tarfile ends quietly at what is no header
+            if archive.fileobj.read(512) != bytes(512):
+                raise tarfile.ReadError(f"no header at byte {archive.offset}")
     except tarfile.TarError as error:
-        raise ValueError(f"{tar}: damaged, or not an uncompressed tar: {error}") from None
+        raise ValueError(f"damaged, or not an uncompressed tar: {error}") from None
 
 
 def split_name(name: str) -> tuple[str, str]:

@@ -281,6 +281,7 @@ def test_a_folder(tmp_path):
     assert data.images.dtype == torch.uint8
     assert data.images[:, :, 2, 2].tolist() == [[255, 0, 0], [0, 0, 255], [0, 255, 0]]
     assert data.items == ["x", "c.png"]
+    assert data.files == [str(tmp_path / name) for name in ("a.png", "c.png", "sub/b.png")]
     assert data.image_item.tolist() == [0, 1, 0]
     assert data.captions == [["red", "rot?"], ["blue", "sea"]]
     assert data.split == ["train", "train", "test"]

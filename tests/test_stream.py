@@ -96,6 +96,7 @@ def test_a_tar_has_the_fields_of_a_folder_and_one_text_per_sample(tmp_path):
         assert (data.style[0], data.group[0], data.subgroup[0]) == ("s", "g", "h")
         assert data.translations[0] == names
         assert data.skipped == []
+        assert data.files[3] == f"{tmp_path}/a-01.tar@512"
     assert load_dataset(tmp_path / "a-01.tar", 4).captions == [["again"]]
 
 
@@ -121,10 +122,13 @@ def test_bad_samples_are_skipped_and_named(tmp_path):
             ("broken.txt", b"a"),
         ],
     )
-    (tmp_path / "b.tar").write_bytes((tmp_path / "a.tar").read_bytes()[:1500])
+    whole = (tmp_path / "a.tar").read_bytes()
+    (tmp_path / "b.tar").write_bytes(whole[:700])  # inside the first picture
+    (tmp_path / "d.tar").write_bytes(whole[:2048])  # after the first sample
+    (tmp_path / "e.tar").write_bytes(whole[:2048] + b"x" * 5000)
     (tmp_path / "c.tar").write_bytes(b"")
     data = load_dataset(tmp_path, 4)
-    assert data.captions == [["grey 9"]]
+    assert data.captions == [["grey 9"]] * 3
     reasons = {where.removeprefix(f"{tmp_path}/"): reason for where, reason in data.skipped}
     want = {
         "a.tar:lonely": "no picture among .txt",
@@ -137,6 +141,8 @@ def test_bad_samples_are_skipped_and_named(tmp_path):
         "a.tar:broken": "of no known format",
         "b.tar": "damaged",
         "c.tar": "not an uncompressed tar",
+        "d.tar": "no header at byte 2048",
+        "e.tar": "no header at byte 2048",
     }
     assert reasons.keys() == want.keys()
     assert all(want[where] in reason for where, reason in reasons.items())
