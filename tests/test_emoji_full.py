@@ -13,7 +13,9 @@ import pytest
 from PIL import Image
 
 from ito import emoji_full, emoji_sources, npm, prepare
+from ito.config import Config
 from ito.emoji_sources import STYLES
+from ito.source import open_dataset, open_source
 
 # --- packages ---
 
@@ -357,6 +359,19 @@ def test_the_command(packages, tmp_path, monkeypatch, capsys):
         with pytest.raises(SystemExit):
             prepare.main(arguments)
         assert message in capsys.readouterr().err
+
+
+def test_the_trainers_name_for_it(packages, tmp_path, monkeypatch):
+    """Prepared in the cache on first use, then taken as it is; a failure names --cache."""
+    monkeypatch.setattr(emoji_full, "fetch", lambda needed, cache: packages)
+    config = Config(train_data="emoji-full", load_size=8)
+    data = open_dataset(config, tmp_path)
+    assert data.held_out_splits() == ["heldout_style", "heldout_concept"]
+    assert data.files[0].startswith(str(tmp_path / emoji_full.FOLDER / "images"))
+    assert len(list(open_source(config, tmp_path)[0]())) == len(data.images)
+    (tmp_path / "wrong").write_text("", encoding="utf-8")
+    with pytest.raises(OSError, match=f"--cache: cannot prepare .*wrong/{emoji_full.FOLDER}"):
+        open_dataset(config, tmp_path / "wrong")
 
 
 # --- npm ---
