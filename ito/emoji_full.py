@@ -37,6 +37,7 @@ HELDOUT_CONCEPT = 0.14  # share of the families
 HELDOUT_STYLES = ("noto", "noto-v1")
 HUES = "red|orange|yellow|green|blue|purple|brown|pink"
 HUE, COLOUR = rf"\b({HUES})\b", rf"\b(light blue|{HUES}|black|white|grey)\b"
+PUBLISHED = ("captions", "keywords", "translations", "group", "subgroup")
 
 Drawings = dict[tuple[str, str], bytes]  # PNG bytes by (style, key)
 
@@ -103,9 +104,6 @@ def write_set(out: Path, files: dict[str, Path], title: str, size: int) -> None:
     write_shards(out / "shards", records, png.values())
     card = data_card(title, size, records, excluded, files)
     (out / "README.md").write_text(card, encoding="utf-8")
-
-
-PUBLISHED = ("captions", "keywords", "translations", "group", "subgroup")
 
 
 def split_of(style: str, family: str) -> str:

@@ -138,6 +138,7 @@ def read_concepts(files: dict[str, Path]) -> dict[str, dict]:
         captions = distinct_names(first, [labels["en-gb"][key], *aliases[key]])
         concepts[key] = {
             "label": entry["label"],
+            "aliases": aliases[key],
             "captions": captions,
             "keywords": distinct_keywords(
                 [*entry.get("tags", []), *keywords.get(key, [])], captions
@@ -185,7 +186,7 @@ def read_drawings(files: dict[str, Path], concepts: dict) -> dict[str, dict[str,
         for name, style in STYLES.items()
         if style.package in files and style.package.startswith(ICONS)
     }
-    slugs = slug_tables(files, concepts, sets.values())
+    slugs = slug_tables(concepts, sets.values())
     drawings = {}
     for name, style in STYLES.items():
         if name in sets:
@@ -216,7 +217,7 @@ def slug(name: str) -> str:
     return re.sub(r"[^a-z0-9]", "", unicodedata.normalize("NFKD", name).lower())
 
 
-def slug_tables(files: dict[str, Path], concepts: dict, sets) -> list[dict[str, str]]:
+def slug_tables(concepts: dict, sets) -> list[dict[str, str]]:
     """Keys by slug, the surest first: labels, names in sets with characters, other names.
 
     A slug that stands for several concepts is in no table.
@@ -224,6 +225,8 @@ def slug_tables(files: dict[str, Path], concepts: dict, sets) -> list[dict[str, 
     labels, icons, others = defaultdict(set), defaultdict(set), defaultdict(set)
     for key, concept in concepts.items():
         labels[slug(concept["label"])].add(key)
+        for name in concept["aliases"]:
+            others[slug(name)].add(key)
     for icon_set, chars in sets:
         key_of = {name: key for key, name in chars.items() if key in concepts}
         for name, key in key_of.items():
@@ -231,12 +234,6 @@ def slug_tables(files: dict[str, Path], concepts: dict, sets) -> list[dict[str, 
         for name, alias in icon_set.get("aliases", {}).items():
             if alias["parent"] in key_of and "hFlip" not in alias:
                 icons[slug(name)].add(key_of[alias["parent"]])
-    shortcodes = members(
-        files["emojibase-data"], r"en/shortcodes/[a-z-]+\.json|meta/unicode-names\.json"
-    )
-    for key, names in aliases_of({p[:-5]: json.loads(d) for p, d in shortcodes.items()}).items():
-        for name in names if key in concepts else ():
-            others[slug(name)].add(key)
     return [
         {name: next(iter(keys)) for name, keys in table.items() if len(keys) == 1}
         for table in (labels, icons, others)
@@ -251,10 +248,8 @@ def by_name(icons: dict, slugs: list[dict[str, str]], without: set[str]) -> dict
     """
 
     def find(name: str) -> tuple[int, str] | None:
-        candidates = (
-            slug(name),
-            slug(re.sub(r"-\d$", "", name)),
-        )  # Streamline numbers its variants
+        unnumbered = re.sub(r"-\d$", "", name)  # Streamline numbers its variants
+        candidates = (slug(name), slug(unnumbered))
         hits = (
             (rank, table[s]) for s in candidates for rank, table in enumerate(slugs) if s in table
         )
@@ -281,9 +276,8 @@ def to_svg(icons: dict, name: str) -> str:
         flip ^= alias.get("hFlip", False)
         name = alias["parent"]
     icon = icons["icons"][name]
-    width, height = (
-        icon.get(side, icons.get(side, 16)) for side in ("width", "height")
-    )  # 16 is the format's default
+    # the format's default is 16
+    width, height = (icon.get(side, icons.get(side, 16)) for side in ("width", "height"))
     body = icon["body"]
     if flip:
         body = f'<g transform="translate({width} 0) scale(-1 1)">{body}</g>'
