@@ -4,14 +4,12 @@ from pathlib import Path
 
 from ito import emoji_full, emoji_small
 from ito.cli import reason
-from ito.config import EMOJI_SMALL, Config
+from ito.config import EMOJI_FULL, EMOJI_SMALL, Config
 from ito.data import Dataset, load_dataset
 from ito.emoji import default_cache
 from ito.emoji_full import prepare_emoji_full
 from ito.emoji_small import prepare_emoji_small
 from ito.records import Shard, open_shards
-
-EMOJI_FULL = "emoji-full"
 
 
 def open_dataset(config: Config, cache: Path | None = None) -> Dataset:

@@ -120,7 +120,7 @@ def icon_packages():
     )
     named["icons"]["old"] = {"body": shape(9), "hidden": True}
     named["aliases"]["grinning-face"] = {"parent": "old"}
-    other = icon_set("#3c6", ["disc-optical", "wave", "man-2", "man-1", "grinningface"])
+    other = icon_set("#3c6", ["disc-optical", "wave", "man-2", "man-1", "man-3", "grinningface"])
     other["icons"]["disc-optical"] |= {"width": 50}
     colourless = {"icons.json": icon_set("#000", slug.values()), "chars.json": coded["chars.json"]}
     colourless["icons.json"]["icons"]["cricket"] = {"body": ""}

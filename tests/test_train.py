@@ -453,7 +453,11 @@ def test_skipped_pictures_are_counted_and_named(tmp_path, capsys):
             "slip does not take lambda_fusion, views",
         ),
         (train, "--train-data {data} --lock-text", "keeps the weights of --pretrained: name a run"),
-        (train, "--train-data {data} --pretrained {finished}", "has width 32, heads 2: give the same"),
+        (
+            train,
+            "--train-data {data} --pretrained {finished}",
+            "has width 32, heads 2: give the same",
+        ),
         (train, "--train-data {data} --accum-freq 65", "36 items cannot be cut into 65 parts"),
         (train, "--train-data {data} --device meta", "--device meta: training runs on cpu or cuda"),
         (train, "--resume {damaged}", "step_0000006.pt is damaged, or not of this run (Unpickl"),
@@ -480,7 +484,7 @@ def test_skipped_pictures_are_counted_and_named(tmp_path, capsys):
         (evaluate_command, "{finished} --json {wrong}/x", "{wrong}/x: Not a directory"),
         (export, "nope", "nope holds no checkpoint"),
         (export, "{finished} --out {wrong}", "{wrong}: File exists"),
-        (prepare, "emoji-small --out {wrong}", "exists and holds no captions.jsonl"),
+        (prepare, "emoji-small --out {wrong}", "is not the small emoji set"),
     ],
 )
 def test_bad_input_ends_with_one_line_that_names_it(
