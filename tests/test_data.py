@@ -319,8 +319,12 @@ def test_decoding(tmp_path):
     assert (palette == 77).all()
 
 
-def test_the_order_does_not_depend_on_the_workers(prepared):
-    one, many = (load_dataset(prepared, 16, workers=n) for n in (1, 7))
+def test_the_order_does_not_depend_on_the_workers(tmp_path):
+    for n in range(40):  # the first ones take longest
+        draw(tmp_path / f"{n}.png", (n, n, n), (400 - 10 * n, 400 - 10 * n))
+    write(tmp_path, *({"image": f"{n}.png", "caption": f"{n}"} for n in range(40)))
+    one, many = (load_dataset(tmp_path, 16, workers=n) for n in (1, 7))
+    assert one.images[:, 0, 0, 0].tolist() == list(range(40))
     assert torch.equal(one.images, many.images)
     assert one.items == many.items
     assert one.split == many.split

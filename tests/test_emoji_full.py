@@ -85,8 +85,14 @@ def names_package():
             "1F468": "adult",
             "1F469": "adult",
             "1F30A": "wave",
+            "1F3F4": "banner",
+            "1F3F3": "banner",
         },
-        "meta/unicode-names.json": {"1F3CF": "CRICKET BAT AND BALL", "2764": "HEAVY BLACK HEART"},
+        "meta/unicode-names.json": {
+            "1F3CF": "CRICKET BAT AND BALL",
+            "2764": "HEAVY BLACK HEART",
+            "1F9D1": "ONE, TWO",
+        },
         "meta/groups.json": GROUPS,
     }
 
@@ -120,7 +126,9 @@ def icon_packages():
     )
     named["icons"]["old"] = {"body": shape(9), "hidden": True}
     named["aliases"]["grinning-face"] = {"parent": "old"}
-    other = icon_set("#3c6", ["disc-optical", "wave", "man-2", "man-1", "man-3", "grinningface"])
+    other = icon_set(
+        "#3c6", ["disc-optical", "wave", "man-2", "man-1", "man-3", "grinningface", "banner"]
+    )
     other["icons"]["disc-optical"] |= {"width": 50}
     colourless = {"icons.json": icon_set("#000", slug.values()), "chars.json": coded["chars.json"]}
     colourless["icons.json"]["icons"]["cricket"] = {"body": ""}
@@ -176,7 +184,7 @@ def test_drawings_are_matched_by_character_or_name(records):
     # "cricket" is an alias of the game there, and a hidden icon is none
     want = {"1f3cf", "2764", "1f1eb-1f1f7", "1f448", "1f449"}
     assert drawn(records, "emojione") == want
-    # by another name of its own; "wave" is misnamed
+    # by another name of its own; "wave" is misnamed, "banner" could be two
     assert drawn(records, "fxemoji") == {"1f4bf", "1f600", "1f468"}
     assert drawn(records, "fluent-3d") == drawn(records, "openmoji-black") == {"1f600"}
 
@@ -227,6 +235,7 @@ def test_names_keywords_and_translations(records):
     assert found["1f3cf"]["captions"] == ["cricket game", "cricket bat and ball"]
     assert found["2764"]["captions"] == ["red heart"]  # not the misleading "heavy black heart"
     assert found["1f468"]["captions"] == ["man"]  # "adult" is the woman's too
+    assert found["1f9d1"]["captions"] == ["person"]  # not the list of a sequence's characters
     assert found["23-20e3"]["captions"] == ["keycap #"]
     assert found["2764"]["group"] is None
 

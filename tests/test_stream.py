@@ -77,6 +77,7 @@ def test_a_tar_has_the_fields_of_a_folder_and_one_text_per_sample(tmp_path):
         tmp_path / "a-00.tar",
         [
             *sample("dir.v1/0", 10, captions=[" red ", "", "rot"], translations=names, **fields),
+            ("dir.v1/0.txt", b"the .json has captions"),
             ("1.jpg", png(20)),
             ("1.txt", b"from the text\n"),
             ("1.json", json.dumps({"url": "u", "caption": None}).encode()),
@@ -96,7 +97,7 @@ def test_a_tar_has_the_fields_of_a_folder_and_one_text_per_sample(tmp_path):
         assert (data.style[0], data.group[0], data.subgroup[0]) == ("s", "g", "h")
         assert data.translations[0] == names
         assert data.skipped == []
-        assert data.files[3] == f"{tmp_path}/a-01.tar@512"
+        assert data.files[3] == f"{tmp_path}/a-01.tar@512"  # after a header
     assert load_dataset(tmp_path / "a-01.tar", 4).captions == [["again"]]
 
 
