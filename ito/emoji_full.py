@@ -207,7 +207,7 @@ def data_card(
         if drawn[name]
     )
     gone = "\n".join(
-        f"- {number} drawings: {reason}" for reason, number in sorted(excluded.items())
+        f"- {number} drawings: {reason}" for reason, number in sorted(excluded.items()) if number
     )
     used = [spec for spec, _ in PACKAGES if spec.rpartition("@")[0] in files]
     packages = "\n".join(f"- {spec}" for spec in used)
