@@ -38,17 +38,17 @@ def backward(request, monkeypatch):
 
 @pytest.fixture
 def launched(monkeypatch):
-    """The kernels that ran, with their arguments, and the matrix products, as "product"."""
+    """The kernels that ran, with their structs, and the matrix products, as "product"."""
     calls = []
     run_kernel, accumulate = simt._run, cuda.accumulate
 
-    def spy(kernel, *args, **arguments):
-        calls.append((kernel, arguments))
-        return run_kernel(kernel, *args, **arguments)
+    def spy(kernel, struct, like):
+        calls.append((kernel, struct))
+        run_kernel(kernel, struct, like)
 
     monkeypatch.setattr(simt, "_run", spy, raising=False)
     monkeypatch.setattr(
-        cuda, "accumulate", lambda *args: calls.append(("product", {})) or accumulate(*args)
+        cuda, "accumulate", lambda *args: calls.append(("product", None)) or accumulate(*args)
     )
     return calls
 
@@ -220,8 +220,8 @@ def test_a_frozen_side_costs_no_product(backward, launched):
     launched.clear()
     gradients(total, t)
     assert "product" not in names(launched)
-    assert all(arguments.get("grad") is None for _, arguments in launched)
-    assert all(arguments.get("panel") is None for _, arguments in launched)
+    assert all(getattr(struct, "grad", None) is None for _, struct in launched)
+    assert all(getattr(struct, "panel", None) is None for _, struct in launched)
 
 
 def test_half_the_tiles_of_a_symmetric_problem(launched, monkeypatch):
@@ -234,7 +234,7 @@ def test_half_the_tiles_of_a_symmetric_problem(launched, monkeypatch):
             t["b"] = t["a"].detach().clone().requires_grad_()
         launched.clear()
         gradients(run(case, t, "simt").row_logsum.sum(), t)
-        split = cuda.Split(**launched[0][1]["split"])
+        split = launched[0][1].split
         blocks = split.row_groups * split.col_groups
         if split.triangle:
             blocks = split.row_groups * (split.row_groups + 1) // 2
@@ -276,9 +276,9 @@ def banded(x, fill):
 @pytest.mark.parametrize(
     "case",
     [
-        replace(OPTIONS[15], n=70, m=100, d=40, positives="linear", hardest=True),
-        Case(100, 70, 40, positives="lse", diagonal=-20, exclude_positives=True),
-        Case(100, 100, 40, same=True, exclude_self=True, ids="padded", positives="lse"),
+        replace(OPTIONS[15], n=70, m=100, d=39, positives="linear", hardest=True),
+        Case(100, 70, 38, positives="lse", diagonal=-20, exclude_positives=True),
+        Case(100, 100, 37, same=True, exclude_self=True, ids="padded", positives="lse"),
     ],
     ids=str,
 )
@@ -325,15 +325,10 @@ def test_memory_outside_is_an_error():
     """The bounds that the tests above rely on are those of the tensors."""
     problem = Problem(torch.randn(100, 8), torch.randn(50, 8), torch.tensor(1.0))
     short = torch.empty(2, native.SLOTS, 99)
+    scores = cuda.Scores.of(problem, cuda.Operands.of(problem))
+    forward = cuda.Forward(scores, simt._split(problem, False), short, None)
     with pytest.raises(RuntimeError, match=r"logsumexp_kernel: .*outside of a tensor"):
-        simt._run(
-            "forward",
-            problem.a,
-            scores=cuda._scores(problem, cuda.Operands.of(problem)),
-            split=simt._split(problem, False)._asdict(),
-            row_slots=short,
-            col_slots=None,
-        )
+        simt._run("forward", forward, problem.a)
 
 
 # ---- accuracy

@@ -35,6 +35,7 @@ struct Side {
 };
 
 struct Scores {
+  Arithmetic arithmetic = Arithmetic::kBf16;
   Side row, col;
   int row_bytes = 0;  // of one feature vector
   Global<const float> scale;
@@ -104,9 +105,9 @@ constexpr int kGradientRows = 64;    // of a block
 constexpr int kGradientWidth = 128;  // D at most
 
 std::string unavailable();  // why nothing can run; empty if it can
-void forward(Arithmetic arithmetic, const Forward& p, gpu::Stream stream);
+void forward(const Forward& p, gpu::Stream stream);
 void merge(const Merge& p, gpu::Stream stream);
-void panel(Arithmetic arithmetic, const Panel& p, gpu::Stream stream);
-void gradient(Arithmetic arithmetic, const Gradient& p, gpu::Stream stream);  // bf16 and fp16
+void panel(const Panel& p, gpu::Stream stream);
+void gradient(const Gradient& p, gpu::Stream stream);  // bf16 and fp16
 
 }  // namespace ito::ITO_GPU

@@ -80,7 +80,7 @@ void run() {
   f.split = split;
   f.row_slots = tensor(row_slots);
   f.col_slots = tensor(col_slots);
-  forward(Arithmetic::kBf16, f, {});
+  forward(f, {});
 
   const auto check_side = [&](const char* name, const std::vector<float>& slots, int length,
                               int count, int stride, int other, int other_stride) {
@@ -128,7 +128,7 @@ void run() {
   p.panel = tensor(words);
   p.stride = stride;
   p.row_sums = tensor(sums);
-  panel(Arithmetic::kBf16, p, {});
+  panel(p, {});
   const auto* half = reinterpret_cast<const uint16_t*>(words.data());
   for (int i = 0; i < kN; ++i) {
     for (int j = 0; j < kM; ++j) {
@@ -145,7 +145,7 @@ void run() {
   g.scores = scores;
   g.grad = tensor(grad);
   g.stride = kD / 2;
-  gradient(Arithmetic::kBf16, g, {});
+  gradient(g, {});
   const float* value = &grad[0].x;
   for (int i = 0; i < kN; ++i)
     for (int d = 0; d < kD; ++d) {
