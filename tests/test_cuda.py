@@ -3,10 +3,10 @@ computes on a GPU what it computes on the emulator."""
 
 import os
 import re
-import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import test_primitive
@@ -58,6 +58,45 @@ def test_reasons(present, driver, expected, monkeypatch):
     assert cuda.CUDA.supports(Problem(torch.ones(1, 1), None, torch.tensor(1.0)))[1] == expected
 
 
+def test_what_a_gpu_must_be(monkeypatch):
+    monkeypatch.setattr(cuda, "_native", SimpleNamespace(cuda=SimpleNamespace(TILE=128)))
+    gpu = SimpleNamespace(name="T4", major=7, minor=5)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: gpu)
+    there = SimpleNamespace(device=torch.device("cuda"), dtype=torch.bfloat16)
+    problem = SimpleNamespace(a=there, row_limit=None, n=2**30, m=1)
+    assert cuda.CUDA.supports(problem) == (False, "needs compute capability 8.0, T4 has 7.5")
+    gpu.major = 8
+    assert cuda.CUDA.supports(problem)[0]
+    problem.n += 1
+    assert "more than 2^30 rows" in cuda.CUDA.supports(problem)[1]
+
+
+@pytest.mark.skipif(not hasattr(cuda._native, "cuda"), reason="built without nvcc")
+def test_a_launch_that_fails_names_its_kernel():
+    """The arguments are right but for the stream's device, which does not exist."""
+    x = torch.zeros(5, 1, 8)
+    problem = Problem(x[0, :, :4], None, torch.tensor(1.0))
+    scores = cuda.Scores.of(problem, cuda.Operands.of(problem))
+    split, nothing = cuda.Split(1, 1, 1, 1, False), (None,) * 3
+    calls = {
+        "merge": cuda.Merge(x, 8, 1, 0, x, x, None, None),
+        "forward": cuda.Forward(scores, split, x, None),
+        "panel": cuda.Panel(
+            scores, cuda.Split(1, 1, 1, 1, False), 0, 1, 0, 1, None, x, 64, *nothing
+        ),
+        "gradient": cuda.Gradient(scores._replace(arithmetic=0), None, x, 2, None, None),
+    }
+    for kernel, struct in calls.items():
+        name = {"forward": "logsumexp"}.get(kernel, kernel)
+        for _ in range(2):
+            with pytest.raises(RuntimeError, match=f"^{name}_kernel: .*(driver|device)"):
+                getattr(cuda._native.cuda, kernel)(tuple(cuda.numbers(struct)), 0, 12345)
+        with pytest.raises(ValueError, match="too few fields"):
+            getattr(cuda._native.cuda, kernel)((0,), 0, 12345)
+        with pytest.raises(ValueError, match="too many fields"):
+            getattr(cuda._native.cuda, kernel)((*cuda.numbers(struct), 0), 0, 12345)
+
+
 def options(**environment) -> subprocess.CompletedProcess:
     """What setup.py would tell CMake."""
     code = "import setuptools; setuptools.setup = lambda **_: None; import setup;"
@@ -82,20 +121,6 @@ def test_build_options(tmp_path):
     assert options(**absent).stdout == "-DITO_CUDA=OFF\n"
     assert "there is no nvcc" in options(**absent, ITO_BUILD_CUDA="1").stderr
     assert "must be auto, 0 or 1, got 'yes'" in options(**there, ITO_BUILD_CUDA="yes").stderr
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(not shutil.which("nvcc"), reason="needs nvcc")
-@pytest.mark.parametrize("arch", ["sm_80", "sm_90", "sm_120"])
-def test_machine_code(arch, tmp_path):
-    """No spills, matrix instructions, no bank conflicts: the benchmark fails on any."""
-    pytest.importorskip("triton")
-    script = ROOT / "benchmarks/gpu_static_cuda.py"
-    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    command = [sys.executable, script, "--arch", arch, "--out", tmp_path / "out.json"]
-    env |= {"PYTHONPATH": str(ROOT)}
-    done = subprocess.run(command, capture_output=True, text=True, env=env)
-    assert done.returncode == 0, done.stdout + done.stderr
 
 
 # ---- on a GPU

@@ -66,7 +66,18 @@ class Backend:
             return True, "the CUDA kernels on an emulator, for CPU tensors: to test, not to use"
         if not torch.cuda.is_available():
             return False, "there is a GPU, but this PyTorch cannot use it"
+        if reason := self._too_old(torch.device("cuda")):
+            return False, reason
         return True, torch.cuda.get_device_name()
+
+    def _too_old(self, device: torch.device) -> str:
+        """Why a GPU cannot run the kernels' instructions; empty if it can."""
+        if device.type == "cpu":
+            return ""
+        gpu = torch.cuda.get_device_properties(device)
+        if gpu.major >= 8:
+            return ""
+        return f"needs compute capability 8.0, {gpu.name} has {gpu.major}.{gpu.minor}"
 
     def supports(self, problem: Problem) -> tuple[bool, str]:
         device = problem.a.device.type
@@ -77,8 +88,13 @@ class Backend:
             return False, "fp64 is computed by the reference and chunked backends"
         if problem.row_limit is not None:
             return False, "row_limit is left to the chunked and reference backends"
-        if max(problem.n, problem.m) >= 2**31 - 2**9:
-            return False, "row numbers do not fit 32 bits"
+        if max(problem.n, problem.m) > 2**30:
+            return (
+                False,
+                "more than 2^30 rows: the kernels count them in 32 bits",
+            )
+        if reason := self._too_old(problem.a.device):
+            return False, reason
         return True, "the CUDA kernels"
 
     def describe(self, problem: Problem) -> str:
