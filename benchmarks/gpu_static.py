@@ -155,7 +155,7 @@ def write_docs(folder: Path, result: dict) -> None:
     machine_code = "### Machine code"
     write_generated(
         folder / "gpu-static.md",
-        "; ".join(result["versions"].values()),
+        "; ".join(f"{name}: {version}" for name, version in result["versions"].items()),
         machine_code,
         triton.table(result["kernels"]["triton"]),
         "### Prediction",

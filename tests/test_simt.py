@@ -108,6 +108,18 @@ FAULTS = {
     "loads one row too many": ("tile.cuh", "row < side.length", "row <= side.length", "a tensor"),
     "stores one row too many": ("forward.cu", "row < p_.row.length", "row <= p_.row.length", ""),
     "stores one column too many": ("forward.cu", "col >= p_.col.length", "col > p_.col.length", ""),
+    "32-bit offsets": (
+        "tile.cuh",
+        "(first + row) * side.stride",
+        "(first + row) * int(side.stride)",
+        "outside",
+    ),
+    "32-bit offsets, gradient": (
+        "gradient.cu",
+        "(first + row) * side.stride",
+        "(first + row) * int(side.stride)",
+        "outside",
+    ),
     "counts one column too many": (
         "scores.cuh",
         "col_of(first, j) < side.length ? 0.0f",
@@ -394,6 +406,14 @@ def test_positives_are_subtracted_before_rounding(backward):
     for name, expected in gradients(total, t).items():
         error = (ours[name].double() - expected.double()).norm() / expected.double().norm()
         assert error <= 0.03
+
+
+@pytest.mark.parametrize("diagonal", [2**32 + 1, -(2**32) - 1])
+def test_a_self_pair_far_outside(diagonal):
+    """Beyond 32 bits: no pair is a self pair, though the low bits say so."""
+    case = Case(5, 9, 7, positives="linear", diagonal=diagonal)
+    test_primitive.test_logsumexp("simt", case, BF16)
+    test_primitive.test_softplus("simt", case, BF16)
 
 
 def test_softplus_of_everything_positive_or_left_out():
