@@ -58,8 +58,8 @@ constexpr int kTile = 128;                   // rows and columns
 constexpr int kWarpRows = 4, kWarpCols = 2;  // the warps of a block that share them
 
 // Statistics in slots, [field][slot][row or column]: kSlots for each group of the other side, so
-// that nothing is written twice. Fields: max, sum, the positives' two numbers, the largest negative. Of
-// softplus the row sum alone, kWarpCols slots for each group.
+// that nothing is written twice. Fields: max, sum, the positives' two numbers, the largest
+// negative. Of softplus the row sum alone, kWarpCols slots for each group.
 constexpr int kFields = 5, kSlots = 4;
 struct Forward {
   Scores scores;
