@@ -296,7 +296,7 @@ class Backend:
 
     def _run(self, kernel: str, struct: tuple, like: Tensor) -> None:
         """On the device of the tensors, which need not be the current one."""
-        run, values = getattr(self._kernels, kernel), tuple(numbers(struct))
+        run, values = getattr(self._kernels, kernel), numbers(struct)
         if not like.is_cuda:
             return run(values, 0, 0)
         with torch.cuda.device(like.device):

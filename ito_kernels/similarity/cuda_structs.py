@@ -3,7 +3,6 @@ the same order. Tensors, None for absent ones, become addresses only in `numbers
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -151,17 +150,23 @@ def arithmetic(dtype: torch.dtype) -> str:
     return {torch.bfloat16: "bf16", torch.float16: "fp16"}[dtype]
 
 
-def numbers(struct: tuple) -> Iterator[int]:
+def numbers(struct: tuple) -> tuple[int, ...]:
     """A struct as bind.cpp reads it. A tensor is its address and the bytes from its first to its
     last element: the emulator lets nothing else be touched."""
+    out: list[int] = []
     for member in struct:
-        if isinstance(member, tuple):
-            yield from numbers(member)
+        if isinstance(member, int):
+            out.append(member)
         elif member is None:
-            yield from (0, 0)
+            out += (0, 0)
         elif isinstance(member, Tensor):
-            sizes = zip(member.shape, member.stride(), strict=True)
-            last = sum((size - 1) * stride for size, stride in sizes)
-            yield from (member.data_ptr(), (last + 1) * member.element_size())
+            out += (member.data_ptr(), _span(member) * member.element_size())
         else:
-            yield member
+            out += numbers(member)
+    return tuple(out)
+
+
+def _span(x: Tensor) -> int:
+    if x.is_contiguous():
+        return x.numel()
+    return 1 + sum((size - 1) * step for size, step in zip(x.shape, x.stride(), strict=True))
