@@ -76,9 +76,7 @@ def test_a_launch_that_fails_names_its_kernel():
     calls = {
         "merge": cuda.Merge(x, 8, 1, 0, x, x, None, None),
         "forward": cuda.Forward(scores, split, x, None),
-        "panel": cuda.Panel(
-            scores, cuda.Split(1, 1, 1, 1, False), 0, 1, 0, 1, None, x, 64, *nothing
-        ),
+        "panel": cuda.Panel(scores, split, 0, 1, 0, 1, None, x, 64, *nothing),
         "gradient": cuda.Gradient(scores._replace(arithmetic=0), None, x, 2, None, None),
     }
     for kernel, struct in calls.items():

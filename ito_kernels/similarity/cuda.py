@@ -89,10 +89,7 @@ class Backend:
         if problem.row_limit is not None:
             return False, "row_limit is left to the chunked and reference backends"
         if max(problem.n, problem.m) > 2**30:
-            return (
-                False,
-                "more than 2^30 rows: the kernels count them in 32 bits",
-            )
+            return False, "more than 2^30 rows: the kernels count them in 32 bits"
         if reason := self._too_old(problem.a.device):
             return False, reason
         return True, "the CUDA kernels"
