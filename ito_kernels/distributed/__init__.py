@@ -11,6 +11,26 @@ Environment: ITO_GATHER_CACHE_BYTES (64 MiB by default, the same on every rank) 
 keys that are kept for backward; the rest is gathered again.
 """
 
-from .batch import GlobalBatch, check_chunk_size, global_rows
+from __future__ import annotations
 
-__all__ = ["GlobalBatch", "check_chunk_size", "global_rows"]
+from torch import Tensor
+
+from .batch import GlobalBatch, check_chunk_size, global_rows
+from .local import LocalBatch
+
+__all__ = ["GlobalBatch", "LocalBatch", "check_chunk_size", "global_rows", "whole_batch"]
+
+
+def whole_batch(
+    group,
+    queries: Tensor,
+    keys: Tensor,
+    query_ids: Tensor | None = None,
+    key_ids: Tensor | None = None,
+    chunk_size: int | None = None,
+) -> GlobalBatch | LocalBatch:
+    """The batch of all ranks of `group`, or that of this process where it is None."""
+    check_chunk_size(chunk_size)
+    if group is None:
+        return LocalBatch((len(queries), len(keys)), query_ids, key_ids)
+    return GlobalBatch(group, queries, keys, query_ids, key_ids, chunk_size)

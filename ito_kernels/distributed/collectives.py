@@ -32,6 +32,16 @@ def all_reduce(out: Tensor, x: Tensor, group) -> dist.Work:
     return dist.all_reduce(out, group=group, async_op=True)
 
 
+def all_reduce_max(out: Tensor, x: Tensor, group) -> dist.Work:
+    out.copy_(x)
+    return dist.all_reduce(out, dist.ReduceOp.MAX, group=group, async_op=True)
+
+
+def broadcast(out: Tensor, x: Tensor, group) -> dist.Work:
+    out.copy_(x)
+    return dist.broadcast(out, dist.get_global_rank(group, 0), group=group, async_op=True)
+
+
 class Started:
     """A collective under way. `wait` returns its output, or raises with its name."""
 
@@ -57,6 +67,12 @@ class Started:
             f" {dist.get_world_size(self.group)}: another rank has ended, does not answer within"
             " the group's time-out, or is at another call"
         )
+
+
+def completed(what: str, collective: Callable, x: Tensor, group) -> Tensor:
+    """Of a collective whose output is like its input."""
+    x = x.detach().contiguous()
+    return Started(what, collective, torch.empty_like(x), x, group).wait()
 
 
 def process_group(group: object) -> dist.ProcessGroup:

@@ -7,7 +7,6 @@ from torch import Tensor
 from torch.nn.functional import softplus
 from torch.utils.checkpoint import checkpoint
 
-from ..similarity import similarity_logsumexp
 from .batch import Batch, make_batch
 from .common import not_yet
 from .pairs import equal_ids
@@ -46,24 +45,19 @@ def decoupled_contrastive_loss(
     Returns a 0-d fp32 tensor (fp64 for fp64 features). Raises as `multi_positive_infonce`.
     Source: Yeh et al. 2022 (Decoupled contrastive learning).
     """
-    not_yet(group=group, chunk_size=chunk_size)
-    batch = make_batch(queries, keys, logit_scale, query_ids, key_ids, symmetric, backend)
+    batch = make_batch(
+        queries, keys, logit_scale, query_ids, key_ids, symmetric, backend, group, chunk_size
+    )
     weights = {}
     for side in batch.directions:
         k, negatives = batch.positives(side), batch.candidates(side) - batch.positives(side)
         u = ((k > 0) & (negatives > 0)) * _share(batch, side)
         weights[f"{side}_weights"] = u, -u / k.clamp(min=1)
-    return similarity_logsumexp(
-        batch.queries,
-        batch.keys,
-        batch.scale,
-        row_ids=batch.query_ids,
-        col_ids=batch.key_ids,
+    return batch.logsumexp(
         positives="linear",
         exclude_positives=True,
         cols=symmetric,
         return_stats=False,
-        backend=backend,
         **weights,
     )
 
@@ -141,5 +135,7 @@ def _panel(queries, keys, scale, rows, cols, log_negatives, weights) -> Tensor:
 def _share(batch: Batch, side: str) -> Tensor:
     """What an anchor's loss is multiplied by in the mean, of both directions where symmetric."""
     ids = batch.ids(side)
-    number = len(batch.features(side)) if ids is None else (ids >= 0).sum().clamp(min=1)
+    number = len(batch.features(side))
+    if ids is not None:
+        number = batch.whole.sum((ids >= 0).sum()).clamp(min=1)
     return batch.scale.new_full((), 0.5 if batch.symmetric else 1.0) / number

@@ -38,8 +38,8 @@ def with_margin(batch: Batch, o: Options) -> Batch:
     if o.positive_pairs is not None:
         # to the kernels all are negatives, also (i, i): rounding must not put one beyond its limit.
         # Their sums of D products are off by far less than 1e-5 of the norms' product.
-        none = {"query_ids": torch.zeros_like(top["row"]), "key_ids": torch.ones_like(top["col"])}
-        batch = replace(batch, **{name: ids.long() for name, ids in none.items()})
+        none = torch.zeros_like(top["row"]).long(), torch.ones_like(top["col"]).long()
+        batch = replace(batch, whole=batch.whole.with_ids(*none))
         norms = [accumulated(x).square().sum(1).amax().sqrt() for x in (batch.queries, batch.keys)]
         margin = margin + 1e-5 * norms[0] * norms[1]
     limit = {side: torch.where(x == -torch.inf, torch.inf, x + margin) for side, x in top.items()}

@@ -9,6 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..distributed import GlobalBatch, LocalBatch
 from ..similarity.spec import (
     accumulate_dtype,
     autocast_enabled,
@@ -35,11 +36,6 @@ class Options(NamedTuple):
     def given(self) -> bool:
         return any(option is not None for option in self[1:]) or self.label_smoothing != 0
 
-    def refuse_group(self) -> None:
-        for name, value in self._asdict().items():
-            if value is not None and not (name == "label_smoothing" and value == 0):
-                raise NotImplementedError(f"{name} is not implemented together with group")
-
     @property
     def reweighted(self) -> bool:
         """Whether negatives count otherwise than in a softmax."""
@@ -64,13 +60,13 @@ def check_options(
     queries: Tensor,
     keys: Tensor,
     scale: Tensor,
+    whole: GlobalBatch | LocalBatch,
     *,
-    query_ids: Tensor | None,
-    key_ids: Tensor | None,
     positives: str,
     symmetric: bool,
 ) -> Options:
-    """The options in the dtypes of the computation. Raises TypeError or ValueError by name."""
+    """The options in the dtypes of the computation. Raises TypeError or ValueError by name.
+    Of `positive_pairs` the queries become row numbers of this rank's."""
     n, m, device = len(queries), len(keys), queries.device
     o = o._replace(
         label_smoothing=check_number("label_smoothing", o.label_smoothing, 0, 1),
@@ -99,9 +95,7 @@ def check_options(
     if o.positive_weights is not None and o.positive_pairs is None:
         raise ValueError("positive_weights are the weights of positive_pairs, which are missing")
     if o.positive_pairs is not None:
-        if query_ids is not None or key_ids is not None:
-            raise ValueError("positive_pairs replace query_ids and key_ids: give one or the other")
-        o = _check_pairs(o, queries, keys, positives)
+        o = _check_pairs(o, queries, whole, positives)
     if o.queue is not None:
         o = o._replace(queue=_check_extra("queue", o.queue, queries, ("Q", "D")))
         if o.queue_ids is not None:
@@ -173,7 +167,9 @@ def _check_debias(tau: object, scale: Tensor, queries: Tensor, m: int, symmetric
     return torch.full((), tau, dtype=accumulate_dtype(queries.dtype), device=queries.device)
 
 
-def _check_pairs(o: Options, queries: Tensor, keys: Tensor, positives: str) -> Options:
+def _check_pairs(
+    o: Options, queries: Tensor, whole: GlobalBatch | LocalBatch, positives: str
+) -> Options:
     if o.reweighted:
         raise NotImplementedError(
             "debias and hardness need the negatives alone, which the kernels find by ids:"
@@ -184,7 +180,7 @@ def _check_pairs(o: Options, queries: Tensor, keys: Tensor, positives: str) -> O
         raise TypeError(f"positive_pairs must be a tensor, got {type(pairs).__name__}")
     if pairs.ndim != 2 or pairs.shape[1] != 2:
         raise ValueError(f"positive_pairs must have shape (P, 2), got {tuple(pairs.shape)}")
-    sides = (("queries", queries), ("keys", keys))
+    sides = (("queries", whole.numbers(0)), ("keys", range(whole.number_of_keys)))
     pairs = torch.stack(
         [
             check_ids("positive_pairs", pairs[:, side], len(pairs), "itself", queries.device)
@@ -192,12 +188,13 @@ def _check_pairs(o: Options, queries: Tensor, keys: Tensor, positives: str) -> O
         ]
     )
     if not torch.compiler.is_compiling():
-        for rows, (name, features) in zip(pairs, sides, strict=True):
-            if rows.numel() and not 0 <= int(rows.min()) <= int(rows.max()) < len(features):
+        for rows, (name, numbers) in zip(pairs, sides, strict=True):
+            if rows.numel() and not (int(rows.min()) in numbers and int(rows.max()) in numbers):
                 raise ValueError(
-                    f"positive_pairs must be row numbers of {len(features)} {name}, got"
-                    f" {int(rows.min())} to {int(rows.max())}"
+                    f"positive_pairs must be row numbers of {len(numbers)} {name},"
+                    f" {numbers.start} to {numbers.stop - 1}, got {int(rows.min())} to {int(rows.max())}"
                 )
+    pairs[0] -= whole.numbers(0).start
     if weights is not None:
         if positives == "sum":
             raise ValueError(

@@ -11,10 +11,10 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import pad, scaled_dot_product_attention
 
+from ..distributed import check_chunk_size, whole_batch
 from ..similarity.pairs import finite_shift
 from ..similarity.spec import check_features, check_pair, check_scale
 from .batch import Batch
-from .common import not_yet
 from .options import check_number
 from .precision import accumulated, as_autocast, inner, without_autocast
 
@@ -49,11 +49,12 @@ def cwcl_loss(
     batch = _paired(queries, keys, logit_scale, symmetric, backend, group, chunk_size)
     c = _target("reference", reference, len(queries), batch)
     with without_autocast(queries.device):
-        weight = 0.5 * (len(c) + (c * c.sum(0)).sum(1))
+        everyones = batch.whole.shared_sum
+        weight = 0.5 * (batch.whole.number_of_keys + (c * everyones(c.sum(0))).sum(1))
 
         def target(mine: Tensor, others: Tensor) -> Tensor:
-            weighted = c @ (c.T @ others)  # Σ_j <c_i, c_j> other_j
-            return 0.5 * (mine * (others.sum(0) + weighted)).sum(1) / weight
+            weighted = c @ everyones(c.T @ others)  # Σ_j <c_i, c_j> other_j
+            return 0.5 * (mine * (everyones(others.sum(0)) + weighted)).sum(1) / weight
 
         return _soft_cross_entropy(batch, target, target)
 
@@ -100,12 +101,13 @@ def soft_target_infonce(
     scale = check_scale("target_scale", target_scale, c).detach()
     if scale.ndim:
         raise ValueError(f"target_scale must be one for all, got shape {tuple(scale.shape)}")
+    everyones = batch.whole.rows
     with without_autocast(queries.device):
 
         def target(c: Tensor, e: Tensor, mine: Tensor, others: Tensor) -> Tensor:
             score = 0
             if alpha > 0:
-                score = alpha * inner(mine, attention(scale * c, e, others))
+                score = alpha * inner(mine, attention(scale * c, everyones(e), everyones(others)))
             return score + (1 - alpha) * inner(mine, others) if alpha < 1 else score
 
         return _soft_cross_entropy(
@@ -119,14 +121,15 @@ def _paired(
     queries, keys, logit_scale, symmetric, backend, group, chunk_size, square=True
 ) -> Batch:
     """The batch, without ids: all that counts is that rows belong together where `square`."""
-    not_yet(group=group, chunk_size=chunk_size)
+    check_chunk_size(chunk_size)
     check_pair("queries", queries, "keys", keys)
     n, m = len(queries), len(keys)
     if square and n != m:
         raise ValueError(f"queries and keys must have as many rows, got {n} and {m}")
     scale = check_scale("logit_scale", logit_scale, queries)
     queries, keys = (accumulated(as_autocast(x)) for x in (queries, keys))
-    return Batch(queries, keys, scale, None, None, symmetric, backend)
+    whole = whole_batch(group, queries, keys, chunk_size=chunk_size)
+    return Batch(whole, queries, keys, scale, symmetric, backend)
 
 
 def _target(name: str, x: object, rows: int, batch: Batch) -> Tensor:
@@ -147,7 +150,7 @@ def _soft_cross_entropy(batch: Batch, row_target, col_target) -> Tensor:
     for side, found in batch.statistics().items():
         row = side == "row"
         target = row_target(scaled, batch.keys) if row else col_target(batch.keys, scaled)
-        losses.append((found.logsum - (target - finite_shift(found.max))).mean())
+        losses.append(batch.mean(side, found.logsum - (target - finite_shift(found.max))))
     return sum(losses) / len(losses)
 
 
