@@ -192,7 +192,8 @@ def _check_pairs(
             if rows.numel() and not (int(rows.min()) in numbers and int(rows.max()) in numbers):
                 raise ValueError(
                     f"positive_pairs must be row numbers of {len(numbers)} {name},"
-                    f" {numbers.start} to {numbers.stop - 1}, got {int(rows.min())} to {int(rows.max())}"
+                    f" {numbers.start} to {numbers.stop - 1}, got {int(rows.min())} to"
+                    f" {int(rows.max())}"
                 )
     pairs[0] -= whole.numbers(0).start
     if weights is not None:
