@@ -76,7 +76,8 @@ def test_decoupled_softmax_in_panels(monkeypatch):
     q, k = unit(9, 4).requires_grad_(), unit(30, 4, seed=1).requires_grad_()
     ids = random_ids(9, 3, 2), random_ids(30, 3, 3)
     whole = ik.decoupled_softmax_loss(q, k, 5.0, query_ids=ids[0], key_ids=ids[1])
-    monkeypatch.setattr("ito_kernels.losses.decoupled.GATHERED", 7 * 4)
+    monkeypatch.setattr("ito_kernels.losses.tiles.ROWS", 2)
+    monkeypatch.setattr("ito_kernels.losses.tiles.COLS", 3)
     panels = ik.decoupled_softmax_loss(q, k, 5.0, query_ids=ids[0], key_ids=ids[1])
     check(panels, whole, [q, k])
 

@@ -206,7 +206,7 @@ def _scaled_grads(ctx, by: Tensor) -> tuple:
     return _input_grads(scale, _read_grads(ctx.now, grads))
 
 
-def _first_order_only() -> None:
+def first_order_only() -> None:
     if torch.is_grad_enabled():
         raise RuntimeError(
             "ito_kernels gives first-order gradients only: differentiate without create_graph=True."
@@ -362,7 +362,7 @@ class _Logsumexp(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, *arrived):
-        _first_order_only()
+        first_order_only()
         if all(x is None for x in arrived):
             return (None,) * len(ctx.needs_input_grad)
         if any(ctx.now):
@@ -436,7 +436,7 @@ class _Softplus(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, arrived, *_):
-        _first_order_only()
+        first_order_only()
         if any(ctx.now):
             return _scaled_grads(ctx, arrived)
         *tensors, weights = ctx.saved_tensors
