@@ -154,9 +154,11 @@ def test_equal_cluster_weights_are_infonce():
 
 
 @pytest.mark.parametrize("with_ids", [True, False])
-@pytest.mark.parametrize(("t_positive", "t_negative"), [(1.0, 0.9), (0.0, 2.0), (10.0, 0.01)])
+@pytest.mark.parametrize(
+    ("t_positive", "t_negative"), [(1.0, 0.9), (0.0, 2.0), (10.0, 30.0), (2.0, 0.0)]
+)
 def test_cacr(monkeypatch, with_ids, t_positive, t_negative):
-    monkeypatch.setattr("ito_kernels.losses.cacr.GATHERED", 5 * 5)
+    monkeypatch.setattr("ito_kernels.losses.panels.panel_rows", lambda columns: 4)
     n, m = (13, 11) if with_ids else (9, 9)
     q, k = unit(n, 5).requires_grad_(), unit(m, 5, seed=1).requires_grad_()
     ids, given = (torch.arange(n), torch.arange(m)), {}
@@ -235,8 +237,8 @@ BAD = [
     (ValueError, "weights must be a", lambda: ik.cluster_weighted_infonce(X, Y, 1.0, **{**CLUSTERS, "weights": X})),
     (ValueError, "weights must be 0 or more, got -1", lambda: ik.cluster_weighted_infonce(X, Y, 1.0, **{**CLUSTERS, "weights": -torch.ones(5, 5)})),
     (ValueError, "key_clusters must be from 0 to 4, got 1 to 5", lambda: ik.cluster_weighted_infonce(X, Y, 1.0, **{**CLUSTERS, "key_clusters": IDS + 1})),
-    (ValueError, "t_positive must be from 0 to 10, got -1", lambda: ik.cacr_loss(X, Y, t_positive=-1)),
-    (ValueError, "t_negative must be greater than 0", lambda: ik.cacr_loss(X, Y, t_negative=0)),
+    (ValueError, "t_positive must be from 0 upwards, finite, got -1", lambda: ik.cacr_loss(X, Y, t_positive=-1)),
+    (ValueError, "unknown backend .nonsense.", lambda: ik.cacr_loss(X, Y, backend="nonsense")),
     (ValueError, "no query_ids", lambda: ik.cacr_loss(X, Y[:4])),
     (ValueError, "dims must be widths from 1 to 3", lambda: ik.matryoshka_loss(ik.clip_loss, X, Y, dims=[4], logit_scale=1.0)),
     (ValueError, "weights must be one for each of 2 dims", lambda: ik.matryoshka_loss(ik.clip_loss, X, Y, dims=[1, 2], weights=[1.0], logit_scale=1.0)),
@@ -250,13 +252,3 @@ BAD = [
 def test_bad_input(error, message, call):
     with pytest.raises(error, match=message):
         call()
-
-
-def test_losses_without_a_global_batch():
-    value = {"group": object()}
-    with pytest.raises(NotImplementedError, match="group"):
-        ik.cluster_weighted_infonce(X, Y, 1.0, **CLUSTERS, **value)
-    with pytest.raises(NotImplementedError, match="group"):
-        ik.cacr_loss(X, Y, **value)
-    with pytest.raises(NotImplementedError, match=r"positive_pairs is not .* with group"):
-        ik.mixup_infonce(X, Y, 1.0, partners=IDS, mixing=0.5, **value)

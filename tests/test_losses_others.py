@@ -76,7 +76,8 @@ def test_decoupled_softmax_in_panels(monkeypatch):
     q, k = unit(9, 4).requires_grad_(), unit(30, 4, seed=1).requires_grad_()
     ids = random_ids(9, 3, 2), random_ids(30, 3, 3)
     whole = ik.decoupled_softmax_loss(q, k, 5.0, query_ids=ids[0], key_ids=ids[1])
-    monkeypatch.setattr("ito_kernels.losses.decoupled.GATHERED", 7 * 4)
+    monkeypatch.setattr("ito_kernels.losses.tiles.ROWS", 2)
+    monkeypatch.setattr("ito_kernels.losses.tiles.COLS", 3)
     panels = ik.decoupled_softmax_loss(q, k, 5.0, query_ids=ids[0], key_ids=ids[1])
     check(panels, whole, [q, k])
 
@@ -309,23 +310,6 @@ def test_gradcheck(name):
     x, y = unit(5, 3).requires_grad_(), unit(5, 3, seed=1).requires_grad_()
     z, ids = unit(5, 3, seed=2), torch.tensor([0, 1, 0, 2, 2])
     torch.autograd.gradcheck(lambda x, y: calls(x, y, z, ids)[name](), (x, y))
-
-
-@pytest.mark.parametrize("option", ["group", "chunk_size"])
-def test_losses_without_a_global_batch(option):
-    x, value = unit(4, 3), {option: 4}
-    soft = {"target_queries": x, "target_keys": x, "target_scale": 1.0}
-    for call in (
-        lambda: ik.decoupled_contrastive_loss(x, x, 1.0, **value),
-        lambda: ik.decoupled_softmax_loss(x, x, 1.0, **value),
-        lambda: ik.cwcl_loss(x, x, 1.0, reference=x, **value),
-        lambda: ik.soft_target_infonce(x, x, 1.0, **soft, **value),
-        lambda: ik.uniformity_loss(x, **value),
-        lambda: ik.alignment_loss(x, x, **value),
-        lambda: ik.symile_loss(x, x, x, 1.0, **value),
-    ):
-        with pytest.raises(NotImplementedError, match=option):
-            call()
 
 
 X, Y = torch.randn(5, 3), torch.randn(5, 3)

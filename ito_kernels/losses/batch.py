@@ -58,6 +58,11 @@ class Batch:
         return self.whole.key_ids
 
     @property
+    def diagonal(self) -> int | None:
+        """Among all keys, where the self pairs begin that are left out."""
+        return self.whole.numbers(0).start if self.exclude_self else None
+
+    @property
     def directions(self) -> tuple[str, ...]:
         return ("row", "col") if self.symmetric else ("row",)
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ..distributed import check_chunk_size, whole_batch
+from ..similarity.dispatch import check_name
 from ..similarity.spec import check_features, check_pair, check_scale
 from .precision import accumulated, as_autocast, without_autocast
 
@@ -77,13 +78,15 @@ def alignment_loss(
     Args:
         x, y: (N, D), usually L2-normalised; row i of both belongs together.
         alpha: a number greater than 0. Rows that coincide have a gradient of 0 for every alpha.
-        backend: accepted as everywhere; there is no matrix to choose one for.
+        backend: a name as everywhere, without effect: there is no matrix.
 
     Returns a 0-d fp32 tensor (fp64 for fp64 features).
     Raises TypeError or ValueError for an argument that does not fit, by name.
     Source: Wang and Isola 2020, eq. 6.
     """
     check_chunk_size(chunk_size)
+    if backend is not None:
+        check_name(backend)
     check_pair("x", x, "y", y)
     if len(x) != len(y):
         raise ValueError(f"x and y must have as many rows, got {len(x)} and {len(y)}")

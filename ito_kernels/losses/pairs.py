@@ -1,13 +1,11 @@
-"""Positives as a list of pairs: those that are given, and those that have equal ids."""
+"""Positives as a list of pairs."""
 
 from __future__ import annotations
-
-from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
-from ..similarity.pairs import count_positives, finite_shift
+from ..similarity.pairs import finite_shift
 from .batch import Batch
 from .precision import inner, take
 
@@ -51,24 +49,3 @@ class Positives:
         k, sum_of_exp, total = whole.shared_sum(sums) if whole else sums
         log_sum = torch.where(sum_of_exp > 0, sum_of_exp, 1).log() + top
         return k, total / torch.where(k == 0, 1, k), log_sum
-
-
-def equal_ids(batch: Batch, panel: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """The positive pairs (rows, columns) of a batch, `panel` at a time. Waits for the device."""
-    ids, others, device = batch.query_ids, batch.key_ids, batch.queries.device
-    if ids is None:
-        for start in range(0, len(batch.queries), panel):
-            rows = torch.arange(start, min(start + panel, len(batch.queries)), device=device)
-            yield rows, rows
-        return
-    ordered, order = others.sort(stable=True)
-    first, k = torch.searchsorted(ordered, ids), count_positives(ids, others)
-    end = k.cumsum(0)
-    number = int(end[-1])
-    for start in range(0, number, panel):
-        pair = torch.arange(start, min(start + panel, number), device=device)
-        rows = torch.searchsorted(end, pair, right=True)
-        cols = order[first[rows] + pair - (end - k)[rows]]
-        if batch.exclude_self:
-            rows, cols = rows[rows != cols], cols[rows != cols]
-        yield rows, cols

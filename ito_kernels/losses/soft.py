@@ -157,7 +157,7 @@ def _soft_cross_entropy(batch: Batch, row_target, col_target) -> Tensor:
 def attention(queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
     """softmax(queries · keysᵀ) · values, never by PyTorch's N × M form: on the CPU that is avoided
     where keys and values have one width, on the GPU a kernel that cannot run says so."""
-    width = max(keys.shape[1], values.shape[1])
+    width = -(-max(keys.shape[1], values.shape[1]) // 8) * 8  # which the GPU's kernels want
     q, k, v = (pad(x, (0, width - x.shape[1]))[None, None] for x in (queries, keys, values))
     with sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION]):
         out = scaled_dot_product_attention(q, k, v, scale=1.0)
