@@ -69,6 +69,76 @@ def other_towers(x, y, s, b, r, **o):
     return ik.multi_positive_infonce(x, y, s, **ids(r), exclude_self=True, **o)
 
 
+G = torch.Generator().manual_seed(5)
+QUEUE = normalize(torch.randn(7, D, generator=G, dtype=torch.float64), dim=1)
+QUEUE_IDS = torch.tensor([4, 1, -1, 30, 0, 31, 7])
+WEIGHTS = torch.rand(2, N, generator=G, dtype=torch.float64)
+PRIORS = torch.rand(N, generator=G, dtype=torch.float64) / 4
+# pairs (query, key) that no ids can say; query 5 and key 6 have none
+PAIRS = torch.tensor([(i, j) for i in range(N) for j in range(N) if (3 * i + j) % 5 < 2])
+PAIRS = PAIRS[(PAIRS[:, 0] != 5) & (PAIRS[:, 1] != 6)]
+PAIR_WEIGHTS = torch.rand(len(PAIRS), generator=G, dtype=torch.float64)
+REFERENCE = normalize(torch.randn(2, N, 3, generator=G, dtype=torch.float64), dim=2)
+CLUSTERS = torch.randint(3, (2, N), generator=G)
+
+
+def pairs(x, y, s, b, r, weighted=True, **o):
+    mine = torch.isin(PAIRS[:, 0], r)
+    weights = PAIR_WEIGHTS[mine] if weighted else None
+    return ik.clip_loss(
+        x,
+        y,
+        s,
+        positive_pairs=PAIRS[mine],
+        positive_weights=weights,
+        key_bias=b * r.to(b.dtype).cos(),
+        **o,
+    )
+
+
+def all_options(x, y, s, b, r, symmetric=True, **o):
+    """Those that go together; the biases' gradient is the scale's and the model's bias's."""
+    return ik.multi_positive_infonce(
+        x,
+        y,
+        s,
+        **ids(r),
+        label_smoothing=0.2,
+        query_weights=WEIGHTS[0, r],
+        key_weights=WEIGHTS[1, r] if symmetric else None,
+        symmetric=symmetric,
+        key_bias=b * r.to(b.dtype).cos(),
+        queue=QUEUE,
+        queue_ids=QUEUE_IDS,
+        hard_negatives=torch.stack([x - y, x + y], 1),
+        normalize=True,
+        **o,
+    )
+
+
+def margin(x, y, s, b, r, **o):
+    return by_ids(x, y, s, b, r, false_negative_margin=0.1, key_bias=b * r.to(b.dtype).cos(), **o)
+
+
+def soft(x, y, s, b, r, **o):
+    c, e = REFERENCE[:, r]
+    return ik.soft_target_infonce(x, y, s, target_queries=c, target_keys=e, target_scale=3.0, **o)
+
+
+def symile(x, y, s, b, r, group=None, **o):
+    """The first rank's permutations."""
+    generator = torch.Generator().manual_seed(dist.get_rank() if group else 0)
+    return ik.symile_loss(x, y, x - y, s, generator, group=group, **o)
+
+
+def clusters(x, y, s, b, r, **o):
+    table = s / (1 + torch.arange(9.0, dtype=s.dtype).view(3, 3))
+    rows, cols = CLUSTERS[:, r]
+    return ik.cluster_weighted_infonce(
+        x, y, s, query_clusters=rows, key_clusters=cols, weights=table, **o
+    )
+
+
 # from the rows' features, scale, bias and numbers; with the options of the group
 LOSSES = {
     "clip": lambda x, y, s, b, r, **o: ik.clip_loss(x, y, s, **o),
@@ -100,6 +170,52 @@ LOSSES = {
     "matryoshka": lambda x, y, s, b, r, **o: ik.matryoshka_loss(
         ik.clip_loss, x, y, dims=[2, D], logit_scale=s, **o
     ),
+    "multi head": lambda x, y, s, b, r, **o: ik.multi_head_loss(
+        ik.decoupled_contrastive_loss,
+        *(torch.stack([z, z.flip(1)]) for z in (x, y)),
+        logit_scale=torch.stack([s, 2 * s]),
+        **o,
+    ),
+    "options": all_options,
+    "options, sum": partial(all_options, positives="in", reduction="sum"),
+    "options, drop": partial(all_options, positives="sum", empty="drop"),
+    "options, one way": partial(all_options, symmetric=False),
+    "smoothing, self excluded": partial(one_tower, label_smoothing=0.1, exclude_self=True),
+    "pairs": pairs,
+    "pairs, in": partial(pairs, positives="in", exclude_self=True, empty="drop"),
+    "pairs, smoothing": partial(pairs, weighted=False, label_smoothing=0.2),
+    "pairs, margin": partial(pairs, false_negative_margin=0.2),
+    "margin": margin,
+    "margin, self excluded": partial(margin, exclude_self=True, queue=QUEUE, hardness=0.5),
+    "margin, diagonal": partial(infonce, false_negative_margin=0.1, debias=0.1),
+    "debias": partial(by_ids, debias=0.1),
+    "debias per query": lambda x, y, s, b, r, **o: by_ids(x, y, s, b, r, debias=PRIORS[r], **o),
+    "hardness": partial(by_ids, hardness=0.5, positives="in"),
+    "hardness, debias": partial(infonce, hardness=0.5, debias=0.1, queue=QUEUE),
+    "decoupled": lambda x, y, s, b, r, **o: ik.decoupled_contrastive_loss(x, y, s, **ids(r), **o),
+    "decoupled softmax": lambda x, y, s, b, r, **o: ik.decoupled_softmax_loss(
+        x, y, s * (1 + r.to(s.dtype) / N), **ids(r), **o
+    ),
+    "decoupled softmax, one way": lambda x, y, s, b, r, **o: ik.decoupled_softmax_loss(
+        x, y, s, **ids(r), symmetric=False, **o
+    ),
+    "decoupled softmax, diagonal": lambda x, y, s, b, r, **o: ik.decoupled_softmax_loss(
+        x, y, s, **o
+    ),
+    "cwcl": lambda x, y, s, b, r, **o: ik.cwcl_loss(
+        x, y, s, reference=REFERENCE[0, r], symmetric=True, **o
+    ),
+    "soft targets": partial(soft, alpha=0.7),
+    "soft targets, one way": partial(soft, symmetric=False),
+    "uniformity": lambda x, y, s, b, r, **o: ik.uniformity_loss(x + 0.1 * y, s.sqrt(), **o),
+    "alignment": lambda x, y, s, b, r, **o: ik.alignment_loss(x, y, 1.5, **o),
+    "symile": symile,
+    "mixup": lambda x, y, s, b, r, **o: ik.mixup_infonce(
+        x, y, s, partners=5 * r % N, mixing=WEIGHTS[0, r], symmetric=True, **o
+    ),
+    "clusters": clusters,
+    "clusters by ids": lambda *z, **o: clusters(*z, **ids(z[-1]), **o),
+    "cacr": lambda x, y, s, b, r, **o: ik.cacr_loss(x, y, **ids(r), t_positive=2.0, **o),
 }  # fmt: skip
 
 
