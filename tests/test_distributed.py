@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from functools import cache, partial
+from unittest.mock import patch
 
 import pytest
 import ranks
@@ -461,6 +462,23 @@ def autocast():
     assert torch.equal(a.grad, b.grad.float())
 
 
+def partly_kept():
+    """Wherever the chunks that forward keeps end, backward has the same bits."""
+    rows, (x, y) = local_rows(), batch()
+    size, found = dist.get_world_size(), []
+    for chunks in (0, 1, size, size + 1, 100):
+        nbytes = chunks * 2 * D * 8
+        model = Model()
+        with patch.dict(os.environ, ITO_GATHER_CACHE_BYTES=str(nbytes)):
+            loss = LOSSES["mean"](
+                *model(x[rows], y[rows]), rows, group=dist.group.WORLD, chunk_size=2
+            )
+            loss.backward()
+        found.append([loss.detach(), *gradients(model).values()])
+    for other in found[1:]:
+        assert all(map(torch.equal, found[0], other))
+
+
 def deterministic():
     rows, (x, y) = local_rows(), batch(torch.float32)
 
@@ -502,6 +520,7 @@ class Traffic:
             # of an all-gather and an all-to-all the own part stays at home; a reduce-scatter sends
             # what it does not keep; a ring's all-reduce is both
             nbytes = {
+                collectives.shift: out.nbytes,
                 collectives.all_gather: out.nbytes * (size - 1) // size,
                 collectives.all_to_all: out.nbytes * (size - 1) // size,
                 collectives.reduce_scatter: x.nbytes * (size - 1) // size,
@@ -520,20 +539,20 @@ class Traffic:
 
 
 def traffic():
-    """The formula of docs/distributed.md."""
+    """The formula of docs/distributed.md, which is that of both transports."""
     size, n, width = dist.get_world_size(), 6, 8
     g = torch.Generator().manual_seed(dist.get_rank())
     for dtype, e in ((torch.float32, 4), (torch.bfloat16, 2)):
         x, y = (torch.randn(n, width, generator=g).to(dtype).requires_grad_() for _ in range(2))
         others = (size - 1) * n
-        small = {"sizes": (size - 1) * 16, "ids": others * 8, "sum": 2 * (size - 1) * 4 // size}
+        small = {"sizes": (size - 1) * 16, "ids": others * 8}
         gathered, returned = others * width * e, others * width * 4
 
         def count(loss, budget, y=y):
             os.environ["ITO_GATHER_CACHE_BYTES"] = str(budget)
-            with Traffic() as counted:
+            with Traffic() as traffic:
                 loss(y).backward()
-            return counted.received
+            return traffic.received
 
         where = {"group": dist.group.WORLD, "chunk_size": 4}
 
@@ -546,22 +565,21 @@ def traffic():
         def siglip(y, x=x, where=where):
             return ik.siglip_loss(x, y, 1.0, 0.0, **where)
 
-        def with_counts(received):
-            return {k: v for k, v in received.items() if k != "sum"}
+        def counted(received):
+            return {k: v for k, v in received.items() if v and k != "sum"}
 
-        del small["sum"]
         # forward: max, logsum, pos and count; backward: max, logsum, pos, v and beta
         columns = {"statistics": others * 4 * (4 + 5)}
         expected = small | columns | {"keys": 2 * gathered, "gradients": returned}
-        assert with_counts(count(clip, 0)) == expected
-        assert with_counts(count(clip, 1 << 20)) == expected | {"keys": gathered}
+        assert counted(count(clip, 0)) == counted(expected)
+        assert counted(count(clip, 1 << 20)) == counted(expected | {"keys": gathered})
         expected = small | {"keys": 2 * gathered, "gradients": returned}
-        assert with_counts(count(one_way, 0)) == expected
+        assert counted(count(one_way, 0)) == counted(expected)
         expected["keys"] = gathered
-        assert with_counts(count(siglip, 0)) == expected
+        assert counted(count(siglip, 0)) == counted(expected)
         # a frozen tower gets no gradient and sends none
         del expected["gradients"]
-        assert with_counts(count(siglip, 0, y.detach())) == expected
+        assert counted(count(siglip, 0, y.detach())) == counted(expected)
     del os.environ["ITO_GATHER_CACHE_BYTES"]
 
 
@@ -578,14 +596,15 @@ def peak_bytes(run):
 
 
 def memory():
-    """6 local matrices and 4 chunks of keys and their gradients; B numbers."""
+    """6 local matrices and 4 chunks of keys and their gradients; B numbers. A chunk of a ring is of
+    one rank's keys."""
     size, n, width = dist.get_world_size(), 256, 512
     if size != max(SIZES):
         return
     os.environ["ITO_GATHER_CACHE_BYTES"] = "0"
     x, y = (torch.randn(n, width).requires_grad_() for _ in range(2))
     local, whole = n * width * 4, size * n
-    peaks = {}
+    peaks, ring = {}, os.environ.get("ITO_TRANSPORT") == "ring"
     for chunk in (64, 256, whole):
         for name, loss in (
             ("clip", ik.clip_loss),
@@ -598,10 +617,12 @@ def memory():
 
             run()
             peaks[name, chunk] = peak_bytes(run)
-            bound = 6 * local + 4 * chunk * width * 4 + 200 * whole
+            keys = min(chunk, n) if ring else chunk
+            bound = 6 * local + 4 * keys * width * 4 + 200 * whole
             assert peaks[name, chunk] <= bound, f"{name}, {chunk}: {peaks[name, chunk]} > {bound}"
     del os.environ["ITO_GATHER_CACHE_BYTES"]
-    assert 2 * peaks["clip", 64] < peaks["clip", whole]
+    if not ring:
+        assert 2 * peaks["clip", 64] < peaks["clip", whole]
 
 
 CHECKS = {
@@ -627,9 +648,30 @@ CHECKS = {
 }
 for check in (
     *(subgroup, device_mesh, fully_sharded, per_anchor, statistics, modules, autocast),
-    *(deterministic, not_a_number, traffic, memory),
+    *(partly_kept, deterministic, not_a_number, traffic, memory),
 ):
     CHECKS[check.__name__] = check
+
+
+def on_ring(check):
+    with patch.dict(os.environ, ITO_TRANSPORT="ring"):
+        check()
+
+
+# what blocks, statistics and gradients of one owner's keys may do otherwise
+RINGS = ["rows only", "mean", "in", "scale per query", "self excluded", "one tower"]
+RINGS += ["one tower, lse", "siglip", "siglip by ids", "options", "margin"]
+CHECKS |= {
+    f"ring, {name}": partial(on_ring, check)
+    for name, check in {
+        **{name: partial(exact, name, 2) for name in RINGS},
+        "self excluded, chunk 1": partial(exact, "self excluded", 1),
+        "mean, chunk 1000": partial(exact, "mean", 1000),
+        **{name: CHECKS[name] for name in ("mean, fp32", "bfloat16, None", "float16, None")},
+        **{check.__name__: check for check in (subgroup, partly_kept, deterministic)},
+        **{check.__name__: check for check in (not_a_number, traffic, memory)},
+    }.items()
+}
 
 
 def all_checks():
@@ -668,6 +710,9 @@ def abandoned(where, how):
     """Rank 1 leaves or hangs before the forward or the backward pass; what do the others say?"""
     x = torch.randn(4, 3, requires_grad=True)
     loss = None
+    if where == "ring":
+        os.environ |= {"ITO_TRANSPORT": "ring", "ITO_GATHER_CACHE_BYTES": "0"}
+        loss = ik.clip_loss(x, x.flip(0), 1.0, symmetric=False, group=dist.group.WORLD)
     if where == "backward":
         loss = ik.clip_loss(x, x.flip(0), 1.0, group=dist.group.WORLD)
     if dist.get_rank() == 1:
@@ -686,10 +731,14 @@ def abandoned(where, how):
 
 
 @pytest.mark.parametrize("how", ["dies", "hangs"])
-@pytest.mark.parametrize("where", ["forward", "backward"])
+@pytest.mark.parametrize("where", ["forward", "backward", "ring"])
 def test_a_rank_that_ends_ends_the_others(where, how):
     first, _, third = ranks.run(abandoned, 3, where, how, seconds=3)
+    message = {
+        "forward": "all-gather of batch sizes",
+        "backward": "all-gather of column statistics",
+        "ring": "ring transfer of keys 0 to 4 of each rank",
+    }[where]
     for result in (first, third):
-        message = "all-gather of " + ("batch sizes" if where == "forward" else "column statistics")
         assert result["error"].startswith(f"{message} failed on rank ")
         assert result["seconds"] < 7

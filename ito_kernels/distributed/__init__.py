@@ -1,4 +1,4 @@
-"""The batch of all ranks: the primitive over keys that other ranks hold, gathered in chunks.
+"""The batch of all ranks: the primitive over keys that other ranks hold, in chunks.
 
 Every rank holds its rows of both towers. Keys travel chunk by chunk, the next one in flight while
 the kernels work on the current one; a rank's row statistics are complete after the last chunk, and
@@ -7,8 +7,9 @@ returns the gradients of the keys to their owners. Memory is O(localÂ·D + chunkÂ
 
 All ranks must call the same losses in the same order, with the same options.
 
-Environment: ITO_GATHER_CACHE_BYTES (64 MiB by default, the same on every rank) bounds the gathered
-keys that are kept for backward; the rest is gathered again.
+Environment, the same on every rank: ITO_TRANSPORT, how keys travel: "gather", the default, by
+all-gathers and reduce-scatters, or "ring", from neighbour to neighbour. ITO_GATHER_CACHE_BYTES
+(64 MiB by default) bounds the chunks that are kept for backward; the rest travels again.
 """
 
 from __future__ import annotations

@@ -15,6 +15,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from ..similarity import dispatch, op
 from ..similarity.spec import Needs, Problem, Stats, Upstream, make_problem
+from .chunks import Chunk, Transport, flat
 from .collectives import (
     Started,
     all_gather,
@@ -25,6 +26,7 @@ from .collectives import (
     process_group,
 )
 from .gradients import Logsumexp, Rows, SharedSum, Softplus, Sum
+from .transport import chosen_transport
 
 # Enough rows for full-speed matrix products; 16 MiB of keys at D = 512 in fp32.
 MIN_CHUNK = 8192
@@ -70,8 +72,8 @@ class GlobalBatch:
         queries, keys: this rank's (n, D) and (m, D); the numbers may differ between ranks.
         query_ids, key_ids: (n,) and (m,) integers, equal across ranks for positives; by default
             the row numbers in the global batch. Negative ids are padding.
-        chunk_size: keys of all ranks that are gathered at a time, rounded up to as many from each;
-            by default as many as the largest local batch, at least 8,192.
+        chunk_size: keys that a rank gets at a time: of all ranks, rounded up to as many from each;
+            on a ring of one. By default as many as the largest local batch, at least 8,192.
 
     Its sums and statistics are those of the global batch, and so are gradients if every rank
     differentiates what it was given and parameters' gradients are *averaged* over ranks, as
@@ -89,6 +91,7 @@ class GlobalBatch:
     ):
         check_chunk_size(chunk_size)
         self.group, self.chunk_size = process_group(group), chunk_size
+        self._transport = chosen_transport()
         self.rank, self.size = dist.get_rank(self.group), dist.get_world_size(self.group)
         self.sizes = gathered_sizes(self.group, queries.device, len(queries), len(keys))
         if query_ids is None or key_ids is None:
@@ -123,14 +126,9 @@ class GlobalBatch:
         return other
 
     @property
-    def parts(self) -> list[slice]:
-        """The rows of each rank that are gathered at a time."""
-        chunk = self.chunk_size or max(MIN_CHUNK, self.most_keys)
-        step = min(-(-chunk // self.size), self.most_keys)
-        return [
-            slice(start, min(start + step, self.most_keys))
-            for start in range(0, self.most_keys, step)
-        ]
+    def transport(self) -> Transport:
+        chunk_size = self.chunk_size or max(MIN_CHUNK, self.most_keys)
+        return self._transport(self.group, self.most_keys, chunk_size)
 
     def numbers(self, side: int) -> range:
         """Of this rank's queries (0) or keys (1) among those of all ranks."""
@@ -284,21 +282,22 @@ class GlobalBatch:
         out = x.new_empty(self.size * len(x), *x.shape[1:])
         return Started(f"all-gather of {what}", all_gather, out, x.contiguous(), self.group)
 
-    def blocks(self, problem: Problem, part: slice, keys: Tensor) -> Iterator[tuple]:
+    def blocks(self, problem: Problem, chunk: Chunk) -> Iterator[tuple]:
         """The problem of this rank's rows with a chunk's keys, with the range of those keys.
         problem.col_bias: everyone's, (size, most).
 
         One; under `exclude_self` up to three: self pairs are with this rank's own part alone.
         """
-        ids = self.all_key_ids[:, part].flatten()
-        bias = None if problem.col_bias is None else problem.col_bias[:, part].flatten()
-        step, end = part.stop - part.start, len(keys)
-        own = (self.rank * step, (self.rank + 1) * step)
-        bounds = (0, *own, end) if problem.exclude_self else (0, end)
+        owners, part, keys = chunk
+        ids = flat(self.all_key_ids[owners, part])
+        bias = None if problem.col_bias is None else flat(problem.col_bias[owners, part])
+        own = tuple((self.rank - owners.start + i) * chunk.step for i in (0, 1))
+        with_own = problem.exclude_self and self.rank in range(owners.start, owners.stop)
+        bounds = (0, *own, len(keys)) if with_own else (0, len(keys))
         for low, high in pairwise(bounds):
             if low == high:
                 continue
-            mine = problem.exclude_self and (low, high) == own
+            mine = with_own and (low, high) == own
             yield (
                 slice(low, high),
                 problem._replace(

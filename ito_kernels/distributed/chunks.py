@@ -1,73 +1,68 @@
-"""How everyone's keys come by, chunk by chunk, and how their gradients go home."""
+"""Chunks of everyone's keys: what a transport brings to every rank, and what is kept of it."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
-from ..similarity.spec import Problem
-from .collectives import Started, reduce_scatter
-
-if TYPE_CHECKING:
-    from .batch import GlobalBatch
-
 GATHER_CACHE_BYTES = 64 << 20
 
 
-def chunks(
-    whole: GlobalBatch, b: Tensor, kept: Sequence[Tensor] = ()
-) -> Iterator[tuple[slice, Tensor]]:
-    """All ranks' rows of a part after the other, (size·part, D); the next part travels while
-    this one is used. `kept`: the first parts, from an earlier walk."""
+class Chunk(NamedTuple):
+    """A part of the keys of some ranks, one owner's after the other's.
 
-    def start(part: slice) -> Started:
-        x = b[part]
-        missing = part.stop - part.start - len(x)
-        if missing:
-            x = torch.cat([x, x.new_zeros(missing, x.shape[1])])
-        return whole.start_gather(f"keys {part.start} to {part.stop} of each rank", x)
+    owners: the ranks. part: the rows of each of them. keys: (owners·part, D), zeros where an owner
+        has fewer.
+    """
 
-    b = b.detach()
-    yield from zip(whole.parts, kept, strict=False)
-    rest = whole.parts[len(kept) :]
-    coming = start(rest[0]) if rest else None
-    for part, after in zip(rest, [*rest[1:], None], strict=False):
-        keys = coming.wait()
-        coming = None if after is None else start(after)
-        yield part, keys
+    owners: slice
+    part: slice
+    keys: Tensor
+
+    @property
+    def step(self) -> int:
+        return self.part.stop - self.part.start
 
 
-class KeyGradients:
-    """Gradients of everyone's keys, summed over ranks by their owner in the accumulate dtype, a
-    part travelling while the next is computed."""
+class Transport(Protocol):
+    """How everyone's keys come by, chunk by chunk, and how their gradients go home."""
 
-    def __init__(self, whole: GlobalBatch, problem: Problem):
-        self.whole, self.like = whole, problem.b
-        self.sums = problem.scale.new_empty(whole.most_keys, problem.d)
-        self.blocks, self.pending = [], None
+    def walk(self, keys: Tensor, kept: Sequence[Tensor] = ()) -> Iterator[Chunk]:
+        """This rank's keys and everybody else's, each once; the next chunk travels while this one
+        is used. `kept`: the keys of the first chunks, from an earlier walk."""
 
-    def add(self, grads: Tensor) -> None:
-        """The next rows of the part."""
-        self.blocks.append(grads)
+    def homeward(self, sums: Tensor) -> Homeward:
+        """The way home of the gradients of one walk. `sums`: memory for those of this rank's keys,
+        as many as the largest number of keys of a rank."""
 
-    def send(self, part: slice) -> None:
-        """The blocks of a part are complete."""
-        x = self.blocks[0] if len(self.blocks) == 1 else torch.cat(self.blocks)
-        x = x.to(self.sums.dtype)
-        self.blocks = []
-        if self.pending is not None:
-            self.pending.wait()
-        what = f"reduce-scatter of the gradients of keys {part.start} to {part.stop} of each rank"
-        self.pending = Started(what, reduce_scatter, self.sums[part], x, self.whole.group)
+
+class Homeward(Protocol):
+    def send(self, chunk: Chunk, grads: Tensor) -> None:
+        """This rank's gradients of the chunk that the walk is at, in the dtype of the sums. They
+        travel while the next are computed."""
 
     def result(self) -> Tensor:
-        """Of this rank's keys."""
-        self.pending.wait()
-        return self.sums[: len(self.like)].to(self.like.dtype)
+        """The sums over ranks for this rank's keys."""
+
+
+def flat(x: Tensor) -> Tensor:
+    """Contiguous, which `flatten` is not where one size is 1."""
+    return x.contiguous().view(-1)
+
+
+def parts(rows: int, step: int) -> list[slice]:
+    return [slice(start, min(start + step, rows)) for start in range(0, rows, step)]
+
+
+def padded(keys: Tensor, part: slice) -> Tensor:
+    """A part of this rank's keys, with zeros where there are none."""
+    x = keys[part]
+    missing = part.stop - part.start - len(x)
+    return torch.cat([x, x.new_zeros(missing, x.shape[1])]) if missing else x.contiguous()
 
 
 class Kept:

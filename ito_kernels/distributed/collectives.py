@@ -6,6 +6,7 @@ torch 2.13 has new names for some: they start here and nowhere else.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -42,8 +43,25 @@ def broadcast(out: Tensor, x: Tensor, group) -> dist.Work:
     return dist.broadcast(out, dist.get_global_rank(group, 0), group=group, async_op=True)
 
 
+def shift(out: Tensor, x: Tensor, group) -> Works:
+    """x to the next rank of the group, `out` from the one before."""
+    rank, size = dist.get_rank(group), dist.get_world_size(group)
+    # peers are numbered as in the default group
+    after, before = (dist.get_global_rank(group, (rank + i) % size) for i in (1, -1))
+    pair = (dist.P2POp(dist.isend, x, after, group), dist.P2POp(dist.irecv, out, before, group))
+    return Works(dist.batch_isend_irecv(list(pair)))
+
+
+class Works(NamedTuple):
+    works: list[dist.Work]
+
+    def wait(self) -> None:
+        for work in self.works:
+            work.wait()
+
+
 class Started:
-    """A collective under way. `wait` returns its output, or raises with its name."""
+    """A transfer under way. `wait` returns its output, or raises with its name."""
 
     def __init__(self, what: str, collective: Callable, out: Tensor, x: Tensor, group):
         self.what, self.out, self.group = what, out, group

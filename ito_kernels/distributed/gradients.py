@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..similarity import op
 from ..similarity.spec import Grads, Needs, Problem, Stats, Upstream, accumulate_dtype
-from .chunks import Kept, KeyGradients, chunks
+from .chunks import Chunk, Kept, flat
 from .collectives import Started, all_reduce, completed, gathered_sizes, reduce_scatter
 from .statistics import Columns, Side, count_pairs
 
@@ -74,17 +74,17 @@ class Logsumexp(torch.autograd.Function):
             problem = problem._replace(col_bias=bias)
         kept = Kept(any(needs))
         rows, cols = None, Columns(whole, problem)
-        for part, keys in chunks(whole, problem.b):
-            kept.offer(keys)
-            for at, block in whole.blocks(problem, part, keys):
-                with torch.autocast(keys.device.type, enabled=False):
+        for chunk in whole.transport.walk(problem.b):
+            kept.offer(chunk.keys)
+            for at, block in whole.blocks(problem, chunk):
+                with torch.autocast(block.a.device.type, enabled=False):
                     stats = module.logsumexp_forward(block)
                 counts = count_pairs(block) if problem.positives == "linear" else (None, None)
                 if problem.rows:
                     row = Side(*stats[:4], counts[0])
                     rows = row if rows is None else rows.merged(row)
                 if problem.cols:
-                    cols.add(part, at, Side(*stats[4:], counts[1]))
+                    cols.add(chunk, at, Side(*stats[4:], counts[1]))
         out = [*(rows[:4] if problem.rows else (None,) * 4)]
         if problem.cols:
             out += cols.exchanged()[:4]
@@ -115,20 +115,21 @@ class Logsumexp(torch.autograd.Function):
             packed = torch.stack([x for x in sent if x is not None])
             columns = whole.gather("column statistics", packed, whole.most_keys)
         walk = _Gradients(whole, problem, needs)
-        for part, keys in chunks(whole, problem.b, ctx.kept):
+        for chunk in whole.transport.walk(problem.b, ctx.kept):
             if problem.cols:
-                vectors = (columns[:, i, part].flatten() for i in range(columns.shape[1]))
+                own = columns[chunk.owners, :, chunk.part]
+                vectors = (flat(own[:, i]) for i in range(own.shape[1]))
                 everyone = [None if x is None else next(vectors) for x in sent]
-            for at, block in whole.blocks(problem, part, keys):
+            for at, block in whole.blocks(problem, chunk):
                 cols = (None,) * 5
                 if problem.cols:
                     cols = [None if x is None else x[at] for x in everyone]
                 top, logsum, pos, v, beta = cols
                 upstream = Upstream(grads.row_logsum, v, grads.row_pos, beta)
                 block_stats = Stats(*stats[:4], top, logsum, pos)
-                with torch.autocast(keys.device.type, enabled=False):
+                with torch.autocast(block.a.device.type, enabled=False):
                     walk.add(ctx.module.logsumexp_backward(block, block_stats, upstream, needs))
-            walk.send(part)
+            walk.send(chunk)
         return (None,) * 3 + walk.result() + nothing[8:]
 
 
@@ -155,10 +156,10 @@ class Softplus(torch.autograd.Function):
         kept = Kept(any(needs) and not early)
         rows = problem.scale.new_zeros(problem.n)
         walk = _Gradients(whole, problem, needs if early else Needs())
-        for part, keys in chunks(whole, problem.b):
-            kept.offer(keys)
-            for _, block in whole.blocks(problem, part, keys):
-                with torch.autocast(keys.device.type, enabled=False):
+        for chunk in whole.transport.walk(problem.b):
+            kept.offer(chunk.keys)
+            for _, block in whole.blocks(problem, chunk):
+                with torch.autocast(block.a.device.type, enabled=False):
                     if not early:
                         rows += module.softplus_forward(block)
                     elif hasattr(module, "softplus_both"):
@@ -169,7 +170,7 @@ class Softplus(torch.autograd.Function):
                         rows += module.softplus_forward(block)
                         walk.add(module.softplus_backward(block, weights, needs))
             if early:
-                walk.send(part)
+                walk.send(chunk)
         ctx.whole, ctx.module, ctx.needs, ctx.kept = whole, module, needs, kept.chunks
         ctx.flags, ctx.early = problem[7:], early
         if early:
@@ -189,11 +190,11 @@ class Softplus(torch.autograd.Function):
         problem = Problem(*fields, *ctx.flags)
         u = arrived if weights is None else arrived * weights
         walk = _Gradients(ctx.whole, problem, ctx.needs)
-        for part, keys in chunks(ctx.whole, problem.b, ctx.kept):
-            for _, block in ctx.whole.blocks(problem, part, keys):
-                with torch.autocast(keys.device.type, enabled=False):
+        for chunk in ctx.whole.transport.walk(problem.b, ctx.kept):
+            for _, block in ctx.whole.blocks(problem, chunk):
+                with torch.autocast(block.a.device.type, enabled=False):
                     walk.add(ctx.module.softplus_backward(block, u, ctx.needs))
-            walk.send(part)
+            walk.send(chunk)
         return *(None,) * 4, *walk.result(), *nothing
 
 
@@ -202,16 +203,16 @@ class _Gradients:
 
     def __init__(self, whole: GlobalBatch, problem: Problem, needs: Needs):
         self.whole, self.problem, self.sums = whole, problem, Grads()
-        self.keys = KeyGradients(whole, problem) if needs.b else None
-        self.bias, self.biases = None, []  # of everyone's keys; the blocks of a part
+        self.keys = self.biases = None
+        self.blocks = []  # gradients of keys and of their biases
+        if needs.b:
+            sums = problem.scale.new_empty(whole.most_keys, problem.d)
+            self.keys = whole.transport.homeward(sums)
         if needs.col_bias:
-            self.bias = torch.empty_like(problem.col_bias)
+            self.biases = torch.empty_like(problem.col_bias)
 
     def add(self, grads: Grads) -> None:
-        if self.keys is not None:
-            self.keys.add(grads.b)
-        if self.bias is not None:
-            self.biases.append(grads.col_bias)
+        self.blocks.append((grads.b, grads.col_bias))
         sums = grads._replace(b=None, col_bias=None, a=_wide(grads.a, self.problem.accumulate))
         self.sums = Grads(
             *(
@@ -220,27 +221,29 @@ class _Gradients:
             )
         )
 
-    def send(self, part: slice) -> None:
-        """The blocks of a part are complete."""
+    def send(self, chunk: Chunk) -> None:
+        """The blocks of a chunk are complete."""
+        keys, biases = zip(*self.blocks, strict=True)
+        self.blocks = []
         if self.keys is not None:
-            self.keys.send(part)
-        if self.bias is not None:
-            self.bias[:, part] = torch.cat(self.biases).view(self.whole.size, -1)
-            self.biases = []
+            x = keys[0] if len(keys) == 1 else torch.cat(keys)
+            self.keys.send(chunk, x.to(self.problem.accumulate))
+        if self.biases is not None:
+            self.biases[chunk.owners, chunk.part] = torch.cat(biases).view(-1, chunk.step)
 
     def result(self) -> tuple:
         """Of a, b, scale, row_bias and col_bias."""
         a, _, scale, row_bias, _ = self.sums
         if scale is not None and self.problem.scale.ndim == 0:
             scale = scale.sum()
-        b = None if self.keys is None else self.keys.result()
-        a = None if a is None else a.to(self.problem.a.dtype)
-        return a, b, scale, row_bias, None if self.bias is None else self._own_bias()
+        b = None if self.keys is None else self.keys.result()[: self.problem.m]
+        a, b = (None if x is None else x.to(self.problem.a.dtype) for x in (a, b))
+        return a, b, scale, row_bias, None if self.biases is None else self._own_biases()
 
-    def _own_bias(self) -> Tensor:
-        what, out = "reduce-scatter of the gradients of key biases", self.bias[:1].clone()
-        out = Started(what, reduce_scatter, out, self.bias, self.whole.group).wait()
-        return out[0, : len(self.problem.b)]
+    def _own_biases(self) -> Tensor:
+        what, out = "reduce-scatter of the gradients of key biases", self.biases[:1].clone()
+        out = Started(what, reduce_scatter, out, self.biases, self.whole.group).wait()
+        return out[0, : self.problem.m]
 
 
 def _wide(x: Tensor | None, dtype: torch.dtype) -> Tensor | None:

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ..similarity.pairs import count_positives, finite_shift
 from ..similarity.spec import Problem
+from .chunks import Chunk
 from .collectives import Started, all_to_all
 
 if TYPE_CHECKING:
@@ -71,17 +72,17 @@ class Columns:
         self.whole, self.number, self.present = whole, len(problem.b), []
         self.sent = problem.scale.new_empty(0)  # (owner, statistic, column)
 
-    def add(self, part: slice, at: slice, side: Side) -> None:
-        """Of the columns `at` of the chunk `part`: those of one owner or of several."""
+    def add(self, chunk: Chunk, at: slice, side: Side) -> None:
+        """Of the columns `at` of a chunk: those of one owner or of several."""
         vectors = [x for x in side if x is not None]
         if not self.present:
             self.present = [x is not None for x in side]
             shape = (self.whole.size, len(vectors), self.whole.most_keys)
             self.sent = self.sent.new_empty(shape)
-        step = part.stop - part.start
-        owners = slice(at.start // step, at.stop // step)
+        first, step = chunk.owners.start, chunk.step
+        owners = slice(first + at.start // step, first + at.stop // step)
         for i, x in enumerate(vectors):
-            self.sent[owners, i, part] = x.view(-1, step)
+            self.sent[owners, i, chunk.part] = x.view(-1, step)
 
     def exchanged(self) -> Side:
         what, arrived = "all-to-all of column statistics", torch.empty_like(self.sent)
