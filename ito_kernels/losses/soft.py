@@ -2,20 +2,23 @@
 
 Of a target distribution q the loss needs Σ_j q_ij S_ij alone, and neither q nor S is ever formed:
 where q is linear in an embedding this is a product of D × D_c matrices, where it is a softmax it is
-attention. Target and logsumexp meet outside the kernels: bf16 and fp16 are computed in fp32.
+attention, whose weights are constants. Target and logsumexp meet outside the kernels: bf16 and fp16
+are computed in fp32.
 """
 
 from __future__ import annotations
 
-from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.nn.functional import pad, scaled_dot_product_attention
+import math
 
-from ..similarity.pairs import finite_shift
+import torch
+from torch import Tensor
+
+from ..similarity import similarity_logsumexp
 from ..similarity.spec import check_features, check_pair, check_scale
 from .batch import Batch
 from .common import not_yet
 from .options import check_number
+from .panels import sum_of_panels
 from .precision import accumulated, as_autocast, inner, without_autocast
 
 
@@ -53,9 +56,15 @@ def cwcl_loss(
 
         def target(mine: Tensor, others: Tensor) -> Tensor:
             weighted = c @ (c.T @ others)  # Σ_j <c_i, c_j> other_j
-            return 0.5 * (mine * (others.sum(0) + weighted)).sum(1) / weight
+            scores = 0.5 * (mine * (others.sum(0) + weighted)).sum(1) / weight
+            return scores.mean(dtype=torch.float64)
 
-        return _soft_cross_entropy(batch, target, target)
+        scaled = batch.scale.reshape(-1, 1) * batch.queries
+        targets = target(scaled, batch.keys)
+        if symmetric:
+            targets = 0.5 * (targets + target(batch.keys, scaled))
+        logsum, shift = _mean_logsumexp(batch)
+        return logsum + (shift - targets).to(logsum.dtype)
 
 
 def soft_target_infonce(
@@ -101,18 +110,62 @@ def soft_target_infonce(
     if scale.ndim:
         raise ValueError(f"target_scale must be one for all, got shape {tuple(scale.shape)}")
     with without_autocast(queries.device):
+        scaled = batch.scale.reshape(-1, 1) * batch.queries
+        targets = 0
+        if alpha > 0:
+            targets = alpha * _soft_scores(scaled, batch.keys, c, e, scale, symmetric, backend)
+        if alpha < 1:  # in both directions
+            one_hot = inner(scaled, batch.keys).mean(dtype=torch.float64)
+            targets = targets + (1 - alpha) * one_hot
+        logsum, shift = _mean_logsumexp(batch)
+        return logsum + (shift - targets).to(logsum.dtype)
 
-        def target(c: Tensor, e: Tensor, mine: Tensor, others: Tensor) -> Tensor:
-            score = 0
-            if alpha > 0:
-                score = alpha * inner(mine, attention(scale * c, e, others))
-            return score + (1 - alpha) * inner(mine, others) if alpha < 1 else score
 
-        return _soft_cross_entropy(
-            batch,
-            lambda mine, others: target(c, e, mine, others),
-            lambda mine, others: target(e, c, mine, others),
-        )
+def _mean_logsumexp(batch: Batch) -> tuple[Tensor, Tensor]:
+    """The mean logsumexp of S as two parts, the second a constant in fp64: at a scale of 100 it
+    and the targets lose two digits of fp32 where they cancel."""
+    share = 0.5 if batch.symmetric else 1.0
+    sizes = {"row": len(batch.queries), "col": len(batch.keys)}
+    weights = {
+        f"{side}_weights": (batch.scale.new_full((sizes[side],), share / sizes[side]), None)
+        for side in batch.directions
+    }
+    logsum, stats = similarity_logsumexp(
+        *(batch.queries, batch.keys, batch.scale),
+        cols=batch.symmetric,
+        backend=batch.backend,
+        **weights,
+    )
+    maxima = (stats.row_max, stats.col_max) if batch.symmetric else (stats.row_max,)
+    return logsum, share * sum(x.mean(dtype=torch.float64) for x in maxima)
+
+
+def _soft_scores(
+    a: Tensor,
+    b: Tensor,
+    c: Tensor,
+    e: Tensor,
+    scale: Tensor,
+    symmetric: bool,
+    backend: str | None,
+) -> Tensor:
+    """mean_i Σ_j q_ij <a_i, b_j>, and where symmetric the mean of it and of the columns'. q has no
+    gradient: 4 matrix products give both directions and all gradients."""
+    share = 0.5 if symmetric else 1.0
+    c = scale * c
+    if symmetric:
+        with torch.no_grad():
+            stats = similarity_logsumexp(c, e, 1.0, rows=False, backend=backend)
+            top, logsum = stats.col_max, stats.col_logsum + math.log(len(b) / share)
+
+    def panel(rows: slice) -> tuple[None, Tensor]:
+        scores = c[rows] @ e.T
+        weights = scores.softmax(1).mul_(share / len(a))
+        if symmetric:
+            weights += scores.sub_(top).sub_(logsum).exp_()
+        return None, weights
+
+    return sum_of_panels(a, b, panel)
 
 
 def _paired(
@@ -137,25 +190,3 @@ def _target(name: str, x: object, rows: int, batch: Batch) -> Tensor:
     if x.device != batch.queries.device:
         raise ValueError(f"{name} must be on {batch.queries.device}, got {x.device}")
     return x.detach().to(batch.queries.dtype)
-
-
-def _soft_cross_entropy(batch: Batch, row_target, col_target) -> Tensor:
-    """mean_i [ logsumexp_j S_ij - target_i ]. A target takes the anchors, scaled, and the others,
-    and gives Σ_j q_ij <anchor_i, other_j>."""
-    scaled = batch.scale.reshape(-1, 1) * batch.queries
-    losses = []
-    for side, found in batch.statistics().items():
-        row = side == "row"
-        target = row_target(scaled, batch.keys) if row else col_target(batch.keys, scaled)
-        losses.append((found.logsum - (target - finite_shift(found.max))).mean())
-    return sum(losses) / len(losses)
-
-
-def attention(queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-    """softmax(queries · keysᵀ) · values, never by PyTorch's N × M form: on the CPU that is avoided
-    where keys and values have one width, on the GPU a kernel that cannot run says so."""
-    width = -(-max(keys.shape[1], values.shape[1]) // 8) * 8  # which the GPU's kernels want
-    q, k, v = (pad(x, (0, width - x.shape[1]))[None, None] for x in (queries, keys, values))
-    with sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION]):
-        out = scaled_dot_product_attention(q, k, v, scale=1.0)
-    return out[0, 0, :, : values.shape[1]]
