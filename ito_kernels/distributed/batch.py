@@ -139,9 +139,9 @@ class GlobalBatch:
         rows = self.numbers(side)
         return torch.arange(rows.start, rows.stop, device=device)
 
-    @property
-    def number_of_keys(self) -> int:
-        return int(self.sizes[:, 1].sum())
+    def count(self, side: int) -> int:
+        """Of the queries (0) or keys (1) of all ranks."""
+        return int(self.sizes[:, side].sum())
 
     def everyones(self, ids: Tensor) -> Tensor:
         """`query_ids` or `key_ids` of all ranks, with some padding."""

@@ -26,9 +26,8 @@ class LocalBatch:
     def numbers(self, side: int) -> range:
         return range(self.sizes[side])
 
-    @property
-    def number_of_keys(self) -> int:
-        return self.sizes[1]
+    def count(self, side: int) -> int:
+        return self.sizes[side]
 
     def with_ids(self, query_ids: Tensor, key_ids: Tensor) -> LocalBatch:
         return LocalBatch(self.sizes, query_ids, key_ids)

@@ -69,6 +69,10 @@ class Batch:
     def features(self, side: str) -> Tensor:
         return self.queries if side == "row" else self.keys
 
+    def number(self, side: str) -> int:
+        """Of everyone's rows on a side, padding included."""
+        return self.whole.count(0 if side == "row" else 1)
+
     def ids(self, side: str) -> Tensor | None:
         return self.query_ids if side == "row" else self.key_ids
 

@@ -73,7 +73,7 @@ def cacr_loss(
             return positive[0] - negative[0], positive[1].sub_(negative[1]).mul_(-2)
 
         two, padded = a.new_full((), 2.0), key_ids < 0
-        return whole.sum(sum_of_panels(a, b, panel))
+        return whole.sum(sum_of_panels(a, b, panel)).to(a.dtype)
 
 
 def _expected(cost: Tensor, t: float, left_out: Tensor, share: Tensor) -> tuple[Tensor, Tensor]:

@@ -39,7 +39,7 @@ def uniformity_loss(
     check_chunk_size(chunk_size)
     check_features("x", x)
     whole = whole_batch(group, x, x, chunk_size=chunk_size)
-    n = whole.number_of_keys
+    n = whole.count(1)
     if n < 2:
         raise ValueError(f"x must have at least 2 rows: uniformity is of pairs, got {n}")
     t = check_scale("t", t, x)
@@ -95,4 +95,4 @@ def alignment_loss(
     some = square != 0  # the root has no derivative at 0
     powers = torch.where(some, torch.where(some, square, 1) ** (alpha / 2), 0)
     whole = whole_batch(group, x, y, chunk_size=chunk_size)
-    return whole.sum(powers.sum()) / whole.number_of_keys
+    return whole.sum(powers.sum()) / whole.count(1)

@@ -180,7 +180,7 @@ def _check_pairs(
         raise TypeError(f"positive_pairs must be a tensor, got {type(pairs).__name__}")
     if pairs.ndim != 2 or pairs.shape[1] != 2:
         raise ValueError(f"positive_pairs must have shape (P, 2), got {tuple(pairs.shape)}")
-    sides = (("queries", whole.numbers(0)), ("keys", range(whole.number_of_keys)))
+    sides = (("queries", whole.numbers(0)), ("keys", range(whole.count(1))))
     pairs = torch.stack(
         [
             check_ids("positive_pairs", pairs[:, side], len(pairs), "itself", queries.device)

@@ -24,7 +24,7 @@ def panel_rows(columns: int) -> int:
 def sum_of_panels(
     a: Tensor, b: Tensor, panel: Callable[[slice], tuple[Tensor | None, Tensor]]
 ) -> Tensor:
-    """Σ f(dot) over the panels dot of a·bᵀ, as a 0-d tensor with gradients of a and b.
+    """Σ f(dot) over the panels dot of a·bᵀ, 0-d in fp64, with gradients of a and b.
 
     panel: takes the rows and gives f and ∂f/∂dot, or where f is linear None and its coefficients.
     Both are constants for autograd. Gradients are formed in the forward pass: 3 matrix products
@@ -40,7 +40,7 @@ class _SumOfPanels(torch.autograd.Function):
         need_a, need_b, _ = ctx.needs_input_grad
         grad_a = torch.empty_like(a) if need_a else None
         grad_b = torch.zeros_like(b) if need_b else None
-        total = a.new_zeros(())
+        total = a.new_zeros((), dtype=torch.float64)
         step = panel_rows(len(b))
         for start in range(0, len(a), step):
             rows = slice(start, start + step)
@@ -59,7 +59,7 @@ class _SumOfPanels(torch.autograd.Function):
     @staticmethod
     def backward(ctx, by: Tensor) -> tuple:
         first_order_only()
-        return *(None if x is None else x * by for x in ctx.saved_tensors), None
+        return *(None if x is None else x * by.to(x.dtype) for x in ctx.saved_tensors), None
 
 
 def in_panels(

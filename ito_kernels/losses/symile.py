@@ -51,7 +51,7 @@ def symile_loss(
     x, y, z = (accumulated(as_autocast(v)) for v in (x, y, z))
     device = x.device if generator is None else generator.device
 
-    mine, n = whole.numbers(1), whole.number_of_keys
+    mine, n = whole.numbers(1), whole.count(1)
 
     def shuffled(v: Tensor) -> Tensor:
         """This rank's part of everyone's rows in a random order, the first rank's."""
