@@ -1,18 +1,21 @@
-"""Positives as a list of pairs."""
+"""Positives as a list of pairs: their scores, and what they leave as negatives."""
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..similarity.pairs import finite_shift
-from .batch import Batch
+from .batch import OTHER, Batch, Direction
+from .panels import log_sums
 from .precision import inner, take
 
 
 class Positives:
     """What no ids can say (multi-label data, graphs, mixtures): P pairs (row, column) of a batch,
-    and their weights (1 by default). Memory O(P·D)."""
+    and their weights (1 by default; a pair with a weight of 0 is no positive). Memory O(P·D)."""
 
     def __init__(self, batch: Batch, rows: Tensor, cols: Tensor, weights: Tensor | None):
         self.batch, self.rows, self.cols = batch, rows, cols
@@ -24,20 +27,74 @@ class Positives:
 
     def of(self, side: str, shift: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Per anchor: the total weight k, Σ w·(S - shift) / k and log Σ w·e^(S - shift)."""
-        anchor, bias = (self.rows if side == "row" else self.cols), self.batch.bias(side)
-        scores = self.scores - shift[anchor]
-        if bias is not None:
-            scores = scores + bias[self.cols]
+        scores = self._scores(side, shift)
+        k = self._add(side, self.weights)
+        mean = self._add(side, self.weights * scores) / torch.where(k == 0, 1, k)
+        return k, mean, self._log_sum(side, scores, self.weights)
 
-        def add(values: Tensor) -> Tensor:
-            return torch.zeros_like(shift).index_put((anchor,), values, accumulate=True)
+    def log_sum(self, side: str, shift: Tensor) -> Tensor:
+        """log Σ e^(S - shift) over the pairs of each anchor, each once whatever its weight."""
+        ordered, order = self._codes("row").sort(stable=True)
+        once = ordered >= 0
+        once[1:] &= ordered[1:] != ordered[:-1]
+        once = torch.empty_like(once).index_copy_(0, order, once)
+        return self._log_sum(side, self._scores(side, shift), once.to(shift.dtype))
 
-        counted = self.weights != 0
-        found = scores.detach().masked_fill(~counted, -torch.inf)
-        top = finite_shift(
-            torch.full_like(shift, -torch.inf).scatter_reduce(0, anchor, found, "amax")
+    def negatives(self, side: str, powers: tuple[float, ...]) -> Negatives:
+        """Of everything that is no positive."""
+        batch, row = self.batch, side == "row"
+        a, b = batch.features(side), batch.features(OTHER[side])
+        limit = batch.row_limit if row else batch.col_limit
+        scale = batch.scale.expand(len(batch.queries))
+        positives = self._codes(side)
+
+        def left_out(rows: slice, dot: Tensor) -> Tensor:
+            # the positives' places in the panel, of all others the place behind it
+            size = dot.numel()
+            place = positives - rows.start * len(b)
+            place = torch.where((positives >= 0) & (place >= 0) & (place < size), place, size)
+            out = torch.zeros(size + 1, dtype=torch.bool, device=dot.device)
+            out = out.scatter_(0, place, True)[:-1].view(dot.shape)
+            if batch.exclude_self:
+                out.diagonal(rows.start).fill_(True)
+            return out if limit is None else out.logical_or_(dot > limit[rows, None])
+
+        top, number, sums = log_sums(
+            *(a, b, scale[:, None] if row else scale, batch.bias(side), left_out, powers)
         )
-        exp = torch.where(counted, scores - top[anchor], 0).exp()
-        k, sum_of_exp = add(self.weights), add(self.weights * exp)
-        log_sum = torch.where(sum_of_exp > 0, sum_of_exp, 1).log() + top
-        return k, add(self.weights * scores) / torch.where(k == 0, 1, k), log_sum
+        logs = {p: Direction(p * top, x, None, None) for p, x in zip(powers, sums, strict=True)}
+        return Negatives(logs, number)
+
+    def _codes(self, side: str) -> Tensor:
+        """Each pair as one number, in order of the anchors; -1 for what has no weight."""
+        mine, others = (self.rows, self.cols) if side == "row" else (self.cols, self.rows)
+        code = mine * len(self.batch.features(OTHER[side])) + others
+        return torch.where(self.weights != 0, code, -1)
+
+    def _scores(self, side: str, shift: Tensor) -> Tensor:
+        scores, bias = self.scores - take(shift, self._anchors(side)), self.batch.bias(side)
+        return scores if bias is None else scores + take(bias, self.cols)
+
+    def _anchors(self, side: str) -> Tensor:
+        return self.rows if side == "row" else self.cols
+
+    def _add(self, side: str, values: Tensor) -> Tensor:
+        number = len(self.batch.features(side))
+        return values.new_zeros(number).index_put((self._anchors(side),), values, accumulate=True)
+
+    def _log_sum(self, side: str, scores: Tensor, weights: Tensor) -> Tensor:
+        """log Σ w·e^score per anchor."""
+        anchors, counted = self._anchors(side), weights != 0
+        top = scores.new_full((len(self.batch.features(side)),), -torch.inf)
+        found = scores.detach().masked_fill(~counted, -torch.inf)
+        top = finite_shift(top.scatter_reduce(0, anchors, found, "amax"))
+        exp = torch.where(counted, scores - take(top, anchors), 0).exp()
+        total = self._add(side, weights * exp)
+        return torch.where(total > 0, total, 1).log() + top
+
+
+class Negatives(NamedTuple):
+    """The statistics of p·S by p, and how many negatives each anchor has."""
+
+    sums: dict[float, Direction]
+    number: Tensor
