@@ -186,6 +186,10 @@ LOSSES = {
     "pairs, in": partial(pairs, positives="in", exclude_self=True, empty="drop"),
     "pairs, smoothing": partial(pairs, weighted=False, label_smoothing=0.2),
     "pairs, margin": partial(pairs, false_negative_margin=0.2),
+    "pairs, debias": partial(pairs, debias=0.1, hardness=0.5, exclude_self=True),
+    "pairs, hardness": lambda x, y, s, b, r, **o: pairs(
+        x, y, s * (1 + r.to(s.dtype) / N), b, r, hardness=0.5, **o
+    ),
     "margin": margin,
     "margin, self excluded": partial(margin, exclude_self=True, queue=QUEUE, hardness=0.5),
     "margin, diagonal": partial(infonce, false_negative_margin=0.1, debias=0.1),

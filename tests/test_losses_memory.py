@@ -31,6 +31,9 @@ def run(loss, n):
             a, b, 10.0, query_weights=torch.rand(n), key_bias=torch.randn(n), **by_id
         ),
         "pairs": lambda: infonce(a, b, 10.0, positive_pairs=pairs, return_stats=True)[0],
+        "reweighted pairs": lambda: infonce(
+            a, b, 10.0, positive_pairs=pairs, debias=0.1, hardness=0.5
+        ),
         "queue": lambda: infonce(a, b, 10.0, **by_id, **queue),
         "hard negatives": lambda: infonce(a, b, 10.0, hard_negatives=c[:, None], **by_id),
         "margin": lambda: infonce(a, b, 10.0, false_negative_margin=0.1, **by_id),

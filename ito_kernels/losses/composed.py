@@ -94,9 +94,12 @@ class _Anchors(NamedTuple):
 def _anchors(batch: Batch, o: Options, positives: str) -> dict[str, _Anchors]:
     """Of each direction: calls of the primitive serve both at once."""
     pairs = _pairs(batch, o)
-    powers = (1.0,)
-    if o.hardness:
-        powers = (o.hardness, 1 + o.hardness)
+    powers = (o.hardness, 1 + o.hardness) if o.hardness else (1.0,)
+    listed, sums = {}, None
+    if o.reweighted and o.positive_pairs is not None:  # whose negatives the kernels cannot tell
+        listed = {side: pairs.negatives(side, powers) for side in batch.directions}
+        passes = {p: {side: x.sums[p] for side, x in listed.items()} for p in powers}
+    elif o.hardness:
         passes = {p: batch.statistics(p, exclude_positives=True) for p in powers}
         sums = None if pairs else batch.statistics(positives="lse", exclude_positives=True)
     else:
@@ -132,11 +135,15 @@ def _anchors(batch: Batch, o: Options, positives: str) -> dict[str, _Anchors]:
 
         logs = [_log_sum(passes[p][side], p, shift, more) for p in powers]
         if o.reweighted:
-            negatives = hard(*logs, number - k) if o.hardness else logs[0]
+            rest, itself = number - k, log_sum
+            if listed:  # where k is a weight, and a pair may come twice
+                rest = listed[side].number + sum(x.number() for x in more)
+                itself = torch.where(some, pairs.log_sum(side, shift), 0)
+            negatives = hard(*logs, rest) if o.hardness else logs[0]
             if o.debias is not None:
                 floor = -batch.scale - shift
-                negatives = debiased(negatives, log_sum - _log(k), number - k, o.debias, floor)
-            log_denominator = torch.logaddexp(log_sum, negatives)
+                negatives = debiased(negatives, log_sum - _log(k), rest, o.debias, floor)
+            log_denominator = torch.logaddexp(itself, negatives)
         else:
             (log_denominator,) = logs
 

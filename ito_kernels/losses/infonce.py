@@ -84,7 +84,9 @@ def multi_positive_infonce(
             keys that are sampled (logQ). For query→key.
         positive_pairs, positive_weights: (P, 2) integers, pairs (i, j) in place of the ids where
             positives are no partition, and (P,) weights: P_i becomes a weighted mean, of S ("mean")
-            or of exp S ("in"). A pair that is listed twice counts twice. Memory O(P·D).
+            or of exp S ("in"). A pair that is listed twice counts twice as a positive and once in
+            D_i; one with a weight of 0 is a negative. Memory O(P·D). With debias or hardness their
+            negatives are summed in PyTorch, a panel of rows at a time, whatever the backend.
         queue, queue_ids: (Q, D) keys without gradient, further negatives for query→key, and (Q,)
             integers: those with a query's id are left out of it, those with a negative id of all.
         hard_negatives: (N, K, D), further negatives of their own query alone, with gradient. For
@@ -121,10 +123,9 @@ def multi_positive_infonce(
             numbers, each pair given by the rank of its query. See `ito_kernels.distributed`.
         chunk_size: with a group: how many keys of all ranks are gathered at a time.
 
-        `debias` and `hardness` raise NotImplementedError with `positive_pairs`, and
-        `false_negative_margin` with `label_smoothing` or, if symmetric, with one logit_scale for
-        each query. With `debias`, `hardness`, `positive_pairs`, `queue` or `hard_negatives` bf16
-        and fp16 features are computed in fp32: parts of several passes cancel.
+        `false_negative_margin` raises NotImplementedError with `label_smoothing` or, if symmetric,
+        with one logit_scale for each query. With `debias`, `hardness`, `positive_pairs`, `queue` or
+        `hard_negatives` half precision is computed in fp32: parts of several passes cancel.
 
     Returns:
         The loss, a 0-d fp32 tensor (fp64 for fp64 features), or as `reduction` says; with

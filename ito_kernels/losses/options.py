@@ -170,11 +170,6 @@ def _check_debias(tau: object, scale: Tensor, queries: Tensor, m: int, symmetric
 def _check_pairs(
     o: Options, queries: Tensor, whole: GlobalBatch | LocalBatch, positives: str
 ) -> Options:
-    if o.reweighted:
-        raise NotImplementedError(
-            "debias and hardness need the negatives alone, which the kernels find by ids:"
-            " they are not implemented with positive_pairs"
-        )
     pairs, weights = o.positive_pairs, o.positive_weights
     if not isinstance(pairs, Tensor):
         raise TypeError(f"positive_pairs must be a tensor, got {type(pairs).__name__}")

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
 from ..similarity.op import first_order_only
+from ..similarity.pairs import finite_shift
 from ..similarity.primitive import reverse_mode_only
 
 # 2^20 scores are 4 MiB in fp32; a panel's function keeps up to ten such matrices while it runs.
@@ -62,18 +62,74 @@ class _SumOfPanels(torch.autograd.Function):
         return *(None if x is None else x * by.to(x.dtype) for x in ctx.saved_tensors), None
 
 
-def in_panels(
-    function: Callable[..., Tensor], rows: tuple[Tensor, ...], columns: int, *others: object
-) -> Tensor:
-    """`function(*rows, *others)`, whose first dimension is that of each of `rows`, for a few of
-    them at a time. Panels are computed again in backward: memory is that of one.
+def log_sums(
+    a: Tensor,
+    b: Tensor,
+    scale: Tensor,
+    bias: Tensor | None,
+    left_out: Callable[[slice, Tensor], Tensor],
+    powers: tuple[float, ...],
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Of S = scale·a·bᵀ + bias without some pairs: the rows' maximum, -inf where nothing is left,
+    the number that are left, and (len(powers), N) log Σ_j exp(p·(S_ij - max_i)) for each power.
 
-    columns: how many scores `function` makes of each row.
+    scale: (N, 1) or (M,); bias: (M,) or None. left_out: takes the rows and their inner products and
+    gives a mask. Maximum and number are constants. 4 matrix products.
     """
-    reverse_mode_only(*rows, *(x for x in others if isinstance(x, Tensor)))
-    panels = zip(*(x.split(panel_rows(columns)) for x in rows), strict=True)
-    run = [
-        checkpoint(function, *panel, *others, use_reentrant=False, preserve_rng_state=False)
-        for panel in panels
-    ]
-    return torch.cat(run)
+    reverse_mode_only(a, b, scale, bias)
+    return _LogSums.apply(a, b, scale, bias, left_out, powers)
+
+
+class _LogSums(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, a, b, scale, bias, left_out, powers) -> tuple[Tensor, Tensor, Tensor]:
+        # written to in place: small results between large panels would break up the heap
+        top, number = a.new_empty(len(a)), a.new_empty(len(a))
+        sums = a.new_empty(len(powers), len(a))
+        for rows, _, scores, gone in _scores(a, b, scale, bias, left_out):
+            scores.masked_fill_(gone, -torch.inf)
+            torch.amax(scores, 1, out=top[rows])
+            number[rows] = len(b) - gone.sum(1)
+            scores.sub_(finite_shift(top[rows])[:, None])
+            for power, out in zip(powers, sums, strict=True):
+                out[rows] = (power * scores).exp_().sum(1).log_()
+        ctx.save_for_backward(a, b, scale, bias, top, sums)
+        ctx.left_out, ctx.powers = left_out, powers
+        ctx.mark_non_differentiable(top, number)
+        return top, number, sums
+
+    @staticmethod
+    def backward(ctx, _top, _number, grad: Tensor) -> tuple:
+        first_order_only()
+        a, b, scale, bias, top, sums = ctx.saved_tensors
+        top, sums = finite_shift(top), finite_shift(sums)
+        grad_a, grad_b = torch.empty_like(a), torch.zeros_like(b)
+        grad_scale = torch.zeros_like(scale)
+        grad_bias = None if bias is None else torch.zeros_like(bias)
+        for rows, dot, scores, gone in _scores(a, b, scale, bias, ctx.left_out):
+            scores.masked_fill_(gone, -torch.inf).sub_(top[rows, None])
+            weights = torch.zeros_like(scores)
+            for power, of_rows, by in zip(ctx.powers, sums, grad, strict=True):
+                terms = (power * scores).sub_(of_rows[rows, None]).exp_()
+                weights.addcmul_(terms, power * by[rows, None])
+            if bias is not None:
+                grad_bias += weights.sum(0)
+            if scale.ndim == 2:
+                torch.linalg.vecdot(weights, dot, out=grad_scale[rows, 0])
+                weights *= scale[rows]
+            else:
+                grad_scale += dot.mul_(weights).sum(0)
+                weights *= scale
+            torch.mm(weights, b, out=grad_a[rows])
+            grad_b.addmm_(weights.T, a[rows])
+        return grad_a, grad_b, grad_scale, grad_bias, None, None
+
+
+def _scores(a, b, scale, bias, left_out) -> Iterator[tuple[slice, Tensor, Tensor, Tensor]]:
+    """The rows, inner products, scores and mask of each panel."""
+    step = panel_rows(len(b))
+    for start in range(0, len(a), step):
+        rows = slice(start, start + step)
+        dot = a[rows] @ b.T
+        scores = dot * (scale[rows] if scale.ndim == 2 else scale)
+        yield rows, dot, scores if bias is None else scores.add_(bias), left_out(rows, dot)
