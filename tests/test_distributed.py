@@ -317,6 +317,17 @@ def device_mesh():
     assert torch.equal(value, LOSSES["mean"](*features, rows, group=dist.group.WORLD))
     with pytest.raises(ValueError, match="mesh of one dimension, got 2"):
         LOSSES["mean"](*features, rows, group=init_device_mesh("cpu", (size, 1)))
+    if size == 4:  # data in parallel along one dimension of a mesh: a batch for each row of it
+        mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("model", "data"))
+        first = dist.get_rank() // 2 * 2
+        mine = torch.cat([rows_of(SHARES[4], r) for r in (first, first + 1)])
+        truth, grads = single(LOSSES["options"], mine)
+        model = Model()
+        value = LOSSES["options"](*model(x[rows], y[rows]), rows, group=mesh["data"], chunk_size=3)
+        value.backward()
+        averaged(model, mesh["data"].get_group())
+        assert (value - truth).abs() <= 1e-12 * truth.abs()
+        assert_equal_gradients(gradients(model), grads, 1e-12)
 
 
 def fully_sharded():
@@ -340,21 +351,46 @@ def fully_sharded():
     assert_equal_gradients(ours, grads, 1e-12)
 
 
-def compiled():
+def compiled_step(name):
     """The loss breaks the graph of a compiled step, and does not change it."""
     rows, (x, y) = local_rows(), batch()
-    truth, grads = single(LOSSES["mean"])
+    truth, grads = single(LOSSES[name])
     model = Model()
 
     @partial(torch.compile, backend="eager")
     def step(x, y):
-        return 2 * LOSSES["mean"](*model(x, y), rows, group=dist.group.WORLD)
+        return 2 * LOSSES[name](*model(x, y), rows, group=dist.group.WORLD)
 
     value = step(x[rows], y[rows])
     (value / 2).backward()
     averaged(model, dist.group.WORLD)
     assert (value / 2 - truth).abs() <= 1e-12 * truth.abs()
     assert_equal_gradients(gradients(model), grads, 1e-12)
+
+
+def compiled_encoders():
+    """Only they are compiled; the replica reduces the gradients of the compiled module."""
+    rows, (x, y) = local_rows(), batch()
+    truth, grads = single(LOSSES["siglip"])
+    model = DistributedDataParallel(torch.compile(Model(), backend="aot_eager"))
+    value = LOSSES["siglip"](*model(x[rows], y[rows]), rows, group=dist.group.WORLD)
+    value.backward()
+    assert (value - truth).abs() <= 1e-12 * truth.abs()
+    ours = {k.removeprefix("_orig_mod."): v for k, v in gradients(model.module).items()}
+    assert_equal_gradients(ours, grads, 1e-12)
+
+
+def accumulated():
+    """Two batches, one reduction: the sum of their gradients."""
+    rows, (x, y) = local_rows(), batch()
+    model, names = replica(torch.float64), ("mean", "siglip")
+    model.zero_grad()
+    with model.no_sync():
+        LOSSES[names[0]](*model(x[rows], y[rows]), rows, group=dist.group.WORLD).backward()
+    LOSSES[names[1]](*model(x[rows], y[rows]), rows, group=dist.group.WORLD).backward()
+    (_, first), (_, second) = (single(LOSSES[name]) for name in names)
+    truth = {name: first.get(name, 0) + grad for name, grad in second.items()}
+    assert_equal_gradients(gradients(model.module), truth, 1e-12)
 
 
 def per_anchor():
@@ -530,7 +566,7 @@ class Traffic:
                 collectives.reduce_scatter: x.nbytes * (size - 1) // size,
                 collectives.all_reduce: 2 * out.nbytes * (size - 1) // size,
             }[collective]
-            kinds = ("gradients", "keys", "statistics", "ids", "sizes", "sum")
+            kinds = ("gradients", "biases", "keys", "statistics", "ids", "sizes", "sum", "rows")
             name = next(kind for kind in kinds if kind in what.replace("key ids", "ids"))
             self.received[name] = self.received.get(name, 0) + nbytes
             self.saved(started, what, collective, out, x, group)
@@ -569,6 +605,16 @@ def traffic():
         def siglip(y, x=x, where=where):
             return ik.siglip_loss(x, y, 1.0, 0.0, **where)
 
+        def biased(y, x=x, where=where):
+            bias = torch.zeros(n, requires_grad=True)
+            return ik.clip_loss(x, y, 1.0, symmetric=False, key_bias=bias, **where)
+
+        def decoupled(y, x=x, where=where):
+            return ik.decoupled_contrastive_loss(x, y, 1.0, **where)
+
+        def cacr(y, x=x, where=where):
+            return ik.cacr_loss(x, y, **where)
+
         def counted(received):
             return {k: v for k, v in received.items() if v and k != "sum"}
 
@@ -581,8 +627,17 @@ def traffic():
         assert counted(count(one_way, 0)) == counted(expected)
         expected["keys"] = gathered
         assert counted(count(siglip, 0)) == counted(expected)
+        expected |= {"keys": 2 * gathered, "biases": others * 4}
+        expected["gradients"] += others * 4
+        assert counted(count(biased, 0)) == counted(expected)
+        expected = small | columns | {"keys": 2 * gathered, "gradients": returned}
+        assert counted(count(decoupled, 0)) == counted(expected)
+        # everyone's rows at once, in fp32, and their ids
+        expected = small | {"rows": others * (width * 4 + 8), "gradients": returned}
+        expected["sizes"] += 2 * (size - 1) * 8
+        assert counted(count(cacr, 0)) == counted(expected)
+        expected = small | {"keys": gathered}
         # a frozen tower gets no gradient and sends none
-        del expected["gradients"]
         assert counted(count(siglip, 0, y.detach())) == counted(expected)
     del os.environ["ITO_GATHER_CACHE_BYTES"]
 
@@ -651,10 +706,23 @@ CHECKS = {
     },
 }
 for check in (
-    *(subgroup, device_mesh, fully_sharded, per_anchor, statistics, modules, autocast),
+    *(
+        subgroup,
+        device_mesh,
+        fully_sharded,
+        accumulated,
+        compiled_encoders,
+        per_anchor,
+        statistics,
+        modules,
+        autocast,
+    ),
     *(partly_kept, deterministic, not_a_number, traffic, memory),
 ):
     CHECKS[check.__name__] = check
+
+
+CHECKS |= {f"{name}, compiled": partial(compiled_step, name) for name in ("mean", "options")}
 
 
 def on_ring(check):
@@ -693,15 +761,6 @@ def test_as_one_process(found, size, check):
     for rank, results in enumerate(found[size]):
         assert check in results, f"rank {rank} ended before it came to this"
         assert results[check] is None, f"rank {rank}: {results[check]}"
-
-
-def compiled_step():
-    return ranks.findings({"step": compiled})
-
-
-@pytest.mark.slow  # importing dynamo takes as long as everything else
-def test_inside_torch_compile():
-    assert ranks.run(compiled_step, 2) == [{"step": None}] * 2
 
 
 def test_the_package_does_not_import_dynamo():
