@@ -16,6 +16,11 @@ def check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
         raise ValueError(f"{name} must be one of {wanted}, got {value!r}")
 
 
+def check_generator(name: str, generator: object) -> None:
+    if generator is not None and not isinstance(generator, torch.Generator):
+        raise TypeError(f"{name} must be a torch.Generator or None, got {type(generator).__name__}")
+
+
 def not_yet(**options: object) -> None:
     """Raise for an option that is part of the interface but not of this version."""
     for name, value in options.items():

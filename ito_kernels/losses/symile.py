@@ -8,7 +8,7 @@ from torch.nn.functional import softplus
 
 from ..similarity import similarity_logsumexp
 from ..similarity.spec import check_pair, check_scale
-from .common import not_yet
+from .common import check_generator, not_yet
 from .precision import accumulated, as_autocast, inner, without_autocast
 
 
@@ -48,6 +48,7 @@ def symile_loss(
         if len(other) != len(x):
             raise ValueError(f"x and {name} must have as many rows, got {len(x)} and {len(other)}")
     scale = check_scale("logit_scale", logit_scale, x)
+    check_generator("generator", generator)
     x, y, z = (accumulated(as_autocast(v)) for v in (x, y, z))
     device = x.device if generator is None else generator.device
 
