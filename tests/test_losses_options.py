@@ -518,6 +518,15 @@ BAD = [
     (ValueError, "debias bounds a key", {"debias": 0.1, "scale": torch.ones(5)}),
     (ValueError, r"query_weights must have shape \(5,\)", {"query_weights": torch.ones(4)}),
     (TypeError, "key_weights must have a floating-point dtype", {"key_weights": IDS}),
+    (ValueError, "query_weights must be 0 or more, got -1 to 1", {"query_weights": 1 - IDS / 2}),
+    (ValueError, "key_weights must be 0 or more, got -1 to 1", {"key_weights": 1 - IDS / 2}),
+    (
+        ValueError,
+        "positive_weights must be 0 or more, got -1 to -1",
+        {"positive_pairs": PAIRS, "positive_weights": -torch.ones(2)},
+    ),
+    (ValueError, "debias must be from 0 to 1, got 1.5 to 1.5", {"debias": torch.full((5,), 1.5)}),
+    (TypeError, "label_smoothing must be a number, got NoneType", {"label_smoothing": None}),
     (ValueError, "key_weights weigh", {"key_weights": torch.ones(5), "symmetric": False}),
     (
         ValueError,

@@ -11,6 +11,7 @@ from torch.nn.functional import one_hot
 from ..similarity.pairs import finite_shift
 from ..similarity.spec import check_ids
 from .batch import make_batch
+from .options import check_values
 from .precision import without_autocast
 
 
@@ -59,9 +60,10 @@ def cluster_weighted_infonce(
     if not isinstance(weights, Tensor) or weights.ndim != 2 or weights.shape[0] != weights.shape[1]:
         got = tuple(weights.shape) if isinstance(weights, Tensor) else type(weights).__name__
         raise ValueError(f"weights must be a (C, C) tensor, got {got}")
+    if not weights.is_floating_point():
+        raise TypeError(f"weights must have a floating-point dtype, got {weights.dtype}")
+    check_values("weights", weights.detach())
     if device.type == "cpu" and not torch.compiler.is_compiling():
-        if not (weights >= 0).all():
-            raise ValueError(f"weights must be 0 or more, got {weights.min().item():g}")
         for name, x in (("query_clusters", rows), ("key_clusters", cols)):
             if not 0 <= int(x.min()) <= int(x.max()) < len(weights):
                 raise ValueError(

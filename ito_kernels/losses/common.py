@@ -16,6 +16,11 @@ def check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
         raise ValueError(f"{name} must be one of {wanted}, got {value!r}")
 
 
+def check_generator(name: str, generator: object) -> None:
+    if generator is not None and not isinstance(generator, torch.Generator):
+        raise TypeError(f"{name} must be a torch.Generator or None, got {type(generator).__name__}")
+
+
 def scale_from_temperature(temperature: float | Tensor, like: Tensor) -> Tensor:
     """1 / temperature; a number must be finite and greater than 0."""
     return 1.0 / check_scale("temperature", temperature, like)

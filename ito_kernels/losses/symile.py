@@ -8,6 +8,7 @@ from torch.nn.functional import softplus
 
 from ..distributed import check_chunk_size, whole_batch
 from ..similarity.spec import check_pair, check_scale
+from .common import check_generator
 from .precision import accumulated, as_autocast, inner, take, without_autocast
 
 
@@ -47,6 +48,7 @@ def symile_loss(
         if len(other) != len(x):
             raise ValueError(f"x and {name} must have as many rows, got {len(x)} and {len(other)}")
     scale = check_scale("logit_scale", logit_scale, x)
+    check_generator("generator", generator)
     whole = whole_batch(group, x, x, chunk_size=chunk_size)
     x, y, z = (accumulated(as_autocast(v)) for v in (x, y, z))
     device = x.device if generator is None else generator.device

@@ -110,7 +110,8 @@ def similarity_logsumexp(
     name = dispatch.choose(problem, backend)
     needs = _wanted_gradients(problem)
     module = dispatch.load(name)
-    cache = module.cache_bytes(problem) if any(needs) and hasattr(module, "cache_bytes") else 0
+    cache = module.cache_bytes(problem) if hasattr(module, "cache_bytes") else 0
+    cache = cache if any(needs) else 0
     total, stats = op.logsumexp(problem, name, cache, return_stats, weights, needs)
     if total is None:
         return stats
