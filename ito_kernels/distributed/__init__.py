@@ -5,6 +5,17 @@ the kernels work on the current one; a rank's row statistics are complete after 
 those of its columns after one exchange of O(B) numbers. Backward walks over the chunks again and
 returns the gradients of the keys to their owners. Memory is O(local·D + chunk·D + B) on each rank.
 
+A loss is written once, for `whole_batch`: that of all ranks or that of this process, which has the
+same interface. It needs of it
+
+- the primitive, of its rows against everyone's keys, column statistics included;
+- `sum`, of losses and counts, and `shared_sum` and `largest`, of vectors that ranks use each in
+  their own way;
+- `rows`, everyone's rows at once, for what the primitive cannot say: O(global·D).
+
+Each is adjoint to its backward for the sum over ranks of what they differentiate, which is W times
+the loss, and averaging divides by W: so is any composition of them.
+
 All ranks must call the same losses in the same order, with the same options.
 
 Environment, the same on every rank: ITO_TRANSPORT, how keys travel: "gather", the default, by
