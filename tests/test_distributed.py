@@ -404,7 +404,8 @@ def per_anchor():
     def loss(x, y, s, b, r, **o):
         row, col = by_ids(x, y, s, b, r, reduction="none", **o)
         pairs = ik.siglip_loss(x, y, s, b, reduction="none", **o)
-        return row, col, pairs
+        options = all_options(x, y, s, b, r, reduction="none", **o)
+        return row, col, pairs, *options
 
     def total(losses, r):
         weights = 1 + r
@@ -425,7 +426,7 @@ def per_anchor():
 def statistics():
     rows, (x, y) = local_rows(), batch()
     model = Model()
-    for loss in (by_ids, partial(by_ids, positives="in", symmetric=False)):
+    for loss in (by_ids, partial(by_ids, positives="in", symmetric=False), all_options, pairs):
         value, truth = loss(*model(x, y), torch.arange(N), return_stats=True)
         ours, stats = loss(
             *model(x[rows], y[rows]), rows, return_stats=True, group=dist.group.WORLD, chunk_size=3

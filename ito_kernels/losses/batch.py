@@ -38,7 +38,6 @@ class Batch:
     """
 
     whole: GlobalBatch | LocalBatch
-
     queries: Tensor
     keys: Tensor
     scale: Tensor

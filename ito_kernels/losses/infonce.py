@@ -11,11 +11,7 @@ from torch import Tensor
 from ..distributed import GlobalBatch, LocalBatch, check_chunk_size, whole_batch
 from ..similarity.pairs import count_positives
 from ..similarity.spec import Stats, accumulate_dtype, check_ids, check_pair, check_scale
-from .common import (
-    REDUCTIONS,
-    check_choice,
-    normalized,
-)
+from .common import REDUCTIONS, check_choice, normalized
 from .composed import infonce_with_options
 from .options import Options
 

@@ -61,12 +61,12 @@ def symile_loss(
         return take(v, order[mine.start : mine.stop])
 
     with without_autocast(x.device):
+        own, everyones = (x, y, z), [whole.rows(v) for v in (x, y, z)]
         total = 0
-        everyones = {id(v): whole.rows(v) for v in (y, z, x)}
-        for anchor, second, third in ((x, y, z), (y, x, z), (z, x, y)):
-            others = shuffled(everyones[id(second)]) * shuffled(everyones[id(third)])
+        for anchor, second, third in ((0, 1, 2), (1, 0, 2), (2, 0, 1)):
+            others = shuffled(everyones[second]) * shuffled(everyones[third])
             stats = whole.similarity_logsumexp(
-                anchor,
+                own[anchor],
                 others,
                 scale,
                 row_ids=whole.query_ids,
@@ -75,7 +75,7 @@ def symile_loss(
                 cols=False,
                 backend=backend,
             )
-            true = scale * inner(anchor, second * third)
+            true = scale * inner(own[anchor], own[second] * own[third])
             negatives = stats.row_logsum + stats.row_max
             total = total + softplus(negatives - true, threshold=40).sum()
         return whole.sum(total) / (3 * n)
