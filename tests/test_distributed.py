@@ -79,6 +79,7 @@ PRIORS = torch.rand(N, generator=G, dtype=torch.float64) / 4
 PAIRS = torch.tensor([(i, j) for i in range(N) for j in range(N) if (3 * i + j) % 5 < 2])
 PAIRS = PAIRS[(PAIRS[:, 0] != 5) & (PAIRS[:, 1] != 6)]
 PAIR_WEIGHTS = torch.rand(len(PAIRS), generator=G, dtype=torch.float64)
+PAIR_WEIGHTS[::4] = 0
 REFERENCE = normalize(torch.randn(2, N, 3, generator=G, dtype=torch.float64), dim=2)
 CLUSTERS = torch.randint(3, (2, N), generator=G)
 

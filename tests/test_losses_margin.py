@@ -165,6 +165,20 @@ def test_pairs(norm, more):
     assert abs(by_ids - by_pairs) < 1e-3  # limits differ by 1e-5 of the norms' product
 
 
+def test_a_pair_without_weight_sets_no_margin():
+    a, b, ids_a, ids_b = make(padded=False)
+    pairs = (ids_a[:, None] == ids_b[None, :]).nonzero()
+    others = torch.stack([pairs[:, 0], (a @ b.T).argmax(1)[pairs[:, 0]]], 1)
+    others = others[ids_a[others[:, 0]] != ids_b[others[:, 1]]]
+    listed = {
+        "positive_pairs": torch.cat([pairs, others]),
+        "positive_weights": torch.cat([torch.ones(len(pairs)), torch.zeros(len(others))]).double(),
+    }
+    options = {"false_negative_margin": 0.1}
+    alone = ik.multi_positive_infonce(a, b, SCALE, positive_pairs=pairs, **options)
+    assert ik.multi_positive_infonce(a, b, SCALE, **listed, **options) == alone
+
+
 def test_one_scale_for_each_query():
     a, b, ids_a, ids_b = make(padded=False)
     scale = torch.full((41,), SCALE, dtype=torch.float64)

@@ -49,6 +49,8 @@ def _largest_positives(batch: Batch, o: Options) -> dict[str, Tensor]:
         dot = inner(take(a, pairs[0]), take(b, pairs[1]))
         if batch.exclude_self:
             dot = dot.masked_fill(pairs[0] + batch.diagonal == pairs[1], -torch.inf)
+        if o.positive_weights is not None:
+            dot = dot.masked_fill(o.positive_weights == 0, -torch.inf)
         row, col = (
             x.new_full((len(x),), -torch.inf).scatter_reduce(0, anchors, dot, "amax")
             for x, anchors in zip((a, b), pairs, strict=True)
