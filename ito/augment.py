@@ -61,6 +61,8 @@ class Augmentation:
 
 # the recipe of the ITO paper
 PAPER = Augmentation(scale=(0.5, 1.0), jitter=(0.4, 0.4, 0.4, 0.1), blur_p=0.5, flip_p=0.5)
+# open_clip's for CLIP: a mild crop and nothing else
+CROP = Augmentation(scale=(0.9, 1.0), jitter=(0.0, 0.0, 0.0, 0.0), jitter_p=0.0, gray_p=0.0)
 # for drawings whose other artists' versions are to be recognised
 DRAWINGS = Augmentation(
     scale=(0.7, 1.3),
@@ -72,7 +74,12 @@ DRAWINGS = Augmentation(
 
 
 def augment(
-    images: torch.Tensor, out_size: int, generator: torch.Generator, config: Augmentation
+    images: torch.Tensor,
+    out_size: int,
+    generator: torch.Generator,
+    config: Augmentation,
+    places: torch.Tensor | None = None,
+    batch: int | None = None,
 ) -> torch.Tensor:
     """One random view of every picture: uint8 (B, 3, S, S) to float32 (B, 3, out, out), normalised.
 
@@ -82,11 +89,15 @@ def augment(
     than the picture is narrowed to it unless `scale` exceeds 1. Sampling is bilinear, free of
     aliases down to half the size.
 
+    With `places` (B,), the pictures stand there in a batch of `batch`, and get the views that they
+    would get if all of it were given: so ranks share a batch.
+
     Raises ValueError if S is more than twice `out_size`.
     """
     check(images, out_size)
     # drawn on the generator's device: a CPU generator gives the same views on every device
-    u = torch.rand(48, len(images), generator=generator, device=generator.device).to(images.device)
+    u = torch.rand(48, batch or len(images), generator=generator, device=generator.device)
+    u = (u if places is None else u[:, places]).to(images.device)
     bend = warp(u[15:48], out_size, config) if config.warp > 0 else None
     x = crop(images.float().div_(255), out_size, u[:5], config, bend)
     if config.stroke_p > 0:

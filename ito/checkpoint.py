@@ -1,7 +1,8 @@
 """Files that are whole or absent: checkpoints and everything else that a killed run may leave."""
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -28,9 +29,23 @@ def save_checkpoint(run: Path, step: int, state: dict) -> None:
         old.unlink()
 
 
+@contextmanager
+def undamaged(path: Path) -> Iterator[Path]:
+    """Names the file that cannot be read: ValueError, or the system's error where it is missing."""
+    try:
+        yield path
+    except OSError:
+        raise
+    except Exception as error:  # torch, pickle, zipfile and tokenizers raise what they like
+        raise ValueError(
+            f"{path} is damaged, or not of this run ({type(error).__name__})"
+        ) from None
+
+
 def load_checkpoint(run: Path) -> dict:
     """The newest checkpoint of a run; FileNotFoundError if it has none."""
     found = sorted((run / "checkpoints").glob("step_*.pt"))
     if not found:
         raise FileNotFoundError(f"{run} holds no checkpoint (checkpoints/step_*.pt)")
-    return torch.load(found[-1], weights_only=True, map_location="cpu")
+    with undamaged(found[-1]) as path:
+        return torch.load(path, weights_only=True, map_location="cpu")

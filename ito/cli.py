@@ -4,13 +4,15 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+USER_ERRORS = (ValueError, OSError, ImportError)
+
 
 @contextmanager
 def user_errors() -> Iterator[None]:
     """`error: …` on stderr. Status 2: options, files or packages; 1: the training diverged."""
     try:
         yield
-    except (ValueError, OSError, ImportError) as error:
+    except USER_ERRORS as error:
         print(f"error: {reason(error)}", file=sys.stderr)
         sys.exit(2)
     except FloatingPointError as error:

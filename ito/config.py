@@ -7,17 +7,98 @@ import math
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from ito.augment import DRAWINGS, Augmentation
+from ito.augment import CROP, DRAWINGS, PAPER, Augmentation
 from ito.fusion import READOUTS
 
-EMOJI_SMALL = "emoji-small"
+EMOJI_SMALL, EMOJI_FULL = "emoji-small", "emoji-full"
+
+
+@dataclass(frozen=True)
+class Kind:
+    """What an objective takes: views and captions by default, and the options that it alone has."""
+
+    views: int = 1
+    captions: int = 1
+    options: tuple[str, ...] = ()
+    augmentation: Augmentation = DRAWINGS
+
+
+ITO = (
+    "views",
+    "captions",
+    "denominator",
+    "lambda_fusion",
+    "lambda_schedule",
+    "fusion_depth",
+    "fusion_readout",
+    "fusion_scale",
+    "fusion_stop_gradient",
+    "fusion_text",
+)
+KINDS = {
+    "ito": Kind(views=2, options=ITO),
+    "clip": Kind(augmentation=CROP),
+    "clip-aug": Kind(),
+    "slip": Kind(views=3),
+    "siglip": Kind(),
+    "flair": Kind(captions=2, options=("captions",)),
+}
+
+
+YFCC_VITB16 = {
+    "image_size": 224,
+    "load_size": 256,
+    "patch_size": 16,
+    "image_width": 768,
+    "image_heads": 12,
+    "image_depth": 12,
+    "width": 512,
+    "heads": 8,
+    "text_depth": 12,
+    "vocab_size": 49408,
+    "context_length": 77,
+    "weight_decay": 0.1,
+    "augmentation": PAPER,
+    "batch_size": 4096,
+    "lr": 3e-3,
+    "steps": 30 * 14_829_396 // 4096,  # 30 epochs of the pairs that open_clip counts
+    "warmup": 10_000 / (30 * 14_829_396 // 4096),
+}
+CC12M_VITB16 = YFCC_VITB16 | {
+    "batch_size": 2048,
+    "lr": 1e-3,
+    "steps": 30 * 10_968_539 // 2048,
+    "warmup": 10_000 / (30 * 10_968_539 // 2048),
+}
+PRESETS = {
+    "emoji-small": {},
+    "emoji-full": {"train_data": EMOJI_FULL},
+    "cc12m-vitb16": CC12M_VITB16,
+    "yfcc15m-vitb16": YFCC_VITB16,
+}
 
 
 def option(
-    default, group: str, help: str, choices: tuple[str, ...] | None = None, *, least=None, most=None
+    default,
+    group: str,
+    help: str,
+    choices: tuple[str, ...] | None = None,
+    *,
+    least=None,
+    most=None,
+    kind: type | None = None,
 ):
-    """A field with its command-line option; `least` and `most` bound a number, ends included."""
-    metadata = {"group": group, "help": help, "choices": choices, "bounds": (least, most)}
+    """A field with its command-line option; `least` and `most` bound a number, ends included.
+
+    kind: of the value, where the default is None: the objective's own.
+    """
+    metadata = {
+        "group": group,
+        "help": help,
+        "choices": choices,
+        "bounds": (least, most),
+        "kind": kind or type(default),
+    }
     return field(default=default, metadata=metadata)
 
 
@@ -31,35 +112,92 @@ class Config:
     train_data: str = option(
         EMOJI_SMALL,
         "data",
-        "a folder with captions.jsonl, an open_clip CSV, or emoji-small (prepared on first use)",
+        "a folder with captions.jsonl, an open_clip CSV, emoji-small or emoji-full (both prepared "
+        "on first use)",
     )
     csv_separator: str = option("\t", "data", "of an open_clip CSV")
     csv_img_key: str = option("filepath", "data", "its column of picture paths")
     csv_caption_key: str = option("title", "data", "its column of captions")
     split_seed: int = option(0, "data", "draws the held-out items where the data names no split")
 
-    views: int = option(2, "objective", "V, augmented drawings of an item per step", least=1)
-    captions: int = option(1, "objective", "C, captions of an item per step", least=1)
+    objective: str = option("ito", "objective", "what is trained", tuple(KINDS))
+    views: int = option(
+        None,
+        "objective",
+        "V, augmented drawings of an item per step (ito 2; others: slip 3, the rest 1)",
+        least=1,
+        kind=int,
+    )
+    captions: int = option(
+        None, "objective", "C, captions of an item per step (flair 2, else 1)", least=1, kind=int
+    )
     lambda_fusion: float = option(
-        2.0, "objective", "weight of the fusion term; 0 switches it off", least=0
+        2.0, "objective", "ito: weight of the fusion term; 0 switches it off", least=0
+    )
+    lambda_schedule: str = option(
+        "constant", "objective", "ito: how it falls to 0", ("constant", "linear", "cosine")
     )
     denominator: str = option(
-        "pair", "objective", "one softmax per view-caption pair, or one for all", ("pair", "pooled")
+        "pair",
+        "objective",
+        "ito: one softmax per view-caption pair, or one for all",
+        ("pair", "pooled"),
     )
-    fusion_depth: int = option(2, "objective", "blocks of the fusion module", least=1)
-    fusion_readout: str = option("cls", "objective", "what of it is read out", READOUTS)
+    fusion_depth: int = option(2, "objective", "ito: blocks of the fusion module", least=1)
+    fusion_readout: str = option("cls", "objective", "ito: what of it is read out", READOUTS)
+    fusion_scale: str = option(
+        "shared", "objective", "ito: the logit scale of the fusion term", ("shared", "own")
+    )
+    fusion_stop_gradient: str = option(
+        "none",
+        "objective",
+        "ito: whose tokens the fusion term does not train",
+        ("none", "image", "text", "both"),
+    )
+    fusion_text: str = option(
+        "caption",
+        "objective",
+        "ito: fused with its caption, with that of another item (another for each view), or alone",
+        ("caption", "shuffled", "dropped"),
+    )
 
     load_size: int = option(64, "model", "pixels per side of the pictures held in memory", least=1)
     image_size: int = option(32, "model", "pixels per side that the image tower sees", least=8)
     vocab_size: int = option(1500, "model", "of the BPE trained on the training captions")
     context_length: int = option(16, "model", "longest caption in tokens, the ends included")
-    width: int = option(128, "model", "of both towers and of the joint embedding", least=1)
+    width: int = option(128, "model", "of the towers and of the joint embedding", least=1)
     heads: int = option(4, "model", "attention heads", least=1)
+    image_width: int | None = option(
+        None, "model", "of the image tower, where it differs (--width)", least=1, kind=int
+    )
+    image_heads: int | None = option(
+        None, "model", "of the image tower, where they differ (--heads)", least=1, kind=int
+    )
+    patch_size: int | None = option(
+        None, "model", "ViT's patches in place of the convolutions (none)", least=1, kind=int
+    )
     image_depth: int = option(1, "model", "transformer blocks of the image tower", least=1)
     text_depth: int = option(1, "model", "transformer blocks of the text tower", least=1)
+    pretrained: str | None = option(
+        None,
+        "model",
+        "a run whose exported towers and tokenizer to start from (random weights)",
+        kind=str,
+    )
+    locked: str = option(
+        "none", "model", "the tower that is not trained (LiT)", ("none", "image", "text")
+    )
 
     steps: int = option(2000, "optimisation", "optimizer steps", least=1)
-    batch_size: int = option(64, "optimisation", "distinct items per step", least=2)
+    batch_size: int = option(
+        64, "optimisation", "distinct items per step, on all ranks together", least=2
+    )
+    accum_freq: int = option(
+        1,
+        "optimisation",
+        "micro-batches that a rank's share comes in: less memory, the same gradient",
+        least=1,
+    )
     lr: float = option(1e-3, "optimisation", "peak learning rate of AdamW", least=1e-9)
     weight_decay: float = option(1.0, "optimisation", "on matrices only", least=0)
     warmup: float = option(
@@ -74,11 +212,22 @@ class Config:
     eval_every: int = option(500, "intervals", "steps", least=1)
     checkpoint_every: int = option(250, "intervals", "steps", least=1)
 
-    augmentation: Augmentation = DRAWINGS
+    augmentation: Augmentation | None = None  # the objective's own
 
     def __post_init__(self):
+        if self.objective not in KINDS:
+            raise ValueError(f"objective must be one of {tuple(KINDS)}, got {self.objective!r}")
+        kind = KINDS[self.objective]
+        for name in ("views", "captions", "augmentation"):
+            if getattr(self, name) is None:
+                object.__setattr__(self, name, getattr(kind, name))
+        refuse_unfit(self.objective, [n for n in ITO if self.differs(n)])
+        if self.objective == "clip" and self.augmentation != CROP:
+            refuse_unfit("clip", ["augmentation"])
         for item in dataclasses.fields(self):
             value = getattr(self, item.name)
+            if value is None:
+                continue
             least, most = item.metadata.get("bounds", (None, None))
             if least is not None and not value >= least:  # not <: NaN is refused too
                 raise ValueError(f"{item.name} must be at least {least}, got {value}")
@@ -86,6 +235,8 @@ class Config:
                 raise ValueError(f"{item.name} must be at most {most}, got {value}")
             if value == math.inf:
                 raise ValueError(f"{item.name} must be finite, got {value}")
+        if self.locked != "none" and self.pretrained is None:
+            raise ValueError(f"--lock-{self.locked} keeps the weights of --pretrained: name a run")
         if len(self.csv_separator) != 1:
             raise ValueError(
                 f"csv_separator must be one character, got {self.csv_separator!r}; "
@@ -96,11 +247,18 @@ class Config:
                 f"load_size must be at most twice image_size = {self.image_size}, or sampling "
                 f"would alias; got {self.load_size}"
             )
-        if self.lambda_fusion > 0 and self.views < 2:
+        if self.objective == "ito" and self.lambda_fusion > 0 and self.views < 2:
             raise ValueError(
                 f"the fusion term compares views: views must be at least 2, got {self.views}; "
                 "or set lambda_fusion to 0"
             )
+
+    def differs(self, name: str) -> bool:
+        """Whether an option has another value than it has by default with this objective."""
+        default = getattr(
+            KINDS[self.objective], name, type(self).__dataclass_fields__[name].default
+        )
+        return getattr(self, name) != default
 
     def save(self, path: Path) -> None:
         path.write_text(json.dumps(dataclasses.asdict(self), indent=2) + "\n", encoding="utf-8")
@@ -124,6 +282,19 @@ class Config:
         return values
 
 
+def refuse_unfit(objective: str, given: list[str]) -> None:
+    """Raises ValueError naming options that do not fit the objective."""
+    augmentation = [name for name in given if name not in ITO]
+    unfit = [name for name in given if name in ITO and name not in KINDS[objective].options]
+    if unfit:
+        raise ValueError(f"the objective {objective} does not take {', '.join(unfit)}")
+    if objective == "clip" and augmentation:
+        raise ValueError(
+            f"the objective clip has a fixed mild crop and does not take {', '.join(augmentation)}"
+            "; clip-aug does"
+        )
+
+
 def add_options(parser: argparse.ArgumentParser, only: str | None = None) -> None:
     """One option per field, in the groups that the fields name.
 
@@ -131,43 +302,70 @@ def add_options(parser: argparse.ArgumentParser, only: str | None = None) -> Non
     """
     groups: dict[str, argparse._ArgumentGroup] = {}
 
-    def add(name: str, default, group: str, help: str, choices=None) -> None:
+    def add(name: str, default, group: str, help: str, choices=None, kind=None) -> None:
         if group not in groups:
             groups[group] = parser.add_argument_group(group)
         shown = "the run's" if only else repr(default) if isinstance(default, str) else default
+        help = help if default is None else f"{help} ({shown})".strip()
         several = isinstance(default, tuple)
         groups[group].add_argument(
             f"--{name.replace('_', '-')}",
-            type=type(default[0]) if several else type(default),
+            type=kind or type(default[0] if several else default),
             nargs=len(default) if several else None,
             choices=choices,
-            metavar=None if choices else "TEXT" if isinstance(default, str) else "N",
+            metavar=None if choices else "TEXT" if str in (kind, type(default)) else "N",
             default=argparse.SUPPRESS,
-            help=f"{help} ({shown})".strip(),
+            help=help,
         )
 
     for item in dataclasses.fields(Config):
-        if item.name != "augmentation" and only in (None, item.metadata["group"]):
+        if item.name not in ("augmentation", "locked") and only in (None, item.metadata["group"]):
             about = item.metadata
-            add(item.name, item.default, about["group"], about["help"], about["choices"])
+            add(
+                item.name,
+                item.default,
+                about["group"],
+                about["help"],
+                about["choices"],
+                about["kind"],
+            )
     if only is None:
+        for tower in ("image", "text"):
+            groups["model"].add_argument(
+                f"--lock-{tower}",
+                dest="locked",
+                action="store_const",
+                const=tower,
+                default=argparse.SUPPRESS,
+                help=f"the {tower} tower keeps the weights of --pretrained (LiT)",
+            )
         for name, default in vars(Config().augmentation).items():
             add(name, default, "augmentation", "see ito/augment.py")
 
 
 def from_options(options: argparse.Namespace, base: Config | None = None) -> Config:
-    """The configuration of parsed options; what was not given is `base`'s (default: the defaults').
+    """The configuration of parsed options. What was not given is `base`'s; without one, that of
+    `--preset`, the objective's or the default.
 
     A path becomes absolute: the configuration is read again in other working directories.
     """
-    base = base or Config()
     given = {
         name: tuple(value) if isinstance(value, list) else value
         for name, value in vars(options).items()
     }
-    if given.get("train_data", EMOJI_SMALL) != EMOJI_SMALL:
-        given["train_data"] = str(Path(given["train_data"]).absolute())
-    drawn = {name: given[name] for name in vars(base.augmentation) if name in given}
-    plain = {name: given[name] for name in vars(base) if name in given}
-    augmentation = dataclasses.replace(base.augmentation, **drawn)
-    return dataclasses.replace(base, **plain, augmentation=augmentation)
+    for name in ("train_data", "pretrained"):
+        if given.get(name, EMOJI_SMALL) not in (EMOJI_SMALL, EMOJI_FULL):
+            given[name] = str(Path(given[name]).absolute())
+    plain = {f.name: given[f.name] for f in dataclasses.fields(Config) if f.name in given}
+    drawn = {name: given[name] for name in vars(DRAWINGS) if name in given}
+    if base:
+        augmentation = dataclasses.replace(base.augmentation, **drawn)
+        return dataclasses.replace(base, **plain, augmentation=augmentation)
+    objective = plain.get("objective", Config.objective)
+    refuse_unfit(objective, [name for name in given if name in (*ITO, *drawn)])
+    preset = PRESETS[given.get("preset") or "emoji-small"]
+    augmentation = KINDS[objective].augmentation
+    if objective != "clip":
+        augmentation = preset.get("augmentation", augmentation)
+    augmentation = dataclasses.replace(augmentation, **drawn)
+    return Config(**preset | plain | {"augmentation": augmentation})

@@ -87,15 +87,34 @@ def initialise(module: nn.Module, depth: int) -> None:
             nn.init.normal_(child.weight, std=child.embedding_dim**-0.5)
 
 
+def convolutions(stem: tuple[tuple[int, int, int], ...], width: int) -> nn.Sequential:
+    layers: list[nn.Module] = []
+    channels = 3
+    for out_channels, kernel, stride in stem:
+        layers += [
+            nn.Conv2d(channels, out_channels, kernel, stride, kernel % 2, bias=False),
+            nn.BatchNorm2d(out_channels),
+            nn.ReLU(inplace=True),
+        ]
+        channels = out_channels
+    # No ReLU behind the last norm: patches start centred over the batch, pictures apart from
+    # each other (alignment loss after 200 steps 3.14 instead of 3.57).
+    last = nn.Conv2d(channels, width, 1, bias=False)
+    return nn.Sequential(*layers, last, nn.BatchNorm2d(width))
+
+
 class ImageEncoder(nn.Module):
-    """CNN stem (stride 8), CLS token, transformer blocks, final norm, projection.
+    """CNN stem (stride 8) or patches, CLS token, transformer blocks, final norm, projection.
 
     Args:
-        image_size: side of the square input in pixels, a multiple of 8.
+        image_size: side of the square input in pixels, a multiple of 8, or of `patch_size`.
         width, depth, heads: of the transformer; embed_dim: the joint width E.
+        patch_size: side of ViT's patches, each projected; None for the CNN stem.
         stem: (channels, kernel, stride) of the convolutions; the strides multiply to 8.
 
-    ``forward(images (B, 3, S, S)) -> tokens (B, 1 + (S/8)², E), pooled (B, E)``; token 0 is CLS.
+    ``forward(images (B, 3, S, S)) -> tokens (B, 1 + grid², E), pooled (B, E)``; token 0 is CLS.
+    It is ``attend(convolve(images))``. Batch normalisation lets pictures see each other in
+    ``convolve``; in ``attend`` each stands alone.
     """
 
     def __init__(
@@ -105,26 +124,19 @@ class ImageEncoder(nn.Module):
         depth: int,
         heads: int,
         embed_dim: int,
+        patch_size: int | None = None,
         stem: tuple[tuple[int, int, int], ...] = STEM,
     ):
         super().__init__()
-        if image_size % 8:
-            raise ValueError(f"image_size must be a multiple of 8, got {image_size}")
+        stride = patch_size or 8
+        if image_size % stride:
+            raise ValueError(f"image_size must be a multiple of {stride}, got {image_size}")
         self.image_size = image_size
-        self.grid = image_size // 8
-        layers: list[nn.Module] = []
-        channels = 3
-        for out_channels, kernel, stride in stem:
-            layers += [
-                nn.Conv2d(channels, out_channels, kernel, stride, kernel % 2, bias=False),
-                nn.BatchNorm2d(out_channels),
-                nn.ReLU(inplace=True),
-            ]
-            channels = out_channels
-        # No ReLU behind the last norm: patches start centred over the batch, pictures apart from
-        # each other (alignment loss after 200 steps 3.14 instead of 3.57).
-        last = nn.Conv2d(channels, width, 1, bias=False)
-        self.stem = nn.Sequential(*layers, last, nn.BatchNorm2d(width))
+        self.grid = image_size // stride
+        if patch_size:
+            self.stem = nn.Conv2d(3, width, patch_size, patch_size)
+        else:
+            self.stem = convolutions(stem, width)
         self.cls = nn.Parameter(torch.zeros(width))
         self.positions = nn.Parameter(0.5 * width**-0.5 * torch.randn(1 + self.grid**2, width))
         self.blocks = nn.ModuleList(Block(width, heads) for _ in range(depth))
@@ -133,12 +145,18 @@ class ImageEncoder(nn.Module):
         initialise(self, depth)
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        return self.attend(self.convolve(images))
+
+    def convolve(self, images: Tensor) -> Tensor:
+        """``(B, 3, S, S) -> (B, W, grid, grid)``."""
         if images.shape[-2:] != (self.image_size, self.image_size):
             got = tuple(images.shape)
             raise ValueError(
                 f"images must be (B, 3, {self.image_size}, {self.image_size}), got {got}"
             )
-        features = self.stem(images.contiguous(memory_format=torch.channels_last))
+        return self.stem(images.contiguous(memory_format=torch.channels_last))
+
+    def attend(self, features: Tensor) -> tuple[Tensor, Tensor]:
         patches = features.flatten(2).transpose(1, 2)
         # Starting CLS at the mean of the patches makes it a usable read-out from the first step.
         cls = self.cls.to(patches.dtype) + patches.mean(1, keepdim=True)
@@ -194,7 +212,9 @@ class TextEncoder(nn.Module):
 class DualEncoder(nn.Module):
     """Both towers and the learnable scale: everything that inference needs, and nothing else.
 
-    `architecture` keeps the arguments, so that a file of weights can say what it belongs to.
+    `width` is that of the text tower and of the joint embedding, `image_width` (None: the same)
+    that of the image tower, and so for `heads`. `architecture` keeps the arguments, so that a file
+    of weights can say what it belongs to.
     """
 
     def __init__(
@@ -207,6 +227,9 @@ class DualEncoder(nn.Module):
         text_depth: int,
         vocab_size: int,
         context_length: int,
+        image_width: int | None = None,
+        image_heads: int | None = None,
+        patch_size: int | None = None,
     ):
         super().__init__()
         self.architecture = {
@@ -217,8 +240,13 @@ class DualEncoder(nn.Module):
             "text_depth": text_depth,
             "vocab_size": vocab_size,
             "context_length": context_length,
+            "image_width": image_width,
+            "image_heads": image_heads,
+            "patch_size": patch_size,
         }
-        self.image = ImageEncoder(image_size, width, image_depth, heads, width)
+        self.image = ImageEncoder(
+            image_size, image_width or width, image_depth, image_heads or heads, width, patch_size
+        )
         self.text = TextEncoder(vocab_size, context_length, width, text_depth, heads, width)
         self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
 

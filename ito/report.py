@@ -47,9 +47,10 @@ def write_report(run: Path, encoder: Encoder, dataset: Dataset) -> Path:
     if scores:
         columns = {"before": scores[0], "after": scores[-1]}
         parts.append(f"<h2>Held-out scores</h2><pre>{html.escape(table(columns))}</pre>")
+    terms = [n for n in ("align", "fusion", "views", "local", "all") if steps and n in steps[0]]
     parts.append('<h2>Curves</h2><div class="curves">')
     for title, names in (
-        ("loss terms", ("align", "fusion")),
+        ("loss terms", terms),
         ("logit scale", ("logit_scale",)),
         ("gradient norm", ("grad_norm",)),
         ("learning rate", ("lr",)),

@@ -71,6 +71,9 @@ class Tokenizer:
     def __call__(self, texts: list[str]) -> torch.Tensor:
         if isinstance(texts, str):
             raise TypeError(f"texts must be a list of texts, got the text {texts!r}")
+        for number, text in enumerate(texts):
+            if not isinstance(text, str):
+                raise TypeError(f"texts[{number}] must be a text, got {text!r}")
         if not texts:
             return torch.empty(0, self.context_length, dtype=torch.int64)
         return torch.tensor([e.ids for e in self.bpe.encode_batch(list(texts))])

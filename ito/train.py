@@ -16,13 +16,14 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from ito.checkpoint import load_checkpoint, save_checkpoint, write_atomically
+from ito.checkpoint import load_checkpoint, save_checkpoint, undamaged, write_atomically
 from ito.cli import user_errors
-from ito.config import Config, add_options, from_options
+from ito.config import PRESETS, Config, add_options, from_options
 from ito.data import Dataset, report_skipped
 from ito.evaluate import evaluate, table
 from ito.export import export, load
 from ito.precision import choose_precision
+from ito.ranks import Ranks
 from ito.report import write_report
 from ito.source import open_dataset
 from ito.tokenizer import Tokenizer
@@ -35,21 +36,29 @@ def main(arguments: list[str] | None = None) -> Path:
     )
     run_options(parser)
     add_options(parser)
-    with user_errors():
-        options = parser.parse_args(arguments)
-        if options.resume:
-            run, config = options.resume, resumed_config(options)
-        else:
-            run = options.out or Path("runs") / datetime.now().strftime("%Y%m%d-%H%M%S")
-            config = from_options(options)
-            refuse_used(run)
-        return train(run, config, open_dataset(config, options.cache), options)
+    with user_errors(), Ranks() as ranks:
+        with ranks.together(), ranks.quiet():
+            options = parser.parse_args(arguments)
+            if options.resume:
+                run, config = options.resume, resumed_config(options)
+            else:
+                run = options.out or Path("runs") / datetime.now().strftime("%Y%m%d-%H%M%S")
+                config = from_options(options)
+                refuse_used(run)
+        dataset = ranks.leader_first(lambda: open_dataset(config, options.cache))
+        return train(run, config, dataset, options, ranks)
 
 
 def run_options(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("run")
     group.add_argument("--out", type=Path, help="run folder to create (runs/DATE-TIME)")
     group.add_argument("--resume", type=Path, metavar="RUN", help="continue a run to its end")
+    group.add_argument(
+        "--preset",
+        choices=tuple(PRESETS),
+        help="values for what is not given: the defaults, the full set, or the paper's recipes for "
+        "your own --train-data (emoji-small)",
+    )
     group.add_argument("--cache", type=Path, help="where prepared data lives (~/.cache/ito)")
     group.add_argument(
         "--precision",
@@ -74,13 +83,17 @@ def thread_count(text: str) -> int:
 def resumed_config(options: argparse.Namespace) -> Config:
     """The configuration of the run to resume; nothing but its intervals may be given anew."""
     run = options.resume
+    if options.preset:
+        raise ValueError(f"--resume keeps the run's configuration: drop --preset {options.preset}")
     if options.out:
         raise ValueError(f"--resume {run} continues in that folder: drop --out {options.out}")
     if not (run / "config.json").is_file():
         raise FileNotFoundError(f"--resume: no run folder at {run}")
     saved = Config.load(run / "config.json")
+    free = ("log_every", "eval_every", "checkpoint_every", "accum_freq")
+    if vars(options).get("objective", saved.objective) != saved.objective:
+        raise ValueError("--resume keeps the run's configuration: drop --objective")
     config = from_options(options, saved)
-    free = ("log_every", "eval_every", "checkpoint_every")
     changed = [
         f"--{name.replace('_', '-')}"
         for name, value in config.flat().items()
@@ -105,61 +118,99 @@ def create_run(run: Path, named: bool) -> None:
         raise OSError(f"--out: cannot create {run}: {error.strerror}") from error
 
 
-def choose_device(name: str) -> torch.device:
+def choose_device(name: str | None, saved: str | None, ranks: Ranks) -> torch.device:
+    """The one named, or the run's before, or a GPU where there is one; each rank has its own."""
+    asked = name or saved or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        return torch.empty(0, device=name).device
+        device = torch.empty(0, device=asked).device
     except (RuntimeError, AssertionError) as error:  # no such name; a build or machine without it
-        raise ValueError(f"--device {name}: {str(error).splitlines()[0]}") from None
-
-
-def train(run: Path, config: Config, dataset: Dataset, options: argparse.Namespace) -> Path:
-    """Train from the run's newest checkpoint, or from scratch, to `config.steps`."""
-    resumed = load_checkpoint(run) if options.resume else None
-    machine, precision = {}, options.precision
-    if resumed:  # as before: anything else would change the numbers
-        machine = json.loads((run / "environment.json").read_text(encoding="utf-8"))
-        precision = {"torch.bfloat16": "bf16", "torch.float32": "fp32"}[resumed["dtype"]]
-        if options.precision not in ("auto", precision):
+        raise ValueError(f"--device {asked}: {str(error).splitlines()[0]}") from None
+    if device.type not in ("cpu", "cuda"):
+        raise ValueError(f"--device {asked}: training runs on cpu or cuda")
+    if ranks.size > 1 and device.type == "cuda":
+        if name not in (None, "cuda"):
+            raise ValueError(f"--device {name}: each rank takes its own GPU; say cuda")
+        if ranks.local >= torch.cuda.device_count():
             raise ValueError(
-                f"--resume keeps the run's precision, {precision}: "
-                f"drop --precision {options.precision}"
+                f"--device cuda: {torch.cuda.device_count()} GPUs for local rank {ranks.local}"
             )
-    if threads := options.threads or machine.get("threads"):
-        torch.set_num_threads(threads)
-    default = "cuda" if torch.cuda.is_available() else "cpu"
-    device = choose_device(options.device or machine.get("device", default))
-    dtype, reason = choose_precision(precision, device)
-    print(f"data       {config.train_data}: {dataset.describe()}")
-    if dataset.skipped:
-        print(report_skipped(dataset.skipped))
-    print(f"machine    {device}, {torch.get_num_threads()} threads, torch {torch.__version__}")
-    print(f"precision  {str(dtype).removeprefix('torch.')}: {reason}")
+        device = torch.device("cuda", ranks.local)
+    return device
 
-    if resumed:
-        tokenizer = Tokenizer.load(run / "model" / "tokenizer.json")
-    else:
-        captions = training_captions(dataset)
-        tokenizer = Tokenizer.train(captions, config.vocab_size, config.context_length)
-    trainer = Trainer(config, dataset, tokenizer, device, dtype)
-    if trainer.batches.size < config.batch_size:
-        size, wanted = trainer.batches.size, config.batch_size
-        print(f"batch      {size}: all training items there are; --batch-size asks for {wanted}")
-    log = Log(run / "metrics.jsonl")
-    if resumed:
-        now = environment(device, dtype, dataset)
-        for name in machine:
-            if now[name] != machine[name]:
-                print(f"warning    {name} was {machine[name]}, is {now[name]}: numbers may differ")
-        trainer.load(resumed)
-        log.forget_after(resumed["step"])
-        print(f"resume     {run} from step {resumed['step']}")
-    else:
-        untrained = evaluate(trainer.model, tokenizer, dataset)
-        create_run(run, named=options.out is not None)  # not before all of the input has passed
-        config.save(run / "config.json")
-        text = json.dumps(environment(device, dtype, dataset), indent=2) + "\n"
-        (run / "environment.json").write_text(text, encoding="utf-8")
-        log.write("eval", 0, untrained)
+
+def train(
+    run: Path, config: Config, dataset: Dataset, options: argparse.Namespace, ranks: Ranks
+) -> Path:
+    """Train from the run's newest checkpoint, or from scratch, to `config.steps`.
+
+    Every rank computes; rank 0 alone evaluates and writes.
+    """
+    with ranks.together():
+        resumed = load_checkpoint(run) if options.resume else None
+        if resumed and resumed["step"] >= config.steps:
+            print(f"resume     {run} is finished: it has all of its {config.steps} steps")
+        machine, precision = {}, options.precision
+        if resumed:  # as before: anything else would change the numbers
+            with undamaged(run / "environment.json") as path:
+                machine = json.loads(path.read_text(encoding="utf-8"))
+            precision = {"torch.bfloat16": "bf16", "torch.float32": "fp32"}[resumed["dtype"]]
+            if options.precision not in ("auto", precision):
+                raise ValueError(
+                    f"--resume keeps the run's precision, {precision}: "
+                    f"drop --precision {options.precision}"
+                )
+        kept = machine if machine.get("ranks", 1) == ranks.size else {}
+        if threads := options.threads or kept.get("threads"):
+            torch.set_num_threads(threads)
+        device = choose_device(options.device, machine.get("device"), ranks)
+        dtype, reason = choose_precision(precision, device)
+        print(f"data       {config.train_data}: {dataset.describe()}")
+        if dataset.skipped:
+            print(report_skipped(dataset.skipped))
+        shared = f"{ranks.size} ranks, each {device.type}" if ranks.size > 1 else str(device)
+        threads = f"{torch.get_num_threads()} threads"
+        print(f"machine    {shared}, {threads}, torch {torch.__version__}")
+        print(f"precision  {str(dtype).removeprefix('torch.')}: {reason}")
+
+        start = load(config.pretrained) if config.pretrained else None
+        if resumed:
+            with undamaged(run / "model" / "tokenizer.json") as path:
+                tokenizer = Tokenizer.load(path)
+        elif start:
+            tokenizer = start.tokenizer
+        else:
+            captions = training_captions(dataset)
+            tokenizer = Tokenizer.train(captions, config.vocab_size, config.context_length)
+        trainer = Trainer(config, dataset, tokenizer, device, dtype, ranks)
+        if start and not resumed:
+            trainer.start_from(start.model, config.pretrained)
+            print(f"pretrained {config.pretrained}, step {start.step}")
+        if trainer.batches.size < config.batch_size:
+            size, wanted = trainer.batches.size, config.batch_size
+            print(f"batch      {size}: all training items there are; --batch-size is {wanted}")
+        for split in dataset.held_out_splits():
+            if len(dataset.image_item[dataset.rows(split)].unique()) == 1:
+                print(f"warning    {split} holds 1 item: R@1 is 100 % whatever is learned")
+        now = environment(device, dtype, dataset, ranks)
+        log = Log(run / "metrics.jsonl")
+        if resumed:
+            for name in machine:
+                if now[name] != machine[name]:
+                    print(
+                        f"warning    {name} was {machine[name]}, is {now[name]}: numbers may differ"
+                    )
+            with undamaged(run / "checkpoints"):
+                trainer.load(resumed)
+            print(f"resume     {run} from step {resumed['step']}")
+            if ranks.leads:
+                log.forget_after(resumed["step"])
+        elif ranks.leads:
+            untrained = evaluate(trainer.model, tokenizer, dataset)
+            create_run(run, named=options.out is not None)  # not before all input has passed
+            config.save(run / "config.json")
+            text = json.dumps(now, indent=2) + "\n"
+            (run / "environment.json").write_text(text, encoding="utf-8")
+            log.write("eval", 0, untrained)
 
     def checkpoint(step: int) -> None:
         about = {
@@ -171,35 +222,36 @@ def train(run: Path, config: Config, dataset: Dataset, options: argparse.Namespa
         export(trainer.model, tokenizer, config.load_size, step, run / "model")
         save_checkpoint(run, step, trainer.state() | about)
 
-    step = start = resumed["step"] if resumed else 0
+    step = first = resumed["step"] if resumed else 0
     began = time.perf_counter()
     bar = tqdm(
         total=config.steps,
-        initial=start,
+        initial=first,
         desc="training",
         unit="step",
         dynamic_ncols=True,
         mininterval=0.1 if sys.stderr.isatty() else 10,  # seconds: a log file is read later
+        disable=not ranks.leads,
     )
     with Interrupt() as interrupt, bar:
-        while step < config.steps and not interrupt.asked:
+        while step < config.steps and not ranks.any(interrupt.asked):
             terms = trainer.step(step)
             step += 1
             bar.update()
+            if not ranks.leads:
+                continue
             last = step == config.steps
             if last or step % config.log_every == 0:
                 elapsed = time.perf_counter() - began
-                rate = (step - start) * trainer.batches.size * config.views / elapsed
+                rate = (step - first) * trainer.batches.size * config.views / elapsed
                 log.write("train", step, terms | {"images_per_second": rate, "seconds": elapsed})
-                bar.set_postfix_str(
-                    f"align {terms['align']:.3f} fusion {terms['fusion']:.3f} "
-                    f"scale {terms['logit_scale']:.1f} {rate:.0f} img/s",
-                    refresh=False,
-                )
+                bar.set_postfix_str(progress(terms, rate), refresh=False)
             if last or step % config.eval_every == 0:
                 log.write("eval", step, evaluate(trainer.model, tokenizer, dataset))
             if last or step % config.checkpoint_every == 0:
                 checkpoint(step)
+    if not ranks.leads:
+        return run
     if step < config.steps:
         checkpoint(step)
         print(f"stopped after step {step}; continue with: python -m ito.train --resume {run}")
@@ -207,19 +259,28 @@ def train(run: Path, config: Config, dataset: Dataset, options: argparse.Namespa
     report = write_report(run, load(run), dataset)
     evaluations = log.read("eval")
     print(table({"before": evaluations[0], "after": evaluations[-1]}))
-    print(f"trained    {step - start} steps in {time.perf_counter() - began:.0f} s")
+    if first < step:
+        print(f"trained    {step - first} steps in {time.perf_counter() - began:.0f} s")
     for name, path in (("model", run / "model"), ("metrics", log.path), ("report", report)):
         print(f"{name:10} {path}")
     return run
 
 
-def environment(device: torch.device, dtype: torch.dtype, dataset: Dataset) -> dict:
+def progress(terms: dict[str, float], rate: float) -> str:
+    """The terms of the loss, the scale and the speed, for the bar."""
+    shown = [n for n in terms if n not in ("loss", "logit_scale", "logit_bias", "grad_norm", "lr")]
+    parts = [f"{name} {terms[name]:.3f}" for name in shown]
+    return " ".join([*parts, f"scale {terms['logit_scale']:.1f} {rate:.0f} img/s"])
+
+
+def environment(device: torch.device, dtype: torch.dtype, dataset: Dataset, ranks: Ranks) -> dict:
     """What the numbers depend on beside the configuration."""
     return {
         "python": platform.python_version(),
         "torch": torch.__version__,
         "machine": platform.machine(),
         "device": str(device),
+        "ranks": ranks.size,
         "threads": torch.get_num_threads(),
         "dtype": str(dtype),
         "data": dataset.describe(),

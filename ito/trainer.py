@@ -1,9 +1,8 @@
-"""The optimisation: towers, fusion module, ITO's loss, one step after the other."""
+"""The optimisation: towers, an objective, one step after the other, on one rank or several."""
 
 import math
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ito.augment import augment
@@ -11,18 +10,23 @@ from ito.batches import Batches, generator
 from ito.config import Config
 from ito.data import Dataset
 from ito.encoders import DualEncoder
-from ito.fusion import Fusion
+from ito.objectives import MAX_LOGIT_SCALE, OBJECTIVES, Terms
+from ito.ranks import Ranks, normalise_globally
 from ito.tokenizer import Tokenizer
-from ito_kernels import ito_loss
-
-MAX_LOGIT_SCALE = math.log(100)
+from ito_kernels.gradcache import gradcache_backward
 
 
 class Trainer:
     """Everything that changes while training. Step n depends on the state and on n alone.
 
+    The number of ranks and of micro-batches changes what is computed by rounding only: each rank
+    takes its slice of the same batch with the same random numbers.
+
     Args:
-        dtype: of the towers and the fusion module under autocast; bfloat16 or float32.
+        dtype: of the towers and the objective's modules under autocast; bfloat16 or float32.
+        ranks: those that share the batch; alone by default.
+
+    Raises ValueError if the batch has fewer items than there are ranks times micro-batches.
     """
 
     def __init__(
@@ -32,8 +36,10 @@ class Trainer:
         tokenizer: Tokenizer,
         device: torch.device,
         dtype: torch.dtype,
+        ranks: Ranks | None = None,
     ):
         self.config, self.device, self.dtype = config, device, dtype
+        self.ranks = ranks or Ranks()
         torch.manual_seed(config.seed)
         self.model = DualEncoder(
             image_size=config.image_size,
@@ -43,19 +49,17 @@ class Trainer:
             text_depth=config.text_depth,
             vocab_size=tokenizer.vocab_size,
             context_length=tokenizer.context_length,
+            image_width=config.image_width,
+            image_heads=config.image_heads,
+            patch_size=config.patch_size,
         ).to(device, memory_format=torch.channels_last)
-        modules = [self.model]
-        self.fusion = None
-        if config.lambda_fusion > 0:
-            self.fusion = Fusion(
-                self.model.image.grid,
-                config.width,
-                config.fusion_depth,
-                config.heads,
-                config.fusion_readout,
-            ).to(device)
-            modules.append(self.fusion)
-        self.parameters = [p for module in modules for p in module.parameters()]
+        normalise_globally(self.model, self.ranks.group)
+        self.objective = OBJECTIVES[config.objective](config, self.model).to(device)
+        self.locked = None if config.locked == "none" else getattr(self.model, config.locked)
+        if self.locked is not None:
+            self.locked.requires_grad_(False)
+        owned = [*self.model.parameters(), *self.objective.parameters()]
+        self.parameters = [p for p in owned if p.requires_grad]
         self.optimizer = torch.optim.AdamW(
             [
                 {"params": [p for p in self.parameters if p.ndim >= 2]},
@@ -69,25 +73,27 @@ class Trainer:
         )
         self.images = dataset.images.to(device)
         self.batches = Batches(dataset, tokenizer, config)
+        parts = self.ranks.size * config.accum_freq
+        if self.batches.size < parts:
+            raise ValueError(
+                f"a batch of {self.batches.size} items cannot be cut into {parts} parts: "
+                f"{self.ranks.size} ranks x {config.accum_freq} micro-batches (--accum-freq)"
+            )
 
     def step(self, number: int) -> dict[str, float]:
         """One optimizer step; `number` counts from 0. Returns what to log.
 
         Raises FloatingPointError if the loss is not finite, before any weight changes.
         """
-        rows, ids = self.batches(number)
-        views = augment(
-            self.images[rows.flatten()],
-            self.config.image_size,
-            generator(self.config.seed, "augment", number),
-            self.config.augmentation,
-        )
         self.model.train()
-        loss, terms = self.loss(views, ids.to(self.device), rows.shape[0])
+        if self.locked is not None:
+            self.locked.eval()  # batch normalisation too stays as it was
+        self.optimizer.zero_grad()
+        progress = number / self.config.steps
+        loss, terms = self.backward(*self.batch(number), progress)
         if not loss.isfinite():
             raise FloatingPointError(f"the loss of step {number} is {loss.item()}")
-        self.optimizer.zero_grad()
-        loss.backward()
+        self.ranks.average(self.parameters)
         norm = nn.utils.clip_grad_norm_(self.parameters, self.config.grad_clip)
         lr = self.learning_rate(number)
         for group in self.optimizer.param_groups:
@@ -95,38 +101,66 @@ class Trainer:
         self.optimizer.step()
         with torch.no_grad():
             self.model.logit_scale.clamp_(0, MAX_LOGIT_SCALE)
+        self.objective.clamp()
         return {
             "loss": loss.item(),
-            "align": terms["align"].item(),
-            "fusion": terms["fusion"].item(),
+            **{name: term.item() for name, term in terms.items()},
             "logit_scale": self.model.logit_scale.exp().item(),
             "grad_norm": norm.item(),
             "lr": lr,
         }
 
-    def loss(self, images: Tensor, ids: Tensor, views: int) -> tuple[Tensor, dict[str, Tensor]]:
-        """ITO's loss of `images` ((V·N), 3, S, S), view by view, and captions `ids` (C, N, L)."""
-        captions, size, length = ids.shape
-        with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
-            image_tokens, image_pooled = self.model.image(images)
-            text_tokens, text_pooled = self.model.text(ids.flatten(0, 1))
-            fused = None
-            if self.fusion is not None:
-                # The first caption is encoded once and fused with each view.
-                fused = self.fusion(
-                    image_tokens,
-                    text_tokens[:size].repeat(views, 1, 1),
-                    (ids[0] != Tokenizer.pad_id).repeat(views, 1),
-                    self.model.text.positions[:length],
-                ).view(views, size, -1)
-        return ito_loss(
-            F.normalize(image_pooled.float(), dim=-1).view(views, size, -1),
-            F.normalize(text_pooled.float(), dim=-1).view(captions, size, -1),
-            fused,
-            self.model.logit_scale.exp(),
-            lambda_fusion=self.config.lambda_fusion,
-            denominator=self.config.denominator,
+    def batch(self, number: int) -> tuple[Tensor, Tensor]:
+        """This rank's n items of batch `number`: views (V, n, 3, S, S) and token ids (C, n, L)."""
+        rows, ids = self.batches(number)
+        ids = self.objective.texts(ids, generator(self.config.seed, "texts", number))
+        mine = self.ranks.share(rows.shape[1])
+        places = torch.arange(rows.numel()).view(rows.shape)[:, mine]
+        views = augment(
+            self.images[rows[:, mine].flatten()],
+            self.config.image_size,
+            generator(self.config.seed, "augment", number),
+            self.config.augmentation,
+            places.flatten(),
+            rows.numel(),
         )
+        return views.unflatten(0, places.shape), ids[:, mine].to(self.device)
+
+    def backward(self, views: Tensor, ids: Tensor, progress: float = 0.0) -> tuple[Tensor, Terms]:
+        """Add the gradient of the batch's loss to `.grad`; return the loss and its terms.
+
+        Micro-batches leave out the convolutions: batch normalisation needs the whole batch.
+        """
+
+        def loss(*features: Tensor) -> tuple[Tensor, Terms]:
+            scale = self.model.logit_scale.exp()
+            return self.objective.loss(
+                *features, logit_scale=scale, progress=progress, group=self.ranks.group
+            )
+
+        with self.autocast():
+            patches = self.model.image.convolve(views.flatten(0, 1)).unflatten(0, views.shape[:2])
+        if self.config.accum_freq == 1:
+            total, terms = loss(*self.encode(patches, ids))
+            total.backward()
+            return total.detach(), terms
+        parts = [
+            part.detach().requires_grad_(patches.requires_grad)
+            for part in patches.tensor_split(self.config.accum_freq, 1)
+        ]
+        texts = ids.tensor_split(self.config.accum_freq, 1)
+        batches = list(zip(parts, texts, strict=True))
+        total, terms = gradcache_backward(self.encode, batches, loss, dim=1)
+        if patches.requires_grad:
+            patches.backward(torch.cat([part.grad for part in parts], 1))
+        return total, terms
+
+    def encode(self, patches: Tensor, ids: Tensor) -> tuple[Tensor, ...]:
+        with self.autocast():
+            return self.objective.encode(self.model, patches, ids)
+
+    def autocast(self) -> torch.autocast:
+        return torch.autocast(self.device.type, self.dtype, self.dtype != torch.float32)
 
     def learning_rate(self, number: int) -> float:
         """Linear warm-up, then half a cosine down to 0 at the last step."""
@@ -136,15 +170,21 @@ class Trainer:
         progress = (number - warmup) / (self.config.steps - warmup)
         return self.config.lr * 0.5 * (1 + math.cos(math.pi * progress))
 
+    def start_from(self, model: DualEncoder, name: str) -> None:
+        """Take the towers' weights. Raises ValueError where the architectures differ."""
+        other, own = model.architecture, self.model.architecture
+        if wrong := [f"{key} {other.get(key)}" for key in own if other.get(key) != own[key]]:
+            raise ValueError(f"--pretrained {name} has {', '.join(wrong)}: give the same options")
+        for tower in ("image", "text"):
+            getattr(self.model, tower).load_state_dict(getattr(model, tower).state_dict())
+
     def state(self) -> dict:
         return {
             "model": self.model.state_dict(),
-            "fusion": self.fusion.state_dict() if self.fusion is not None else None,
+            "objective": self.objective.state_dict(),
             "optimizer": self.optimizer.state_dict(),
         }
 
     def load(self, state: dict) -> None:
-        self.model.load_state_dict(state["model"])
-        if self.fusion is not None:
-            self.fusion.load_state_dict(state["fusion"])
-        self.optimizer.load_state_dict(state["optimizer"])
+        for name in ("model", "objective", "optimizer"):
+            getattr(self, name).load_state_dict(state[name])

@@ -14,6 +14,7 @@ from contextlib import ExitStack, nullcontext
 import torch
 from torch import Tensor, nn
 from torch.amp import GradScaler
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import get_device_states, set_device_states
 
 
@@ -29,26 +30,29 @@ def gradcache_backward(
     """`loss(*encode(*batch)).backward()` for a batch that is given in micro-batches.
 
     Args:
-        encode: from the tensors of a micro-batch to its features, one tensor or several. Called
-            twice for each, with the same random state of the CPU and of the tensors' devices, so
-            that dropout agrees. Batch normalisation sees micro-batches, and each twice.
+        encode: from the tensors of a micro-batch to its features, one tensor or several (labels
+            may be among them). Called twice for each, with the same random state of the CPU, of the
+            tensors' devices and of the current CUDA device, so that dropout agrees. Batch
+            normalisation sees micro-batches, and each twice.
         micro_batches: the batch, cut along the items; sizes may differ.
         loss: takes the features of the whole batch, concatenated along `dim`, and returns the loss,
             or a tuple that begins with it. Parameters that it uses itself, such as the scale, get
             their gradients from its one call; with `group` it is that of all ranks.
-        models: those in DistributedDataParallel: their one all-reduce is left to the last
-            micro-batch. A parameter that only `loss` uses must still be reduced: let `encode`
-            return it through the model, as `model(...)` returning `logit_scale.exp()` does. Then
-            it is a 0-d feature, equal for all micro-batches, and not concatenated.
+        models: those that are, or hold, DistributedDataParallel or `fully_shard` modules: their one
+            reduction is left to the last micro-batch. `fully_shard` gathers parameters in every
+            pass: all ranks then need as many micro-batches. A parameter that only `loss` uses must
+            still be reduced: let `encode` return it through the model, as `model(...)` returning
+            `logit_scale.exp()` does. Then it is a 0-d feature, equal for all micro-batches, and not
+            concatenated.
         scaler: of fp16 training: gradients are scaled as `scaler.scale(loss).backward()` does;
             `scaler.step` and `scaler.update` are the caller's.
         dim: of the items in the features.
 
     Gradients are added to `.grad` as backward does. Call it under the autocast that training uses:
-    it holds for the encoders and the loss.
+    it holds for the encoders and the loss, not for their backward.
 
     Returns what `loss` returned, detached.
-    Raises ValueError if there are no micro-batches.
+    Raises ValueError if there are no micro-batches, TypeError if `encode` returns no tensors.
     """
     if not micro_batches:
         raise ValueError("micro_batches must hold at least one")
@@ -64,10 +68,13 @@ def gradcache_backward(
         parts[0] if parts[0].ndim == 0 else torch.cat(parts, dim)
         for parts in zip(*cached, strict=True)
     ]
-    features = [x.detach().requires_grad_() for x in columns]
+    features = [x.detach().requires_grad_(x.is_floating_point()) for x in columns]
+    # autocast of older torch keeps weights that were cast without gradients, and gives none later
+    torch.clear_autocast_cache()
     found = loss(*features)
     value = found[0] if isinstance(found, tuple) else found
-    (value if scaler is None else scaler.scale(value)).backward()
+    with _without_autocast(features):
+        (value if scaler is None else scaler.scale(value)).backward()
 
     # (features, micro-batches): a 0-d feature is one of the whole batch, and its gradient too
     pieces = []
@@ -80,23 +87,41 @@ def gradcache_backward(
     del cached, columns, features
     last = len(micro_batches) - 1
     for i, (batch, state) in enumerate(zip(micro_batches, states, strict=True)):
-        with ExitStack() as stack:
-            if i < last:
-                for model in models:
-                    stack.enter_context(getattr(model, "no_sync", nullcontext)())
-            # autocast keeps weights that it has cast: those of a pass without gradients have none
-            torch.clear_autocast_cache()
+        with _without_reduction(models) if i < last else nullcontext():
             with state.replayed():
                 again = _as_tuple(encode(*batch))
             given = [(x, piece[i]) for x, piece in zip(again, pieces, strict=True)]
             given = [(x, grad) for x, grad in given if x.requires_grad]
             if given:
-                torch.autograd.backward(*map(list, zip(*given, strict=True)))
+                with _without_autocast(again):
+                    torch.autograd.backward(*map(list, zip(*given, strict=True)))
     return tuple(_detached(x) for x in found) if isinstance(found, tuple) else found.detach()
 
 
 def _as_tuple(features: Tensor | Sequence[Tensor]) -> tuple[Tensor, ...]:
-    return (features,) if isinstance(features, Tensor) else tuple(features)
+    features = (features,) if isinstance(features, Tensor) else features
+    if not isinstance(features, Sequence) or not all(isinstance(x, Tensor) for x in features):
+        raise TypeError(f"encode must return a tensor or several, got {type(features).__name__}")
+    return tuple(features)
+
+
+def _without_autocast(tensors: Sequence[Tensor]) -> ExitStack:
+    """Under autocast backward would compute in its dtype also where forward was kept in fp32."""
+    stack = ExitStack()
+    for kind in {x.device.type for x in tensors}:
+        stack.enter_context(torch.autocast(kind, enabled=False))
+    return stack
+
+
+def _without_reduction(models: Sequence[nn.Module]) -> ExitStack:
+    stack = ExitStack()
+    for module in (module for model in models for module in model.modules()):
+        if isinstance(module, DistributedDataParallel):
+            stack.enter_context(module.no_sync())
+        elif hasattr(module, "set_requires_gradient_sync"):  # fully_shard's, whose import is heavy
+            module.set_requires_gradient_sync(False, recurse=False)
+            stack.callback(module.set_requires_gradient_sync, True, recurse=False)
+    return stack
 
 
 def _detached(x):
@@ -106,10 +131,13 @@ def _detached(x):
 
 
 class _RandomState:
-    """The random state of the CPU and of the devices of some tensors, as it is now."""
+    """The random state, as it is now, of the CPU, of the devices of some tensors, and of the
+    current CUDA device, to which an encoder may move them."""
 
     def __init__(self, tensors: Sequence[Tensor]):
         self.cpu = torch.get_rng_state()
+        if torch.cuda.is_initialized():
+            tensors = [*tensors, torch.empty(0, device="cuda")]
         self.devices, self.states = get_device_states(*tensors)
 
     def replayed(self):

@@ -5,8 +5,11 @@ import ranks
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from torch.nn.functional import normalize
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import ito_kernels as ik
 from ito_kernels.gradcache import gradcache_backward
@@ -131,6 +134,49 @@ def test_autocast_and_grad_scaler(dtype):
         assert error <= 4 * torch.finfo(dtype).eps * grad.abs().max() + 1e-3
 
 
+def test_autocast_in_regions_and_shared_weights():
+    """Backward stays in fp32 where forward was, with the bits of an ordinary step; a weight that
+    encoder and loss share gets both its gradients."""
+
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            torch.manual_seed(3)
+            self.tower, self.head, self.last = nn.Linear(6, 8), nn.Linear(8, 8), nn.Linear(8, 8)
+
+        def forward(self, x):
+            with torch.autocast("cpu", enabled=False):
+                x = self.tower(x)
+            return self.head(x)
+
+        def loss(self, x):
+            x = self.head(x)
+            with torch.autocast("cpu", enabled=False):
+                return ik.supcon_loss(normalize(self.last(x.float()), dim=-1), IDS)
+
+    whole, model, x = Model(), Model(), batch(torch.float32)[0]
+    with torch.autocast("cpu", torch.bfloat16):
+        truth = whole.loss(whole(x))
+    truth.backward()
+    with torch.autocast("cpu", torch.bfloat16):
+        ours = gradcache_backward(model, [(x,)], model.loss)
+    assert torch.equal(ours, truth)
+    for key, grad in gradients(whole).items():
+        # an ordinary step adds the two gradients of the head in bf16
+        eps = torch.finfo(torch.bfloat16).eps if key.startswith("head") else 0
+        assert (gradients(model)[key] - grad).abs().max() <= eps * grad.abs().max(), key
+
+
+def test_labels_among_the_features():
+    """What cannot have a gradient travels as it is."""
+    whole, model, (x, y) = Towers(), Towers(), batch()
+    ik.supcon_loss(whole(x, y)[0], IDS).backward()
+    gradcache_backward(
+        lambda x, y, ids: (model(x, y)[0], ids), cut((x, y, IDS), [4, 7]), ik.supcon_loss
+    )
+    torch.testing.assert_close(model.image[0].weight.grad, whole.image[0].weight.grad)
+
+
 def test_frozen_tower():
     model, whole = Towers(), Towers()
     for net in (model, whole):
@@ -144,6 +190,8 @@ def test_frozen_tower():
 def test_nothing_to_do():
     with pytest.raises(ValueError, match="micro_batches must hold at least one"):
         gradcache_backward(Towers(), [], losses(IDS)["clip"])
+    with pytest.raises(TypeError, match="encode must return a tensor or several, got dict"):
+        gradcache_backward(lambda x: {"image": x}, [(torch.ones(2, 2),)], losses(IDS)["clip"])
 
 
 def steps():
@@ -161,7 +209,7 @@ def steps():
 
     replica.register_comm_hook(None, counted)
     # the first step builds the buckets anew: the second is counted
-    micro = cut([x[rows] for x in batch()], [3, 1, 3] if rank == 0 else [1, 2, 1])
+    micro = cut([x[rows] for x in batch()], [3, 1, 3] if rank == 0 else [1, 3])
     for name, loss in losses(IDS[rows], group=dist.group.WORLD, chunk_size=3).items():
         whole = Towers()
         truth = losses(IDS)[name](*whole(*batch()))
@@ -177,13 +225,40 @@ def steps():
                 for key, grad in ((k, p.grad) for k, p in whole.named_parameters())
             },
         }
-    return found
+    return found | {"fully_shard": sharded_step(rows)}
 
 
-def test_one_reduction_of_each_bucket_under_ddp():
+class Reductions(TorchDispatchMode):
+    number = 0
+
+    def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
+        self.number += "reduce_scatter" in operator.name()
+        return operator(*args, **(kwargs or {}))
+
+
+def sharded_step(rows):
+    """The same with parameters in pieces; the towers are inside of what `models` is given."""
+    model, whole = Towers(), Towers()
+    losses(IDS)["clip"](*whole(*batch())).backward()
+    for tower in (model.image, model.text):
+        fully_shard(tower, mesh=init_device_mesh("cpu", (dist.get_world_size(),)))
+    micro = cut([x[rows] for x in batch()], [2, 3, 2] if dist.get_rank() == 0 else [1, 2, 1])
+    loss = losses(IDS[rows], group=dist.group.WORLD)["clip"]
+    with Reductions() as counted:
+        gradcache_backward(model, micro, loss, models=model)
+    errors = {}
+    for tower in ("image", "text"):
+        truth = getattr(whole, tower).named_parameters()
+        for (key, p), (_, t) in zip(getattr(model, tower).named_parameters(), truth, strict=True):
+            errors[f"{tower}.{key}"] = (p.grad.full_tensor() - t.grad).abs().max().item()
+    return {"buckets": counted.number, "errors": errors}
+
+
+def test_one_reduction_of_each_bucket():
     for found in ranks.run(steps, 2):
-        assert set(found) == set(losses(IDS))
+        assert set(found) == {*losses(IDS), "fully_shard"}
         for name, result in found.items():
-            assert result["buckets"] == [0], name
+            # of the towers' gradients one each; one more is that of the loss's keys
+            assert result["buckets"] == (3 if name == "fully_shard" else [0]), name
             for key, error in result["errors"].items():
                 assert error <= 1e-12, f"{name}, {key}: off by {error}"

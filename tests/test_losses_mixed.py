@@ -243,7 +243,7 @@ BAD = [
     (TypeError, "t_negative must be a number, got NoneType", lambda: ik.cacr_loss(X, Y, t_negative=None)),
     (TypeError, "mixing must be a number, got NoneType", lambda: ik.mixup_infonce(X, Y, 1.0, partners=IDS, mixing=None)),
     (ValueError, "mixing must be from 0 to 1, got 1.5 to 1.5", lambda: ik.mixup_infonce(X, Y, 1.0, partners=IDS, mixing=torch.full((5,), 1.5))),
-    (ValueError, "partners must be row numbers of 5 queries, got 1 to 5", lambda: ik.mixup_infonce(X, Y, 1.0, partners=IDS + 1, mixing=0.5)),
+    (ValueError, "partners must be row numbers of 5 queries, 0 to 4, got 1 to 5", lambda: ik.mixup_infonce(X, Y, 1.0, partners=IDS + 1, mixing=0.5)),
     (TypeError, "generator must be a torch.Generator or None, got int", lambda: ik.mix_hard_negatives(X, Y, generator=3)),
     (TypeError, "weights must have a floating-point dtype", lambda: ik.cluster_weighted_infonce(X, Y, 1.0, **{**CLUSTERS, "weights": torch.ones(5, 5).long()})),
     (TypeError, "dims must be a sequence of widths, got the number 2", lambda: ik.matryoshka_loss(ik.clip_loss, X, Y, dims=2, logit_scale=1.0)),
@@ -266,13 +266,3 @@ BAD = [
 def test_bad_input(error, message, call):
     with pytest.raises(error, match=message):
         call()
-
-
-def test_losses_without_a_global_batch():
-    value = {"group": object()}
-    with pytest.raises(NotImplementedError, match="group"):
-        ik.cluster_weighted_infonce(X, Y, 1.0, **CLUSTERS, **value)
-    with pytest.raises(NotImplementedError, match="group"):
-        ik.cacr_loss(X, Y, **value)
-    with pytest.raises(NotImplementedError, match=r"positive_pairs is not .* with group"):
-        ik.mixup_infonce(X, Y, 1.0, partners=IDS, mixing=0.5, **value)

@@ -545,7 +545,7 @@ BAD = [
     (TypeError, "positive_pairs must have an integer dtype", {"positive_pairs": PAIRS.float()}),
     (ValueError, r"positive_pairs must have shape \(P, 2\)", {"positive_pairs": IDS}),
     (ValueError, "positive_pairs must be row numbers of 5 keys", {"positive_pairs": PAIRS + 1}),
-    (ValueError, "row numbers of 5 queries, got -1 to 1", {"positive_pairs": PAIRS - 1}),
+    (ValueError, "row numbers of 5 queries, 0 to 4, got -1 to 1", {"positive_pairs": PAIRS - 1}),
     (ValueError, "positive_pairs replace", {"positive_pairs": PAIRS, "query_ids": IDS}),
     (ValueError, "positive_weights are the weights of", {"positive_weights": torch.ones(2)}),
     (

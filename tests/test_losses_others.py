@@ -312,23 +312,6 @@ def test_gradcheck(name):
     torch.autograd.gradcheck(lambda x, y: calls(x, y, z, ids)[name](), (x, y))
 
 
-@pytest.mark.parametrize("option", ["group", "chunk_size"])
-def test_losses_without_a_global_batch(option):
-    x, value = unit(4, 3), {option: 4}
-    soft = {"target_queries": x, "target_keys": x, "target_scale": 1.0}
-    for call in (
-        lambda: ik.decoupled_contrastive_loss(x, x, 1.0, **value),
-        lambda: ik.decoupled_softmax_loss(x, x, 1.0, **value),
-        lambda: ik.cwcl_loss(x, x, 1.0, reference=x, **value),
-        lambda: ik.soft_target_infonce(x, x, 1.0, **soft, **value),
-        lambda: ik.uniformity_loss(x, **value),
-        lambda: ik.alignment_loss(x, x, **value),
-        lambda: ik.symile_loss(x, x, x, 1.0, **value),
-    ):
-        with pytest.raises(NotImplementedError, match=option):
-            call()
-
-
 X, Y = torch.randn(5, 3), torch.randn(5, 3)
 SOFT = {"target_queries": X, "target_keys": Y, "target_scale": 1.0}
 BAD = [

@@ -19,11 +19,12 @@ from safetensors.torch import load_file
 import ito
 from ito import evaluate as evaluate_command
 from ito import export, prepare, train
-from ito.augment import DRAWINGS, Augmentation
+from ito.augment import CROP, DRAWINGS, PAPER, Augmentation
 from ito.batches import Batches
 from ito.cli import user_errors
 from ito.config import Config, add_options, from_options
 from ito.data import load_dataset
+from ito.encoders import DualEncoder
 from ito.evaluate import embed_images, embed_texts, evaluate
 from ito.metrics import retrieval
 from ito.precision import choose_precision
@@ -110,8 +111,9 @@ def test_the_loss_is_that_of_the_method(data, options):
     config = Config(width=32, heads=2, batch_size=6, **options)
     trainer = Trainer(config, dataset, tokenizer, CPU, torch.float32)
     rows, ids = trainer.batches(0)
-    images = torch.randn(rows.numel(), 3, 32, 32)
-    loss, _ = trainer.loss(images, ids, config.views)
+    images = torch.randn(*rows.shape, 3, 32, 32)
+    loss, _ = trainer.backward(images, ids)
+    images = images.flatten(0, 1)
 
     model, scale, n = trainer.model, trainer.model.logit_scale.exp(), 6
     image_tokens, pooled = model.image(images)
@@ -129,7 +131,7 @@ def test_the_loss_is_that_of_the_method(data, options):
         mask, positions = ids[0] != 0, model.text.positions[: ids.shape[2]]
         text_tokens = encoded[0][0]
         h, g = (
-            trainer.fusion(tokens, text_tokens, mask, positions).double()
+            trainer.objective.fusion(tokens, text_tokens, mask, positions).double()
             for tokens in image_tokens.split(n)
         )
         total = 0
@@ -221,7 +223,7 @@ def test_resume_gives_the_same_bits_as_an_uninterrupted_run(finished, tmp_path):
     lines = (finished / "metrics.jsonl").read_text().splitlines(keepends=True)
     (run / "metrics.jsonl").write_text("".join(lines[:7]) + lines[7][:20])  # writing a line
     train.main(["--resume", str(run)])
-    for name in ("model", "fusion", "optimizer"):
+    for name in ("model", "objective", "optimizer"):
         a, b = (
             torch.load(folder / "checkpoints" / "step_0000006.pt", weights_only=True)[name]
             for folder in (finished, run)
@@ -361,8 +363,8 @@ def test_the_export_holds_the_dual_encoder_and_no_fusion(finished):
     names = set(load_file(finished / "model" / "model.safetensors"))
     assert names == set(ito.load(finished).model.state_dict())
     assert {name.split(".")[0] for name in names} == {"image", "text", "logit_scale"}
-    fusion = torch.load(finished / "checkpoints" / "step_0000006.pt", weights_only=True)["fusion"]
-    assert len(fusion) > 20
+    checkpoint = torch.load(finished / "checkpoints" / "step_0000006.pt", weights_only=True)
+    assert len(checkpoint["objective"]) > 20
 
 
 def test_command_lines_of_a_finished_run(finished, tmp_path):
@@ -440,6 +442,23 @@ def test_skipped_pictures_are_counted_and_named(tmp_path, capsys):
         (train, "--train-data {unsplit}", "evaluation needs at least 1 picture"),
         (train, "--train-data {data} --views 1", "views must be at least 2, got 1"),
         (train, "--train-data {data} --views 0", "views must be at least 1, got 0"),
+        (
+            train,
+            "--train-data {data} --objective clip --scale 1 1",
+            "not take scale; clip-aug does",
+        ),
+        (
+            train,
+            "--train-data {data} --objective slip --lambda-fusion 2 --views 3",
+            "slip does not take lambda_fusion, views",
+        ),
+        (train, "--train-data {data} --lock-text", "keeps the weights of --pretrained: name a run"),
+        (train, "--train-data {data} --pretrained {finished}", "has width 32, heads 2: give the same"),
+        (train, "--train-data {data} --accum-freq 65", "36 items cannot be cut into 65 parts"),
+        (train, "--train-data {data} --device meta", "--device meta: training runs on cpu or cuda"),
+        (train, "--resume {damaged}", "step_0000006.pt is damaged, or not of this run (Unpickl"),
+        (train, "--resume {finished} --objective clip", "configuration: drop --objective"),
+        (train, "--resume {finished} --preset emoji-full", "drop --preset emoji-full"),
         (train, "--train-data {data} --image-size 36", "must be a multiple of 8, got 36"),
         (train, "--train-data {data} --gray-p 2", "gray_p is a probability"),
         (train, "--train-data {data} --device gpu", "--device gpu: Expected one of cpu, cuda"),
@@ -474,7 +493,10 @@ def test_bad_input_ends_with_one_line_that_names_it(
     (broken / "captions.jsonl").write_text('{"image": "000-0.png", "caption": "a"}\n{"image"')
     dtype = json.loads((finished / "environment.json").read_text())["dtype"]
     kept, other = ("bf16", "fp32") if dtype == "torch.bfloat16" else ("fp32", "bf16")
+    damaged = shutil.copytree(finished, tmp_path / "damaged")
+    (damaged / "checkpoints" / "step_0000006.pt").write_bytes(b"x")
     places = {
+        "damaged": damaged,
         "here": tmp_path,
         "data": data,
         "wrong": wrong,
@@ -494,6 +516,7 @@ def test_bad_input_ends_with_one_line_that_names_it(
     assert {path.name for path in tmp_path.iterdir()} == {
         "wrong.csv",
         "broken",
+        "damaged",
         "single",
         "unsplit",
     }
@@ -557,6 +580,71 @@ def test_load_and_precision_name_what_is_wrong(tmp_path):
         ito.load(tmp_path)
     with pytest.raises(ValueError, match="precision must be auto, bf16 or fp32, got 'fp8'"):
         choose_precision("fp8", CPU)
+
+
+def test_presets_are_values_for_what_is_not_given():
+    parser = argparse.ArgumentParser()
+    train.run_options(parser)
+    add_options(parser)
+
+    def config(*given):
+        return from_options(parser.parse_args(given))
+
+    assert config("--preset", "emoji-small") == Config()
+    assert config("--preset", "emoji-full") == Config(train_data="emoji-full")
+    paper = config("--preset", "cc12m-vitb16", "--batch-size", "512")
+    assert (paper.image_size, paper.patch_size, paper.lr, paper.batch_size) == (224, 16, 1e-3, 512)
+    assert paper.augmentation == PAPER
+    assert paper.warmup * paper.steps == pytest.approx(10_000)
+    assert config("--preset", "yfcc15m-vitb16", "--objective", "clip").augmentation == CROP
+
+
+@pytest.mark.parametrize("locked", ["image", "text"])
+def test_a_locked_tower_keeps_the_weights_and_statistics_of_its_run(
+    locked, finished, data, tmp_path
+):
+    where = ["--train-data", str(data), "--out", str(tmp_path / "run")]
+    start = ["--pretrained", str(finished), f"--lock-{locked}", "--objective", "siglip"]
+    train.main([*where, *start, *QUICK, "--steps", "2"])
+    before, after = (
+        load_file(run / "model/model.safetensors") for run in (finished, tmp_path / "run")
+    )
+    for tower in ("image", "text"):
+        same = [torch.equal(before[n], after[n]) for n in before if n.startswith(tower)]
+        assert all(same) if tower == locked else not any(same)
+
+
+def test_patches_take_the_place_of_the_convolutions():
+    model = DualEncoder(
+        image_size=48,
+        width=16,
+        heads=2,
+        image_depth=1,
+        text_depth=1,
+        vocab_size=270,
+        context_length=8,
+        image_width=24,
+        image_heads=3,
+        patch_size=16,
+    )
+    tokens, pooled = model.image(torch.randn(2, 3, 48, 48))
+    assert (tokens.shape, pooled.shape) == ((2, 10, 16), (2, 16))
+    assert not any(isinstance(m, torch.nn.modules.batchnorm._BatchNorm) for m in model.modules())
+
+
+def test_resuming_a_finished_run_says_so_and_one_held_out_item_is_remarked(
+    finished, tmp_path, capsys
+):
+    train.main(["--resume", str(finished)])
+    assert f"{finished} is finished: it has all of its 6 steps" in capsys.readouterr().out
+    few = write_set(tmp_path / "few", items=12)
+    train.main(["--train-data", str(few), "--out", str(tmp_path / "run"), *QUICK, "--steps", "1"])
+    assert "warning    heldout holds 1 item: R@1 is 100 %" in capsys.readouterr().out
+
+
+def test_encode_text_names_what_is_no_text(finished):
+    with pytest.raises(TypeError, match=r"texts\[1\] must be a text, got 3"):
+        ito.load(finished).encode_text(["a cat", 3])
 
 
 def test_encode_image_names_the_picture(finished, tmp_path):

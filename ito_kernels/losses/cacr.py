@@ -9,7 +9,6 @@ from torch import Tensor
 
 from ..similarity.dispatch import check_name
 from .batch import make_batch
-from .common import not_yet
 from .options import check_number
 from .panels import sum_of_panels
 from .precision import without_autocast
@@ -47,20 +46,23 @@ def cacr_loss(
     Returns a 0-d fp32 tensor (fp64 for fp64 features). Raises as `multi_positive_infonce`.
     Source: Zheng et al. 2021 (CACR); the defaults are those of the authors' CIFAR experiments.
     """
-    not_yet(group=group, chunk_size=chunk_size)
     t_positive = check_number("t_positive", t_positive, 0, math.inf)
     t_negative = check_number("t_negative", t_negative, 0, math.inf)
     if backend is not None:
         check_name(backend)
-    batch = make_batch(queries, keys, 1.0, query_ids, key_ids, False, backend, promote=True)
-    a, b, query_ids, key_ids = batch.queries, batch.keys, batch.query_ids, batch.key_ids
+    batch = make_batch(
+        *(queries, keys, 1.0, query_ids, key_ids, False, backend, group, chunk_size), promote=True
+    )
+    whole, a, query_ids, key_ids = batch.whole, batch.queries, batch.query_ids, batch.key_ids
     if query_ids is None:
         query_ids = key_ids = torch.arange(len(a), device=a.device)
     with without_autocast(queries.device):
+        b, key_ids = whole.rows(batch.keys), whole.rows(key_ids)
         a, b = (x.masked_fill((i < 0)[:, None], 0) for x, i in ((a, query_ids), (b, key_ids)))
         k = batch.positives("row")
         negatives = (batch.candidates("row") - k).masked_fill(query_ids < 0, 0)
-        shares = tuple((x > 0) / (x > 0).sum().clamp(min=1).to(a.dtype) for x in (k, negatives))
+        counts = (whole.sum((x > 0).sum()).clamp(min=1) for x in (k, negatives))
+        shares = tuple((x > 0) / c.to(a.dtype) for x, c in zip((k, negatives), counts, strict=True))
 
         def panel(rows: slice) -> tuple[Tensor, Tensor]:
             """The rows' part of the loss, and its slope along the inner products."""
@@ -71,7 +73,7 @@ def cacr_loss(
             return positive[0] - negative[0], positive[1].sub_(negative[1]).mul_(-2)
 
         two, padded = a.new_full((), 2.0), key_ids < 0
-        return sum_of_panels(a, b, panel).to(a.dtype)
+        return whole.sum(sum_of_panels(a, b, panel)).to(a.dtype)
 
 
 def _expected(cost: Tensor, t: float, left_out: Tensor, share: Tensor) -> tuple[Tensor, Tensor]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 from torch.nn.functional import one_hot
@@ -9,7 +11,6 @@ from torch.nn.functional import one_hot
 from ..similarity.pairs import finite_shift
 from ..similarity.spec import check_ids
 from .batch import make_batch
-from .common import not_yet
 from .options import check_values
 from .precision import without_autocast
 
@@ -49,9 +50,9 @@ def cluster_weighted_infonce(
     Returns a 0-d fp32 tensor (fp64 for fp64 features). Raises as `multi_positive_infonce`.
     Source: Yu et al. 2023 (AdaMEOW).
     """
-    not_yet(group=group, chunk_size=chunk_size)
     batch = make_batch(
-        queries, keys, logit_scale, query_ids, key_ids, symmetric, backend, promote=True
+        *(queries, keys, logit_scale, query_ids, key_ids, symmetric, backend, group, chunk_size),
+        promote=True,
     )
     device = queries.device
     rows = check_ids("query_clusters", query_clusters, len(queries), "queries", device)
@@ -76,14 +77,10 @@ def cluster_weighted_infonce(
         bias = torch.where(weights > 0, torch.where(weights > 0, weights, 1).log(), -1e4)
         left = bias[rows] / batch.scale.reshape(-1, 1)
         right = one_hot(cols, len(weights)).to(dtype)
-        weighted = make_batch(
-            torch.cat([batch.queries, left], 1),
-            torch.cat([batch.keys, right], 1),
-            batch.scale,
-            batch.query_ids,
-            batch.key_ids,
-            symmetric,
-            backend,
+        weighted = replace(
+            batch,
+            queries=torch.cat([batch.queries, left], 1),
+            keys=torch.cat([batch.keys, right], 1),
         )
         negatives = weighted.statistics(exclude_positives=True)
         sums = means = batch.statistics(positives="lse")
@@ -96,7 +93,5 @@ def cluster_weighted_infonce(
             kept = (k > 0) | found.logsum.isnan()  # what is not finite shows
             pos = torch.where(kept, found.pos, 0)
             loss = torch.logaddexp(pos, others) - means[side].pos / k.clamp(min=1)
-            ids = batch.ids(side)
-            number = len(k) if ids is None else (ids >= 0).sum().clamp(min=1)
-            losses.append(torch.where(kept, loss, 0).sum() / number)
+            losses.append(batch.mean(side, torch.where(kept, loss, 0)))
         return sum(losses) / len(losses)

@@ -5,9 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..similarity import similarity_logsumexp
 from .batch import Batch, make_batch
-from .common import not_yet
 from .infonce import multi_positive_infonce
 from .precision import without_autocast
 from .tiles import softplus_sums
@@ -42,24 +40,19 @@ def decoupled_contrastive_loss(
     Returns a 0-d fp32 tensor (fp64 for fp64 features). Raises as `multi_positive_infonce`.
     Source: Yeh et al. 2022 (Decoupled contrastive learning).
     """
-    not_yet(group=group, chunk_size=chunk_size)
-    batch = make_batch(queries, keys, logit_scale, query_ids, key_ids, symmetric, backend)
+    batch = make_batch(
+        queries, keys, logit_scale, query_ids, key_ids, symmetric, backend, group, chunk_size
+    )
     weights = {}
     for side in batch.directions:
         k, negatives = batch.positives(side), batch.candidates(side) - batch.positives(side)
         u = ((k > 0) & (negatives > 0)) * _share(batch, side)
         weights[f"{side}_weights"] = u, -u / k.clamp(min=1)
-    return similarity_logsumexp(
-        batch.queries,
-        batch.keys,
-        batch.scale,
-        row_ids=batch.query_ids,
-        col_ids=batch.key_ids,
+    return batch.logsumexp(
         positives="linear",
         exclude_positives=True,
         cols=symmetric,
         return_stats=False,
-        backend=backend,
         **weights,
     )
 
@@ -90,14 +83,14 @@ def decoupled_softmax_loss(
     Returns a 0-d fp32 tensor (fp64 for fp64 features). Raises as `multi_positive_infonce`.
     Source: Feeney and Hughes 2023 (SINCERE).
     """
-    not_yet(group=group, chunk_size=chunk_size)
-    batch = make_batch(
-        queries, keys, logit_scale, query_ids, key_ids, symmetric, backend, promote=True
-    )
-    if batch.query_ids is None:  # each positive is alone: this is InfoNCE
+    where = {"group": group, "chunk_size": chunk_size}
+    if query_ids is None and key_ids is None:  # each positive is alone: this is InfoNCE
         return multi_positive_infonce(
-            queries, keys, logit_scale, symmetric=symmetric, backend=backend
+            queries, keys, logit_scale, symmetric=symmetric, backend=backend, **where
         )
+    batch = make_batch(
+        queries, keys, logit_scale, query_ids, key_ids, symmetric, backend, **where, promote=True
+    )
     weights = {
         side: _share(batch, side) / batch.positives(side).clamp(min=1) for side in batch.directions
     }
@@ -112,27 +105,33 @@ def softmax_over_negatives(batch: Batch, weights: dict[str, Tensor]) -> Tensor:
     with without_autocast(batch.queries.device):
         found = batch.statistics(exclude_positives=True)
         log_negatives = {side: x.logsum + x.max for side, x in found.items()}
-        sums = softplus_sums(
+        whole = batch.whole
+        of_rows, of_cols = softplus_sums(
             batch.queries,
-            batch.keys,
+            whole.rows(batch.keys),
             batch.query_ids,
-            batch.key_ids,
+            whole.rows(batch.key_ids),
             batch.scale,
             log_negatives["row"],
-            log_negatives.get("col"),
-            batch.exclude_self,
+            whole.rows(log_negatives["col"]) if batch.symmetric else None,
+            batch.diagonal,
         )
+        sums = {"row": of_rows}
+        if batch.symmetric:  # of everyone's columns, over these rows
+            sums["col"] = whole.mine(whole.shared_sum(of_cols))
         total = 0
-        for (side, x), of_anchors in zip(log_negatives.items(), sums, strict=False):
+        for side, x in log_negatives.items():
             # also of an anchor without a positive: what is not finite shows
             total = (
-                total + (weights[side] * of_anchors + 0 * x.masked_fill(x == -torch.inf, 0)).sum()
+                total + (weights[side] * sums[side] + 0 * x.masked_fill(x == -torch.inf, 0)).sum()
             )
-        return total
+        return whole.sum(total)
 
 
 def _share(batch: Batch, side: str) -> Tensor:
     """What an anchor's loss is multiplied by in the mean, of both directions where symmetric."""
     ids = batch.ids(side)
-    number = len(batch.features(side)) if ids is None else (ids >= 0).sum().clamp(min=1)
+    number = len(batch.features(side))
+    if ids is not None:
+        number = batch.whole.sum((ids >= 0).sum()).clamp(min=1)
     return batch.scale.new_full((), 0.5 if batch.symmetric else 1.0) / number

@@ -26,10 +26,10 @@ def with_margin(batch: Batch, o: Options) -> Batch:
     if o.positive_pairs is not None:
         # to the kernels all are negatives, also (i, i): rounding must not put one beyond its limit.
         # Their sums of D products are off by far less than 1e-5 of the norms' product.
-        none = {"query_ids": torch.zeros_like(top["row"]), "key_ids": torch.ones_like(top["col"])}
-        batch = replace(batch, **{name: ids.long() for name, ids in none.items()})
+        none = torch.zeros_like(top["row"]).long(), torch.ones_like(top["col"]).long()
+        batch = replace(batch, whole=batch.whole.with_ids(*none))
         norms = [accumulated(x).square().sum(1).amax().sqrt() for x in (batch.queries, batch.keys)]
-        margin = margin + 1e-5 * norms[0] * norms[1]
+        margin = margin + 1e-5 * batch.whole.largest(torch.stack(norms)).prod()
     limit = {side: torch.where(x == -torch.inf, torch.inf, x + margin) for side, x in top.items()}
     return replace(
         batch, row_limit=limit["row"], col_limit=limit["col"] if batch.symmetric else None
@@ -38,20 +38,21 @@ def with_margin(batch: Batch, o: Options) -> Batch:
 
 def _largest_positives(batch: Batch, o: Options) -> dict[str, Tensor]:
     """Their inner product with each anchor, -inf where there is none."""
-    a, b = accumulated(batch.queries), accumulated(batch.keys)
-    if batch.query_ids is not None:
-        found = largest(a, b, batch.query_ids, batch.key_ids, batch.exclude_self)
-        return dict(zip(("row", "col"), found, strict=True))
-    if o.positive_pairs is not None:
-        pairs = o.positive_pairs
+    whole = batch.whole
+    a, b = accumulated(batch.queries), accumulated(whole.rows(batch.keys))
+    if o.positive_pairs is None and batch.query_ids is not None:
+        row, col = largest(a, b, batch.query_ids, whole.rows(batch.key_ids), batch.diagonal)
     else:
-        pairs = torch.arange(len(a), device=a.device).expand(2, -1)
-    dot = inner(take(a, pairs[0]), take(b, pairs[1]))
-    if batch.exclude_self:
-        dot = dot.masked_fill(pairs[0] == pairs[1], -torch.inf)
-    if o.positive_weights is not None:
-        dot = dot.masked_fill(o.positive_weights == 0, -torch.inf)
-    return {
-        side: x.new_full((len(x),), -torch.inf).scatter_reduce(0, anchors, dot, "amax")
-        for side, x, anchors in zip(("row", "col"), (a, b), pairs, strict=True)
-    }
+        pairs = o.positive_pairs
+        if pairs is None:
+            pairs = torch.arange(len(a), device=a.device).expand(2, -1)
+        dot = inner(take(a, pairs[0]), take(b, pairs[1]))
+        if batch.exclude_self:
+            dot = dot.masked_fill(pairs[0] + batch.diagonal == pairs[1], -torch.inf)
+        if o.positive_weights is not None:
+            dot = dot.masked_fill(o.positive_weights == 0, -torch.inf)
+        row, col = (
+            x.new_full((len(x),), -torch.inf).scatter_reduce(0, anchors, dot, "amax")
+            for x, anchors in zip((a, b), pairs, strict=True)
+        )
+    return {"row": row, "col": whole.mine(whole.largest(col))}

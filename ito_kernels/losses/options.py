@@ -9,6 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..distributed import GlobalBatch, LocalBatch
 from ..similarity.spec import (
     accumulate_dtype,
     autocast_enabled,
@@ -36,11 +37,6 @@ class Options(NamedTuple):
     def given(self) -> bool:
         return any(option is not None for option in self[1:]) or self.label_smoothing != 0
 
-    def refuse_group(self) -> None:
-        for name, value in self._asdict().items():
-            if value is not None and not (name == "label_smoothing" and value == 0):
-                raise NotImplementedError(f"{name} is not implemented together with group")
-
     @property
     def reweighted(self) -> bool:
         """Whether negatives count otherwise than in a softmax."""
@@ -65,13 +61,13 @@ def check_options(
     queries: Tensor,
     keys: Tensor,
     scale: Tensor,
+    whole: GlobalBatch | LocalBatch,
     *,
-    query_ids: Tensor | None,
-    key_ids: Tensor | None,
     positives: str,
     symmetric: bool,
 ) -> Options:
-    """The options in the dtypes of the computation. Raises TypeError or ValueError by name."""
+    """The options in the dtypes of the computation. Raises TypeError or ValueError by name.
+    Of `positive_pairs` the queries become row numbers of this rank's."""
     n, m, device = len(queries), len(keys), queries.device
     o = o._replace(
         label_smoothing=check_number("label_smoothing", o.label_smoothing, 0, 1),
@@ -89,20 +85,19 @@ def check_options(
             " is not the sum of one"
         )
     if o.query_weights is not None:
-        weights = _anchor_weights("query_weights", o.query_weights, queries, query_ids)
+        weights = _anchor_weights("query_weights", o.query_weights, queries, whole.query_ids)
         o = o._replace(query_weights=weights)
     if o.key_weights is not None:
         if not symmetric:
             raise ValueError("key_weights weigh the key→query direction: they need symmetric=True")
-        o = o._replace(key_weights=_anchor_weights("key_weights", o.key_weights, keys, key_ids))
+        weights = _anchor_weights("key_weights", o.key_weights, keys, whole.key_ids)
+        o = o._replace(key_weights=weights)
     if o.key_bias is not None:
         o = o._replace(key_bias=check_bias("key_bias", o.key_bias, m, queries))
     if o.positive_weights is not None and o.positive_pairs is None:
         raise ValueError("positive_weights are the weights of positive_pairs, which are missing")
     if o.positive_pairs is not None:
-        if query_ids is not None or key_ids is not None:
-            raise ValueError("positive_pairs replace query_ids and key_ids: give one or the other")
-        o = _check_pairs(o, queries, keys, positives)
+        o = _check_pairs(o, queries, whole, positives)
     if o.queue is not None:
         o = o._replace(queue=_check_extra("queue", o.queue, queries, ("Q", "D")))
         if o.queue_ids is not None:
@@ -162,12 +157,15 @@ def check_values(name: str, x: Tensor, high: float = math.inf) -> Tensor:
     return x
 
 
-def check_rows(name: str, rows: Tensor, number: int, of: str) -> None:
+def check_rows(name: str, rows: Tensor, numbers: range, of: str) -> None:
     """`rows` are row numbers. Waits for the device."""
     if rows.numel() and not torch.compiler.is_compiling():
         low, high = (int(x) for x in rows.aminmax())
-        if not 0 <= low <= high < number:
-            raise ValueError(f"{name} must be row numbers of {number} {of}, got {low} to {high}")
+        if not (low in numbers and high in numbers):
+            raise ValueError(
+                f"{name} must be row numbers of {len(numbers)} {of}, {numbers.start} to"
+                f" {numbers.stop - 1}, got {low} to {high}"
+            )
 
 
 def _check_debias(tau: object, scale: Tensor, queries: Tensor, m: int, symmetric: bool):
@@ -200,21 +198,24 @@ def _anchor_weights(name: str, weights: object, features: Tensor, ids: Tensor | 
     return weights
 
 
-def _check_pairs(o: Options, queries: Tensor, keys: Tensor, positives: str) -> Options:
+def _check_pairs(
+    o: Options, queries: Tensor, whole: GlobalBatch | LocalBatch, positives: str
+) -> Options:
     pairs, weights = o.positive_pairs, o.positive_weights
     if not isinstance(pairs, Tensor):
         raise TypeError(f"positive_pairs must be a tensor, got {type(pairs).__name__}")
     if pairs.ndim != 2 or pairs.shape[1] != 2:
         raise ValueError(f"positive_pairs must have shape (P, 2), got {tuple(pairs.shape)}")
-    sides = (("queries", queries), ("keys", keys))
+    sides = (("queries", whole.numbers(0)), ("keys", range(whole.count(1))))
     pairs = torch.stack(
         [
             check_ids("positive_pairs", pairs[:, side], len(pairs), "itself", queries.device)
             for side in (0, 1)
         ]
     )
-    for rows, (name, features) in zip(pairs, sides, strict=True):
-        check_rows("positive_pairs", rows, len(features), name)
+    for rows, (name, numbers) in zip(pairs, sides, strict=True):
+        check_rows("positive_pairs", rows, numbers, name)
+    pairs[0] -= whole.numbers(0).start
     if weights is not None:
         if positives == "sum":
             raise ValueError(

@@ -9,14 +9,14 @@ are computed in fp32.
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from ..similarity import similarity_logsumexp
+from ..distributed import check_chunk_size, whole_batch
 from ..similarity.spec import check_features, check_pair, check_scale
 from .batch import Batch
-from .common import not_yet
 from .options import check_number
 from .panels import sum_of_panels
 from .precision import accumulated, as_autocast, inner, without_autocast
@@ -52,12 +52,13 @@ def cwcl_loss(
     batch = _paired(queries, keys, logit_scale, symmetric, backend, group, chunk_size)
     c = _target("reference", reference, len(queries), batch)
     with without_autocast(queries.device):
-        weight = 0.5 * (len(c) + (c * c.sum(0)).sum(1))
+        everyones = batch.whole.shared_sum
+        weight = 0.5 * (batch.number("row") + (c * everyones(c.sum(0))).sum(1))
 
         def target(mine: Tensor, others: Tensor) -> Tensor:
-            weighted = c @ (c.T @ others)  # Σ_j <c_i, c_j> other_j
-            scores = 0.5 * (mine * (others.sum(0) + weighted)).sum(1) / weight
-            return scores.mean(dtype=torch.float64)
+            weighted = c @ everyones(c.T @ others)  # Σ_j <c_i, c_j> other_j
+            scores = 0.5 * (mine * (everyones(others.sum(0)) + weighted)).sum(1) / weight
+            return _mean(batch, scores)
 
         scaled = batch.scale.reshape(-1, 1) * batch.queries
         targets = target(scaled, batch.keys)
@@ -113,73 +114,68 @@ def soft_target_infonce(
         scaled = batch.scale.reshape(-1, 1) * batch.queries
         targets = 0
         if alpha > 0:
-            targets = alpha * _soft_scores(scaled, batch.keys, c, e, scale, symmetric, backend)
+            targets = alpha * _soft_scores(batch, scaled, scale * c, e)
         if alpha < 1:  # in both directions
-            one_hot = inner(scaled, batch.keys).mean(dtype=torch.float64)
+            one_hot = _mean(batch, inner(scaled, batch.keys))
             targets = targets + (1 - alpha) * one_hot
         logsum, shift = _mean_logsumexp(batch)
         return logsum + (shift - targets).to(logsum.dtype)
+
+
+def _mean(batch: Batch, x: Tensor, side: str = "row") -> Tensor:
+    """Of everyone's anchors."""
+    return batch.whole.sum(x.sum(dtype=torch.float64)) / batch.number(side)
 
 
 def _mean_logsumexp(batch: Batch) -> tuple[Tensor, Tensor]:
     """The mean logsumexp of S as two parts, the second a constant in fp64: at a scale of 100 it
     and the targets lose two digits of fp32 where they cancel."""
     share = 0.5 if batch.symmetric else 1.0
-    sizes = {"row": len(batch.queries), "col": len(batch.keys)}
-    weights = {
-        f"{side}_weights": (batch.scale.new_full((sizes[side],), share / sizes[side]), None)
-        for side in batch.directions
-    }
-    logsum, stats = similarity_logsumexp(
-        *(batch.queries, batch.keys, batch.scale),
-        cols=batch.symmetric,
-        backend=batch.backend,
-        **weights,
-    )
-    maxima = (stats.row_max, stats.col_max) if batch.symmetric else (stats.row_max,)
-    return logsum, share * sum(x.mean(dtype=torch.float64) for x in maxima)
+    weights = {}
+    for side in batch.directions:
+        weight = batch.scale.new_full((len(batch.features(side)),), share / batch.number(side))
+        weights[f"{side}_weights"] = weight, None
+    logsum, stats = batch.logsumexp(cols=batch.symmetric, **weights)
+    maxima = {"row": stats.row_max, "col": stats.col_max}
+    return logsum, share * sum(_mean(batch, maxima[side], side) for side in batch.directions)
 
 
-def _soft_scores(
-    a: Tensor,
-    b: Tensor,
-    c: Tensor,
-    e: Tensor,
-    scale: Tensor,
-    symmetric: bool,
-    backend: str | None,
-) -> Tensor:
-    """mean_i Σ_j q_ij <a_i, b_j>, and where symmetric the mean of it and of the columns'. q has no
-    gradient: 4 matrix products give both directions and all gradients."""
-    share = 0.5 if symmetric else 1.0
-    c = scale * c
-    if symmetric:
+def _soft_scores(batch: Batch, a: Tensor, c: Tensor, e: Tensor) -> Tensor:
+    """mean_i Σ_j q_ij <a_i, b_j>, and where symmetric the mean of it and of the columns', with q
+    the softmax of c·eᵀ and b the keys. q has no gradient: 4 matrix products give both directions
+    and all gradients."""
+    whole = batch.whole
+    share = 0.5 if batch.symmetric else 1.0
+    if batch.symmetric:
         with torch.no_grad():
-            stats = similarity_logsumexp(c, e, 1.0, rows=False, backend=backend)
-            top, logsum = stats.col_max, stats.col_logsum + math.log(len(b) / share)
+            stats = replace(batch, queries=c, keys=e, scale=c.new_ones(())).logsumexp(rows=False)
+            top = whole.rows(stats.col_max)
+            logsum = whole.rows(stats.col_logsum) + math.log(batch.number("col") / share)
+    e, n = whole.rows(e), batch.number("row")
 
     def panel(rows: slice) -> tuple[None, Tensor]:
         scores = c[rows] @ e.T
-        weights = scores.softmax(1).mul_(share / len(a))
-        if symmetric:
+        weights = scores.softmax(1).mul_(share / n)
+        if batch.symmetric:
             weights += scores.sub_(top).sub_(logsum).exp_()
         return None, weights
 
-    return sum_of_panels(a, b, panel)
+    return whole.sum(sum_of_panels(a, whole.rows(batch.keys), panel))
 
 
 def _paired(
     queries, keys, logit_scale, symmetric, backend, group, chunk_size, square=True
 ) -> Batch:
     """The batch, without ids: all that counts is that rows belong together where `square`."""
-    not_yet(group=group, chunk_size=chunk_size)
+    check_chunk_size(chunk_size)
     check_pair("queries", queries, "keys", keys)
     n, m = len(queries), len(keys)
     if square and n != m:
         raise ValueError(f"queries and keys must have as many rows, got {n} and {m}")
     scale = check_scale("logit_scale", logit_scale, queries)
     queries, keys = (accumulated(as_autocast(x)) for x in (queries, keys))
-    return Batch(queries, keys, scale, None, None, symmetric, backend)
+    whole = whole_batch(group, queries, keys, chunk_size=chunk_size)
+    return Batch(whole, queries, keys, scale, symmetric, backend)
 
 
 def _target(name: str, x: object, rows: int, batch: Batch) -> Tensor:

@@ -29,25 +29,26 @@ def softplus_sums(
     scale: Tensor,
     log_row: Tensor,
     log_col: Tensor | None,
-    exclude_self: bool = False,
+    diagonal: int | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """Σ_p softplus(log_row_i - S_ip) of each row's positives (N,), and where log_col is given
     Σ_p softplus(log_col_j - S_pj) of each column's (M,), with S = scale·a·bᵀ.
 
     a, b, scale (0-d or (N,)), log_row (N,) and log_col (M,) are fp32 or fp64 and have gradients.
+    diagonal: leave out the pairs (i, i + diagonal); None: leave out none.
     """
     rows, cols = _softplus_sums(
-        a, b, scale.expand(len(a)).contiguous(), log_row, log_col, row_ids, col_ids, exclude_self
+        a, b, scale.expand(len(a)).contiguous(), log_row, log_col, row_ids, col_ids, diagonal
     )
     return rows, None if log_col is None else cols
 
 
 @torch.no_grad()
 def largest(
-    a: Tensor, b: Tensor, row_ids: Tensor, col_ids: Tensor, exclude_self: bool
+    a: Tensor, b: Tensor, row_ids: Tensor, col_ids: Tensor, diagonal: int | None
 ) -> tuple[Tensor, Tensor]:
     """The largest <a_i, b_j> of the positives of each row and of each column, -inf without one."""
-    return _largest(a, b, row_ids, col_ids, exclude_self)
+    return _largest(a, b, row_ids, col_ids, diagonal)
 
 
 class _Tile(NamedTuple):
@@ -74,7 +75,7 @@ class _Side(NamedTuple):
         return torch.empty_like(x).index_copy_(0, self.order, x)
 
 
-def _tiles(rows: _Side, cols: _Side, exclude_self: bool) -> Iterator[_Tile]:
+def _tiles(rows: _Side, cols: _Side, diagonal: int | None) -> Iterator[_Tile]:
     """Waits for the device, once: which columns go with which rows is a matter of ids' values."""
     first = torch.arange(0, len(rows.ids), ROWS, device=rows.ids.device)
     last = (first + (ROWS - 1)).clamp(max=len(rows.ids) - 1)
@@ -85,8 +86,8 @@ def _tiles(rows: _Side, cols: _Side, exclude_self: bool) -> Iterator[_Tile]:
         for start in range(first_col, end_col, COLS):
             to = slice(start, min(start + COLS, end_col))
             other = rows.ids[at, None] != cols.ids[to]
-            if exclude_self:
-                other |= rows.order[at, None] == cols.order[to]
+            if diagonal is not None:
+                other |= rows.order[at, None] + diagonal == cols.order[to]
             dot = rows.x[at] @ cols.x[to].T
             yield _Tile(at, to, dot.masked_fill_(other, 0), other)
 
@@ -96,11 +97,11 @@ def _tiles(rows: _Side, cols: _Side, exclude_self: bool) -> Iterator[_Tile]:
 
 @torch.library.custom_op("ito_kernels::largest_positives", mutates_args=())
 def _largest(
-    a: Tensor, b: Tensor, row_ids: Tensor, col_ids: Tensor, exclude_self: bool
+    a: Tensor, b: Tensor, row_ids: Tensor, col_ids: Tensor, diagonal: int | None
 ) -> tuple[Tensor, Tensor]:
     rows, cols = _Side.of(a, row_ids), _Side.of(b, col_ids)
     top_row, top_col = (x.new_full((len(x),), -torch.inf) for x in (a, b))
-    for tile in _tiles(rows, cols, exclude_self):
+    for tile in _tiles(rows, cols, diagonal):
         dot = tile.dot.masked_fill_(tile.other, -torch.inf)
         top_row[tile.rows] = torch.maximum(top_row[tile.rows], dot.amax(1))
         top_col[tile.cols] = torch.maximum(top_col[tile.cols], dot.amax(0))
@@ -108,7 +109,7 @@ def _largest(
 
 
 @_largest.register_fake
-def _(a, b, row_ids, col_ids, exclude_self):
+def _(a, b, row_ids, col_ids, diagonal):
     return a.new_empty(len(a)), b.new_empty(len(b))
 
 
@@ -121,14 +122,14 @@ def _softplus_sums(
     log_col: Tensor | None,
     row_ids: Tensor,
     col_ids: Tensor,
-    exclude_self: bool,
+    diagonal: int | None,
 ) -> tuple[Tensor, Tensor]:
     """The columns' sums are 0 without log_col."""
     rows, cols = _Side.of(a, row_ids), _Side.of(b, col_ids)
     scale, log_row = scale[rows.order], log_row[rows.order]
     log_col = None if log_col is None else log_col[cols.order]
     row_sums, col_sums = a.new_zeros(len(a)), b.new_zeros(len(b))
-    for tile in _tiles(rows, cols, exclude_self):
+    for tile in _tiles(rows, cols, diagonal):
         scores = scale[tile.rows, None] * tile.dot
         # torch's default threshold of 20 returns x itself beyond it, off by 2e-9
         terms = softplus(log_row[tile.rows, None] - scores, threshold=40)
@@ -140,7 +141,7 @@ def _softplus_sums(
 
 
 @_softplus_sums.register_fake
-def _(a, b, scale, log_row, log_col, row_ids, col_ids, exclude_self):
+def _(a, b, scale, log_row, log_col, row_ids, col_ids, diagonal):
     return torch.empty_like(log_row), b.new_empty(len(b))
 
 
@@ -153,7 +154,7 @@ def _softplus_grads(
     log_col: Tensor | None,
     row_ids: Tensor,
     col_ids: Tensor,
-    exclude_self: bool,
+    diagonal: int | None,
     row_grad: Tensor,
     col_grad: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -165,7 +166,7 @@ def _softplus_grads(
     grad_a, grad_b = torch.zeros_like(rows.x), torch.zeros_like(cols.x)
     grad_scale, grad_log_row = torch.zeros_like(scale), torch.zeros_like(scale)
     grad_log_col = b.new_zeros(len(b))
-    for tile in _tiles(rows, cols, exclude_self):
+    for tile in _tiles(rows, cols, diagonal):
         by_row, others = scale[tile.rows, None], tile.other
         scores = by_row * tile.dot
         # the slope of softplus is the sigmoid
@@ -190,12 +191,12 @@ def _softplus_grads(
 
 
 @_softplus_grads.register_fake
-def _(a, b, scale, log_row, log_col, row_ids, col_ids, exclude_self, row_grad, col_grad):
+def _(a, b, scale, log_row, log_col, row_ids, col_ids, diagonal, row_grad, col_grad):
     return (*(torch.empty_like(x) for x in (a, b, scale, log_row)), b.new_empty(len(b)))
 
 
 def _setup_context(ctx, inputs, output) -> None:
-    *tensors, ctx.exclude_self = inputs
+    *tensors, ctx.diagonal = inputs
     ctx.save_for_backward(*tensors)
 
 
@@ -203,7 +204,7 @@ def _differentiate(ctx, row_grad: Tensor, col_grad: Tensor) -> tuple:
     first_order_only()
     a, b, scale, log_row, log_col, row_ids, col_ids = ctx.saved_tensors
     *grads, of_log_col = _softplus_grads(
-        *(a, b, scale, log_row, log_col, row_ids, col_ids, ctx.exclude_self),
+        *(a, b, scale, log_row, log_col, row_ids, col_ids, ctx.diagonal),
         *(row_grad, col_grad),
     )
     return *grads, None if log_col is None else of_log_col, None, None, None

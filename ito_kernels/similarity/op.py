@@ -261,7 +261,7 @@ def _logsumexp(*args):
     kept = (cache,) if cache_bytes else ()  # an argument of backends that have one
     if not any(now):
         stats = _run(problem, backend, "logsumexp_forward", *kept)
-        return _present(_total(stats, weights), *stats, cache)
+        return _present(weighted_sum(stats, weights), *stats, cache)
     if _has(backend, "logsumexp_both"):
         total, stats, grads = _run(
             problem, backend, "logsumexp_both", with_stats, weights, now, *kept
@@ -269,7 +269,7 @@ def _logsumexp(*args):
     else:
         stats = _run(problem, backend, "logsumexp_forward", *kept)
         grads = _run(problem, backend, "logsumexp_backward", stats, weights, now, *kept)
-        total = _total(stats, weights)
+        total = weighted_sum(stats, weights)
     return _present(total, *(stats if with_stats else ()), *grads)
 
 
@@ -277,7 +277,7 @@ def _has(backend: str, function: str) -> bool:
     return hasattr(dispatch.load(backend), function)
 
 
-def _total(stats: Stats, weights: Upstream) -> Tensor | None:
+def weighted_sum(stats: Stats, weights: Upstream) -> Tensor | None:
     """The weighted sum of the statistics. Where the weight is 0, one of -inf counts as 0: there was
     nothing to sum. Anything else that is not finite makes the total so."""
 

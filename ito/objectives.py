@@ -1,0 +1,321 @@
+"""What is trained: ITO and the objectives that it is compared with, behind one interface.
+
+All share towers, data order, budget and, but for plain CLIP, augmentation. An objective owns the
+modules that exist only while training. Its loss sees nothing but features, so that the batch may
+come in micro-batches and be spread over ranks.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.distributed import ProcessGroup
+from torch.utils.checkpoint import checkpoint
+
+from ito.config import Config
+from ito.encoders import DualEncoder, attention, initialise
+from ito.fusion import Fusion
+from ito.ranks import everyones, sum_over
+from ito.tokenizer import Tokenizer
+from ito_kernels import clip_loss, ito_loss, multi_positive_infonce, nt_xent_loss, siglip_loss
+from ito_kernels.distributed import global_rows
+
+MAX_LOGIT_SCALE = math.log(100)
+Terms = dict[str, Tensor]
+
+
+class Objective(nn.Module):
+    """Made after the model, of which it may set the scale's start."""
+
+    def __init__(self, config: Config, model: DualEncoder):
+        super().__init__()
+        self.config = config
+
+    def texts(self, ids: Tensor, random: torch.Generator) -> Tensor:
+        """Token ids (C, N, L) of the whole batch to those that `encode` takes."""
+        return ids
+
+    def encode(self, model: DualEncoder, patches: Tensor, ids: Tensor) -> tuple[Tensor, ...]:
+        """`model.image.convolve`'s features (V, n, ...) and ids (C, n, L) of n items to features,
+        items along dimension 1. Items do not see each other here."""
+        return unit(model.image.attend, patches), unit(model.text, ids)
+
+    def loss(
+        self, *features: Tensor, logit_scale: Tensor, progress: float, group: ProcessGroup | None
+    ) -> tuple[Tensor, Terms]:
+        """The loss of the batch, of all ranks of `group`, and its terms by name.
+
+        logit_scale: the multiplier; progress: the share of the steps that is done, in [0, 1).
+        """
+        raise NotImplementedError
+
+    @torch.no_grad()
+    def clamp(self) -> None:
+        """After each optimizer step."""
+
+
+def unit(tower: nn.Module, inputs: Tensor) -> Tensor:
+    """(V, n, ...) to unit rows (V, n, E), fp32."""
+    return F.normalize(tower(inputs.flatten(0, 1))[1].float(), dim=-1).unflatten(
+        0, inputs.shape[:2]
+    )
+
+
+class Clip(Objective):
+    """Symmetric InfoNCE of one view and one caption."""
+
+    def loss(self, image, text, *, logit_scale, progress, group):
+        align = clip_loss(image[0], text[0], logit_scale, group=group)
+        return align, {"align": align}
+
+
+class Slip(Objective):
+    """CLIP on the first view + NT-Xent on two more, through a projector; weight 1.
+
+    Mu et al. 2021. Its projector has batch normalisation where this one has layer normalisation,
+    which leaves items independent of each other.
+    """
+
+    TEMPERATURE = 0.1
+
+    def __init__(self, config, model):
+        super().__init__(config, model)
+        width = config.width
+        self.projector = nn.Sequential(
+            nn.Linear(width, 4 * width),
+            nn.LayerNorm(4 * width),
+            nn.ReLU(inplace=True),
+            nn.Linear(4 * width, 4 * width),
+            nn.LayerNorm(4 * width),
+            nn.ReLU(inplace=True),
+            nn.Linear(4 * width, width),
+        )
+        initialise(self.projector, 1)
+
+    def encode(self, model, patches, ids):
+        pooled = model.image.attend(patches.flatten(0, 1))[1].unflatten(0, patches.shape[:2])
+        projected = self.projector(pooled[1:])
+        image, views = (F.normalize(x.float(), dim=-1) for x in (pooled[:1], projected))
+        return image, unit(model.text, ids), views
+
+    def loss(self, image, text, views, *, logit_scale, progress, group):
+        align = clip_loss(image[0], text[0], logit_scale, group=group)
+        views = nt_xent_loss(views[0], views[1], self.TEMPERATURE, group=group)
+        return align + views, {"align": align, "views": views}
+
+
+class Sigmoid(Objective):
+    """The scale and the bias of sigmoid losses, at SigLIP's start: s = 10, b = -10."""
+
+    def __init__(self, config, model):
+        super().__init__(config, model)
+        self.logit_bias = nn.Parameter(torch.tensor(-10.0))
+        nn.init.constant_(model.logit_scale, math.log(10))
+
+
+class SigLip(Sigmoid):
+    """Every image with every text, each pair for itself. Zhai et al. 2023."""
+
+    def loss(self, image, text, *, logit_scale, progress, group):
+        align = siglip_loss(image[0], text[0], logit_scale, self.logit_bias, group=group)
+        return align, {"align": align, "logit_bias": self.logit_bias}
+
+
+class Flair(Sigmoid):
+    """A text-conditioned sigmoid term and a global one, their mean. Xiao et al. 2025.
+
+    local: image i with its K captions and the first drawn of every other item, (1/(K + B - 1)) Σ
+    over all pairs; the image's feature is attention pooling of its tokens, the caption asking.
+    all: every image with the K captions of every item, (1/(B·K)) Σ over all pairs.
+    """
+
+    # pairs whose pooled features are held at a time; backward computes them again
+    PAIRS = 16384
+
+    def __init__(self, config, model):
+        super().__init__(config, model)
+        self.pooling = AttentionPooling(config.width, config.heads)
+
+    def encode(self, model, patches, ids):
+        tokens, pooled = model.image.attend(patches.flatten(0, 1))
+        image = F.normalize(pooled.float(), dim=-1)
+        return image[None], unit(model.text, ids), tokens.float()[None]
+
+    def loss(self, image, text, tokens, *, logit_scale, progress, group):
+        captions, mine = text.shape[:2]
+        items = global_rows(mine, group, text.device)
+        both = siglip_loss(
+            image[0],
+            text.flatten(0, 1),
+            logit_scale,
+            self.logit_bias,
+            image_ids=items,
+            text_ids=items.repeat(captions),
+            group=group,
+        )
+        every, first = everyones(text[0], group)
+        own = torch.arange(first, first + mine, device=text.device)
+        block = max(1, self.PAIRS // (len(every) + captions))
+        total = sum(
+            checkpoint(
+                self.pairs,
+                tokens[0, part],
+                text[:, part],
+                every,
+                own[part],
+                logit_scale,
+                use_reentrant=False,
+            )
+            for part in (slice(at, at + block) for at in range(0, mine, block))
+        )
+        total = sum_over(total, group)
+        local = total / (captions + len(every) - 1)
+        both = both / captions
+        terms = {"local": local, "all": both, "logit_bias": self.logit_bias}
+        return (local + both) / 2, terms
+
+    def pairs(
+        self, tokens: Tensor, own: Tensor, every: Tensor, place: Tensor, logit_scale: Tensor
+    ) -> Tensor:
+        """The sum over the pairs of n images, tokens (n, T, E): their own captions (K, n, E) and
+        `every` item's first (B, E), among which theirs are at `place` (n,)."""
+        captions, n = own.shape[:2]
+        queries = torch.cat([own.transpose(0, 1), every.expand(n, -1, -1)], 1)  # (n, K + B, E)
+        local = F.normalize(self.pooling(queries, tokens), dim=-1)
+        scores = logit_scale * (local * queries).sum(-1) + self.logit_bias
+        sign = torch.ones_like(scores)
+        sign[:, :captions] = -1  # softplus(-S) for positives
+        counted = torch.ones_like(scores)
+        counted[torch.arange(n, device=place.device), captions + place] = 0  # there already
+        return (F.softplus(sign * scores) * counted).sum()
+
+
+class AttentionPooling(nn.Module):
+    """(n, Q, E) queries over (n, T, E) tokens: (n, Q, E). A zero token lets a query ask in vain."""
+
+    def __init__(self, width: int, heads: int):
+        super().__init__()
+        self.heads = heads
+        self.norm = nn.LayerNorm(width)
+        self.query = nn.Linear(width, width)
+        self.pair = nn.Linear(width, 2 * width)
+        self.out = nn.Linear(width, width)
+        initialise(self, 1)
+
+    def forward(self, queries: Tensor, tokens: Tensor) -> Tensor:
+        def split(x: Tensor) -> Tensor:
+            return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)
+
+        pair = F.pad(self.pair(self.norm(tokens)), (0, 0, 0, 1))
+        mixed = attention(split(self.query(queries)), *map(split, pair.chunk(2, -1)), None)
+        return self.out(mixed.transpose(1, 2).flatten(2))
+
+
+class Ito(Objective):
+    """V views × C captions aligned, and λ times NT-Xent of each view fused with the text."""
+
+    def __init__(self, config, model):
+        super().__init__(config, model)
+        self.fusion = self.logit_scale = None
+        if config.lambda_fusion > 0:
+            self.fusion = Fusion(
+                model.image.grid,
+                config.width,
+                config.fusion_depth,
+                config.heads,
+                config.fusion_readout,
+            )
+            if config.fusion_scale == "own":
+                self.logit_scale = nn.Parameter(model.logit_scale.detach().clone())
+
+    def texts(self, ids, random):
+        """Shuffled, each view of an item gets the first caption of an item of its own besides."""
+        if self.fusion is None or self.config.fusion_text != "shuffled":
+            return ids
+        # cyclic shifts of the randomly ordered batch: never one's own, different for each view
+        shifts = 1 + torch.randperm(ids.shape[1] - 1, generator=random)
+        shifts = shifts[torch.arange(self.config.views) % len(shifts)].tolist()
+        return torch.cat([ids, torch.stack([ids[0].roll(shift, 0) for shift in shifts])])
+
+    def encode(self, model, patches, ids):
+        views, size = patches.shape[:2]
+        image_tokens, image = model.image.attend(patches.flatten(0, 1))
+        text_tokens, text = model.text(ids.flatten(0, 1))
+        image, text = (F.normalize(x.float(), dim=-1) for x in (image, text))
+        aligned = image.view(views, size, -1), text.view(len(ids), size, -1)
+        if self.fusion is None:
+            return aligned
+        # The first caption is encoded once and fused with each view.
+        fused_ids, tokens = ids[:1], text_tokens[:size]
+        if self.config.fusion_text == "shuffled":
+            fused_ids, tokens = ids[-views:], text_tokens[-views * size :]
+        elif self.config.fusion_text == "dropped":
+            fused_ids, tokens = ids[:1, :, :0], text_tokens[:size, :0]
+        positions = model.text.positions[: fused_ids.shape[-1]]
+        if self.config.fusion_stop_gradient in ("image", "both"):
+            image_tokens = image_tokens.detach()
+        if self.config.fusion_stop_gradient in ("text", "both"):
+            tokens, positions = tokens.detach(), positions.detach()
+        repeats = views // len(fused_ids)
+        fused = self.fusion(
+            image_tokens,
+            tokens.repeat(repeats, 1, 1),
+            (fused_ids != Tokenizer.pad_id).flatten(0, 1).repeat(repeats, 1),
+            positions,
+        )
+        return *aligned, fused.view(views, size, -1)
+
+    def loss(self, image, text, fused=None, *, logit_scale, progress, group):
+        text = text[: self.config.captions]
+        own = self.logit_scale is not None
+        weight = self.config.lambda_fusion * decay(self.config.lambda_schedule, progress)
+        total, terms = ito_loss(
+            image,
+            text,
+            None if own else fused,
+            logit_scale,
+            lambda_fusion=0.0 if own else weight,
+            denominator=self.config.denominator,
+            group=group,
+        )
+        if own:
+            ids = global_rows(fused.shape[1], group, fused.device).repeat(len(fused))
+            h = fused.flatten(0, 1)
+            terms["fusion"] = multi_positive_infonce(
+                h,
+                h,
+                self.logit_scale.exp(),
+                query_ids=ids,
+                key_ids=ids,
+                symmetric=False,
+                exclude_self=True,
+                group=group,
+            )
+            total = total + weight * terms["fusion"]
+            terms["fusion_scale"] = self.logit_scale.exp()
+        if self.config.lambda_schedule != "constant":
+            terms["lambda"] = torch.tensor(weight)
+        return total, terms
+
+    @torch.no_grad()
+    def clamp(self):
+        if self.logit_scale is not None:
+            self.logit_scale.clamp_(0, MAX_LOGIT_SCALE)
+
+
+def decay(schedule: str, progress: float) -> float:
+    """From 1 at the first step to 0 behind the last, unless constant."""
+    if schedule == "linear":
+        return 1 - progress
+    return 0.5 * (1 + math.cos(math.pi * progress)) if schedule == "cosine" else 1.0
+
+
+OBJECTIVES = {
+    "clip": Clip,
+    "clip-aug": Clip,
+    "slip": Slip,
+    "siglip": SigLip,
+    "flair": Flair,
+    "ito": Ito,
+}

@@ -1,0 +1,112 @@
+"""The collectives that a global batch needs, each an asynchronous start that can be waited for.
+
+torch 2.13 has new names for some: they start here and nowhere else.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
+
+
+def all_gather(out: Tensor, x: Tensor, group) -> dist.Work:
+    call = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+    return call(out, x, group=group, async_op=True)
+
+
+def reduce_scatter(out: Tensor, x: Tensor, group) -> dist.Work:
+    call = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+    return call(out, x, group=group, async_op=True)
+
+
+def all_to_all(out: Tensor, x: Tensor, group) -> dist.Work:
+    return dist.all_to_all_single(out, x, group=group, async_op=True)
+
+
+def all_reduce(out: Tensor, x: Tensor, group) -> dist.Work:
+    out.copy_(x)
+    return dist.all_reduce(out, group=group, async_op=True)
+
+
+def all_reduce_max(out: Tensor, x: Tensor, group) -> dist.Work:
+    out.copy_(x)
+    return dist.all_reduce(out, dist.ReduceOp.MAX, group=group, async_op=True)
+
+
+def broadcast(out: Tensor, x: Tensor, group) -> dist.Work:
+    out.copy_(x)
+    return dist.broadcast(out, dist.get_global_rank(group, 0), group=group, async_op=True)
+
+
+def shift(out: Tensor, x: Tensor, group) -> Works:
+    """x to the next rank of the group, `out` from the one before."""
+    rank, size = dist.get_rank(group), dist.get_world_size(group)
+    # peers are numbered as in the default group
+    after, before = (dist.get_global_rank(group, (rank + i) % size) for i in (1, -1))
+    pair = (dist.P2POp(dist.isend, x, after, group), dist.P2POp(dist.irecv, out, before, group))
+    return Works(dist.batch_isend_irecv(list(pair)))
+
+
+class Works(NamedTuple):
+    works: list[dist.Work]
+
+    def wait(self) -> None:
+        for work in self.works:
+            work.wait()
+
+
+class Started:
+    """A transfer under way. `wait` returns its output, or raises with its name."""
+
+    def __init__(self, what: str, collective: Callable, out: Tensor, x: Tensor, group):
+        self.what, self.out, self.group = what, out, group
+        self.x = x  # until it has been sent
+        try:
+            self.work = collective(out, x, group)
+        except RuntimeError as error:
+            raise self._failed() from error
+
+    def wait(self) -> Tensor:
+        try:
+            self.work.wait()
+        except RuntimeError as error:
+            raise self._failed() from error
+        self.x = None
+        return self.out
+
+    def _failed(self) -> RuntimeError:
+        return RuntimeError(
+            f"{self.what} failed on rank {dist.get_rank(self.group)} of"
+            f" {dist.get_world_size(self.group)}: another rank has ended, does not answer within"
+            " the group's time-out, or is at another call"
+        )
+
+
+def completed(what: str, collective: Callable, x: Tensor, group) -> Tensor:
+    """Of a collective whose output is like its input."""
+    x = x.detach().contiguous()
+    return Started(what, collective, torch.empty_like(x), x, group).wait()
+
+
+def process_group(group: object) -> dist.ProcessGroup:
+    if isinstance(group, DeviceMesh):
+        if group.ndim != 1:
+            raise ValueError(f"group must be a mesh of one dimension, got {group.ndim}")
+        return group.get_group()
+    if group is dist.GroupMember.NON_GROUP_MEMBER:
+        raise ValueError("group does not hold this process: call the loss on its members alone")
+    if not isinstance(group, dist.ProcessGroup):
+        raise TypeError(f"group must be a ProcessGroup or a DeviceMesh, got {type(group).__name__}")
+    return group
+
+
+def gathered_sizes(group: dist.ProcessGroup, device: torch.device, *mine: int) -> Tensor:
+    """(ranks, len(mine)) of every rank, on the host."""
+    x = torch.tensor([mine], device=device)
+    out = x.new_empty(dist.get_world_size(group), len(mine))
+    return Started("all-gather of batch sizes", all_gather, out, x, group).wait().cpu()
