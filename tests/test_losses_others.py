@@ -347,3 +347,15 @@ BAD = [
 def test_bad_input(error, message, call):
     with pytest.raises(error, match=message):
         call()
+
+
+def test_decoupled_softmax_compiles_in_one_graph():
+    """Although the ids' values decide how many tiles there are."""
+    x, y = (unit(20, 8, seed=s, dtype=torch.float32).requires_grad_() for s in range(2))
+    ids = torch.arange(20) // 3
+
+    def loss(x, y):
+        return ik.decoupled_softmax_loss(x, y, 20.0, query_ids=ids, key_ids=ids)
+
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
+    check(compiled(x, y), loss(x, y), [x, y])

@@ -6,13 +6,13 @@ from dataclasses import replace
 
 import torch
 from torch import Tensor
-from torch.nn.functional import one_hot
+from torch.nn.functional import one_hot, softplus
 
 from ..similarity.pairs import finite_shift
 from ..similarity.spec import check_ids
 from .batch import make_batch
 from .options import check_values
-from .precision import without_autocast
+from .precision import inner, without_autocast
 
 
 def cluster_weighted_infonce(
@@ -83,10 +83,14 @@ def cluster_weighted_infonce(
             keys=torch.cat([batch.keys, right], 1),
         )
         negatives = weighted.statistics(exclude_positives=True)
-        sums = means = batch.statistics(positives="lse")
-        if batch.query_ids is not None:  # there may be several positives
-            means = batch.statistics(positives="linear")
         losses = []
+        if batch.query_ids is None:  # the positive of row i is key i: no pass over S is for it
+            true = batch.scale * inner(batch.queries, batch.keys)
+            for side, x in negatives.items():
+                terms = softplus(x.logsum + x.max - true, threshold=40)
+                losses.append(batch.mean(side, terms))
+            return sum(losses) / len(losses)
+        sums, means = (batch.statistics(positives=kind) for kind in ("lse", "linear"))
         for side, found in sums.items():
             shift, k = finite_shift(found.max), batch.positives(side)
             others = negatives[side].logsum + (negatives[side].max - shift)
