@@ -84,7 +84,8 @@ def cluster_weighted_infonce(
         )
         negatives = weighted.statistics(exclude_positives=True)
         losses = []
-        if batch.query_ids is None:  # the positive of row i is key i: no pass over S is for it
+        if query_ids is None and key_ids is None:
+            # the positive of row i is key i: no pass over S is for it
             true = batch.scale * inner(batch.queries, batch.keys)
             for side, x in negatives.items():
                 terms = softplus(x.logsum + x.max - true, threshold=40)
