@@ -18,12 +18,13 @@ from tqdm import tqdm
 
 from ito.checkpoint import load_checkpoint, save_checkpoint, undamaged, write_atomically
 from ito.cli import user_errors
-from ito.config import PRESETS, Config, add_options, from_options
+from ito.config import Config, add_options, from_options
 from ito.data import Dataset, report_skipped
 from ito.evaluate import evaluate, table
 from ito.export import export, load
 from ito.precision import choose_precision
 from ito.ranks import Ranks
+from ito.recipes import PRESETS
 from ito.report import write_report
 from ito.source import open_dataset
 from ito.tokenizer import Tokenizer
@@ -40,13 +41,19 @@ def main(arguments: list[str] | None = None) -> Path:
         with ranks.together(), ranks.quiet():
             options = parser.parse_args(arguments)
             if options.resume:
-                run, config = options.resume, resumed_config(options)
+                folder, config = options.resume, resumed_config(options)
             else:
-                run = options.out or Path("runs") / datetime.now().strftime("%Y%m%d-%H%M%S")
+                folder = options.out or Path("runs") / datetime.now().strftime("%Y%m%d-%H%M%S")
                 config = from_options(options)
-                refuse_used(run)
+                refuse_used(folder)
         dataset = ranks.leader_first(lambda: open_dataset(config, options.cache))
-        return train(run, config, dataset, options, ranks)
+        with ranks.together():
+            run = Run(folder, config, dataset, options, ranks)
+        began = time.perf_counter()
+        step = run.train()
+        if ranks.leads:
+            run.finish(step, time.perf_counter() - began)
+        return folder
 
 
 def run_options(parser: argparse.ArgumentParser) -> None:
@@ -138,132 +145,171 @@ def choose_device(name: str | None, saved: str | None, ranks: Ranks) -> torch.de
     return device
 
 
-def train(
-    run: Path, config: Config, dataset: Dataset, options: argparse.Namespace, ranks: Ranks
-) -> Path:
-    """Train from the run's newest checkpoint, or from scratch, to `config.steps`.
+class Run:
+    """A run from its folder's newest checkpoint, or from scratch: set up, trained, finished.
 
     Every rank computes; rank 0 alone evaluates and writes.
+
+    Raises ValueError and OSError naming what does not fit, before anything is written.
     """
-    with ranks.together():
-        resumed = load_checkpoint(run) if options.resume else None
-        if resumed and resumed["step"] >= config.steps:
-            print(f"resume     {run} is finished: it has all of its {config.steps} steps")
-        machine, precision = {}, options.precision
-        if resumed:  # as before: anything else would change the numbers
-            with undamaged(run / "environment.json") as path:
-                machine = json.loads(path.read_text(encoding="utf-8"))
-            precision = {"torch.bfloat16": "bf16", "torch.float32": "fp32"}[resumed["dtype"]]
+
+    def __init__(
+        self,
+        folder: Path,
+        config: Config,
+        dataset: Dataset,
+        options: argparse.Namespace,
+        ranks: Ranks,
+    ):
+        self.folder, self.config, self.dataset, self.ranks = folder, config, dataset, ranks
+        self.log = Log(folder / "metrics.jsonl")
+        state = load_checkpoint(folder) if options.resume else None
+        machine = self.choose_machine(options, state)
+        print(f"data       {config.train_data}: {dataset.describe()}")
+        if dataset.skipped:
+            print(report_skipped(dataset.skipped))
+        for name, value in machine.items():
+            print(f"{name:10} {value}")
+        pretrained = load(config.pretrained) if config.pretrained and not state else None
+        if state:
+            with undamaged(folder / "model" / "tokenizer.json") as path:
+                self.tokenizer = Tokenizer.load(path)
+        elif pretrained:
+            self.tokenizer = pretrained.tokenizer
+            print(f"pretrained {config.pretrained}, step {pretrained.step}")
+        else:
+            self.tokenizer = Tokenizer.train(
+                training_captions(dataset), config.vocab_size, config.context_length
+            )
+        self.trainer = Trainer(config, dataset, self.tokenizer, self.device, self.dtype, ranks)
+        if self.trainer.batches.size < config.batch_size:
+            size, wanted = self.trainer.batches.size, config.batch_size
+            print(f"batch      {size}: all training items there are; --batch-size is {wanted}")
+        for split in dataset.held_out_splits():
+            if len(dataset.image_item[dataset.rows(split)].unique()) == 1:
+                print(f"warning    {split} holds 1 item: R@1 is 100 % whatever is learned")
+        self.first = 0  # the step to begin with
+        if state:
+            self.resume(state)
+            return
+        if pretrained:
+            self.trainer.start_from(pretrained.model, config.pretrained)
+        if ranks.leads:
+            self.begin(named=options.out is not None)
+
+    def choose_machine(self, options: argparse.Namespace, state: dict | None) -> dict[str, str]:
+        """Device, threads and dtype; resumed, as before: anything else would change the numbers."""
+        self.before, precision = {}, options.precision
+        if state:
+            with undamaged(self.folder / "environment.json") as path:
+                self.before = dict(json.loads(path.read_text(encoding="utf-8")))
+            precision = {"torch.bfloat16": "bf16", "torch.float32": "fp32"}[state["dtype"]]
             if options.precision not in ("auto", precision):
                 raise ValueError(
                     f"--resume keeps the run's precision, {precision}: "
                     f"drop --precision {options.precision}"
                 )
-        kept = machine if machine.get("ranks", 1) == ranks.size else {}
+        kept = self.before if self.before.get("ranks", 1) == self.ranks.size else {}
         if threads := options.threads or kept.get("threads"):
             torch.set_num_threads(threads)
-        device = choose_device(options.device, machine.get("device"), ranks)
-        dtype, reason = choose_precision(precision, device)
-        print(f"data       {config.train_data}: {dataset.describe()}")
-        if dataset.skipped:
-            print(report_skipped(dataset.skipped))
-        shared = f"{ranks.size} ranks, each {device.type}" if ranks.size > 1 else str(device)
+        self.device = choose_device(options.device, self.before.get("device"), self.ranks)
+        self.dtype, reason = choose_precision(precision, self.device)
+        ranks = f"{self.ranks.size} ranks, each " if self.ranks.size > 1 else ""
         threads = f"{torch.get_num_threads()} threads"
-        print(f"machine    {shared}, {threads}, torch {torch.__version__}")
-        print(f"precision  {str(dtype).removeprefix('torch.')}: {reason}")
+        return {
+            "machine": f"{ranks}{self.device}, {threads}, torch {torch.__version__}",
+            "precision": f"{str(self.dtype).removeprefix('torch.')}: {reason}",
+        }
 
-        start = load(config.pretrained) if config.pretrained else None
-        if resumed:
-            with undamaged(run / "model" / "tokenizer.json") as path:
-                tokenizer = Tokenizer.load(path)
-        elif start:
-            tokenizer = start.tokenizer
+    def resume(self, state: dict) -> None:
+        now = environment(self.device, self.dtype, self.dataset, self.ranks)
+        for name, was in self.before.items():
+            if now.get(name) != was:
+                print(f"warning    {name} was {was}, is {now.get(name)}: numbers may differ")
+        with undamaged(self.folder / "checkpoints"):
+            self.trainer.load(state)
+        self.first = state["step"]
+        if self.first < self.config.steps:
+            print(f"resume     {self.folder} from step {self.first}")
         else:
-            captions = training_captions(dataset)
-            tokenizer = Tokenizer.train(captions, config.vocab_size, config.context_length)
-        trainer = Trainer(config, dataset, tokenizer, device, dtype, ranks)
-        if start and not resumed:
-            trainer.start_from(start.model, config.pretrained)
-            print(f"pretrained {config.pretrained}, step {start.step}")
-        if trainer.batches.size < config.batch_size:
-            size, wanted = trainer.batches.size, config.batch_size
-            print(f"batch      {size}: all training items there are; --batch-size is {wanted}")
-        for split in dataset.held_out_splits():
-            if len(dataset.image_item[dataset.rows(split)].unique()) == 1:
-                print(f"warning    {split} holds 1 item: R@1 is 100 % whatever is learned")
-        now = environment(device, dtype, dataset, ranks)
-        log = Log(run / "metrics.jsonl")
-        if resumed:
-            for name in machine:
-                if now[name] != machine[name]:
-                    print(
-                        f"warning    {name} was {machine[name]}, is {now[name]}: numbers may differ"
-                    )
-            with undamaged(run / "checkpoints"):
-                trainer.load(resumed)
-            print(f"resume     {run} from step {resumed['step']}")
-            if ranks.leads:
-                log.forget_after(resumed["step"])
-        elif ranks.leads:
-            untrained = evaluate(trainer.model, tokenizer, dataset)
-            create_run(run, named=options.out is not None)  # not before all input has passed
-            config.save(run / "config.json")
-            text = json.dumps(now, indent=2) + "\n"
-            (run / "environment.json").write_text(text, encoding="utf-8")
-            log.write("eval", 0, untrained)
+            print(f"resume     {self.folder} is finished: it has all of its {self.first} steps")
+        if self.ranks.leads:
+            self.log.forget_after(self.first)
 
-    def checkpoint(step: int) -> None:
+    def begin(self, named: bool) -> None:
+        untrained = evaluate(self.trainer.model, self.tokenizer, self.dataset)
+        create_run(self.folder, named)  # not before all of the input has passed
+        self.config.save(self.folder / "config.json")
+        now = environment(self.device, self.dtype, self.dataset, self.ranks)
+        text = json.dumps(now, indent=2) + "\n"
+        (self.folder / "environment.json").write_text(text, encoding="utf-8")
+        self.log.write("eval", 0, untrained)
+
+    def train(self) -> int:
+        """To `config.steps`, or until any rank is interrupted. Returns the steps that are done."""
+        config, step, began = self.config, self.first, time.perf_counter()
+        bar = tqdm(
+            total=config.steps,
+            initial=step,
+            desc="training",
+            unit="step",
+            dynamic_ncols=True,
+            mininterval=0.1 if sys.stderr.isatty() else 10,  # seconds: a log file is read later
+            disable=not self.ranks.leads,
+        )
+        with Interrupt() as interrupt, bar:
+            while step < config.steps and not self.ranks.any(interrupt.asked):
+                terms = self.trainer.step(step)
+                step += 1
+                bar.update()
+                if not self.ranks.leads:
+                    continue
+                last = step == config.steps
+                if last or step % config.log_every == 0:
+                    seconds = time.perf_counter() - began
+                    rate = (step - self.first) * self.trainer.batches.size * config.views / seconds
+                    speed = {"images_per_second": rate, "seconds": seconds}
+                    self.log.write("train", step, terms | speed)
+                    bar.set_postfix_str(progress(terms, rate), refresh=False)
+                if last or step % config.eval_every == 0:
+                    scores = evaluate(self.trainer.model, self.tokenizer, self.dataset)
+                    self.log.write("eval", step, scores)
+                if last or step % config.checkpoint_every == 0:
+                    self.checkpoint(step)
+        if self.ranks.leads and step < config.steps:
+            self.checkpoint(step)
+        return step
+
+    def checkpoint(self, step: int) -> None:
         about = {
             "step": step,
-            "dtype": str(dtype),
-            "architecture": trainer.model.architecture,
-            "load_size": config.load_size,
+            "dtype": str(self.dtype),
+            "architecture": self.trainer.model.architecture,
+            "load_size": self.config.load_size,
         }
-        export(trainer.model, tokenizer, config.load_size, step, run / "model")
-        save_checkpoint(run, step, trainer.state() | about)
+        model = self.trainer.model
+        export(model, self.tokenizer, self.config.load_size, step, self.folder / "model")
+        save_checkpoint(self.folder, step, self.trainer.state() | about)
 
-    step = first = resumed["step"] if resumed else 0
-    began = time.perf_counter()
-    bar = tqdm(
-        total=config.steps,
-        initial=first,
-        desc="training",
-        unit="step",
-        dynamic_ncols=True,
-        mininterval=0.1 if sys.stderr.isatty() else 10,  # seconds: a log file is read later
-        disable=not ranks.leads,
-    )
-    with Interrupt() as interrupt, bar:
-        while step < config.steps and not ranks.any(interrupt.asked):
-            terms = trainer.step(step)
-            step += 1
-            bar.update()
-            if not ranks.leads:
-                continue
-            last = step == config.steps
-            if last or step % config.log_every == 0:
-                elapsed = time.perf_counter() - began
-                rate = (step - first) * trainer.batches.size * config.views / elapsed
-                log.write("train", step, terms | {"images_per_second": rate, "seconds": elapsed})
-                bar.set_postfix_str(progress(terms, rate), refresh=False)
-            if last or step % config.eval_every == 0:
-                log.write("eval", step, evaluate(trainer.model, tokenizer, dataset))
-            if last or step % config.checkpoint_every == 0:
-                checkpoint(step)
-    if not ranks.leads:
-        return run
-    if step < config.steps:
-        checkpoint(step)
-        print(f"stopped after step {step}; continue with: python -m ito.train --resume {run}")
-        return run
-    report = write_report(run, load(run), dataset)
-    evaluations = log.read("eval")
-    print(table({"before": evaluations[0], "after": evaluations[-1]}))
-    if first < step:
-        print(f"trained    {step - first} steps in {time.perf_counter() - began:.0f} s")
-    for name, path in (("model", run / "model"), ("metrics", log.path), ("report", report)):
-        print(f"{name:10} {path}")
-    return run
+    def finish(self, step: int, seconds: float) -> None:
+        """The report and the table, or how to go on."""
+        folder = self.folder
+        if step < self.config.steps:
+            print(
+                f"stopped after step {step}; continue with: python -m ito.train --resume {folder}"
+            )
+            return
+        report = write_report(folder, load(folder), self.dataset)
+        evaluations = self.log.read("eval")
+        print(table({"before": evaluations[0], "after": evaluations[-1]}))
+        if self.first < step:
+            print(f"trained    {step - self.first} steps in {seconds:.0f} s")
+        for name, path in (
+            ("model", folder / "model"),
+            ("metrics", self.log.path),
+            ("report", report),
+        ):
+            print(f"{name:10} {path}")
 
 
 def progress(terms: dict[str, float], rate: float) -> str:
@@ -308,10 +354,11 @@ class Log:
     def forget_after(self, step: int) -> None:
         """Drop what a killed run logged beyond its checkpoint, and a line it left unfinished."""
         kept = []
-        for line in self.path.read_text(encoding="utf-8").splitlines(keepends=True):
-            if not line.endswith("\n") or json.loads(line)["step"] > step:
-                break
-            kept.append(line)
+        with undamaged(self.path):
+            for line in self.path.read_text(encoding="utf-8").splitlines(keepends=True):
+                if not line.endswith("\n") or json.loads(line)["step"] > step:
+                    break
+                kept.append(line)
         write_atomically(self.path, lambda path: path.write_text("".join(kept), encoding="utf-8"))
 
 

@@ -36,7 +36,6 @@ OBJECTIVES = {
         "fusion_readout": "mean",
         "fusion_stop_gradient": "image",
     },
-    "clip": {"objective": "clip"},
     "slip": {"objective": "slip"},
     "siglip": {"objective": "siglip"},
     "flair": {"objective": "flair", "captions": 3},

@@ -1,0 +1,279 @@
+"""The scaling model against what gloo does on this machine, with W = 1, 2, 4 processes.
+
+Every process has one thread, on a core of its own where there are enough. Plain torch calls give
+the machine's constants: torch.mm the rate of matrix products; collectives of two sizes latency and
+rate of each kind; an all-gather beside torch.mm what they hide of each other; and the chunks of a
+loss of 8 rows and 8 features, in a group of one process, what a step and each of its chunks cost
+apart from products and transfers. From these alone the model predicts the losses' steps, which run
+in turns with them.
+
+A time is the slowest rank's; of all rounds the least, because the machine may be busy with
+other work.
+"""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import random
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from datetime import datetime
+from pathlib import Path
+from statistics import median
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+from loss_throughput import machine
+from scaling_model import LOSSES, Step, Walk, number, step_seconds
+from torch import Tensor
+
+import ito_kernels as ik
+from ito_kernels.distributed.collectives import (
+    all_gather,
+    all_reduce,
+    all_to_all,
+    reduce_scatter,
+)
+
+DIM, FP32 = 512, 4
+ROWS, SHARES, KINDS = (128, 512), (1, 4), ("clip", "siglip")
+SMALL, LARGE = 1 << 12, 1 << 21  # bytes that each rank contributes to a plain collective
+HOST_CHUNKS = 8
+SECONDS = 90  # of rounds, for each W
+
+
+class Gloo(NamedTuple):
+    """A machine of the model: seconds = latency + bytes / rate, for each kind of collective."""
+
+    flops: float  # per second
+    hidden: float  # share of the shorter of products and transfer that the longer one hides
+    host: float  # seconds for each chunk and walk
+    call: float  # seconds for each step
+    links: dict[str, tuple[float, float]]  # seconds, bytes per second
+
+    def compute(self, walk: Walk, rows: int, keys: int, dim: int, itemsize: int) -> float:
+        return walk.units * 2 * rows * keys * dim / self.flops
+
+    def _link(self, name: str, ranks: int, nbytes: int) -> float:
+        latency, rate = self.links[name]
+        return latency + nbytes / rate
+
+    def all_gather(self, ranks: int, nbytes: int) -> float:
+        return self._link("all_gather", ranks, nbytes)
+
+    def reduce_scatter(self, ranks: int, nbytes: int) -> float:
+        return self._link("reduce_scatter", ranks, nbytes)
+
+    def all_to_all(self, ranks: int, nbytes: int) -> float:
+        return self._link("all_to_all", ranks, nbytes)
+
+    def all_reduce(self, ranks: int) -> float:
+        return self._link("all_reduce", ranks, 0)
+
+    def together(self, compute: float, transfer: float) -> float:
+        """Python, products and transfers share the process's core."""
+        return self.host + compute + transfer - self.hidden * min(compute, transfer)
+
+
+def check(out: Path) -> None:
+    """Runs W = 1, 2, 4, prints predictions beside measurements, writes both as JSON."""
+    report = {"date": datetime.now().isoformat(timespec="seconds"), **machine("cpu")}
+    report |= {"threads": 1, "cores": len(os.sched_getaffinity(0)), "machines": {}, "rows": []}
+    for ranks in (1, 2, 4):
+        rounds, times = measured(ranks)
+        gloo = calibrated(ranks, times)
+        report["machines"][ranks] = gloo._asdict() | {"rounds": rounds}
+        for step in steps(ranks):
+            seconds = min(times[name(step)])
+            guess = step_seconds(step, gloo)
+            report["rows"].append(
+                step._asdict()
+                | {"predicted_ms": 1e3 * guess, "measured_ms": 1e3 * seconds}
+                | {"median_ms": 1e3 * median(times[name(step)]), "ratio": guess / seconds}
+            )
+    print(markdown(report))
+    out.write_text(json.dumps(report, indent=1) + "\n")
+
+
+def markdown(report: dict) -> str:
+    lines = [
+        "| W | rounds | torch.mm GFLOP/s | all-gather | reduce-scatter | hidden | chunk | step |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for ranks, gloo in report["machines"].items():
+        links = [
+            f"{1e6 * latency:,.0f} µs + {rate / 1e9:.2f} GB/s"
+            for latency, rate in (gloo["links"][x] for x in ("all_gather", "reduce_scatter"))
+        ]
+        cells = [
+            str(ranks), str(gloo["rounds"]), f"{gloo['flops'] / 1e9:.0f}", *links,
+            f"{gloo['hidden']:.2f}", f"{1e6 * gloo['host']:,.0f} µs",
+            f"{1e6 * gloo['call']:,.0f} µs",
+        ]  # fmt: skip
+        lines.append("| " + " | ".join(cells) + " |")
+    lines += [
+        "",
+        "| W | loss | rows | chunk | predicted ms | measured ms | predicted / measured |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for r in report["rows"]:
+        lines.append(
+            f"| {r['ranks']} | {r['loss']} | {r['rows']} | {r['chunk']}"
+            f" | {number(r['predicted_ms'])} | {number(r['measured_ms'])} | {r['ratio']:.2f} |"
+        )
+    return "\n".join(lines)
+
+
+def steps(ranks: int) -> list[Step]:
+    return [
+        Step(ranks, rows, DIM, FP32, loss, chunk=ranks * rows // share)
+        for loss in KINDS
+        for rows in ROWS
+        for share in SHARES
+    ]
+
+
+def name(step: Step) -> str:
+    return f"{step.loss} {step.rows} {step.chunk}"
+
+
+# ---- the machine's constants
+
+
+def calibrated(ranks: int, times: dict[str, list[float]]) -> Gloo:
+    seconds = {what: min(x) for what, x in times.items()}
+    links = {}
+    for kind in COLLECTIVES:
+        small, large = (seconds[f"{kind} {size}"] for size in (SMALL, LARGE))
+        others = max(ranks - 1, 1)  # alone: a copy
+        rate = others * (LARGE - SMALL) / max(large - small, 1e-9)
+        links[kind] = (max(small - others * SMALL / rate, 0.0), rate)
+    alone = seconds["mm"], seconds[f"all_gather {LARGE}"]
+    hidden = (sum(alone) - seconds["mm beside all_gather"]) / min(alone)
+    few, many = (seconds[f"host {chunks}"] for chunks in (1, HOST_CHUNKS))
+    walks = len(LOSSES["clip"])
+    host = max(many - few, 0.0) / (HOST_CHUNKS - 1) / walks
+    return Gloo(
+        flops=mm_flops(ranks) / seconds["mm"],
+        hidden=min(max(hidden, 0.0), 1.0),
+        host=host,
+        call=max(few - walks * host, 0.0),
+        links=links,
+    )
+
+
+def mm_flops(ranks: int) -> float:
+    return 2 * ROWS[-1] * ranks * ROWS[-1] * DIM
+
+
+COLLECTIVES = {
+    "all_gather": all_gather,
+    "reduce_scatter": reduce_scatter,
+    "all_to_all": all_to_all,
+    "all_reduce": all_reduce,
+}
+
+
+def plain_calls(ranks: int, alone: dist.ProcessGroup) -> dict[str, Callable[[], object]]:
+    """What is measured beside the losses."""
+    left, right = torch.randn(ROWS[-1], DIM), torch.randn(DIM, ranks * ROWS[-1])
+    scores = torch.zeros(ROWS[-1], ranks * ROWS[-1])
+
+    def collective(kind: str, nbytes: int) -> Callable[[], dist.Work]:
+        mine, all_ranks = torch.zeros(nbytes // 4), torch.zeros(ranks * nbytes // 4)
+        out, x = {
+            "all_gather": (all_ranks, mine),
+            "reduce_scatter": (mine, all_ranks),
+            "all_to_all": (torch.zeros_like(all_ranks), all_ranks),
+            "all_reduce": (torch.zeros_like(mine), mine),
+        }[kind]
+        return lambda: COLLECTIVES[kind](out, x, dist.group.WORLD)
+
+    calls = {"mm": lambda: torch.mm(left, right, out=scores)}
+    for kind in COLLECTIVES:
+        for nbytes in (SMALL, LARGE):
+            start = collective(kind, nbytes)
+            calls[f"{kind} {nbytes}"] = lambda start=start: start().wait()
+    gather = collective("all_gather", LARGE)
+
+    def beside() -> None:
+        work = gather()
+        torch.mm(left, right, out=scores)
+        work.wait()
+
+    calls["mm beside all_gather"] = beside
+    tiny = leaves(8, 8)
+    for chunks in (1, HOST_CHUNKS):
+        calls[f"host {chunks}"] = lambda chunk=8 // chunks: train("clip", tiny, chunk, alone)
+    return calls
+
+
+# ---- processes
+
+
+def leaves(rows: int, dim: int) -> tuple[Tensor, Tensor, Tensor]:
+    x, y = (torch.nn.functional.normalize(torch.randn(rows, dim), dim=1) for _ in range(2))
+    return x.requires_grad_(), y.requires_grad_(), torch.tensor(10.0, requires_grad=True)
+
+
+def train(loss: str, x: tuple[Tensor, ...], chunk: int, group: dist.ProcessGroup) -> None:
+    options = {"group": group, "chunk_size": chunk}
+    value = ik.clip_loss(*x, **options) if loss == "clip" else ik.siglip_loss(*x, -10.0, **options)
+    torch.autograd.grad(value, x)
+
+
+def measured(ranks: int) -> tuple[int, dict[str, list[float]]]:
+    """The number of rounds, and the slowest rank's seconds in each of what was run."""
+    spawn = multiprocessing.get_context("spawn")
+    cores = sorted(os.sched_getaffinity(0))
+    with tempfile.TemporaryDirectory() as folder:
+        processes = [
+            spawn.Process(target=work, args=(rank, ranks, cores[rank % len(cores)], folder))
+            for rank in range(ranks)
+        ]
+        for process in processes:
+            process.start()
+        for process in processes:
+            process.join()
+        if any(process.exitcode for process in processes):
+            sys.exit(f"a process of {ranks} has failed")
+        each = [json.loads((Path(folder) / f"{rank}.json").read_text()) for rank in range(ranks)]
+    slowest = {
+        what: [max(x) for x in zip(*(e[what] for e in each), strict=True)] for what in each[0]
+    }
+    return len(slowest["mm"]), slowest
+
+
+def work(rank: int, ranks: int, core: int, folder: str) -> None:
+    os.sched_setaffinity(0, {core})
+    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    torch.set_num_threads(1)
+    torch.manual_seed(rank)
+    store = f"file://{folder}/store"
+    dist.init_process_group("gloo", init_method=store, rank=rank, world_size=ranks)
+    groups = [dist.new_group([r]) for r in range(ranks)]
+    calls = plain_calls(ranks, groups[rank])
+    inputs = {rows: leaves(rows, DIM) for rows in ROWS}
+    for step in steps(ranks):
+        calls[name(step)] = lambda s=step: train(s.loss, inputs[s.rows], s.chunk, dist.group.WORLD)
+    order, shuffle, times = list(calls), random.Random(0).shuffle, {what: [] for what in calls}
+    for call in calls.values():
+        call()
+    begin, more = time.perf_counter(), torch.ones(1)
+    while more.item():
+        shuffle(order)
+        for what in order:
+            dist.barrier()
+            start = time.perf_counter()
+            calls[what]()
+            times[what].append(time.perf_counter() - start)
+        more.fill_(time.perf_counter() - begin < SECONDS)
+        dist.broadcast(more, 0)
+    (Path(folder) / f"{rank}.json").write_text(json.dumps(times))
+    dist.barrier()
+    os._exit(0)
