@@ -18,7 +18,7 @@ import ito_kernels as ik
 if TYPE_CHECKING:
     from contenders import Inputs
 
-PRIOR, HARDNESS, MARGIN, SOFT = 0.1, 0.5, 0.1, 0.4
+PRIOR, HARDNESS, MARGIN, SOFT, MIXED, CLUSTERS = 0.1, 0.5, 0.1, 0.4, 0.7, 8
 
 
 class Loss(NamedTuple):
@@ -136,6 +136,49 @@ def margin(x: Inputs) -> Tensor:
     return both(rows, x.a @ x.b.T)
 
 
+def one_to_k(x: Inputs) -> Tensor:
+    scores = x.log_scale.exp() * x.a @ torch.cat([x.b, frozen(x)]).T
+    rows = torch.arange(len(x.a), device=scores.device).repeat(2)
+    own = F.one_hot(rows).T.to(scores.dtype) / 2
+    return (F.cross_entropy(scores, own) + F.cross_entropy(scores.T, rows)) / 2
+
+
+def next_rows(x: Inputs) -> Tensor:
+    return torch.arange(len(x.a), device=x.a.device).roll(-1)
+
+
+def mixup(x: Inputs) -> Tensor:
+    scores = scores_of(x)
+    return MIXED * cross_entropy(scores) + (1 - MIXED) * F.cross_entropy(scores, next_rows(x))
+
+
+def pairs(x: Inputs) -> Tensor:
+    """(2N, 2): two keys of each query."""
+    rows = torch.arange(len(x.a), device=x.a.device)
+    return torch.stack([rows.repeat(2), torch.cat([rows, next_rows(x)])], 1)
+
+
+def positive_pairs(x: Inputs) -> Tensor:
+    rows, cols = pairs(x).T
+    scores = scores_of(x)
+    weights = torch.zeros_like(scores)
+    weights[rows, cols] = 0.5
+    return (F.cross_entropy(scores, weights) + F.cross_entropy(scores.T, weights.T)) / 2
+
+
+def clusters(x: Inputs) -> tuple[Tensor, Tensor]:
+    """(N,) and the table of their weights."""
+    table = torch.linspace(0.5, 2.0, CLUSTERS**2, device=x.a.device).reshape(CLUSTERS, CLUSTERS)
+    return torch.arange(len(x.a), device=x.a.device) % CLUSTERS, table
+
+
+def cluster_weighted(x: Inputs) -> Tensor:
+    of, table = clusters(x)
+    log_weights = table.log()[of][:, of].fill_diagonal_(0)
+    scores = scores_of(x)
+    return (cross_entropy(scores + log_weights) + cross_entropy(scores.T + log_weights.T)) / 2
+
+
 def by_ids(x: Inputs) -> dict[str, Tensor]:
     return {"query_ids": x.ids, "key_ids": x.ids}
 
@@ -196,5 +239,30 @@ OTHER_LOSSES = {
         ),
     ),
     "hard_debiased": Loss(hard_debiased, infonce(hardness=HARDNESS, debias=PRIOR)),
+    "one_to_k": Loss(
+        one_to_k,
+        lambda x, scale, **where: ik.one_to_k_loss(
+            x.a, torch.stack([x.b, frozen(x)], 1), scale, **where
+        ),
+    ),
+    "mixup": Loss(
+        mixup,
+        lambda x, scale, **where: ik.mixup_infonce(
+            x.a, x.b, scale, partners=next_rows(x), mixing=MIXED, **where
+        ),
+    ),
+    "positive_pairs": Loss(positive_pairs, infonce(positive_pairs=pairs)),
+    "clusters": Loss(
+        cluster_weighted,
+        lambda x, scale, **where: ik.cluster_weighted_infonce(
+            x.a,
+            x.b,
+            scale,
+            query_clusters=clusters(x)[0],
+            key_clusters=clusters(x)[0],
+            weights=clusters(x)[1],
+            **where,
+        ),
+    ),
     "margin": Loss(margin, infonce(false_negative_margin=MARGIN)),
 }

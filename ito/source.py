@@ -2,26 +2,46 @@
 
 from pathlib import Path
 
+from ito import emoji_full, emoji_small
 from ito.cli import reason
-from ito.config import EMOJI_SMALL, Config
+from ito.config import EMOJI_FULL, EMOJI_SMALL, Config
 from ito.data import Dataset, load_dataset
-from ito.emoji import FOLDER, default_cache, prepare_emoji_small
+from ito.emoji import default_cache
+from ito.emoji_full import prepare_emoji_full
+from ito.emoji_small import prepare_emoji_small
+from ito.records import Shard, open_shards
 
 
 def open_dataset(config: Config, cache: Path | None = None) -> Dataset:
-    """Load `config.train_data`; the small emoji set is prepared in `cache` on first use."""
-    path = Path(config.train_data)
-    if config.train_data == EMOJI_SMALL:
-        folder = (cache or default_cache()) / FOLDER
-        try:
-            path = prepare_emoji_small(folder)
-        except OSError as error:
-            raise OSError(f"--cache: cannot prepare {folder}: {reason(error)}") from error
+    """Load `config.train_data` into memory; an emoji set is prepared in `cache` on first use."""
     return load_dataset(
-        path,
+        locate(config, cache),
         config.load_size,
         split_seed=config.split_seed,
-        csv_separator=config.csv_separator,
-        csv_img_key=config.csv_img_key,
-        csv_caption_key=config.csv_caption_key,
+        **csv_options(config),
     )
+
+
+def open_source(config: Config, cache: Path | None = None) -> list[Shard]:
+    """The shards of `config.train_data`, for `ito.stream`."""
+    return open_shards(locate(config, cache), **csv_options(config))
+
+
+def csv_options(config: Config) -> dict[str, str]:
+    names = ("csv_separator", "csv_img_key", "csv_caption_key")
+    return {name: getattr(config, name) for name in names}
+
+
+def locate(config: Config, cache: Path | None) -> Path:
+    """The path of `config.train_data`; an emoji set is prepared in the cache on first use."""
+    cache = cache or default_cache()
+    folders = {EMOJI_SMALL: cache / emoji_small.FOLDER, EMOJI_FULL: cache / emoji_full.FOLDER}
+    folder = folders.get(config.train_data)
+    if folder is None:
+        return Path(config.train_data)
+    try:
+        if config.train_data == EMOJI_SMALL:
+            return prepare_emoji_small(folder)
+        return prepare_emoji_full(folder, cache)
+    except OSError as error:
+        raise OSError(f"--cache: cannot prepare {folder}: {reason(error)}") from error

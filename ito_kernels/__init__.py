@@ -35,6 +35,8 @@ from .similarity import similarity_logsumexp, similarity_softplus
 from .similarity.dispatch import backends, use_backend
 from .similarity.primitive import explain
 
+__version__ = "0.1.0"
+
 __all__ = [
     "ClipLoss",
     "ItoLoss",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+
 import torch.distributed as dist
 from torch import Tensor, nn
 
@@ -13,6 +15,13 @@ from .losses import (
     siglip_loss,
     supcon_loss,
 )
+
+# of `multi_positive_infonce`, but for the arguments that every call of the module has
+_OPTIONS = [
+    name
+    for name, parameter in inspect.signature(multi_positive_infonce).parameters.items()
+    if parameter.kind is parameter.KEYWORD_ONLY and name not in ("query_ids", "key_ids")
+]
 
 
 def _default_group(world_size: int) -> dist.ProcessGroup | None:
@@ -98,10 +107,19 @@ class SigLipLoss(nn.Module):
 
 
 class MultiPositiveInfoNCE(nn.Module):
-    """`multi_positive_infonce` with its options fixed at construction."""
+    """`multi_positive_infonce` with its options fixed at construction.
+
+    What belongs to one batch (a queue, hard negatives, pairs, weights) is given to the call.
+    """
 
     def __init__(self, **options):
         super().__init__()
+        unknown = options.keys() - _OPTIONS
+        if unknown:
+            raise TypeError(
+                f"MultiPositiveInfoNCE has no option {', '.join(sorted(unknown))}: expected some of"
+                f" {', '.join(_OPTIONS)}"
+            )
         self.options = options
 
     def forward(
@@ -111,9 +129,11 @@ class MultiPositiveInfoNCE(nn.Module):
         logit_scale: float | Tensor,
         query_ids: Tensor | None = None,
         key_ids: Tensor | None = None,
+        **of_batch,
     ) -> Tensor | tuple:
+        options = {**self.options, **of_batch}
         return multi_positive_infonce(
-            queries, keys, logit_scale, query_ids=query_ids, key_ids=key_ids, **self.options
+            queries, keys, logit_scale, query_ids=query_ids, key_ids=key_ids, **options
         )
 
 
@@ -127,14 +147,15 @@ class SupConLoss(nn.Module):
         empty: str = "zero",
         group=None,
         chunk_size: int | None = None,
+        positives: str = "mean",
     ):
         super().__init__()
         self.temperature, self.base_temperature, self.empty = temperature, base_temperature, empty
-        self.where = {"group": group, "chunk_size": chunk_size}
+        self.options = {"positives": positives, "group": group, "chunk_size": chunk_size}
 
     def forward(self, features: Tensor, labels: Tensor) -> Tensor:
         return supcon_loss(
-            features, labels, self.temperature, self.base_temperature, self.empty, **self.where
+            features, labels, self.temperature, self.base_temperature, self.empty, **self.options
         )
 
 

@@ -8,6 +8,8 @@ import ito_kernels as ik
 
 X, Y = torch.randn(5, 3), torch.randn(5, 3)
 IDS = torch.arange(5)
+SOFT = {"target_queries": X, "target_keys": Y, "target_scale": 1.0}
+CLUSTERS = {"query_clusters": IDS, "key_clusters": IDS, "weights": torch.ones(5, 5)}
 
 # (exception, what the message must hold, call)
 CALLS = [
@@ -86,13 +88,6 @@ def test_message(error, message, call):
         call()
 
 
-def test_what_has_no_global_batch_says_so():
-    with pytest.raises(NotImplementedError, match=r"label_smoothing is not .* with group"):
-        ik.multi_positive_infonce(X, Y, 1.0, label_smoothing=0.1, group=object())
-    with pytest.raises(NotImplementedError, match="group"):
-        ik.cwcl_loss(X, Y, 1.0, reference=X, group=object())
-
-
 @pytest.mark.parametrize(
     ("error", "message", "value"),
     [
@@ -109,6 +104,17 @@ def test_every_loss_checks_the_group(error, message, value):
         lambda: ik.nt_xent_loss(X, Y, **value),
         lambda: ik.mnrl_loss(X, Y, **value),
         lambda: ik.ito_loss(X[None], Y, None, 1.0, lambda_fusion=0, **value),
+        lambda: ik.one_to_k_loss(X, Y[:, None], 1.0, **value),
+        lambda: ik.mixup_infonce(X, Y, 1.0, partners=IDS, mixing=0.5, **value),
+        lambda: ik.decoupled_contrastive_loss(X, Y, 1.0, **value),
+        lambda: ik.decoupled_softmax_loss(X, Y, 1.0, **value),
+        lambda: ik.cwcl_loss(X, Y, 1.0, reference=X, **value),
+        lambda: ik.soft_target_infonce(X, Y, 1.0, **SOFT, **value),
+        lambda: ik.uniformity_loss(X, **value),
+        lambda: ik.alignment_loss(X, Y, **value),
+        lambda: ik.symile_loss(X, Y, X, 1.0, **value),
+        lambda: ik.cluster_weighted_infonce(X, Y, 1.0, **CLUSTERS, **value),
+        lambda: ik.cacr_loss(X, Y, **value),
     ):
         with pytest.raises(error, match=message):
             call()

@@ -171,9 +171,10 @@ def test_the_cache_saves_products(monkeypatch, threads):
 @pytest.mark.parametrize("value", ["-1", "", "64MiB"])
 def test_the_size_of_the_cache_is_a_number(value, monkeypatch):
     monkeypatch.setenv("ITO_TILE_CACHE_BYTES", value)
-    x = torch.randn(4, 3, requires_grad=True)
-    with pytest.raises(ValueError, match=f"ITO_TILE_CACHE_BYTES must be .* bytes, got '{value}'"):
-        ik.clip_loss(x, x.clone(), 10.0)
+    for trains in (True, False):
+        x = torch.randn(4, 3, requires_grad=trains)
+        with pytest.raises(ValueError, match=f"ITO_TILE_CACHE_BYTES must .* bytes, got '{value}'"):
+            ik.clip_loss(x, x.clone(), 10.0)
 
 
 @pytest.mark.parametrize("isa", ISAS)

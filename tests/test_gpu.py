@@ -1,9 +1,10 @@
-"""The Triton kernels on a GPU: `pytest -m gpu`."""
+"""The Triton and CUDA kernels on a GPU: `pytest -m gpu`."""
 
 import pytest
 import test_primitive
 import torch
-from problems import CASES, Case, gradients, leaves, make, run
+from gpu_kernels import moved, on_cpu, runs_here
+from problems import CASES, Case, gradients, leaves, run
 
 from ito_kernels import clip_loss, siglip_loss, similarity_softplus
 
@@ -14,24 +15,23 @@ if not torch.cuda.is_available():
 
 @pytest.fixture(autouse=True)
 def on_gpu(monkeypatch):
-    """The shared problem set on the GPU: its tensors are made on the CPU and moved."""
-
-    def moved(case, dtype, seed=0):
-        with torch.device("cpu"):
-            t = make(case, dtype, seed)
-        t = {k: None if v is None else v.cuda() for k, v in t.items()}
-        if case.same:
-            t["b"], t["col_ids"] = t["a"], t["row_ids"]
-        return t
-
+    """The shared problem set on the GPU."""
     monkeypatch.setattr(test_primitive, "make", moved)
     with torch.device("cuda"):
         yield
 
 
+@pytest.fixture(params=["triton", "cuda"])
+def backend(request):
+    ok, reason = runs_here(request.param)
+    if not ok:
+        pytest.skip(reason)
+    return request.param
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("case", [*CASES, Case(3000, 5000, 768, positives="linear")], ids=str)
-def test_problem_set(case, dtype):
+def test_problem_set(case, dtype, backend):
     draw = test_primitive.weights
 
     def weights(case, truth):
@@ -41,12 +41,27 @@ def test_problem_set(case, dtype):
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(test_primitive, "weights", weights)
-        test_primitive.test_logsumexp("triton", case, dtype)
+        test_primitive.test_logsumexp(backend, case, dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_cuda_agrees_with_the_emulator(case, dtype):
+    """The same kernels: what differs is the order inside one matrix instruction, and exp2."""
+    ok, reason = runs_here("cuda")
+    if not ok:
+        pytest.skip(reason)
+    test_primitive.supported("cuda", case, dtype)
+    t = moved(case, dtype)
+    for x, y in zip(run(case, t, "cuda"), run(case, on_cpu(case, t), "simt"), strict=True):
+        if y is not None:
+            close = {"rtol": 1e-5, "atol": 1e-5 * (1 + case.scale)}
+            torch.testing.assert_close(x.cpu(), y, equal_nan=True, **close)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("d", [64, 768])
-def test_sigmoid(d, dtype):
+def test_sigmoid(d, dtype, backend):
     """In two passes, and in one where the weights are known before."""
     case = Case(1000, 1500, d, ids="groups", biases=True)
     t = leaves(test_primitive.make(case, dtype))
@@ -54,8 +69,8 @@ def test_sigmoid(d, dtype):
     w = torch.rand(case.n)
     truth = similarity_softplus(**truth_t, row_weights=w, backend="reference")
     expected = gradients(truth, truth_t)
-    once = similarity_softplus(**t, row_weights=w, backend="triton")
-    twice = (similarity_softplus(**t, backend="triton") * w).sum()
+    once = similarity_softplus(**t, row_weights=w, backend=backend)
+    twice = (similarity_softplus(**t, backend=backend) * w).sum()
     for loss in (once, twice):
         assert (loss.double() - truth).abs() <= 1e-4 * truth
         for name, x in gradients(loss, t).items():
@@ -64,13 +79,13 @@ def test_sigmoid(d, dtype):
 
 
 @pytest.mark.parametrize("mode", ["highest", "high", "medium"])
-def test_fp32_modes(mode):
+def test_fp32_modes(mode, backend):
     """ieee and 3×tf32 keep fp32's accuracy, tf32 about 11 bits of each product."""
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision(mode)
     try:
         a, b = (torch.nn.functional.normalize(torch.randn(1000, 512), dim=1) for _ in range(2))
-        ours = clip_loss(a, b, 50.0, backend="triton")
+        ours = clip_loss(a, b, 50.0, backend=backend)
         truth = clip_loss(a.double(), b.double(), 50.0, backend="reference")
         bound = {"highest": 2e-5, "high": 5e-5, "medium": 2e-2}[mode]
         assert (ours.double() - truth).abs() <= bound
@@ -83,11 +98,11 @@ LOSSES = [clip_loss, lambda *args, **kw: siglip_loss(*args, -10.0, **kw)]
 
 @pytest.mark.parametrize("loss_fn", LOSSES)
 @pytest.mark.parametrize("d", [64, 512])
-def test_same_bits_every_time(loss_fn, d):
+def test_same_bits_every_time(loss_fn, d, backend):
     a, b = (torch.randn(3000, d, dtype=torch.bfloat16).requires_grad_() for _ in range(2))
     results = []
     for _ in range(5):
-        loss = loss_fn(a, b, 0.1, backend="triton")
+        loss = loss_fn(a, b, 0.1, backend=backend)
         results.append([loss, *torch.autograd.grad(loss, (a, b))])
     for other in results[1:]:
         assert all(torch.equal(x, y) for x, y in zip(results[0], other, strict=True))
@@ -95,13 +110,13 @@ def test_same_bits_every_time(loss_fn, d):
 
 @pytest.mark.parametrize("loss", LOSSES)
 @pytest.mark.parametrize("d", [64, 512])
-def test_cuda_graph(loss, d):
-    """Forward and backward are captured: nothing in them waits for the device."""
+def test_cuda_graph(loss, d, backend):
+    """Forward and backward are captured: on the caller's stream, and nothing waits."""
     a, b = (torch.randn(2048, d, dtype=torch.bfloat16).requires_grad_() for _ in range(2))
     scale = torch.tensor(0.1)
 
     def step():
-        return torch.autograd.grad(loss(a, b, scale, backend="triton"), (a, b))
+        return torch.autograd.grad(loss(a, b, scale, backend=backend), (a, b))
 
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
@@ -119,12 +134,12 @@ def test_cuda_graph(loss, d):
         assert torch.equal(x, y)
 
 
-def test_nothing_waits_for_the_device():
+def test_nothing_waits_for_the_device(backend):
     t = leaves(test_primitive.make(Case(1000, 1500, 256, ids="groups"), torch.bfloat16))
     case = Case(1000, 1500, 256, ids="groups", positives="linear")
     torch.cuda.set_sync_debug_mode("error")
     try:
-        stats = run(case, t, "triton")
+        stats = run(case, t, backend)
         gradients((stats.row_logsum - stats.row_pos).sum(), t)
     finally:
         torch.cuda.set_sync_debug_mode("default")
@@ -158,10 +173,10 @@ def test_no_compilation_per_batch_size(d):
     assert compiled() == before
 
 
-def test_memory_stays_linear():
+def test_memory_stays_linear(backend):
     """N = 65,536: the matrix alone would take 8.6 GB in bf16."""
     a, b = (torch.randn(65536, 768, dtype=torch.bfloat16).requires_grad_() for _ in range(2))
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
-    torch.autograd.grad(clip_loss(a, b, 0.1, backend="triton"), (a, b))
+    torch.autograd.grad(clip_loss(a, b, 0.1, backend=backend), (a, b))
     assert torch.cuda.max_memory_allocated() - before < 1.2e9

@@ -2,6 +2,7 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from problems import AVAILABLE
@@ -327,13 +328,25 @@ def test_modules_are_their_functions():
     assert ik.MultiPositiveInfoNCE(**options)(x, y, scale, labels, labels) == (
         ik.multi_positive_infonce(x, y, scale, query_ids=labels, key_ids=labels, **options)
     )
+    of_batch = {"queue": z}
+    assert ik.MultiPositiveInfoNCE(**options)(x, y, scale, **of_batch) == (
+        ik.multi_positive_infonce(x, y, scale, **options, **of_batch)
+    )
     assert ik.SupConLoss(0.1)(x, labels) == ik.supcon_loss(x, labels, 0.1)
+    by_sum = ik.SupConLoss(0.1, positives="in")(x, labels)
+    assert by_sum == ik.supcon_loss(x, labels, 0.1, positives="in")
     assert ik.NTXentLoss(0.1)(x, y) == ik.nt_xent_loss(x, y, 0.1)
     images, fused = torch.stack([x, y]), torch.stack([y, z])
     assert (
         ik.ItoLoss(1.0, "pooled")(images, z, fused, scale)[0]
         == (ik.ito_loss(images, z, fused, scale, lambda_fusion=1.0, denominator="pooled")[0])
     )
+
+
+def test_numbers_of_numpy_are_numbers():
+    x, y = unit(8, 5), unit(8, 5, seed=1)
+    ours = ik.clip_loss(x, y, np.float32(9), hardness=np.float64(0.5))
+    assert ours == ik.clip_loss(x, y, 9.0, hardness=0.5)
 
 
 def test_losses_are_fp32_scalars():

@@ -151,17 +151,32 @@ def test_queue_and_hard_negatives(more):
     compare([ours], [truth], (a, hard), 1e-11)
 
 
+@pytest.mark.parametrize("more", [{}, {"debias": 0.1, "hardness": 0.7}])
 @pytest.mark.parametrize("norm", [1.0, 30.0])
-def test_pairs(norm):
+def test_pairs(norm, more):
     """Pairs that say what ids would say give the same loss."""
     a, b, ids_a, ids_b = make(padded=False)
     a, b = ((norm * x).float() for x in (a, b))
     pairs = (ids_a[:, None] == ids_b[None, :]).nonzero()
     by_ids, by_pairs = (
-        ik.multi_positive_infonce(a, b, SCALE / norm**2, false_negative_margin=0.0, **kind)
+        ik.multi_positive_infonce(a, b, SCALE / norm**2, false_negative_margin=0.0, **kind, **more)
         for kind in ({"query_ids": ids_a, "key_ids": ids_b}, {"positive_pairs": pairs})
     )
     assert abs(by_ids - by_pairs) < 1e-3  # limits differ by 1e-5 of the norms' product
+
+
+def test_a_pair_without_weight_sets_no_margin():
+    a, b, ids_a, ids_b = make(padded=False)
+    pairs = (ids_a[:, None] == ids_b[None, :]).nonzero()
+    others = torch.stack([pairs[:, 0], (a @ b.T).argmax(1)[pairs[:, 0]]], 1)
+    others = others[ids_a[others[:, 0]] != ids_b[others[:, 1]]]
+    listed = {
+        "positive_pairs": torch.cat([pairs, others]),
+        "positive_weights": torch.cat([torch.ones(len(pairs)), torch.zeros(len(others))]).double(),
+    }
+    options = {"false_negative_margin": 0.1}
+    alone = ik.multi_positive_infonce(a, b, SCALE, positive_pairs=pairs, **options)
+    assert ik.multi_positive_infonce(a, b, SCALE, **listed, **options) == alone
 
 
 def test_one_scale_for_each_query():

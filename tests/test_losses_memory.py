@@ -20,6 +20,7 @@ x, y, z = (normalize(torch.randn(n, 8)).requires_grad_() for _ in range(3))
 def run(loss, n):
     a, b, c, ids = x[:n], y[:n], z[:n], torch.arange(n) // 4
     by_id = {"query_ids": ids, "key_ids": ids}
+    by_class = {"query_ids": ids % 2, "key_ids": ids % 2}  # n * n / 2 positive pairs
     infonce = ik.multi_positive_infonce
     pairs = torch.randint(0, n, (4 * n, 2))
     soft = {"target_queries": c, "target_keys": b, "target_scale": 10.0}
@@ -30,12 +31,18 @@ def run(loss, n):
             a, b, 10.0, query_weights=torch.rand(n), key_bias=torch.randn(n), **by_id
         ),
         "pairs": lambda: infonce(a, b, 10.0, positive_pairs=pairs, return_stats=True)[0],
+        "reweighted pairs": lambda: infonce(
+            a, b, 10.0, positive_pairs=pairs, debias=0.1, hardness=0.5
+        ),
         "queue": lambda: infonce(a, b, 10.0, **by_id, **queue),
         "hard negatives": lambda: infonce(a, b, 10.0, hard_negatives=c[:, None], **by_id),
         "margin": lambda: infonce(a, b, 10.0, false_negative_margin=0.1, **by_id),
         "debias and hardness": lambda: infonce(a, b, 10.0, debias=0.1, hardness=0.5, **by_id),
         "decoupled": lambda: ik.decoupled_contrastive_loss(a, b, 10.0, **by_id),
         "decoupled softmax": lambda: ik.decoupled_softmax_loss(a, b, 10.0, **by_id),
+        "margin of classes": lambda: infonce(a, b, 10.0, false_negative_margin=0.1, **by_class),
+        "decoupled softmax of classes": lambda: ik.decoupled_softmax_loss(a, b, 10.0, **by_class),
+        "cacr of classes": lambda: ik.cacr_loss(a, b, **by_class),
         "mnrl": lambda: ik.mnrl_loss(a, b, c),
         "cwcl": lambda: ik.cwcl_loss(a, b, 10.0, reference=c, symmetric=True),
         "soft": lambda: ik.soft_target_infonce(a, b, 10.0, **soft),

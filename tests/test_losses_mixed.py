@@ -154,9 +154,11 @@ def test_equal_cluster_weights_are_infonce():
 
 
 @pytest.mark.parametrize("with_ids", [True, False])
-@pytest.mark.parametrize(("t_positive", "t_negative"), [(1.0, 0.9), (0.0, 2.0), (10.0, 0.01)])
+@pytest.mark.parametrize(
+    ("t_positive", "t_negative"), [(1.0, 0.9), (0.0, 2.0), (10.0, 30.0), (2.0, 0.0)]
+)
 def test_cacr(monkeypatch, with_ids, t_positive, t_negative):
-    monkeypatch.setattr("ito_kernels.losses.cacr.GATHERED", 5 * 5)
+    monkeypatch.setattr("ito_kernels.losses.panels.panel_rows", lambda columns: 4)
     n, m = (13, 11) if with_ids else (9, 9)
     q, k = unit(n, 5).requires_grad_(), unit(m, 5, seed=1).requires_grad_()
     ids, given = (torch.arange(n), torch.arange(m)), {}
@@ -235,9 +237,23 @@ BAD = [
     (ValueError, "weights must be a", lambda: ik.cluster_weighted_infonce(X, Y, 1.0, **{**CLUSTERS, "weights": X})),
     (ValueError, "weights must be 0 or more, got -1", lambda: ik.cluster_weighted_infonce(X, Y, 1.0, **{**CLUSTERS, "weights": -torch.ones(5, 5)})),
     (ValueError, "key_clusters must be from 0 to 4, got 1 to 5", lambda: ik.cluster_weighted_infonce(X, Y, 1.0, **{**CLUSTERS, "key_clusters": IDS + 1})),
-    (ValueError, "t_positive must be from 0 to 10, got -1", lambda: ik.cacr_loss(X, Y, t_positive=-1)),
-    (ValueError, "t_negative must be greater than 0", lambda: ik.cacr_loss(X, Y, t_negative=0)),
+    (ValueError, "t_positive must be from 0 upwards, finite, got -1", lambda: ik.cacr_loss(X, Y, t_positive=-1)),
+    (ValueError, "unknown backend .nonsense.", lambda: ik.cacr_loss(X, Y, backend="nonsense")),
     (ValueError, "no query_ids", lambda: ik.cacr_loss(X, Y[:4])),
+    (TypeError, "t_negative must be a number, got NoneType", lambda: ik.cacr_loss(X, Y, t_negative=None)),
+    (TypeError, "mixing must be a number, got NoneType", lambda: ik.mixup_infonce(X, Y, 1.0, partners=IDS, mixing=None)),
+    (ValueError, "mixing must be from 0 to 1, got 1.5 to 1.5", lambda: ik.mixup_infonce(X, Y, 1.0, partners=IDS, mixing=torch.full((5,), 1.5))),
+    (ValueError, "partners must be row numbers of 5 queries, 0 to 4, got 1 to 5", lambda: ik.mixup_infonce(X, Y, 1.0, partners=IDS + 1, mixing=0.5)),
+    (TypeError, "generator must be a torch.Generator or None, got int", lambda: ik.mix_hard_negatives(X, Y, generator=3)),
+    (TypeError, "weights must have a floating-point dtype", lambda: ik.cluster_weighted_infonce(X, Y, 1.0, **{**CLUSTERS, "weights": torch.ones(5, 5).long()})),
+    (TypeError, "dims must be a sequence of widths, got the number 2", lambda: ik.matryoshka_loss(ik.clip_loss, X, Y, dims=2, logit_scale=1.0)),
+    (TypeError, "weights must be a sequence of numbers, got 2.0", lambda: ik.matryoshka_loss(ik.clip_loss, X, Y, dims=[2], weights=2.0, logit_scale=1.0)),
+    (TypeError, "features 0 must be a tensor .*, got list", lambda: ik.matryoshka_loss(ik.clip_loss, [X], Y, dims=[2], logit_scale=1.0)),
+    (TypeError, "loss must be a function of the features, got Tensor", lambda: ik.matryoshka_loss(X, Y, dims=[2], logit_scale=1.0)),
+    (TypeError, "logit_scale must be a tensor, got list", lambda: ik.multi_head_loss(ik.clip_loss, X[None], Y[None], logit_scale=[1.0])),
+    (TypeError, "MultiPositiveInfoNCE has no option foo: expected some of positives", lambda: ik.MultiPositiveInfoNCE(foo=1)),
+    (TypeError, "has no option query_ids", lambda: ik.MultiPositiveInfoNCE(query_ids=IDS)),
+    (TypeError, "x must be dense, got torch.sparse_coo", lambda: ik.uniformity_loss(X.to_sparse())),
     (ValueError, "dims must be widths from 1 to 3", lambda: ik.matryoshka_loss(ik.clip_loss, X, Y, dims=[4], logit_scale=1.0)),
     (ValueError, "weights must be one for each of 2 dims", lambda: ik.matryoshka_loss(ik.clip_loss, X, Y, dims=[1, 2], weights=[1.0], logit_scale=1.0)),
     (TypeError, "needs the features", lambda: ik.matryoshka_loss(ik.clip_loss, dims=[1])),
@@ -250,13 +266,3 @@ BAD = [
 def test_bad_input(error, message, call):
     with pytest.raises(error, match=message):
         call()
-
-
-def test_losses_without_a_global_batch():
-    value = {"group": object()}
-    with pytest.raises(NotImplementedError, match="group"):
-        ik.cluster_weighted_infonce(X, Y, 1.0, **CLUSTERS, **value)
-    with pytest.raises(NotImplementedError, match="group"):
-        ik.cacr_loss(X, Y, **value)
-    with pytest.raises(NotImplementedError, match=r"positive_pairs is not .* with group"):
-        ik.mixup_infonce(X, Y, 1.0, partners=IDS, mixing=0.5, **value)

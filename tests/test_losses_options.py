@@ -44,7 +44,7 @@ def oracle(q, k, scale, row_ids=None, col_ids=None, **o):
                     hard = hard * importance / importance.mean()
                 hard = hard.sum()
                 if o.get("debias") is not None:
-                    hard = (hard - len(neg) * tau * pos.exp().mean()) / (1 - tau)
+                    hard = (hard - len(neg) * tau * (w * pos.exp()).sum() / w.sum()) / (1 - tau)
                     hard = torch.maximum(hard, len(neg) * (-i).exp())
             denominator = pos.exp().sum() + hard
         kind = o.get("positives", "mean")
@@ -212,19 +212,26 @@ def test_reductions(name, reduction):
     torch.testing.assert_close(loss, oracle(q, k, 4.0, *ids, **options))
 
 
+REWEIGHTED = ["debias", "debias floor", "hardness", "debias, hardness", "reweighted self"]
+
+
 @pytest.mark.parametrize("positives", ["mean", "in", "sum"])
 @pytest.mark.parametrize("weighted", [True, False])
 @pytest.mark.parametrize(
-    "more", ["", "smoothing", "bias", "queue", "hard", "weights", "drop", "self"]
+    "more",
+    ["", "smoothing", "bias", "queue", "hard", "weights", "drop", "self", *REWEIGHTED],
 )
-def test_positive_pairs(more, weighted, positives):
+def test_positive_pairs(monkeypatch, more, weighted, positives):
     """Pairs that no ids can say, some of them twice, some anchors without one."""
-    n, m = (8, 8) if more == "self" else (8, 11)
+    monkeypatch.setattr("ito_kernels.losses.panels.panel_rows", lambda columns: 3)
+    n, m = (8, 8) if "self" in more else (8, 11)
     q, k = unit(n, 5).requires_grad_(), unit(m, 5, seed=1).requires_grad_()
     scale = torch.tensor(4.0, dtype=F64, requires_grad=True)
     pairs = pairs_of(n, m, 12)
     extra = {
         "self": {"exclude_self": True, "label_smoothing": 0.1},
+        "reweighted self": {"exclude_self": True, "debias": 0.1, "hardness": 0.6}
+        | {"hard_negatives": unit(8, 2, 5, seed=4), "queue": unit(4, 5, seed=3)},
         "drop": {"empty": "drop"},
         "": {},
     }
@@ -243,6 +250,21 @@ def test_positive_pairs(more, weighted, positives):
         oracle(q, k, scale, **options),
         leaves_of(q, k, scale, options),
     )
+
+
+@pytest.mark.parametrize("options", [{"debias": 0.01}, {"hardness": 0.5}])
+def test_negatives_beside_dominant_pairs(options):
+    """Positives e^50 times the negatives: their difference from the whole would be noise."""
+    x, count = unit(40, 24), torch.arange(40)
+    y = normalize(x + 0.01 * unit(40, 24, seed=1), dim=1)
+    options = options | {"positive_pairs": torch.stack([count, count], 1)}
+
+    def grads(dtype, **options):
+        leaves = [v.to(dtype).requires_grad_() for v in (x, y)]
+        return torch.autograd.grad(ik.clip_loss(*leaves, 100.0, **options), leaves)
+
+    for a, b in zip(grads(torch.float32, **options), grads(F64, **options), strict=True):
+        assert (a - b).abs().max() <= 1e-3 * b.abs().max()
 
 
 def test_pairs_of_ids_are_the_ids():
@@ -496,6 +518,15 @@ BAD = [
     (ValueError, "debias bounds a key", {"debias": 0.1, "scale": torch.ones(5)}),
     (ValueError, r"query_weights must have shape \(5,\)", {"query_weights": torch.ones(4)}),
     (TypeError, "key_weights must have a floating-point dtype", {"key_weights": IDS}),
+    (ValueError, "query_weights must be 0 or more, got -1 to 1", {"query_weights": 1 - IDS / 2}),
+    (ValueError, "key_weights must be 0 or more, got -1 to 1", {"key_weights": 1 - IDS / 2}),
+    (
+        ValueError,
+        "positive_weights must be 0 or more, got -1 to -1",
+        {"positive_pairs": PAIRS, "positive_weights": -torch.ones(2)},
+    ),
+    (ValueError, "debias must be from 0 to 1, got 1.5 to 1.5", {"debias": torch.full((5,), 1.5)}),
+    (TypeError, "label_smoothing must be a number, got NoneType", {"label_smoothing": None}),
     (ValueError, "key_weights weigh", {"key_weights": torch.ones(5), "symmetric": False}),
     (
         ValueError,
@@ -514,7 +545,7 @@ BAD = [
     (TypeError, "positive_pairs must have an integer dtype", {"positive_pairs": PAIRS.float()}),
     (ValueError, r"positive_pairs must have shape \(P, 2\)", {"positive_pairs": IDS}),
     (ValueError, "positive_pairs must be row numbers of 5 keys", {"positive_pairs": PAIRS + 1}),
-    (ValueError, "row numbers of 5 queries, got -1 to 1", {"positive_pairs": PAIRS - 1}),
+    (ValueError, "row numbers of 5 queries, 0 to 4, got -1 to 1", {"positive_pairs": PAIRS - 1}),
     (ValueError, "positive_pairs replace", {"positive_pairs": PAIRS, "query_ids": IDS}),
     (ValueError, "positive_weights are the weights of", {"positive_weights": torch.ones(2)}),
     (
@@ -522,7 +553,6 @@ BAD = [
         r"positive_weights must have shape \(2,\)",
         {"positive_pairs": PAIRS, "positive_weights": torch.ones(3)},
     ),
-    (NotImplementedError, "debias and hardness", {"positive_pairs": PAIRS, "hardness": 1.0}),
 ]
 
 

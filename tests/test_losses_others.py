@@ -76,7 +76,8 @@ def test_decoupled_softmax_in_panels(monkeypatch):
     q, k = unit(9, 4).requires_grad_(), unit(30, 4, seed=1).requires_grad_()
     ids = random_ids(9, 3, 2), random_ids(30, 3, 3)
     whole = ik.decoupled_softmax_loss(q, k, 5.0, query_ids=ids[0], key_ids=ids[1])
-    monkeypatch.setattr("ito_kernels.losses.decoupled.GATHERED", 7 * 4)
+    monkeypatch.setattr("ito_kernels.losses.tiles.ROWS", 2)
+    monkeypatch.setattr("ito_kernels.losses.tiles.COLS", 3)
     panels = ik.decoupled_softmax_loss(q, k, 5.0, query_ids=ids[0], key_ids=ids[1])
     check(panels, whole, [q, k])
 
@@ -311,23 +312,6 @@ def test_gradcheck(name):
     torch.autograd.gradcheck(lambda x, y: calls(x, y, z, ids)[name](), (x, y))
 
 
-@pytest.mark.parametrize("option", ["group", "chunk_size"])
-def test_losses_without_a_global_batch(option):
-    x, value = unit(4, 3), {option: 4}
-    soft = {"target_queries": x, "target_keys": x, "target_scale": 1.0}
-    for call in (
-        lambda: ik.decoupled_contrastive_loss(x, x, 1.0, **value),
-        lambda: ik.decoupled_softmax_loss(x, x, 1.0, **value),
-        lambda: ik.cwcl_loss(x, x, 1.0, reference=x, **value),
-        lambda: ik.soft_target_infonce(x, x, 1.0, **soft, **value),
-        lambda: ik.uniformity_loss(x, **value),
-        lambda: ik.alignment_loss(x, x, **value),
-        lambda: ik.symile_loss(x, x, x, 1.0, **value),
-    ):
-        with pytest.raises(NotImplementedError, match=option):
-            call()
-
-
 X, Y = torch.randn(5, 3), torch.randn(5, 3)
 SOFT = {"target_queries": X, "target_keys": Y, "target_scale": 1.0}
 BAD = [
@@ -341,6 +325,10 @@ BAD = [
     (ValueError, "reference must have 5 rows, got 4", lambda: ik.cwcl_loss(X, Y, 1.0, reference=X[:4])),
     (TypeError, "reference must be a tensor", lambda: ik.cwcl_loss(X, Y, 1.0, reference=None)),
     (ValueError, "as many rows", lambda: ik.cwcl_loss(X, Y[:4], 1.0, reference=X)),
+    (TypeError, "^scale must be a number or a tensor, got str", lambda: ik.mnrl_loss(X, Y, scale="a")),
+    (TypeError, "alpha must be a number, got NoneType", lambda: ik.soft_target_infonce(X, Y, 1.0, **SOFT, alpha=None)),
+    (TypeError, "generator must be a torch.Generator or None, got int", lambda: ik.symile_loss(X, Y, Y, 1.0, generator=3)),
+    (ValueError, r"temperature must be a number or 0-d, got shape \(5,\)", lambda: ik.nt_xent_loss(X, Y, torch.ones(5))),
     (ValueError, "alpha must be from 0 to 1, got 2", lambda: ik.soft_target_infonce(X, Y, 1.0, **SOFT, alpha=2)),
     (ValueError, "as many rows", lambda: ik.soft_target_infonce(X, Y[:4], 1.0, **SOFT, alpha=0.5)),
     (ValueError, "target_keys must have 4 rows", lambda: ik.soft_target_infonce(X, Y[:4], 1.0, **SOFT)),
@@ -359,3 +347,15 @@ BAD = [
 def test_bad_input(error, message, call):
     with pytest.raises(error, match=message):
         call()
+
+
+def test_decoupled_softmax_compiles_in_one_graph():
+    """Although the ids' values decide how many tiles there are."""
+    x, y = (unit(20, 8, seed=s, dtype=torch.float32).requires_grad_() for s in range(2))
+    ids = torch.arange(20) // 3
+
+    def loss(x, y):
+        return ik.decoupled_softmax_loss(x, y, 20.0, query_ids=ids, key_ids=ids)
+
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
+    check(compiled(x, y), loss(x, y), [x, y])

@@ -11,16 +11,17 @@ import subprocess
 from dataclasses import replace
 from pathlib import Path
 
+import gpu_kernels
 import pytest
 import test_primitive
 import torch
+from gpu_kernels import BF16, FP16, FP32, spread
 from problems import OPTIONS, Case, dense, gradients, leaves, make, run, run_softplus
 
-from ito_kernels.similarity import cuda, dispatch, reference
-from ito_kernels.similarity.spec import Needs, Problem, Upstream
+from ito_kernels.similarity import cuda, dispatch
+from ito_kernels.similarity.spec import Problem
 
 ROOT = Path(__file__).parent.parent
-FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
 simt = cuda.SIMT
 if reason := simt.missing():
     pytest.skip(reason, allow_module_level=True)
@@ -38,17 +39,17 @@ def backward(request, monkeypatch):
 
 @pytest.fixture
 def launched(monkeypatch):
-    """The kernels that ran, with their arguments, and the matrix products, as "product"."""
+    """The kernels that ran, with their structs, and the matrix products, as "product"."""
     calls = []
     run_kernel, accumulate = simt._run, cuda.accumulate
 
-    def spy(kernel, *args, **arguments):
-        calls.append((kernel, arguments))
-        return run_kernel(kernel, *args, **arguments)
+    def spy(kernel, struct, like):
+        calls.append((kernel, struct))
+        run_kernel(kernel, struct, like)
 
     monkeypatch.setattr(simt, "_run", spy, raising=False)
     monkeypatch.setattr(
-        cuda, "accumulate", lambda *args: calls.append(("product", {})) or accumulate(*args)
+        cuda, "accumulate", lambda *args: calls.append(("product", None)) or accumulate(*args)
     )
     return calls
 
@@ -69,9 +70,14 @@ def compile_cpp(*arguments) -> None:
 
 
 @pytest.fixture(scope="module")
-def emulator(tmp_path_factory) -> Path:
-    out = tmp_path_factory.mktemp("simt") / "emulator.o"
-    compile_cpp(f"-I{ROOT / 'csrc'}", "-c", ROOT / "csrc/simt/emulator.cpp", "-o", out)
+def objects(tmp_path_factory) -> dict[str, Path]:
+    """What no fault is planted in, compiled once."""
+    folder = tmp_path_factory.mktemp("simt")
+    out = {}
+    for source in ("csrc/simt/emulator.cpp", "tests/cpp/test_simt_kernels.cpp"):
+        name = Path(source).stem
+        out[name] = folder / f"{name}.o"
+        compile_cpp(f"-I{ROOT / 'csrc'}", "-c", ROOT / source, "-o", out[name])
     return out
 
 
@@ -80,10 +86,11 @@ def outcome(test: Path) -> tuple[int, str]:
     return done.returncode, done.stdout + done.stderr
 
 
-def test_emulator(emulator, tmp_path):
+def test_emulator(objects, tmp_path):
     """Its instructions, and kernels with one fault each: tests/cpp/test_simt.cpp."""
     test = tmp_path / "test"
-    compile_cpp(f"-I{ROOT / 'csrc'}", ROOT / "tests/cpp/test_simt.cpp", emulator, "-o", test)
+    source = ROOT / "tests/cpp/test_simt.cpp"
+    compile_cpp(f"-I{ROOT / 'csrc'}", source, objects["emulator"], "-o", test)
     assert outcome(test) == (0, "all right\n")
 
 
@@ -108,6 +115,18 @@ FAULTS = {
     "loads one row too many": ("tile.cuh", "row < side.length", "row <= side.length", "a tensor"),
     "stores one row too many": ("forward.cu", "row < p_.row.length", "row <= p_.row.length", ""),
     "stores one column too many": ("forward.cu", "col >= p_.col.length", "col > p_.col.length", ""),
+    "32-bit offsets": (
+        "tile.cuh",
+        "(first + row) * side.stride",
+        "(first + row) * int(side.stride)",
+        "outside",
+    ),
+    "32-bit offsets, gradient": (
+        "gradient.cu",
+        "(first + row) * side.stride",
+        "(first + row) * int(side.stride)",
+        "outside",
+    ),
     "counts one column too many": (
         "scores.cuh",
         "col_of(first, j) < side.length ? 0.0f",
@@ -118,7 +137,7 @@ FAULTS = {
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-def test_planted_faults(fault, emulator, tmp_path):
+def test_planted_faults(fault, objects, tmp_path):
     """The kernels' own source with one edit: caught, whatever the order of warps."""
     file, old, new, said = FAULTS[fault]
     csrc = tmp_path / "csrc"
@@ -128,8 +147,7 @@ def test_planted_faults(fault, emulator, tmp_path):
     assert old in text
     (csrc / "cuda" / file).write_text(text.replace(old, new))
     test = tmp_path / "test"
-    sources = ROOT / "tests/cpp/test_simt_kernels.cpp", csrc / "simt/kernels.cpp"
-    compile_cpp(f"-I{csrc}", *sources, emulator, "-o", test)
+    compile_cpp(f"-I{csrc}", csrc / "simt/kernels.cpp", *objects.values(), "-o", test)
     code, output = outcome(test)
     assert (code == 0) == (fault == "none")
     assert said in output
@@ -164,12 +182,6 @@ def test_order_of_warps_changes_nothing():
 
 
 # ---- the shapes of the work
-
-
-def spread(cases: list[Case], dtypes=(FP32, BF16, FP16)) -> list:
-    """Every case, the dtypes in turn."""
-    pairs = [(case, dtypes[i % len(dtypes)]) for i, case in enumerate(cases)]
-    return [pytest.param(*p, id=f"{p[0]}-{str(p[1])[6:]}") for p in pairs]
 
 
 LARGE = [  # three tiles and panels each way
@@ -220,8 +232,8 @@ def test_a_frozen_side_costs_no_product(backward, launched):
     launched.clear()
     gradients(total, t)
     assert "product" not in names(launched)
-    assert all(arguments.get("grad") is None for _, arguments in launched)
-    assert all(arguments.get("panel") is None for _, arguments in launched)
+    assert all(getattr(struct, "grad", None) is None for _, struct in launched)
+    assert all(getattr(struct, "panel", None) is None for _, struct in launched)
 
 
 def test_half_the_tiles_of_a_symmetric_problem(launched, monkeypatch):
@@ -234,7 +246,7 @@ def test_half_the_tiles_of_a_symmetric_problem(launched, monkeypatch):
             t["b"] = t["a"].detach().clone().requires_grad_()
         launched.clear()
         gradients(run(case, t, "simt").row_logsum.sum(), t)
-        split = cuda.Split(**launched[0][1]["split"])
+        split = launched[0][1].split
         blocks = split.row_groups * split.col_groups
         if split.triangle:
             blocks = split.row_groups * (split.row_groups + 1) // 2
@@ -262,78 +274,19 @@ def test_every_tile_once_and_little_memory():
 # ---- memory
 
 
-def banded(x, fill):
-    """A copy of `x` with a band of `fill` on both sides of its memory."""
-    if x is None:
-        return None
-    band = 64
-    whole = torch.full(
-        (x.numel() + 2 * band,), fill if x.is_floating_point() else -7, dtype=x.dtype
-    )
-    return whole[band : band + x.numel()].view(x.shape).copy_(x)
-
-
-@pytest.mark.parametrize(
-    "case",
-    [
-        replace(OPTIONS[15], n=70, m=100, d=40, positives="linear", hardest=True),
-        Case(100, 70, 40, positives="lse", diagonal=-20, exclude_positives=True),
-        Case(100, 100, 40, same=True, exclude_self=True, ids="padded", positives="lse"),
-    ],
-    ids=str,
-)
-def test_nothing_unwritten_is_read(case, backward, monkeypatch):
-    """Slots, sums and panels come from `new_empty`, here full of NaN. That nothing outside of the
-    tensors is touched is the emulator's own check."""
-    poison = torch.Tensor.new_empty
-
-    def new_empty(self, *args, **kwargs):
-        out = poison(self, *args, **kwargs)
-        return out.fill_(torch.nan) if out.is_floating_point() else out
-
-    plain = make(case, FP32)
-    t = {k: banded(v, torch.nan) for k, v in plain.items()}
-    if case.same:
-        t["b"], t["col_ids"] = t["a"], t["row_ids"]
-    flags = ("positives", "exclude_self", "exclude_positives", "diagonal", "hardest")
-    fields = {name: getattr(case, name) for name in flags}
-    problem = Problem(**(t | {"b": None if case.same else t["b"]}), **fields)
-    needs = Needs(True, not case.same, True, case.biases, case.biases)
-    g = torch.Generator().manual_seed(3)
-    up = Upstream(*(torch.randn(k, generator=g) for k in (case.n, case.m) * 2))
-    expected_stats = reference.logsumexp_forward(problem)
-    expected = reference.logsumexp_backward(problem, expected_stats, up, needs)
-    expected_softplus = reference.softplus_forward(problem)
-
-    monkeypatch.setattr(torch.Tensor, "new_empty", new_empty)
-    stats = simt.logsumexp_forward(problem)
-    grads = simt.logsumexp_backward(problem, stats, up, needs)
-    softplus = simt.softplus_forward(problem)
-    for x, y in zip(stats, expected_stats, strict=True):
-        assert (x is None) == (y is None)
-        if x is not None:
-            torch.testing.assert_close(x, y, rtol=1e-4, atol=1e-4)
-    torch.testing.assert_close(softplus, expected_softplus, rtol=1e-4, atol=1e-4)
-    for name, x, y in zip(Needs._fields, grads, expected, strict=True):
-        if y is not None and name == "scale" and problem.scale.ndim == 0:
-            x, y = x.sum(), y.sum()  # only the sum is defined for a 0-d scale
-        if y is not None:
-            torch.testing.assert_close(x, y, rtol=1e-3, atol=1e-3 * y.abs().max().item())
+@pytest.mark.parametrize("case", gpu_kernels.GUARDED, ids=str)
+def test_nothing_outside_is_read_or_written(case, backward, monkeypatch):
+    gpu_kernels.nothing_outside_is_read_or_written(simt, case, monkeypatch)
 
 
 def test_memory_outside_is_an_error():
     """The bounds that the tests above rely on are those of the tensors."""
     problem = Problem(torch.randn(100, 8), torch.randn(50, 8), torch.tensor(1.0))
     short = torch.empty(2, native.SLOTS, 99)
+    scores = cuda.Scores.of(problem, cuda.Operands.of(problem))
+    forward = cuda.Forward(scores, simt._split(problem, False), short, None)
     with pytest.raises(RuntimeError, match=r"logsumexp_kernel: .*outside of a tensor"):
-        simt._run(
-            "forward",
-            problem.a,
-            scores=cuda._scores(problem, cuda.Operands.of(problem)),
-            split=simt._split(problem, False)._asdict(),
-            row_slots=short,
-            col_slots=None,
-        )
+        simt._run("forward", forward, problem.a)
 
 
 # ---- accuracy
@@ -367,38 +320,19 @@ def test_three_products_of_tf32_keep_fp32(d, precision):
 
 
 def test_gradients_of_a_large_fp16_batch_do_not_underflow(backward):
-    """W is about 1/N²: in fp16 most of it would round to 0."""
-    case = Case(200, 200, 16, scale=20.0, positives="linear")
-    t = leaves(make(case, FP16), ("a", "b"))
-    truth_t = leaves(t, ("a", "b"))
-    stats = run(case, t, "simt")
-    loss = ((stats.row_logsum - stats.row_pos) * 1e4 * 1e-7).sum()
-    truth = dense(case, truth_t, torch.float64)
-    expected = gradients(((truth["row_lse"] - truth["row_linear"]) * 1e4 * 1e-7).sum(), truth_t)
-    for name, x in gradients(loss, t).items():
-        size = expected[name].abs().max()
-        assert (x.double() - expected[name].double()).abs().max() <= 0.02 * size
+    gpu_kernels.gradients_of_a_large_fp16_batch_do_not_underflow("simt")
 
 
 def test_positives_are_subtracted_before_rounding(backward):
-    """A hard negative near a good positive: the two halves of W nearly cancel (bf16, scale 100)."""
-    g = torch.Generator().manual_seed(0)
-    a = torch.nn.functional.normalize(torch.randn(64, 32, generator=g), dim=1)
-    b = torch.nn.functional.normalize(a + 0.02 * torch.randn(64, 32, generator=g), dim=1)
-    b[1::2] = torch.nn.functional.normalize(b[::2] + 0.01 * torch.randn(32, 32, generator=g), dim=1)
-    a, b = (x.bfloat16().requires_grad_() for x in (a, b))
-    case = Case(64, 64, 32, scale=100.0, positives="linear")
-    t = {"a": a, "b": b, "scale": torch.tensor(100.0), "row_bias": None, "col_bias": None,
-         "row_ids": None, "col_ids": None}  # fmt: skip
-    stats = run(case, t, "simt")
-    ours = gradients(
-        (stats.row_logsum - stats.row_pos).sum() + (stats.col_logsum - stats.col_pos).sum(), t
-    )
-    truth = dense(case, t, torch.float64)
-    total = sum((truth[f"{s}_lse"] - truth[f"{s}_linear"]).sum() for s in ("row", "col"))
-    for name, expected in gradients(total, t).items():
-        error = (ours[name].double() - expected.double()).norm() / expected.double().norm()
-        assert error <= 0.03
+    gpu_kernels.positives_are_subtracted_before_rounding("simt")
+
+
+@pytest.mark.parametrize("diagonal", [2**32 + 1, -(2**32) - 1])
+def test_a_self_pair_far_outside(diagonal):
+    """Beyond 32 bits: no pair is a self pair, though the low bits say so."""
+    case = Case(5, 9, 7, positives="linear", diagonal=diagonal)
+    test_primitive.test_logsumexp("simt", case, BF16)
+    test_primitive.test_softplus("simt", case, BF16)
 
 
 def test_softplus_of_everything_positive_or_left_out():

@@ -480,7 +480,7 @@ def test_skipped_pictures_are_counted_and_named(tmp_path, capsys):
         (evaluate_command, "{finished} --json {wrong}/x", "{wrong}/x: Not a directory"),
         (export, "nope", "nope holds no checkpoint"),
         (export, "{finished} --out {wrong}", "{wrong}: File exists"),
-        (prepare, "emoji-small --out {wrong}", "exists and holds no captions.jsonl"),
+        (prepare, "emoji-small --out {wrong}", "is not the small emoji set"),
     ],
 )
 def test_bad_input_ends_with_one_line_that_names_it(

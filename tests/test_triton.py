@@ -16,7 +16,9 @@ if os.environ.get("TRITON_INTERPRET") != "1":  # read when triton is imported
 if find_spec("triton") is None:
     pytest.skip("triton is not installed", allow_module_level=True)
 
+import gpu_kernels
 import test_primitive
+from gpu_kernels import BF16, FP16, FP32, spread
 from problems import (
     OPTIONS,
     Case,
@@ -31,10 +33,9 @@ from problems import (
 
 import ito_kernels.similarity.triton as backend
 from ito_kernels import similarity_softplus
-from ito_kernels.similarity import chunked, dispatch, reference, triton_tiles
-from ito_kernels.similarity.spec import Needs, Problem, Upstream
+from ito_kernels.similarity import chunked, dispatch, triton_tiles
+from ito_kernels.similarity.spec import Problem
 
-FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
 SMALL = triton_tiles.Tile(32, 32, 32, 4, 1)
 MEDIUM = triton_tiles.Tile(64, 64, 32, 4, 1)
 
@@ -53,12 +54,6 @@ def backward(request, monkeypatch):
         monkeypatch.setattr(triton_tiles, "FUSED_D", 0)
         monkeypatch.setattr(backend, "PANEL_BYTES", 1)
     return request.param
-
-
-def spread(cases: list[Case], dtypes=(FP32, BF16, FP16)) -> list:
-    """Every case, the dtypes in turn."""
-    pairs = [(case, dtypes[i % len(dtypes)]) for i, case in enumerate(cases)]
-    return [pytest.param(*p, id=f"{p[0]}-{str(p[1])[6:]}") for p in pairs]
 
 
 @pytest.mark.parametrize(("case", "dtype"), spread(OPTIONS[:-1]))
@@ -128,99 +123,11 @@ def test_same_bits_every_time():
 # ---- memory
 
 
-class Guarded:
-    """A pool that hands out tensors full of NaN between guard bands of a known value.
-
-    The kernels' outputs, slots and panels come from `new_empty`: what they leave unwritten shows as
-    NaN in a result, what they write out of bounds in a band.
-    """
-
-    BAND, MARK = 4096, 77.0
-
-    def __init__(self, monkeypatch):
-        self.pools = []
-        pool = self
-
-        original = torch.Tensor.new_empty
-
-        def new_empty(tensor, *size, dtype=None, **rest):
-            if rest:  # the interpreter's own
-                return original(tensor, *size, dtype=dtype, **rest)
-            shape = torch.Size(size[0] if len(size) == 1 and not isinstance(size[0], int) else size)
-            whole = torch.full(
-                (shape.numel() + 2 * pool.BAND,), pool.MARK, dtype=dtype or tensor.dtype
-            )
-            inner = whole[pool.BAND : pool.BAND + shape.numel()]
-            pool.pools.append((whole, inner.fill_(torch.nan)))
-            return inner.view(shape)
-
-        monkeypatch.setattr(torch.Tensor, "new_empty", new_empty)
-
-    def check(self) -> int:
-        for whole, inner in self.pools:
-            end = self.BAND + inner.numel()
-            bands = torch.cat([whole[: self.BAND], whole[end:]])
-            assert (bands == self.MARK).all(), "written out of bounds"
-        return len(self.pools)
-
-
-def banded(x: torch.Tensor | None, poison: float) -> torch.Tensor | None:
-    """`x` inside a buffer of `poison`: what is read beyond its ends gets into the result."""
-    if x is None:
-        return None
-    band = 4096
-    poison = poison if x.is_floating_point() else 1  # as an id: equal to real ones
-    whole = torch.full((x.numel() + 2 * band,), poison, dtype=x.dtype)
-    inner = whole[band : band + x.numel()].view(x.shape)
-    return inner.copy_(x)
-
-
 @pytest.mark.parametrize("tma", [False, True], ids=["pointers", "descriptors"])
-@pytest.mark.parametrize(
-    "case",
-    [
-        replace(OPTIONS[15], n=70, m=100, d=40, positives="linear", hardest=True),
-        Case(100, 70, 40, positives="lse", diagonal=-20, exclude_positives=True),
-        Case(100, 100, 40, same=True, exclude_self=True, ids="padded", positives="lse"),
-    ],
-    ids=str,
-)
+@pytest.mark.parametrize("case", gpu_kernels.GUARDED, ids=str)
 def test_nothing_outside_is_read_or_written(case, tma, backward, monkeypatch):
     tiles(monkeypatch, tma=tma, tile=MEDIUM)
-    plain = make(case, FP32)
-    t = {k: banded(v, torch.nan) for k, v in plain.items()}
-    if case.same:
-        t["b"], t["col_ids"] = t["a"], t["row_ids"]
-    names = ("positives", "exclude_self", "exclude_positives", "diagonal", "hardest")
-    fields = {name: getattr(case, name) for name in names}
-    problem = Problem(**(t | {"b": None if case.same else t["b"]}), **fields)
-    needs = Needs(True, not case.same, True, case.biases, case.biases)
-    g = torch.Generator().manual_seed(3)
-    u, v, alpha, beta = (torch.randn(k, generator=g) for k in (case.n, case.m) * 2)
-    expected_stats = reference.logsumexp_forward(problem)
-    expected = reference.logsumexp_backward(
-        problem, expected_stats, Upstream(u, v, alpha, beta), needs
-    )
-    expected_softplus = reference.softplus_forward(problem)
-
-    upstream = Upstream(*(banded(x, torch.nan) for x in (u, v, alpha, beta)))
-    guarded = Guarded(monkeypatch)
-    stats = backend.logsumexp_forward(problem)
-    grads = backend.logsumexp_backward(problem, stats, upstream, needs)
-    softplus = backend.softplus_forward(problem)
-    softplus_too, _ = backend.softplus_both(problem, upstream.u, needs)
-    assert guarded.check() > 5
-    for x, y in zip(stats, expected_stats, strict=True):
-        assert (x is None) == (y is None)
-        if x is not None:
-            torch.testing.assert_close(x, y, rtol=1e-4, atol=1e-4)
-    for x in (softplus, softplus_too):
-        torch.testing.assert_close(x, expected_softplus, rtol=1e-4, atol=1e-4)
-    for name, x, y in zip(Needs._fields, grads, expected, strict=True):
-        if y is not None and name == "scale" and y.ndim and problem.scale.ndim == 0:
-            x, y = x.sum(), y.sum()  # only the sum is defined for a 0-d scale
-        if y is not None:
-            torch.testing.assert_close(x, y, rtol=1e-3, atol=1e-3 * y.abs().max().item())
+    gpu_kernels.nothing_outside_is_read_or_written(backend, case, monkeypatch)
 
 
 # ---- work
@@ -377,39 +284,11 @@ def test_every_pair_of_groups_once():
 
 
 def test_gradients_of_a_large_fp16_batch_do_not_underflow(backward):
-    """W is about 1/N²: in fp16 most of it would round to 0."""
-    case = Case(200, 200, 16, scale=20.0, positives="linear")
-    t = leaves(make(case, FP16), ("a", "b"))
-    truth_t = leaves(t, ("a", "b"))
-    weight = 1e-7
-    stats = run(case, t, "triton")
-    loss = ((stats.row_logsum - stats.row_pos) * 1e4 * weight).sum()
-    truth = dense(case, truth_t, torch.float64)
-    expected = gradients(((truth["row_lse"] - truth["row_linear"]) * 1e4 * weight).sum(), truth_t)
-    for name, x in gradients(loss, t).items():
-        size = expected[name].abs().max()
-        assert (x.double() - expected[name].double()).abs().max() <= 0.02 * size
+    gpu_kernels.gradients_of_a_large_fp16_batch_do_not_underflow("triton")
 
 
 def test_positives_are_subtracted_before_rounding(backward):
-    """A hard negative near a good positive: the two halves of W nearly cancel (bf16, scale 100)."""
-    g = torch.Generator().manual_seed(0)
-    a = torch.nn.functional.normalize(torch.randn(64, 32, generator=g), dim=1)
-    b = torch.nn.functional.normalize(a + 0.02 * torch.randn(64, 32, generator=g), dim=1)
-    b[1::2] = torch.nn.functional.normalize(b[::2] + 0.01 * torch.randn(32, 32, generator=g), dim=1)
-    a, b = (x.bfloat16().requires_grad_() for x in (a, b))
-    case = Case(64, 64, 32, scale=100.0, positives="linear")
-    t = {"a": a, "b": b, "scale": torch.tensor(100.0), "row_bias": None, "col_bias": None,
-         "row_ids": None, "col_ids": None}  # fmt: skip
-    stats = run(case, t, "triton")
-    ours = gradients(
-        (stats.row_logsum - stats.row_pos).sum() + (stats.col_logsum - stats.col_pos).sum(), t
-    )
-    truth = dense(case, t, torch.float64)
-    total = sum((truth[f"{s}_lse"] - truth[f"{s}_linear"]).sum() for s in ("row", "col"))
-    for name, expected in gradients(total, t).items():
-        error = (ours[name].double() - expected.double()).norm() / expected.double().norm()
-        assert error <= 0.03
+    gpu_kernels.positives_are_subtracted_before_rounding("triton")
 
 
 # ---- choice

@@ -4,40 +4,15 @@
 
 #include <pybind11/stl.h>
 
-#include <stdexcept>
-
 #include "cpu/engine.hpp"
 #include "cpu/isa.hpp"
 #include "cpu/threads.hpp"
+#include "fields.hpp"
 
 namespace py = pybind11;
 
 namespace ito::cpu {
 namespace {
-
-// Reads a tuple of integers from left to right; addresses are integers too, 0 for absent.
-class Fields {
- public:
-  explicit Fields(const py::tuple& values) : values_(values.ptr()) {}
-  int64_t number() {
-    if (next_ >= PyTuple_GET_SIZE(values_)) throw std::invalid_argument("too few fields");
-    const int64_t value = PyLong_AsLongLong(PyTuple_GET_ITEM(values_, next_++));
-    if (value == -1 && PyErr_Occurred()) throw py::error_already_set();
-    return value;
-  }
-  template <class T>
-  T* pointer() {
-    return reinterpret_cast<T*>(static_cast<uintptr_t>(number()));
-  }
-  template <class T>
-  T as() {
-    return static_cast<T>(number());
-  }
-
- private:
-  PyObject* values_;
-  Py_ssize_t next_ = 0;
-};
 
 // In the order of _fields() of cpu.py.
 Problem problem(const py::tuple& values) {

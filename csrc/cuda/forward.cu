@@ -284,8 +284,8 @@ void start(const Forward& p, gpu::Stream stream) {
 
 std::string unavailable() { return gpu::unavailable(); }
 
-void forward(Arithmetic arithmetic, const Forward& p, gpu::Stream stream) {
-  switch (arithmetic) {
+void forward(const Forward& p, gpu::Stream stream) {
+  switch (p.scores.arithmetic) {
     case Arithmetic::kBf16: return start<Bf16>(p, stream);
     case Arithmetic::kF16: return start<F16>(p, stream);
     case Arithmetic::kTf32: return start<Tf32>(p, stream);

@@ -156,8 +156,8 @@ void start(const Gradient& p, gpu::Stream stream) {
 
 }  // namespace
 
-void gradient(Arithmetic arithmetic, const Gradient& p, gpu::Stream stream) {
-  if (arithmetic == Arithmetic::kBf16)
+void gradient(const Gradient& p, gpu::Stream stream) {
+  if (p.scores.arithmetic == Arithmetic::kBf16)
     start<Bf16>(p, stream);
   else
     start<F16>(p, stream);

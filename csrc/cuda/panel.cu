@@ -146,8 +146,8 @@ void start(const Panel& p, gpu::Stream stream) {
 
 }  // namespace
 
-void panel(Arithmetic arithmetic, const Panel& p, gpu::Stream stream) {
-  switch (arithmetic) {
+void panel(const Panel& p, gpu::Stream stream) {
+  switch (p.scores.arithmetic) {
     case Arithmetic::kBf16: return start<Bf16>(p, stream);
     case Arithmetic::kF16: return start<F16>(p, stream);
     case Arithmetic::kTf32: return start<Tf32>(p, stream);

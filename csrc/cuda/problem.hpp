@@ -35,6 +35,7 @@ struct Side {
 };
 
 struct Scores {
+  Arithmetic arithmetic = Arithmetic::kBf16;
   Side row, col;
   int row_bytes = 0;  // of one feature vector
   Global<const float> scale;
@@ -57,8 +58,8 @@ constexpr int kTile = 128;                   // rows and columns
 constexpr int kWarpRows = 4, kWarpCols = 2;  // the warps of a block that share them
 
 // Statistics in slots, [field][slot][row or column]: kSlots for each group of the other side, so
-// that nothing is written twice. Fields: max, sum, the positives' two numbers, the largest negative. Of
-// softplus the row sum alone, kWarpCols slots for each group.
+// that nothing is written twice. Fields: max, sum, the positives' two numbers, the largest
+// negative. Of softplus the row sum alone, kWarpCols slots for each group.
 constexpr int kFields = 5, kSlots = 4;
 struct Forward {
   Scores scores;
@@ -104,9 +105,9 @@ constexpr int kGradientRows = 64;    // of a block
 constexpr int kGradientWidth = 128;  // D at most
 
 std::string unavailable();  // why nothing can run; empty if it can
-void forward(Arithmetic arithmetic, const Forward& p, gpu::Stream stream);
+void forward(const Forward& p, gpu::Stream stream);
 void merge(const Merge& p, gpu::Stream stream);
-void panel(Arithmetic arithmetic, const Panel& p, gpu::Stream stream);
-void gradient(Arithmetic arithmetic, const Gradient& p, gpu::Stream stream);  // bf16 and fp16
+void panel(const Panel& p, gpu::Stream stream);
+void gradient(const Gradient& p, gpu::Stream stream);  // bf16 and fp16
 
 }  // namespace ito::ITO_GPU

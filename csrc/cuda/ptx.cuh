@@ -115,17 +115,24 @@ inline std::string unavailable() {
   return error == cudaSuccess ? "" : cudaGetErrorString(error);
 }
 
-// Queues the kernel; throws with its name if it cannot start.
+// Throws with the kernel's name. The runtime keeps an error until it is asked: the next launch must
+// not report this one.
+inline void check(const char* kernel, cudaError_t error) {
+  if (error == cudaSuccess) return;
+  cudaGetLastError();
+  throw std::runtime_error(std::string(kernel) + ": " + cudaGetErrorString(error));
+}
+
+// Queues the kernel.
 template <class Parameters>
 void launch(const char* name, void (*kernel)(Parameters), int64_t blocks, int threads,
             int shared_bytes, Stream stream, const Parameters& parameters) {
-  cudaSetDevice(stream.device);  // of this copy of the runtime: PyTorch has its own
-  cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);
+  check(name, cudaSetDevice(stream.device));  // of this copy of the runtime: PyTorch has its own
+  check(name, cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                   shared_bytes));
   kernel<<<static_cast<unsigned>(blocks), threads, shared_bytes,
            static_cast<cudaStream_t>(stream.address)>>>(parameters);
-  const cudaError_t error = cudaGetLastError();  // of any of the calls
-  if (error != cudaSuccess)
-    throw std::runtime_error(std::string(name) + ": " + cudaGetErrorString(error));
+  check(name, cudaGetLastError());
 }
 
 }  // namespace gpu

@@ -1,8 +1,8 @@
 // Tiles of inner products: global memory → cp.async → shared memory → ldmatrix → mma → registers.
 //
 // A block of 8 warps computes 128 × 128 scores, a warp 32 × 64 of them. One step is 64 bytes of
-// each feature vector: 32 halves or 16 floats. As ldmatrix and mma see them, 16 bytes of floats are laid
-// out like 16 bytes of halves, so all arithmetics share everything but the product itself.
+// each feature vector: 32 halves or 16 floats. As ldmatrix and mma see them, 16 bytes of floats are
+// laid out like 16 bytes of halves, so all arithmetics share everything but the product itself.
 #pragma once
 #include "cuda/scores.cuh"
 

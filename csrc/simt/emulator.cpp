@@ -16,7 +16,8 @@
 asm(".text\n.globl " SYMBOL "\n" SYMBOL ":\n"
     "  push %rbp\n  push %rbx\n  push %r12\n  push %r13\n  push %r14\n  push %r15\n"
     "  mov %rsp, (%rdi)\n  mov %rsi, %rsp\n"
-    "  pop %r15\n  pop %r14\n  pop %r13\n  pop %r12\n  pop %rbx\n  pop %rbp\n  pop %rcx\n  jmp *%rcx\n");
+    "  pop %r15\n  pop %r14\n  pop %r13\n  pop %r12\n  pop %rbx\n  pop %rbp\n"
+    "  pop %rcx\n  jmp *%rcx\n");
 #elif defined(__aarch64__)
 asm(".text\n.globl " SYMBOL "\n.p2align 2\n" SYMBOL ":\n"
     "  sub sp, sp, #160\n"

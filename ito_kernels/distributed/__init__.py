@@ -5,6 +5,17 @@ the kernels work on the current one; a rank's row statistics are complete after 
 those of its columns after one exchange of O(B) numbers. Backward walks over the chunks again and
 returns the gradients of the keys to their owners. Memory is O(local·D + chunk·D + B) on each rank.
 
+A loss is written once, for `whole_batch`: that of all ranks or that of this process, which has the
+same interface. It needs of it
+
+- the primitive, of its rows against everyone's keys, column statistics included;
+- `sum`, of losses and counts, and `shared_sum` and `largest`, of vectors that ranks use each in
+  their own way;
+- `rows`, everyone's rows at once, for what the primitive cannot say: O(global·D).
+
+Each is adjoint to its backward for the sum over ranks of what they differentiate, which is W times
+the loss, and averaging divides by W: so is any composition of them.
+
 All ranks must call the same losses in the same order, with the same options.
 
 Environment, the same on every rank: ITO_TRANSPORT, how keys travel: "gather", the default, by
@@ -12,6 +23,26 @@ all-gathers and reduce-scatters, or "ring", from neighbour to neighbour. ITO_GAT
 (64 MiB by default) bounds the chunks that are kept for backward; the rest travels again.
 """
 
-from .batch import GlobalBatch, check_chunk_size, global_rows
+from __future__ import annotations
 
-__all__ = ["GlobalBatch", "check_chunk_size", "global_rows"]
+from torch import Tensor
+
+from .batch import GlobalBatch, check_chunk_size, global_rows
+from .local import LocalBatch
+
+__all__ = ["GlobalBatch", "LocalBatch", "check_chunk_size", "global_rows", "whole_batch"]
+
+
+def whole_batch(
+    group,
+    queries: Tensor,
+    keys: Tensor,
+    query_ids: Tensor | None = None,
+    key_ids: Tensor | None = None,
+    chunk_size: int | None = None,
+) -> GlobalBatch | LocalBatch:
+    """The batch of all ranks of `group`, or that of this process where it is None."""
+    check_chunk_size(chunk_size)
+    if group is None:
+        return LocalBatch((len(queries), len(keys)), query_ids, key_ids)
+    return GlobalBatch(group, queries, keys, query_ids, key_ids, chunk_size)

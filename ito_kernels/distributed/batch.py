@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from copy import copy
 from functools import wraps
 from itertools import pairwise
 from types import ModuleType
@@ -15,8 +16,16 @@ from torch.distributed.device_mesh import DeviceMesh
 from ..similarity import dispatch, op
 from ..similarity.spec import Needs, Problem, Stats, Upstream, make_problem
 from .chunks import Chunk, Transport, flat
-from .collectives import Started, all_gather, gathered_sizes, process_group
-from .gradients import Logsumexp, Softplus, Sum
+from .collectives import (
+    Started,
+    all_gather,
+    all_reduce_max,
+    broadcast,
+    completed,
+    gathered_sizes,
+    process_group,
+)
+from .gradients import Logsumexp, Rows, SharedSum, Softplus, Sum
 from .transport import chosen_transport
 
 # Enough rows for full-speed matrix products; 16 MiB of keys at D = 512 in fp32.
@@ -62,7 +71,7 @@ class GlobalBatch:
         group: a `ProcessGroup` or a one-dimensional `DeviceMesh` that this process belongs to.
         queries, keys: this rank's (n, D) and (m, D); the numbers may differ between ranks.
         query_ids, key_ids: (n,) and (m,) integers, equal across ranks for positives; by default
-            the row numbers in the global batch, then n must equal m. Negative ids are padding.
+            the row numbers in the global batch. Negative ids are padding.
         chunk_size: keys that a rank gets at a time: of all ranks, rounded up to as many from each;
             on a ring of one. By default as many as the largest local batch, at least 8,192.
 
@@ -84,35 +93,90 @@ class GlobalBatch:
         self.group, self.chunk_size = process_group(group), chunk_size
         self._transport = chosen_transport()
         self.rank, self.size = dist.get_rank(self.group), dist.get_world_size(self.group)
-        n, m, device = len(queries), len(keys), queries.device
-        sizes = gathered_sizes(self.group, device, n, m)
-        self.most_queries, self.most_keys = sizes.max(0).values.tolist()
+        self.sizes = gathered_sizes(self.group, queries.device, len(queries), len(keys))
         if query_ids is None or key_ids is None:
-            if n != m:
-                raise ValueError(f"ids are needed for {n} queries and {m} keys")
-            first = int(sizes[: self.rank, 0].sum())
-            rows = torch.arange(first, first + n, device=device)
+            rows, cols = self._numbers(0, queries.device), self._numbers(1, queries.device)
+            if torch.equal(*self.sizes.T):
+                cols = rows
             query_ids = rows if query_ids is None else query_ids
-            key_ids = rows if key_ids is None else key_ids
+            key_ids = cols if key_ids is None else key_ids
+        self._set_ids(query_ids, key_ids)
+
+    def _set_ids(self, query_ids: Tensor, key_ids: Tensor) -> None:
         self.query_ids, self.key_ids = query_ids, key_ids
+        most_queries, self.most_keys = self.sizes.max(0).values.tolist()
         # (size, most), padded by -1
-        self.all_query_ids = self.gather("query ids", query_ids, self.most_queries, -1)
+        self.all_query_ids = self.gather("query ids", query_ids, most_queries, -1)
         self.all_key_ids = self.all_query_ids
         if key_ids is not query_ids:
             self.all_key_ids = self.gather("key ids", key_ids, self.most_keys, -1)
+
+    def with_ids(self, query_ids: Tensor, key_ids: Tensor) -> GlobalBatch:
+        """The same rows by other names."""
+        other = copy(self)
+        other._set_ids(query_ids, key_ids)
+        return other
+
+    def swapped(self) -> GlobalBatch:
+        """The keys as queries and the queries as keys."""
+        other = copy(self)
+        other.sizes, other.most_keys = self.sizes.flip(1), self.all_query_ids.shape[1]
+        other.query_ids, other.key_ids = self.key_ids, self.query_ids
+        other.all_query_ids, other.all_key_ids = self.all_key_ids, self.all_query_ids
+        return other
 
     @property
     def transport(self) -> Transport:
         chunk_size = self.chunk_size or max(MIN_CHUNK, self.most_keys)
         return self._transport(self.group, self.most_keys, chunk_size)
 
+    def numbers(self, side: int) -> range:
+        """Of this rank's queries (0) or keys (1) among those of all ranks."""
+        first = int(self.sizes[: self.rank, side].sum())
+        return range(first, first + int(self.sizes[self.rank, side]))
+
+    def _numbers(self, side: int, device: torch.device) -> Tensor:
+        rows = self.numbers(side)
+        return torch.arange(rows.start, rows.stop, device=device)
+
+    def count(self, side: int) -> int:
+        """Of the queries (0) or keys (1) of all ranks."""
+        return int(self.sizes[:, side].sum())
+
     def everyones(self, ids: Tensor) -> Tensor:
         """`query_ids` or `key_ids` of all ranks, with some padding."""
         return (self.all_query_ids if ids is self.query_ids else self.all_key_ids).flatten()
 
     def sum(self, x: Tensor) -> Tensor:
-        """The sum over ranks of 0-d tensors."""
+        """The sum over ranks of 0-d tensors: a loss, which every rank differentiates alike."""
         return Sum.apply(x, self)
+
+    @not_compiled
+    def shared_sum(self, x: Tensor) -> Tensor:
+        """The sum over ranks of tensors of one shape, of which every rank may make its own use."""
+        return SharedSum.apply(x, self)
+
+    def largest(self, x: Tensor) -> Tensor:
+        """The maximum over ranks of tensors of one shape, without gradient."""
+        out = torch.empty_like(x)
+        return Started(
+            "all-reduce of a maximum", all_reduce_max, out, x.detach(), self.group
+        ).wait()
+
+    def first(self, x: Tensor) -> Tensor:
+        """What the first rank has in place of x, without gradient."""
+        return completed("broadcast", broadcast, x, self.group)
+
+    @not_compiled
+    def rows(self, x: Tensor) -> Tensor:
+        """(n, …) of each rank one after the other, n differing between them. Memory is that of the
+        batch of all ranks: for what the chunks of `similarity_logsumexp` cannot say."""
+        return Rows.apply(x, self)
+
+    def mine(self, x: Tensor) -> Tensor:
+        """Of (…, keys of all ranks) this rank's part."""
+        keys = self.numbers(1)
+        return x[..., keys.start : keys.stop]
 
     def mean_where(self, x: Tensor, where: Tensor) -> Tensor:
         """The mean of all ranks' x over `where`, 0 if that is nowhere."""
@@ -127,8 +191,13 @@ class GlobalBatch:
         *,
         row_ids: Tensor,
         col_ids: Tensor,
+        row_bias: Tensor | None = None,
+        col_bias: Tensor | None = None,
+        row_limit: Tensor | None = None,
         positives: str | None = None,
         exclude_self: bool = False,
+        exclude_positives: bool = False,
+        rows: bool = True,
         cols: bool = True,
         hardest: bool = False,
         row_weights: tuple[Tensor, Tensor | None] | None = None,
@@ -140,32 +209,36 @@ class GlobalBatch:
 
         Statistics of this rank's rows over everybody's columns, and of its columns over
         everybody's rows; the weighted sum is over all ranks. `row_ids` and `col_ids` are
-        `self.query_ids` and `self.key_ids`.
+        `self.query_ids` and `self.key_ids`; biases and limits are of this rank's rows and columns.
         """
         needs, module, arguments = self._prepare(
             a,
             b,
             scale,
             backend,
+            row_bias=row_bias,
+            col_bias=col_bias,
             row_ids=row_ids,
             col_ids=col_ids,
+            row_limit=row_limit,
             positives=positives,
             exclude_self=exclude_self,
+            exclude_positives=exclude_positives,
+            rows=rows,
             cols=cols,
             hardest=hardest,
         )
         out = iter(Logsumexp.apply(self, module, needs, *arguments))
         side = (True, True, positives is not None, hardest)
-        stats = Stats(*(next(out) if x else None for x in (*side, *(cols and x for x in side))))
+        wanted = (wanted and x for wanted in (rows, cols) for x in side)
+        stats = Stats(*(next(out) if x else None for x in wanted))
         if row_weights is None and col_weights is None:
             return stats
         (u, alpha), (v, beta) = row_weights or (None, None), col_weights or (None, None)
         total = self.sum(op.weighted_sum(stats, Upstream(u, v, alpha, beta)))
-        return (
-            (total, Stats(*(None if x is None else x.detach() for x in stats)))
-            if return_stats
-            else total
-        )
+        if not return_stats:
+            return total
+        return total, Stats(*(None if x is None else x.detach() for x in stats))
 
     @not_compiled
     def similarity_softplus(
@@ -184,7 +257,7 @@ class GlobalBatch:
         rows, or the weighted sum over all ranks, whose gradients are formed in the forward pass
         (not in fp16): keys are then gathered once."""
         needs, module, arguments = self._prepare(
-            a, b, scale, backend, row_bias=row_bias, row_ids=row_ids, col_ids=col_ids
+            a, b, scale, backend, row_bias=row_bias, col_bias=None, row_ids=row_ids, col_ids=col_ids
         )
         out = Softplus.apply(self, module, needs, row_weights, *arguments)
         return out if row_weights is None else self.sum(out)
@@ -193,12 +266,11 @@ class GlobalBatch:
         self, a: Tensor, b: Tensor, scale: float | Tensor, backend: str | None, **what
     ) -> tuple[Needs, ModuleType, tuple]:
         """The gradients that are wanted, the backend, and a Problem's fields; b is never None."""
-        what.setdefault("row_bias", None)
-        problem = make_problem(a, b, scale, col_bias=None, **what)
+        problem = make_problem(a, b, scale, **what)
         module = dispatch.load(dispatch.choose(problem, backend))
         problem = problem._replace(b=problem.a if problem.b is None else problem.b)
         live = torch.is_grad_enabled()
-        needs = Needs(*(live and x is not None and x.requires_grad for x in problem[:4]), False)
+        needs = Needs(*(live and x is not None and x.requires_grad for x in problem[:5]))
         return needs, module, tuple(problem)
 
     def gather(self, what: str, x: Tensor, length: int, fill: float = 0) -> Tensor:
@@ -212,11 +284,13 @@ class GlobalBatch:
 
     def blocks(self, problem: Problem, chunk: Chunk) -> Iterator[tuple]:
         """The problem of this rank's rows with a chunk's keys, with the range of those keys.
+        problem.col_bias: everyone's, (size, most).
 
         One; under `exclude_self` up to three: self pairs are with this rank's own part alone.
         """
         owners, part, keys = chunk
         ids = flat(self.all_key_ids[owners, part])
+        bias = None if problem.col_bias is None else flat(problem.col_bias[owners, part])
         own = tuple((self.rank - owners.start + i) * chunk.step for i in (0, 1))
         with_own = problem.exclude_self and self.rank in range(owners.start, owners.stop)
         bounds = (0, *own, len(keys)) if with_own else (0, len(keys))
@@ -228,6 +302,7 @@ class GlobalBatch:
                 slice(low, high),
                 problem._replace(
                     b=keys[low:high],
+                    col_bias=None if bias is None else bias[low:high],
                     col_ids=ids[low:high],
                     exclude_self=mine,
                     diagonal=-part.start if mine else 0,

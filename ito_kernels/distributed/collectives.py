@@ -33,6 +33,16 @@ def all_reduce(out: Tensor, x: Tensor, group) -> dist.Work:
     return dist.all_reduce(out, group=group, async_op=True)
 
 
+def all_reduce_max(out: Tensor, x: Tensor, group) -> dist.Work:
+    out.copy_(x)
+    return dist.all_reduce(out, dist.ReduceOp.MAX, group=group, async_op=True)
+
+
+def broadcast(out: Tensor, x: Tensor, group) -> dist.Work:
+    out.copy_(x)
+    return dist.broadcast(out, dist.get_global_rank(group, 0), group=group, async_op=True)
+
+
 def shift(out: Tensor, x: Tensor, group) -> Works:
     """x to the next rank of the group, `out` from the one before."""
     rank, size = dist.get_rank(group), dist.get_world_size(group)
@@ -75,6 +85,12 @@ class Started:
             f" {dist.get_world_size(self.group)}: another rank has ended, does not answer within"
             " the group's time-out, or is at another call"
         )
+
+
+def completed(what: str, collective: Callable, x: Tensor, group) -> Tensor:
+    """Of a collective whose output is like its input."""
+    x = x.detach().contiguous()
+    return Started(what, collective, torch.empty_like(x), x, group).wait()
 
 
 def process_group(group: object) -> dist.ProcessGroup:

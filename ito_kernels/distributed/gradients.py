@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from ..similarity import op
-from ..similarity.spec import Grads, Needs, Problem, Stats, Upstream
+from ..similarity.spec import Grads, Needs, Problem, Stats, Upstream, accumulate_dtype
 from .chunks import Chunk, Kept, flat
-from .collectives import Started, all_reduce
+from .collectives import Started, all_reduce, completed, gathered_sizes, reduce_scatter
 from .statistics import Columns, Side, count_pairs
 
 if TYPE_CHECKING:
@@ -22,12 +22,45 @@ class Sum(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor, whole: GlobalBatch) -> Tensor:
         ctx.size = whole.size
-        out = torch.empty_like(x)
-        return Started("all-reduce of a sum", all_reduce, out, x.detach(), whole.group).wait()
+        return completed("all-reduce of a sum", all_reduce, x, whole.group)
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple:
         return grad * ctx.size, None  # which averaging over ranks divides by
+
+
+class SharedSum(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor, whole: GlobalBatch) -> Tensor:
+        ctx.whole = whole
+        return completed("all-reduce of a shared sum", all_reduce, x, whole.group)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple:
+        what = "all-reduce of the gradient of a shared sum"
+        return completed(what, all_reduce, grad, ctx.whole.group), None
+
+
+class Rows(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor, whole: GlobalBatch) -> Tensor:
+        ctx.whole, ctx.number, ctx.dtype = whole, len(x), x.dtype
+        ctx.counts = gathered_sizes(whole.group, x.device, len(x))[:, 0].tolist()
+        ctx.most = max(ctx.counts)
+        padded = torch.cat([x, x.new_zeros(ctx.most - len(x), *x.shape[1:])])
+        everyone = whole.start_gather("rows", padded).wait().view(whole.size, *padded.shape)
+        return torch.cat([rows[:n] for rows, n in zip(everyone, ctx.counts, strict=True)])
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple:
+        size, shape = ctx.whole.size, (ctx.most, *grad.shape[1:])
+        # summed in fp32, as the gradients of keys are
+        sent = grad.new_zeros(size, *shape, dtype=accumulate_dtype(grad.dtype))
+        for rows, own in zip(sent, grad.split(ctx.counts), strict=True):
+            rows[: len(own)] = own
+        what, out = "reduce-scatter of the gradients of rows", sent.new_empty(shape)
+        out = Started(what, reduce_scatter, out, sent.flatten(0, 1), ctx.whole.group).wait()
+        return out[: ctx.number].to(ctx.dtype), None
 
 
 class Logsumexp(torch.autograd.Function):
@@ -36,6 +69,9 @@ class Logsumexp(torch.autograd.Function):
     @staticmethod
     def forward(ctx, whole: GlobalBatch, module: ModuleType, needs: Needs, *fields):
         problem = Problem(*(x.detach() if isinstance(x, Tensor) else x for x in fields))
+        if problem.col_bias is not None:
+            bias = whole.gather("key biases", problem.col_bias, whole.most_keys)
+            problem = problem._replace(col_bias=bias)
         kept = Kept(any(needs))
         rows, cols = None, Columns(whole, problem)
         for chunk in whole.transport.walk(problem.b):
@@ -44,11 +80,12 @@ class Logsumexp(torch.autograd.Function):
                 with torch.autocast(block.a.device.type, enabled=False):
                     stats = module.logsumexp_forward(block)
                 counts = count_pairs(block) if problem.positives == "linear" else (None, None)
-                row = Side(*stats[:4], counts[0])
-                rows = row if rows is None else rows.merged(row)
+                if problem.rows:
+                    row = Side(*stats[:4], counts[0])
+                    rows = row if rows is None else rows.merged(row)
                 if problem.cols:
                     cols.add(chunk, at, Side(*stats[4:], counts[1]))
-        out = list(rows[:4])
+        out = [*(rows[:4] if problem.rows else (None,) * 4)]
         if problem.cols:
             out += cols.exchanged()[:4]
         ctx.whole, ctx.module, ctx.needs, ctx.kept = whole, module, needs, kept.chunks
@@ -165,16 +202,18 @@ class _Gradients:
     """Collects gradients block by block in the accumulate dtype."""
 
     def __init__(self, whole: GlobalBatch, problem: Problem, needs: Needs):
-        self.problem, self.sums = problem, Grads()
-        self.keys, self.blocks = None, []
+        self.whole, self.problem, self.sums = whole, problem, Grads()
+        self.keys = self.biases = None
+        self.blocks = []  # gradients of keys and of their biases
         if needs.b:
             sums = problem.scale.new_empty(whole.most_keys, problem.d)
             self.keys = whole.transport.homeward(sums)
+        if needs.col_bias:
+            self.biases = torch.empty_like(problem.col_bias)
 
     def add(self, grads: Grads) -> None:
-        if self.keys is not None:
-            self.blocks.append(grads.b)
-        sums = grads._replace(b=None, a=_wide(grads.a, self.problem.accumulate))
+        self.blocks.append((grads.b, grads.col_bias))
+        sums = grads._replace(b=None, col_bias=None, a=_wide(grads.a, self.problem.accumulate))
         self.sums = Grads(
             *(
                 x if total is None else total.add_(x)
@@ -184,11 +223,13 @@ class _Gradients:
 
     def send(self, chunk: Chunk) -> None:
         """The blocks of a chunk are complete."""
-        if self.keys is None:
-            return
-        x = self.blocks[0] if len(self.blocks) == 1 else torch.cat(self.blocks)
+        keys, biases = zip(*self.blocks, strict=True)
         self.blocks = []
-        self.keys.send(chunk, x.to(self.problem.accumulate))
+        if self.keys is not None:
+            x = keys[0] if len(keys) == 1 else torch.cat(keys)
+            self.keys.send(chunk, x.to(self.problem.accumulate))
+        if self.biases is not None:
+            self.biases[chunk.owners, chunk.part] = torch.cat(biases).view(-1, chunk.step)
 
     def result(self) -> tuple:
         """Of a, b, scale, row_bias and col_bias."""
@@ -197,7 +238,12 @@ class _Gradients:
             scale = scale.sum()
         b = None if self.keys is None else self.keys.result()[: self.problem.m]
         a, b = (None if x is None else x.to(self.problem.a.dtype) for x in (a, b))
-        return a, b, scale, row_bias, None
+        return a, b, scale, row_bias, None if self.biases is None else self._own_biases()
+
+    def _own_biases(self) -> Tensor:
+        what, out = "reduce-scatter of the gradients of key biases", self.biases[:1].clone()
+        out = Started(what, reduce_scatter, out, self.biases, self.whole.group).wait()
+        return out[0, : self.problem.m]
 
 
 def _wide(x: Tensor | None, dtype: torch.dtype) -> Tensor | None:

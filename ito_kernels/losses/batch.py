@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..similarity import similarity_logsumexp
+from ..distributed import GlobalBatch, LocalBatch, check_chunk_size, global_rows, whole_batch
 from ..similarity.pairs import count_positives
 from ..similarity.spec import Stats, check_ids, check_pair, check_scale
 from .precision import accumulated, as_autocast, inner
@@ -33,14 +33,14 @@ class Direction(NamedTuple):
 class Batch:
     """S = scale·queries·keysᵀ, plus, in the queries' direction alone, the bias of each key.
 
-    A limit leaves out, in its anchors' direction, negatives with a larger inner product.
+    A limit leaves out, in its anchors' direction, negatives with a larger inner product. With a
+    group all tensors are this rank's rows, and whatever is counted or summed is that of `whole`.
     """
 
+    whole: GlobalBatch | LocalBatch
     queries: Tensor
     keys: Tensor
     scale: Tensor
-    query_ids: Tensor | None
-    key_ids: Tensor | None
     symmetric: bool
     backend: str | None
     exclude_self: bool = False
@@ -49,11 +49,28 @@ class Batch:
     col_limit: Tensor | None = None
 
     @property
+    def query_ids(self) -> Tensor | None:
+        return self.whole.query_ids
+
+    @property
+    def key_ids(self) -> Tensor | None:
+        return self.whole.key_ids
+
+    @property
+    def diagonal(self) -> int | None:
+        """Among all keys, where the self pairs begin that are left out."""
+        return self.whole.numbers(0).start if self.exclude_self else None
+
+    @property
     def directions(self) -> tuple[str, ...]:
         return ("row", "col") if self.symmetric else ("row",)
 
     def features(self, side: str) -> Tensor:
         return self.queries if side == "row" else self.keys
+
+    def number(self, side: str) -> int:
+        """Of everyone's rows on a side, padding included."""
+        return self.whole.count(0 if side == "row" else 1)
 
     def ids(self, side: str) -> Tensor | None:
         return self.query_ids if side == "row" else self.key_ids
@@ -63,7 +80,7 @@ class Batch:
 
     def statistics(self, power: float = 1.0, **what) -> dict[str, Direction]:
         """Of power·S, for each direction."""
-        call = partial(self._call, power, **what)
+        call = partial(self.logsumexp, power, **what)
         if self.key_bias is None and self.row_limit is None:
             stats = call(cols=self.symmetric)
         else:  # what only one direction has takes a call of its own
@@ -76,8 +93,9 @@ class Batch:
         found = {"row": Direction(*stats[:4]), "col": Direction(*stats[4:])}
         return {side: found[side] for side in self.directions}
 
-    def _call(self, power: float, **what) -> Stats:
-        return similarity_logsumexp(
+    def logsumexp(self, power: float = 1.0, **what) -> Stats | Tensor:
+        """The primitive, of power·S without bias and limits."""
+        return self.whole.similarity_logsumexp(
             self.queries,
             self.keys,
             power * self.scale,
@@ -94,8 +112,7 @@ class Batch:
             self,
             queries=self.keys,
             keys=self.queries,
-            query_ids=self.key_ids,
-            key_ids=self.query_ids,
+            whole=self.whole.swapped(),
             symmetric=False,
             key_bias=None,
             row_limit=self.col_limit,
@@ -107,7 +124,7 @@ class Batch:
         if self.query_ids is None:
             return self.scale.new_full((len(self.features(side)),), 0 if self.exclude_self else 1)
         ids, others = self.ids(side), self.ids(OTHER[side])
-        k = count_positives(ids, others)
+        k = count_positives(ids, self.whole.everyones(others))
         if self.exclude_self:
             k = k - ((ids == others) & (ids >= 0)).long()
         return k.to(self.scale.dtype)
@@ -123,10 +140,16 @@ class Batch:
         others = self.ids(OTHER[side])
         number = self.scale.new_full((n,), m if others is None else 0)
         if others is not None:
-            number = number + (others >= 0).sum()
+            number = number + (self.whole.everyones(others) >= 0).sum()
         if self.exclude_self:
             number = number - (1 if others is None else (others >= 0).to(number.dtype))
         return number
+
+    def mean(self, side: str, losses: Tensor) -> Tensor:
+        """Of one direction's anchors, padding left out."""
+        ids = self.ids(side)
+        where = torch.ones_like(losses, dtype=torch.bool) if ids is None else ids >= 0
+        return self.whole.mean_where(losses, where)
 
     def total(self, side: str) -> Tensor:
         """Σ S over the candidates of each anchor, in O((N + M)·D)."""
@@ -138,14 +161,15 @@ class Batch:
         rows = self.scale.reshape(-1, 1) * clean(self.queries, self.query_ids)
         cols = clean(self.keys, self.key_ids)
         mine, others = (rows, cols) if side == "row" else (cols, rows)
-        total = (mine * others.sum(0)).sum(1)
+        total = (mine * self.whole.shared_sum(others.sum(0))).sum(1)
         if self.exclude_self:
             total = total - inner(rows, cols)
         bias = self.bias(side)
         if bias is not None:
             if self.key_ids is not None:
                 bias = bias.masked_fill(self.key_ids < 0, 0)
-            total = total + bias.sum() - (bias if self.exclude_self else 0)
+            everyones = self.whole.shared_sum(bias.sum())
+            total = total + everyones - (bias if self.exclude_self else 0)
         return total
 
 
@@ -157,9 +181,12 @@ def make_batch(
     key_ids: Tensor | None,
     symmetric: bool,
     backend: str | None,
+    group=None,
+    chunk_size: int | None = None,
     promote: bool = False,
 ) -> Batch:
     """A checked batch. `promote`: bf16 and fp16 features in fp32, those of autocast too."""
+    check_chunk_size(chunk_size)
     check_pair("queries", queries, "keys", keys)
     scale = check_scale("logit_scale", logit_scale, queries)
     n, m, device = len(queries), len(keys), queries.device
@@ -169,7 +196,7 @@ def make_batch(
             f" {n} queries, {m} keys and no {'query_ids' if query_ids is None else 'key_ids'}"
         )
     if query_ids is not None or key_ids is not None:
-        rows = torch.arange(n, device=device)
+        rows = global_rows(n, group, device)
         query_ids = rows if query_ids is None else query_ids
         key_ids = rows if key_ids is None else key_ids
         query_ids = check_ids("query_ids", query_ids, n, "queries", device)
@@ -178,4 +205,5 @@ def make_batch(
         same = keys is queries
         queries = accumulated(as_autocast(queries))
         keys = queries if same else accumulated(as_autocast(keys))
-    return Batch(queries, keys, scale, query_ids, key_ids, symmetric, backend)
+    whole = whole_batch(group, queries, keys, query_ids, key_ids, chunk_size)
+    return Batch(whole, queries, keys, scale, symmetric, backend)

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
-from ..similarity.pairs import finite_shift
+from ..similarity.dispatch import check_name
 from .batch import make_batch
-from .common import mean_where, not_yet
-from .decoupled import GATHERED
 from .options import check_number
-from .pairs import equal_ids
-from .precision import inner, logaddexp, take, without_autocast
-from .soft import attention
+from .panels import sum_of_panels
+from .precision import without_autocast
 
 
 def cacr_loss(
@@ -34,68 +32,54 @@ def cacr_loss(
         c_ij = ‖q_i - k_j‖² = 2 - 2<q_i, k_j>
         π⁺_ip ∝ exp(t⁺ c_ip) over the positives,   π⁻_ij ∝ exp(-t⁻ c_ij) over the negatives
 
-    The farther a positive and the nearer a negative, the more it counts. The expectation over the
-    negatives is attention of q to k, from which the positives' part is subtracted: its error is
-    that of fp32 divided by the share of the negatives in the attention, so t⁻ must be moderate.
-    Means over the anchors that have a positive, and over those that have a negative. Gradients go
-    through the weights π too.
+    The farther a positive and the nearer a negative, the more it counts. Means over the anchors
+    that have a positive, and over those that have a negative. Gradients go through the weights π
+    too. No softmax of either kind is a logsumexp of S: the scores are formed in PyTorch, a panel of
+    rows at a time, whatever the backend.
 
     Args:
         queries, keys: (N, D) and (M, D), L2-normalised; bf16 and fp16 are computed in fp32.
-        query_ids, key_ids: as in `multi_positive_infonce`. P positive pairs are gathered a panel
-            at a time: time O(P·D), memory O((N + M)·D + P).
-        t_positive, t_negative: t⁺ and t⁻, from 0 to 10 and above 0 to 3: beyond, in fp32, the
-            positives that are subtracted hide the negatives.
+        query_ids, key_ids: as in `multi_positive_infonce`.
+        t_positive, t_negative: t⁺ and t⁻, 0 or more; at 0 all count alike.
+        backend: a name as everywhere, without effect.
 
     Returns a 0-d fp32 tensor (fp64 for fp64 features). Raises as `multi_positive_infonce`.
     Source: Zheng et al. 2021 (CACR); the defaults are those of the authors' CIFAR experiments.
     """
-    not_yet(group=group, chunk_size=chunk_size)
-    t_positive = check_number("t_positive", t_positive, 0, 10)
-    if check_number("t_negative", t_negative, 0, 3) == 0:
-        raise ValueError("t_negative must be greater than 0, got 0")
+    t_positive = check_number("t_positive", t_positive, 0, math.inf)
+    t_negative = check_number("t_negative", t_negative, 0, math.inf)
+    if backend is not None:
+        check_name(backend)
     batch = make_batch(
-        queries, keys, 2.0 * t_negative, query_ids, key_ids, False, backend, promote=True
+        *(queries, keys, 1.0, query_ids, key_ids, False, backend, group, chunk_size), promote=True
     )
+    whole, a, query_ids, key_ids = batch.whole, batch.queries, batch.query_ids, batch.key_ids
+    if query_ids is None:
+        query_ids = key_ids = torch.arange(len(a), device=a.device)
     with without_autocast(queries.device):
-        found = batch.statistics(positives="lse", exclude_positives=True)["row"]
-        top = finite_shift(found.max)
-        log_negatives, log_sum = found.logsum + top, logaddexp(found.logsum, found.pos) + top
+        b, key_ids = whole.rows(batch.keys), whole.rows(key_ids)
+        a, b = (x.masked_fill((i < 0)[:, None], 0) for x, i in ((a, query_ids), (b, key_ids)))
         k = batch.positives("row")
-        negatives = batch.candidates("row") - k
-        a, b = batch.queries, batch.keys
-        if batch.query_ids is not None:
-            a = a.masked_fill((batch.query_ids < 0)[:, None], 0)
-            b = b[batch.key_ids >= 0]
-            negatives = negatives.masked_fill(batch.query_ids < 0, 0)
+        negatives = (batch.candidates("row") - k).masked_fill(query_ids < 0, 0)
+        counts = (whole.sum((x > 0).sum()).clamp(min=1) for x in (k, negatives))
+        shares = tuple((x > 0) / c.to(a.dtype) for x, c in zip((k, negatives), counts, strict=True))
 
-        sums = [torch.zeros_like(k) for _ in range(3)]
-        for rows, cols in equal_ids(batch, max(1, GATHERED // queries.shape[1])):
-            panel = checkpoint(
-                _panel,
-                *(batch.queries, batch.keys, rows, cols, batch.scale, log_sum, t_positive),
-                use_reentrant=False,
-                preserve_rng_state=False,
-            )
-            sums = [x + y for x, y in zip(sums, panel, strict=True)]
-        weight, cost, positive_part = sums
-        attraction = cost / torch.where(k > 0, weight, 1)
+        def panel(rows: slice) -> tuple[Tensor, Tensor]:
+            """The rows' part of the loss, and its slope along the inner products."""
+            cost = torch.addmm(two, a[rows], b.T, alpha=-2)
+            other = query_ids[rows, None] != key_ids
+            positive = _expected(cost, t_positive, other | padded, shares[0][rows, None])
+            negative = _expected(cost, -t_negative, ~other | padded, shares[1][rows, None])
+            return positive[0] - negative[0], positive[1].sub_(negative[1]).mul_(-2)
 
-        share = (log_negatives - finite_shift(log_sum)).exp()
-        everything = inner(a, attention(batch.scale * a, b, b)) if len(b) else torch.zeros_like(k)
-        score = (everything - positive_part) / torch.where(negatives > 0, share, 1)
-        return mean_where(attraction, k > 0) - mean_where(2 - 2 * score, negatives > 0)
+        two, padded = a.new_full((), 2.0), key_ids < 0
+        return whole.sum(sum_of_panels(a, b, panel)).to(a.dtype)
 
 
-def _panel(queries, keys, rows, cols, scale, log_sum, t) -> tuple[Tensor, Tensor, Tensor]:
-    """Per anchor, over the pairs (rows, cols): Σ exp(t c), Σ exp(t c)·c and what they add to the
-    attention, Σ exp(S - log_sum)·<q, k>. c is at most 4."""
-    score = inner(take(queries, rows), take(keys, cols))
-    cost = 2 - 2 * score
-    weight = (t * (cost - 4)).exp()
-    part = (scale * score - take(log_sum, rows)).exp() * score
-
-    def add(values: Tensor) -> Tensor:
-        return torch.zeros_like(log_sum).index_put((rows,), values, accumulate=True)
-
-    return add(weight), add(weight * cost), add(part)
+def _expected(cost: Tensor, t: float, left_out: Tensor, share: Tensor) -> tuple[Tensor, Tensor]:
+    """Σ_i share_i Σ_j π_ij c_ij with π_ij ∝ exp(t c_ij) over what is not left out, and its slope
+    along c, share_i · π_ij (1 + t (c_ij - Σ_j π_ij c_ij))."""
+    weights = (t * cost).masked_fill_(left_out, -torch.inf).softmax(1)
+    weights.masked_fill_(share == 0, 0)  # of nothing at all it is NaN
+    mean = torch.linalg.vecdot(weights, cost)[:, None]
+    return (share * mean).sum(), weights.mul_((cost - mean).mul_(t * share).add_(share))

@@ -7,8 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from ..distributed import GlobalBatch, check_chunk_size
-from ..similarity import similarity_softplus
+from ..distributed import check_chunk_size, whole_batch
 from ..similarity.spec import accumulate_dtype, cast, check_ids, check_pair, check_scale, scalar
 from .common import REDUCTIONS, check_choice, normalized
 from .infonce import multi_positive_infonce
@@ -100,14 +99,10 @@ def siglip_loss(
             image_ids = check_ids("image_ids", image_ids, n, "image_features", device)
         if text_ids is not None:
             text_ids = check_ids("text_ids", text_ids, m, "text_features", device)
-    softplus = similarity_softplus
-    if group is not None:
-        whole = GlobalBatch(group, image_features, text_features, image_ids, text_ids, chunk_size)
-        softplus, image_ids, text_ids = whole.similarity_softplus, whole.query_ids, whole.key_ids
-    number = n
+    whole = whole_batch(group, image_features, text_features, image_ids, text_ids, chunk_size)
+    image_ids, text_ids, number = whole.query_ids, whole.key_ids, n
     if image_ids is not None:
-        number = (image_ids >= 0).sum()  # padding does not count
-        number = (number if group is None else whole.sum(number)).clamp(min=1)
+        number = whole.sum((image_ids >= 0).sum()).clamp(min=1)  # padding does not count
     if normalize:
         image_features = normalized(image_features, image_ids)
         text_features = normalized(text_features, text_ids)
@@ -116,7 +111,7 @@ def siglip_loss(
         weights = torch.ones(n, dtype=bias.dtype, device=device)
         if reduction == "mean":
             weights /= number
-    return softplus(
+    return whole.similarity_softplus(
         image_features,
         text_features,
         logit_scale,

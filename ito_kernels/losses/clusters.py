@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
-from torch.nn.functional import one_hot
+from torch.nn.functional import one_hot, softplus
 
 from ..similarity.pairs import finite_shift
 from ..similarity.spec import check_ids
 from .batch import make_batch
-from .common import not_yet
-from .precision import without_autocast
+from .options import check_values
+from .precision import inner, without_autocast
 
 
 def cluster_weighted_infonce(
@@ -48,9 +50,9 @@ def cluster_weighted_infonce(
     Returns a 0-d fp32 tensor (fp64 for fp64 features). Raises as `multi_positive_infonce`.
     Source: Yu et al. 2023 (AdaMEOW).
     """
-    not_yet(group=group, chunk_size=chunk_size)
     batch = make_batch(
-        queries, keys, logit_scale, query_ids, key_ids, symmetric, backend, promote=True
+        *(queries, keys, logit_scale, query_ids, key_ids, symmetric, backend, group, chunk_size),
+        promote=True,
     )
     device = queries.device
     rows = check_ids("query_clusters", query_clusters, len(queries), "queries", device)
@@ -58,9 +60,10 @@ def cluster_weighted_infonce(
     if not isinstance(weights, Tensor) or weights.ndim != 2 or weights.shape[0] != weights.shape[1]:
         got = tuple(weights.shape) if isinstance(weights, Tensor) else type(weights).__name__
         raise ValueError(f"weights must be a (C, C) tensor, got {got}")
+    if not weights.is_floating_point():
+        raise TypeError(f"weights must have a floating-point dtype, got {weights.dtype}")
+    check_values("weights", weights.detach())
     if device.type == "cpu" and not torch.compiler.is_compiling():
-        if not (weights >= 0).all():
-            raise ValueError(f"weights must be 0 or more, got {weights.min().item():g}")
         for name, x in (("query_clusters", rows), ("key_clusters", cols)):
             if not 0 <= int(x.min()) <= int(x.max()) < len(weights):
                 raise ValueError(
@@ -74,27 +77,26 @@ def cluster_weighted_infonce(
         bias = torch.where(weights > 0, torch.where(weights > 0, weights, 1).log(), -1e4)
         left = bias[rows] / batch.scale.reshape(-1, 1)
         right = one_hot(cols, len(weights)).to(dtype)
-        weighted = make_batch(
-            torch.cat([batch.queries, left], 1),
-            torch.cat([batch.keys, right], 1),
-            batch.scale,
-            batch.query_ids,
-            batch.key_ids,
-            symmetric,
-            backend,
+        weighted = replace(
+            batch,
+            queries=torch.cat([batch.queries, left], 1),
+            keys=torch.cat([batch.keys, right], 1),
         )
         negatives = weighted.statistics(exclude_positives=True)
-        sums = means = batch.statistics(positives="lse")
-        if batch.query_ids is not None:  # there may be several positives
-            means = batch.statistics(positives="linear")
         losses = []
+        if query_ids is None and key_ids is None:
+            # the positive of row i is key i: no pass over S is for it
+            true = batch.scale * inner(batch.queries, batch.keys)
+            for side, x in negatives.items():
+                terms = softplus(x.logsum + x.max - true, threshold=40)
+                losses.append(batch.mean(side, terms))
+            return sum(losses) / len(losses)
+        sums, means = (batch.statistics(positives=kind) for kind in ("lse", "linear"))
         for side, found in sums.items():
             shift, k = finite_shift(found.max), batch.positives(side)
             others = negatives[side].logsum + (negatives[side].max - shift)
             kept = (k > 0) | found.logsum.isnan()  # what is not finite shows
             pos = torch.where(kept, found.pos, 0)
             loss = torch.logaddexp(pos, others) - means[side].pos / k.clamp(min=1)
-            ids = batch.ids(side)
-            number = len(k) if ids is None else (ids >= 0).sum().clamp(min=1)
-            losses.append(torch.where(kept, loss, 0).sum() / number)
+            losses.append(batch.mean(side, torch.where(kept, loss, 0)))
         return sum(losses) / len(losses)

@@ -1,4 +1,4 @@
-"""What the losses share: counting positives, reductions, options that are still to come."""
+"""What the losses share: choices, temperatures, unit rows."""
 
 from __future__ import annotations
 
@@ -16,11 +16,9 @@ def check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
         raise ValueError(f"{name} must be one of {wanted}, got {value!r}")
 
 
-def not_yet(**options: object) -> None:
-    """Raise for an option that is part of the interface but not of this version."""
-    for name, value in options.items():
-        if value is not None:
-            raise NotImplementedError(f"{name} is not implemented in this version of ito_kernels")
+def check_generator(name: str, generator: object) -> None:
+    if generator is not None and not isinstance(generator, torch.Generator):
+        raise TypeError(f"{name} must be a torch.Generator or None, got {type(generator).__name__}")
 
 
 def scale_from_temperature(temperature: float | Tensor, like: Tensor) -> Tensor:
@@ -33,8 +31,3 @@ def normalized(features: Tensor, ids: Tensor | None) -> Tensor:
     if ids is not None:
         features = features.masked_fill((ids < 0)[:, None], 0)
     return torch.nn.functional.normalize(features, dim=1)
-
-
-def mean_where(x: Tensor, where: Tensor) -> Tensor:
-    """The mean of x over `where`, 0 if that is nowhere."""
-    return torch.where(where, x, 0).sum() / where.sum().clamp(min=1)

@@ -17,11 +17,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..distributed import GlobalBatch, LocalBatch
 from ..similarity.pairs import finite_shift
 from ..similarity.spec import check_scale
 from .batch import Batch, Direction
 from .candidates import extra_candidates
-from .common import mean_where
 from .margin import with_margin
 from .options import Options, check_options
 from .pairs import Positives
@@ -34,9 +34,8 @@ def infonce_with_options(
     keys: Tensor,
     logit_scale: float | Tensor,
     options: Options,
+    whole: GlobalBatch | LocalBatch,
     *,
-    query_ids: Tensor | None,
-    key_ids: Tensor | None,
     positives: str,
     symmetric: bool,
     exclude_self: bool,
@@ -49,9 +48,8 @@ def infonce_with_options(
     """The arguments of `multi_positive_infonce`, checked but for the options; queries and keys are
     normalised where that is asked for."""
     scale = check_scale("logit_scale", logit_scale, queries)
-    ids = {"query_ids": query_ids, "key_ids": key_ids}
     o = check_options(
-        options, queries, keys, scale, positives=positives, symmetric=symmetric, **ids
+        options, queries, keys, scale, whole, positives=positives, symmetric=symmetric
     )
     if normalize:
         o = o.with_candidates(lambda x: torch.nn.functional.normalize(x, dim=-1))
@@ -62,10 +60,10 @@ def infonce_with_options(
         queries, keys = accumulated(queries), accumulated(keys)
     with without_autocast(queries.device):
         batch = Batch(
+            whole,
             queries,
             queries if same else keys,
             scale,
-            **ids,
             symmetric=symmetric,
             backend=backend,
             exclude_self=exclude_self,
@@ -75,8 +73,7 @@ def infonce_with_options(
         anchors = _anchors(limited, o, positives)
         weights = {"row": o.query_weights, "col": o.key_weights}
         losses = tuple(
-            _reduced(x, batch.ids(side), weights[side], empty, reduction)
-            for side, x in anchors.items()
+            _reduced(batch, side, x, weights[side], empty, reduction) for side, x in anchors.items()
         )
         loss = losses[0]
         if symmetric:
@@ -97,9 +94,12 @@ class _Anchors(NamedTuple):
 def _anchors(batch: Batch, o: Options, positives: str) -> dict[str, _Anchors]:
     """Of each direction: calls of the primitive serve both at once."""
     pairs = _pairs(batch, o)
-    powers = (1.0,)
-    if o.hardness:
-        powers = (o.hardness, 1 + o.hardness)
+    powers = (o.hardness, 1 + o.hardness) if o.hardness else (1.0,)
+    listed, sums = {}, None
+    if o.reweighted and o.positive_pairs is not None:  # whose negatives the kernels cannot tell
+        listed = {side: pairs.negatives(side, powers) for side in batch.directions}
+        passes = {p: {side: x.sums[p] for side, x in listed.items()} for p in powers}
+    elif o.hardness:
         passes = {p: batch.statistics(p, exclude_positives=True) for p in powers}
         sums = None if pairs else batch.statistics(positives="lse", exclude_positives=True)
     else:
@@ -135,11 +135,15 @@ def _anchors(batch: Batch, o: Options, positives: str) -> dict[str, _Anchors]:
 
         logs = [_log_sum(passes[p][side], p, shift, more) for p in powers]
         if o.reweighted:
-            negatives = hard(*logs, number - k) if o.hardness else logs[0]
+            rest, itself = number - k, log_sum
+            if listed:  # where k is a weight, and a pair may come twice
+                rest = listed[side].number + sum(x.number() for x in more)
+                itself = torch.where(some, pairs.log_sum(side, shift), 0)
+            negatives = hard(*logs, rest) if o.hardness else logs[0]
             if o.debias is not None:
                 floor = -batch.scale - shift
-                negatives = debiased(negatives, log_sum - _log(k), number - k, o.debias, floor)
-            log_denominator = torch.logaddexp(log_sum, negatives)
+                negatives = debiased(negatives, log_sum - _log(k), rest, o.debias, floor)
+            log_denominator = torch.logaddexp(itself, negatives)
         else:
             (log_denominator,) = logs
 
@@ -181,22 +185,23 @@ def _log_sum(found: Direction, power: float, shift: Tensor, more: list) -> Tenso
 
 
 def _reduced(
-    anchors: _Anchors, ids: Tensor | None, weights: Tensor | None, empty: str, reduction: str
+    batch: Batch, side: str, anchors: _Anchors, weights: Tensor | None, empty: str, reduction: str
 ) -> Tensor:
+    ids, whole = batch.ids(side), batch.whole
     if weights is not None and ids is not None:
         weights = weights.masked_fill(ids < 0, 0)  # padding may hold anything
     loss = anchors.loss if weights is None else anchors.loss * weights
     if reduction == "none":
         return loss
     if reduction == "sum":
-        return loss.sum()
+        return whole.sum(loss.sum())
     weights = torch.ones_like(anchors.k) if weights is None else weights
     if empty == "drop":
         weights = weights.masked_fill(anchors.k <= 0, 0)
     elif ids is not None:
         weights = weights.masked_fill(ids < 0, 0)
-    number = weights.sum()
-    return loss.sum() / torch.where(number == 0, 1, number)
+    number = whole.sum(weights.sum())
+    return whole.sum(loss.sum()) / torch.where(number == 0, 1, number)
 
 
 @torch.no_grad()
@@ -213,14 +218,14 @@ def _diagnostics(batch: Batch, anchors: dict[str, _Anchors]) -> dict:
         out[f"{side}_loss"], out[f"{side}_lse"] = x.loss.detach(), x.log_denominator.detach()
         if found:
             right = found[side].max > found[side].neg_max
-            out[f"{side}_accuracy"] = mean_where(right.to(x.loss.dtype), x.k > 0)
+            out[f"{side}_accuracy"] = batch.whole.mean_where(right.to(x.loss.dtype), x.k > 0)
     rows = anchors["row"]
     out["hardest_negative_score"] = None
     if found:
         at = found["row"]
         positive = at.pos / rows.k.clamp(min=1) + at.max
-        out["hardest_negative_score"] = mean_where(at.neg_max, at.neg_max != -torch.inf)
+        out["hardest_negative_score"] = batch.whole.mean_where(at.neg_max, at.neg_max != -torch.inf)
     else:
         positive = rows.positive
-    out["positive_score"] = mean_where(positive, rows.k > 0)
+    out["positive_score"] = batch.whole.mean_where(positive, rows.k > 0)
     return out

@@ -7,9 +7,9 @@ import math
 import torch
 from torch import Tensor
 
-from ..similarity import similarity_logsumexp
+from ..distributed import check_chunk_size, whole_batch
+from ..similarity.dispatch import check_name
 from ..similarity.spec import check_features, check_pair, check_scale
-from .common import not_yet
 from .precision import accumulated, as_autocast, without_autocast
 
 
@@ -36,28 +36,32 @@ def uniformity_loss(
     Raises TypeError or ValueError for an argument that does not fit, by name.
     Source: Wang and Isola 2020, eq. 7, without the pairs (i, i).
     """
-    not_yet(group=group, chunk_size=chunk_size)
+    check_chunk_size(chunk_size)
     check_features("x", x)
-    if len(x) < 2:
-        raise ValueError(f"x must have at least 2 rows: uniformity is of pairs, got {len(x)}")
+    whole = whole_batch(group, x, x, chunk_size=chunk_size)
+    n = whole.count(1)
+    if n < 2:
+        raise ValueError(f"x must have at least 2 rows: uniformity is of pairs, got {n}")
     t = check_scale("t", t, x)
     if t.ndim:
         raise ValueError(f"t must be a number or a 0-d tensor, got shape {tuple(t.shape)}")
-    n = len(x)
     x = accumulated(as_autocast(x))
     with without_autocast(x.device):
         norms = -t * x.square().sum(1)
-        stats = similarity_logsumexp(
+        stats = whole.similarity_logsumexp(
             x,
             x,
             2 * t,
             row_bias=norms,
             col_bias=norms,
+            row_ids=whole.query_ids,
+            col_ids=whole.key_ids,
             exclude_self=True,
             cols=False,
             backend=backend,
         )
-        return (stats.row_max + stats.row_logsum).logsumexp(0) - math.log(n * (n - 1))
+        potential = (stats.row_max + stats.row_logsum).logsumexp(0, keepdim=True)
+        return whole.rows(potential).logsumexp(0) - math.log(n * (n - 1))
 
 
 def alignment_loss(
@@ -74,17 +78,21 @@ def alignment_loss(
     Args:
         x, y: (N, D), usually L2-normalised; row i of both belongs together.
         alpha: a number greater than 0. Rows that coincide have a gradient of 0 for every alpha.
-        backend: accepted as everywhere; there is no matrix to choose one for.
+        backend: a name as everywhere, without effect: there is no matrix.
 
     Returns a 0-d fp32 tensor (fp64 for fp64 features).
     Raises TypeError or ValueError for an argument that does not fit, by name.
     Source: Wang and Isola 2020, eq. 6.
     """
-    not_yet(group=group, chunk_size=chunk_size)
+    check_chunk_size(chunk_size)
+    if backend is not None:
+        check_name(backend)
     check_pair("x", x, "y", y)
     if len(x) != len(y):
         raise ValueError(f"x and y must have as many rows, got {len(x)} and {len(y)}")
     check_scale("alpha", alpha, x)
     square = (accumulated(x) - accumulated(y)).square().sum(1)
     some = square != 0  # the root has no derivative at 0
-    return torch.where(some, torch.where(some, square, 1) ** (alpha / 2), 0).mean()
+    powers = torch.where(some, torch.where(some, square, 1) ** (alpha / 2), 0)
+    whole = whole_batch(group, x, y, chunk_size=chunk_size)
+    return whole.sum(powers.sum()) / whole.count(1)

@@ -8,16 +8,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..distributed import GlobalBatch, check_chunk_size
-from ..similarity import similarity_logsumexp
+from ..distributed import GlobalBatch, LocalBatch, check_chunk_size, whole_batch
 from ..similarity.pairs import count_positives
 from ..similarity.spec import Stats, accumulate_dtype, check_ids, check_pair, check_scale
-from .common import (
-    REDUCTIONS,
-    check_choice,
-    mean_where,
-    normalized,
-)
+from .common import REDUCTIONS, check_choice, normalized
 from .composed import infonce_with_options
 from .options import Options
 
@@ -86,7 +80,9 @@ def multi_positive_infonce(
             keys that are sampled (logQ). For query→key.
         positive_pairs, positive_weights: (P, 2) integers, pairs (i, j) in place of the ids where
             positives are no partition, and (P,) weights: P_i becomes a weighted mean, of S ("mean")
-            or of exp S ("in"). A pair that is listed twice counts twice. Memory O(P·D).
+            or of exp S ("in"). A pair that is listed twice counts twice as a positive and once in
+            D_i; one with a weight of 0 is a negative. Memory O(P·D). With debias or hardness their
+            negatives are summed in PyTorch, a panel of rows at a time, whatever the backend.
         queue, queue_ids: (Q, D) keys without gradient, further negatives for query→key, and (Q,)
             integers: those with a query's id are left out of it, those with a negative id of all.
         hard_negatives: (N, K, D), further negatives of their own query alone, with gradient. For
@@ -118,14 +114,14 @@ def multi_positive_infonce(
             each of which gives its own rows and gets the global loss, with gradients that are
             those of one process on the whole batch once averaged over ranks (DDP, FSDP). Ids
             count across ranks and default to global row numbers; means divide by global counts;
-            what is per anchor is this rank's. Not with the options from `label_smoothing` to
-            `hardness`. See `ito_kernels.distributed`.
+            what is per anchor is this rank's, `queue` and `hard_negatives` too: it is for one queue
+            on all ranks that the loss is that of one process. `positive_pairs` are global row
+            numbers, each pair given by the rank of its query. See `ito_kernels.distributed`.
         chunk_size: with a group: how many keys of all ranks are gathered at a time.
 
-        `debias` and `hardness` raise NotImplementedError with `positive_pairs`, and
-        `false_negative_margin` with `label_smoothing` or, if symmetric, with one logit_scale for
-        each query. With `debias`, `hardness`, `positive_pairs`, `queue` or `hard_negatives` bf16
-        and fp16 features are computed in fp32: parts of several passes cancel.
+        `false_negative_margin` raises NotImplementedError with `label_smoothing` or, if symmetric,
+        with one logit_scale for each query. With `debias`, `hardness`, `positive_pairs`, `queue` or
+        `hard_negatives` half precision is computed in fp32: parts of several passes cancel.
 
     Returns:
         The loss, a 0-d fp32 tensor (fp64 for fp64 features), or as `reduction` says; with
@@ -177,11 +173,10 @@ def multi_positive_infonce(
             query_ids = check_ids("query_ids", query_ids, n, "queries", queries.device)
         if key_ids is not None:
             key_ids = check_ids("key_ids", key_ids, m, "keys", queries.device)
-    whole, logsumexp = None, similarity_logsumexp
-    if group is not None:
-        options.refuse_group()
-        whole = GlobalBatch(group, queries, keys, query_ids, key_ids, chunk_size)
-        logsumexp, query_ids, key_ids = whole.similarity_logsumexp, whole.query_ids, whole.key_ids
+        if positive_pairs is not None:
+            raise ValueError("positive_pairs replace query_ids and key_ids: give one or the other")
+    whole = whole_batch(group, queries, keys, query_ids, key_ids, chunk_size)
+    query_ids, key_ids = whole.query_ids, whole.key_ids
     if normalize:
         same = keys is queries and query_ids is key_ids
         queries = normalized(queries, query_ids)
@@ -192,8 +187,7 @@ def multi_positive_infonce(
             keys,
             logit_scale,
             options,
-            query_ids=query_ids,
-            key_ids=key_ids,
+            whole,
             positives=positives,
             symmetric=symmetric,
             exclude_self=exclude_self,
@@ -205,7 +199,7 @@ def multi_positive_infonce(
         )
 
     call = partial(
-        logsumexp,
+        whole.similarity_logsumexp,
         queries,
         keys,
         logit_scale,
@@ -237,16 +231,15 @@ def multi_positive_infonce(
             counts = rows.log_counts(share, reduction)
             if symmetric:
                 counts = counts + cols.log_counts(share, reduction)
-            loss = loss + (counts if whole is None else whole.sum(counts))
+            loss = loss + whole.sum(counts)
     if not return_stats:
         return loss
     with torch.no_grad():
         positive = stats.row_pos
         if positives != "mean":  # "lse" positives do not give their mean: one more forward pass
             positive = call(positives="linear", cols=False).row_pos
-        mean = mean_where if whole is None else whole.mean_where
         positive = positive / rows.k.clamp(min=1)
-        return loss, _diagnostics(stats, rows, cols, positives, positive, mean)
+        return loss, _diagnostics(stats, rows, cols, positives, positive, whole.mean_where)
 
 
 class _Anchors(NamedTuple):
@@ -267,17 +260,17 @@ class _Anchors(NamedTuple):
         other_ids: Tensor | None,
         exclude_self: bool,
         empty: str,
-        whole: GlobalBatch | None,
+        whole: GlobalBatch | LocalBatch,
     ) -> _Anchors:
         n, dtype = len(features), accumulate_dtype(features.dtype)
         if ids is None:  # row i's positive is key i, and itself where self is left out
             k = torch.full((n,), 0 if exclude_self else 1, dtype=dtype, device=features.device)
             return cls(k, 1 if exclude_self and empty == "drop" else n, not exclude_self)
-        k = count_positives(ids, other_ids if whole is None else whole.everyones(other_ids))
+        k = count_positives(ids, whole.everyones(other_ids))
         if exclude_self:
             k = k - ((ids == other_ids) & (ids >= 0)).long()
         counted = k > 0 if empty == "drop" else ids >= 0
-        number = counted.sum() if whole is None else whole.sum(counted.sum())
+        number = whole.sum(counted.sum())
         return cls(k.to(dtype), number.clamp(min=1).to(dtype))
 
     def share(self, share: float, reduction: str) -> Tensor:

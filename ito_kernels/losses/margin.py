@@ -5,12 +5,12 @@ from __future__ import annotations
 from dataclasses import replace
 
 import torch
+from torch import Tensor
 
 from .batch import Batch
-from .decoupled import GATHERED
 from .options import Options
-from .pairs import equal_ids
 from .precision import accumulated, inner, take
+from .tiles import largest
 
 
 @torch.no_grad()
@@ -21,28 +21,38 @@ def with_margin(batch: Batch, o: Options) -> Batch:
 
     in either direction. An anchor without a positive keeps all.
     """
-    if o.positive_pairs is not None:
-        pairs = [o.positive_pairs]
-    else:
-        pairs = equal_ids(batch, max(1, GATHERED // batch.queries.shape[1]))
-    n, m = len(batch.queries), len(batch.keys)
-    top = {"row": batch.scale.new_full((n,), -torch.inf)}
-    top["col"] = batch.scale.new_full((m,), -torch.inf)
-    for rows, cols in pairs:
-        dot = inner(take(batch.queries, rows), take(batch.keys, cols))
-        if batch.exclude_self:
-            dot = dot.masked_fill(rows == cols, -torch.inf)
-        for side, anchors in (("row", rows), ("col", cols)):
-            top[side] = top[side].scatter_reduce(0, anchors, dot, "amax")
+    top = _largest_positives(batch, o)
     margin = o.false_negative_margin
     if o.positive_pairs is not None:
         # to the kernels all are negatives, also (i, i): rounding must not put one beyond its limit.
         # Their sums of D products are off by far less than 1e-5 of the norms' product.
-        none = {"query_ids": torch.zeros_like(top["row"]), "key_ids": torch.ones_like(top["col"])}
-        batch = replace(batch, **{name: ids.long() for name, ids in none.items()})
+        none = torch.zeros_like(top["row"]).long(), torch.ones_like(top["col"]).long()
+        batch = replace(batch, whole=batch.whole.with_ids(*none))
         norms = [accumulated(x).square().sum(1).amax().sqrt() for x in (batch.queries, batch.keys)]
-        margin = margin + 1e-5 * norms[0] * norms[1]
+        margin = margin + 1e-5 * batch.whole.largest(torch.stack(norms)).prod()
     limit = {side: torch.where(x == -torch.inf, torch.inf, x + margin) for side, x in top.items()}
     return replace(
         batch, row_limit=limit["row"], col_limit=limit["col"] if batch.symmetric else None
     )
+
+
+def _largest_positives(batch: Batch, o: Options) -> dict[str, Tensor]:
+    """Their inner product with each anchor, -inf where there is none."""
+    whole = batch.whole
+    a, b = accumulated(batch.queries), accumulated(whole.rows(batch.keys))
+    if o.positive_pairs is None and batch.query_ids is not None:
+        row, col = largest(a, b, batch.query_ids, whole.rows(batch.key_ids), batch.diagonal)
+    else:
+        pairs = o.positive_pairs
+        if pairs is None:
+            pairs = torch.arange(len(a), device=a.device).expand(2, -1)
+        dot = inner(take(a, pairs[0]), take(b, pairs[1]))
+        if batch.exclude_self:
+            dot = dot.masked_fill(pairs[0] + batch.diagonal == pairs[1], -torch.inf)
+        if o.positive_weights is not None:
+            dot = dot.masked_fill(o.positive_weights == 0, -torch.inf)
+        row, col = (
+            x.new_full((len(x),), -torch.inf).scatter_reduce(0, anchors, dot, "amax")
+            for x, anchors in zip((a, b), pairs, strict=True)
+        )
+    return {"row": row, "col": whole.mine(whole.largest(col))}

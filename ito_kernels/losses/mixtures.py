@@ -6,9 +6,11 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
+from ..distributed import global_rows
 from ..similarity.spec import accumulate_dtype, check_bias, check_ids, check_pair
+from .common import check_generator
 from .infonce import multi_positive_infonce
-from .options import check_number
+from .options import check_number, check_rows, check_values
 from .precision import accumulated
 
 
@@ -33,7 +35,7 @@ def mixup_infonce(
     Args:
         queries, keys: (N, D), L2-normalised; the keys are not mixed.
         logit_scale: the multiplier itself: a number, a 0-d tensor or an (N,) tensor.
-        partners: (N,) integers, π.
+        partners: (N,) integers, π; with a group row numbers of the whole batch.
         mixing: λ, from 0 to 1: a number or (N,); no gradient.
         symmetric: average with the keys as anchors, whose positives are the queries that hold a
             part of them, by the same weights, normalised.
@@ -46,12 +48,14 @@ def mixup_infonce(
     if len(keys) != n:
         raise ValueError(f"queries and keys must have as many rows, got {n} and {len(keys)}")
     partners = check_ids("partners", partners, n, "queries", device)
+    if group is None:  # else they are those of other ranks too, and checked as pairs
+        check_rows("partners", partners, range(n), "queries")
     if isinstance(mixing, Tensor):
-        share = check_bias("mixing", mixing, n, queries).detach()
+        share = check_values("mixing", check_bias("mixing", mixing, n, queries).detach(), 1)
     else:
         mixing = check_number("mixing", mixing, 0, 1)
         share = torch.full((n,), mixing, dtype=accumulate_dtype(queries.dtype), device=device)
-    rows = torch.arange(n, device=device)
+    rows = global_rows(n, group, device)
     return multi_positive_infonce(
         queries,
         keys,
@@ -98,6 +102,7 @@ def mix_hard_negatives(
     for name, value in (("hardest", hardest), ("mixed", mixed), ("with_query", with_query)):
         if isinstance(value, bool) or not isinstance(value, int) or value < (name == "hardest"):
             raise ValueError(f"{name} must be a whole number, got {value!r}")
+    check_generator("generator", generator)
     n, q, device = len(queries), len(queue), queries.device
     top = min(hardest, q)
     out = queries.new_empty(n, mixed + with_query, queries.shape[1])

@@ -9,12 +9,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..distributed import GlobalBatch, LocalBatch
 from ..similarity.spec import (
     accumulate_dtype,
     autocast_enabled,
     check_bias,
     check_ids,
     check_weight,
+    is_number,
 )
 
 
@@ -34,11 +36,6 @@ class Options(NamedTuple):
 
     def given(self) -> bool:
         return any(option is not None for option in self[1:]) or self.label_smoothing != 0
-
-    def refuse_group(self) -> None:
-        for name, value in self._asdict().items():
-            if value is not None and not (name == "label_smoothing" and value == 0):
-                raise NotImplementedError(f"{name} is not implemented together with group")
 
     @property
     def reweighted(self) -> bool:
@@ -64,20 +61,20 @@ def check_options(
     queries: Tensor,
     keys: Tensor,
     scale: Tensor,
+    whole: GlobalBatch | LocalBatch,
     *,
-    query_ids: Tensor | None,
-    key_ids: Tensor | None,
     positives: str,
     symmetric: bool,
 ) -> Options:
-    """The options in the dtypes of the computation. Raises TypeError or ValueError by name."""
+    """The options in the dtypes of the computation. Raises TypeError or ValueError by name.
+    Of `positive_pairs` the queries become row numbers of this rank's."""
     n, m, device = len(queries), len(keys), queries.device
     o = o._replace(
         label_smoothing=check_number("label_smoothing", o.label_smoothing, 0, 1),
-        hardness=check_number("hardness", o.hardness, 0, math.inf) or None,  # 0 weighs nothing
+        hardness=_optional("hardness", o.hardness, 0) or None,  # 0 weighs nothing
         debias=_check_debias(o.debias, scale, queries, m, symmetric),
-        false_negative_margin=check_number(
-            "false_negative_margin", o.false_negative_margin, -math.inf, math.inf
+        false_negative_margin=_optional(
+            "false_negative_margin", o.false_negative_margin, -math.inf
         ),
     )
     if o.false_negative_margin is not None:
@@ -88,20 +85,19 @@ def check_options(
             " is not the sum of one"
         )
     if o.query_weights is not None:
-        weights = check_weight("query_weights", o.query_weights, n, queries)
+        weights = _anchor_weights("query_weights", o.query_weights, queries, whole.query_ids)
         o = o._replace(query_weights=weights)
     if o.key_weights is not None:
         if not symmetric:
             raise ValueError("key_weights weigh the key→query direction: they need symmetric=True")
-        o = o._replace(key_weights=check_weight("key_weights", o.key_weights, m, queries))
+        weights = _anchor_weights("key_weights", o.key_weights, keys, whole.key_ids)
+        o = o._replace(key_weights=weights)
     if o.key_bias is not None:
         o = o._replace(key_bias=check_bias("key_bias", o.key_bias, m, queries))
     if o.positive_weights is not None and o.positive_pairs is None:
         raise ValueError("positive_weights are the weights of positive_pairs, which are missing")
     if o.positive_pairs is not None:
-        if query_ids is not None or key_ids is not None:
-            raise ValueError("positive_pairs replace query_ids and key_ids: give one or the other")
-        o = _check_pairs(o, queries, keys, positives)
+        o = _check_pairs(o, queries, whole, positives)
     if o.queue is not None:
         o = o._replace(queue=_check_extra("queue", o.queue, queries, ("Q", "D")))
         if o.queue_ids is not None:
@@ -137,16 +133,39 @@ def _check_margin(o: Options, scale: Tensor, symmetric: bool) -> None:
         )
 
 
-def check_number(name: str, x: object, low: float, high: float) -> float | None:
-    if x is None:
-        return None
-    if isinstance(x, bool) or not isinstance(x, (int, float)):
+def check_number(name: str, x: object, low: float, high: float) -> float:
+    if not is_number(x):
         raise TypeError(f"{name} must be a number, got {type(x).__name__}")
     if not (low <= x <= high and -math.inf < x < math.inf):
         wanted = f"from {low} to {high}" if math.isfinite(high) else f"from {low} upwards, finite"
         wanted = wanted if math.isfinite(low) else "finite"
         raise ValueError(f"{name} must be {wanted}, got {x}")
     return float(x)
+
+
+def _optional(name: str, x: object, low: float) -> float | None:
+    return None if x is None else check_number(name, x, low, math.inf)
+
+
+def check_values(name: str, x: Tensor, high: float = math.inf) -> Tensor:
+    """`x`, whose values must be from 0 to `high`. Looked at on the CPU alone: a GPU would wait."""
+    if x.device.type == "cpu" and not torch.compiler.is_compiling():
+        low, top = x.aminmax() if x.numel() else (0, 0)
+        if low < 0 or top > high:
+            wanted = "0 or more" if high == math.inf else f"from 0 to {high:g}"
+            raise ValueError(f"{name} must be {wanted}, got {float(low):g} to {float(top):g}")
+    return x
+
+
+def check_rows(name: str, rows: Tensor, numbers: range, of: str) -> None:
+    """`rows` are row numbers. Waits for the device."""
+    if rows.numel() and not torch.compiler.is_compiling():
+        low, high = (int(x) for x in rows.aminmax())
+        if not (low in numbers and high in numbers):
+            raise ValueError(
+                f"{name} must be row numbers of {len(numbers)} {of}, {numbers.start} to"
+                f" {numbers.stop - 1}, got {low} to {high}"
+            )
 
 
 def _check_debias(tau: object, scale: Tensor, queries: Tensor, m: int, symmetric: bool):
@@ -160,7 +179,7 @@ def _check_debias(tau: object, scale: Tensor, queries: Tensor, m: int, symmetric
         )
     n = len(queries)
     if isinstance(tau, Tensor) and tau.ndim:
-        tau = check_weight("debias", tau, n, queries)
+        tau = check_values("debias", check_weight("debias", tau, n, queries), 1)
         if symmetric and n != m:
             raise ValueError(
                 f"debias with a prior for each query needs as many keys for symmetric=True, got"
@@ -173,31 +192,30 @@ def _check_debias(tau: object, scale: Tensor, queries: Tensor, m: int, symmetric
     return torch.full((), tau, dtype=accumulate_dtype(queries.dtype), device=queries.device)
 
 
-def _check_pairs(o: Options, queries: Tensor, keys: Tensor, positives: str) -> Options:
-    if o.reweighted:
-        raise NotImplementedError(
-            "debias and hardness need the negatives alone, which the kernels find by ids:"
-            " they are not implemented with positive_pairs"
-        )
+def _anchor_weights(name: str, weights: object, features: Tensor, ids: Tensor | None) -> Tensor:
+    weights = check_weight(name, weights, len(features), features)
+    check_values(name, weights if ids is None else weights.masked_fill(ids < 0, 0))
+    return weights
+
+
+def _check_pairs(
+    o: Options, queries: Tensor, whole: GlobalBatch | LocalBatch, positives: str
+) -> Options:
     pairs, weights = o.positive_pairs, o.positive_weights
     if not isinstance(pairs, Tensor):
         raise TypeError(f"positive_pairs must be a tensor, got {type(pairs).__name__}")
     if pairs.ndim != 2 or pairs.shape[1] != 2:
         raise ValueError(f"positive_pairs must have shape (P, 2), got {tuple(pairs.shape)}")
-    sides = (("queries", queries), ("keys", keys))
+    sides = (("queries", whole.numbers(0)), ("keys", range(whole.count(1))))
     pairs = torch.stack(
         [
             check_ids("positive_pairs", pairs[:, side], len(pairs), "itself", queries.device)
             for side in (0, 1)
         ]
     )
-    if not torch.compiler.is_compiling():
-        for rows, (name, features) in zip(pairs, sides, strict=True):
-            if rows.numel() and not 0 <= int(rows.min()) <= int(rows.max()) < len(features):
-                raise ValueError(
-                    f"positive_pairs must be row numbers of {len(features)} {name}, got"
-                    f" {int(rows.min())} to {int(rows.max())}"
-                )
+    for rows, (name, numbers) in zip(pairs, sides, strict=True):
+        check_rows("positive_pairs", rows, numbers, name)
+    pairs[0] -= whole.numbers(0).start
     if weights is not None:
         if positives == "sum":
             raise ValueError(
@@ -205,6 +223,7 @@ def _check_pairs(o: Options, queries: Tensor, keys: Tensor, positives: str) -> O
                 " normalisation: use 'in' or 'mean'"
             )
         weights = check_weight("positive_weights", weights, pairs.shape[1], queries)
+        check_values("positive_weights", weights)
     return o._replace(positive_pairs=pairs, positive_weights=weights)
 
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ..distributed import global_rows
-from ..similarity.spec import check_features, check_pair
+from ..similarity.spec import check_features, check_pair, check_scale
 from .infonce import multi_positive_infonce
 
 
@@ -42,6 +42,7 @@ def mnrl_loss(
         raise ValueError(
             f"queries and positives must have as many rows, got {n} and {len(positives)}"
         )
+    scale = check_scale("scale", scale, queries)
     where = {"group": group, "chunk_size": chunk_size, "backend": backend}
     options = {"symmetric": False, "normalize": normalize, **where}
     if negatives is None:

@@ -2,20 +2,23 @@
 
 Of a target distribution q the loss needs Σ_j q_ij S_ij alone, and neither q nor S is ever formed:
 where q is linear in an embedding this is a product of D × D_c matrices, where it is a softmax it is
-attention. Target and logsumexp meet outside the kernels: bf16 and fp16 are computed in fp32.
+attention, whose weights are constants. Target and logsumexp meet outside the kernels: bf16 and fp16
+are computed in fp32.
 """
 
 from __future__ import annotations
 
-from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.nn.functional import pad, scaled_dot_product_attention
+import math
+from dataclasses import replace
 
-from ..similarity.pairs import finite_shift
+import torch
+from torch import Tensor
+
+from ..distributed import check_chunk_size, whole_batch
 from ..similarity.spec import check_features, check_pair, check_scale
 from .batch import Batch
-from .common import not_yet
 from .options import check_number
+from .panels import sum_of_panels
 from .precision import accumulated, as_autocast, inner, without_autocast
 
 
@@ -49,13 +52,20 @@ def cwcl_loss(
     batch = _paired(queries, keys, logit_scale, symmetric, backend, group, chunk_size)
     c = _target("reference", reference, len(queries), batch)
     with without_autocast(queries.device):
-        weight = 0.5 * (len(c) + (c * c.sum(0)).sum(1))
+        everyones = batch.whole.shared_sum
+        weight = 0.5 * (batch.number("row") + (c * everyones(c.sum(0))).sum(1))
 
         def target(mine: Tensor, others: Tensor) -> Tensor:
-            weighted = c @ (c.T @ others)  # Σ_j <c_i, c_j> other_j
-            return 0.5 * (mine * (others.sum(0) + weighted)).sum(1) / weight
+            weighted = c @ everyones(c.T @ others)  # Σ_j <c_i, c_j> other_j
+            scores = 0.5 * (mine * (everyones(others.sum(0)) + weighted)).sum(1) / weight
+            return _mean(batch, scores)
 
-        return _soft_cross_entropy(batch, target, target)
+        scaled = batch.scale.reshape(-1, 1) * batch.queries
+        targets = target(scaled, batch.keys)
+        if symmetric:
+            targets = 0.5 * (targets + target(batch.keys, scaled))
+        logsum, shift = _mean_logsumexp(batch)
+        return logsum + (shift - targets).to(logsum.dtype)
 
 
 def soft_target_infonce(
@@ -101,32 +111,71 @@ def soft_target_infonce(
     if scale.ndim:
         raise ValueError(f"target_scale must be one for all, got shape {tuple(scale.shape)}")
     with without_autocast(queries.device):
+        scaled = batch.scale.reshape(-1, 1) * batch.queries
+        targets = 0
+        if alpha > 0:
+            targets = alpha * _soft_scores(batch, scaled, scale * c, e)
+        if alpha < 1:  # in both directions
+            one_hot = _mean(batch, inner(scaled, batch.keys))
+            targets = targets + (1 - alpha) * one_hot
+        logsum, shift = _mean_logsumexp(batch)
+        return logsum + (shift - targets).to(logsum.dtype)
 
-        def target(c: Tensor, e: Tensor, mine: Tensor, others: Tensor) -> Tensor:
-            score = 0
-            if alpha > 0:
-                score = alpha * inner(mine, attention(scale * c, e, others))
-            return score + (1 - alpha) * inner(mine, others) if alpha < 1 else score
 
-        return _soft_cross_entropy(
-            batch,
-            lambda mine, others: target(c, e, mine, others),
-            lambda mine, others: target(e, c, mine, others),
-        )
+def _mean(batch: Batch, x: Tensor, side: str = "row") -> Tensor:
+    """Of everyone's anchors."""
+    return batch.whole.sum(x.sum(dtype=torch.float64)) / batch.number(side)
+
+
+def _mean_logsumexp(batch: Batch) -> tuple[Tensor, Tensor]:
+    """The mean logsumexp of S as two parts, the second a constant in fp64: at a scale of 100 it
+    and the targets lose two digits of fp32 where they cancel."""
+    share = 0.5 if batch.symmetric else 1.0
+    weights = {}
+    for side in batch.directions:
+        weight = batch.scale.new_full((len(batch.features(side)),), share / batch.number(side))
+        weights[f"{side}_weights"] = weight, None
+    logsum, stats = batch.logsumexp(cols=batch.symmetric, **weights)
+    maxima = {"row": stats.row_max, "col": stats.col_max}
+    return logsum, share * sum(_mean(batch, maxima[side], side) for side in batch.directions)
+
+
+def _soft_scores(batch: Batch, a: Tensor, c: Tensor, e: Tensor) -> Tensor:
+    """mean_i Σ_j q_ij <a_i, b_j>, and where symmetric the mean of it and of the columns', with q
+    the softmax of c·eᵀ and b the keys. q has no gradient: 4 matrix products give both directions
+    and all gradients."""
+    whole = batch.whole
+    share = 0.5 if batch.symmetric else 1.0
+    if batch.symmetric:
+        with torch.no_grad():
+            stats = replace(batch, queries=c, keys=e, scale=c.new_ones(())).logsumexp(rows=False)
+            top = whole.rows(stats.col_max)
+            logsum = whole.rows(stats.col_logsum) + math.log(batch.number("col") / share)
+    e, n = whole.rows(e), batch.number("row")
+
+    def panel(rows: slice) -> tuple[None, Tensor]:
+        scores = c[rows] @ e.T
+        weights = scores.softmax(1).mul_(share / n)
+        if batch.symmetric:
+            weights += scores.sub_(top).sub_(logsum).exp_()
+        return None, weights
+
+    return whole.sum(sum_of_panels(a, whole.rows(batch.keys), panel))
 
 
 def _paired(
     queries, keys, logit_scale, symmetric, backend, group, chunk_size, square=True
 ) -> Batch:
     """The batch, without ids: all that counts is that rows belong together where `square`."""
-    not_yet(group=group, chunk_size=chunk_size)
+    check_chunk_size(chunk_size)
     check_pair("queries", queries, "keys", keys)
     n, m = len(queries), len(keys)
     if square and n != m:
         raise ValueError(f"queries and keys must have as many rows, got {n} and {m}")
     scale = check_scale("logit_scale", logit_scale, queries)
     queries, keys = (accumulated(as_autocast(x)) for x in (queries, keys))
-    return Batch(queries, keys, scale, None, None, symmetric, backend)
+    whole = whole_batch(group, queries, keys, chunk_size=chunk_size)
+    return Batch(whole, queries, keys, scale, symmetric, backend)
 
 
 def _target(name: str, x: object, rows: int, batch: Batch) -> Tensor:
@@ -137,25 +186,3 @@ def _target(name: str, x: object, rows: int, batch: Batch) -> Tensor:
     if x.device != batch.queries.device:
         raise ValueError(f"{name} must be on {batch.queries.device}, got {x.device}")
     return x.detach().to(batch.queries.dtype)
-
-
-def _soft_cross_entropy(batch: Batch, row_target, col_target) -> Tensor:
-    """mean_i [ logsumexp_j S_ij - target_i ]. A target takes the anchors, scaled, and the others,
-    and gives Σ_j q_ij <anchor_i, other_j>."""
-    scaled = batch.scale.reshape(-1, 1) * batch.queries
-    losses = []
-    for side, found in batch.statistics().items():
-        row = side == "row"
-        target = row_target(scaled, batch.keys) if row else col_target(batch.keys, scaled)
-        losses.append((found.logsum - (target - finite_shift(found.max))).mean())
-    return sum(losses) / len(losses)
-
-
-def attention(queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-    """softmax(queries · keysᵀ) · values, never by PyTorch's N × M form: on the CPU that is avoided
-    where keys and values have one width, on the GPU a kernel that cannot run says so."""
-    width = max(keys.shape[1], values.shape[1])
-    q, k, v = (pad(x, (0, width - x.shape[1]))[None, None] for x in (queries, keys, values))
-    with sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION]):
-        out = scaled_dot_product_attention(q, k, v, scale=1.0)
-    return out[0, 0, :, : values.shape[1]]

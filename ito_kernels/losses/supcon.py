@@ -107,6 +107,8 @@ def nt_xent_loss(
         raise ValueError(f"z1 and z2 must have as many rows, got {len(z1)} and {len(z2)}")
     check_chunk_size(chunk_size)
     scale = scale_from_temperature(temperature, z1)
+    if scale.ndim:
+        raise ValueError(f"temperature must be a number or 0-d, got shape {tuple(scale.shape)}")
     z = torch.cat([z1, z2])
     if group is not None:
         ids = global_rows(len(z1), group, z.device).repeat(2)

@@ -6,10 +6,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import softplus
 
-from ..similarity import similarity_logsumexp
+from ..distributed import check_chunk_size, whole_batch
 from ..similarity.spec import check_pair, check_scale
-from .common import not_yet
-from .precision import accumulated, as_autocast, inner, without_autocast
+from .common import check_generator
+from .precision import accumulated, as_autocast, inner, take, without_autocast
 
 
 def symile_loss(
@@ -42,27 +42,40 @@ def symile_loss(
     Raises TypeError or ValueError for an argument that does not fit, by name.
     Source: Saporta et al. 2024 (Symile), with N - 1 negatives of each positive.
     """
-    not_yet(group=group, chunk_size=chunk_size)
+    check_chunk_size(chunk_size)
     for name, other in (("y", y), ("z", z)):
         check_pair("x", x, name, other)
         if len(other) != len(x):
             raise ValueError(f"x and {name} must have as many rows, got {len(x)} and {len(other)}")
     scale = check_scale("logit_scale", logit_scale, x)
+    check_generator("generator", generator)
+    whole = whole_batch(group, x, x, chunk_size=chunk_size)
     x, y, z = (accumulated(as_autocast(v)) for v in (x, y, z))
     device = x.device if generator is None else generator.device
 
+    mine, n = whole.numbers(1), whole.count(1)
+
     def shuffled(v: Tensor) -> Tensor:
-        order = torch.randperm(len(v), generator=generator, device=device)
-        return v[order.to(v.device)]
+        """This rank's part of everyone's rows in a random order, the first rank's."""
+        order = whole.first(torch.randperm(n, generator=generator, device=device).to(v.device))
+        return take(v, order[mine.start : mine.stop])
 
     with without_autocast(x.device):
+        own, everyones = (x, y, z), [whole.rows(v) for v in (x, y, z)]
         total = 0
-        for anchor, second, third in ((x, y, z), (y, x, z), (z, x, y)):
-            others = shuffled(second) * shuffled(third)
-            stats = similarity_logsumexp(
-                anchor, others, scale, exclude_self=True, cols=False, backend=backend
+        for anchor, second, third in ((0, 1, 2), (1, 0, 2), (2, 0, 1)):
+            others = shuffled(everyones[second]) * shuffled(everyones[third])
+            stats = whole.similarity_logsumexp(
+                own[anchor],
+                others,
+                scale,
+                row_ids=whole.query_ids,
+                col_ids=whole.key_ids,
+                exclude_self=True,
+                cols=False,
+                backend=backend,
             )
-            true = scale * inner(anchor, second * third)
+            true = scale * inner(own[anchor], own[second] * own[third])
             negatives = stats.row_logsum + stats.row_max
-            total = total + softplus(negatives - true, threshold=40).mean()
-        return total / 3
+            total = total + softplus(negatives - true, threshold=40).sum()
+        return whole.sum(total) / (3 * n)

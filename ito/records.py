@@ -1,0 +1,244 @@
+"""Where pictures and captions come from: a reader for each format, one record for all.
+
+A source is a list of shards, so that a set that does not fit in memory can be read a shard at a
+time: the tars of a WebDataset, or a thousand rows of a table.
+"""
+
+import csv
+import io
+import json
+import os
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from ito.shards import Member, Sample, expand, read_samples
+
+PICTURES = ("bmp", "gif", "jpeg", "jpg", "png", "tif", "tiff", "webp")
+ROWS = 1000  # of a table, to a shard
+
+
+@dataclass
+class Record:
+    """A picture, where it is, with its captions."""
+
+    where: str
+    image: Path | Member
+    item: str
+    captions: list[str]
+    translations: dict[str, list[str]]
+    split: str | None
+    style: str | None
+    group: str | None
+    subgroup: str | None
+
+
+class Skipped(NamedTuple):
+    """A record that is left out: where it stands, and why."""
+
+    where: str
+    reason: str
+
+
+Shard = Callable[[], Iterable[Record | Skipped]]
+
+
+def open_shards(
+    path: str | Path,
+    *,
+    csv_separator: str = "\t",
+    csv_img_key: str = "filepath",
+    csv_caption_key: str = "title",
+) -> list[Shard]:
+    """The shards of a folder with `captions.jsonl`, of an open_clip CSV, or of WebDataset tars.
+
+    `captions.jsonl` has one object per line: `image` (relative to the folder), `captions` (a list)
+    or `caption`, and optionally `item` (rows with the same one show the same thing; default: the
+    image's path), `split`, `style`, `group`, `subgroup`, `translations`. The CSV's options are
+    open_clip's; its paths are relative to the working directory, as there, or to the CSV. Tars are
+    a folder of them, one, or a pattern, `shard-{00000..00012}.tar`; a sample's captions are its
+    `.json`'s, which has the fields of a line of `captions.jsonl`, or its `.txt`.
+
+    Raises FileNotFoundError if there is no such file, and ValueError naming file and row where a
+    row of a table is malformed. In a tar that skips the sample.
+    """
+    path = Path(path)
+    if path.suffix == ".tar" or (path.is_dir() and not (path / "captions.jsonl").exists()):
+        tars = expand(str(path)) if path.suffix == ".tar" else sorted(path.glob("*.tar"))
+        if not tars:
+            raise FileNotFoundError(f"{path} holds no captions.jsonl and no .tar")
+        if missing := [str(tar) for tar in tars if not tar.is_file()]:
+            raise FileNotFoundError(f"no data at {', '.join(missing[:3])} ({len(missing)} missing)")
+        return [partial(read_tar, tar) for tar in tars]
+    if path.is_dir():
+        rows = read_jsonl(path / "captions.jsonl")
+    elif path.suffix == ".jsonl":
+        raise ValueError(f"{path}: name the folder that holds captions.jsonl, not the file")
+    elif path.exists():
+        rows = read_csv(path, csv_separator, csv_img_key, csv_caption_key)
+    else:
+        raise FileNotFoundError(
+            f"no data at {path}: want a folder with captions.jsonl or tars, a CSV, or a tar pattern"
+        )
+    checked = [r if r.captions else Skipped(r.where, "empty caption") for r in rows]
+    return [partial(iter, checked[at : at + ROWS]) for at in range(0, len(checked), ROWS)]
+
+
+# --- tars ---
+
+
+def read_tar(tar: Path) -> Iterator[Record | Skipped]:
+    try:
+        for sample in read_samples(tar):
+            where = f"{tar}:{sample.key}"
+            try:
+                yield from_sample(sample, where, f"{tar.name}/{sample.key}")
+            except ValueError as error:  # not JSON, not UTF-8, not the fields we know
+                yield Skipped(where, str(error))
+    except ValueError as error:
+        yield Skipped(str(tar), str(error))
+
+
+def from_sample(sample: Sample, where: str, name: str) -> Record | Skipped:
+    pictures = [kind for kind in sample.members if kind in PICTURES]
+    if not pictures:
+        return Skipped(
+            where, f"no picture among {', '.join(f'.{kind}' for kind in sample.members)}"
+        )
+    fields = json.loads(sample.contents.get("json", b"{}"))
+    if not isinstance(fields, dict):
+        raise ValueError(f"want a JSON object, got {str(fields)[:60]}")
+    if not (fields.get("captions") or fields.get("caption")) and "txt" in sample.contents:
+        fields["captions"] = sample.contents["txt"].decode()
+    record = from_fields(fields, where, sample.members[pictures[0]], name)
+    return record if record.captions else Skipped(where, "empty caption")
+
+
+# --- captions.jsonl ---
+
+
+def read_jsonl(source: Path) -> list[Record]:
+    lines = enumerate(read_text(source).split("\n"), 1)
+    return [parse(line, f"{source}:{row}", source.parent) for row, line in lines if line.strip()]
+
+
+def parse(line: str, where: str, folder: Path) -> Record:
+    try:
+        fields = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{where}: not JSON: {error}") from None
+    try:
+        if not isinstance(fields, dict):
+            raise ValueError(f"want a JSON object, got {line.strip()[:60]}")
+        image = text(fields, "image")
+        if image is None:
+            raise ValueError(f"names no image; its fields are {list(fields)}")
+        if "captions" not in fields and "caption" not in fields:
+            raise ValueError(f"has no captions or caption; its fields are {list(fields)}")
+        return from_fields(fields, where, folder / image, image)
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from None
+
+
+def from_fields(fields: dict, where: str, image: Path | Member, name: str) -> Record:
+    """The record of one JSON object; its item is the image's name unless it says otherwise.
+
+    Raises ValueError naming the field that is malformed.
+    """
+    translations = fields.get("translations") or {}
+    if not isinstance(translations, dict):
+        raise ValueError(f"translations must be an object, got {translations!r}")
+    return Record(
+        where,
+        image,
+        text(fields, "item") or name,
+        texts(fields.get("captions", fields.get("caption"))),
+        {language: texts(names) for language, names in translations.items()},
+        *(text(fields, name) for name in ("split", "style", "group", "subgroup")),
+    )
+
+
+def text(fields: dict, name: str) -> str | None:
+    value = fields.get(name)
+    if not isinstance(value, str | None):
+        raise ValueError(f"{name} must be a text, got {value!r}")
+    return value
+
+
+def texts(value) -> list[str]:
+    """One text, several, or null, without the empty ones."""
+    value = [value] if isinstance(value, str) else value or []
+    if not isinstance(value, list) or not all(isinstance(text, str) for text in value):
+        raise ValueError(f"captions must be a text or a list of texts, got {value!r}")
+    return [text.strip() for text in value if text.strip()]
+
+
+# --- CSV ---
+
+
+def read_csv(source: Path, separator: str, img_key: str, caption_key: str) -> list[Record]:
+    reader = csv.DictReader(io.StringIO(read_text(source), newline=""), delimiter=separator)
+    columns = reader.fieldnames or []
+    missing = [repr(key) for key in (img_key, caption_key) if key not in columns]
+    if missing:
+        raise ValueError(
+            f"{source}:1: no column {', '.join(missing)}; found {columns} with the separator "
+            f"{separator!r}; set --csv-separator, --csv-img-key, --csv-caption-key to the file's"
+        )
+    records = []
+    try:
+        for fields in reader:
+            where = f"{source}:{reader.line_num}"
+            name = fields[img_key] or ""
+            beside = source.parent / name
+            path = beside if beside.exists() else Path(name)
+            captions = texts(fields[caption_key])
+            records.append(Record(where, path, name, captions, {}, None, None, None, None))
+    except csv.Error as error:  # a quote that is never closed
+        raise ValueError(f"{source}:{reader.line_num}: not CSV: {error}") from None
+    return records
+
+
+def read_text(source: Path) -> str:
+    data = source.read_bytes()
+    try:
+        return data.decode("utf-8-sig")  # spreadsheets write a byte order mark
+    except UnicodeDecodeError as error:
+        row = data.count(b"\n", 0, error.start) + 1
+        raise ValueError(f"{source}:{row}: not UTF-8: {error}") from None
+
+
+# --- pictures ---
+
+
+def decode(image: Path | Member, size: int) -> np.ndarray | str:
+    """uint8 (size, size, 3) on white, the short side resized and the centre kept; or the reason."""
+    try:
+        file = io.BytesIO(image.read_bytes()) if isinstance(image, Member) else image
+        with Image.open(file) as picture:
+            picture.draft("RGB", (2 * size, 2 * size))  # JPEG: decode at a fraction of the size
+            picture = ImageOps.exif_transpose(picture)
+            if picture.mode.startswith("I;16"):  # which Pillow would clip at 255, not scale
+                picture = Image.fromarray((np.asarray(picture) >> 8).astype(np.uint8))
+            if picture.mode != "RGB":
+                picture = picture.convert("RGBA")
+                white = Image.new("RGBA", picture.size, "white")
+                white.alpha_composite(picture)
+                picture = white.convert("RGB")
+            return np.array(ImageOps.fit(picture, (size, size), Image.Resampling.BICUBIC))
+    except FileNotFoundError:
+        return f"no picture {image}"
+    except UnidentifiedImageError:
+        return f"unreadable picture {image}: of no known format"
+    except Exception as error:  # Pillow's plugins raise anything on a damaged file
+        return f"unreadable picture {image}: {type(error).__name__}: {error}"
+
+
+def cpu_count() -> int:
+    """The processors that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()

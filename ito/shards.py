@@ -1,0 +1,112 @@
+"""WebDataset tar shards: a sample is the files that share a name up to its first dot.
+
+`000017.jpg`, `000017.txt` and `000017.json` are one. Reading takes the names and the captions in
+order and leaves the pictures where they are, known by their place in the tar: shuffling a million
+samples moves no pixel.
+"""
+
+import hashlib
+import io
+import itertools
+import json
+import re
+import tarfile
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+SHARD_SIZE = 1000  # samples per shard written
+RANGE = r"\{(\d+)\.\.(\d+)\}"
+
+
+class Member(NamedTuple):
+    """A file inside an uncompressed tar."""
+
+    tar: Path
+    offset: int
+    size: int
+
+    def __str__(self) -> str:
+        return f"{self.tar}@{self.offset}"
+
+    def read_bytes(self) -> bytes:
+        with self.tar.open("rb") as file:
+            file.seek(self.offset)
+            return file.read(self.size)
+
+
+class Sample(NamedTuple):
+    key: str
+    members: dict[str, Member]  # by what follows the first dot, in lower case
+    contents: dict[str, bytes]  # of .txt and .json
+
+
+def expand(pattern: str) -> list[Path]:
+    """The paths of `shard-{00000..00012}.tar`, in order, both ends included."""
+    found = re.search(RANGE, pattern)
+    if not found:
+        return [Path(pattern)]
+    first, last = found.groups()
+    return [
+        path
+        for number in range(int(first), int(last) + 1)
+        for path in expand(
+            pattern[: found.start()] + f"{number:0{len(first)}}" + pattern[found.end() :]
+        )
+    ]
+
+
+def read_samples(tar: Path) -> Iterator[Sample]:
+    """The samples of a shard in its order.
+
+    Raises ValueError where it is damaged or cut off, after the samples before that.
+    """
+    try:
+        with tarfile.open(tar, "r:") as archive:
+            files = ((member, *split_name(member.name)) for member in archive if member.isfile())
+            for key, group in itertools.groupby(files, key=lambda entry: entry[1]):
+                members, contents = {}, {}
+                for info, _, kind in group:
+                    members[kind] = Member(tar, info.offset_data, info.size)
+                    if kind in ("txt", "json"):
+                        contents[kind] = archive.extractfile(info).read()
+                yield Sample(key, members, contents)
+            archive.fileobj.seek(archive.offset)  # tarfile ends quietly at what is no header
+            if archive.fileobj.read(512) != bytes(512):
+                raise tarfile.ReadError(f"no header at byte {archive.offset}")
+    except tarfile.TarError as error:
+        raise ValueError(f"damaged, or not an uncompressed tar: {error}") from None
+
+
+def split_name(name: str) -> tuple[str, str]:
+    """`part/000017.seg.png` is ("part/000017", "seg.png")."""
+    folder, slash, base = name.rpartition("/")
+    key, _, kind = base.partition(".")
+    return folder + slash + key, kind.lower()
+
+
+def write_shards(folder: Path, records: list[dict], pictures: Iterable[bytes]) -> None:
+    """`SPLIT-00000.tar` and so on, of records with `image`, `captions` and `split`, and PNG bytes.
+
+    The order is by hash of the image's path, so that every shard is a sample of the whole.
+    """
+    folder.mkdir()
+    samples = sorted(
+        zip(records, pictures, strict=True),
+        key=lambda sample: hashlib.sha256(sample[0]["image"].encode()).digest(),
+    )
+    for split in dict.fromkeys(record["split"] for record in records):
+        chosen = [sample for sample in samples if sample[0]["split"] == split]
+        for number, start in enumerate(range(0, len(chosen), SHARD_SIZE)):
+            with tarfile.open(folder / f"{split}-{number:05}.tar", "w") as tar:
+                for place, (record, png) in enumerate(chosen[start : start + SHARD_SIZE], start):
+                    fields = {name: value for name, value in record.items() if name != "image"}
+                    text = json.dumps(fields, ensure_ascii=False)
+                    for kind, data in (
+                        ("png", png),
+                        ("json", text.encode()),
+                        ("txt", record["captions"][0].encode()),
+                    ):
+                        info = tarfile.TarInfo(f"{place:06}.{kind}")  # no time, no owner
+                        info.size = len(data)
+                        tar.addfile(info, io.BytesIO(data))

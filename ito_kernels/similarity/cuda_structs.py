@@ -1,0 +1,172 @@
+"""What the CUDA kernels are called with: the structs of csrc/cuda/problem.hpp, member by member in
+the same order. Tensors, None for absent ones, become addresses only in `numbers`."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .operands import Operands
+from .spec import Problem
+
+# in the order of problem.hpp's enumerations
+ARITHMETIC = ("bf16", "fp16", "tf32", "tf32x3")
+POSITIVES = (None, "linear", "lse")
+SCALE_OF = ("all", "row", "col")
+
+
+class Vectors(NamedTuple):
+    """What backward brings to one side: see Side."""
+
+    factors: Tensor | None = None
+    alpha: Tensor | None = None
+    pos: Tensor | None = None
+
+
+_NOTHING = Vectors()
+
+
+class Side(NamedTuple):
+    features: Tensor
+    stride: int  # 16-byte chunks
+    length: int
+    bias: Tensor | None
+    ids: Tensor | None
+    factors: Tensor | None
+    alpha: Tensor | None
+    pos: Tensor | None
+
+
+class Scores(NamedTuple):
+    arithmetic: int
+    row: Side
+    col: Side
+    row_bytes: int
+    scale: Tensor
+    scale_of: int
+    positives: int
+    exclude_self: bool
+    exclude_positives: bool
+    hardest: bool
+    softplus: bool
+    positives_matter: bool
+    diagonal: int
+
+    @classmethod
+    def of(
+        cls,
+        problem: Problem,
+        op: Operands,
+        *,
+        rows: Vectors = _NOTHING,
+        cols: Vectors = _NOTHING,
+        softplus: bool = False,
+        exchanged: bool = False,
+    ) -> Scores:
+        """`exchanged`: `op`, `rows` and `cols` are those of the transposed matrix."""
+        p = problem
+
+        def side(x: Tensor, bias: Tensor | None, ids: Tensor | None, vectors: Vectors) -> Side:
+            stride = x.stride(0) * x.element_size() // 16
+            return Side(x, stride, x.shape[0], bias, ids, *vectors)
+
+        scale_of = "all" if op.scale.ndim == 0 else "col" if exchanged else "row"
+        return cls(
+            arithmetic=ARITHMETIC.index(arithmetic(p.a.dtype)),
+            row=side(op.a, op.row_bias, op.row_ids, rows),
+            col=side(op.b, op.col_bias, op.col_ids, cols),
+            row_bytes=p.d * op.a.element_size(),
+            scale=op.scale,
+            scale_of=SCALE_OF.index(scale_of),
+            positives=POSITIVES.index(p.positives),
+            exclude_self=p.exclude_self,
+            exclude_positives=p.exclude_positives,
+            hardest=p.hardest,
+            softplus=softplus,
+            positives_matter=bool(p.positives or p.exclude_positives or p.hardest or softplus),
+            diagonal=-p.diagonal if exchanged else p.diagonal,
+        )
+
+
+class Split(NamedTuple):
+    """Tiles of a region in groups, a block for each pair: of rows and of columns."""
+
+    row_tiles: int  # of a group
+    col_tiles: int
+    row_groups: int
+    col_groups: int
+    triangle: bool  # only pairs with row group ≤ column group
+
+
+class Forward(NamedTuple):
+    scores: Scores
+    split: Split
+    row_slots: Tensor | None
+    col_slots: Tensor | None
+
+
+class Merge(NamedTuple):
+    slots: Tensor
+    length: int
+    count: int
+    positives: int
+    max: Tensor
+    logsum: Tensor
+    pos: Tensor | None
+    neg_max: Tensor | None
+
+
+class Panel(NamedTuple):
+    scores: Scores
+    split: Split
+    first_row: int
+    last_row: int
+    first_col: int
+    last_col: int
+    norm: Tensor | None
+    panel: Tensor | None
+    stride: int  # 8 bytes
+    scale_sums: Tensor | None
+    row_sums: Tensor | None
+    col_sums: Tensor | None
+
+
+class Gradient(NamedTuple):
+    scores: Scores
+    norm: Tensor | None
+    grad: Tensor | None
+    stride: int  # 8 bytes
+    scale_sums: Tensor | None
+    row_sums: Tensor | None
+
+
+def arithmetic(dtype: torch.dtype) -> str:
+    """fp32 follows `torch.set_float32_matmul_precision`: "highest" and "high" are 3×tf32, which
+    keeps fp32's accuracy, "medium" is tf32."""
+    if dtype == torch.float32:
+        return "tf32" if torch.get_float32_matmul_precision() == "medium" else "tf32x3"
+    return {torch.bfloat16: "bf16", torch.float16: "fp16"}[dtype]
+
+
+def numbers(struct: tuple) -> tuple[int, ...]:
+    """A struct as bind.cpp reads it. A tensor is its address and the bytes from its first to its
+    last element: the emulator lets nothing else be touched."""
+    out: list[int] = []
+    for member in struct:
+        if isinstance(member, int):
+            out.append(member)
+        elif member is None:
+            out += (0, 0)
+        elif isinstance(member, Tensor):
+            out += (member.data_ptr(), _span(member) * member.element_size())
+        else:
+            out += numbers(member)
+    return tuple(out)
+
+
+def _span(x: Tensor) -> int:
+    if x.is_contiguous():
+        return x.numel()
+    return 1 + sum((size - 1) * step for size, step in zip(x.shape, x.stride(), strict=True))

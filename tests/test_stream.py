@@ -1,0 +1,308 @@
+"""WebDataset shards and the stream: what is read, in which order, on which rank."""
+
+import io
+import itertools
+import json
+import tarfile
+from collections import Counter
+
+import pytest
+import torch
+from PIL import Image
+
+from ito import records as sources
+from ito.batches import Batches
+from ito.config import Config
+from ito.data import load_dataset
+from ito.records import Record, open_shards
+from ito.shards import Member, expand, write_shards
+from ito.stream import Stream, StreamBatches
+from ito.tokenizer import Tokenizer
+
+
+def png(value, size=8):
+    out = io.BytesIO()
+    Image.new("L", (size, size), value).convert("RGB").save(out, "PNG")
+    return out.getvalue()
+
+
+def write_tar(path, members):
+    with tarfile.open(path, "w") as tar:
+        for name, data in members:
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+    return path
+
+
+def sample(key, value, **fields):
+    fields = {"captions": [f"grey {value}"]} | fields
+    return [(f"{key}.png", png(value)), (f"{key}.json", json.dumps(fields).encode())]
+
+
+def numbered(folder, shards, per_shard, **fields):
+    """Shards of grey squares; sample n has the grey n and the only caption "grey n"."""
+    for shard in range(shards):
+        values = range(shard * per_shard, (shard + 1) * per_shard)
+        members = [member for n in values for member in sample(f"{n:05}", n, **fields)]
+        write_tar(folder / f"part-{shard:03}.tar", members)
+    return open_shards(folder)
+
+
+def greys(batch):
+    """The sample numbers of a batch, by its pictures; their captions must agree."""
+    values = batch.images[:, 0, 0, 0].tolist()
+    assert [r.captions for r in batch.records] == [[f"grey {value}"] for value in values]
+    return values
+
+
+# --- shards ---
+
+
+def test_patterns():
+    assert [p.name for p in expand("/d/a-{008..011}.tar")] == [
+        "a-008.tar",
+        "a-009.tar",
+        "a-010.tar",
+        "a-011.tar",
+    ]
+    assert len(expand("{0..1}/{00..02}.tar")) == 6
+    assert [str(p) for p in expand("/d/a.tar")] == ["/d/a.tar"]
+
+
+def test_a_tar_has_the_fields_of_a_folder_and_one_text_per_sample(tmp_path):
+    fields = {"item": "x", "split": "test", "style": "s", "group": "g", "subgroup": "h"}
+    names = {"de": ["rot"]}
+    write_tar(
+        tmp_path / "a-00.tar",
+        [
+            *sample("dir.v1/0", 10, captions=[" red ", "", "rot"], translations=names, **fields),
+            ("dir.v1/0.txt", b"the .json has captions"),
+            ("1.jpg", png(20)),
+            ("1.txt", b"from the text\n"),
+            ("1.json", json.dumps({"url": "u", "caption": None}).encode()),
+            ("2.cls", b"3"),
+            ("2.seg.png", png(1)),
+            ("2.PNG", png(30)),
+            ("2.txt", "Größe".encode()),
+        ],
+    )
+    write_tar(tmp_path / "a-01.tar", [("0.webp", png(40)), ("0.txt", b"again")])
+    for source in (tmp_path, tmp_path / "a-{00..01}.tar"):
+        data = load_dataset(source, 4)
+        assert data.images[:, 0, 0, 0].tolist() == [10, 20, 30, 40]
+        assert data.captions == [["red", "rot"], ["from the text"], ["Größe"], ["again"]]
+        assert data.items == ["x", "a-00.tar/1", "a-00.tar/2", "a-01.tar/0"]
+        assert data.split == ["test", "train", "train", "train"]
+        assert (data.style[0], data.group[0], data.subgroup[0]) == ("s", "g", "h")
+        assert data.translations[0] == names
+        assert data.skipped == []
+        assert data.files[3] == f"{tmp_path}/a-01.tar@512"  # after a header
+    assert load_dataset(tmp_path / "a-01.tar", 4).captions == [["again"]]
+
+
+def test_bad_samples_are_skipped_and_named(tmp_path):
+    good = sample("good", 9)
+    write_tar(
+        tmp_path / "a.tar",
+        [
+            *good,
+            ("lonely.txt", b"no picture"),
+            ("dumb.png", png(1)),
+            ("blank.png", png(1)),
+            ("blank.txt", b"  "),
+            ("json.png", png(1)),
+            ("json.json", b"{"),
+            ("list.png", png(1)),
+            ("list.json", b"[1]"),
+            ("field.png", png(1)),
+            ("field.json", b'{"caption": "a", "split": 3}'),
+            ("latin.png", png(1)),
+            ("latin.txt", b"\xff\xfe"),
+            ("broken.png", b"no picture"),
+            ("broken.txt", b"a"),
+        ],
+    )
+    whole = (tmp_path / "a.tar").read_bytes()
+    (tmp_path / "b.tar").write_bytes(whole[:700])  # inside the first picture
+    (tmp_path / "d.tar").write_bytes(whole[:2048])  # after the first sample
+    (tmp_path / "e.tar").write_bytes(whole[:2048] + b"x" * 5000)
+    (tmp_path / "c.tar").write_bytes(b"")
+    data = load_dataset(tmp_path, 4)
+    assert data.captions == [["grey 9"]] * 3
+    reasons = {where.removeprefix(f"{tmp_path}/"): reason for where, reason in data.skipped}
+    want = {
+        "a.tar:lonely": "no picture among .txt",
+        "a.tar:dumb": "empty caption",
+        "a.tar:blank": "empty caption",
+        "a.tar:json": "Expecting",
+        "a.tar:list": "want a JSON object, got [1]",
+        "a.tar:field": "split must be a text, got 3",
+        "a.tar:latin": "can't decode",
+        "a.tar:broken": "of no known format",
+        "b.tar": "damaged",
+        "c.tar": "not an uncompressed tar",
+        "d.tar": "no header at byte 2048",
+        "e.tar": "no header at byte 2048",
+    }
+    assert reasons.keys() == want.keys()
+    assert all(want[where] in reason for where, reason in reasons.items())
+
+
+def test_missing_shards_are_named(tmp_path):
+    write_tar(tmp_path / "a-0.tar", sample("0", 0))
+    with pytest.raises(FileNotFoundError, match=r"a-1.tar, .*a-2.tar \(2 missing\)"):
+        load_dataset(tmp_path / "a-{0..2}.tar", 4)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(FileNotFoundError, match=r"empty holds no captions.jsonl and no .tar"):
+        load_dataset(tmp_path / "empty", 4)
+
+
+def test_written_shards_are_read_again_and_mixed(tmp_path):
+    records = [
+        {"image": f"{n}.png", "item": f"{n // 2}", "captions": [f"grey {n}"], "split": split}
+        for split, numbers in (("train", range(40)), ("test", range(40, 50)))
+        for n in numbers
+    ]
+    write_shards(tmp_path / "shards", records, [png(n) for n in range(50)])
+    names = [p.name for p in sorted((tmp_path / "shards").iterdir())]
+    assert names == ["test-00000.tar", "train-00000.tar"]
+    data = load_dataset(tmp_path / "shards", 4)
+    assert sorted(data.images[:, 0, 0, 0].tolist()) == list(range(50))
+    assert data.images[:, 0, 0, 0].tolist() != sorted(data.images[:, 0, 0, 0].tolist())
+    assert len(data.items) == 25
+
+
+# --- the stream ---
+
+
+def test_a_pass_gives_every_record_once_in_an_order_of_its_own(tmp_path):
+    stream = Stream(numbered(tmp_path, 5, 20), 4, 10, seed=3, buffer=30)
+    passes = []
+    batches = stream.batches()
+    for _ in range(3):
+        found = [n for batch in itertools.islice(batches, 10) for n in greys(batch)]
+        assert sorted(found) == list(range(100))
+        passes.append(found)
+    assert passes[0] != passes[1] != passes[2]
+    first = Counter(n // 20 for n in passes[0][:30])
+    assert len(first) > 1  # shards are mixed
+    other = Stream(open_shards(tmp_path), 4, 10, seed=4, buffer=30)
+    assert greys(next(other.batches())) != passes[0][:10]
+
+
+def test_ranks_share_the_records_out(tmp_path):
+    shards = numbered(tmp_path, 7, 6)
+    found = Counter()
+    for rank in range(3):
+        stream = Stream(shards, 4, 2, rank=rank, world_size=3, buffer=5)
+        own = [record.where for record in stream.epoch(1)]
+        found.update(own)
+        assert len(own) in (12, 18)
+    assert len(found) == 42
+    assert set(found.values()) == {1}
+    with pytest.raises(ValueError, match="at least a shard for each of 8 ranks, got 7"):
+        Stream(shards, 4, 2, world_size=8)
+
+
+@pytest.mark.filterwarnings("ignore:This DataLoader will create")  # on a machine of one core
+def test_neither_workers_nor_the_start_change_a_batch(tmp_path):
+    shards = numbered(tmp_path, 3, 10)
+    want = [greys(batch) for batch in itertools.islice(Stream(shards, 4, 8).batches(), 9)]
+    several = Stream(shards, 4, 8, workers=2).batches()
+    assert [greys(batch) for batch in itertools.islice(several, 9)] == want
+    assert greys(next(Stream(shards, 4, 8).batches(start=7))) == want[7]
+
+
+def test_resuming_reads_no_earlier_picture(tmp_path, monkeypatch):
+    shards = numbered(tmp_path, 3, 10)
+    read = []
+    monkeypatch.setattr(Member, "read_bytes", lambda m: read.append(m) or png(1))
+    next(Stream(shards, 4, 8).batches(start=5))
+    assert len(read) == 8
+
+
+def test_items_of_a_batch_differ_and_none_is_lost(tmp_path):
+    for shard in range(2):
+        members = [
+            member
+            for n in range(shard * 30, shard * 30 + 30)
+            for member in sample(f"{n:05}", n, item=str(n % 6))
+        ]
+        write_tar(tmp_path / f"{shard}.tar", members)
+    batches = Stream(open_shards(tmp_path), 4, 5, buffer=7).batches()
+    found = Counter()
+    for batch in itertools.islice(batches, 24):
+        assert len({record.item for record in batch.records}) == 5
+        found.update(greys(batch))
+    assert len(found) == 60  # two passes, to the records that wait for another batch
+    assert sum(found.values()) == 120
+    assert set(found.values()) <= {1, 2, 3}
+    with pytest.raises(ValueError, match="number of different items, 6; got 7"):
+        next(Stream(open_shards(tmp_path), 4, 7).batches())
+
+
+def test_unreadable_pictures_make_a_batch_smaller_and_are_counted_once(tmp_path):
+    members = [member for n in range(6) for member in sample(f"{n}", n)]
+    members += [("bad.png", b"none"), ("bad.txt", b"a"), ("dumb.png", png(1))]
+    members += sample("held", 9, split="test")
+    write_tar(tmp_path / "a.tar", members)
+    stream = Stream(open_shards(tmp_path), 4, 7)
+    for _ in range(2):
+        for batch in itertools.islice(stream.batches(), 3):
+            assert sorted(greys(batch)) == list(range(6))
+    assert {where.rpartition(":")[2] for where in stream.skipped} == {"bad", "dumb"}
+
+    write_tar(tmp_path / "a.tar", [("bad.png", b"none"), ("bad.txt", b"a")])
+    with pytest.raises(ValueError, match=r"no usable picture in a batch of 1: .*a.tar:bad"):
+        next(Stream(open_shards(tmp_path), 4, 1).batches())
+    write_tar(tmp_path / "a.tar", [("dumb.png", png(1)), *sample("held", 9, split="test")])
+    with pytest.raises(ValueError, match=r"no record to train on in 1 shards \(1 skipped\)"):
+        next(Stream(open_shards(tmp_path), 4, 1).batches())
+
+
+def test_tables_are_streamed_too(tmp_path, monkeypatch):
+    monkeypatch.setattr(sources, "ROWS", 4)
+    lines = ["filepath\ttitle"]
+    for n in range(10):
+        (tmp_path / f"{n}.png").write_bytes(png(n))
+        lines.append(f"{n}.png\tgrey {n}")
+    (tmp_path / "table.csv").write_text("\n".join(lines) + "\n9.png\t \n", encoding="utf-8")
+    shards = open_shards(tmp_path / "table.csv")
+    assert len(shards) == 3
+    stream = Stream(shards, 4, 5)
+    found = [greys(batch) for batch in itertools.islice(stream.batches(), 2)]
+    assert sorted(itertools.chain(*found)) == list(range(10))
+    assert list(stream.skipped.values()) == ["empty caption"]
+
+
+def test_batches_for_the_trainer(tmp_path):
+    numbered(tmp_path, 2, 20, captions=["one", "two words", "three words here"])
+    tokenizer = Tokenizer.train(["one two words three here"] * 3, 300, 8)
+    config = Config(views=3, captions=2, batch_size=5, seed=1)
+    stream = Stream(open_shards(tmp_path), 4, config.batch_size, seed=config.seed)
+    batches = StreamBatches(stream, tokenizer, config)
+    images, ids = batches(0)
+    assert images.shape == (3, 5, 3, 4, 4)
+    assert images.dtype == torch.uint8
+    assert torch.equal(images[0], images[2])
+    assert ids.shape[:2] == (2, 5)
+    known = {tuple(row) for row in tokenizer(["one", "two words", "three words here"]).tolist()}
+    for first, second in zip(*ids.tolist(), strict=True):
+        padded = [tuple(row + [0] * (8 - len(row))) for row in (first, second)]
+        assert len(set(padded) & known) == 2  # two different captions
+    assert ids[..., -1].any()  # columns of padding alone are left out
+    later = [batches(step) for step in (1, 2, 3)][-1]
+    for again in (batches(3), StreamBatches(stream, tokenizer, config)(3)):
+        assert torch.equal(again[0], later[0])
+        assert torch.equal(again[1], later[1])
+    assert batches.size == 5
+    assert Batches.__call__.__annotations__.keys() == StreamBatches.__call__.__annotations__.keys()
+
+
+def test_a_record_is_small(tmp_path):
+    """What the shuffle buffer and the workers are handed holds no pixels."""
+    (record,) = open_shards(write_tar(tmp_path / "a.tar", sample("0", 5)))[0]()
+    assert isinstance(record, Record)
+    assert isinstance(record.image, Member)
+    assert record.image.read_bytes() == png(5)
