@@ -9,6 +9,7 @@ from pathlib import Path
 
 from ito.augment import CROP, DRAWINGS, Augmentation
 from ito.fusion import READOUTS
+from ito.pretrained import IMAGE, OURS, TEXT, image_size, split
 from ito.recipes import EMOJI_FULL, EMOJI_SMALL, ITO, KINDS, PRESETS
 
 
@@ -95,8 +96,27 @@ class Config:
         ("caption", "shuffled", "dropped"),
     )
 
-    load_size: int = option(64, "model", "pixels per side of the pictures held in memory", least=1)
-    image_size: int = option(32, "model", "pixels per side that the image tower sees", least=8)
+    image_encoder: str = option(
+        OURS,
+        "model",
+        "efficientnet-lite0, timm:NAME or open_clip:NAME, pretrained (see ito/pretrained.py)",
+    )
+    text_encoder: str = option(OURS, "model", "minilm, hf:NAME or open_clip:NAME, pretrained")
+    load_size: int = option(
+        None,
+        "model",
+        "pixels per side of the pictures held in memory (64; with a pretrained image encoder "
+        "--image-size)",
+        least=1,
+        kind=int,
+    )
+    image_size: int = option(
+        None,
+        "model",
+        "pixels per side that the image tower sees (32; a pretrained image encoder's own)",
+        least=8,
+        kind=int,
+    )
     vocab_size: int = option(1500, "model", "of the BPE trained on the training captions")
     context_length: int = option(16, "model", "longest caption in tokens, the ends included")
     width: int = option(128, "model", "of the towers and of the joint embedding", least=1)
@@ -119,7 +139,7 @@ class Config:
         kind=str,
     )
     locked: str = option(
-        "none", "model", "the tower that is not trained (LiT)", ("none", "image", "text")
+        "none", "model", "the tower that is not trained (LiT)", ("none", "image", "text", "both")
     )
 
     steps: int = option(2000, "optimisation", "optimizer steps", least=1)
@@ -155,6 +175,7 @@ class Config:
         for name in ("views", "captions", "augmentation"):
             if getattr(self, name) is None:
                 object.__setattr__(self, name, getattr(kind, name))
+        self.settle_encoders()
         refuse_unfit(self.objective, [n for n in ITO if self.differs(n)])
         if self.objective == "clip" and self.augmentation != CROP:
             refuse_unfit("clip", ["augmentation"])
@@ -169,8 +190,6 @@ class Config:
                 raise ValueError(f"{item.name} must be at most {most}, got {value}")
             if value == math.inf:
                 raise ValueError(f"{item.name} must be finite, got {value}")
-        if self.locked != "none" and self.pretrained is None:
-            raise ValueError(f"--lock-{self.locked} keeps the weights of --pretrained: name a run")
         if len(self.csv_separator) != 1:
             raise ValueError(
                 f"csv_separator must be one character, got {self.csv_separator!r}; "
@@ -185,6 +204,39 @@ class Config:
             raise ValueError(
                 f"the fusion term compares views: views must be at least 2, got {self.views}; "
                 "or set lambda_fusion to 0"
+            )
+
+    def settle_encoders(self) -> None:
+        """The sizes that depend on the encoders; what does not fit them is refused."""
+        chosen = {"image": self.image_encoder, "text": self.text_encoder}
+        unfit = ("image_width", "image_heads", "image_depth", "patch_size"), (
+            "text_depth",
+            "vocab_size",
+        )
+        for (tower, encoder), own in zip(chosen.items(), unfit, strict=True):
+            if encoder == OURS:
+                continue
+            split(f"{tower}_encoder", encoder, IMAGE if tower == "image" else TEXT)
+            if given := [name for name in own if self.differs(name)]:
+                raise ValueError(f"--{tower}-encoder {encoder} does not take {', '.join(given)}")
+        if self.image_size is None:
+            ours = self.image_encoder == OURS
+            object.__setattr__(self, "image_size", 32 if ours else image_size(self.image_encoder))
+        if self.load_size is None:
+            size = 64 if self.image_encoder == OURS else self.image_size
+            object.__setattr__(self, "load_size", size)
+        locked = ("image", "text") if self.locked == "both" else (self.locked,)
+        for tower in locked:
+            if chosen.get(tower) == OURS and self.pretrained is None:
+                raise ValueError(
+                    f"--lock-{tower} keeps the weights of --pretrained: name a run, "
+                    f"or a pretrained --{tower}-encoder"
+                )
+        if self.locked == "both" and OURS in chosen.values():
+            raise ValueError(
+                "--lock-image and --lock-text together train the projections of pretrained "
+                f"encoders alone, got image_encoder={self.image_encoder}, "
+                f"text_encoder={self.text_encoder}"
             )
 
     def differs(self, name: str) -> bool:
@@ -264,15 +316,12 @@ def add_options(parser: argparse.ArgumentParser, only: str | None = None) -> Non
                 about["kind"],
             )
     if only is None:
-        either = groups["model"].add_mutually_exclusive_group()
         for tower in ("image", "text"):
-            either.add_argument(
+            groups["model"].add_argument(
                 f"--lock-{tower}",
-                dest="locked",
-                action="store_const",
-                const=tower,
+                action="store_true",
                 default=argparse.SUPPRESS,
-                help=f"the {tower} tower keeps the weights of --pretrained (LiT)",
+                help=f"the {tower} tower keeps the weights of --pretrained or of its encoder (LiT)",
             )
         for name, default in vars(Config().augmentation).items():
             add(name, default, "augmentation", "see ito/augment.py")
@@ -291,6 +340,13 @@ def from_options(options: argparse.Namespace, base: Config | None = None) -> Con
     for name in ("train_data", "pretrained"):
         if given.get(name, EMOJI_SMALL) not in (EMOJI_SMALL, EMOJI_FULL):
             given[name] = str(Path(given[name]).absolute())
+    for name in ("image_encoder", "text_encoder"):
+        kind, _, folder = given.get(name, OURS).partition(":")
+        prefix = "local-dir:" if folder.startswith("local-dir:") else ""
+        if folder and Path(folder.removeprefix(prefix)).is_dir():
+            given[name] = f"{kind}:{prefix}{Path(folder.removeprefix(prefix)).absolute()}"
+    if locked := [tower for tower in ("image", "text") if f"lock_{tower}" in given]:
+        given["locked"] = "both" if len(locked) == 2 else locked[0]
     plain = {f.name: given[f.name] for f in dataclasses.fields(Config) if f.name in given}
     drawn = {name: given[name] for name in vars(DRAWINGS) if name in given}
     if base:

@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ito.pretrained import PretrainedImage, PretrainedText
+
 PAD = 0
 STEM = ((48, 4, 4), (64, 3, 1), (128, 3, 2), (128, 3, 1))  # channels, kernel, stride
 
@@ -231,8 +233,10 @@ class DualEncoder(nn.Module):
 
     `width` is that of the text tower and of the joint embedding, `image_width` (None: the same)
     that of the image tower, and so for `heads`. With `patch_size` the towers are CLIP's: a plain
-    ViT, without its normalisation before the blocks, and a causal text transformer. `architecture`
-    keeps the arguments, so that a file of weights can say what it belongs to.
+    ViT, without its normalisation before the blocks, and a causal text transformer. With
+    `image_encoder` or `text_encoder` (see `ito.pretrained`) that tower is another package's and of
+    its own shape. `architecture` keeps the arguments, so that a file of weights can say what it
+    belongs to.
     """
 
     def __init__(
@@ -248,6 +252,8 @@ class DualEncoder(nn.Module):
         image_width: int | None = None,
         image_heads: int | None = None,
         patch_size: int | None = None,
+        image_encoder: dict | None = None,
+        text_encoder: dict | None = None,
     ):
         super().__init__()
         self.architecture = {
@@ -261,20 +267,40 @@ class DualEncoder(nn.Module):
             "image_width": image_width,
             "image_heads": image_heads,
             "patch_size": patch_size,
+            "image_encoder": image_encoder,
+            "text_encoder": text_encoder,
         }
-        self.image = ImageEncoder(
-            image_size, image_width or width, image_depth, image_heads or heads, width, patch_size
-        )
-        self.text = TextEncoder(
-            vocab_size,
-            context_length,
-            width,
-            text_depth,
-            heads,
-            width,
-            causal=patch_size is not None,
-        )
+        if image_encoder:
+            self.image = PretrainedImage(image_encoder, image_size, width)
+        else:
+            self.image = ImageEncoder(
+                image_size,
+                image_width or width,
+                image_depth,
+                image_heads or heads,
+                width,
+                patch_size,
+            )
+        if text_encoder:
+            self.text = PretrainedText(text_encoder, context_length, width)
+        else:
+            self.text = TextEncoder(
+                vocab_size,
+                context_length,
+                width,
+                text_depth,
+                heads,
+                width,
+                causal=patch_size is not None,
+            )
         self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
+
+    def lockable(self, locked: str) -> nn.ModuleList:
+        """The weights that `locked` (none, image, text, both) keeps: a tower of ours, or the body
+        of another package's, whose projection is trained."""
+        towers = {"none": (), "both": ("image", "text")}.get(locked, (locked,))
+        parts = (getattr(self, tower) for tower in towers)
+        return nn.ModuleList(getattr(part, "body", part) for part in parts)
 
     def encode_image(self, images: Tensor) -> Tensor:
         """Normalised float images ``(B, 3, S, S)`` -> unit rows ``(B, E)``, fp32."""

@@ -76,4 +76,13 @@ class Tokenizer:
                 raise TypeError(f"texts[{number}] must be a text, got {text!r}")
         if not texts:
             return torch.empty(0, self.context_length, dtype=torch.int64)
-        return torch.tensor([e.ids for e in self.bpe.encode_batch(list(texts))])
+        ids = torch.tensor([e.ids for e in self.bpe.encode_batch(list(texts))])
+        return self.swap(ids, self.bpe.padding["pad_id"])
+
+    @classmethod
+    def swap(cls, ids: torch.Tensor, pad_id: int) -> torch.Tensor:
+        """0 for `pad_id` and `pad_id` for 0: padding is 0 in every tokenizer's ids, and undone."""
+        if pad_id == cls.pad_id:
+            return ids
+        swapped = torch.where(ids == pad_id, cls.pad_id, ids)
+        return torch.where(ids == cls.pad_id, pad_id, swapped)

@@ -23,6 +23,7 @@ from ito.data import Dataset, report_skipped
 from ito.evaluate import evaluate, table
 from ito.export import export, load
 from ito.precision import choose_precision
+from ito.pretrained import OURS, load_tokenizer
 from ito.ranks import Ranks
 from ito.recipes import PRESETS
 from ito.report import write_report
@@ -177,6 +178,8 @@ class Run:
         elif pretrained:
             self.tokenizer = pretrained.tokenizer
             print(f"pretrained {config.pretrained}, step {pretrained.step}")
+        elif config.text_encoder != OURS:
+            self.tokenizer = load_tokenizer(config)
         else:
             self.tokenizer = Tokenizer.train(
                 training_captions(dataset), config.vocab_size, config.context_length

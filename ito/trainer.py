@@ -11,6 +11,7 @@ from ito.config import Config
 from ito.data import Dataset
 from ito.encoders import DualEncoder
 from ito.objectives import MAX_LOGIT_SCALE, OBJECTIVES, Terms
+from ito.pretrained import encoders, load_weights
 from ito.ranks import Ranks, normalise_globally
 from ito.tokenizer import Tokenizer
 from ito_kernels.gradcache import gradcache_backward
@@ -52,12 +53,13 @@ class Trainer:
             image_width=config.image_width,
             image_heads=config.image_heads,
             patch_size=config.patch_size,
-        ).to(device, memory_format=torch.channels_last)
+            **encoders(config),
+        )
+        load_weights(self.model, config)
+        self.model.to(device, memory_format=torch.channels_last)
         normalise_globally(self.model, self.ranks.group)
         self.objective = OBJECTIVES[config.objective](config, self.model).to(device)
-        self.locked = None if config.locked == "none" else getattr(self.model, config.locked)
-        if self.locked is not None:
-            self.locked.requires_grad_(False)
+        self.locked = self.model.lockable(config.locked).requires_grad_(False)
         owned = [*self.model.parameters(), *self.objective.parameters()]
         self.parameters = [p for p in owned if p.requires_grad]
         self.optimizer = torch.optim.AdamW(
@@ -86,8 +88,7 @@ class Trainer:
         Raises FloatingPointError if the loss is not finite, before any weight changes.
         """
         self.model.train()
-        if self.locked is not None:
-            self.locked.eval()  # batch normalisation too stays as it was
+        self.locked.eval()  # batch normalisation too stays as it was
         self.optimizer.zero_grad()
         progress = number / self.config.steps
         loss, terms = self.backward(*self.batch(number), progress)

