@@ -114,7 +114,8 @@ def command_line(chosen: dict) -> list[str]:
     words = []
     for name, value in chosen.items():
         if name == "locked":
-            words.append(f"--lock-{value}")
+            towers = ("image", "text") if value == "both" else (value,)
+            words += [f"--lock-{tower}" for tower in towers]
         else:
             values = value if isinstance(value, list) else [value]
             words += [f"--{name.replace('_', '-')}", *map(str, values)]

@@ -209,9 +209,12 @@ class Config:
     def settle_encoders(self) -> None:
         """The sizes that depend on the encoders; what does not fit them is refused."""
         chosen = {"image": self.image_encoder, "text": self.text_encoder}
-        unfit = ("image_width", "image_heads", "image_depth", "patch_size"), (
-            "text_depth",
-            "vocab_size",
+        unfit = (
+            ("image_width", "image_heads", "image_depth", "patch_size"),
+            (
+                "text_depth",
+                "vocab_size",
+            ),
         )
         for (tower, encoder), own in zip(chosen.items(), unfit, strict=True):
             if encoder == OURS:
@@ -281,6 +284,14 @@ def refuse_unfit(objective: str, given: list[str]) -> None:
         )
 
 
+class Lock(argparse.Action):
+    """`--lock-image`, `--lock-text`, or both, in one value."""
+
+    def __call__(self, parser, namespace, values, option_string=None):
+        before = getattr(namespace, self.dest, self.const)
+        setattr(namespace, self.dest, self.const if before == self.const else "both")
+
+
 def add_options(parser: argparse.ArgumentParser, only: str | None = None) -> None:
     """One option per field, in the groups that the fields name.
 
@@ -319,7 +330,10 @@ def add_options(parser: argparse.ArgumentParser, only: str | None = None) -> Non
         for tower in ("image", "text"):
             groups["model"].add_argument(
                 f"--lock-{tower}",
-                action="store_true",
+                dest="locked",
+                action=Lock,
+                nargs=0,
+                const=tower,
                 default=argparse.SUPPRESS,
                 help=f"the {tower} tower keeps the weights of --pretrained or of its encoder (LiT)",
             )
@@ -345,8 +359,6 @@ def from_options(options: argparse.Namespace, base: Config | None = None) -> Con
         prefix = "local-dir:" if folder.startswith("local-dir:") else ""
         if folder and Path(folder.removeprefix(prefix)).is_dir():
             given[name] = f"{kind}:{prefix}{Path(folder.removeprefix(prefix)).absolute()}"
-    if locked := [tower for tower in ("image", "text") if f"lock_{tower}" in given]:
-        given["locked"] = "both" if len(locked) == 2 else locked[0]
     plain = {f.name: given[f.name] for f in dataclasses.fields(Config) if f.name in given}
     drawn = {name: given[name] for name in vars(DRAWINGS) if name in given}
     if base:

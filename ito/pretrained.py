@@ -377,7 +377,10 @@ def split(option: str, wanted: str, kinds: dict) -> tuple[str, str]:
     kind, colon, name = wanted.partition(":")
     named = kind in ("timm", "hf", "open_clip")
     if kind not in kinds or named != bool(name) or (colon and not named):
-        known = [OURS, *(k if k in ("efficientnet-lite0", "minilm") else f"{k}:NAME" for k in kinds)]
+        known = [
+            OURS,
+            *(k if k in ("efficientnet-lite0", "minilm") else f"{k}:NAME" for k in kinds),
+        ]
         raise ValueError(f"{option} must be one of {', '.join(known)}, got {wanted!r}")
     return kind, name
 
