@@ -16,6 +16,7 @@ from pathlib import Path
 from types import ModuleType
 
 import torch
+import torch.nn.functional as F
 from tokenizers import Regex, models, normalizers, pre_tokenizers, processors
 from tokenizers import Tokenizer as BPE
 from torch import Tensor, nn
@@ -172,48 +173,69 @@ class MiniLM(HuggingFace):
 
 
 class OpenClip(nn.Module):
-    """One tower of an open_clip model, its projection included. NAME is MODEL or MODEL/WEIGHTS."""
+    """One tower of an open_clip CLIP, its projection included. NAME is MODEL/WEIGHTS."""
 
-    @staticmethod
-    def describe(name: str) -> dict:
+    CLIP = frozenset(("embed_dim", "vision_cfg", "text_cfg", "quick_gelu"))
+
+    @classmethod
+    def describe(cls, name: str) -> dict:
+        return {"config": cls.configuration(name)[0]}
+
+    @classmethod
+    def configuration(cls, name: str) -> tuple[dict, dict]:
+        """The towers' and, where it is told, that of the pictures."""
         open_clip = package("open_clip", "open_clip")
         if name.startswith("local-dir:"):
             path = Path(name.removeprefix("local-dir:")) / "open_clip_config.json"
-            return {"config": json.loads(path.read_text(encoding="utf-8"))["model_cfg"]}
-        config = open_clip.get_model_config(name.split("/")[0])
-        if config is None:
-            raise ValueError(f"open_clip:{name}: open_clip has no model of that name")
-        return {"config": config}
+            about = json.loads(path.read_text(encoding="utf-8"))
+            config, pictures = about["model_cfg"], about.get("preprocess_cfg", {})
+        else:
+            model, _, weights = name.partition("/")
+            config = open_clip.get_model_config(model)
+            if config is None:
+                raise ValueError(f"open_clip:{name}: open_clip has no model {model}")
+            pictures = open_clip.get_pretrained_cfg(model, weights)
+            if not pictures:
+                known = ", ".join(open_clip.list_pretrained_tags_by_model(model))
+                raise ValueError(f"open_clip:{name}: want {model}/WEIGHTS, of {known or 'none'}")
+            # whatever the model's name says: open_clip itself only warns
+            config = config | {"quick_gelu": pictures.get("quick_gelu", False)}
+        config = {key: value for key, value in config.items() if key != "custom_text"}
+        if other := config.keys() - cls.CLIP:
+            raise ValueError(f"open_clip:{name} is no plain CLIP: it has {', '.join(other)}")
+        return config, pictures
 
     def build(self, config: dict) -> nn.Module:
-        """CustomTextCLIP: the towers side by side."""
-        kept = {k: v for k, v in config.items() if k != "custom_text"}
-        return package("open_clip", "open_clip").model.CustomTextCLIP(**kept)
+        """Both towers, random."""
+        return package("open_clip", "open_clip").model.CustomTextCLIP(**config)
 
-    def loaded(self, name: str) -> nn.Module:
-        open_clip = package("open_clip", "open_clip")
+    def pretrained(self, name: str) -> nn.Module:
         model, _, weights = name.partition("/")
         if name.startswith("local-dir:"):
             model, weights = name, None
-        elif not weights:
-            known = open_clip.list_pretrained_tags_by_model(model)
-            raise ValueError(f"open_clip:{name} names no weights; want {model}/ and one of {known}")
-        return open_clip.create_model(model, weights or None, force_custom_text=True)
+        create = package("open_clip", "open_clip").create_model
+        return create(model, weights, force_custom_text=True)
 
 
 class OpenClipImage(OpenClip):
-    def __init__(self, config: dict):
-        super().__init__()
+    @classmethod
+    def describe(cls, name: str) -> dict:
+        config, pictures = cls.configuration(name)
         open_clip = package("open_clip", "open_clip")
-        vision = config["vision_cfg"]
-        if "timm_model_name" in vision or isinstance(vision.get("layers"), list):
-            raise ValueError("open_clip: want a model with a ViT; timm:NAME takes timm's")
-        self.mean, self.std = open_clip.OPENAI_DATASET_MEAN, open_clip.OPENAI_DATASET_STD
+        mean = pictures.get("mean", open_clip.OPENAI_DATASET_MEAN)
+        std = pictures.get("std", open_clip.OPENAI_DATASET_STD)
+        return {"config": config, "mean": list(mean), "std": list(std)}
+
+    def __init__(self, config: dict, mean: list, std: list):
+        super().__init__()
+        self.mean, self.std = mean, std
         self.network = self.build(config).visual
+        if getattr(self.network, "proj", None) is None:
+            raise ValueError("open_clip: want a CLIP with a ViT; timm:NAME takes timm's models")
         self.network.output_tokens = True
 
     def load(self, name: str) -> None:
-        self.network.load_state_dict(self.loaded(name).visual.state_dict())
+        self.network.load_state_dict(self.pretrained(name).visual.state_dict())
 
     def forward(self, pixels: Tensor) -> Tensor:
         pooled, patches = self.network(pixels)
@@ -223,14 +245,15 @@ class OpenClipImage(OpenClip):
 class OpenClipText(OpenClip):
     def __init__(self, config: dict):
         super().__init__()
-        if {"hf_model_name", "hf_tokenizer_name"} & config["text_cfg"].keys():
-            raise ValueError("open_clip: want a model with CLIP's text tower; hf:NAME takes others")
+        others = config["text_cfg"].keys() & {"hf_model_name", "hf_tokenizer_name", "embed_cls"}
+        if others:
+            raise ValueError(f"open_clip: want CLIP's own text tower, got one with {others}")
         self.network = self.build(config).text
         self.network.output_tokens = True
         self.longest, self.pad_id = self.network.context_length, self.network.vocab_size
 
     def load(self, name: str) -> None:
-        self.network.load_state_dict(self.loaded(name).text.state_dict())
+        self.network.load_state_dict(self.pretrained(name).text.state_dict())
 
     @staticmethod
     def tokenizer(name: str) -> BPE:
@@ -257,8 +280,11 @@ class OpenClipText(OpenClip):
         return bpe
 
     def forward(self, ids: Tensor) -> Tensor:
-        pooled, tokens = self.network(ids.masked_fill(ids == self.pad_id, 0))
-        return torch.cat([pooled[:, None], tokens @ self.network.text_projection], 1)
+        length = ids.shape[1]  # the network's causal mask wants all of its columns
+        whole = F.pad(ids.masked_fill(ids == self.pad_id, 0), (0, self.longest - length))
+        pooled, tokens = self.network(whole)
+        tokens = tokens[:, :length] @ self.network.text_projection
+        return torch.cat([pooled[:, None], tokens], 1)
 
 
 IMAGE = {"efficientnet-lite0": EfficientNetLite0, "timm": Timm, "open_clip": OpenClipImage}

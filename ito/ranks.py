@@ -197,10 +197,20 @@ class GlobalBatchNorm(nn.BatchNorm2d):
 
 
 def normalise_globally(model: nn.Module, group: dist.ProcessGroup | None) -> None:
-    """Every `BatchNorm2d` of the model becomes one over all ranks."""
+    """Every `BatchNorm2d` of the model becomes one over all ranks.
+
+    Raises ValueError for batch normalisation of another kind, unless it is locked.
+    """
     if group is None:
         return
     for module in list(model.modules()):
         for name, child in module.named_children():
             if type(child) is nn.BatchNorm2d:
                 setattr(module, name, GlobalBatchNorm(child, group))
+            elif isinstance(child, nn.modules.batchnorm._BatchNorm) and any(
+                p.requires_grad for p in child.parameters()
+            ):
+                raise ValueError(
+                    f"{type(child).__name__} of the image encoder sees one rank's pictures alone: "
+                    "train on one rank, or with --lock-image"
+                )

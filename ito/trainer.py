@@ -57,9 +57,9 @@ class Trainer:
         )
         load_weights(self.model, config)
         self.model.to(device, memory_format=torch.channels_last)
+        self.locked = self.model.lockable(config.locked).requires_grad_(False)
         normalise_globally(self.model, self.ranks.group)
         self.objective = OBJECTIVES[config.objective](config, self.model).to(device)
-        self.locked = self.model.lockable(config.locked).requires_grad_(False)
         owned = [*self.model.parameters(), *self.objective.parameters()]
         self.parameters = [p for p in owned if p.requires_grad]
         self.optimizer = torch.optim.AdamW(
