@@ -28,8 +28,12 @@ from .collectives import (
 from .gradients import Logsumexp, Rows, SharedSum, Softplus, Sum
 from .transport import chosen_transport
 
-# Enough rows for full-speed matrix products; 16 MiB of keys at D = 512 in fp32.
-MIN_CHUNK = 8192
+
+def default_chunk(ranks: int) -> int:
+    """Keys gathered at a time. With fewer than 512 of each rank the latency of a transfer counts
+    more than what overlaps: within 13 % of the best up to 256 GPUs (docs/scaling.md); 131,072 at
+    D = 512 are 256 MiB in fp32, and as much again for each of a chunk's other three matrices."""
+    return min(max(512 * ranks, 32768), 131072)
 
 
 def not_compiled(method: Callable) -> Callable:
@@ -73,7 +77,7 @@ class GlobalBatch:
         query_ids, key_ids: (n,) and (m,) integers, equal across ranks for positives; by default
             the row numbers in the global batch. Negative ids are padding.
         chunk_size: keys that a rank gets at a time: of all ranks, rounded up to as many from each;
-            on a ring of one. By default as many as the largest local batch, at least 8,192.
+            on a ring of one. By default 512 of each rank, from 32,768 to 131,072.
 
     Its sums and statistics are those of the global batch, and so are gradients if every rank
     differentiates what it was given and parameters' gradients are *averaged* over ranks, as
@@ -127,7 +131,7 @@ class GlobalBatch:
 
     @property
     def transport(self) -> Transport:
-        chunk_size = self.chunk_size or max(MIN_CHUNK, self.most_keys)
+        chunk_size = self.chunk_size or default_chunk(self.size)
         return self._transport(self.group, self.most_keys, chunk_size)
 
     def numbers(self, side: int) -> range:
