@@ -118,7 +118,9 @@ class HuggingFace(nn.Module):
         tokenizer = transformers.AutoTokenizer.from_pretrained(cls.source(name))
         if config.is_encoder_decoder or tokenizer.pad_token_id is None:
             raise ValueError(f"hf:{name} is no text encoder, or has no padding token")
-        return {"config": config.to_dict(), "pad_id": tokenizer.pad_token_id}
+        about = config.to_dict()
+        about.pop("_name_or_path", None)  # a folder of this machine
+        return {"config": about, "pad_id": tokenizer.pad_token_id}
 
     def __init__(self, config: dict, pad_id: int):
         super().__init__()

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tokenizers.processors import TemplateProcessing
 from torch import nn
 
@@ -307,3 +307,64 @@ def test_an_hf_folder_is_read_without_its_padding_and_rebuilt_without_the_folder
             torch.testing.assert_close(pooled[row], want, rtol=1e-4, atol=1e-5)
     with pytest.raises(ValueError, match=r"context_length must be at most 12 .* got 13"):
         PretrainedText(about, 13, 8)
+
+
+def built(option, name, kinds, tower, *sizes):
+    """The tower of a folder: described, rebuilt from JSON, then given the folder's weights."""
+    about = pretrained.describe(option, name, kinds)
+    made = tower(json.loads(json.dumps(about)), *sizes)
+    made.body.load(name.partition(":")[2])
+    return made.eval()
+
+
+def test_a_timm_folder_gives_its_own_pooled_features(tmp_path):
+    timm = pytest.importorskip("timm", reason="the extra timm, and torchvision")
+    for name in ("resnet10t", "vit_tiny_patch16_224"):  # batch normalisation, and prefix tokens
+        theirs = timm.create_model(name, num_classes=0).eval()
+        timm.models.save_for_hf(theirs, tmp_path / name, safe_serialization=True)
+        folder = f"timm:local-dir:{tmp_path / name}"
+        size = pretrained.image_size(folder)
+        ours = built("image_encoder", folder, pretrained.IMAGE, PretrainedImage, size, 8)
+        images = torch.rand(2, 3, size, size)
+        mean, std = (torch.tensor(theirs.pretrained_cfg[k]).view(3, 1, 1) for k in ("mean", "std"))
+        with torch.no_grad():
+            want = theirs((images - mean) / std)
+            got = ours.project(ours.norm(want)), ours((images - 0.5) / 0.5)[1]
+        torch.testing.assert_close(*got, rtol=1e-3, atol=1e-4)
+    with pytest.raises(ValueError, match="image_size 96 does not fit --image-encoder timm"):
+        PretrainedImage(pretrained.describe("image_encoder", folder, pretrained.IMAGE), 96, 8)
+
+
+def test_an_open_clip_folder_gives_its_own_embeddings(tmp_path):
+    open_clip = pytest.importorskip("open_clip", reason="the extra open_clip, and torchvision")
+    about = {
+        "embed_dim": 12,
+        "vision_cfg": {"image_size": 32, "layers": 1, "width": 64, "patch_size": 16},
+        "text_cfg": {"context_length": 20, "width": 16, "heads": 2, "layers": 1},
+        "quick_gelu": True,
+    }
+    pictures = {"mean": [0.1, 0.2, 0.3], "std": [0.5, 0.6, 0.7]}
+    (tmp_path / "open_clip_config.json").write_text(
+        json.dumps({"model_cfg": about, "preprocess_cfg": pictures})
+    )
+    theirs = open_clip.model.CLIP(**about).eval()
+    save_file(theirs.state_dict(), tmp_path / "open_clip_model.safetensors")
+    name = f"open_clip:local-dir:{tmp_path}"
+    config = Config(text_encoder=name, image_encoder=name)
+    assert (config.image_size, config.load_size) == (32, 32)
+    image = built("image_encoder", name, pretrained.IMAGE, PretrainedImage, 32, 8)
+    text = built("text_encoder", name, pretrained.TEXT, PretrainedText, 16, 8)
+    images = torch.rand(2, 3, 32, 32)
+    mean, std = (torch.tensor(x).view(3, 1, 1) for x in pictures.values())
+    texts = ["Hello, World!!", 'it\'s 42 "cafés"!', "!", "  a   dog "]  # "!" is CLIP's id 0
+    ids = pretrained.load_tokenizer(config)(texts)
+    their_ids = open_clip.tokenizer.SimpleTokenizer()(texts, context_length=20)
+    lengths = 1 + their_ids.argmax(1)  # the end is the highest id
+    assert torch.equal((ids != 0).sum(1), lengths)
+    with torch.no_grad():
+        want = theirs.encode_image((images - mean) / std)
+        got = image((images - 0.5) / 0.5)[1]
+        torch.testing.assert_close(got, image.project(image.norm(want)), rtol=1e-4, atol=1e-5)
+        want = theirs.encode_text(their_ids)
+        got = text(ids[:, : lengths.max()])[1]
+        torch.testing.assert_close(got, text.project(text.norm(want)), rtol=1e-4, atol=1e-5)
