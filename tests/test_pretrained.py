@@ -16,6 +16,7 @@ import ito
 from ito import pretrained, train
 from ito.config import Config, add_options, from_options
 from ito.pretrained import PretrainedImage, PretrainedText
+from ito.ranks import normalise_globally
 from ito.tokenizer import Tokenizer
 
 CAPTIONS = ["red cat", "blue dog", "green sun", "a cat that is red", "a dog that is blue"]
@@ -32,6 +33,7 @@ class Convolution(nn.Module):
 
     def __init__(self, image_size):
         super().__init__()
+        self.image_size = image_size
         self.patch = nn.Sequential(nn.Conv2d(3, 6, 4, 4), nn.BatchNorm2d(6))
 
     def load(self, name):
@@ -85,7 +87,7 @@ def test_a_body_sees_its_own_normalisation_and_its_pooled_token_comes_first(name
     tower = PretrainedImage({"name": name, "image_size": 99}, 24, embed_dim=8).eval()
     bytes_ = torch.randint(0, 256, (2, 3, 24, 24))
     tokens, pooled = tower((bytes_ / 255 - 0.5) / 0.5)
-    assert (tokens.shape, tower.grid) == ((2, 1 + 6 * 6, 8), 6)
+    assert (tokens.shape, tower.grid, tower.body.image_size) == ((2, 1 + 6 * 6, 8), 6, 24)
     mean, std = (torch.tensor(x).view(3, 1, 1) for x in (Convolution.mean, Convolution.std))
     torch.testing.assert_close(tower.body.pixels, (bytes_ / 255 - mean) / std)
     features = tower.body.patch(tower.body.pixels).mean((2, 3))
@@ -208,6 +210,10 @@ def test_bodies_that_do_not_fit_are_named(monkeypatch):
         PretrainedText({"name": "words", "width": 10}, 13, 8)
     with pytest.raises(ValueError, match="image_size 2 does not fit --image-encoder patches"):
         PretrainedImage({"name": "patches", "image_size": 16}, 2, 8)
+    model = nn.ModuleList([nn.BatchNorm3d(2)])  # ranks share that of pictures alone
+    with pytest.raises(ValueError, match="BatchNorm3d of the image encoder sees one rank's"):
+        normalise_globally(model, object())
+    normalise_globally(model.requires_grad_(False), object())
     monkeypatch.setitem(sys.modules, "timm", None)
     with pytest.raises(ImportError, match=r"needs timm: pip install ito_kernels\[timm\]"):
         Config(image_encoder="timm:resnet18")
