@@ -12,6 +12,8 @@ number alone, and micro-batches are computed twice.
 import importlib
 import json
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
 
@@ -413,12 +415,22 @@ def split(option: str, wanted: str, kinds: dict) -> tuple[str, str]:
     return kind, name
 
 
+@contextmanager
+def naming(option: str, wanted: str) -> Iterator[None]:
+    """An unknown model, or weights that cannot be had or do not fit, as a ValueError."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise ValueError(f"{option} {wanted}: {error}") from error
+
+
 def describe(option: str, wanted: str, kinds: dict) -> dict | None:
     """The JSON that the towers are built of; None for our own."""
     if wanted == OURS:
         return None
     kind, name = split(option, wanted, kinds)
-    return {"name": kind} | kinds[kind].describe(name)
+    with naming(option, wanted):
+        return {"name": kind} | kinds[kind].describe(name)
 
 
 def encoders(config) -> dict[str, dict | None]:
@@ -442,7 +454,8 @@ def load_weights(model: nn.Module, config) -> None:
     for tower, option, kinds in (("image", "image_encoder", IMAGE), ("text", "text_encoder", TEXT)):
         wanted = getattr(config, option)
         if wanted != OURS:
-            getattr(model, tower).body.load(split(option, wanted, kinds)[1])
+            with naming(option, wanted):
+                getattr(model, tower).body.load(split(option, wanted, kinds)[1])
 
 
 def load_tokenizer(config) -> Tokenizer:

@@ -214,6 +214,13 @@ def test_bodies_that_do_not_fit_are_named(monkeypatch):
     with pytest.raises(ValueError, match="BatchNorm3d of the image encoder sees one rank's"):
         normalise_globally(model, object())
     normalise_globally(model.requires_grad_(False), object())
+    config = Config(image_encoder="convolution")
+    other = nn.ModuleDict(
+        {"image": PretrainedImage({"name": "convolution", "image_size": 16}, 16, 8)}
+    )
+    monkeypatch.setattr(Convolution, "load", lambda body, _: body.patch.load_state_dict({}))
+    with pytest.raises(ValueError, match=r"image_encoder convolution: Error.*\s+Missing key"):
+        pretrained.load_weights(other, config)
     monkeypatch.setitem(sys.modules, "timm", None)
     with pytest.raises(ImportError, match=r"needs timm: pip install ito_kernels\[timm\]"):
         Config(image_encoder="timm:resnet18")
