@@ -15,6 +15,7 @@ from torch import Tensor
 from ..distributed import GlobalBatch, LocalBatch, check_chunk_size, global_rows, whole_batch
 from ..similarity.pairs import count_positives
 from ..similarity.spec import Stats, check_ids, check_pair, check_scale
+from .common import check_flags
 from .precision import accumulated, as_autocast, inner
 
 OTHER = {"row": "col", "col": "row"}
@@ -187,6 +188,7 @@ def make_batch(
 ) -> Batch:
     """A checked batch. `promote`: bf16 and fp16 features in fp32, those of autocast too."""
     check_chunk_size(chunk_size)
+    check_flags(symmetric=symmetric)
     check_pair("queries", queries, "keys", keys)
     scale = check_scale("logit_scale", logit_scale, queries)
     n, m, device = len(queries), len(keys), queries.device

@@ -11,7 +11,7 @@ from torch import Tensor
 from ..distributed import GlobalBatch, LocalBatch, check_chunk_size, whole_batch
 from ..similarity.pairs import count_positives
 from ..similarity.spec import Stats, accumulate_dtype, check_ids, check_pair, check_scale
-from .common import REDUCTIONS, check_choice, normalized
+from .common import REDUCTIONS, check_choice, check_flags, normalized
 from .composed import infonce_with_options
 from .options import Options
 
@@ -150,6 +150,12 @@ def multi_positive_infonce(
         false_negative_margin,
         debias,
         hardness,
+    )
+    check_flags(
+        symmetric=symmetric,
+        exclude_self=exclude_self,
+        normalize=normalize,
+        return_stats=return_stats,
     )
     check_choice("positives", positives, ("mean", "sum", "in"))
     check_choice("empty", empty, ("zero", "drop"))

@@ -151,7 +151,7 @@ def check_values(name: str, x: Tensor, high: float = math.inf) -> Tensor:
     """`x`, whose values must be from 0 to `high`. Looked at on the CPU alone: a GPU would wait."""
     if x.device.type == "cpu" and not torch.compiler.is_compiling():
         low, top = x.aminmax() if x.numel() else (0, 0)
-        if low < 0 or top > high:
+        if not (low >= 0 and top <= high):  # NaN is refused too
             wanted = "0 or more" if high == math.inf else f"from 0 to {high:g}"
             raise ValueError(f"{name} must be {wanted}, got {float(low):g} to {float(top):g}")
     return x
