@@ -48,6 +48,8 @@ def infonce_with_options(
     """The arguments of `multi_positive_infonce`, checked but for the options; queries and keys are
     normalised where that is asked for."""
     scale = check_scale("logit_scale", logit_scale, queries)
+    if options.false_negative_margin is not None and isinstance(whole, GlobalBatch):
+        scale = _of_one_kind(scale, whole, len(queries))
     o = check_options(
         options, queries, keys, scale, whole, positives=positives, symmetric=symmetric
     )
@@ -79,6 +81,13 @@ def infonce_with_options(
         if symmetric:
             loss = losses if reduction == "none" else 0.5 * (losses[0] + losses[1])
         return (loss, _diagnostics(batch, anchors)) if return_stats else loss
+
+
+def _of_one_kind(scale: Tensor, whole: GlobalBatch, queries: int) -> Tensor:
+    """One for each query on all ranks or on none, which choose their collectives by it: a scale of
+    shape (1,) reads as 0-d, also that of a rank with one query."""
+    per_query = whole.largest(scale.new_tensor(float(scale.ndim))) > 0
+    return scale.expand(queries) if per_query else scale
 
 
 class _Anchors(NamedTuple):
