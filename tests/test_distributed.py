@@ -205,6 +205,15 @@ LOSSES = {
         **o,
     ),
     "margin, diagonal": partial(infonce, false_negative_margin=0.1, debias=0.1),
+    "margin, smoothing": partial(
+        margin, label_smoothing=0.2, queue=QUEUE, queue_ids=QUEUE_IDS, exclude_self=True
+    ),
+    "margin, scale per query": lambda x, y, s, b, r, **o: margin(
+        x, y, s * (1 + r.to(s.dtype) / N), b, r, positives="in", label_smoothing=0.2, **o
+    ),
+    "margin, diagonal, scale per query": lambda x, y, s, b, r, **o: ik.clip_loss(
+        x, y, s * (1 + r.to(s.dtype) / N), false_negative_margin=0.1, hardness=0.5, **o
+    ),
     "debias": partial(by_ids, debias=0.1),
     "debias per query": lambda x, y, s, b, r, **o: by_ids(x, y, s, b, r, debias=PRIORS[r], **o),
     "hardness": partial(by_ids, hardness=0.5, positives="in"),
