@@ -103,7 +103,7 @@ class Step(NamedTuple):
         chunks, others = self.chunks(), (self.ranks - 1) * self.rows
         again = chunks[self.kept() :] * (len(LOSSES[self.loss]) - 1)
         out = {
-            "sizes": (self.ranks - 1) * 16,
+            "sizes": (self.ranks - 1) * 56,
             "ids": others * 8,
             "keys": sum(c.travelled for c in chunks + again) * self.dim * self.itemsize,
             "gradients": sum(c.travelled for c in chunks) * self.dim * WIDE,
@@ -219,7 +219,7 @@ def exchanges(step: Step, machine: Machine) -> float:
     """What is not in the walks: the call, sizes, ids, the columns' statistics, and the sums of the
     loss and of its anchors."""
     ranks, others = step.ranks, (step.ranks - 1) * step.rows
-    seconds = machine.call + machine.all_gather(ranks, (ranks - 1) * 16)
+    seconds = machine.call + machine.all_gather(ranks, (ranks - 1) * 56)
     seconds += machine.all_gather(ranks, others * 8) + 2 * machine.all_reduce(ranks)
     if step.loss == "clip":
         seconds += machine.all_to_all(ranks, others * WIDE * STATISTICS["forward"])

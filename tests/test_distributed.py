@@ -7,7 +7,9 @@ import os
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from functools import cache, partial
+from itertools import product
 from unittest.mock import patch
 
 import pytest
@@ -203,6 +205,15 @@ LOSSES = {
         **o,
     ),
     "margin, diagonal": partial(infonce, false_negative_margin=0.1, debias=0.1),
+    "margin, smoothing": partial(
+        margin, label_smoothing=0.2, queue=QUEUE, queue_ids=QUEUE_IDS, exclude_self=True
+    ),
+    "margin, scale per query": lambda x, y, s, b, r, **o: margin(
+        x, y, s * (1 + r.to(s.dtype) / N), b, r, positives="in", label_smoothing=0.2, **o
+    ),
+    "margin, diagonal, scale per query": lambda x, y, s, b, r, **o: ik.clip_loss(
+        x, y, s * (1 + r.to(s.dtype) / N), false_negative_margin=0.1, hardness=0.5, **o
+    ),
     "debias": partial(by_ids, debias=0.1),
     "debias per query": lambda x, y, s, b, r, **o: by_ids(x, y, s, b, r, debias=PRIORS[r], **o),
     "hardness": partial(by_ids, hardness=0.5, positives="in"),
@@ -559,6 +570,41 @@ def not_a_number():
             assert not finite or torch.equal(value, clean)
 
 
+def unlike():
+    """What decides the sizes of transfers and what their bytes mean is compared first: on gloo they
+    end the process, and fp16 would be read as bf16."""
+    size, last = dist.get_world_size(), dist.get_rank() == dist.get_world_size() - 1
+    x = torch.ones(4, 6)
+
+    def both(features=x, chunk_size=2):
+        return lambda: ik.clip_loss(
+            features, features, 1.0, group=dist.group.WORLD, chunk_size=chunk_size
+        )
+
+    def under(**environment):
+        def call():
+            with patch.dict(os.environ, environment):
+                both()()
+
+        return call
+
+    for message, one, other in (
+        ("the width of keys .* got 6 on rank 0 and 5", both(), both(x[:, :5])),
+        (
+            "the dtype of keys .* torch.float16 on rank 0 and torch.bfloat16",
+            both(x.half()),
+            both(x.bfloat16()),
+        ),
+        ("chunk_size .* got 2 on rank 0 and None", both(), both(chunk_size=None)),
+        ("ITO_TRANSPORT .* gather on rank 0 and ring", both(), under(ITO_TRANSPORT="ring")),
+        ("ITO_GATHER_CACHE_BYTES .* and 0", both(), under(ITO_GATHER_CACHE_BYTES="0")),
+    ):
+        if size > 1:
+            with pytest.raises(ValueError, match=f"{message}.* on rank {size - 1}$"):
+                (other if last else one)()
+    both()()  # the group is whole
+
+
 class Traffic:
     """Bytes that this rank receives from others, by kind of collective."""
 
@@ -598,7 +644,7 @@ def traffic():
     for dtype, e in ((torch.float32, 4), (torch.bfloat16, 2)):
         x, y = (torch.randn(n, width, generator=g).to(dtype).requires_grad_() for _ in range(2))
         others = (size - 1) * n
-        small = {"sizes": (size - 1) * 16, "ids": others * 8}
+        small = {"sizes": (size - 1) * 56, "ids": others * 8}
         gathered, returned = others * width * e, others * width * 4
 
         def count(loss, budget, y=y):
@@ -720,7 +766,7 @@ CHECKS = {
 }
 for check in (
     *(subgroup, device_mesh, fully_sharded, accumulated, compiled_encoders, per_anchor, statistics),
-    *(modules, autocast, partly_kept, deterministic, not_a_number, traffic, memory),
+    *(modules, autocast, partly_kept, deterministic, not_a_number, unlike, traffic, memory),
 ):
     CHECKS[check.__name__] = check
 
@@ -805,10 +851,19 @@ def abandoned(where, how):
         return {"error": str(error), "seconds": time.monotonic() - start}
 
 
-@pytest.mark.parametrize("how", ["dies", "hangs"])
-@pytest.mark.parametrize("where", ["forward", "backward", "ring"])
-def test_a_rank_that_ends_ends_the_others(where, how):
-    first, _, third = ranks.run(abandoned, 3, where, how, seconds=3)
+ENDS = list(product(("forward", "backward", "ring"), ("dies", "hangs")))
+
+
+@pytest.fixture(scope="module")
+def ended():
+    with ThreadPoolExecutor(3) as pool:  # they sleep most of the time
+        found = pool.map(lambda end: ranks.run(abandoned, 3, *end, seconds=3), ENDS)
+        return dict(zip(ENDS, found, strict=True))
+
+
+@pytest.mark.parametrize(("where", "how"), ENDS)
+def test_a_rank_that_ends_ends_the_others(ended, where, how):
+    first, _, third = ended[where, how]
     message = {
         "forward": "all-gather of batch sizes",
         "backward": "all-gather of column statistics",

@@ -15,7 +15,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from ..similarity import dispatch, op
 from ..similarity.spec import Needs, Problem, Stats, Upstream, make_problem
-from .chunks import Chunk, Transport, flat
+from .chunks import Chunk, Transport, flat, gather_cache_bytes
 from .collectives import (
     Started,
     all_gather,
@@ -26,7 +26,9 @@ from .collectives import (
     process_group,
 )
 from .gradients import Logsumexp, Rows, SharedSum, Softplus, Sum
-from .transport import chosen_transport
+from .transport import TRANSPORTS, chosen_transport
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 def default_chunk(ranks: int) -> int:
@@ -68,6 +70,24 @@ def global_rows(count: int, group, device: torch.device) -> Tensor:
     return torch.arange(first, first + count, device=device)
 
 
+def _check_alike(names: list[str], values: list[list[int]]) -> None:
+    """Values of each rank: transfers of other sizes end the process on gloo and may hang or mix up
+    numbers elsewhere, as fp16 and bf16 do everywhere."""
+    shown = {
+        "the dtype of keys": lambda x: str(DTYPES[x]),
+        "chunk_size": lambda x: x or None,
+        "ITO_TRANSPORT": lambda x: list(TRANSPORTS)[x],
+    }
+    for rank, found in enumerate(values):
+        for name, first, x in zip(names, values[0], found, strict=True):
+            if x != first:
+                first, x = map(shown.get(name, int), (first, x))
+                raise ValueError(
+                    f"{name} must be the same on every rank, got {first} on rank 0 and {x} on"
+                    f" rank {rank}"
+                )
+
+
 class GlobalBatch:
     """The rows of all ranks of a group, of which this rank holds its own.
 
@@ -97,7 +117,17 @@ class GlobalBatch:
         self.group, self.chunk_size = process_group(group), chunk_size
         self._transport = chosen_transport()
         self.rank, self.size = dist.get_rank(self.group), dist.get_world_size(self.group)
-        self.sizes = gathered_sizes(self.group, queries.device, len(queries), len(keys))
+        alike = {
+            "the width of keys": keys.shape[1],
+            "the dtype of keys": DTYPES.index(keys.dtype),
+            "chunk_size": chunk_size or 0,
+            "ITO_TRANSPORT": list(TRANSPORTS.values()).index(self._transport),
+            "ITO_GATHER_CACHE_BYTES": gather_cache_bytes(),
+        }
+        numbers = len(queries), len(keys), *alike.values()
+        numbers = gathered_sizes(self.group, queries.device, *numbers)
+        self.sizes = numbers[:, :2]
+        _check_alike(list(alike), numbers[:, 2:].tolist())
         if query_ids is None or key_ids is None:
             rows, cols = self._numbers(0, queries.device), self._numbers(1, queries.device)
             if torch.equal(*self.sizes.T):
