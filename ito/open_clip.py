@@ -27,8 +27,8 @@ def export_open_clip(model: DualEncoder, tokenizer: Tokenizer, out: Path) -> Non
     if about["patch_size"] is None or about["image_encoder"] or about["text_encoder"]:
         raise ValueError(
             "--open-clip: open_clip has no towers like this run's (CNN stem, CLS of the patches' "
-            "mean, mean of the text's tokens, another package's); train with --patch-size, or export "
-            "with --onnx"
+            "mean, mean of the text's tokens, another package's); train with --patch-size, or "
+            "export with --onnx"
         )
     weights = {name: value.cpu().contiguous() for name, value in state_dict(model).items()}
     write_atomically(
