@@ -25,8 +25,10 @@ from ito.export import export, load
 from ito.precision import choose_precision
 from ito.ranks import Ranks
 from ito.recipes import PRESETS
+from ito.records import Skipped
 from ito.report import write_report
-from ito.source import open_dataset
+from ito.source import open_dataset, open_source
+from ito.stream import Stream, first_captions
 from ito.tokenizer import Tokenizer
 from ito.trainer import Trainer
 
@@ -46,9 +48,9 @@ def main(arguments: list[str] | None = None) -> Path:
                 folder = options.out or Path("runs") / datetime.now().strftime("%Y%m%d-%H%M%S")
                 config = from_options(options)
                 refuse_used(folder)
-        dataset = ranks.leader_first(lambda: open_dataset(config, options.cache))
+        scored, data = ranks.leader_first(lambda: open_data(config, options, ranks))
         with ranks.together():
-            run = Run(folder, config, dataset, options, ranks)
+            run = Run(folder, config, scored, data, options, ranks)
         began = time.perf_counter()
         step = run.train()
         if ranks.leads:
@@ -67,6 +69,9 @@ def run_options(parser: argparse.ArgumentParser) -> None:
         "your own --train-data (emoji-small)",
     )
     group.add_argument("--cache", type=Path, help="where prepared data lives (~/.cache/ito)")
+    group.add_argument(
+        "--workers", type=int, default=1, metavar="N", help="processes that read a --stream (1)"
+    )
     group.add_argument(
         "--precision",
         choices=("auto", "bf16", "fp32"),
@@ -111,6 +116,31 @@ def resumed_config(options: argparse.Namespace) -> Config:
     return config
 
 
+def open_data(
+    config: Config, options: argparse.Namespace, ranks: Ranks
+) -> tuple[Dataset, Dataset | Stream]:
+    """What is scored and what is trained on: one set in memory, or a set and this rank's stream."""
+    scored = open_dataset(config, options.cache)
+    if not config.stream:
+        return scored, scored
+    if config.batch_size % ranks.size:
+        raise ValueError(
+            f"--stream gives ranks equal parts: --batch-size {config.batch_size} is no multiple of "
+            f"{ranks.size} ranks"
+        )
+    if options.workers < 0:
+        raise ValueError(f"--workers must be at least 0, got {options.workers}")
+    return scored, Stream(
+        open_source(config, options.cache),
+        config.load_size,
+        config.batch_size // ranks.size,
+        seed=config.seed,
+        rank=ranks.rank,
+        world_size=ranks.size,
+        workers=options.workers,
+    )
+
+
 def refuse_used(run: Path) -> None:
     if run.exists() and (not run.is_dir() or any(run.iterdir())):
         raise FileExistsError(f"{run} exists; name another --out, or continue it with --resume")
@@ -148,7 +178,7 @@ def choose_device(name: str | None, saved: str | None, ranks: Ranks) -> torch.de
 class Run:
     """A run from its folder's newest checkpoint, or from scratch: set up, trained, finished.
 
-    Every rank computes; rank 0 alone evaluates and writes.
+    Every rank computes; rank 0 alone evaluates, on `dataset`, and writes.
 
     Raises ValueError and OSError naming what does not fit, before anything is written.
     """
@@ -158,14 +188,18 @@ class Run:
         folder: Path,
         config: Config,
         dataset: Dataset,
+        data: Dataset | Stream,
         options: argparse.Namespace,
         ranks: Ranks,
     ):
-        self.folder, self.config, self.dataset, self.ranks = folder, config, dataset, ranks
+        self.folder, self.config, self.ranks = folder, config, ranks
+        self.dataset, self.data = dataset, data
         self.log = Log(folder / "metrics.jsonl")
         state = load_checkpoint(folder) if options.resume else None
         machine = self.choose_machine(options, state)
-        print(f"data       {config.train_data}: {dataset.describe()}")
+        print(f"data       {config.train_data}: {data.describe()}")
+        if config.stream:
+            print(f"val        {config.val_data}: {dataset.describe()}")
         if dataset.skipped:
             print(report_skipped(dataset.skipped))
         for name, value in machine.items():
@@ -178,10 +212,9 @@ class Run:
             self.tokenizer = pretrained.tokenizer
             print(f"pretrained {config.pretrained}, step {pretrained.step}")
         else:
-            self.tokenizer = Tokenizer.train(
-                training_captions(dataset), config.vocab_size, config.context_length
-            )
-        self.trainer = Trainer(config, dataset, self.tokenizer, self.device, self.dtype, ranks)
+            captions = training_captions(data, config.tokenizer_captions)
+            self.tokenizer = Tokenizer.train(captions, config.vocab_size, config.context_length)
+        self.trainer = Trainer(config, data, self.tokenizer, self.device, self.dtype, ranks)
         if self.trainer.batches.size < config.batch_size:
             size, wanted = self.trainer.batches.size, config.batch_size
             print(f"batch      {size}: all training items there are; --batch-size is {wanted}")
@@ -222,7 +255,7 @@ class Run:
         }
 
     def resume(self, state: dict) -> None:
-        now = environment(self.device, self.dtype, self.dataset, self.ranks)
+        now = environment(self.device, self.dtype, self.data, self.ranks)
         for name, was in self.before.items():
             if now.get(name) != was:
                 print(f"warning    {name} was {was}, is {now.get(name)}: numbers may differ")
@@ -240,7 +273,7 @@ class Run:
         untrained = evaluate(self.trainer.model, self.tokenizer, self.dataset)
         create_run(self.folder, named)  # not before all of the input has passed
         self.config.save(self.folder / "config.json")
-        now = environment(self.device, self.dtype, self.dataset, self.ranks)
+        now = environment(self.device, self.dtype, self.data, self.ranks)
         text = json.dumps(now, indent=2) + "\n"
         (self.folder / "environment.json").write_text(text, encoding="utf-8")
         self.log.write("eval", 0, untrained)
@@ -268,7 +301,8 @@ class Run:
                 if last or step % config.log_every == 0:
                     seconds = time.perf_counter() - began
                     rate = (step - self.first) * self.trainer.batches.size * config.views / seconds
-                    speed = {"images_per_second": rate, "seconds": seconds}
+                    share = self.trainer.input_seconds / self.trainer.seconds
+                    speed = {"images_per_second": rate, "seconds": seconds, "input_share": share}
                     self.log.write("train", step, terms | speed)
                     bar.set_postfix_str(progress(terms, rate), refresh=False)
                 if last or step % config.eval_every == 0:
@@ -303,7 +337,11 @@ class Run:
         evaluations = self.log.read("eval")
         print(table({"before": evaluations[0], "after": evaluations[-1]}))
         if self.first < step:
+            share = 1 - self.trainer.input_seconds / self.trainer.seconds
             print(f"trained    {step - self.first} steps in {seconds:.0f} s")
+            print(f"compute    {share:.1%} of a step; the rest is its input")
+        if self.config.stream and self.data.skipped:
+            print(report_skipped([Skipped(*found) for found in self.data.skipped.items()]))
         for name, path in (
             ("model", folder / "model"),
             ("metrics", self.log.path),
@@ -319,7 +357,9 @@ def progress(terms: dict[str, float], rate: float) -> str:
     return " ".join([*parts, f"scale {terms['logit_scale']:.1f} {rate:.0f} img/s"])
 
 
-def environment(device: torch.device, dtype: torch.dtype, dataset: Dataset, ranks: Ranks) -> dict:
+def environment(
+    device: torch.device, dtype: torch.dtype, data: Dataset | Stream, ranks: Ranks
+) -> dict:
     """What the numbers depend on beside the configuration."""
     return {
         "python": platform.python_version(),
@@ -329,12 +369,15 @@ def environment(device: torch.device, dtype: torch.dtype, dataset: Dataset, rank
         "ranks": ranks.size,
         "threads": torch.get_num_threads(),
         "dtype": str(dtype),
-        "data": dataset.describe(),
+        "data": data.describe(),
     }
 
 
-def training_captions(dataset: Dataset) -> list[str]:
-    return [caption for item in dataset.training_items() for caption in dataset.captions[item]]
+def training_captions(data: Dataset | Stream, limit: int = Config.tokenizer_captions) -> list[str]:
+    """All of a set in memory, the first `limit` of a stream."""
+    if isinstance(data, Stream):
+        return first_captions(data.shards, limit)
+    return [caption for item in data.training_items() for caption in data.captions[item]]
 
 
 class Log:
