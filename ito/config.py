@@ -310,7 +310,7 @@ def from_options(options: argparse.Namespace, base: Config | None = None) -> Con
         for name, value in vars(options).items()
     }
     for name in ("train_data", "val_data", "pretrained"):
-        if given.get(name, EMOJI_SMALL) not in (EMOJI_SMALL, EMOJI_FULL):
+        if given.get(name, EMOJI_SMALL) not in (None, EMOJI_SMALL, EMOJI_FULL):
             given[name] = str(Path(given[name]).absolute())
     plain = {f.name: given[f.name] for f in dataclasses.fields(Config) if f.name in given}
     drawn = {name: given[name] for name in vars(DRAWINGS) if name in given}
