@@ -18,6 +18,7 @@ from tqdm import tqdm
 
 from ito.checkpoint import load_checkpoint, save_checkpoint, undamaged, write_atomically
 from ito.cli import user_errors
+from ito.compiled import choose_compile, compile_towers
 from ito.config import Config, add_options, from_options
 from ito.data import Dataset, report_skipped
 from ito.evaluate import evaluate, table
@@ -78,6 +79,7 @@ def run_options(parser: argparse.ArgumentParser) -> None:
         default="auto",
         help="of the towers; auto: bf16 where the processor multiplies it (auto)",
     )
+    group.add_argument("--compile", action="store_true", help="the towers, by torch.compile (no)")
     group.add_argument("--device", help="cpu, cuda, cuda:1, ... (a GPU where there is one)")
     group.add_argument(
         "--threads", type=thread_count, metavar="N", help="CPU threads (PyTorch's choice)"
@@ -215,6 +217,8 @@ class Run:
             captions = training_captions(data, config.tokenizer_captions)
             self.tokenizer = Tokenizer.train(captions, config.vocab_size, config.context_length)
         self.trainer = Trainer(config, data, self.tokenizer, self.device, self.dtype, ranks)
+        if self.compile:
+            compile_towers(self.trainer.model, self.trainer.objective)
         if self.trainer.batches.size < config.batch_size:
             size, wanted = self.trainer.batches.size, config.batch_size
             print(f"batch      {size}: all training items there are; --batch-size is {wanted}")
@@ -247,15 +251,32 @@ class Run:
             torch.set_num_threads(threads)
         self.device = choose_device(options.device, self.before.get("device"), self.ranks)
         self.dtype, reason = choose_precision(precision, self.device)
+        wanted = options.compile or self.before.get("compile", False)
+        self.compile, why = choose_compile(wanted, self.device)
         ranks = f"{self.ranks.size} ranks, each " if self.ranks.size > 1 else ""
         threads = f"{torch.get_num_threads()} threads"
         return {
             "machine": f"{ranks}{self.device}, {threads}, torch {torch.__version__}",
             "precision": f"{str(self.dtype).removeprefix('torch.')}: {reason}",
+            "compile": f"{'yes' if self.compile else 'no'}: {why}",
+        }
+
+    def environment(self) -> dict:
+        """What the numbers depend on beside the configuration."""
+        return {
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "machine": platform.machine(),
+            "device": str(self.device),
+            "ranks": self.ranks.size,
+            "threads": torch.get_num_threads(),
+            "dtype": str(self.dtype),
+            "compile": self.compile,
+            "data": self.data.describe(),
         }
 
     def resume(self, state: dict) -> None:
-        now = environment(self.device, self.dtype, self.data, self.ranks)
+        now = self.environment()
         for name, was in self.before.items():
             if now.get(name) != was:
                 print(f"warning    {name} was {was}, is {now.get(name)}: numbers may differ")
@@ -273,7 +294,7 @@ class Run:
         untrained = evaluate(self.trainer.model, self.tokenizer, self.dataset)
         create_run(self.folder, named)  # not before all of the input has passed
         self.config.save(self.folder / "config.json")
-        now = environment(self.device, self.dtype, self.data, self.ranks)
+        now = self.environment()
         text = json.dumps(now, indent=2) + "\n"
         (self.folder / "environment.json").write_text(text, encoding="utf-8")
         self.log.write("eval", 0, untrained)
@@ -355,22 +376,6 @@ def progress(terms: dict[str, float], rate: float) -> str:
     shown = [n for n in terms if n not in ("loss", "logit_scale", "logit_bias", "grad_norm", "lr")]
     parts = [f"{name} {terms[name]:.3f}" for name in shown]
     return " ".join([*parts, f"scale {terms['logit_scale']:.1f} {rate:.0f} img/s"])
-
-
-def environment(
-    device: torch.device, dtype: torch.dtype, data: Dataset | Stream, ranks: Ranks
-) -> dict:
-    """What the numbers depend on beside the configuration."""
-    return {
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "machine": platform.machine(),
-        "device": str(device),
-        "ranks": ranks.size,
-        "threads": torch.get_num_threads(),
-        "dtype": str(dtype),
-        "data": data.describe(),
-    }
 
 
 def training_captions(data: Dataset | Stream, limit: int = Config.tokenizer_captions) -> list[str]:

@@ -353,6 +353,7 @@ def test_a_streamed_run_resumes_to_the_same_numbers(tmp_path, capsys):
     assert "a stream of 2 shards" in told
     assert "val: 8 pictures, 8 captions" in told
     assert "skipped 1 records:" in told
+    assert "compile    no: " in told
     assert re.search(r"compute +\d+\.\d% of a step", told)
     lines = [json.loads(line) for line in (whole / "metrics.jsonl").open()]
     assert all(0 < line["input_share"] < 1 for line in lines if line["kind"] == "train")

@@ -22,10 +22,12 @@ from ito import export, prepare, train
 from ito.augment import CROP, DRAWINGS, PAPER, Augmentation
 from ito.batches import Batches
 from ito.cli import user_errors
+from ito.compiled import choose_compile, compile_towers
 from ito.config import Config, add_options, from_options
 from ito.data import load_dataset
 from ito.encoders import DualEncoder
 from ito.evaluate import embed_images, embed_texts, evaluate
+from ito.fusion import Fusion
 from ito.metrics import retrieval
 from ito.precision import choose_precision
 from ito.ranks import Ranks
@@ -388,6 +390,31 @@ def test_command_lines_of_a_finished_run(finished, tmp_path):
 
 
 # --- bad input ---
+
+
+def test_what_is_compiled_is_asked_for(monkeypatch):
+    model = DualEncoder(
+        image_size=16,
+        width=16,
+        heads=2,
+        image_depth=3,
+        text_depth=1,
+        vocab_size=300,
+        context_length=8,
+    )
+    trained = torch.nn.ModuleList([model, Fusion(2, 16, depth=2)])
+    found = []
+    monkeypatch.setattr(torch.nn.Module, "compile", found.append)
+    compile_towers(*trained)
+    stem = trained[0].image.stem
+    blocks = [m for m in trained.modules() if type(m).__name__ == "Block"]
+    assert len(blocks) == 3 + 1 + 2
+    assert {id(m) for m in found} == {id(m) for m in (stem, *blocks)}
+    for device in ("cpu", "cuda"):
+        wanted, why = choose_compile(False, torch.device(device))
+        assert not wanted
+        assert why.endswith("--compile asks for it")
+        assert choose_compile(True, torch.device(device)) == (True, "asked for")
 
 
 def test_help_groups_the_options(capsys):

@@ -1,0 +1,27 @@
+"""Whether torch.compile compiles the towers, and why."""
+
+import torch
+from torch import nn
+
+from ito.encoders import Block, ImageEncoder
+
+
+def choose_compile(wanted: bool, device: torch.device) -> tuple[bool, str]:
+    """Whether to compile, and the reason in words. Nothing is compiled that was not asked for."""
+    if wanted:
+        return True, "asked for"
+    if device.type == "cuda":
+        return False, "not measured on a GPU; --compile asks for it"
+    return False, "REASON; --compile asks for it"
+
+
+def compile_towers(*modules: nn.Module) -> None:
+    """Every transformer block and the image tower's stem, in place: weights keep their names.
+
+    Compiled at first use, for sizes as they come. Numbers change by rounding.
+    """
+    for module in (part for whole in modules for part in whole.modules()):
+        if isinstance(module, Block):
+            module.compile()
+        elif isinstance(module, ImageEncoder):
+            module.stem.compile()
