@@ -25,6 +25,9 @@ from itertools import accumulate, product
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
+from ito_kernels.distributed.batch import default_chunk
+from ito_kernels.distributed.chunks import GATHER_CACHE_BYTES as CACHE
+
 RESULTS = Path(__file__).parent / "results"
 ALL_RANKS = [1 << k for k in range(3, 13)]
 RANKS = (8, 64, 512, 4096)  # of the table
@@ -32,7 +35,6 @@ BATCHES = (1 << 15, 1 << 17, 1 << 19, 1 << 20, 1 << 22)
 LEAST_ROWS = 8  # of a rank
 LEAST_CHUNK = 2048
 ENOUGH = 1.02  # a chunk is chosen that is this close to the fastest
-MIN_CHUNK, CACHE = 8192, 64 << 20  # defaults of ito_kernels.distributed
 WIDE = 4  # bytes of what is summed
 PANEL = 256 << 20  # bytes of the GPU kernels' W panel: docs/gpu-static.md
 MIB = 1 << 20
@@ -83,7 +85,7 @@ class Step(NamedTuple):
 
     def chunks(self) -> list[Chunk]:
         """An all-gather's are the same part of everyone's keys, a ring's a part of one rank's."""
-        size = self.chunk or max(MIN_CHUNK, self.rows)
+        size = self.chunk or default_chunk(self.ranks)
         ring = self.transport == "ring"
         part = min(size if ring else -(-size // self.ranks), self.rows)
         parts = [min(part, self.rows - start) for start in range(0, self.rows, part)]
@@ -101,7 +103,7 @@ class Step(NamedTuple):
         chunks, others = self.chunks(), (self.ranks - 1) * self.rows
         again = chunks[self.kept() :] * (len(LOSSES[self.loss]) - 1)
         out = {
-            "sizes": (self.ranks - 1) * 16,
+            "sizes": (self.ranks - 1) * 56,
             "ids": others * 8,
             "keys": sum(c.travelled for c in chunks + again) * self.dim * self.itemsize,
             "gradients": sum(c.travelled for c in chunks) * self.dim * WIDE,
@@ -217,7 +219,7 @@ def exchanges(step: Step, machine: Machine) -> float:
     """What is not in the walks: the call, sizes, ids, the columns' statistics, and the sums of the
     loss and of its anchors."""
     ranks, others = step.ranks, (step.ranks - 1) * step.rows
-    seconds = machine.call + machine.all_gather(ranks, (ranks - 1) * 16)
+    seconds = machine.call + machine.all_gather(ranks, (ranks - 1) * 56)
     seconds += machine.all_gather(ranks, others * 8) + 2 * machine.all_reduce(ranks)
     if step.loss == "clip":
         seconds += machine.all_to_all(ranks, others * WIDE * STATISTICS["forward"])
@@ -297,11 +299,13 @@ class Gpu:
         self.name, self.network = name, NETWORKS[name]
         self.host, self.call = HOST, CALL
         self.chip = static["chips"][CHIPS[name]]
-        self.predictions = [p for p in static["predictions"] if p["chip"] == CHIPS[name]]
+        self.predictions = [
+            p for p in static["predictions"] if (p["chip"], p["kernels"]) == (CHIPS[name], "triton")
+        ]
         self.tiles = {
             kernel: next(
                 row["tile"][:2]
-                for row in static["kernels"]
+                for row in static["kernels"]["triton"]
                 if (row["arch"], row["arithmetic"], row["kernel"])
                 == (self.chip["arch"], "half", kernel)
             )

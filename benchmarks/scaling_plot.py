@@ -100,12 +100,12 @@ def _memory(ax: Axes, dim: int, loss: str) -> None:
     ax.set_title("Memory over the global batch")
     batches = [1 << k for k in range(15, 23)]
     steps = [Step(batch // MEMORY_ROWS, MEMORY_ROWS, dim, loss=loss) for batch in batches]
-    tenth = [step._replace(chunk=max(8192, step.batch // 8)) for step in steps]
+    tenth = [step._replace(chunk=max(1 << 15, step.batch // 8)) for step in steps]
     lines = (
         ("open_clip", [open_clip_memory(s, False) for s in steps], THEIRS, 1.3),
         ("open_clip,\nlocal_loss", [open_clip_memory(s, True) for s in steps], EAGER, 1.3),
         ("chunks of B / 8", [s.memory() + panel(s) for s in tenth], OURS_OTHER, 2.2),
-        ("chunks of 8,192", [s.memory() + panel(s) for s in steps], OURS, 2.2),
+        ("default chunks", [s.memory() + panel(s) for s in steps], OURS, 2.2),
     )
     for name, values, colour, width in lines:
         ax.plot(batches, values, color=colour, linewidth=width)

@@ -559,6 +559,41 @@ def not_a_number():
             assert not finite or torch.equal(value, clean)
 
 
+def unlike():
+    """What decides the sizes of transfers and what their bytes mean is compared first: on gloo they
+    end the process, and fp16 would be read as bf16."""
+    size, last = dist.get_world_size(), dist.get_rank() == dist.get_world_size() - 1
+    x = torch.ones(4, 6)
+
+    def both(features=x, chunk_size=2):
+        return lambda: ik.clip_loss(
+            features, features, 1.0, group=dist.group.WORLD, chunk_size=chunk_size
+        )
+
+    def under(**environment):
+        def call():
+            with patch.dict(os.environ, environment):
+                both()()
+
+        return call
+
+    for message, one, other in (
+        ("the width of keys .* got 6 on rank 0 and 5", both(), both(x[:, :5])),
+        (
+            "the dtype of keys .* torch.float16 on rank 0 and torch.bfloat16",
+            both(x.half()),
+            both(x.bfloat16()),
+        ),
+        ("chunk_size .* got 2 on rank 0 and None", both(), both(chunk_size=None)),
+        ("ITO_TRANSPORT .* gather on rank 0 and ring", both(), under(ITO_TRANSPORT="ring")),
+        ("ITO_GATHER_CACHE_BYTES .* and 0", both(), under(ITO_GATHER_CACHE_BYTES="0")),
+    ):
+        if size > 1:
+            with pytest.raises(ValueError, match=f"{message}.* on rank {size - 1}$"):
+                (other if last else one)()
+    both()()  # the group is whole
+
+
 class Traffic:
     """Bytes that this rank receives from others, by kind of collective."""
 
@@ -598,7 +633,7 @@ def traffic():
     for dtype, e in ((torch.float32, 4), (torch.bfloat16, 2)):
         x, y = (torch.randn(n, width, generator=g).to(dtype).requires_grad_() for _ in range(2))
         others = (size - 1) * n
-        small = {"sizes": (size - 1) * 16, "ids": others * 8}
+        small = {"sizes": (size - 1) * 56, "ids": others * 8}
         gathered, returned = others * width * e, others * width * 4
 
         def count(loss, budget, y=y):
@@ -720,7 +755,7 @@ CHECKS = {
 }
 for check in (
     *(subgroup, device_mesh, fully_sharded, accumulated, compiled_encoders, per_anchor, statistics),
-    *(modules, autocast, partly_kept, deterministic, not_a_number, traffic, memory),
+    *(modules, autocast, partly_kept, deterministic, not_a_number, unlike, traffic, memory),
 ):
     CHECKS[check.__name__] = check
 

@@ -16,7 +16,6 @@ import torch.distributed as dist
 from test_distributed import Traffic
 
 import ito_kernels as ik
-from ito_kernels.distributed import batch, chunks
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "benchmarks"))
@@ -152,7 +151,6 @@ def test_memory_is_the_documented_bound():
     local, chunk, rows = map(int, re.search(pattern, text).groups())
     step = Step(8, 512, 256, chunk=1024, cache=0)
     assert step.memory() == 4 * 256 * (local * 512 + chunk * 1024) + rows * 8 * 512
-    assert (model.MIN_CHUNK, model.CACHE) == (batch.MIN_CHUNK, chunks.GATHER_CACHE_BYTES)
 
 
 def test_the_page_shows_what_the_model_says():

@@ -15,7 +15,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from ..similarity import dispatch, op
 from ..similarity.spec import Needs, Problem, Stats, Upstream, make_problem
-from .chunks import Chunk, Transport, flat
+from .chunks import Chunk, Transport, flat, gather_cache_bytes
 from .collectives import (
     Started,
     all_gather,
@@ -26,10 +26,16 @@ from .collectives import (
     process_group,
 )
 from .gradients import Logsumexp, Rows, SharedSum, Softplus, Sum
-from .transport import chosen_transport
+from .transport import TRANSPORTS, chosen_transport
 
-# Enough rows for full-speed matrix products; 16 MiB of keys at D = 512 in fp32.
-MIN_CHUNK = 8192
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def default_chunk(ranks: int) -> int:
+    """Keys gathered at a time. With fewer than 512 of each rank the latency of a transfer counts
+    more than what overlaps: within 13 % of the best up to 256 GPUs (docs/scaling.md); 131,072 at
+    D = 512 are 256 MiB in fp32, and as much again for each of a chunk's other three matrices."""
+    return min(max(512 * ranks, 32768), 131072)
 
 
 def not_compiled(method: Callable) -> Callable:
@@ -64,6 +70,24 @@ def global_rows(count: int, group, device: torch.device) -> Tensor:
     return torch.arange(first, first + count, device=device)
 
 
+def _check_alike(names: list[str], values: list[list[int]]) -> None:
+    """Values of each rank: transfers of other sizes end the process on gloo and may hang or mix up
+    numbers elsewhere, as fp16 and bf16 do everywhere."""
+    shown = {
+        "the dtype of keys": lambda x: str(DTYPES[x]),
+        "chunk_size": lambda x: x or None,
+        "ITO_TRANSPORT": lambda x: list(TRANSPORTS)[x],
+    }
+    for rank, found in enumerate(values):
+        for name, first, x in zip(names, values[0], found, strict=True):
+            if x != first:
+                first, x = map(shown.get(name, int), (first, x))
+                raise ValueError(
+                    f"{name} must be the same on every rank, got {first} on rank 0 and {x} on"
+                    f" rank {rank}"
+                )
+
+
 class GlobalBatch:
     """The rows of all ranks of a group, of which this rank holds its own.
 
@@ -73,7 +97,7 @@ class GlobalBatch:
         query_ids, key_ids: (n,) and (m,) integers, equal across ranks for positives; by default
             the row numbers in the global batch. Negative ids are padding.
         chunk_size: keys that a rank gets at a time: of all ranks, rounded up to as many from each;
-            on a ring of one. By default as many as the largest local batch, at least 8,192.
+            on a ring of one. By default 512 of each rank, from 32,768 to 131,072.
 
     Its sums and statistics are those of the global batch, and so are gradients if every rank
     differentiates what it was given and parameters' gradients are *averaged* over ranks, as
@@ -93,7 +117,17 @@ class GlobalBatch:
         self.group, self.chunk_size = process_group(group), chunk_size
         self._transport = chosen_transport()
         self.rank, self.size = dist.get_rank(self.group), dist.get_world_size(self.group)
-        self.sizes = gathered_sizes(self.group, queries.device, len(queries), len(keys))
+        alike = {
+            "the width of keys": keys.shape[1],
+            "the dtype of keys": DTYPES.index(keys.dtype),
+            "chunk_size": chunk_size or 0,
+            "ITO_TRANSPORT": list(TRANSPORTS.values()).index(self._transport),
+            "ITO_GATHER_CACHE_BYTES": gather_cache_bytes(),
+        }
+        numbers = len(queries), len(keys), *alike.values()
+        numbers = gathered_sizes(self.group, queries.device, *numbers)
+        self.sizes = numbers[:, :2]
+        _check_alike(list(alike), numbers[:, 2:].tolist())
         if query_ids is None or key_ids is None:
             rows, cols = self._numbers(0, queries.device), self._numbers(1, queries.device)
             if torch.equal(*self.sizes.T):
@@ -127,7 +161,7 @@ class GlobalBatch:
 
     @property
     def transport(self) -> Transport:
-        chunk_size = self.chunk_size or max(MIN_CHUNK, self.most_keys)
+        chunk_size = self.chunk_size or default_chunk(self.size)
         return self._transport(self.group, self.most_keys, chunk_size)
 
     def numbers(self, side: int) -> range:
