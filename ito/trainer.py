@@ -214,5 +214,5 @@ def between(start: "float | torch.cuda.Event", end: "float | torch.cuda.Event") 
     """Seconds from one `Trainer.now()` to another."""
     if isinstance(start, float):
         return end - start
-    end.synchronize()  # waits for nothing new: the loss was read after it
+    end.synchronize()  # no wait: the loss was read before it
     return start.elapsed_time(end) / 1000
