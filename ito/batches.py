@@ -69,7 +69,9 @@ class Batches:
         rows, ids = self.choose(step)
         mine = self.ranks.share(self.size)
         places = torch.arange(rows.numel()).view(rows.shape)[:, mine]
-        return Batch(self.images[rows[:, mine]], places, rows.numel(), ids, mine)
+        # not images[rows]: 2.3 ms for 128 pictures of 64 px on one core, this 0.2
+        pictures = self.images.index_select(0, rows[:, mine].flatten().to(self.images.device))
+        return Batch(pictures.unflatten(0, places.shape), places, rows.numel(), ids, mine)
 
     def choose(self, step: int) -> tuple[Tensor, Tensor]:
         """The whole batch: indices into `dataset.images` (V, N), and token ids (C, N, L).
