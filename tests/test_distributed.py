@@ -7,7 +7,9 @@ import os
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from functools import cache, partial
+from itertools import product
 from unittest.mock import patch
 
 import pytest
@@ -203,6 +205,15 @@ LOSSES = {
         **o,
     ),
     "margin, diagonal": partial(infonce, false_negative_margin=0.1, debias=0.1),
+    "margin, smoothing": partial(
+        margin, label_smoothing=0.2, queue=QUEUE, queue_ids=QUEUE_IDS, exclude_self=True
+    ),
+    "margin, scale per query": lambda x, y, s, b, r, **o: margin(
+        x, y, s * (1 + r.to(s.dtype) / N), b, r, positives="in", label_smoothing=0.2, **o
+    ),
+    "margin, diagonal, scale per query": lambda x, y, s, b, r, **o: ik.clip_loss(
+        x, y, s * (1 + r.to(s.dtype) / N), false_negative_margin=0.1, hardness=0.5, **o
+    ),
     "debias": partial(by_ids, debias=0.1),
     "debias per query": lambda x, y, s, b, r, **o: by_ids(x, y, s, b, r, debias=PRIORS[r], **o),
     "hardness": partial(by_ids, hardness=0.5, positives="in"),
@@ -840,10 +851,19 @@ def abandoned(where, how):
         return {"error": str(error), "seconds": time.monotonic() - start}
 
 
-@pytest.mark.parametrize("how", ["dies", "hangs"])
-@pytest.mark.parametrize("where", ["forward", "backward", "ring"])
-def test_a_rank_that_ends_ends_the_others(where, how):
-    first, _, third = ranks.run(abandoned, 3, where, how, seconds=3)
+ENDS = list(product(("forward", "backward", "ring"), ("dies", "hangs")))
+
+
+@pytest.fixture(scope="module")
+def ended():
+    with ThreadPoolExecutor(3) as pool:  # they sleep most of the time
+        found = pool.map(lambda end: ranks.run(abandoned, 3, *end, seconds=3), ENDS)
+        return dict(zip(ENDS, found, strict=True))
+
+
+@pytest.mark.parametrize(("where", "how"), ENDS)
+def test_a_rank_that_ends_ends_the_others(ended, where, how):
+    first, _, third = ended[where, how]
     message = {
         "forward": "all-gather of batch sizes",
         "backward": "all-gather of column statistics",

@@ -37,6 +37,10 @@ def run(loss, n):
         "queue": lambda: infonce(a, b, 10.0, **by_id, **queue),
         "hard negatives": lambda: infonce(a, b, 10.0, hard_negatives=c[:, None], **by_id),
         "margin": lambda: infonce(a, b, 10.0, false_negative_margin=0.1, **by_id),
+        "smoothed margin": lambda: infonce(
+            a, b, a.new_full((n,), 10.0), false_negative_margin=0.1, label_smoothing=0.1, **by_id,
+            **queue,
+        ),
         "debias and hardness": lambda: infonce(a, b, 10.0, debias=0.1, hardness=0.5, **by_id),
         "decoupled": lambda: ik.decoupled_contrastive_loss(a, b, 10.0, **by_id),
         "decoupled softmax": lambda: ik.decoupled_softmax_loss(a, b, 10.0, **by_id),

@@ -520,6 +520,9 @@ BAD = [
     (TypeError, "key_weights must have a floating-point dtype", {"key_weights": IDS}),
     (ValueError, "query_weights must be 0 or more, got -1 to 1", {"query_weights": 1 - IDS / 2}),
     (ValueError, "key_weights must be 0 or more, got -1 to 1", {"key_weights": 1 - IDS / 2}),
+    (ValueError, "key_weights must be 0 or more, got nan to nan", {"key_weights": 0 * IDS / 0}),
+    (TypeError, "symmetric must be True or False, got 'no'", {"symmetric": "no"}),
+    (TypeError, "normalize must be True or False, got None", {"normalize": None}),
     (
         ValueError,
         "positive_weights must be 0 or more, got -1 to -1",

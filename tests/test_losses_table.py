@@ -37,6 +37,7 @@ def infonce(test: str, **options):
 BY_ID = {"query_ids": IDS, "key_ids": IDS}
 WEIGHTS = torch.linspace(0.5, 2, N)
 PAIRS = torch.stack([torch.arange(N), (torch.arange(N) * 5) % N], 1)
+MARGIN = "false_negative_margin, label_smoothing, logit_scale per query"
 SOFT = "test_soft_targets"
 CLUSTERS = {
     "query_clusters": torch.arange(N) % 3,
@@ -80,6 +81,12 @@ ROWS = {
         "hard_negatives": infonce(f"{OPTIONS}::test_by_ids", hard_negatives=lambda z: z[:, None]),
         "false_negative_margin": infonce(
             "test_losses_margin.py::test_both_directions", false_negative_margin=0.1, **BY_ID
+        ),
+        MARGIN: (
+            lambda x, y, z, **where: ik.multi_positive_infonce(
+                x, y, SCALE * WEIGHTS, false_negative_margin=0.1, label_smoothing=0.1, **where
+            ),
+            "test_losses_margin.py::test_what_the_kernels_do_not_sum",
         ),
         "debias": infonce(f"{OPTIONS}::test_by_ids", debias=0.1, **BY_ID),
         "debias per query": infonce(
@@ -325,7 +332,7 @@ ROWS = {
     },
 }
 # what a backend leaves to others
-REFUSED = {("triton", "false_negative_margin")}
+REFUSED = {("triton", "false_negative_margin"), ("triton", MARGIN)}
 # tested in test_distributed.py
 ELSEWHERE = ("group", "chunk_size")
 CASES = [(loss, option) for loss, rows in ROWS.items() for option in rows]

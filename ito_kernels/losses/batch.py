@@ -13,8 +13,10 @@ import torch
 from torch import Tensor
 
 from ..distributed import GlobalBatch, LocalBatch, check_chunk_size, global_rows, whole_batch
-from ..similarity.pairs import count_positives
-from ..similarity.spec import Stats, check_ids, check_pair, check_scale
+from ..similarity.pairs import count_positives, features, finite_shift
+from ..similarity.spec import Problem, Stats, check_ids, check_pair, check_scale
+from .common import check_flags
+from .panels import barred_by, log_sums, sums_of_rest
 from .precision import accumulated, as_autocast, inner
 
 OTHER = {"row": "col", "col": "row"}
@@ -88,6 +90,8 @@ class Batch:
             stats = call(cols=False, col_bias=bias, row_limit=self.row_limit)
             if self.symmetric and self.col_limit is None:
                 stats = Stats(*stats[:4], *call(rows=False)[4:])
+            elif self.symmetric and self.scale.ndim:
+                stats = Stats(*stats[:4], *self._limited_columns(power, **what))
             elif self.symmetric:
                 stats = Stats(*stats[:4], *self._swapped().statistics(power, **what)["row"])
         found = {"row": Direction(*stats[:4]), "col": Direction(*stats[4:])}
@@ -119,6 +123,41 @@ class Batch:
             col_limit=None,
         )
 
+    def _limited_columns(
+        self, power: float, positives: str | None = None, exclude_positives: bool = False
+    ) -> Direction:
+        """The keys' direction with a limit for each key and a scale for each query, which no kernel
+        has: the logsumexp in panels. The positives, which no limit leaves out, are a kernel's."""
+        problem = self._swapped()._mask(exclude_positives=exclude_positives)
+        scale = power * self.whole.rows(self.scale)
+        top, _, (logsum,) = log_sums(*features(problem), scale, None, barred_by(problem), (1.0,))
+        if positives is None:
+            return Direction(top, logsum, None, None)
+        stats = self.logsumexp(
+            power, rows=False, positives=positives, exclude_positives=exclude_positives
+        )
+        number = self.positives("col") if positives == "linear" else 1
+        pos = stats.col_pos + number * (finite_shift(stats.col_max) - finite_shift(top))
+        return Direction(top, logsum, pos, None)
+
+    def _mask(self, **flags) -> Problem:
+        """Which of everyone's keys each query is compared with: a matter of ids and inner products,
+        not of the scale."""
+        return Problem(
+            self.queries,
+            self.whole.rows(self.keys),
+            self.scale.new_ones(()),
+            row_ids=self.query_ids,
+            col_ids=None if self.key_ids is None else self.whole.rows(self.key_ids),
+            row_limit=self.row_limit,
+            exclude_self=self.exclude_self,
+            diagonal=self.whole.numbers(0).start,
+            **flags,
+        )
+
+    def _limited(self, side: str) -> bool:
+        return (self.row_limit if side == "row" else self.col_limit) is not None
+
     def positives(self, side: str) -> Tensor:
         """k, the number of keys (queries) with the id of each anchor."""
         if self.query_ids is None:
@@ -131,10 +170,11 @@ class Batch:
 
     def candidates(self, side: str) -> Tensor:
         """How many keys (queries) each anchor is compared with."""
-        if (self.row_limit if side == "row" else self.col_limit) is not None:
+        if self._limited(side):
             # only the kernels see which are left: with all scores 0 the sum counts them
             batch = self if side == "row" else self._swapped()
             with torch.no_grad():
+                batch = replace(batch, scale=self.scale.new_ones(()))
                 return batch.statistics(0.0)["row"].logsum.exp().round()
         n, m = len(self.features(side)), len(self.features(OTHER[side]))
         others = self.ids(OTHER[side])
@@ -151,8 +191,13 @@ class Batch:
         where = torch.ones_like(losses, dtype=torch.bool) if ids is None else ids >= 0
         return self.whole.mean_where(losses, where)
 
-    def total(self, side: str) -> Tensor:
-        """Σ S over the candidates of each anchor, in O((N + M)·D)."""
+    def total(self, side: str) -> tuple[Tensor, Tensor]:
+        """Σ S over the candidates of each anchor and their number, in O((N + M)·D)."""
+        bias = self.bias(side)
+        if bias is not None and self.key_ids is not None:
+            bias = bias.masked_fill(self.key_ids < 0, 0)
+        if self._limited(side):
+            return self._limited_total(side, bias)
 
         def clean(x: Tensor, ids: Tensor | None) -> Tensor:
             x = accumulated(x)
@@ -164,13 +209,23 @@ class Batch:
         total = (mine * self.whole.shared_sum(others.sum(0))).sum(1)
         if self.exclude_self:
             total = total - inner(rows, cols)
-        bias = self.bias(side)
         if bias is not None:
-            if self.key_ids is not None:
-                bias = bias.masked_fill(self.key_ids < 0, 0)
             everyones = self.whole.shared_sum(bias.sum())
             total = total + everyones - (bias if self.exclude_self else 0)
-        return total
+        return total, self.candidates(side)
+
+    def _limited_total(self, side: str, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Linear in the other side's rows: only the mask takes products of all pairs."""
+        problem = (self if side == "row" else self._swapped())._mask()
+        mine, others = features(problem)
+        if side == "row":
+            mine = self.scale.reshape(-1, 1) * mine
+        else:
+            others = self.whole.rows(self.scale.expand(len(self.queries)))[:, None] * others
+        ones = others.new_ones(len(others))
+        bias = torch.zeros_like(ones) if bias is None else self.whole.rows(bias)
+        sums = sums_of_rest(problem, torch.cat([others, bias[:, None], ones[:, None]], 1))
+        return (mine * sums[:, :-2]).sum(1) + sums[:, -2], sums[:, -1].detach()
 
 
 def make_batch(
@@ -187,6 +242,7 @@ def make_batch(
 ) -> Batch:
     """A checked batch. `promote`: bf16 and fp16 features in fp32, those of autocast too."""
     check_chunk_size(chunk_size)
+    check_flags(symmetric=symmetric)
     check_pair("queries", queries, "keys", keys)
     scale = check_scale("logit_scale", logit_scale, queries)
     n, m, device = len(queries), len(keys), queries.device

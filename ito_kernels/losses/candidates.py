@@ -1,7 +1,7 @@
 """Candidates of the queries beyond the batch: a queue of keys, and hard negatives of each query.
 
 All are negatives. Both give, for each query and relative to a constant `shift` (N,) of the scores:
-log Σ exp(power·(S - shift)) over its candidates, Σ (S - shift), and their number.
+log Σ exp(power·(S - shift)) over its candidates, their number, and Σ (S - shift) with it.
 """
 
 from __future__ import annotations
@@ -11,9 +11,10 @@ from torch import Tensor
 
 from ..similarity import similarity_logsumexp
 from ..similarity.pairs import count_positives, finite_shift
-from ..similarity.spec import Stats
+from ..similarity.spec import Problem, Stats
 from .batch import Batch
 from .options import Options
+from .panels import sums_of_rest
 from .precision import accumulated
 
 
@@ -68,15 +69,32 @@ class Queue:
         same = count_positives(self.rows, self.cols)
         return ((self.cols >= 0).sum() - same).to(self.batch.scale.dtype)
 
-    def total(self, shift: Tensor) -> Tensor:
-        keys = accumulated(self.queue).masked_fill((self.cols < 0)[:, None], 0).sum(0)
+    def total(self, shift: Tensor) -> tuple[Tensor, Tensor]:
+        keys = accumulated(self.queue).masked_fill((self.cols < 0)[:, None], 0)
         rows = accumulated(self.batch.queries).masked_fill((self.rows < 0)[:, None], 0)
-        total = self.batch.scale * (rows * keys).sum(1) - self.number() * shift
+        if self.batch.row_limit is not None:
+            sums = sums_of_rest(self._mask(), torch.cat([keys, torch.ones_like(keys[:, :1])], 1))
+            number = sums[:, -1]
+            return self.batch.scale * (rows * sums[:, :-1]).sum(1) - number * shift, number
+        number = self.number()
+        total = self.batch.scale * (rows * keys.sum(0)).sum(1) - number * shift
         if self.alike:
             stats = self._statistics(1.0, positives="linear")
             same = count_positives(self.rows, self.cols)
             total = total - (stats.row_pos + same * finite_shift(stats.row_max))
-        return total
+        return total, number
+
+    def _mask(self) -> Problem:
+        """Which rows of the queue each query is compared with."""
+        return Problem(
+            self.batch.queries,
+            self.queue,
+            self.batch.scale,
+            row_ids=self.rows,
+            col_ids=self.cols,
+            row_limit=self.batch.row_limit,
+            exclude_positives=True,
+        )
 
 
 class HardNegatives:
@@ -90,10 +108,11 @@ class HardNegatives:
             hard_negatives = hard_negatives.masked_fill(padded[:, :, None], 0)
         products = torch.bmm(accumulated(hard_negatives), rows[:, :, None])
         products = products.squeeze(2)
-        self.scores = batch.scale.reshape(-1, 1) * products
+        self.beyond = torch.zeros_like(products, dtype=torch.bool)
         if batch.row_limit is not None:
-            beyond = products > batch.row_limit[:, None]
-            self.scores = self.scores.masked_fill(beyond, -torch.inf)
+            self.beyond = products > batch.row_limit[:, None]
+        scores = batch.scale.reshape(-1, 1) * products
+        self.scores = scores.masked_fill(self.beyond, -torch.inf)
 
     def logsumexp(self, power: float, shift: Tensor) -> Tensor:
         scores = power * (self.scores - shift[:, None])
@@ -102,7 +121,8 @@ class HardNegatives:
         return total.masked_fill(nothing, -torch.inf)
 
     def number(self) -> Tensor:
-        return (self.scores != -torch.inf).sum(1)
+        return (~self.beyond).sum(1)
 
-    def total(self, shift: Tensor) -> Tensor:
-        return (self.scores - shift[:, None]).sum(1)
+    def total(self, shift: Tensor) -> tuple[Tensor, Tensor]:
+        scores = (self.scores - shift[:, None]).masked_fill(self.beyond, 0)
+        return scores.sum(1), self.number()

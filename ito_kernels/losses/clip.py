@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..distributed import check_chunk_size, whole_batch
 from ..similarity.spec import accumulate_dtype, cast, check_ids, check_pair, check_scale, scalar
-from .common import REDUCTIONS, check_choice, normalized
+from .common import REDUCTIONS, check_choice, check_flags, normalized
 from .infonce import multi_positive_infonce
 
 
@@ -80,6 +80,7 @@ def siglip_loss(
     Source: Zhai et al. 2023 (SigLIP), eq. 1.
     """
     check_chunk_size(chunk_size)
+    check_flags(normalize=normalize)
     check_choice("reduction", reduction, REDUCTIONS)
     check_pair("image_features", image_features, "text_features", text_features)
     check_scale("logit_scale", logit_scale, image_features)

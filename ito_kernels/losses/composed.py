@@ -48,6 +48,8 @@ def infonce_with_options(
     """The arguments of `multi_positive_infonce`, checked but for the options; queries and keys are
     normalised where that is asked for."""
     scale = check_scale("logit_scale", logit_scale, queries)
+    if options.false_negative_margin is not None and isinstance(whole, GlobalBatch):
+        scale = _of_one_kind(scale, whole, len(queries))
     o = check_options(
         options, queries, keys, scale, whole, positives=positives, symmetric=symmetric
     )
@@ -56,7 +58,7 @@ def infonce_with_options(
     o = o.with_candidates(as_autocast)
     same = keys is queries
     queries, keys = as_autocast(queries), as_autocast(keys)
-    if o.meets_outside:  # the kernels: what cancels there was rounded before
+    if o.meets_outside(scale, symmetric):  # the kernels: what cancels there was rounded before
         queries, keys = accumulated(queries), accumulated(keys)
     with without_autocast(queries.device):
         batch = Batch(
@@ -79,6 +81,13 @@ def infonce_with_options(
         if symmetric:
             loss = losses if reduction == "none" else 0.5 * (losses[0] + losses[1])
         return (loss, _diagnostics(batch, anchors)) if return_stats else loss
+
+
+def _of_one_kind(scale: Tensor, whole: GlobalBatch, queries: int) -> Tensor:
+    """One for each query on all ranks or on none, which choose their collectives by it: a scale of
+    shape (1,) reads as 0-d, also that of a rank with one query."""
+    per_query = whole.largest(scale.new_tensor(float(scale.ndim))) > 0
+    return scale.expand(queries) if per_query else scale
 
 
 class _Anchors(NamedTuple):
@@ -128,13 +137,11 @@ def _anchors(batch: Batch, o: Options, positives: str) -> dict[str, _Anchors]:
         k, mean, log_sum = positive_part(side, shift)
         some = k > 0
         target = {"mean": mean, "in": log_sum - _log(k), "sum": log_sum}[positives]
-        if o.reweighted or o.label_smoothing:
+        logs = [_log_sum(passes[p][side], p, shift, more) for p in powers]
+        if o.reweighted:
             number = batch.candidates(side) + sum(x.number() for x in more)
             if batch.ids(side) is not None:
                 number = number.masked_fill(batch.ids(side) < 0, 0)
-
-        logs = [_log_sum(passes[p][side], p, shift, more) for p in powers]
-        if o.reweighted:
             rest, itself = number - k, log_sum
             if listed:  # where k is a weight, and a pair may come twice
                 rest = listed[side].number + sum(x.number() for x in more)
@@ -151,8 +158,11 @@ def _anchors(batch: Batch, o: Options, positives: str) -> dict[str, _Anchors]:
         denominator = torch.where(kept, log_denominator, 0)
         loss = denominator - torch.where(some, target, 0)
         if o.label_smoothing:
-            total = batch.total(side) - batch.candidates(side) * shift
-            total = total + sum(x.total(shift) for x in more)
+            total, number = batch.total(side)
+            total = total - number * shift
+            for x in more:
+                its_total, its_number = x.total(shift)
+                total, number = total + its_total, number + its_number
             uniform = denominator - torch.where(some, total / number.clamp(min=1), 0)
             loss = (1 - o.label_smoothing) * loss + o.label_smoothing * uniform
         by_pairs = o.positive_pairs is not None

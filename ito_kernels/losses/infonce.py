@@ -11,7 +11,7 @@ from torch import Tensor
 from ..distributed import GlobalBatch, LocalBatch, check_chunk_size, whole_batch
 from ..similarity.pairs import count_positives
 from ..similarity.spec import Stats, accumulate_dtype, check_ids, check_pair, check_scale
-from .common import REDUCTIONS, check_choice, normalized
+from .common import REDUCTIONS, check_choice, check_flags, normalized
 from .composed import infonce_with_options
 from .options import Options
 
@@ -91,7 +91,9 @@ def multi_positive_infonce(
             with the anchor is above that of the anchor's largest positive by more than m. Queue
             and hard negatives too; in key→query with the key as the anchor. One or two more passes
             over S, or none with symmetric=False; and one for each direction with debias or
-            hardness, which need the number of those that are left.
+            hardness, which need the number of those that are left. label_smoothing is over those
+            that are left: their sum, and in key→query with one logit_scale for each query D too,
+            are formed in PyTorch, a panel of rows at a time, whatever the backend.
         debias: τ⁺ < 1, the share of negatives that are false, a number or (N,). The negatives' part
             of D_i becomes max{(Σ_neg exp S - n·τ⁺·mean_pos exp S) / (1 - τ⁺), n·exp(-logit_scale)}
             with n the number of negatives. Both directions (a τ⁺ per query: then N = M).
@@ -119,9 +121,9 @@ def multi_positive_infonce(
             numbers, each pair given by the rank of its query. See `ito_kernels.distributed`.
         chunk_size: with a group: how many keys of all ranks are gathered at a time.
 
-        `false_negative_margin` raises NotImplementedError with `label_smoothing` or, if symmetric,
-        with one logit_scale for each query. With `debias`, `hardness`, `positive_pairs`, `queue` or
-        `hard_negatives` half precision is computed in fp32: parts of several passes cancel.
+        With `debias`, `hardness`, `positive_pairs`, `queue` or `hard_negatives`, and if symmetric
+        with `false_negative_margin` and one logit_scale for each query, half precision is computed
+        in fp32: parts of several passes cancel.
 
     Returns:
         The loss, a 0-d fp32 tensor (fp64 for fp64 features), or as `reduction` says; with
@@ -150,6 +152,12 @@ def multi_positive_infonce(
         false_negative_margin,
         debias,
         hardness,
+    )
+    check_flags(
+        symmetric=symmetric,
+        exclude_self=exclude_self,
+        normalize=normalize,
+        return_stats=return_stats,
     )
     check_choice("positives", positives, ("mean", "sum", "in"))
     check_choice("empty", empty, ("zero", "drop"))

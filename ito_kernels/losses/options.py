@@ -42,11 +42,11 @@ class Options(NamedTuple):
         """Whether negatives count otherwise than in a softmax."""
         return self.debias is not None or self.hardness is not None
 
-    @property
-    def meets_outside(self) -> bool:
+    def meets_outside(self, scale: Tensor, symmetric: bool) -> bool:
         """Whether positives and negatives come from several calls of the primitive."""
         others = (self.positive_pairs, self.queue, self.hard_negatives)
-        return self.reweighted or any(x is not None for x in others)
+        in_panels = self.false_negative_margin is not None and symmetric and scale.ndim > 0
+        return self.reweighted or in_panels or any(x is not None for x in others)
 
     def with_candidates(self, function: Callable[[Tensor], Tensor]) -> Options:
         """With `function` of the queue and of the hard negatives, where there are any."""
@@ -77,8 +77,11 @@ def check_options(
             "false_negative_margin", o.false_negative_margin, -math.inf
         ),
     )
-    if o.false_negative_margin is not None:
-        _check_margin(o, scale, symmetric)
+    if o.positive_pairs is not None and (o.false_negative_margin or 0) < 0:
+        raise ValueError(
+            "false_negative_margin must be 0 or more with positive_pairs, of which none may leave"
+            f" the denominator, got {o.false_negative_margin}"
+        )
     if o.label_smoothing and o.reweighted:
         raise ValueError(
             "label_smoothing mixes targets over a softmax; with debias or hardness the denominator"
@@ -116,23 +119,6 @@ def check_options(
     return o
 
 
-def _check_margin(o: Options, scale: Tensor, symmetric: bool) -> None:
-    if o.label_smoothing:
-        raise NotImplementedError(
-            "label_smoothing with false_negative_margin: the sum of the scores that the margin"
-            " leaves is not known"
-        )
-    if symmetric and scale.ndim:
-        raise NotImplementedError(
-            "false_negative_margin with one logit_scale for each query needs symmetric=False"
-        )
-    if o.positive_pairs is not None and o.false_negative_margin < 0:
-        raise ValueError(
-            "false_negative_margin must be 0 or more with positive_pairs, of which none may leave"
-            f" the denominator, got {o.false_negative_margin}"
-        )
-
-
 def check_number(name: str, x: object, low: float, high: float) -> float:
     if not is_number(x):
         raise TypeError(f"{name} must be a number, got {type(x).__name__}")
@@ -151,7 +137,7 @@ def check_values(name: str, x: Tensor, high: float = math.inf) -> Tensor:
     """`x`, whose values must be from 0 to `high`. Looked at on the CPU alone: a GPU would wait."""
     if x.device.type == "cpu" and not torch.compiler.is_compiling():
         low, top = x.aminmax() if x.numel() else (0, 0)
-        if low < 0 or top > high:
+        if not (low >= 0 and top <= high):  # NaN is refused too
             wanted = "0 or more" if high == math.inf else f"from 0 to {high:g}"
             raise ValueError(f"{name} must be {wanted}, got {float(low):g} to {float(top):g}")
     return x

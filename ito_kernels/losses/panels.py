@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from ..similarity.op import first_order_only
-from ..similarity.pairs import finite_shift
+from ..similarity.pairs import classify, features, finite_shift
 from ..similarity.primitive import reverse_mode_only
+from ..similarity.spec import Problem
 
 # 2^20 scores are 4 MiB in fp32; a panel's function keeps up to ten such matrices while it runs.
 # Below 64 rows the matrix products no longer reach the machine's speed.
@@ -123,6 +124,47 @@ class _LogSums(torch.autograd.Function):
             torch.mm(weights, b, out=grad_a[rows])
             grad_b.addmm_(weights.T, a[rows])
         return grad_a, grad_b, grad_scale, grad_bias, None, None
+
+
+def barred_by(problem: Problem) -> Callable[[slice, Tensor], Tensor]:
+    """What a problem leaves out of a panel, as `log_sums` takes it."""
+    return lambda rows, dot: classify(problem, dot, rows.start, rows.start + len(dot)).barred
+
+
+def sums_of_rest(problem: Problem, x: Tensor) -> Tensor:
+    """Σ_j x_j over the columns that a problem leaves to each row: (N, C) of an x of (M, C), which
+    has gradients. Scale and biases of the problem play no part. 4 matrix products."""
+    reverse_mode_only(x)
+    a, b = (side.detach() for side in features(problem))
+    return _SumsOfRest.apply(x, a, b, barred_by(problem))
+
+
+class _SumsOfRest(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor, a: Tensor, b: Tensor, barred: Callable) -> Tensor:
+        out = x.new_empty(len(a), x.shape[1])
+        for rows, rest in _rest(a, b, barred):
+            torch.mm(rest, x, out=out[rows])
+        ctx.save_for_backward(a, b)
+        ctx.barred = barred
+        return out
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple:
+        first_order_only()
+        a, b = ctx.saved_tensors
+        grad_x = grad.new_zeros(len(b), grad.shape[1])
+        for rows, rest in _rest(a, b, ctx.barred):
+            grad_x.addmm_(rest.T, grad[rows])
+        return grad_x, None, None, None
+
+
+def _rest(a: Tensor, b: Tensor, barred: Callable) -> Iterator[tuple[slice, Tensor]]:
+    """The rows of each panel, and 1 where a column is left to them, 0 elsewhere."""
+    step = panel_rows(len(b))
+    for start in range(0, len(a), step):
+        rows = slice(start, start + step)
+        yield rows, barred(rows, a[rows] @ b.T).logical_not_().to(a.dtype)
 
 
 def _scores(a, b, scale, bias, left_out) -> Iterator[tuple[slice, Tensor, Tensor, Tensor]]:

@@ -173,6 +173,8 @@ def explain(
     """
     check_pair("queries", queries, "keys", keys)
     names = ("row_bias", "col_bias", "row_ids", "col_ids")
+    for name in options.keys() - {*Problem._fields}:
+        raise TypeError(f"explain takes the options of similarity_logsumexp, and no {name}")
     problem = make_problem(
         queries, keys, logit_scale, **{name: options.pop(name, None) for name in names}, **options
     )
