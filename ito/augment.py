@@ -164,10 +164,11 @@ def crop(
 def warp(u: torch.Tensor, out_size: int, config: Augmentation) -> torch.Tensor:
     """Smooth displacements (B, out, out, 2); `u` (33, B): strength, a 4×4 grid of 2-D vectors."""
     points = config.warp * u[0] * (2 * u[1:] - 1)
-    field = F.interpolate(
-        points.T.reshape(-1, 2, 4, 4), (out_size, out_size), mode="bicubic", align_corners=True
-    )
-    return field.permute(0, 2, 3, 1)
+    # bicubic interpolation, as a matrix: for 128 pictures of 32 px on one core 0.3 ms, not 7
+    each = torch.eye(16, device=u.device).view(16, 1, 4, 4)
+    spread = F.interpolate(each, (out_size, out_size), mode="bicubic", align_corners=True)
+    field = points.T.reshape(-1, 16) @ spread.flatten(1)
+    return field.view(-1, 2, out_size, out_size).permute(0, 2, 3, 1)
 
 
 def stroke(x: torch.Tensor, u: torch.Tensor, config: Augmentation) -> torch.Tensor:
@@ -176,12 +177,14 @@ def stroke(x: torch.Tensor, u: torch.Tensor, config: Augmentation) -> torch.Tens
     An edge is darkened by twice its height in the brightest channel, on its bright side, one pixel
     wide; a line fades into the brightest of its 3×3 neighbours.
     """
-    coin, amount = u[:, :, None, None, None]
-    edge = (x + brightest(-x)).amax(1, keepdim=True)
-    outlined = x * (1 - amount * (2 * edge).clamp(max=1))
-    faded = x + amount * (brightest(x) - x)
-    p = config.stroke_p
-    return torch.where(coin < p, outlined, torch.where(coin < 1.5 * p, faded, x))
+    coin, p = u[0], config.stroke_p
+    outlined = (coin < p).nonzero().squeeze(1)
+    y, amount = x[outlined], u[1, outlined, None, None, None]
+    edge = (y + brightest(-y)).amax(1, keepdim=True)
+    drawn = x.index_copy(0, outlined, y * (1 - amount * (2 * edge).clamp(max=1)))
+    faded = ((coin >= p) & (coin < 1.5 * p)).nonzero().squeeze(1)
+    y, amount = x[faded], u[1, faded, None, None, None]
+    return drawn.index_copy(0, faded, y + amount * (brightest(y) - y))
 
 
 def brightest(x: torch.Tensor) -> torch.Tensor:

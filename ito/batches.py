@@ -4,12 +4,14 @@ Nothing carries over from step to step, so a resumed run sees exactly what it wo
 """
 
 import hashlib
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from ito.config import Config
 from ito.data import Dataset
+from ito.ranks import Ranks
 from ito.tokenizer import Tokenizer
 
 
@@ -17,6 +19,21 @@ def generator(seed: int, purpose: str, number: int) -> torch.Generator:
     """An independent stream of random numbers for each (seed, purpose, number)."""
     digest = hashlib.sha256(f"{seed}:{purpose}:{number}".encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
+
+
+class Batch(NamedTuple):
+    """What one rank sees of a step: n items, V pictures and C captions of each.
+
+    `pictures` uint8 (V, n, 3, S, S), `places` (V, n) and `total`: where those stand among the
+    pictures of all ranks, and how many these are, for the random numbers of the augmentation.
+    `ids` (C, N, L) of all items whose captions are known here, `mine` the n among these N.
+    """
+
+    pictures: Tensor
+    places: Tensor
+    total: int
+    ids: Tensor
+    mine: slice
 
 
 class Batches:
@@ -27,21 +44,40 @@ class Batches:
     augmentation tells the views apart. Captions likewise. A pass over the items ends with its last
     full batch.
 
-    `size` is the batch size, at most the number of items with a training drawing.
-    `batches(step) -> (rows (V, N), ids (C, N, L))`: indices into `dataset.images`; token ids, the
-    columns that are padding everywhere left out.
+    `size` is the batch size of all ranks together, at most the number of items with a training
+    drawing. `batches(step)` is the rank's Batch, with the captions of the whole one.
     """
 
-    def __init__(self, dataset: Dataset, tokenizer: Tokenizer, config: Config):
+    def __init__(
+        self,
+        dataset: Dataset,
+        tokenizer: Tokenizer,
+        config: Config,
+        ranks: Ranks,
+        device: torch.device,
+    ):
         drawings: dict[int, list[int]] = {item: [] for item in dataset.training_items()}
         for row in dataset.rows("train").tolist():
             drawings[int(dataset.image_item[row])].append(row)
         self.drawings = list(drawings.values())
         self.captions = [tokenizer(dataset.captions[item]) for item in drawings]
-        self.config = config
+        self.images = dataset.images.to(device)
+        self.config, self.ranks = config, ranks
         self.size = min(config.batch_size, len(drawings))
 
-    def __call__(self, step: int) -> tuple[Tensor, Tensor]:
+    def __call__(self, step: int) -> Batch:
+        rows, ids = self.choose(step)
+        mine = self.ranks.share(self.size)
+        places = torch.arange(rows.numel()).view(rows.shape)[:, mine]
+        # not images[rows]: 2.3 ms for 128 pictures of 64 px on one core, this 0.2
+        pictures = self.images.index_select(0, rows[:, mine].flatten().to(self.images.device))
+        return Batch(pictures.unflatten(0, places.shape), places, rows.numel(), ids, mine)
+
+    def choose(self, step: int) -> tuple[Tensor, Tensor]:
+        """The whole batch: indices into `dataset.images` (V, N), and token ids (C, N, L).
+
+        The columns that are padding everywhere are left out.
+        """
         seed = self.config.seed
         epoch, place = divmod(step, len(self.drawings) // self.size)
         order = torch.randperm(len(self.drawings), generator=generator(seed, "epoch", epoch))
@@ -58,11 +94,15 @@ class Batches:
             self.captions[item][pick(len(self.captions[item]), self.config.captions, random)]
             for item in items
         ]
-        texts = torch.stack(ids, 1)
-        return torch.tensor(rows).T, texts[..., : int((texts != Tokenizer.pad_id).sum(-1).max())]
+        return torch.tensor(rows).T, trimmed(torch.stack(ids, 1))
 
 
 def pick(available: int, wanted: int, random: torch.Generator) -> list[int]:
     """`wanted` of `range(available)` in random order, repeating only once all were taken."""
     order = torch.randperm(available, generator=random).tolist()
     return [order[k % available] for k in range(wanted)]
+
+
+def trimmed(ids: Tensor) -> Tensor:
+    """Token ids (C, N, L) without the columns that are padding everywhere."""
+    return ids[..., : int((ids != Tokenizer.pad_id).sum(-1).max())]

@@ -55,6 +55,16 @@ class Config:
     csv_caption_key: str = option("title", "data", "its column of captions")
     split_seed: int = option(0, "data", "draws the held-out items where the data names no split")
 
+    stream: bool = option(
+        False, "streaming", "read --train-data while training, and not into memory; see --val-data"
+    )
+    val_data: str | None = option(
+        None, "streaming", "what a streamed run is scored on, held in memory", kind=str
+    )
+    tokenizer_captions: int = option(
+        100_000, "streaming", "the first ones of a stream, that its BPE is trained on", least=1
+    )
+
     objective: str = option("ito", "objective", "what is trained", tuple(KINDS))
     views: int = option(
         None,
@@ -190,6 +200,11 @@ class Config:
                 raise ValueError(f"{item.name} must be at most {most}, got {value}")
             if value == math.inf:
                 raise ValueError(f"{item.name} must be finite, got {value}")
+        if self.stream != (self.val_data is not None):
+            raise ValueError(
+                "--stream and --val-data go together: what is streamed is not held to be scored, "
+                f"got stream={self.stream}, val_data={self.val_data}"
+            )
         if len(self.csv_separator) != 1:
             raise ValueError(
                 f"csv_separator must be one character, got {self.csv_separator!r}; "
@@ -304,9 +319,15 @@ def add_options(parser: argparse.ArgumentParser, only: str | None = None) -> Non
             groups[group] = parser.add_argument_group(group)
         shown = "the run's" if only else repr(default) if isinstance(default, str) else default
         help = help if default is None else f"{help} ({shown})".strip()
+        flag = f"--{name.replace('_', '-')}"
+        if isinstance(default, bool):
+            groups[group].add_argument(
+                flag, action="store_true", default=argparse.SUPPRESS, help=help
+            )
+            return
         several = isinstance(default, tuple)
         groups[group].add_argument(
-            f"--{name.replace('_', '-')}",
+            flag,
             type=kind or type(default[0] if several else default),
             nargs=len(default) if several else None,
             choices=choices,
@@ -351,8 +372,8 @@ def from_options(options: argparse.Namespace, base: Config | None = None) -> Con
         name: tuple(value) if isinstance(value, list) else value
         for name, value in vars(options).items()
     }
-    for name in ("train_data", "pretrained"):
-        if given.get(name, EMOJI_SMALL) not in (EMOJI_SMALL, EMOJI_FULL):
+    for name in ("train_data", "val_data", "pretrained"):
+        if given.get(name, EMOJI_SMALL) not in (None, EMOJI_SMALL, EMOJI_FULL):
             given[name] = str(Path(given[name]).absolute())
     for name in ("image_encoder", "text_encoder"):
         kind, _, folder = given.get(name, OURS).partition(":")

@@ -80,15 +80,16 @@ def load_dataset(
     path: str | Path,
     image_size: int,
     *,
-    split_seed: int = 0,
+    split_seed: int | None = 0,
     workers: int | None = None,
     **csv_options: str,
 ) -> Dataset:
     """Read everything that `ito.records.open_shards` finds at `path`, and decode its pictures.
 
     If no record names a split, 10 % of the items (at least one), by hash of item and `split_seed`,
-    are "heldout". If some do, a record that names none is "train". Pictures are centred squares of
-    `image_size` pixels on white. The order is the source's, whatever the number of `workers`.
+    are "heldout"; without a seed all are "val". If some do, a record that names none is "train".
+    Pictures are centred squares of `image_size` pixels on white. The order is the source's,
+    whatever the number of `workers`.
 
     An unreadable picture or an empty caption skips its record; `Dataset.skipped` names them. Raises
     what `open_shards` raises, and ValueError if no record is left.
@@ -110,6 +111,8 @@ def load_dataset(
             rows[index[r.item]].append(r)
     if any(r.split for r in records):
         split = [r.split or "train" for r in kept]
+    elif split_seed is None:
+        split = ["val"] * len(kept)
     else:
         held = held_out(list(index), split_seed)
         split = ["heldout" if r.item in held else "train" for r in kept]

@@ -287,7 +287,7 @@ def choose_data(options: argparse.Namespace) -> tuple[Config, list[str] | None]:
         return config, options.split
     if "train_data" in options:
         raise ValueError(f"--data {options.data} and --train-data name the same thing: drop one")
-    path = argparse.Namespace(train_data=options.data)
+    path = argparse.Namespace(train_data=options.data, stream=False, val_data=None)
     return from_options(path, config), options.split or [ALL]
 
 

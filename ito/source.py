@@ -13,18 +13,21 @@ from ito.records import Shard, open_shards
 
 
 def open_dataset(config: Config, cache: Path | None = None) -> Dataset:
-    """Load `config.train_data` into memory; an emoji set is prepared in `cache` on first use."""
+    """Load `config.train_data` into memory, or `config.val_data` where that is streamed.
+
+    An emoji set is prepared in `cache` on first use.
+    """
     return load_dataset(
-        locate(config, cache),
+        locate(config.val_data or config.train_data, cache),
         config.load_size,
-        split_seed=config.split_seed,
+        split_seed=None if config.stream else config.split_seed,
         **csv_options(config),
     )
 
 
 def open_source(config: Config, cache: Path | None = None) -> list[Shard]:
     """The shards of `config.train_data`, for `ito.stream`."""
-    return open_shards(locate(config, cache), **csv_options(config))
+    return open_shards(locate(config.train_data, cache), **csv_options(config))
 
 
 def csv_options(config: Config) -> dict[str, str]:
@@ -32,15 +35,15 @@ def csv_options(config: Config) -> dict[str, str]:
     return {name: getattr(config, name) for name in names}
 
 
-def locate(config: Config, cache: Path | None) -> Path:
-    """The path of `config.train_data`; an emoji set is prepared in the cache on first use."""
+def locate(data: str, cache: Path | None) -> Path:
+    """The path of `data`; an emoji set is prepared in the cache on first use."""
     cache = cache or default_cache()
     folders = {EMOJI_SMALL: cache / emoji_small.FOLDER, EMOJI_FULL: cache / emoji_full.FOLDER}
-    folder = folders.get(config.train_data)
+    folder = folders.get(data)
     if folder is None:
-        return Path(config.train_data)
+        return Path(data)
     try:
-        if config.train_data == EMOJI_SMALL:
+        if data == EMOJI_SMALL:
             return prepare_emoji_small(folder)
         return prepare_emoji_full(folder, cache)
     except OSError as error:

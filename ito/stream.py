@@ -17,15 +17,16 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from torch.utils.data import Dataset as MapStyle
 
-from ito.batches import generator, pick
+from ito.batches import Batch, generator, pick, trimmed
 from ito.config import Config
+from ito.ranks import Ranks
 from ito.records import Record, Shard, Skipped, decode
 from ito.shards import Member
 from ito.tokenizer import Tokenizer
 
 
 @dataclass
-class Batch:
+class Decoded:
     """`images` uint8 (n, 3, S, S) and their n records."""
 
     images: Tensor
@@ -72,7 +73,7 @@ class Stream:
         self.workers, self.buffer = workers, buffer
         self.skipped: dict[str, str] = {}
 
-    def batches(self, start: int = 0) -> Iterator[Batch]:
+    def batches(self, start: int = 0) -> Iterator[Decoded]:
         """Batch `start` and those after it."""
         sent: deque[list[Record]] = deque()
 
@@ -95,7 +96,10 @@ class Stream:
             if len(bad) == len(group):
                 where, reason = next(iter(bad.items()))
                 raise ValueError(f"no usable picture in a batch of {len(group)}: {where}: {reason}")
-            yield Batch(images, [r for n, r in enumerate(group) if n not in reasons])
+            yield Decoded(images, [r for n, r in enumerate(group) if n not in reasons])
+
+    def describe(self) -> str:
+        return f"a stream of {len(self.shards)} shards"
 
     def groups(self) -> Iterator[list[Record]]:
         """Lists of `batch_size` records of different items."""
@@ -169,28 +173,51 @@ class Decoder(MapStyle):
         return images, reasons
 
 
+def first_captions(shards: list[Shard], limit: int) -> list[str]:
+    """The first `limit` captions to train on, or all there are, in the shards' order."""
+    records = (r for shard in shards for r in shard() if isinstance(r, Record))
+    captions = (c for r in records if r.split in (None, "train") for c in r.captions)
+    return list(itertools.islice(captions, limit))
+
+
 class StreamBatches:
     """A stream for the trainer, as `ito.batches.Batches` is for a set in memory.
 
-    `batches(step) -> (images uint8 (V, N, 3, S, S), ids (C, N, L))`: an item has one drawing here,
-    the same in its V views. Steps that follow one another are read ahead; any other starts anew.
+    Each rank streams an equal part of the batch, and knows no other captions. An item has one
+    drawing here, the same in its V views. Steps that follow one another are read ahead; any other
+    starts anew.
     """
 
-    def __init__(self, stream: Stream, tokenizer: Tokenizer, config: Config):
-        self.stream, self.tokenizer, self.config = stream, tokenizer, config
-        self.size = stream.batch_size
+    def __init__(
+        self,
+        stream: Stream,
+        tokenizer: Tokenizer,
+        config: Config,
+        ranks: Ranks,
+        device: torch.device,
+    ):
+        self.stream, self.tokenizer, self.config, self.device = stream, tokenizer, config, device
+        self.first = ranks.rank * stream.batch_size
+        self.size = ranks.size * stream.batch_size
         self.next_step: int | None = None
 
-    def __call__(self, step: int) -> tuple[Tensor, Tensor]:
+    def __call__(self, step: int) -> Batch:
         if step != self.next_step:
             self.batches = self.stream.batches(step)
-        batch = next(self.batches)
+        found = next(self.batches)
         self.next_step = step + 1
         draw = generator(self.config.seed, "draw", step)
         chosen = [
             [record.captions[n] for n in pick(len(record.captions), self.config.captions, draw)]
-            for record in batch.records
+            for record in found.records
         ]
         ids = torch.stack([self.tokenizer(list(texts)) for texts in zip(*chosen, strict=True)])
-        images = batch.images.expand(self.config.views, *batch.images.shape)
-        return images, ids[..., : int((ids != Tokenizer.pad_id).sum(-1).max())]
+        views, count = self.config.views, len(found.records)
+        places = torch.arange(views)[:, None] * self.size + self.first + torch.arange(count)
+        return Batch(
+            found.images.to(self.device).expand(views, *found.images.shape),
+            places,
+            views * self.size,
+            trimmed(ids),
+            slice(None),
+        )

@@ -18,6 +18,7 @@ from tqdm import tqdm
 
 from ito.checkpoint import load_checkpoint, save_checkpoint, undamaged, write_atomically
 from ito.cli import user_errors
+from ito.compiled import choose_compile, compile_towers
 from ito.config import Config, add_options, from_options
 from ito.data import Dataset, report_skipped
 from ito.evaluate import evaluate, table
@@ -26,8 +27,10 @@ from ito.precision import choose_precision
 from ito.pretrained import OURS, load_tokenizer
 from ito.ranks import Ranks
 from ito.recipes import PRESETS
+from ito.records import Skipped
 from ito.report import write_report
-from ito.source import open_dataset
+from ito.source import open_dataset, open_source
+from ito.stream import Stream, first_captions
 from ito.tokenizer import Tokenizer
 from ito.trainer import Trainer
 
@@ -47,9 +50,9 @@ def main(arguments: list[str] | None = None) -> Path:
                 folder = options.out or Path("runs") / datetime.now().strftime("%Y%m%d-%H%M%S")
                 config = from_options(options)
                 refuse_used(folder)
-        dataset = ranks.leader_first(lambda: open_dataset(config, options.cache))
+        scored, data = ranks.leader_first(lambda: open_data(config, options, ranks))
         with ranks.together():
-            run = Run(folder, config, dataset, options, ranks)
+            run = Run(folder, config, scored, data, options, ranks)
         began = time.perf_counter()
         step = run.train()
         if ranks.leads:
@@ -69,11 +72,15 @@ def run_options(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument("--cache", type=Path, help="where prepared data lives (~/.cache/ito)")
     group.add_argument(
+        "--workers", type=int, default=1, metavar="N", help="processes that read a --stream (1)"
+    )
+    group.add_argument(
         "--precision",
         choices=("auto", "bf16", "fp32"),
         default="auto",
         help="of the towers; auto: bf16 where the processor multiplies it (auto)",
     )
+    group.add_argument("--compile", action="store_true", help="the towers, by torch.compile (no)")
     group.add_argument("--device", help="cpu, cuda, cuda:1, ... (a GPU where there is one)")
     group.add_argument(
         "--threads", type=thread_count, metavar="N", help="CPU threads (PyTorch's choice)"
@@ -110,6 +117,31 @@ def resumed_config(options: argparse.Namespace) -> Config:
     if changed:
         raise ValueError(f"--resume keeps the run's configuration: drop {', '.join(changed)}")
     return config
+
+
+def open_data(
+    config: Config, options: argparse.Namespace, ranks: Ranks
+) -> tuple[Dataset, Dataset | Stream]:
+    """What is scored and what is trained on: one set in memory, or a set and this rank's stream."""
+    scored = open_dataset(config, options.cache)
+    if not config.stream:
+        return scored, scored
+    if config.batch_size % ranks.size:
+        raise ValueError(
+            f"--stream gives ranks equal parts: --batch-size {config.batch_size} is no multiple of "
+            f"{ranks.size} ranks"
+        )
+    if options.workers < 0:
+        raise ValueError(f"--workers must be at least 0, got {options.workers}")
+    return scored, Stream(
+        open_source(config, options.cache),
+        config.load_size,
+        config.batch_size // ranks.size,
+        seed=config.seed,
+        rank=ranks.rank,
+        world_size=ranks.size,
+        workers=options.workers,
+    )
 
 
 def refuse_used(run: Path) -> None:
@@ -149,7 +181,7 @@ def choose_device(name: str | None, saved: str | None, ranks: Ranks) -> torch.de
 class Run:
     """A run from its folder's newest checkpoint, or from scratch: set up, trained, finished.
 
-    Every rank computes; rank 0 alone evaluates and writes.
+    Every rank computes; rank 0 alone evaluates, on `dataset`, and writes.
 
     Raises ValueError and OSError naming what does not fit, before anything is written.
     """
@@ -159,14 +191,18 @@ class Run:
         folder: Path,
         config: Config,
         dataset: Dataset,
+        data: Dataset | Stream,
         options: argparse.Namespace,
         ranks: Ranks,
     ):
-        self.folder, self.config, self.dataset, self.ranks = folder, config, dataset, ranks
+        self.folder, self.config, self.ranks = folder, config, ranks
+        self.dataset, self.data = dataset, data
         self.log = Log(folder / "metrics.jsonl")
         state = load_checkpoint(folder) if options.resume else None
         machine = self.choose_machine(options, state)
-        print(f"data       {config.train_data}: {dataset.describe()}")
+        print(f"data       {config.train_data}: {data.describe()}")
+        if config.stream:
+            print(f"val        {config.val_data}: {dataset.describe()}")
         if dataset.skipped:
             print(report_skipped(dataset.skipped))
         for name, value in machine.items():
@@ -181,10 +217,11 @@ class Run:
         elif config.text_encoder != OURS:
             self.tokenizer = load_tokenizer(config)
         else:
-            self.tokenizer = Tokenizer.train(
-                training_captions(dataset), config.vocab_size, config.context_length
-            )
-        self.trainer = Trainer(config, dataset, self.tokenizer, self.device, self.dtype, ranks)
+            captions = training_captions(data, config.tokenizer_captions)
+            self.tokenizer = Tokenizer.train(captions, config.vocab_size, config.context_length)
+        self.trainer = Trainer(config, data, self.tokenizer, self.device, self.dtype, ranks)
+        if self.compile:
+            compile_towers(self.trainer.model, self.trainer.objective)
         if self.trainer.batches.size < config.batch_size:
             size, wanted = self.trainer.batches.size, config.batch_size
             print(f"batch      {size}: all training items there are; --batch-size is {wanted}")
@@ -217,15 +254,32 @@ class Run:
             torch.set_num_threads(threads)
         self.device = choose_device(options.device, self.before.get("device"), self.ranks)
         self.dtype, reason = choose_precision(precision, self.device)
+        wanted = options.compile or self.before.get("compile", False)
+        self.compile, why = choose_compile(wanted, self.device)
         ranks = f"{self.ranks.size} ranks, each " if self.ranks.size > 1 else ""
         threads = f"{torch.get_num_threads()} threads"
         return {
             "machine": f"{ranks}{self.device}, {threads}, torch {torch.__version__}",
             "precision": f"{str(self.dtype).removeprefix('torch.')}: {reason}",
+            "compile": f"{'yes' if self.compile else 'no'}: {why}",
+        }
+
+    def environment(self) -> dict:
+        """What the numbers depend on beside the configuration."""
+        return {
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "machine": platform.machine(),
+            "device": str(self.device),
+            "ranks": self.ranks.size,
+            "threads": torch.get_num_threads(),
+            "dtype": str(self.dtype),
+            "compile": self.compile,
+            "data": self.data.describe(),
         }
 
     def resume(self, state: dict) -> None:
-        now = environment(self.device, self.dtype, self.dataset, self.ranks)
+        now = self.environment()
         for name, was in self.before.items():
             if now.get(name) != was:
                 print(f"warning    {name} was {was}, is {now.get(name)}: numbers may differ")
@@ -243,7 +297,7 @@ class Run:
         untrained = evaluate(self.trainer.model, self.tokenizer, self.dataset)
         create_run(self.folder, named)  # not before all of the input has passed
         self.config.save(self.folder / "config.json")
-        now = environment(self.device, self.dtype, self.dataset, self.ranks)
+        now = self.environment()
         text = json.dumps(now, indent=2) + "\n"
         (self.folder / "environment.json").write_text(text, encoding="utf-8")
         self.log.write("eval", 0, untrained)
@@ -271,7 +325,8 @@ class Run:
                 if last or step % config.log_every == 0:
                     seconds = time.perf_counter() - began
                     rate = (step - self.first) * self.trainer.batches.size * config.views / seconds
-                    speed = {"images_per_second": rate, "seconds": seconds}
+                    share = self.trainer.input_seconds / self.trainer.seconds
+                    speed = {"images_per_second": rate, "seconds": seconds, "input_share": share}
                     self.log.write("train", step, terms | speed)
                     bar.set_postfix_str(progress(terms, rate), refresh=False)
                 if last or step % config.eval_every == 0:
@@ -306,7 +361,11 @@ class Run:
         evaluations = self.log.read("eval")
         print(table({"before": evaluations[0], "after": evaluations[-1]}))
         if self.first < step:
+            share = 1 - self.trainer.input_seconds / self.trainer.seconds
             print(f"trained    {step - self.first} steps in {seconds:.0f} s")
+            print(f"compute    {share:.1%} of a step; the rest is its input")
+        if self.config.stream and self.data.skipped:
+            print(report_skipped([Skipped(*found) for found in self.data.skipped.items()]))
         for name, path in (
             ("model", folder / "model"),
             ("metrics", self.log.path),
@@ -322,22 +381,11 @@ def progress(terms: dict[str, float], rate: float) -> str:
     return " ".join([*parts, f"scale {terms['logit_scale']:.1f} {rate:.0f} img/s"])
 
 
-def environment(device: torch.device, dtype: torch.dtype, dataset: Dataset, ranks: Ranks) -> dict:
-    """What the numbers depend on beside the configuration."""
-    return {
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "machine": platform.machine(),
-        "device": str(device),
-        "ranks": ranks.size,
-        "threads": torch.get_num_threads(),
-        "dtype": str(dtype),
-        "data": dataset.describe(),
-    }
-
-
-def training_captions(dataset: Dataset) -> list[str]:
-    return [caption for item in dataset.training_items() for caption in dataset.captions[item]]
+def training_captions(data: Dataset | Stream, limit: int = Config.tokenizer_captions) -> list[str]:
+    """All of a set in memory, the first `limit` of a stream."""
+    if isinstance(data, Stream):
+        return first_captions(data.shards, limit)
+    return [caption for item in data.training_items() for caption in data.captions[item]]
 
 
 class Log:

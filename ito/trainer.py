@@ -1,6 +1,7 @@
 """The optimisation: towers, an objective, one step after the other, on one rank or several."""
 
 import math
+import time
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +14,7 @@ from ito.encoders import DualEncoder
 from ito.objectives import MAX_LOGIT_SCALE, OBJECTIVES, Terms
 from ito.pretrained import encoders, load_weights
 from ito.ranks import Ranks, normalise_globally
+from ito.stream import Stream, StreamBatches
 from ito.tokenizer import Tokenizer
 from ito_kernels.gradcache import gradcache_backward
 
@@ -24,8 +26,12 @@ class Trainer:
     takes its slice of the same batch with the same random numbers.
 
     Args:
+        data: a set in memory, or this rank's stream of one.
         dtype: of the towers and the objective's modules under autocast; bfloat16 or float32.
         ranks: those that share the batch; alone by default.
+
+    `input_seconds` of the `seconds` that steps took so far went into choosing, reading, augmenting
+    and moving their batches: the model waited.
 
     Raises ValueError if the batch has fewer items than there are ranks times micro-batches.
     """
@@ -33,7 +39,7 @@ class Trainer:
     def __init__(
         self,
         config: Config,
-        dataset: Dataset,
+        data: Dataset | Stream,
         tokenizer: Tokenizer,
         device: torch.device,
         dtype: torch.dtype,
@@ -73,8 +79,9 @@ class Trainer:
             weight_decay=config.weight_decay,
             fused=True,
         )
-        self.images = dataset.images.to(device)
-        self.batches = Batches(dataset, tokenizer, config)
+        source = StreamBatches if isinstance(data, Stream) else Batches
+        self.batches = source(data, tokenizer, config, self.ranks, device)
+        self.input_seconds = self.seconds = 0.0
         parts = self.ranks.size * config.accum_freq
         if self.batches.size < parts:
             raise ValueError(
@@ -87,11 +94,14 @@ class Trainer:
 
         Raises FloatingPointError if the loss is not finite, before any weight changes.
         """
+        began = self.now()
+        views, ids = self.batch(number)
+        ready = self.now()
         self.model.train()
         self.locked.eval()  # batch normalisation too stays as it was
         self.optimizer.zero_grad()
         progress = number / self.config.steps
-        loss, terms = self.backward(*self.batch(number), progress)
+        loss, terms = self.backward(views, ids, progress)
         if not loss.isfinite():
             raise FloatingPointError(f"the loss of step {number} is {loss.item()}")
         self.ranks.average(self.parameters)
@@ -103,29 +113,31 @@ class Trainer:
         with torch.no_grad():
             self.model.logit_scale.clamp_(0, MAX_LOGIT_SCALE)
         self.objective.clamp()
-        return {
+        logged = {
             "loss": loss.item(),
             **{name: term.item() for name, term in terms.items()},
             "logit_scale": self.model.logit_scale.exp().item(),
             "grad_norm": norm.item(),
             "lr": lr,
         }
+        ended = self.now()
+        self.input_seconds += between(began, ready)
+        self.seconds += between(began, ended)
+        return logged
 
     def batch(self, number: int) -> tuple[Tensor, Tensor]:
         """This rank's n items of batch `number`: views (V, n, 3, S, S) and token ids (C, n, L)."""
-        rows, ids = self.batches(number)
-        ids = self.objective.texts(ids, generator(self.config.seed, "texts", number))
-        mine = self.ranks.share(rows.shape[1])
-        places = torch.arange(rows.numel()).view(rows.shape)[:, mine]
+        batch = self.batches(number)
+        ids = self.objective.texts(batch.ids, generator(self.config.seed, "texts", number))
         views = augment(
-            self.images[rows[:, mine].flatten()],
+            batch.pictures.flatten(0, 1),
             self.config.image_size,
             generator(self.config.seed, "augment", number),
             self.config.augmentation,
-            places.flatten(),
-            rows.numel(),
+            batch.places.flatten(),
+            batch.total,
         )
-        return views.unflatten(0, places.shape), ids[:, mine].to(self.device)
+        return views.unflatten(0, batch.places.shape), ids[:, batch.mine].to(self.device)
 
     def backward(self, views: Tensor, ids: Tensor, progress: float = 0.0) -> tuple[Tensor, Terms]:
         """Add the gradient of the batch's loss to `.grad`; return the loss and its terms.
@@ -163,6 +175,14 @@ class Trainer:
     def autocast(self) -> torch.autocast:
         return torch.autocast(self.device.type, self.dtype, self.dtype != torch.float32)
 
+    def now(self) -> "float | torch.cuda.Event":
+        """When what was asked of the device so far is done."""
+        if self.device.type != "cuda":
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record(torch.cuda.current_stream(self.device))
+        return event
+
     def learning_rate(self, number: int) -> float:
         """Linear warm-up, then half a cosine down to 0 at the last step."""
         warmup = self.config.warmup * self.config.steps
@@ -189,3 +209,11 @@ class Trainer:
     def load(self, state: dict) -> None:
         for name in ("model", "objective", "optimizer"):
             getattr(self, name).load_state_dict(state[name])
+
+
+def between(start: "float | torch.cuda.Event", end: "float | torch.cuda.Event") -> float:
+    """Seconds from one `Trainer.now()` to another."""
+    if isinstance(start, float):
+        return end - start
+    end.synchronize()  # no wait: the loss was read before it
+    return start.elapsed_time(end) / 1000

@@ -3,21 +3,27 @@
 import io
 import itertools
 import json
+import re
+import shutil
 import tarfile
 from collections import Counter
 
 import pytest
 import torch
 from PIL import Image
+from test_train import steady
 
 from ito import records as sources
-from ito.batches import Batches
+from ito import train
 from ito.config import Config
 from ito.data import load_dataset
+from ito.ranks import Ranks
 from ito.records import Record, open_shards
 from ito.shards import Member, expand, write_shards
 from ito.stream import Stream, StreamBatches
 from ito.tokenizer import Tokenizer
+
+CPU = torch.device("cpu")
 
 
 def png(value, size=8):
@@ -281,11 +287,12 @@ def test_batches_for_the_trainer(tmp_path):
     tokenizer = Tokenizer.train(["one two words three here"] * 3, 300, 8)
     config = Config(views=3, captions=2, batch_size=5, seed=1)
     stream = Stream(open_shards(tmp_path), 4, config.batch_size, seed=config.seed)
-    batches = StreamBatches(stream, tokenizer, config)
-    images, ids = batches(0)
-    assert images.shape == (3, 5, 3, 4, 4)
-    assert images.dtype == torch.uint8
-    assert torch.equal(images[0], images[2])
+    batches = StreamBatches(stream, tokenizer, config, Ranks(), CPU)
+    first = batches(0)
+    assert first.pictures.shape == (3, 5, 3, 4, 4)
+    assert first.pictures.dtype == torch.uint8
+    assert torch.equal(first.pictures[0], first.pictures[2])
+    ids = first.ids[:, first.mine]
     assert ids.shape[:2] == (2, 5)
     known = {tuple(row) for row in tokenizer(["one", "two words", "three words here"]).tolist()}
     for first, second in zip(*ids.tolist(), strict=True):
@@ -293,11 +300,93 @@ def test_batches_for_the_trainer(tmp_path):
         assert len(set(padded) & known) == 2  # two different captions
     assert ids[..., -1].any()  # columns of padding alone are left out
     later = [batches(step) for step in (1, 2, 3)][-1]
-    for again in (batches(3), StreamBatches(stream, tokenizer, config)(3)):
-        assert torch.equal(again[0], later[0])
-        assert torch.equal(again[1], later[1])
+    for again in (batches(3), StreamBatches(stream, tokenizer, config, Ranks(), CPU)(3)):
+        assert torch.equal(again.pictures, later.pictures)
+        assert torch.equal(again.ids, later.ids)
     assert batches.size == 5
-    assert Batches.__call__.__annotations__.keys() == StreamBatches.__call__.__annotations__.keys()
+
+
+def test_ranks_have_places_of_their_own_in_the_batch(tmp_path):
+    shards = numbered(tmp_path, 2, 20)
+    tokenizer = Tokenizer.train(["grey"], 300, 8)
+    ranks, seen = Ranks(), []
+    ranks.size = 2
+    for ranks.rank in range(2):
+        stream = Stream(shards, 4, 5, rank=ranks.rank, world_size=2)
+        batch = StreamBatches(stream, tokenizer, Config(views=3), ranks, CPU)(0)
+        assert batch.total == 30
+        seen += batch.places.flatten().tolist()
+    assert sorted(seen) == list(range(30))
+
+
+# --- runs ---
+
+
+def test_a_streamed_run_resumes_to_the_same_numbers(tmp_path, capsys):
+    """Noise of two splits, in shards; the second half of the steps by another number of workers."""
+    random = torch.Generator().manual_seed(0)
+    for folder, split, count in (("data", "train", 12), ("val", None, 4)):
+        (tmp_path / folder).mkdir()
+        for shard in range(2):
+            members = []
+            for n in range(shard * count, (shard + 1) * count):
+                coarse = torch.randint(0, 256, (4, 4, 3), generator=random, dtype=torch.uint8)
+                out = io.BytesIO()
+                Image.fromarray(coarse.numpy()).resize((32, 32)).save(out, "PNG")
+                fields = {"captions": [f"thing {n} of {folder}"], "split": split}
+                members += [(f"{n}.png", out.getvalue()), (f"{n}.json", json.dumps(fields))]
+            if split and not shard:
+                members += [("bad.png", b"no picture"), ("bad.txt", "bad")]
+                members += [
+                    ("held.png", out.getvalue()),
+                    ("held.json", '{"caption": "h", "split": "test"}'),
+                ]
+            encoded = [(name, m if isinstance(m, bytes) else m.encode()) for name, m in members]
+            write_tar(tmp_path / folder / f"{shard}.tar", encoded)
+    whole = tmp_path / "whole"
+    options = "--width 16 --heads 2 --vocab-size 300 --context-length 8 --image-size 16"
+    options += " --load-size 32 --batch-size 8 --steps 6 --log-every 1 --eval-every 6"
+    data = ["--train-data", str(tmp_path / "data"), "--val-data", str(tmp_path / "val")]
+    every = [*options.split(), "--checkpoint-every", "3", "--threads", "1"]
+    train.main(["--stream", *data, "--out", str(whole), "--workers", "0", *every])
+    told = capsys.readouterr().out
+    assert "a stream of 2 shards" in told
+    assert "val: 8 pictures, 8 captions" in told
+    assert "skipped 1 records:" in told
+    assert "compile    no: " in told
+    assert re.search(r"compute +\d+\.\d% of a step", told)
+    lines = [json.loads(line) for line in (whole / "metrics.jsonl").open()]
+    assert all(0 < line["input_share"] < 1 for line in lines if line["kind"] == "train")
+
+    cut = tmp_path / "cut"
+    shutil.copytree(whole, cut)
+    (cut / "checkpoints" / "step_0000006.pt").unlink()
+    train.main(["--resume", str(cut), "--workers", "1"])
+    a, b = (
+        torch.load(run / "checkpoints" / "step_0000006.pt", weights_only=True)["model"]
+        for run in (whole, cut)
+    )
+    assert all(torch.equal(a[name], b[name]) for name in a)
+    assert steady(cut) == steady(whole)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ("--stream", "--stream and --val-data go together"),
+        ("--val-data nowhere", "--stream and --val-data go together"),
+        ("--stream --val-data nowhere", "no data at"),
+        ("--stream --val-data {here} --workers -1", "--workers must be at least 0, got -1"),
+        ("--stream --val-data {here}", "different items, 6; got 64"),
+    ],
+)
+def test_bad_options_are_named(options, message, tmp_path, capsys):
+    numbered(tmp_path, 1, 6)
+    given = [option.format(here=tmp_path) for option in options.split()]
+    with pytest.raises(SystemExit) as end:
+        train.main(["--train-data", str(tmp_path), "--out", str(tmp_path / "run"), *given])
+    assert end.value.code == 2
+    assert message in capsys.readouterr().err
 
 
 def test_a_record_is_small(tmp_path):

@@ -22,12 +22,15 @@ from ito import export, prepare, train
 from ito.augment import CROP, DRAWINGS, PAPER, Augmentation
 from ito.batches import Batches
 from ito.cli import user_errors
+from ito.compiled import choose_compile, compile_towers
 from ito.config import Config, add_options, from_options
 from ito.data import load_dataset
 from ito.encoders import DualEncoder
 from ito.evaluate import embed_images, embed_texts, evaluate
+from ito.fusion import Fusion
 from ito.metrics import retrieval
 from ito.precision import choose_precision
+from ito.ranks import Ranks
 from ito.tokenizer import Tokenizer
 from ito.trainer import Trainer
 
@@ -73,7 +76,8 @@ def steady(run):
     """The logged numbers without clocks."""
     records = [json.loads(line) for line in (run / "metrics.jsonl").open()]
     return [
-        {k: v for k, v in r.items() if k not in ("seconds", "images_per_second")} for r in records
+        {k: v for k, v in r.items() if k not in ("seconds", "images_per_second", "input_share")}
+        for r in records
     ]
 
 
@@ -110,7 +114,7 @@ def test_the_loss_is_that_of_the_method(data, options):
     tokenizer = Tokenizer.train([c for names in dataset.captions for c in names], 300, 8)
     config = Config(width=32, heads=2, batch_size=6, **options)
     trainer = Trainer(config, dataset, tokenizer, CPU, torch.float32)
-    rows, ids = trainer.batches(0)
+    rows, ids = trainer.batches.choose(0)
     images = torch.randn(*rows.shape, 3, 32, 32)
     loss, _ = trainer.backward(images, ids)
     images = images.flatten(0, 1)
@@ -168,10 +172,11 @@ def test_matrices_alone_decay_and_the_learning_rate_warms_up_and_falls(data):
 def test_batches_hold_distinct_items_whose_views_and_captions_differ(data):
     dataset = load_dataset(data, 64)
     tokenizer = Tokenizer.train([c for names in dataset.captions for c in names], 300, 16)
-    batches = Batches(dataset, tokenizer, Config(batch_size=12, captions=2, views=3))
+    config = Config(batch_size=12, captions=2, views=3)
+    batches = Batches(dataset, tokenizer, config, Ranks(), CPU)
     seen = set()
     for step in range(3):  # 36 training items: one pass
-        rows, ids = batches(step)
+        rows, ids = batches.choose(step)
         assert rows.shape == (3, 12)
         items = dataset.image_item[rows]
         assert (items == items[0]).all()
@@ -183,9 +188,9 @@ def test_batches_hold_distinct_items_whose_views_and_captions_differ(data):
         assert (ids != 0).any(1).any(0).all()  # no column is padding everywhere
         seen |= set(items[0].tolist())
     assert len(seen) == 36
-    again = batches(1)
-    batches(2)
-    assert all(torch.equal(a, b) for a, b in zip(again, batches(1), strict=True))
+    again = batches.choose(1)
+    batches.choose(2)
+    assert all(torch.equal(a, b) for a, b in zip(again, batches.choose(1), strict=True))
 
 
 # --- runs ---
@@ -385,6 +390,31 @@ def test_command_lines_of_a_finished_run(finished, tmp_path):
 
 
 # --- bad input ---
+
+
+def test_what_is_compiled_is_asked_for(monkeypatch):
+    model = DualEncoder(
+        image_size=16,
+        width=16,
+        heads=2,
+        image_depth=3,
+        text_depth=1,
+        vocab_size=300,
+        context_length=8,
+    )
+    trained = torch.nn.ModuleList([model, Fusion(2, 16, depth=2)])
+    found = []
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda module: found.append(module))
+    compile_towers(*trained)
+    stem = trained[0].image.stem
+    blocks = [m for m in trained.modules() if type(m).__name__ == "Block"]
+    assert len(blocks) == 3 + 1 + 2
+    assert {id(m) for m in found} == {id(m) for m in (stem, *blocks)}
+    for device in ("cpu", "cuda"):
+        wanted, why = choose_compile(False, torch.device(device))
+        assert not wanted
+        assert why.endswith("--compile asks for it")
+        assert choose_compile(True, torch.device(device)) == (True, "asked for")
 
 
 def test_help_groups_the_options(capsys):
