@@ -17,9 +17,11 @@ if find_spec("triton") is None:
     pytest.skip("triton is not installed", allow_module_level=True)
 
 import gpu_kernels
+import problems
 import test_primitive
 from gpu_kernels import BF16, FP16, FP32, spread
 from problems import (
+    LIMITS,
     OPTIONS,
     Case,
     assert_accurate,
@@ -33,8 +35,8 @@ from problems import (
 
 import ito_kernels.similarity.triton as backend
 from ito_kernels import similarity_softplus
-from ito_kernels.similarity import chunked, dispatch, triton_tiles
-from ito_kernels.similarity.spec import Problem
+from ito_kernels.similarity import chunked, dispatch, reference, triton_tiles
+from ito_kernels.similarity.spec import Needs, Problem
 
 SMALL = triton_tiles.Tile(32, 32, 32, 4, 1)
 MEDIUM = triton_tiles.Tile(64, 64, 32, 4, 1)
@@ -56,7 +58,7 @@ def backward(request, monkeypatch):
     return request.param
 
 
-@pytest.mark.parametrize(("case", "dtype"), spread(OPTIONS[:-1]))
+@pytest.mark.parametrize(("case", "dtype"), spread(OPTIONS[:-1] + LIMITS))
 def test_options(case, dtype, backward):
     test_primitive.test_logsumexp("triton", case, dtype)
 
@@ -93,6 +95,33 @@ def test_tiles_that_are_not_square_or_come_in_parts(m, n, warps, same, backward,
     tiles(monkeypatch, tile=tile, tma=True, processors=5 if backward == "fused" else 1)
     case = Case(150, 150, 16, same=same, ids="groups", positives="linear", exclude_self=same)
     test_primitive.test_logsumexp("triton", case, FP32)
+
+
+LIMITED = Case(100, 70, 40, scale_per_row=True, limit=True, exclude_self=True, ids="groups")
+
+
+@pytest.mark.parametrize("warps", [4, 1], ids=["whole", "parts"])
+@pytest.mark.parametrize(
+    ("case", "dtype"),
+    spread([LIMITED, replace(LIMITED, ids=None, exclude_self=False, diagonal=-20)], (FP32, BF16)),
+)
+def test_limits_that_leave_nothing_or_everything(case, dtype, warps, backward, monkeypatch):
+    tiles(monkeypatch, tma=warps == 1, tile=triton_tiles.Tile(64, 64, 32, warps, 1))
+    limit = problems.row_limit(make(case, dtype))
+    limit[::3], limit[1::5] = -2.0, torch.inf
+    monkeypatch.setattr(problems, "row_limit", lambda t: limit)
+    test_primitive.test_logsumexp("triton", case, dtype)
+
+    # softplus with a limit, which the public function does not offer
+    flags = {"exclude_self": case.exclude_self, "diagonal": case.diagonal, "row_limit": limit}
+    p = Problem(**make(case, dtype), **flags)
+    torch.testing.assert_close(backend.softplus_forward(p), reference.softplus_forward(p))
+    needs, u = Needs(True, True, True, False, False), torch.linspace(-1, 1, case.n)
+    ours = backend.softplus_backward(p, u, needs)
+    for x, y in zip(ours[:3], reference.softplus_backward(p, u, needs)[:3], strict=True):
+        torch.testing.assert_close(
+            x, y, rtol=2e-2 if dtype == BF16 else 1e-5, atol=1e-5 * y.abs().max()
+        )
 
 
 @pytest.mark.parametrize("scale", [0.01, 200.0])
