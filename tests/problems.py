@@ -88,7 +88,6 @@ OPTIONS = [
     Case(65, 130, 24, scale=200.0, ids="groups", positives="lse"),
     Case(300, 300, 512, scale=100.0, ids="groups", positives="linear", exclude_self=True),
 ]
-# what kernels for GPUs leave to others
 LIMITS = [
     Case(65, 130, 24, limit=True, ids="groups", positives="linear", hardest=True),
     Case(65, 130, 24, limit=True, ids="padded", positives="lse", scale_per_row=True, biases=True),

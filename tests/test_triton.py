@@ -17,9 +17,11 @@ if find_spec("triton") is None:
     pytest.skip("triton is not installed", allow_module_level=True)
 
 import gpu_kernels
+import problems
 import test_primitive
 from gpu_kernels import BF16, FP16, FP32, spread
 from problems import (
+    LIMITS,
     OPTIONS,
     Case,
     assert_accurate,
@@ -33,8 +35,8 @@ from problems import (
 
 import ito_kernels.similarity.triton as backend
 from ito_kernels import similarity_softplus
-from ito_kernels.similarity import chunked, dispatch, triton_tiles
-from ito_kernels.similarity.spec import Problem
+from ito_kernels.similarity import chunked, dispatch, reference, triton_tiles
+from ito_kernels.similarity.spec import Needs, Problem, Upstream
 
 SMALL = triton_tiles.Tile(32, 32, 32, 4, 1)
 MEDIUM = triton_tiles.Tile(64, 64, 32, 4, 1)
@@ -56,7 +58,7 @@ def backward(request, monkeypatch):
     return request.param
 
 
-@pytest.mark.parametrize(("case", "dtype"), spread(OPTIONS[:-1]))
+@pytest.mark.parametrize(("case", "dtype"), spread(OPTIONS[:-1] + LIMITS))
 def test_options(case, dtype, backward):
     test_primitive.test_logsumexp("triton", case, dtype)
 
@@ -93,6 +95,53 @@ def test_tiles_that_are_not_square_or_come_in_parts(m, n, warps, same, backward,
     tiles(monkeypatch, tile=tile, tma=True, processors=5 if backward == "fused" else 1)
     case = Case(150, 150, 16, same=same, ids="groups", positives="linear", exclude_self=same)
     test_primitive.test_logsumexp("triton", case, FP32)
+
+
+LIMITED = Case(100, 70, 40, scale_per_row=True, limit=True, exclude_self=True, ids="groups")
+LIMITED = [
+    replace(LIMITED, positives="lse"),
+    replace(LIMITED, positives="linear", ids=None, exclude_self=False, diagonal=-20),
+]
+
+
+@pytest.mark.parametrize(
+    ("case", "dtype", "warps"), [(LIMITED[0], FP32, 4), (LIMITED[1], BF16, 1)], ids=str
+)
+def test_limits_that_leave_nothing_or_everything(case, dtype, warps, backward, monkeypatch):
+    # with one warp a tile is reduced in parts
+    tiles(monkeypatch, tma=warps == 1, tile=MEDIUM._replace(warps=warps))
+    limit = problems.row_limit(make(case, dtype))
+    limit[::3], limit[1::5] = -2.0, torch.inf
+    monkeypatch.setattr(problems, "row_limit", lambda t: limit)
+    test_primitive.test_logsumexp("triton", case, dtype)
+
+
+def test_limits_spare_positives_that_are_not_asked_for(backward, monkeypatch):
+    """And softplus with a limit, which the public function does not offer."""
+    tiles(monkeypatch, tile=MEDIUM)
+    t = make(LIMITED[0], FP32)
+    p = Problem(**t, row_limit=problems.row_limit(t), exclude_self=True)
+    law = p._replace(**{k: v.double() for k, v in t.items() if v is not None and "ids" not in k})
+    law = law._replace(row_limit=p.row_limit.double())
+    u, v = torch.linspace(-1, 1, p.n), torch.linspace(1, -1, p.m)
+    needs = Needs(True, True, True, False, False)
+    stats = backend.logsumexp_forward(p)
+    expected = reference.logsumexp_forward(law)
+    softmax = Upstream(u, v)
+    pairs = [
+        (stats, expected),
+        ((backend.softplus_forward(p),), (reference.softplus_forward(law),)),
+        (
+            backend.logsumexp_backward(p, stats, softmax, needs),
+            reference.logsumexp_backward(law, expected, softmax, needs),
+        ),
+        (backend.softplus_backward(p, u, needs), reference.softplus_backward(law, u, needs)),
+    ]
+    for ours, truth in pairs:
+        for x, y in zip(ours, truth, strict=True):
+            assert (x is None) == (y is None)
+            if x is not None:
+                torch.testing.assert_close(x.double(), y, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("scale", [0.01, 200.0])

@@ -27,9 +27,9 @@ from torch import Tensor
 from triton.runtime.errors import OutOfResources
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from . import triton_backward, triton_forward
+from . import operands, triton_backward, triton_forward
 from . import triton_tiles as tiles
-from .operands import Operands, accumulate, dense, is_symmetric
+from .operands import Operands, accumulate, dense
 from .spec import Grads, Needs, Problem, Stats, Upstream
 
 INTERPRETED = not isinstance(triton_forward.logsumexp_kernel, triton.JITFunction)
@@ -43,8 +43,6 @@ FP16_TOP = 4096.0
 def supports(problem: Problem) -> tuple[bool, str]:
     if problem.a.dtype == torch.float64:
         return False, "fp64 is computed by the reference and chunked backends"
-    if problem.row_limit is not None:
-        return False, "row_limit is left to the chunked and reference backends"
     if problem.a.device.type == "cpu" and not INTERPRETED:
         return False, "CPU tensors need TRITON_INTERPRET=1 in the environment"
     if problem.a.device.type not in ("cpu", "cuda"):
@@ -52,6 +50,11 @@ def supports(problem: Problem) -> tuple[bool, str]:
     if max(problem.n, problem.m) >= 2**31 - 2**9:
         return False, "row numbers do not fit 32 bits"
     return True, "a GPU" if problem.a.is_cuda else "TRITON_INTERPRET=1"
+
+
+def is_symmetric(problem: Problem) -> bool:
+    """Whether S and the masks are symmetric: a limit is of rows alone."""
+    return problem.row_limit is None and operands.is_symmetric(problem)
 
 
 def describe(problem: Problem) -> str:
@@ -217,6 +220,7 @@ def _score_arguments(plan: _Plan, op: Operands, tile: tiles.Tile) -> dict:
         **_sources(plan, tile.m, tile.n, tile.k, op),
         **plan.options(tile),
         "BLOCK_K": tile.k,
+        "row_limit": dense(plan.problem.row_limit),
         "SCALE_PER_ROW": op.scale.ndim == 1,
         "diagonal": plan.problem.diagonal,
     }
@@ -450,6 +454,7 @@ def _fused(call: _Backward, needs: Needs) -> Grads:
     p, op, plan = call.problem, call.op, call.plan
     tile = plan.gradient
     block_d = max(16, triton.next_power_of_2(p.d))
+    limit = dense(p.row_limit)
     together = p.b is None and not call.symmetric  # both sides' gradients meet in one tensor
 
     def side(op: Operands, exchanged: bool, grad: bool, scale: bool, bias: bool):
@@ -474,6 +479,8 @@ def _fused(call: _Backward, needs: Needs) -> Grads:
             softplus_sums=values,
             stride_grad=p.d,
             diagonal=-p.diagonal if exchanged else p.diagonal,
+            row_limit=None if exchanged else limit,
+            col_limit=limit if exchanged else None,
             SCALE="one" if op.scale.ndim == 0 else "col" if exchanged else "row",
             BLOCK_D=block_d,
         )

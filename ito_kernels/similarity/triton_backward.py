@@ -116,7 +116,7 @@ def _add_sums(sums, group, length, index, values):
 
 @triton.jit
 def _write_weights(
-    acc, tile_m, tile_n, scale, row_bias, col_bias, row_ids, col_ids,
+    acc, tile_m, tile_n, scale, row_bias, col_bias, row_ids, col_ids, row_limit,
     u, row_factors, alpha, row_pos, v, col_factors, beta, col_pos,
     norm, panel, scale_sums, row_sums, col_sums, softplus_sums,
     n, m, diagonal, panel_row, panel_col, stride_panel, SCALE_PER_ROW: tl.constexpr,
@@ -128,7 +128,7 @@ def _write_weights(
     if PARTS > 1:
         left, right = scores.halves(acc)
         rest = (
-            scale, row_bias, col_bias, row_ids, col_ids,
+            scale, row_bias, col_bias, row_ids, col_ids, row_limit,
             u, row_factors, alpha, row_pos, v, col_factors, beta, col_pos,
             norm, panel, scale_sums, row_sums, col_sums, softplus_sums,
             n, m, diagonal, panel_row, panel_col, stride_panel,
@@ -151,9 +151,13 @@ def _write_weights(
     s = scores.affine(acc, row_scale, row_added, col_added)
 
     special = False
-    if SELF or EXCLUDE_POSITIVES or SOFTPLUS or POSITIVES != "none":
+    if SELF or EXCLUDE_POSITIVES or SOFTPLUS or POSITIVES != "none" or row_limit is not None:
         special = scores.is_special(row_ids, row_identity, col_identity, row0, col0, diagonal,
                                     SELF, True, BLOCK_M, BLOCK_N)  # fmt: skip
+    if row_limit is not None:
+        limit = scores.vector(row_limit, rows, n, 0.0)[:, None]
+        s = scores.limited(s, acc, limit, special, row_ids, row_identity, col_identity, rows, cols,
+                           n, m, diagonal, SELF)  # fmt: skip
     if SOFTPLUS:
         s = scores.signed(s, special, row_ids, row_identity, col_identity, rows, cols, n, m,
                           diagonal, SELF)  # fmt: skip
@@ -182,7 +186,7 @@ def _write_weights(
 
 @triton.jit(do_not_specialize=[*scores.SIZES, "panel_row", "panel_col"])
 def weights_kernel(
-    a, b, scale, row_bias, col_bias, row_ids, col_ids,
+    a, b, scale, row_bias, col_bias, row_ids, col_ids, row_limit,
     u, row_factors, alpha, row_pos, v, col_factors, beta, col_pos,
     norm, panel, scale_sums, row_sums, col_sums, softplus_sums,
     n, m, d, stride_a, stride_b, diagonal, panel_row, panel_col, stride_panel,
@@ -201,7 +205,7 @@ def weights_kernel(
     like `row_sums`. PARTS: W is formed by so many parts of a tile's columns.
     """
     rest = (
-        scale, row_bias, col_bias, row_ids, col_ids,
+        scale, row_bias, col_bias, row_ids, col_ids, row_limit,
         u, row_factors, alpha, row_pos, v, col_factors, beta, col_pos,
         norm, panel, scale_sums, row_sums, col_sums, softplus_sums,
         n, m, diagonal, panel_row, panel_col, stride_panel,
@@ -234,7 +238,7 @@ def weights_kernel(
 
 @triton.jit(do_not_specialize=scores.SIZES)
 def gradient_kernel(
-    a, b, scale, row_bias, col_bias, row_ids, col_ids,
+    a, b, scale, row_bias, col_bias, row_ids, col_ids, row_limit, col_limit,
     u, row_factors, alpha, row_pos, v, col_factors, beta, col_pos,
     norm, grad, scale_sums, row_sums, softplus_sums,
     n, m, d, stride_a, stride_b, stride_grad, diagonal,
@@ -246,8 +250,8 @@ def gradient_kernel(
     """The gradient of `a`, scale·W·B, for small D: rows of it stay in registers, W is not written.
 
     Called with the sides exchanged it gives the gradient of the other one; `SCALE` says whose the
-    scale is: "one" number, one per "row" or per "col". Also, where not None, per row Σ_j W·<a, b>,
-    Σ_j W and the forward value of softplus.
+    scale is: "one" number, one per "row" or per "col". The limit is then `col_limit`. Also, where
+    not None, per row Σ_j W·<a, b>, Σ_j W and the forward value of softplus.
     """
     row0 = tl.program_id(0) * BLOCK_M
     rows = row0 + tl.arange(0, BLOCK_M)
@@ -271,14 +275,23 @@ def gradient_kernel(
         y = scores.features(b, col0, m, d, stride_b, BLOCK_N, BLOCK_D, EVEN_D, TMA)
         acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
         acc = scores.dot(x, tl.trans(y), acc, PRECISION, INTERPRETED)
+        products = acc
         col_added, col_identity = scores.side(col_bias, col_ids, cols, m, -2)
         if SCALE == "col":
             acc *= scores.vector(scale, cols, m, 0.0)[None, :]
         s = scores.affine(acc, row_scale, row_added, col_added)
         special = False
-        if SELF or EXCLUDE_POSITIVES or SOFTPLUS or POSITIVES != "none":
+        LIMITED: tl.constexpr = row_limit is not None or col_limit is not None
+        if SELF or EXCLUDE_POSITIVES or SOFTPLUS or POSITIVES != "none" or LIMITED:
             special = scores.is_special(row_ids, row_identity, col_identity, row0, col0, diagonal,
                                         SELF, True, BLOCK_M, BLOCK_N)  # fmt: skip
+        if LIMITED:
+            if row_limit is not None:
+                limit = scores.vector(row_limit, rows, n, 0.0)[:, None]
+            else:
+                limit = scores.vector(col_limit, cols, m, 0.0)[None, :]
+            s = scores.limited(s, products, limit, special, row_ids, row_identity, col_identity,
+                               rows, cols, n, m, diagonal, SELF)  # fmt: skip
         if SOFTPLUS:
             s = scores.signed(s, special, row_ids, row_identity, col_identity, rows, cols, n, m,
                               diagonal, SELF)  # fmt: skip

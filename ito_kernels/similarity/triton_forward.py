@@ -28,7 +28,8 @@ def _pair_of_groups(pid, col_groups, TRIANGLE: tl.constexpr):
 @triton.jit
 def _add_tile(
     acc, col0, top, total, pos, neg_top, row0, rows, row_scale, row_added, row_identity,
-    col_bias, row_ids, col_ids, col_slots, pair_scores, n, m, diagonal, col_field, with_cols, done,
+    col_bias, row_ids, col_ids, row_limit, col_slots, pair_scores, n, m, diagonal, col_field,
+    with_cols, done,
     ROWS: tl.constexpr, COLS: tl.constexpr, POSITIVES: tl.constexpr, SELF: tl.constexpr,
     EXCLUDE_POSITIVES: tl.constexpr, HARDEST: tl.constexpr, EXACT: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PARTS: tl.constexpr,
@@ -38,8 +39,8 @@ def _add_tile(
     if PARTS > 1:
         left, right = scores.halves(acc)
         rest = (
-            row0, rows, row_scale, row_added, row_identity, col_bias, row_ids, col_ids, col_slots,
-            pair_scores, n, m, diagonal, col_field, with_cols, done,
+            row0, rows, row_scale, row_added, row_identity, col_bias, row_ids, col_ids, row_limit,
+            col_slots, pair_scores, n, m, diagonal, col_field, with_cols, done,
         )  # fmt: skip
         top, total, pos, neg_top = _add_tile(
             left, col0, top, total, pos, neg_top, *rest, ROWS, COLS, POSITIVES, SELF,
@@ -53,7 +54,8 @@ def _add_tile(
     # whether positives matter; without ids and with SELF there are none
     POSITIVE: tl.constexpr = (
         EXCLUDE_POSITIVES or HARDEST or POSITIVES != "none" or pair_scores is not None
-    )
+        or row_limit is not None
+    )  # fmt: skip
     col_added, col_identity = scores.side(col_bias, col_ids, cols, m, -2)
     s = scores.affine(acc, row_scale, row_added, col_added)
 
@@ -63,6 +65,10 @@ def _add_tile(
         special = scores.is_special(row_ids, row_identity, col_identity, row0, col0,
                                     diagonal, SELF, POSITIVE, BLOCK_M,
                                     BLOCK_N)  # fmt: skip
+        if row_limit is not None:
+            limit = scores.vector(row_limit, rows, n, 0.0)[:, None]
+            s = scores.limited(s, acc, limit, special, row_ids, row_identity, col_identity, rows,
+                               cols, n, m, diagonal, SELF)  # fmt: skip
         if special:
             positive, excluded = scores.classify(
                 row_ids, row_identity, col_identity, rows, cols, n, m, diagonal, SELF
@@ -110,7 +116,8 @@ def _add_tile(
 
 @triton.jit(do_not_specialize=[*scores.SIZES, "row_tiles", "col_tiles", "row_groups", "col_groups"])
 def logsumexp_kernel(
-    a, b, scale, row_bias, col_bias, row_ids, col_ids, row_slots, col_slots, pair_scores,
+    a, b, scale, row_bias, col_bias, row_ids, col_ids, row_limit, row_slots, col_slots,
+    pair_scores,
     n, m, d, stride_a, stride_b, diagonal, row_tiles, col_tiles, row_groups, col_groups,
     EVEN_D: tl.constexpr, SCALE_PER_ROW: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
     POSITIVES: tl.constexpr, SELF: tl.constexpr, EXCLUDE_POSITIVES: tl.constexpr,
@@ -155,8 +162,8 @@ def logsumexp_kernel(
         neg_top = tl.full([BLOCK_M], float("-inf"), tl.float32)
 
         rest = (
-            row0, rows, row_scale, row_added, row_identity, col_bias, row_ids, col_ids, col_slots,
-            pair_scores, n, m, diagonal, col_field, with_cols, row0 - first_row,
+            row0, rows, row_scale, row_added, row_identity, col_bias, row_ids, col_ids, row_limit,
+            col_slots, pair_scores, n, m, diagonal, col_field, with_cols, row0 - first_row,
         )  # fmt: skip
         # one loop over tiles and steps of D: the next tile's first loads run under this one's rest
         acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
@@ -288,7 +295,7 @@ def merge_kernel(
 
 @triton.jit(do_not_specialize=[*scores.SIZES, "row_tiles", "col_tiles", "col_groups"])
 def softplus_kernel(
-    a, b, scale, row_bias, col_bias, row_ids, col_ids, row_slots,
+    a, b, scale, row_bias, col_bias, row_ids, col_ids, row_limit, row_slots,
     n, m, d, stride_a, stride_b, diagonal, row_tiles, col_tiles, col_groups,
     EVEN_D: tl.constexpr, SCALE_PER_ROW: tl.constexpr, SELF: tl.constexpr, TMA: tl.constexpr,
     PRECISION: tl.constexpr, INTERPRETED: tl.constexpr,
@@ -321,6 +328,10 @@ def softplus_kernel(
                 s = scores.affine(acc, row_scale, row_added, col_added)
                 special = scores.is_special(row_ids, row_identity, col_identity, row0, col0,
                                             diagonal, SELF, True, BLOCK_M, BLOCK_N)  # fmt: skip
+                if row_limit is not None:
+                    limit = scores.vector(row_limit, rows, n, 0.0)[:, None]
+                    s = scores.limited(s, acc, limit, special, row_ids, row_identity, col_identity,
+                                       rows, cols, n, m, diagonal, SELF)  # fmt: skip
                 s = scores.signed(s, special, row_ids, row_identity, col_identity, rows, cols, n, m,
                                   diagonal, SELF)  # fmt: skip
                 total += tl.sum(scores.softplus(s), 1)

@@ -225,6 +225,20 @@ def classify(row_ids, row_identity, col_identity, rows, cols, n, m, diagonal,
 
 
 @triton.jit
+def limited(s, products, limit, special, row_ids, row_identity, col_identity, rows, cols, n, m,
+            diagonal, SELF: tl.constexpr):  # fmt: skip
+    """S, -inf at pairs that are not positive and have an inner product above `limit`, which
+    broadcasts against the tile."""
+    beyond = products > limit
+    if special:
+        positive, _ = classify(
+            row_ids, row_identity, col_identity, rows, cols, n, m, diagonal, SELF
+        )
+        beyond = beyond & (positive == 0)
+    return tl.where(beyond, float("-inf"), s)
+
+
+@triton.jit
 def signed(s, special, row_ids, row_identity, col_identity, rows, cols, n, m, diagonal,
            SELF: tl.constexpr):  # fmt: skip
     """What softplus is taken of: S, -S at positives, -inf at what is excluded."""
