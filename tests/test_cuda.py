@@ -58,7 +58,7 @@ def test_what_a_gpu_must_be(monkeypatch):
     gpu = SimpleNamespace(name="T4", major=7, minor=5)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: gpu)
     there = SimpleNamespace(device=torch.device("cuda"), dtype=torch.bfloat16)
-    problem = SimpleNamespace(a=there, row_limit=None, n=2**30, m=1)
+    problem = SimpleNamespace(a=there, n=2**30, m=1)
     assert cuda.CUDA.supports(problem) == (False, "needs compute capability 8.0, T4 has 7.5")
     gpu.major = 8
     assert cuda.CUDA.supports(problem)[0]

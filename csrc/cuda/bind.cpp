@@ -45,7 +45,7 @@ class Reader {
     to = {data, (fields_.number() + size - 1) / size};
   }
   void read(Side& s) {
-    all(s.features, s.stride, s.length, s.bias, s.ids, s.factors, s.alpha, s.pos);
+    all(s.features, s.stride, s.length, s.bias, s.ids, s.limit, s.factors, s.alpha, s.pos);
   }
   void read(Scores& s) {
     all(s.arithmetic, s.row, s.col, s.row_bytes, s.scale, s.scale_of, s.positives, s.exclude_self,

@@ -8,13 +8,30 @@
 namespace ito::ITO_GPU {
 namespace {
 
-// Inner products become scores.
-__device__ __forceinline__ void score(Scored& s, const Row (&rows)[kRows], const Cols& cols) {
+// Inner products become scores. Beyond a limit they are -inf, as padding is, so that tiles without
+// positives need no masks there either. Limits are loaded for each tile: registers are scarce.
+template <bool kLimited>
+__device__ __forceinline__ void score(const Scores& p, Scored& s, const Row (&rows)[kRows],
+                                      const Cols& cols, int row, int col) {
 #pragma unroll
-  for (int j = 0; j < kCols; ++j)
+  for (int r = 0; r < kRows; ++r) {
+    const float limit = kLimited ? limit_of(p.row, row + r * 8) : kInfinity;
 #pragma unroll
-    for (int r = 0; r < kRows; ++r)
-      at(s, r, j) = fmaf(at(s, r, j), rows[r].scale, cols.added[j]) + rows[r].added;
+    for (int j = 0; j < kCols; ++j) {
+      const float dot = at(s, r, j);
+      at(s, r, j) = fmaf(dot, rows[r].scale, cols.added[j]) + rows[r].added;
+      if (kLimited &&
+          kind_of(p, rows[r], col_of(col, j), cols.id[j], dot, limit) == Kind::kExcluded)
+        at(s, r, j) = -kInfinity;
+    }
+  }
+}
+__device__ __forceinline__ void score(const Scores& p, Scored& s, const Row (&rows)[kRows],
+                                      const Cols& cols, int row, int col) {
+  if (p.row.limit)
+    score<true>(p, s, rows, cols, row, col);
+  else
+    score<false>(p, s, rows, cols, row, col);
 }
 
 enum Field { kMax = 0, kPos = 2, kNeg = 4 };  // max and sum, pos, neg_max
@@ -44,10 +61,10 @@ class Statistics {
     }
   }
 
-  __device__ __forceinline__ void tile(Scored& s, int /*row0*/, int col0) {
+  __device__ __forceinline__ void tile(Scored& s, int row0, int col0) {
     const int col = col0 + place_.col();
     const Cols cols(p_.col, col);
-    score(s, rows_, cols);
+    score(p_, s, rows_, cols, row0 + place_.row(0), col);
     Pair col_pos[2] = {no_positives(p_.positives), no_positives(p_.positives)};
     float col_neg[2] = {-kInfinity, -kInfinity};
     const bool masked = special(p_, rows_, cols, col0 + place_.first_col(), kTile / kWarpCols);
@@ -194,10 +211,10 @@ class SoftplusSums {
     }
   }
 
-  __device__ __forceinline__ void tile(Scored& s, int /*row0*/, int col0) {
+  __device__ __forceinline__ void tile(Scored& s, int row0, int col0) {
     const int col = col0 + place_.col();
     const Cols cols(p_.col, col);
-    score(s, rows_, cols);
+    score(p_, s, rows_, cols, row0 + place_.row(0), col);
     if (special(p_, rows_, cols, col0 + place_.first_col(), kTile / kWarpCols)) {
 #pragma unroll
       for (int j = 0; j < kCols; ++j)

@@ -83,19 +83,24 @@ __global__ void __launch_bounds__(kGradientThreads, 2)
 
     const int first = col0 + member * 2;
     const Cols cols(q.col, first);
-    const bool masked = special(q, rows, cols, col0, kGradientCols);
+    const bool limited = q.row.limit || q.col.limit;
+    const bool masked = special(q, rows, cols, col0, kGradientCols, limited);
+    const float row_limit[2] = {limit_of(q.row, row0 + group), limit_of(q.row, row0 + 8 + group)};
 #pragma unroll
     for (int j = 0; j < kCols; ++j) {
       const int col = col_of(first, j);
       const Factor col_factor(q.col, col);
       const float col_scale =
           q.scale_of == ScaleOf::kCol ? q.scale.load(min(col, q.col.length - 1)) : 1.0f;
+      const float col_limit = limit_of(q.col, col);
 #pragma unroll
       for (int r = 0; r < 2; ++r) {
         float& x = s[j / 2][r * 2 + j % 2];
         const float dot = x, scale = rows[r].scale * col_scale;
         const float score = fmaf(dot, scale, cols.added[j]) + rows[r].added;
-        const Kind kind = masked ? kind_of(q, rows[r], col, cols.id[j]) : Kind::kNegative;
+        const float limit = fminf(row_limit[r], col_limit);
+        const Kind kind =
+            masked ? kind_of(q, rows[r], col, cols.id[j], dot, limit) : Kind::kNegative;
         const float w = weight<kSoftplus, false>(q, score, kind, row_factors[r], col_factor,
                                                   row0 + r * 8 + group, col);
         scale_sum[r] = fmaf(w, dot, scale_sum[r]);

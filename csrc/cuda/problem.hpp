@@ -28,6 +28,9 @@ struct Side {
   int length = 0;
   Global<const float> bias;
   Global<const int32_t> ids;  // negative: padding
+  // Negatives with a larger <a, b> are left out. Of one side at most: forward and panels read the
+  // rows', where the problem is transposed it is the columns'.
+  Global<const float> limit;
   // Backward: upstream · softmax = factor · e^(S - shift) as (shift, factor); the upstream of pos,
   // and pos. For softplus the factor is the upstream gradient.
   Global<const Pair> factors;

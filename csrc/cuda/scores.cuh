@@ -119,12 +119,24 @@ __device__ __forceinline__ Kind kind_of(const Scores& p, const Row& row, int col
   return (p.row.ids ? row.id == col_id : itself) ? Kind::kPositive : Kind::kNegative;
 }
 
-// Whether a warp's scores, of these rows and `width` columns from `col0`, hold more than negatives.
-// Most tiles do not, and take a path without masks.
+__device__ __forceinline__ float limit_of(const Side& side, int index) {
+  return side.limit ? side.limit.load(min(index, side.length - 1)) : kInfinity;
+}
+
+// The same for an inner product under a limit.
+__device__ __forceinline__ Kind kind_of(const Scores& p, const Row& row, int col, int col_id,
+                                        float dot, float limit) {
+  const Kind kind = kind_of(p, row, col, col_id);
+  return kind == Kind::kNegative && dot > limit ? Kind::kExcluded : kind;
+}
+
+// Whether a warp's scores, of these rows and `width` columns from `col0`, hold more than negatives,
+// or may where they are `limited`. Most tiles do not, and take a path without masks.
 template <int kRowCount>
 __device__ __forceinline__ bool special(const Scores& p, const Row (&rows)[kRowCount],
-                                        const Cols& cols, int col0, int width) {
-  bool found = false;
+                                        const Cols& cols, int col0, int width,
+                                        bool limited = false) {
+  bool found = limited;
   if (p.exclude_self || (p.positives_matter && !p.row.ids)) {
 #pragma unroll
     for (int r = 0; r < kRowCount; ++r)

@@ -18,6 +18,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from . import operands
 from .cuda_structs import (
     POSITIVES,
     Forward,
@@ -30,7 +31,7 @@ from .cuda_structs import (
     arithmetic,
     numbers,
 )
-from .operands import Operands, accumulate, is_symmetric
+from .operands import Operands, accumulate
 from .spec import Grads, Needs, Problem, Stats, Upstream
 
 try:
@@ -42,6 +43,11 @@ PANEL_BYTES = 256 << 20  # of one W panel
 # fp16 W is multiplied up to this: 4 terms of it stay below 65,504, and a softmax entry of 1/N keeps
 # its 11 bits down to 1e-8
 FP16_TOP = 4096.0
+
+
+def is_symmetric(problem: Problem) -> bool:
+    """Whether S and the masks are symmetric: a limit is of rows alone."""
+    return problem.row_limit is None and operands.is_symmetric(problem)
 
 
 class Backend:
@@ -86,8 +92,6 @@ class Backend:
             return False, self.missing() or f"needs {self.device} tensors, got {device}"
         if problem.a.dtype == torch.float64:
             return False, "fp64 is computed by the reference and chunked backends"
-        if problem.row_limit is not None:
-            return False, "row_limit is left to the chunked and reference backends"
         if max(problem.n, problem.m) > 2**30:
             return False, "more than 2^30 rows: the kernels count them in 32 bits"
         if reason := self._too_old(problem.a.device):

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .operands import Operands
+from .operands import Operands, dense
 from .spec import Problem
 
 # in the order of problem.hpp's enumerations
@@ -34,6 +34,7 @@ class Side(NamedTuple):
     length: int
     bias: Tensor | None
     ids: Tensor | None
+    limit: Tensor | None
     factors: Tensor | None
     alpha: Tensor | None
     pos: Tensor | None
@@ -68,15 +69,23 @@ class Scores(NamedTuple):
         """`exchanged`: `op`, `rows` and `cols` are those of the transposed matrix."""
         p = problem
 
-        def side(x: Tensor, bias: Tensor | None, ids: Tensor | None, vectors: Vectors) -> Side:
+        def side(
+            x: Tensor,
+            bias: Tensor | None,
+            ids: Tensor | None,
+            limit: Tensor | None,
+            vectors: Vectors,
+        ) -> Side:
             stride = x.stride(0) * x.element_size() // 16
-            return Side(x, stride, x.shape[0], bias, ids, *vectors)
+            return Side(x, stride, x.shape[0], bias, ids, limit, *vectors)
 
+        limit = dense(p.row_limit)
+        row_limit, col_limit = (None, limit) if exchanged else (limit, None)
         scale_of = "all" if op.scale.ndim == 0 else "col" if exchanged else "row"
         return cls(
             arithmetic=ARITHMETIC.index(arithmetic(p.a.dtype)),
-            row=side(op.a, op.row_bias, op.row_ids, rows),
-            col=side(op.b, op.col_bias, op.col_ids, cols),
+            row=side(op.a, op.row_bias, op.row_ids, row_limit, rows),
+            col=side(op.b, op.col_bias, op.col_ids, col_limit, cols),
             row_bytes=p.d * op.a.element_size(),
             scale=op.scale,
             scale_of=SCALE_OF.index(scale_of),
