@@ -51,8 +51,7 @@ def similarity_logsumexp(
         row_ids, col_ids: (N,) and (M,) integers. Equal ids are positives; a negative id is padding
             that takes no part. Without ids the positive of row i is column i + diagonal.
         row_limit: (N,) without gradient. Pairs that are not positive and have an inner product
-            <a_i, b_j> above row_limit_i are left out of everything. By the cpu, chunked and
-            reference backends.
+            <a_i, b_j> above row_limit_i are left out of everything.
         positives: also give, per row and column, the positives' Σ (S - max) ("linear") or
             log Σ exp(S - max) ("lse").
         exclude_self: leave out the pairs (i, i + diagonal): without ids, every positive.
