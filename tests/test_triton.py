@@ -120,7 +120,7 @@ def test_limits_spare_positives_that_are_not_asked_for(backward, monkeypatch):
     """And softplus with a limit, which the public function does not offer."""
     tiles(monkeypatch, tile=MEDIUM)
     t = make(LIMITED[0], FP32)
-    p = Problem(**t, row_limit=problems.row_limit(t), exclude_self=True)
+    p = Problem(**t, row_limit=problems.row_limit(t))
     law = p._replace(**{k: v.double() for k, v in t.items() if v is not None and "ids" not in k})
     law = law._replace(row_limit=p.row_limit.double())
     u, v = torch.linspace(-1, 1, p.n), torch.linspace(1, -1, p.m)
