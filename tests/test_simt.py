@@ -18,6 +18,7 @@ import torch
 from gpu_kernels import BF16, FP16, FP32, spread
 from problems import OPTIONS, Case, dense, gradients, leaves, make, run, run_softplus
 
+from ito_kernels import similarity_logsumexp
 from ito_kernels.similarity import cuda, dispatch
 from ito_kernels.similarity.spec import Problem
 
@@ -191,6 +192,8 @@ LARGE = [  # three tiles and panels each way
     Case(270, 270, 40, same=True, exclude_self=True, ids="groups", positives="linear"),
     Case(390, 390, 40, same=True, positives="lse", hardest=True),
     Case(270, 270, 40, same=True, biases=True, scale_per_row=True, positives="linear"),
+    Case(270, 390, 40, limit=True, ids="groups", positives="lse", hardest=True, scale_per_row=True),
+    Case(270, 270, 40, limit=True, same=True, exclude_self=True, positives="linear"),
 ]
 
 
@@ -341,6 +344,27 @@ def test_softplus_of_everything_positive_or_left_out():
     t["col_ids"] = t["row_ids"]
     truth = dense(case, t, torch.float64)["softplus"]
     torch.testing.assert_close(run_softplus(case, t, "simt").double(), truth, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [FP32, BF16])
+def test_rows_with_everything_beyond_the_limit(dtype, backward):
+    """Of a row only its positives stay; without one nothing does, and its gradient is 0."""
+    case = Case(150, 140, 24, ids="groups")
+    t = leaves(make(case, dtype), ("a",))
+    t["row_ids"][::2] = 10**6
+    limit = torch.full((150,), 2.0)
+    limit[:100] = -2.0
+    stats = similarity_logsumexp(**t, row_limit=limit, cols=False, backend="simt")
+    (grad,) = torch.autograd.grad(stats.row_logsum[100:].sum() + stats.row_logsum[1], t["a"])
+    S = 10.0 * t["a"].double() @ t["b"].double().T
+    stays = (t["row_ids"][:, None] == t["col_ids"]) | (torch.arange(150) >= 100)[:, None]
+    truth = S.masked_fill(~stays, -torch.inf).logsumexp(1).detach()
+    lse = (stats.row_max + stats.row_logsum).detach().double()
+    assert truth[:100:2].isinf().all()
+    torch.testing.assert_close(lse, truth, rtol=0, atol=2e-5)
+    assert not grad.isnan().any()
+    assert not grad[:100:2].any()
+    assert grad[100:].abs().sum(1).all()
 
 
 # ---- choice

@@ -20,8 +20,8 @@ __device__ __forceinline__ void score(const Scores& p, Scored& s, const Row (&ro
     for (int j = 0; j < kCols; ++j) {
       const float dot = at(s, r, j);
       at(s, r, j) = fmaf(dot, rows[r].scale, cols.added[j]) + rows[r].added;
-      if (kLimited &&
-          kind_of(p, rows[r], col_of(col, j), cols.id[j], dot, limit) == Kind::kExcluded)
+      if (kLimited && dot > limit &&
+          !(p.row.ids ? rows[r].id == cols.id[j] : rows[r].partner == col_of(col, j)))
         at(s, r, j) = -kInfinity;
     }
   }

@@ -55,9 +55,6 @@ class Writer {
   // Inner products become W.
   template <bool kMasked>
   __device__ __forceinline__ void weigh(Scored& s, int row0, int first, const Cols& cols) {
-    float limit[kRows];
-#pragma unroll
-    for (int r = 0; kMasked && r < kRows; ++r) limit[r] = limit_of(p_.row, row0 + place_.row(r));
 #pragma unroll
     for (int j = 0; j < kCols; ++j) {
       const int index = col_of(first, j);
@@ -66,8 +63,10 @@ class Writer {
       for (int r = 0; r < kRows; ++r) {
         const float dot = at(s, r, j);
         const float score = fmaf(dot, rows_[r].scale, cols.added[j]) + rows_[r].added;
-        const Kind kind = kMasked ? kind_of(p_, rows_[r], index, cols.id[j], dot, limit[r])
-                                  : Kind::kNegative;
+        Kind kind = Kind::kNegative;
+        if (kMasked)
+          kind = kind_of(p_, rows_[r], index, cols.id[j], dot,
+                         limit_of(p_.row, row0 + place_.row(r)));
         const float w = weight<kSoftplus, !Arithmetic::kHalf>(
             p_, score, kind, row_factors_[r], col_factor, row0 + place_.row(r), index);
         scale_sum_[r] = fmaf(w, dot, scale_sum_[r]);
