@@ -18,7 +18,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from . import operands
 from .cuda_structs import (
     POSITIVES,
     Forward,
@@ -31,7 +30,7 @@ from .cuda_structs import (
     arithmetic,
     numbers,
 )
-from .operands import Operands, accumulate
+from .operands import Operands, accumulate, is_symmetric
 from .spec import Grads, Needs, Problem, Stats, Upstream
 
 try:
@@ -43,11 +42,6 @@ PANEL_BYTES = 256 << 20  # of one W panel
 # fp16 W is multiplied up to this: 4 terms of it stay below 65,504, and a softmax entry of 1/N keeps
 # its 11 bits down to 1e-8
 FP16_TOP = 4096.0
-
-
-def is_symmetric(problem: Problem) -> bool:
-    """Whether S and the masks are symmetric: a limit is of rows alone."""
-    return problem.row_limit is None and operands.is_symmetric(problem)
 
 
 class Backend:

@@ -36,12 +36,12 @@ class Operands(NamedTuple):
 
 
 def is_symmetric(problem: Problem) -> bool:
-    """Whether S and the masks are symmetric. Ids are compared by place: values would need a wait
-    for the device."""
+    """Whether S and the masks are symmetric. A limit is of rows alone. Ids are compared by place:
+    values would need a wait for the device."""
     p = problem
     if p.b is not None or p.scale.ndim or p.row_bias is not None or p.col_bias is not None:
         return False
-    if p.diagonal != 0:
+    if p.row_limit is not None or p.diagonal != 0:
         return False
     return p.row_ids is None or (
         p.row_ids.data_ptr() == p.col_ids.data_ptr() and p.row_ids.stride() == p.col_ids.stride()

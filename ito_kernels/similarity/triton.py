@@ -27,9 +27,9 @@ from torch import Tensor
 from triton.runtime.errors import OutOfResources
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from . import operands, triton_backward, triton_forward
+from . import triton_backward, triton_forward
 from . import triton_tiles as tiles
-from .operands import Operands, accumulate, dense
+from .operands import Operands, accumulate, dense, is_symmetric
 from .spec import Grads, Needs, Problem, Stats, Upstream
 
 INTERPRETED = not isinstance(triton_forward.logsumexp_kernel, triton.JITFunction)
@@ -50,11 +50,6 @@ def supports(problem: Problem) -> tuple[bool, str]:
     if max(problem.n, problem.m) >= 2**31 - 2**9:
         return False, "row numbers do not fit 32 bits"
     return True, "a GPU" if problem.a.is_cuda else "TRITON_INTERPRET=1"
-
-
-def is_symmetric(problem: Problem) -> bool:
-    """Whether S and the masks are symmetric: a limit is of rows alone."""
-    return problem.row_limit is None and operands.is_symmetric(problem)
 
 
 def describe(problem: Problem) -> str:
