@@ -94,7 +94,7 @@ LIMITS = [
     Case(65, 130, 24, limit=True, positives="lse", diagonal=9, cols=False),
     Case(130, 130, 24, limit=True, same=True, exclude_self=True, ids="groups", positives="linear"),
     Case(
-        300, 300, 64, limit=True, exclude_positives=True, cols=False, ids="groups", positives="lse"
+        150, 150, 64, limit=True, exclude_positives=True, cols=False, ids="groups", positives="lse"
     ),
 ]
 CASES = [replace(c, positives="linear") if c.positives is None else c for c in SIZES]

@@ -131,6 +131,7 @@ def test_the_empty_border_is_cut(drawn, want):
     assert max(abs(a - b) for a, b in zip(box, want, strict=True)) <= 1
 
 
+@pytest.mark.slow  # draws 3,706 pictures once more: 16 s
 def test_preparing_twice_gives_the_same_bytes(prepared, tmp_path):
     def digest(folder):
         files = sorted(p for p in folder.rglob("*") if p.is_file())
