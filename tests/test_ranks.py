@@ -14,7 +14,7 @@ import pytest
 import ranks as processes
 import torch
 import torch.distributed as dist
-from test_train import QUICK, steady, write_set
+from tiny_set import QUICK, steady, write_set
 
 from ito import train
 from ito.config import Config

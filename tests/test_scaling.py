@@ -13,7 +13,7 @@ import pytest
 import ranks
 import torch
 import torch.distributed as dist
-from test_distributed import Traffic
+from global_costs import Traffic
 
 import ito_kernels as ik
 
