@@ -72,6 +72,12 @@ class Result:
     def end(self, metric: str) -> float:
         return self.value(self.evaluations[-1], metric)
 
+    def aligning(self) -> list[tuple[int, float]]:
+        """(step, alignment loss), the mean of ten logged steps; none for sigmoid losses."""
+        logged = [(r["step"], r["align"]) for r in self.steps if "logit_bias" not in r]
+        means = [statistics.mean(v for _, v in logged[i : i + 10]) for i in range(len(logged) - 9)]
+        return [(step, mean) for (step, _), mean in zip(logged[9:], means, strict=True)]
+
     @property
     def step_seconds(self) -> float:
         """The median of the logged intervals: those with an evaluation inside are outliers."""
@@ -282,30 +288,35 @@ def interval(values: list[float], form: Callable[[float], str]) -> str:
 
 
 def matched_gap(arms: dict[str, list[Result]]) -> str:
-    """The gap when a run first reached the R@1 that every arm reaches: gaps track progress."""
-    target = min(max(v for _, v in r.curve("R@1")) for runs in arms.values() for r in runs)
+    """The gap when runs were equally far, by R@1 and by the alignment loss: gaps track progress."""
+    quality = min(max(v for _, v in r.curve("R@1")) for runs in arms.values() for r in runs)
+    by_quality = gaps_when(arms, lambda r: reached(r.curve("R@1"), quality))
+    text = f"When R@1 first reaches {quality:.1%}, which every run does.\n\n{by_quality}"
+    softmax = {arm: runs for arm, runs in arms.items() if runs[0].aligning()}
+    if not softmax:
+        return text
+    loss = max(min(v for _, v in r.aligning()) for runs in softmax.values() for r in runs)
+    by_loss = gaps_when(softmax, lambda r: reached([(step, -v) for step, v in r.aligning()], -loss))
+    return (
+        f"{text}\n\nWhen the alignment loss in training (the mean of ten logged batches) first "
+        f"reaches {loss:.2f}, for the objectives that have that loss. Pictures under mild "
+        f"augmentation reach it sooner than they reach the same R@1.\n\n{by_loss}"
+    )
+
+
+def gaps_when(arms: dict[str, list[Result]], when: Callable[[Result], float]) -> str:
+    """Gap and scale of each run at the step that `when` names."""
     lines = []
     for arm, runs in arms.items():
-        steps = [reached(r.curve("R@1"), target) for r in runs]
-        scales = [
-            at([(s["step"], s["logit_scale"]) for s in r.steps], step)
-            for r, step in zip(runs, steps, strict=True)
-        ]
-        gaps = [at(r.curve("modality/gap"), step) for r, step in zip(runs, steps, strict=True)]
-        relative = [
-            at(r.curve("modality/relative"), step) for r, step in zip(runs, steps, strict=True)
-        ]
-        lines.append(
-            [
-                arm,
-                f"{statistics.mean(steps):.0f}",
-                spread(gaps, plain),
-                spread(relative, plain),
-                spread(scales, plain),
-            ]
+        steps = [when(r) for r in runs]
+        curves = (
+            [r.curve("modality/gap") for r in runs],
+            [r.curve("modality/relative") for r in runs],
+            [[(s["step"], s["logit_scale"]) for s in r.steps] for r in runs],
         )
-    table = rows(["objective", "at step", "gap", "relative gap", "scale"], lines)
-    return f"When R@1 first reaches {target:.1%}, which every run does.\n\n{table}"
+        cells = [[at(c, step) for c, step in zip(cs, steps, strict=True)] for cs in curves]
+        lines.append([arm, f"{statistics.mean(steps):.0f}", *(spread(x, plain) for x in cells)])
+    return rows(["objective", "at step", "gap", "relative gap", "scale"], lines)
 
 
 def at(curve: list[tuple[float, float]], step: float) -> float:

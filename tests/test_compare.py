@@ -88,16 +88,16 @@ def test_a_run_that_fails_shows_the_end_of_its_output(tmp_path):
         compare.call(words, tmp_path / "log", {})
 
 
-def write_run(folder, config: Config, seconds: float, score, gap) -> None:
-    """A finished run whose R@1 and gap are functions of the step; an evaluation costs 9 s."""
+def write_run(folder, config: Config, seconds: float, score, gap, align) -> None:
+    """A finished run whose R@1, gap and loss are functions of the step; evaluations cost 9 s."""
     folder.mkdir(parents=True)
     config.save(folder / "config.json")
     records, clock = [], 0.0
-    for step in range(0, STEPS + 1, 5):
+    for step in range(0, STEPS + 1, 2):
         if step:
-            clock += 5 * seconds
+            clock += 2 * seconds
             record = {"kind": "train", "step": step, "seconds": clock, "logit_scale": 10.0 + step}
-            records.append(record | {"loss": 1.0, "fusion": 0.5})
+            records.append(record | {"align": align(step), "fusion": 0.5})
         if step % 10 == 0:
             clock += 9
             values = {f"{way}/R@1": score(step) for way in ("i2t", "t2i")}
@@ -128,6 +128,7 @@ def test_the_report(tmp_path, monkeypatch):
             0.1 * k,
             lambda step, k=k, bonus=bonus: 0.01 * k * step / 2 + bonus,
             lambda step, k=k: 1 - 0.02 * step / k,
+            lambda step, k=k: 3.95 + 0.05 * k - 0.05 * k * step,
         )
     text = comparison.write_comparison(tmp_path).read_text()
     clip, ito = [line for line in text.splitlines() if line.startswith(("| clip-aug", "| ito-al"))][
@@ -146,6 +147,9 @@ def test_the_report(tmp_path, monkeypatch):
     # the least of the best is 20 %: clip-aug's seed 0 gets there at step 40, ITO's at 20, 18, 16
     assert "When R@1 first reaches 20.0%" in text
     assert "| ito-align | 18 | 0.82 ± 0.02 | 0.82 ± 0.02 | 28.00 ± 2.00 |" in text
+    # a mean of ten is nine steps late: clip-aug ends at 4 - 0.05 · 31, ITO is there at step 25
+    assert "first reaches 2.45" in text
+    assert "| ito-align | 25 | 0.75 ± 0.00 | 0.75 ± 0.00 | 35.00 ± 0.00 |" in text
     assert "| ito-align | 200 | 2.00 | 3 | 1.0 |" in text
     assert (tmp_path / "curves.png").stat().st_size > 10_000
 
