@@ -448,5 +448,19 @@ from the mean, and returns 0 for a batch of one label.
 """
 
 
+@pytest.mark.parametrize("name", [n for n in ik.__all__ if inspect.isfunction(getattr(ik, n))])
+def test_every_argument_is_documented(name):
+    """In the docstring, or in that of the function to which it sends for its arguments."""
+    about = inspect.getdoc(getattr(ik, name))
+    for other in re.findall(r"Arguments\b[^.]*?\bas in\s+`(\w+)`", about):
+        about += inspect.getdoc(getattr(ik, other))
+    missing = [
+        parameter
+        for parameter in inspect.signature(getattr(ik, name)).parameters
+        if not re.search(rf"\b{parameter}\b", about)
+    ]
+    assert not missing
+
+
 if __name__ == "__main__":
     FILE.write_text(table())

@@ -42,6 +42,7 @@ def cacr_loss(
         query_ids, key_ids: as in `multi_positive_infonce`.
         t_positive, t_negative: t⁺ and t⁻, 0 or more; at 0 all count alike.
         backend: a name as everywhere, without effect.
+        group, chunk_size: as in `multi_positive_infonce`.
 
     Returns a 0-d fp32 tensor (fp64 for fp64 features). Raises as `multi_positive_infonce`.
     Source: Zheng et al. 2021 (CACR); the defaults are those of the authors' CIFAR experiments.

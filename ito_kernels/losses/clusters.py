@@ -46,6 +46,7 @@ def cluster_weighted_infonce(
         weights: (C, C), not negative, w[cluster of the query, cluster of the key]; has a gradient
             where it is greater than 0. A weight of 0 leaves the negatives out.
         query_ids, key_ids: as in `multi_positive_infonce`.
+        group, chunk_size, backend: as in `multi_positive_infonce`.
 
     Returns a 0-d fp32 tensor (fp64 for fp64 features). Raises as `multi_positive_infonce`.
     Source: Yu et al. 2023 (AdaMEOW).

@@ -36,6 +36,7 @@ def decoupled_contrastive_loss(
         logit_scale: the multiplier itself: a number, a 0-d tensor or an (N,) tensor.
         query_ids, key_ids: (N,) and (M,) integers, equal for positives; each defaults to the row
             number, then N must equal M. A negative id is a padded row that takes no part.
+        group, chunk_size, backend: as in `multi_positive_infonce`.
 
     Returns a 0-d fp32 tensor (fp64 for fp64 features). Raises as `multi_positive_infonce`.
     Source: Yeh et al. 2022 (Decoupled contrastive learning).

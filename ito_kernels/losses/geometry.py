@@ -31,6 +31,7 @@ def uniformity_loss(
         x: (N, D) with N ≥ 2, usually L2-normalised. bf16 and fp16 are computed in fp32: the
             attraction of near neighbours meets that of the norms outside the kernels.
         t: a number greater than 0.
+        group, chunk_size, backend: as in `multi_positive_infonce`.
 
     Returns a 0-d fp32 tensor (fp64 for fp64 features).
     Raises TypeError or ValueError for an argument that does not fit, by name.
@@ -79,6 +80,7 @@ def alignment_loss(
         x, y: (N, D), usually L2-normalised; row i of both belongs together.
         alpha: a number greater than 0. Rows that coincide have a gradient of 0 for every alpha.
         backend: a name as everywhere, without effect: there is no matrix.
+        group, chunk_size: as in `multi_positive_infonce`.
 
     Returns a 0-d fp32 tensor (fp64 for fp64 features).
     Raises TypeError or ValueError for an argument that does not fit, by name.

@@ -40,6 +40,8 @@ def ito_loss(
         fused_views: (F, N, D) with F ≥ 2, each view fused with the text; None where lambda_fusion
             is 0. With lambda_fusion = 0 its loss is still reported, without gradient.
         logit_scale: the multiplier itself, shared by all terms: a number or a 0-d tensor.
+        denominator: "pair" or "pooled", the form of L_align.
+        group, chunk_size, backend: as in `multi_positive_infonce`.
 
     All features are L2-normalised.
 

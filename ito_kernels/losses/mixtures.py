@@ -39,6 +39,7 @@ def mixup_infonce(
         mixing: λ, from 0 to 1: a number or (N,); no gradient.
         symmetric: average with the keys as anchors, whose positives are the queries that hold a
             part of them, by the same weights, normalised.
+        chunk_size, backend: as in `multi_positive_infonce`.
 
     Returns a 0-d fp32 tensor (fp64 for fp64 features). Raises as `multi_positive_infonce`.
     Source: Liu et al. 2024 (M3CoL), Kim et al. 2020 (MixCo).
@@ -99,9 +100,13 @@ def mix_hard_negatives(
     Source: Kalantidis et al. 2020 (MoCHi), eq. 5 and 6.
     """
     check_pair("queries", queries, "queue", queue)
-    for name, value in (("hardest", hardest), ("mixed", mixed), ("with_query", with_query)):
-        if isinstance(value, bool) or not isinstance(value, int) or value < (name == "hardest"):
-            raise ValueError(f"{name} must be a whole number, got {value!r}")
+    for name, value, least in (
+        ("hardest", hardest, 1),
+        ("mixed", mixed, 0),
+        ("with_query", with_query, 0),
+    ):
+        if isinstance(value, bool) or not isinstance(value, int) or value < least:
+            raise ValueError(f"{name} must be a whole number from {least} upwards, got {value!r}")
     check_generator("generator", generator)
     n, q, device = len(queries), len(queue), queries.device
     top = min(hardest, q)

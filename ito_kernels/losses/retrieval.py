@@ -32,6 +32,7 @@ def mnrl_loss(
         negatives: (N, D), or (N, K, D) for K of each query.
         scale: 1 / temperature: a number, a 0-d tensor or an (N,) tensor.
         normalize: L2-normalise everything first (cosine similarity); False: inner products.
+        group, chunk_size, backend: as in `multi_positive_infonce`.
 
     Returns a 0-d fp32 tensor (fp64 for fp64 features). Raises as `multi_positive_infonce`.
     Source: Henderson et al. 2017, eq. 4; the defaults are those of sentence-transformers.
@@ -82,6 +83,7 @@ def one_to_k_loss(
         queries: (N, D), L2-normalised.
         keys: (N, K, D), L2-normalised: the K captions of each item.
         logit_scale: the multiplier itself: a number, a 0-d tensor or an (N,) tensor.
+        group, chunk_size, backend: as in `multi_positive_infonce`.
 
     Returns a 0-d fp32 tensor (fp64 for fp64 features). Raises as `multi_positive_infonce`.
     Source: Nie et al. 2024 (CCRK, 1-to-K contrastive learning).

@@ -45,6 +45,7 @@ def cwcl_loss(
         logit_scale: the multiplier itself: a number, a 0-d tensor or an (N,) tensor.
         reference: (N, D_c), c, L2-normalised; takes no gradient.
         symmetric: average with the same along the columns.
+        group, chunk_size, backend: as in `multi_positive_infonce`.
 
     Returns a 0-d fp32 tensor (fp64 for fp64 features). Raises as `multi_positive_infonce`.
     Source: Srinivasa et al. 2023 (CWCL).
@@ -96,6 +97,7 @@ def soft_target_infonce(
         target_queries, target_keys: (N, D_c) and (M, D_c), c and e, L2-normalised; no gradient.
         target_scale: the teacher's multiplier: a number or a 0-d tensor; no gradient.
         alpha: the share of the soft targets, from 0 to 1.
+        group, chunk_size, backend: as in `multi_positive_infonce`.
 
     Returns a 0-d fp32 tensor (fp64 for fp64 features). Raises as `multi_positive_infonce`.
     Source: Li et al. 2021 (ALBEF), eq. 6.

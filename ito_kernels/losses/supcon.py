@@ -47,6 +47,7 @@ def supcon_loss(
             in the authors' code; the factor is 1 otherwise.
         empty: a row without a positive counts as 0 in the mean ("zero") or is left out ("drop").
         positives: "mean" for L_out, "in" for L_in.
+        group, chunk_size, backend: as in `multi_positive_infonce`.
 
     Returns a 0-d fp32 tensor (fp64 for fp64 features). Raises as `multi_positive_infonce`.
     Source: Khosla et al. 2020 (SupCon), eq. 2 and 3.
@@ -98,6 +99,7 @@ def nt_xent_loss(
     Args:
         z1, z2: (N, D), L2-normalised; row i of both is the same sample.
         temperature: a number or a 0-d tensor.
+        group, chunk_size, backend: as in `multi_positive_infonce`.
 
     Returns a 0-d fp32 tensor (fp64 for fp64 features). Raises as `multi_positive_infonce`.
     Source: Chen et al. 2020 (SimCLR), eq. 1.

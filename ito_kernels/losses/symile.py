@@ -37,6 +37,7 @@ def symile_loss(
         logit_scale: the multiplier itself: a number, a 0-d tensor or an (N,) tensor.
         generator: of the permutations, two for each of x, y and z in this order; on the device of
             x or on the CPU. PyTorch's default one otherwise.
+        group, chunk_size, backend: as in `multi_positive_infonce`.
 
     Returns a 0-d fp32 tensor (fp64 for fp64 features).
     Raises TypeError or ValueError for an argument that does not fit, by name.

@@ -168,7 +168,7 @@ def explain(
 ) -> str:
     """Which backend and tile shape a call with these tensors would use, and why. Runs nothing.
 
-    `options` are those of `similarity_logsumexp`.
+    queries, keys, logit_scale, `options`: a, b, scale and the options of `similarity_logsumexp`.
     """
     check_pair("queries", queries, "keys", keys)
     names = ("row_bias", "col_bias", "row_ids", "col_ids")
