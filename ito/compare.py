@@ -91,7 +91,7 @@ def main(arguments: list[str] | None = None) -> Path:
         if not options.report_only:
             runs = plan(options)
             train_all(runs, options)
-        return write_comparison(options.out)
+        return write_comparison(options.out, options.cache)
 
 
 def plan(options: argparse.Namespace) -> list[Run]:
@@ -113,7 +113,9 @@ def command_line(chosen: dict) -> list[str]:
     """The options of `python -m ito.train` for these values."""
     words = []
     for name, value in chosen.items():
-        if name == "locked":
+        if value is True:  # an option without a value; those that are off are not given
+            words.append(f"--{name.replace('_', '-')}")
+        elif name == "locked":
             towers = ("image", "text") if value == "both" else (value,)
             words += [f"--lock-{tower}" for tower in towers]
         else:
@@ -138,38 +140,44 @@ def train_all(runs: list[Run], options: argparse.Namespace) -> None:
 def train(run: Run, out: Path, threads: int | None, environment: dict) -> str:
     """Train a run to its end, or what is left of it. Raises OSError with the end of its output."""
     folder, log = out / run.name, out / f"{run.name}.log"
-    if finished(folder, run):
+    cost, scores = folder / "cost.json", folder / "evaluation.json"
+    trained = same(folder, run) and cost.exists()
+    if trained and scores.exists():
         return f"{run.name}: there already"
-    train = [sys.executable, "-m", "ito.train"]
-    if any((folder / "checkpoints").glob("step_*.pt")):
-        words = [*train, "--resume", str(folder)]
-    else:
-        if folder.exists():
-            shutil.rmtree(folder)  # ours, and cut off before its first checkpoint
-        words = [*train, "--out", str(folder), *run.options]
-        words += ["--threads", str(threads)] if threads else []
-    cost = call(words, log, environment)
-    evaluate = [sys.executable, "-m", "ito.evaluate", str(folder)]
-    call([*evaluate, "--json", str(folder / "evaluation.json")], log, environment)
-    (folder / "cost.json").write_text(json.dumps(cost) + "\n", encoding="utf-8")
-    return f"{run.name}: {run.config.steps} steps, {cost['peak_bytes'] / 2**20:.0f} MiB at most"
+    if not trained:
+        train = [sys.executable, "-m", "ito.train"]
+        if any((folder / "checkpoints").glob("step_*.pt")):
+            words = [*train, "--resume", str(folder)]
+        else:
+            if folder.exists():
+                shutil.rmtree(folder)  # ours, and cut off before its first checkpoint
+            words = [*train, "--out", str(folder), *run.options]
+            words += ["--threads", str(threads)] if threads else []
+        usage = call(words, log, environment)
+        cost.write_text(json.dumps(usage) + "\n", encoding="utf-8")
+    call(
+        [sys.executable, "-m", "ito.evaluate", str(folder), "--json", str(scores)], log, environment
+    )
+    peak = json.loads(cost.read_text(encoding="utf-8"))["peak_bytes"]
+    return f"{run.name}: {run.config.steps} steps, {peak / 2**20:.0f} MiB at most"
 
 
 def call(words: list[str], log: Path, environment: dict) -> dict:
     """Run a command into the log; what it cost. Raises OSError with the end of its output."""
     with log.open("a", encoding="utf-8") as file:
+        before = file.tell()
         process = subprocess.Popen(words, stdout=file, stderr=file, env=environment)
         _, status, usage = os.wait4(process.pid, 0)
         process.returncode = os.waitstatus_to_exitcode(status)
     if process.returncode:
-        end = "\n".join(log.read_text(encoding="utf-8").splitlines()[-5:])
+        end = "\n".join(log.read_bytes()[before:].decode("utf-8", "replace").splitlines()[-5:])
         raise OSError(f"{' '.join(words[1:4])} ended with {process.returncode}:\n{end}")
     kilobyte = 1 if sys.platform == "darwin" else 1024
     return {"peak_bytes": usage.ru_maxrss * kilobyte, "cpu_seconds": usage.ru_utime}
 
 
-def finished(folder: Path, run: Run) -> bool:
-    """Whether the run is whole. Raises ValueError if the folder holds a run of other options."""
+def same(folder: Path, run: Run) -> bool:
+    """Whether this run was begun there. Raises ValueError if it holds one of other options."""
     if not (folder / "config.json").exists():
         return False
     found = Config.load(folder / "config.json").flat()
@@ -178,7 +186,7 @@ def finished(folder: Path, run: Run) -> bool:
         raise ValueError(
             f"{folder} was trained with another {', '.join(other)}: name another --out"
         )
-    return (folder / "cost.json").exists()
+    return True
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ were). Deviations are over seeds. Differences are paired by seed, with the 95 % 
 Student's t: 4.3 standard errors for three seeds.
 """
 
+import dataclasses
 import json
 import math
 import statistics
@@ -16,10 +17,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from ito.augment import Augmentation
 from ito.config import Config
+from ito.cost import StepCost, step_costs
 from ito.data import Dataset
 from ito.evaluate import embed_images, embed_texts
 from ito.export import Encoder, load
+from ito.recipes import ITO
 from ito.source import open_dataset
 
 # 97.5 % quantiles of Student's t, by degrees of freedom
@@ -27,6 +31,8 @@ T = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
 # who is expected to beat whom, by the paper
 EXPECTED = (("ito", "ito-align"), ("ito-align", "clip-aug"), ("clip-aug", "clip"))
 BASE = "ito"  # what ablations are compared with
+# what arms may differ in; plain CLIP has an augmentation of its own
+DECIDED = ("objective", "seed", *ITO, *vars(Augmentation()))
 
 
 @dataclass
@@ -36,6 +42,7 @@ class Result:
     folder: Path
     arm: str
     config: Config
+    environment: dict
     steps: list[dict]
     evaluations: list[dict]
     more: dict
@@ -49,6 +56,7 @@ class Result:
             folder,
             folder.name.rpartition("-seed")[0],
             Config.load(folder / "config.json"),
+            json.loads((folder / "environment.json").read_text(encoding="utf-8")),
             [r for r in records if r["kind"] == "train"],
             [r for r in records if r["kind"] == "eval"],
             json.loads((folder / "evaluation.json").read_text(encoding="utf-8")),
@@ -73,31 +81,33 @@ class Result:
         return self.value(self.evaluations[-1], metric)
 
     def aligning(self) -> list[tuple[int, float]]:
-        """(step, alignment loss), the mean of ten logged steps; none for sigmoid losses."""
+        """(step, alignment loss), the mean of ten logged steps.
+
+        Of softmax losses of pairs: sigmoid losses are others, and a pooled one of V views and a
+        caption cannot fall below ½ ln V.
+        """
+        if self.config.denominator == "pooled":
+            return []
         logged = [(r["step"], r["align"]) for r in self.steps if "logit_bias" not in r]
         means = [statistics.mean(v for _, v in logged[i : i + 10]) for i in range(len(logged) - 9)]
         return [(step, mean) for (step, _), mean in zip(logged[9:], means, strict=True)]
 
-    @property
-    def step_seconds(self) -> float:
-        """The median of the logged intervals: those with an evaluation inside are outliers."""
-        pairs = list(pairwise((r["step"], r["seconds"]) for r in self.steps))
-        # a resumed run counts its seconds anew
-        return statistics.median((t - s) / (b - a) for (a, s), (b, t) in pairs if t > s)
 
-
-def write_comparison(out: Path) -> Path:
+def write_comparison(out: Path, cache: Path | None = None) -> Path:
     """Write `out/comparison.md` and its pictures from the finished runs in `out`.
 
-    Raises ValueError if there are none.
+    cache: where prepared data lives (~/.cache/ito).
+    Raises ValueError if there are none, or if they had unequal budgets, data or threads.
     """
-    folders = sorted(path.parent for path in out.glob("*/cost.json"))
+    folders = sorted(path.parent for path in out.glob("*/evaluation.json"))
     if not folders:
         raise ValueError(f"{out} holds no finished run")
     arms: dict[str, list[Result]] = {}
     for result in map(Result.load, folders):
         arms.setdefault(result.arm, []).append(result)
-    arms = dict(sorted(arms.items(), key=lambda item: item[1][0].step_seconds))
+    check_equal([run for runs in arms.values() for run in runs])
+    costs = measured({arm: runs[0].folder for arm, runs in arms.items()}, out, cache)
+    arms = dict(sorted(arms.items(), key=lambda item: costs[item[0]].seconds))
     first = next(iter(arms.values()))[0]
     parts = [
         "# Objectives compared",
@@ -107,25 +117,52 @@ def write_comparison(out: Path) -> Path:
         "## What the exported models know",
         probes(arms),
         "## Equal time",
-        equal_time(arms),
+        equal_time(arms, costs),
         "## Differences",
         differences(arms),
         "## The modality gap at matched quality",
         matched_gap(arms),
         "## Cost",
-        costs(arms),
+        cost_table(arms, costs),
         "## Curves",
         "![R@1, modality gap, scale and fusion loss](curves.png)",
         "## Maps of both modalities",
         "![Pictures and names in two dimensions](maps.png)",
     ]
     draw_curves(arms, out / "curves.png")
-    method = draw_maps(arms, out / "maps.png")
+    method = draw_maps(arms, out / "maps.png", cache)
     parts.append(f"Held-out pictures and their names, first seed, {method}.")
     path = out / "comparison.md"
     path.write_text("\n\n".join(parts) + "\n", encoding="utf-8")
     print(f"comparison {path}")
     return path
+
+
+def check_equal(runs: list[Result]) -> None:
+    """Raises ValueError naming two runs that differ in more than arms and seeds do."""
+    first = runs[0]
+    for run in runs:
+        for a, b in (
+            (first.config.flat(), run.config.flat()),
+            (first.environment, run.environment),
+        ):
+            other = [name for name in a if name not in DECIDED and a[name] != b[name]]
+            if other:
+                raise ValueError(
+                    f"{first.folder} and {run.folder} differ in {', '.join(other)}: "
+                    "compare runs of equal budgets, data and machines"
+                )
+
+
+def measured(folders: dict[str, Path], out: Path, cache: Path | None) -> dict[str, StepCost]:
+    """`step_costs`, kept in `out` for the next report of the same arms."""
+    path = out / "step_costs.json"
+    known = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    if known.keys() != folders.keys():
+        print(f"timing steps of {', '.join(folders)}", flush=True)
+        known = {arm: dataclasses.asdict(x) for arm, x in step_costs(folders, cache).items()}
+        path.write_text(json.dumps(known, indent=2) + "\n", encoding="utf-8")
+    return {arm: StepCost(**x) for arm, x in known.items()}
 
 
 # ---- tables
@@ -155,7 +192,7 @@ def plain(x: float) -> str:
 
 def about(arms: dict[str, list[Result]], first: Result) -> str:
     config, chance = first.config, first.end("i2t/chance")
-    environment = json.loads((first.folder / "environment.json").read_text(encoding="utf-8"))
+    environment = first.environment
     seeds = ", ".join(f"{arm} {len(runs)}" for arm, runs in arms.items())
     return (
         f"{config.steps} steps of {config.batch_size} items each, {environment['threads']} threads,"
@@ -189,7 +226,7 @@ def equal_steps(arms: dict[str, list[Result]]) -> str:
             "objective",
             "image → text R@1",
             "text → image R@1",
-            "R@10",
+            "text → image R@10",
             "zero-shot, all names",
             "unseen things R@1",
             "gap",
@@ -201,7 +238,7 @@ def equal_steps(arms: dict[str, list[Result]]) -> str:
     )
     return table + (
         "\n\nThe last column says how far from convergence a run is: R@1 at the end less R@1 after "
-        "three quarters of the steps."
+        "three quarters of the steps, while the learning rate came down."
     )
 
 
@@ -231,13 +268,12 @@ def probes(arms: dict[str, list[Result]]) -> str:
     return rows(["objective", *(name for name, _, _ in columns)], lines)
 
 
-def equal_time(arms: dict[str, list[Result]]) -> str:
+def equal_time(arms: dict[str, list[Result]], costs: dict[str, StepCost]) -> str:
     """Each run at the time at which the quickest arm has ended."""
-    cost = {arm: statistics.median(r.step_seconds for r in runs) for arm, runs in arms.items()}
-    budget = min(cost[arm] * runs[0].config.steps for arm, runs in arms.items())
+    budget = min(costs[arm].seconds * runs[0].config.steps for arm, runs in arms.items())
     lines = []
     for arm, runs in arms.items():
-        step = min(budget / cost[arm], runs[0].config.steps)
+        step = min(budget / costs[arm].seconds, runs[0].config.steps)
         lines.append(
             [
                 arm,
@@ -249,7 +285,7 @@ def equal_time(arms: dict[str, list[Result]]) -> str:
     table = rows(["objective", "steps by then", "R@1", "gap"], lines)
     return (
         f"After {budget:.0f} s of steps, when the quickest has ended: from the same runs' curves "
-        "and the logged cost of a step. The learning rate of the slower ones has not come down "
+        "and the cost of a step (below). The learning rate of the slower ones has not come down "
         f"yet, which is to their disadvantage.\n\n{table}"
     )
 
@@ -335,28 +371,28 @@ def reached(curve: list[tuple[float, float]], target: float) -> float:
     return curve[-1][0]
 
 
-def costs(arms: dict[str, list[Result]]) -> str:
-    quickest = min(statistics.median(r.step_seconds for r in runs) for runs in arms.values())
+def cost_table(arms: dict[str, list[Result]], costs: dict[str, StepCost]) -> str:
+    quickest = min(cost.seconds for cost in costs.values())
     lines = []
     for arm, runs in arms.items():
-        seconds = statistics.median(r.step_seconds for r in runs)
+        cost = costs[arm]
         weights = runs[0].folder / "model" / "model.safetensors"
         lines.append(
             [
                 arm,
-                f"{1000 * seconds:.0f}",
-                f"{seconds / quickest:.2f}",
+                f"{1000 * cost.seconds:.0f}",
+                f"{cost.seconds / quickest:.2f}",
+                percent(cost.input / cost.seconds),
                 f"{max(r.peak_bytes for r in runs) / 2**20:.0f}",
                 f"{weights.stat().st_size / 2**20:.1f}",
             ]
         )
-    table = rows(
-        ["objective", "ms a step", "× the quickest", "peak memory, MiB", "exported model, MiB"],
-        lines,
-    )
+    header = ["objective", "ms a step", "× the quickest", "of it input, %"]
+    table = rows([*header, "peak memory, MiB", "exported model, MiB"], lines)
     return table + (
-        "\n\nThe exported model is the two towers alone, the same for every objective: so is the "
-        "cost of inference. Memory is the process's, pictures and evaluation included."
+        "\n\nSteps are timed by turns in one process. The exported model is the two towers alone, "
+        "the same for every objective: so is the cost of inference. Memory is the process's, "
+        "pictures and evaluation included."
     )
 
 
@@ -388,7 +424,7 @@ def draw_curves(arms: dict[str, list[Result]], path: Path) -> None:
     plt.close(figure)
 
 
-def draw_maps(arms: dict[str, list[Result]], path: Path) -> str:
+def draw_maps(arms: dict[str, list[Result]], path: Path, cache: Path | None) -> str:
     """Pictures and names of the held-out split, of each arm's first run; how they were laid out."""
     plt = pyplot()
     columns = min(len(arms), 4)
@@ -402,7 +438,7 @@ def draw_maps(arms: dict[str, list[Result]], path: Path) -> str:
         axis.axis("off")
     for axis, (arm, runs) in zip(axes.flat, arms.items(), strict=False):
         run = runs[0]
-        data = datasets.setdefault(run.config.train_data, open_dataset(run.config))
+        data = datasets.setdefault(run.config.train_data, open_dataset(run.config, cache))
         images, texts = embeddings(load(run.folder), data, run.split)
         points, method = layout(torch.cat([images, texts]))
         n = len(images)

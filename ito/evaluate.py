@@ -108,8 +108,9 @@ def evaluate_fully(
             sides = trained, dataset.image_item[train], images, item
             found |= probe_scores(*sides, dataset.subgroup)
         if len(images) > 1 and len(item.unique()) > 1:
-            names = classes.names[item.unique()]
-            found |= under("modality", probes.modality_classifier(images, names))
+            items = item.unique()
+            names = classes.names[items]
+            found |= under("modality", probes.modality_classifier(images, names, item, items))
             found |= {
                 "geometry/uniformity_images": uniformity_loss(images).item(),
                 "geometry/uniformity_texts": uniformity_loss(names).item(),
@@ -150,7 +151,7 @@ class Classes:
         if prompts:
             self.ensembles = {
                 kind: ensemble(
-                    torch.stack([embed([p.format(t) for t in texts]) for p in prompts], 1)
+                    torch.stack([embed([p.replace("{}", t) for t in texts]) for p in prompts], 1)
                 )
                 for kind, texts in words.items()
             }
@@ -257,6 +258,9 @@ def main(arguments: list[str] | None = None) -> None:
         options = parser.parse_args(arguments)
         if bad := [prompt for prompt in options.prompts if "{}" not in prompt]:
             raise ValueError(f"--prompts must hold {{}} for the name, got {bad[0]!r}")
+        for name, file in (("json", options.json), ("clip-benchmark", options.clip_benchmark)):
+            if file and not file.parent.is_dir():  # told before the work
+                raise ValueError(f"--{name} {file}: {file.parent} is no folder")
         encoder = load(options.run)
         config, splits = choose_data(options)
         dataset = open_dataset(config, options.cache)

@@ -82,24 +82,34 @@ def knn(
     }
 
 
-def modality_classifier(image_emb: torch.Tensor, text_emb: torch.Tensor) -> dict[str, float]:
+def modality_classifier(
+    image_emb: torch.Tensor,
+    text_emb: torch.Tensor,
+    image_item: torch.Tensor,
+    text_item: torch.Tensor,
+) -> dict[str, float]:
     """How well a linear classifier tells images from texts: 0.5 if they are mixed, 1 if apart.
 
-    A logistic regression fitted on every other row of each modality, scored on the rest; the mean
-    of both modalities' accuracies, so that unequal numbers do not matter. The rows are taken as
-    they come: row i of both being one item tells it nothing.
-    image_emb (N, D), text_emb (M, D), N, M >= 2; raises ValueError otherwise.
+    A logistic regression fitted on every other item's rows and scored on those of the rest; the
+    mean of both modalities' accuracies, so that unequal numbers do not matter.
+    image_emb (N, D), text_emb (M, D), of the items image_item (N,), text_item (M,); raises
+    ValueError unless each has rows of at least 2 items that the other has too.
     """
-    for name, rows in (("image_emb", image_emb), ("text_emb", text_emb)):
-        if len(rows) < 2:
-            raise ValueError(f"{name} must have at least 2 rows, to fit and to score, got 1")
-    sides = unit(image_emb), unit(text_emb)
-    x = torch.cat([side[::2] for side in sides]).double()
-    y = torch.cat([torch.full((len(side[::2]),), n) for n, side in enumerate(sides)])
+    check("image_item", image_item, image_emb)
+    check("text_item", text_item, text_emb)
+    shared = image_item[torch.isin(image_item, text_item)].unique()
+    if len(shared) < 2:
+        raise ValueError(f"need at least 2 items of both modalities, got {len(shared)}")
+    sides = []
+    for emb, item in ((image_emb, image_item), (text_emb, text_item)):
+        known = torch.isin(item, shared)
+        sides.append((unit(emb[known]).double(), torch.searchsorted(shared, item[known]) % 2 == 0))
+    x = torch.cat([emb[fitted] for emb, fitted in sides])
+    y = torch.cat([torch.full((int(f.sum()),), n) for n, (_, f) in enumerate(sides)])
     parameters = fit(x, y, 2, 1e-4)
     right = [
-        (scores(side[1::2].double(), parameters).argmax(1) == n).double().mean()
-        for n, side in enumerate(sides)
+        (scores(emb[~fitted], parameters).argmax(1) == n).double().mean()
+        for n, (emb, fitted) in enumerate(sides)
     ]
     return {"classifier": ((right[0] + right[1]) / 2).item(), "classifier_chance": 0.5}
 

@@ -129,7 +129,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--cache", type=Path, help="where prepared data lives (~/.cache/ito)")
     add_options(parser, only="data")
     with user_errors():
-        options = parser.parse_args(arguments)
+        options = parser.parse_intermixed_args(arguments)
         if options.k < 1:
             raise ValueError(f"-k must be at least 1, got {options.k}")
         if options.serve is None and not options.queries:

@@ -4,9 +4,11 @@ import argparse
 import json
 
 import pytest
+from tiny_set import QUICK
 
-from ito import compare, comparison
+from ito import compare, comparison, train
 from ito.config import Config, add_options, from_options
+from ito.cost import StepCost, step_costs
 
 STEPS = 40
 
@@ -36,6 +38,12 @@ def test_a_run_is_given_the_configuration_that_was_planned(tmp_path, arm):
     assert (run.config.seed, run.config.steps, run.config.batch_size) == (3, STEPS, 8)
 
 
+def test_a_flag_is_given_without_a_value(tmp_path):
+    more = {"stream": True, "val_data": "/val", "train_data": "/train"}
+    (run,) = compare.plan(options(tmp_path, arms=["clip"], seeds=[0], **more))
+    assert from_options(parsed(*run.options)) == run.config
+
+
 def test_what_the_arms_differ_in_is_refused_as_an_option(tmp_path):
     with pytest.raises(ValueError, match="--lambda-fusion is what the runs"):
         compare.plan(options(tmp_path, lambda_fusion=1.0))
@@ -47,16 +55,21 @@ def test_arms_differ_in_more_than_their_names(tmp_path):
 
 
 def test_finished_runs_stay_and_those_cut_off_go_on(tmp_path, monkeypatch):
-    """One of each: finished, with a checkpoint, without one, not begun."""
-    whole, halfway, early, new = compare.plan(options(tmp_path))
-    for run in (whole, halfway, early):
+    """One of each: finished, trained but not scored, with a checkpoint, without one, not begun."""
+    chosen = options(tmp_path, seeds=[0, 1, 2])
+    whole, scoreless, halfway, early, new, _ = compare.plan(chosen)
+    for run in (whole, scoreless, halfway, early):
         (tmp_path / run.name / "checkpoints").mkdir(parents=True)
         run.config.save(tmp_path / run.name / "config.json")
-    (tmp_path / whole.name / "cost.json").write_text("{}")
+    for name in ("cost.json", "evaluation.json"):
+        (tmp_path / whole.name / name).write_text("{}")
+    (tmp_path / scoreless.name / "cost.json").write_text('{"peak_bytes": 7}')
     (tmp_path / halfway.name / "checkpoints" / "step_0000010.pt").touch()
-    called = []
+    called, scored = [], []
 
     def call(words, log, environment):
+        if "ito.evaluate" in words:
+            scored.append(words[3])
         if "ito.train" in words:
             called.append(words[3:])
             if "--out" in words:
@@ -65,7 +78,10 @@ def test_finished_runs_stay_and_those_cut_off_go_on(tmp_path, monkeypatch):
         return {"peak_bytes": 0, "cpu_seconds": 0}
 
     monkeypatch.setattr(compare, "call", call)
-    compare.train_all([whole, halfway, early, new], options(tmp_path))
+    compare.train_all([whole, scoreless, halfway, early, new], chosen)
+    assert scored == [str(tmp_path / run.name) for run in (scoreless, halfway, early, new)]
+    # what its training took is not what its scoring takes
+    assert json.loads((tmp_path / scoreless.name / "cost.json").read_text()) == {"peak_bytes": 7}
     assert called == [
         ["--resume", str(tmp_path / halfway.name)],
         ["--out", str(tmp_path / early.name), *early.options],
@@ -86,27 +102,28 @@ def test_a_run_that_fails_shows_the_end_of_its_output(tmp_path):
     words = [compare.sys.executable, "-c", "print('it broke'); raise SystemExit(3)"]
     with pytest.raises(OSError, match=r"ended with 3:\nit broke"):
         compare.call(words, tmp_path / "log", {})
+    words[2] = "raise SystemExit(3)"
+    with pytest.raises(OSError, match=r"ended with 3:\n$"):  # not what broke before
+        compare.call(words, tmp_path / "log", {})
 
 
-def write_run(folder, config: Config, seconds: float, score, gap, align) -> None:
-    """A finished run whose R@1, gap and loss are functions of the step; evaluations cost 9 s."""
+def write_run(folder, config: Config, score, gap, align, threads=1) -> None:
+    """A finished run whose R@1, gap and loss are functions of the step."""
     folder.mkdir(parents=True)
     config.save(folder / "config.json")
-    records, clock = [], 0.0
+    records = []
     for step in range(0, STEPS + 1, 2):
         if step:
-            clock += 2 * seconds
-            record = {"kind": "train", "step": step, "seconds": clock, "logit_scale": 10.0 + step}
+            record = {"kind": "train", "step": step, "logit_scale": 10.0 + step}
             records.append(record | {"align": align(step), "fusion": 0.5})
         if step % 10 == 0:
-            clock += 9
             values = {f"{way}/R@1": score(step) for way in ("i2t", "t2i")}
             values |= {"i2t/candidates": 400, "i2t/chance": 1 / 400, "modality/gap": gap(step)}
             values |= {"modality/relative": gap(step), "t2i/R@10": 0.5}
             named = {f"heldout_style/{name}": x for name, x in values.items()}
             records.append({"kind": "eval", "step": step} | named)
     (folder / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
-    environment = {"threads": 1, "dtype": "torch.float32", "data": "400 items"}
+    environment = {"threads": threads, "dtype": "torch.float32", "data": "400 items"}
     (folder / "environment.json").write_text(json.dumps(environment))
     more = {"heldout_style/linear_probe/concepts/top1": score(STEPS) / 2}
     (folder / "evaluation.json").write_text(json.dumps(more))
@@ -115,9 +132,13 @@ def write_run(folder, config: Config, seconds: float, score, gap, align) -> None
     (folder / "model" / "model.safetensors").write_bytes(bytes(1 << 20))
 
 
-def test_the_report(tmp_path, monkeypatch):
+@pytest.fixture
+def two_arms(tmp_path, monkeypatch):
     """Two arms, three seeds: ITO learns twice as fast by step and costs twice as much."""
     monkeypatch.setattr(comparison, "draw_maps", lambda *_: "by hand")
+    cost = {"clip-aug": 0.1, "ito-align": 0.2, "ito-pooled": 0.2}
+    costs = {arm: StepCost(seconds, 0.01) for arm, seconds in cost.items()}
+    monkeypatch.setattr(comparison, "step_costs", lambda folders, _: {x: costs[x] for x in folders})
     chosen = options(tmp_path, seeds=[0, 1, 2], arms=["clip-aug", "ito-align"])
     for run in compare.plan(chosen):
         k = 2 if run.arm == "ito-align" else 1
@@ -125,11 +146,13 @@ def test_the_report(tmp_path, monkeypatch):
         write_run(
             tmp_path / run.name,
             run.config,
-            0.1 * k,
             lambda step, k=k, bonus=bonus: 0.01 * k * step / 2 + bonus,
             lambda step, k=k: 1 - 0.02 * step / k,
             lambda step, k=k: 3.95 + 0.05 * k - 0.05 * k * step,
         )
+
+
+def test_the_report(tmp_path, two_arms):
     text = comparison.write_comparison(tmp_path).read_text()
     clip, ito = [line for line in text.splitlines() if line.startswith(("| clip-aug", "| ito-al"))][
         :2
@@ -150,8 +173,33 @@ def test_the_report(tmp_path, monkeypatch):
     # a mean of ten is nine steps late: clip-aug ends at 4 - 0.05 · 31, ITO is there at step 25
     assert "first reaches 2.45" in text
     assert "| ito-align | 25 | 0.75 ± 0.00 | 0.75 ± 0.00 | 35.00 ± 0.00 |" in text
-    assert "| ito-align | 200 | 2.00 | 3 | 1.0 |" in text
+    assert "| ito-align | 200 | 2.00 | 5.0 | 3 | 1.0 |" in text
     assert (tmp_path / "curves.png").stat().st_size > 10_000
+
+
+def test_a_pooled_loss_is_not_matched_with_those_of_pairs(tmp_path, two_arms):
+    """Its floor is ½ ln 2: it would decide when the others are looked at."""
+    before = comparison.write_comparison(tmp_path).read_text()
+    (run,) = compare.plan(options(tmp_path, seeds=[0], arms=["ito-pooled"]))
+    curves = (lambda step: 0.01 * step, lambda step: 0.5, lambda step: 3.0)
+    write_run(tmp_path / run.name, run.config, *curves)
+    after = comparison.write_comparison(tmp_path).read_text()
+    assert "first reaches 2.45" in before
+    assert "first reaches 2.45" in after
+    assert "| ito-pooled | " in after
+
+
+@pytest.mark.parametrize(
+    ("config", "threads", "said"),
+    [({"steps": 2 * STEPS}, 1, "steps"), ({"batch_size": 8}, 1, "batch_size"), ({}, 2, "threads")],
+)
+def test_unequal_runs_are_not_compared(tmp_path, two_arms, config, threads, said):
+    more = {"arms": ["siglip"], "seeds": [0]} | config
+    (run,) = compare.plan(options(tmp_path, **more))
+    curves = [lambda step: 0.5] * 3
+    write_run(tmp_path / run.name, run.config, *curves, threads=threads)
+    with pytest.raises(ValueError, match=f"differ in {said}: compare runs of equal"):
+        comparison.write_comparison(tmp_path)
 
 
 def test_an_interval_that_holds_zero_is_not_significant():
@@ -162,3 +210,13 @@ def test_an_interval_that_holds_zero_is_not_significant():
 def test_no_finished_run_is_an_error(tmp_path):
     with pytest.raises(ValueError, match="holds no finished run"):
         comparison.write_comparison(tmp_path)
+
+
+def test_steps_are_timed_by_turns(tmp_path, data, finished):
+    """More views take longer, and what is waited for is a part of a step."""
+    threads = json.loads((finished / "environment.json").read_text())["threads"]
+    more = tmp_path / "more"
+    arguments = ["--train-data", str(data), "--out", str(more), "--threads", str(threads), *QUICK]
+    train.main([*arguments, "--views", "12", "--steps", "1"])
+    two, twelve = step_costs({"two": finished, "twelve": more}).values()
+    assert 0 < two.input < two.seconds < twelve.seconds

@@ -81,20 +81,35 @@ def test_knn_is_the_loops(k):
 
 
 def test_modality_classifier():
+    def classify(images, texts):
+        return modality_classifier(
+            images, texts, torch.arange(len(images)), torch.arange(len(texts))
+        )
+
     cloud = random(400, 8)
-    apart = modality_classifier(cloud[:200] + 3, cloud[200:] - 3)
+    apart = classify(cloud[:200] + 3, cloud[200:] - 3)
     assert apart == {"classifier": 1.0, "classifier_chance": 0.5}
     # 300 scored rows of chance 1/2: the standard deviation is at most 0.04
-    mixed = modality_classifier(cloud[:300], random(300, 8, seed=5))["classifier"]
+    mixed = classify(cloud[:300], random(300, 8, seed=5))["classifier"]
     assert mixed == pytest.approx(0.5, abs=0.13)
     # 16 rows of 64 numbers are told apart by heart: only the others count
-    wide = modality_classifier(random(16, 64), random(16, 64, seed=5))["classifier"]
+    wide = classify(random(16, 64), random(16, 64, seed=5))["classifier"]
     assert wide < 0.9
     # all that one side says is its size: it must not pay
-    uneven = modality_classifier(cloud[:300], random(30, 8, seed=5))["classifier"]
-    assert uneven == pytest.approx(0.5, abs=0.2)
-    with pytest.raises(ValueError, match="text_emb must have at least 2 rows"):
-        modality_classifier(cloud, cloud[:1])
+    many = torch.arange(300) % 30
+    uneven = modality_classifier(cloud[:300], random(30, 8, seed=5), many, torch.arange(30))
+    assert uneven["classifier"] == pytest.approx(0.5, abs=0.2)
+    with pytest.raises(ValueError, match="need at least 2 items of both modalities, got 1"):
+        classify(cloud, cloud[:1])
+
+
+def test_modality_classifier_is_scored_on_other_items():
+    """Six pictures of each of 40 items, which say nothing but which item they show."""
+    items, texts = random(40, 64), random(40, 64, seed=5)
+    item = torch.arange(240) % 40
+    images = items[item] + 0.01 * random(240, 64, seed=6)
+    by_item = modality_classifier(images, texts, item, torch.arange(40))["classifier"]
+    assert by_item < 0.75  # by rows, of which the other half knows the item, 0.95
 
 
 def test_place_in_class():

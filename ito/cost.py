@@ -1,0 +1,62 @@
+"""What a training step of each run costs, all of them measured by turns in one process.
+
+The logged seconds of runs say as much about what else the machine was doing: two seeds of the same
+objective, trained at other times beside other runs, differed by 1.3.
+"""
+
+import argparse
+import json
+import statistics
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from ito.compiled import compile_towers
+from ito.config import Config
+from ito.export import load
+from ito.ranks import Ranks
+from ito.train import open_data
+from ito.trainer import Trainer
+
+WARMUP, ROUNDS = 3, 20
+
+
+@dataclass(frozen=True)
+class StepCost:
+    """Seconds of a step, and those of them in which the model waited for its batch: medians."""
+
+    seconds: float
+    input: float
+
+
+def step_costs(runs: dict[str, Path], cache: Path | None = None) -> dict[str, StepCost]:
+    """Of finished runs on the same data, by name: the first steps of each, trained anew, with the
+    threads, dtype and device of the run."""
+    trainers: dict[str, Trainer] = {}
+    data = None
+    for name, folder in runs.items():
+        config = Config.load(folder / "config.json")
+        environment = json.loads((folder / "environment.json").read_text(encoding="utf-8"))
+        torch.set_num_threads(environment["threads"])
+        if data is None or config.stream:  # a stream is at one place, each run at its own
+            _, data = open_data(config, argparse.Namespace(cache=cache, workers=0), Ranks())
+        trainers[name] = Trainer(
+            config,
+            data,
+            load(folder).tokenizer,
+            torch.device(environment["device"]),
+            getattr(torch, environment["dtype"].removeprefix("torch.")),
+        )
+        if environment["compile"]:
+            compile_towers(trainers[name].model, trainers[name].objective)
+    spent: dict[str, list[tuple[float, float]]] = {name: [] for name in trainers}
+    for number in range(WARMUP + ROUNDS):
+        for name, trainer in trainers.items():
+            before = trainer.seconds, trainer.input_seconds
+            trainer.step(number)
+            spent[name].append((trainer.seconds - before[0], trainer.input_seconds - before[1]))
+    return {
+        name: StepCost(*(statistics.median(x) for x in zip(*steps[WARMUP:], strict=True)))
+        for name, steps in spent.items()
+    }
