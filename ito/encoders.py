@@ -167,7 +167,7 @@ class ImageEncoder(nn.Module):
 
     def attend(self, features: Tensor) -> tuple[Tensor, Tensor]:
         patches = features.flatten(2).transpose(1, 2)
-        cls = self.cls.to(patches.dtype).expand(len(patches), 1, -1)
+        cls = self.cls.to(patches.dtype).expand(patches.shape[0], 1, -1)
         if self.cls_of_patches:  # makes CLS a usable read-out from the first step
             cls = cls + patches.mean(1, keepdim=True)
         # An fp32 embedding would silently promote a bf16 stream for the rest of the tower.
@@ -222,7 +222,7 @@ class TextEncoder(nn.Module):
         tokens = self.project(self.norm(x))
         if self.causal:
             last = key_mask.sum(1).sub(1).clamp(min=0)
-            return tokens, tokens[torch.arange(len(ids), device=ids.device), last]
+            return tokens, tokens[torch.arange(ids.shape[0], device=ids.device), last]
         weights = key_mask.unsqueeze(-1).to(tokens.dtype)
         pooled = (tokens * weights).sum(1) / weights.sum(1).clamp(min=1)
         return tokens, pooled

@@ -76,6 +76,9 @@ def export_onnx(model: DualEncoder, out: Path) -> list[Path]:
                 dynamic_shapes=({0: torch.export.Dim("batch", min=1)},),
                 verbose=False,
             )
+        batch = program.model.graph.inputs[0].shape[0]
+        if isinstance(batch, int):  # the exporter took the example's for the only one
+            raise RuntimeError(f"the {name} encoder was exported for batches of {batch} alone")
         program.model.metadata_props.update(about | {k: str(v) for k, v in details.items()})
         path = out / f"{name}_encoder.onnx"
         write_atomically(path, lambda temporary, program=program: program.save(str(temporary)))

@@ -93,6 +93,7 @@ def contact_sheet(
     draw = ImageDraw.Draw(sheet)
 
     def write(x: int, y: int, text: str, width: int, colour: str) -> None:
+        text = " ".join(text.split())  # line breaks cannot be measured
         while draw.textlength(text, font) > width:
             text = text.rstrip("…")[:-1] + "…"
         draw.text((x, y), text, fill=colour, font=font)

@@ -14,6 +14,7 @@ from PIL import Image
 import ito
 from ito import charts, report, search
 from ito.config import Config
+from ito.encoders import DualEncoder
 from ito.evaluate import embed_images, embed_texts
 from ito.source import open_dataset
 
@@ -58,7 +59,8 @@ def test_the_best_matches_are_printed_best_first(run, data, index, capsys):
 
 
 def test_the_contact_sheet_shows_the_pictures_found(run, index, tmp_path):
-    search.main([str(run), "a blue dog", "x" * 400, "-k", "4", "--out", str(tmp_path / "s.png")])
+    queries = ["a blue dog", "x" * 400, "two\nlines"]
+    search.main([str(run), "-k", "4", *queries, "--out", str(tmp_path / "s.png")])
     with Image.open(tmp_path / "s.png") as opened:
         sheet = opened.convert("RGB")
     _, found = index.search(index.encoder.encode_text("a blue dog"), 4)
@@ -208,8 +210,8 @@ def test_lines_are_drawn_where_their_numbers_are():
 # --- ONNX ---
 
 
-@pytest.mark.slow
-def test_the_onnx_pair_gives_the_model_s_embeddings(run, tmp_path):
+@pytest.mark.parametrize("patch", [None, pytest.param(8, marks=pytest.mark.slow)])
+def test_the_onnx_pair_gives_the_model_s_embeddings(run, tmp_path, patch):
     for package in ("onnx", "onnxscript", "onnxruntime"):
         pytest.importorskip(package, reason=f"{package}: the extra `onnx` is not installed")
     import onnx
@@ -218,6 +220,8 @@ def test_the_onnx_pair_gives_the_model_s_embeddings(run, tmp_path):
     from ito.onnx import export_onnx
 
     encoder = ito.load(run)
+    if patch:  # CLIP's towers: patches, causal text
+        encoder.model = DualEncoder(**encoder.model.architecture | {"patch_size": patch}).eval()
     paths = export_onnx(encoder.model, tmp_path)
     image, text = (onnxruntime.InferenceSession(str(path)) for path in paths)
     for batch in (1, 3, 7):
