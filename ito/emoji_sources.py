@@ -84,7 +84,7 @@ STYLES = {
     "openmoji-black": Style("openmoji", "CC-BY-SA-4.0", "OpenMoji", one_colour=True, bordered=True),
 }
 
-# icons whose name is another concept's, and the name of what they show, or None to leave them out:
+# Icons whose name misleads, and the name of what they show, or None to leave them out:
 # a piano, a palm, a ribbon, a country
 MISNAMED = {
     "emojione-v1": {"keyboard": None},
