@@ -31,11 +31,13 @@ from ito.records import cpu_count
 from ito.shards import write_shards
 
 # Raise the number when a rule below changes: a cached set is used as it is, never rebuilt.
-FOLDER = "emoji-full-1"
+FOLDER = "emoji-full-2"
 SIZE = 96  # pixels per side
 HELDOUT_CONCEPT = 0.14  # share of the families
 HELDOUT_STYLES = ("noto", "noto-v1")
 HUES = "red|orange|yellow|green|blue|purple|brown|pink"
+COLOURED_FLAGS = ("rainbow flag", "transgender flag")  # beside those of places
+HOLLOW = {"openmoji-black": ("black cat", "black small square")}  # outlined like the white one
 HUE, COLOUR = rf"\b({HUES})\b", rf"\b(light blue|{HUES}|black|white|grey)\b"
 PUBLISHED = ("captions", "keywords", "translations", "group", "subgroup")
 
@@ -82,7 +84,7 @@ def write_set(out: Path, files: dict[str, Path], title: str, size: int) -> None:
     drawings = read_drawings(files, concepts)
     excluded = Counter()
     excluded["named like another concept"] = sum(
-        len(icons) for style, icons in MISNAMED.items() if style in drawings
+        list(icons.values()).count(None) for style, icons in MISNAMED.items() if style in drawings
     )
     drop_colourless(drawings, concepts, excluded)
     png = draw(drawings, size)
@@ -141,7 +143,7 @@ def draw_one(drawing: str | bytes, bordered: bool, size: int) -> bytes:
 
 
 def drop_colourless(drawings: dict, concepts: dict, excluded: Counter) -> None:
-    """One-colour drawings of what only a colour tells apart: flags, and hearts, circles, apples.
+    """One-colour drawings of what only a colour tells apart: flags, skin tones, hearts, apples.
 
     A concept is told by its colour if its name without colours is another's too and one of them
     has a hue: black and white flags stay, black and red hearts do not.
@@ -152,10 +154,16 @@ def drop_colourless(drawings: dict, concepts: dict, excluded: Counter) -> None:
     count = Counter(stem.values())
     for style, found in drawings.items():
         for key in list(found) if STYLES[style].one_colour else ():
-            if concepts[key]["subgroup"] in ("country-flag", "subdivision-flag"):
+            subgroup = concepts[key]["subgroup"]
+            if subgroup in ("country-flag", "subdivision-flag") or name[key] in COLOURED_FLAGS:
                 excluded["flag in a one-colour style"] += 1
                 del found[key]
-            elif stem[key] != name[key] and stem[key] in hued and count[stem[key]] > 1:
+            elif name[key] in HOLLOW.get(style, ()):
+                excluded["of a black thing, but hollow"] += 1
+                del found[key]
+            elif subgroup == "skin-tone" or (
+                stem[key] != name[key] and stem[key] in hued and count[stem[key]] > 1
+            ):
                 excluded["told apart by its colour, in a one-colour style"] += 1
                 del found[key]
 

@@ -8,12 +8,14 @@ import re
 import tarfile
 from collections import Counter
 
+import emoji
 import numpy as np
 import pytest
 from PIL import Image
 
 from ito import emoji_full, emoji_sources, npm, prepare
 from ito.config import Config
+from ito.emoji import clean
 from ito.emoji_sources import STYLES
 from ito.source import open_dataset, open_source
 
@@ -184,8 +186,8 @@ def test_drawings_are_matched_by_character_or_name(records):
     # "cricket" is an alias of the game there, and a hidden icon is none
     want = {"1f3cf", "2764", "1f1eb-1f1f7", "1f448", "1f449"}
     assert drawn(records, "emojione") == want
-    # by another name of its own; "wave" is misnamed, "banner" could be two
-    assert drawn(records, "fxemoji") == {"1f4bf", "1f600", "1f468"}
+    # by another name of its own; "wave" is the water's, "banner" could be two
+    assert drawn(records, "fxemoji") == {"1f4bf", "1f600", "1f468", "1f30a"}
     assert drawn(records, "fluent-3d") == drawn(records, "openmoji-black") == {"1f600"}
 
 
@@ -207,12 +209,23 @@ def test_a_mirrored_alias_is_mirrored_and_a_wide_icon_keeps_its_shape(packages, 
 
 def test_the_first_of_numbered_variants_counts(packages):
     icons = emoji_sources.read_json(packages[STYLES["fxemoji"].package], "icons.json")
-    found = emoji_sources.by_name(icons, [{"man": "1f468"}], set())
+    found = emoji_sources.by_name(icons, [{"man": "1f468"}], {})
     assert found == {"1f468": "man-1"}
 
 
-def test_misnamed_icons_are_known_by_style():
+def test_a_misnamed_icon_goes_to_what_it_shows_or_nowhere():
+    icons = icon_set("#000", ["cat", "catside", "mouse"])
+    labels = {"cat": "1f408", "catface": "1f431", "mouse": "1f401"}
+    misnamed = {"cat": "cat face", "catside": "cat", "mouse": None}
+    found = emoji_sources.by_name(icons, [labels], misnamed)
+    assert found == {"1f431": "cat", "1f408": "catside"}
+
+
+def test_misnamed_icons_are_known_by_style_and_show_concepts():
     assert set(emoji_sources.MISNAMED) <= set(STYLES)
+    labels = {clean(entry["en"]) for entry in emoji.EMOJI_DATA.values()}
+    shown = {name for icons in emoji_sources.MISNAMED.values() for name in icons.values()}
+    assert shown - {None} <= labels
     names = {"package": 14, "one_colour": 3, "bordered": 2}
     for field, count in names.items():
         values = [getattr(style, field) for style in STYLES.values()]
@@ -252,13 +265,37 @@ def test_what_is_left_out_is_counted(prepared, records):
         "flag in a one-colour style": 1,
         "told apart by its colour, in a one-colour style": 3,
         "identical to another concept's drawing": gone["identical to another concept's drawing"],
-        "named like another concept": 4,
+        "named like another concept": 3,
     }
     contrast = drawn(records, "fluent-high-contrast")
     assert not contrast & {"1f997", "1f1eb-1f1f7", "1f499", "2764", "1f5a4"}
     assert {"1f3f4", "1f3f3"} <= contrast  # black and white flags are told apart without hues
     assert "1f9d1" in drawn(records, "noto")  # of man and person the ungendered one
     assert "1f468" not in drawn(records, "noto")
+
+
+def test_colours_are_asked_only_of_styles_that_have_them():
+    names = {
+        "rainbow flag": "flag",
+        "transgender flag": "flag",
+        "triangular flag": "flag",
+        "dark skin tone": "skin-tone",
+        "red heart": "heart",
+        "blue heart": "heart",
+        "black cat": "animal-mammal",
+        "black small square": "geometric",
+        "black medium square": "geometric",
+    }
+    concepts = {name: {"captions": [name], "subgroup": group} for name, group in names.items()}
+    styles = ("openmoji", "openmoji-black", "fluent-high-contrast")
+    drawings = {style: dict.fromkeys(names, "") for style in styles}
+    excluded = Counter()
+    emoji_full.drop_colourless(drawings, concepts, excluded)
+    filled = {"black cat", "black small square"}
+    assert set(drawings["openmoji"]) == set(names)
+    assert set(drawings["openmoji-black"]) == {"triangular flag", "black medium square"}
+    assert set(drawings["fluent-high-contrast"]) == set(drawings["openmoji-black"]) | filled
+    assert sorted(excluded.values()) == [2, 4, 6]
 
 
 def test_no_picture_means_two_things(prepared, records):
@@ -294,6 +331,30 @@ def test_the_real_families_split_as_documented():
     rest = set(names) - set(held)
     assert {emoji_full.split_of("noto-v1", name) for name in rest} == {"heldout_style"}
     assert {emoji_full.split_of("fluent", name) for name in rest} == {"train"}
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        ("magnifying glass tilted left", "magnifying glass tilted right"),
+        ("up arrow", "down-left arrow", "right arrow", "left-right arrow"),
+        ("leftwards hand", "rightwards hand"),
+        ("oncoming fist", "left-facing fist"),
+        ("waxing gibbous moon", "waning gibbous moon"),
+        ("first quarter moon face", "last quarter moon face"),
+        ("chart increasing", "chart decreasing"),
+        ("horizontal traffic light", "vertical traffic light"),
+        ("inbox tray", "outbox tray"),
+        ("bus", "oncoming bus"),
+    ],
+)
+def test_directions_are_one_family(names):
+    assert len({emoji_sources.full_family(name) for name in names}) == 1
+
+
+def test_other_things_are_other_families():
+    names = ["upwards button", "thumbs up", "flag for Left", "flag for Right", "top hat", "bus"]
+    assert len({emoji_sources.full_family(name) for name in names}) == len(names)
 
 
 def test_the_shards_hold_the_same_records(prepared, records):
