@@ -192,7 +192,7 @@ def read_concepts(files: dict[str, Path]) -> dict[str, dict]:
 
 def full_family(name: str) -> str:
     """The name's family, its directions taken together: `up arrow` and `left arrow` are one."""
-    return family(name if name.startswith("flag for ") else re.sub(DIRECTION, "", name))
+    return family(re.sub(DIRECTION, "", name))
 
 
 def aliases_of(tables: dict) -> dict[str, list[str]]:
