@@ -55,8 +55,11 @@ def main(arguments: list[str] | None = None) -> Path:
             run = Run(folder, config, scored, data, options, ranks)
         began = time.perf_counter()
         step = run.train()
+        seconds = time.perf_counter() - began
+        if config.stream:
+            data.skipped = ranks.merged(data.skipped)
         if ranks.leads:
-            run.finish(step, time.perf_counter() - began)
+            run.finish(step, seconds)
         return folder
 
 
@@ -357,6 +360,8 @@ class Run:
                 f"stopped after step {step}; continue with: python -m ito.train --resume {folder}"
             )
             return
+        if self.config.stream and self.first < step:
+            self.log.write("stream", step, {"skipped": len(self.data.skipped)})
         report = write_report(folder, load(folder), self.dataset)
         evaluations = self.log.read("eval")
         print(table({"before": evaluations[0], "after": evaluations[-1]}))
