@@ -134,6 +134,11 @@ def open_data(
             f"--stream gives ranks equal parts: --batch-size {config.batch_size} is no multiple of "
             f"{ranks.size} ranks"
         )
+    if config.fusion_text == "shuffled" and config.batch_size < 2 * ranks.size:
+        raise ValueError(
+            f"--fusion-text shuffled takes captions of other items: with --stream --batch-size must "
+            f"be at least 2 for each of {ranks.size} ranks, got {config.batch_size}"
+        )
     if options.workers < 0:
         raise ValueError(f"--workers must be at least 0, got {options.workers}")
     return scored, Stream(
