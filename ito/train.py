@@ -136,8 +136,8 @@ def open_data(
         )
     if config.fusion_text == "shuffled" and config.batch_size < 2 * ranks.size:
         raise ValueError(
-            f"--fusion-text shuffled takes captions of other items: with --stream --batch-size must "
-            f"be at least 2 for each of {ranks.size} ranks, got {config.batch_size}"
+            f"--fusion-text shuffled takes captions of other items: with --stream, --batch-size "
+            f"must be at least 2 for each of {ranks.size} ranks, got {config.batch_size}"
         )
     if options.workers < 0:
         raise ValueError(f"--workers must be at least 0, got {options.workers}")

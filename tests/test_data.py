@@ -15,6 +15,7 @@ from PIL import Image
 
 from ito import emoji, emoji_small
 from ito.data import load_dataset, report_skipped
+from ito.export import Encoder
 from ito.tokenizer import Tokenizer
 
 # --- the emoji set ---
@@ -319,6 +320,14 @@ def test_decoding(tmp_path):
     assert (deep == 0x80).all()
     assert turned[:, 1].max() < 30 < 200 < turned[:, 6].min()
     assert (palette == 77).all()
+    encoder = Encoder(None, None, 8, 0)  # what it makes of open pictures
+    for name, want in zip(names, data.images.permute(0, 2, 3, 1), strict=True):
+        with Image.open(tmp_path / name) as picture:
+            assert (encoder.square(picture, 0) == want.numpy()).all(), name
+            if picture.mode == "RGBA":
+                for mode in ("RGBa", "PA"):
+                    got = encoder.square(picture.convert(mode), 0)
+                    assert (got == want.numpy()).all(), (name, mode)
 
 
 def test_the_order_does_not_depend_on_the_workers(tmp_path):
