@@ -5,7 +5,6 @@ inference costs what a plain dual encoder costs.
 """
 
 import argparse
-import io
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,12 +16,11 @@ from safetensors.torch import load_file, save
 
 from ito.checkpoint import load_checkpoint, undamaged, write_atomically
 from ito.cli import user_errors
-from ito.data import decode
 from ito.encoders import DualEncoder
 from ito.evaluate import embed_images, embed_texts
+from ito.records import decode, square
 from ito.tokenizer import Tokenizer
 
-PNG_MODES = ("1", "L", "LA", "P", "RGB", "RGBA", "I;16")
 Picture = Image.Image | str | Path | torch.Tensor
 
 
@@ -79,9 +77,10 @@ class Encoder:
                 )
             picture = Image.fromarray(picture.permute(1, 2, 0).cpu().numpy())
         if isinstance(picture, Image.Image):
-            buffer = io.BytesIO()
-            (picture if picture.mode in PNG_MODES else picture.convert("RGB")).save(buffer, "PNG")
-            picture = buffer
+            try:
+                return square(picture, self.load_size)
+            except OSError as error:  # of a file that is read only now
+                raise ValueError(f"images[{number}]: unreadable picture: {error}") from None
         pixels = decode(picture, self.load_size)
         if isinstance(pixels, str):
             raise ValueError(f"images[{number}]: {pixels}")

@@ -74,6 +74,14 @@ class Ranks:
             return asked
         return bool(all_reduce(torch.tensor(float(asked)), self.group, "a question to all"))
 
+    def merged(self, found: dict) -> dict:
+        """The dicts of all ranks in one, the same on all."""
+        if self.group is None:
+            return found
+        every: list[dict] = [{}] * self.size
+        dist.all_gather_object(every, found)
+        return {key: value for part in every for key, value in part.items()}
+
     def average(self, parameters: list[Tensor]) -> None:
         """Gradients become their mean over ranks, by one all-reduce."""
         if self.group is None:

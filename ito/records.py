@@ -6,6 +6,7 @@ time: the tars of a WebDataset, or a thousand rows of a table.
 
 import csv
 import io
+import itertools
 import json
 import os
 from collections.abc import Callable, Iterable, Iterator
@@ -62,10 +63,11 @@ def open_shards(
     image's path), `split`, `style`, `group`, `subgroup`, `translations`. The CSV's options are
     open_clip's; its paths are relative to the working directory, as there, or to the CSV. Tars are
     a folder of them, one, or a pattern, `shard-{00000..00012}.tar`; a sample's captions are its
-    `.json`'s, which has the fields of a line of `captions.jsonl`, or its `.txt`.
+    `.json`'s, which has the fields of a line of `captions.jsonl`, or its `.txt`; its item is by
+    default its name with the tar's, and the folders that tell the tars apart.
 
     Raises FileNotFoundError if there is no such file, and ValueError naming file and row where a
-    row of a table is malformed. In a tar that skips the sample.
+    line of `captions.jsonl` is malformed. In a tar or a CSV that skips the record.
     """
     path = Path(path)
     if path.suffix == ".tar" or (path.is_dir() and not (path / "captions.jsonl").exists()):
@@ -74,7 +76,8 @@ def open_shards(
             raise FileNotFoundError(f"{path} holds no captions.jsonl and no .tar")
         if missing := [str(tar) for tar in tars if not tar.is_file()]:
             raise FileNotFoundError(f"no data at {', '.join(missing[:3])} ({len(missing)} missing)")
-        return [partial(read_tar, tar) for tar in tars]
+        folder = os.path.commonpath([tar.parent for tar in tars])  # items know no more of the path
+        return [partial(read_tar, tar, str(tar.relative_to(folder))) for tar in tars]
     if path.is_dir():
         rows = read_jsonl(path / "captions.jsonl")
     elif path.suffix == ".jsonl":
@@ -85,19 +88,39 @@ def open_shards(
         raise FileNotFoundError(
             f"no data at {path}: want a folder with captions.jsonl or tars, a CSV, or a tar pattern"
         )
-    checked = [r if r.captions else Skipped(r.where, "empty caption") for r in rows]
+    checked = [check(r) if isinstance(r, Record) else r for r in rows]
     return [partial(iter, checked[at : at + ROWS]) for at in range(0, len(checked), ROWS)]
+
+
+def check(record: Record) -> Record | Skipped:
+    """The record, or why its texts are of no use."""
+    if not record.captions:
+        return Skipped(record.where, "empty caption")
+    about = [record.item, record.split, record.style, record.group, record.subgroup]
+    every = [str(record.image), *record.captions, *filter(None, about)]
+    for found in itertools.chain(every, *record.translations.values()):
+        try:
+            found.encode()
+        except UnicodeEncodeError:  # JSON's "\ud83d" without its other half
+            return Skipped(record.where, f"half a character in {found!r}")
+    return record
 
 
 # --- tars ---
 
 
-def read_tar(tar: Path) -> Iterator[Record | Skipped]:
+def read_tar(tar: Path, name: str) -> Iterator[Record | Skipped]:
+    seen = set()
     try:
         for sample in read_samples(tar):
             where = f"{tar}:{sample.key}"
+            if sample.key in seen:
+                place = next(iter(sample.members.values())).offset
+                yield Skipped(f"{where}@{place}", "the tar has a sample of this name already")
+                continue
+            seen.add(sample.key)
             try:
-                yield from_sample(sample, where, f"{tar.name}/{sample.key}")
+                yield from_sample(sample, where, f"{name}/{sample.key}")
             except ValueError as error:  # not JSON, not UTF-8, not the fields we know
                 yield Skipped(where, str(error))
     except ValueError as error:
@@ -113,10 +136,10 @@ def from_sample(sample: Sample, where: str, name: str) -> Record | Skipped:
     fields = json.loads(sample.contents.get("json", b"{}"))
     if not isinstance(fields, dict):
         raise ValueError(f"want a JSON object, got {str(fields)[:60]}")
-    if not (fields.get("captions") or fields.get("caption")) and "txt" in sample.contents:
-        fields["captions"] = sample.contents["txt"].decode()
     record = from_fields(fields, where, sample.members[pictures[0]], name)
-    return record if record.captions else Skipped(where, "empty caption")
+    if not record.captions and "txt" in sample.contents:
+        record.captions = texts(sample.contents["txt"].decode())
+    return check(record)
 
 
 # --- captions.jsonl ---
@@ -153,11 +176,13 @@ def from_fields(fields: dict, where: str, image: Path | Member, name: str) -> Re
     translations = fields.get("translations") or {}
     if not isinstance(translations, dict):
         raise ValueError(f"translations must be an object, got {translations!r}")
+    if "/" in (text(fields, "split") or ""):  # it begins the scores' names, "val/i2t/R@1"
+        raise ValueError(f"split must be a name without /, got {fields['split']!r}")
     return Record(
         where,
         image,
         text(fields, "item") or name,
-        texts(fields.get("captions", fields.get("caption"))),
+        texts(fields.get("captions")) or texts(fields.get("caption")),
         {language: texts(names) for language, names in translations.items()},
         *(text(fields, name) for name in ("split", "style", "group", "subgroup")),
     )
@@ -181,27 +206,53 @@ def texts(value) -> list[str]:
 # --- CSV ---
 
 
-def read_csv(source: Path, separator: str, img_key: str, caption_key: str) -> list[Record]:
-    reader = csv.DictReader(io.StringIO(read_text(source), newline=""), delimiter=separator)
-    columns = reader.fieldnames or []
+def read_csv(
+    source: Path, separator: str, img_key: str, caption_key: str
+) -> list[Record | Skipped]:
+    lines = list(io.StringIO(read_text(source), newline=""))
+    try:
+        after, columns = read_row(lines, 0, separator) if lines else (0, [])
+    except csv.Error as error:
+        raise ValueError(f"{source}:1: not CSV: {error}") from None
     missing = [repr(key) for key in (img_key, caption_key) if key not in columns]
     if missing:
         raise ValueError(
             f"{source}:1: no column {', '.join(missing)}; found {columns} with the separator "
             f"{separator!r}; set --csv-separator, --csv-img-key, --csv-caption-key to the file's"
         )
+    img, caption = columns.index(img_key), columns.index(caption_key)
+
+    def is_row(line: str) -> bool:
+        cells = line.rstrip("\r\n").split(separator)
+        return len(cells) == len(columns) and Path(cells[img]).suffix[1:].lower() in PICTURES
+
     records = []
-    try:
-        for fields in reader:
-            where = f"{source}:{reader.line_num}"
-            name = fields[img_key] or ""
-            beside = source.parent / name
-            path = beside if beside.exists() else Path(name)
-            captions = texts(fields[caption_key])
-            records.append(Record(where, path, name, captions, {}, None, None, None, None))
-    except csv.Error as error:  # a quote that is never closed
-        raise ValueError(f"{source}:{reader.line_num}: not CSV: {error}") from None
+    while after < len(lines):
+        at, where = after, f"{source}:{after + 1}"
+        try:
+            after, row = read_row(lines, at, separator)
+            if any(is_row(line) for line in lines[at + 1 : after]):
+                raise csv.Error(f"its quote is closed in line {after} only, with rows between")
+        except csv.Error as error:  # this line alone is lost, not all up to the next quote
+            records.append(Skipped(where, f"not CSV: {error}"))
+            after = at + 1
+            continue
+        if not row:
+            continue
+        row += [""] * (len(columns) - len(row))
+        name = row[img]
+        beside = source.parent / name
+        path = beside if beside.exists() else Path(name)
+        records.append(Record(where, path, name, texts(row[caption]), {}, None, None, None, None))
     return records
+
+
+def read_row(lines: list[str], at: int, separator: str) -> tuple[int, list[str]]:
+    """The index after the row that begins at line `at`, and its cells. Raises csv.Error."""
+    rest = map(lines.__getitem__, range(at, len(lines)))
+    reader = csv.reader(rest, delimiter=separator, strict=True)
+    row = next(reader)
+    return at + reader.line_num, row
 
 
 def read_text(source: Path) -> str:
@@ -222,21 +273,28 @@ def decode(image: Path | Member, size: int) -> np.ndarray | str:
         file = io.BytesIO(image.read_bytes()) if isinstance(image, Member) else image
         with Image.open(file) as picture:
             picture.draft("RGB", (2 * size, 2 * size))  # JPEG: decode at a fraction of the size
-            picture = ImageOps.exif_transpose(picture)
-            if picture.mode.startswith("I;16"):  # which Pillow would clip at 255, not scale
-                picture = Image.fromarray((np.asarray(picture) >> 8).astype(np.uint8))
-            if picture.mode != "RGB":
-                picture = picture.convert("RGBA")
-                white = Image.new("RGBA", picture.size, "white")
-                white.alpha_composite(picture)
-                picture = white.convert("RGB")
-            return np.array(ImageOps.fit(picture, (size, size), Image.Resampling.BICUBIC))
+            return square(picture, size)
     except FileNotFoundError:
         return f"no picture {image}"
     except UnidentifiedImageError:
         return f"unreadable picture {image}: of no known format"
     except Exception as error:  # Pillow's plugins raise anything on a damaged file
         return f"unreadable picture {image}: {type(error).__name__}: {error}"
+
+
+def square(picture: Image.Image, size: int) -> np.ndarray:
+    """What `decode` makes of an open picture."""
+    picture = ImageOps.exif_transpose(picture)
+    if picture.mode.startswith("I;16"):  # which Pillow would clip at 255, not scale
+        picture = Image.fromarray((np.asarray(picture) >> 8).astype(np.uint8))
+    if picture.mode != "RGB":
+        if picture.mode == "La":  # which Pillow converts to LA alone
+            picture = picture.convert("LA")
+        picture = picture.convert("RGBA")
+        white = Image.new("RGBA", picture.size, "white")
+        white.alpha_composite(picture)
+        picture = white.convert("RGB")
+    return np.array(ImageOps.fit(picture, (size, size), Image.Resampling.BICUBIC))
 
 
 def cpu_count() -> int:

@@ -75,11 +75,13 @@ def write_report(run: Path, encoder: Encoder, dataset: Dataset, project: str = "
         lines = (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
         records = [json.loads(line) for line in lines]
         scores = [r for r in records if r["kind"] == "eval"]
+        streams = [r["skipped"] for r in records if r["kind"] == "stream"]
         curves = curve_charts(records, dataset.held_out_splits())
     parts = [
         f"<h1>{html.escape(run.name)}</h1>",
         f"<p>Step {encoder.step}, {len(dataset.items)} items, {len(dataset.images)} pictures, "
-        f"{len(dataset.skipped)} records skipped.</p>",
+        f"{len(dataset.skipped)} records skipped"
+        f"{f'; {streams[-1]} of the stream trained on' if streams else ''}.</p>",
     ]
     if scores:
         parts.append(score_tables({"before": scores[0], "after": scores[-1]}))

@@ -7,7 +7,6 @@ samples moves no pixel.
 
 import hashlib
 import io
-import itertools
 import json
 import re
 import tarfile
@@ -57,25 +56,38 @@ def expand(pattern: str) -> list[Path]:
 
 
 def read_samples(tar: Path) -> Iterator[Sample]:
-    """The samples of a shard in its order.
+    """The samples of a shard in its order; a repeated file begins a sample of the same key.
 
     Raises ValueError where it is damaged or cut off, after the samples before that.
     """
+    sample = None
     try:
-        with tarfile.open(tar, "r:") as archive:
-            files = ((member, *split_name(member.name)) for member in archive if member.isfile())
-            for key, group in itertools.groupby(files, key=lambda entry: entry[1]):
-                members, contents = {}, {}
-                for info, _, kind in group:
-                    members[kind] = Member(tar, info.offset_data, info.size)
-                    if kind in ("txt", "json"):
-                        contents[kind] = archive.extractfile(info).read()
-                yield Sample(key, members, contents)
+        # names may be any bytes, and are printed
+        with tarfile.open(tar, "r:", errors="backslashreplace") as archive:
+            for info in archive:
+                if not info.isfile():
+                    continue
+                key, kind = split_name(info.name)
+                if sample and (key != sample.key or kind in sample.members):
+                    yield sample
+                    sample = None
+                sample = sample or Sample(key, {}, {})
+                sample.members[kind] = Member(tar, info.offset_data, info.size)
+                if kind in ("txt", "json"):
+                    sample.contents[kind] = archive.extractfile(info).read()
+            if sample:
+                yield sample
             archive.fileobj.seek(archive.offset)  # tarfile ends quietly at what is no header
-            if archive.fileobj.read(512) != bytes(512):
-                raise tarfile.ReadError(f"no header at byte {archive.offset}")
+            ending = archive.fileobj.read(512)
     except tarfile.TarError as error:
         raise ValueError(f"damaged, or not an uncompressed tar: {error}") from None
+    if not ending:
+        raise ValueError(
+            f"no end mark at byte {archive.offset}: cut off after a whole file, or written so; "
+            "the samples before it are used"
+        )
+    if ending != bytes(512):
+        raise ValueError(f"damaged: no header at byte {archive.offset}")
 
 
 def split_name(name: str) -> tuple[str, str]:

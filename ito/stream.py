@@ -8,7 +8,7 @@ starts at batch n reads no picture before it.
 import itertools
 import random
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,6 +24,8 @@ from ito.records import Record, Shard, Skipped, decode
 from ito.shards import Member
 from ito.tokenizer import Tokenizer
 
+DOUBTFUL = 8  # groups that did not fill a batch: are there enough pictures that can be read?
+
 
 @dataclass
 class Decoded:
@@ -37,19 +39,21 @@ class Stream:
     """Endless batches of `batch_size` different items each, over and over the shards' records.
 
     A pass gives each record once: shards in random order, dealt out to the ranks, records through a
-    shuffle buffer. A record whose item is in the batch already waits for the next. A batch with
-    unreadable pictures is smaller by these. Records of a split other than "train" are left out.
+    shuffle buffer. A record whose item is in the batch already waits for the next; where an item
+    has so many records that more than `buffer` wait, those that waited longest are left out. In the
+    place of a picture that cannot be read the batch has that of a record soon to come, which is in
+    a batch of its own as well. Records of a split other than "train" are left out.
 
     Args:
         shards: see `ito.records.open_shards`; at least one per rank.
         image_size: pixels per side; see `ito.records.decode`.
         workers: processes that decode; 0 decodes in this one.
-        buffer: records held to be shuffled; their names and captions only.
+        buffer: records held to be shuffled, and as many that wait; names and captions only.
 
     `skipped` is what was left out so far, reasons by place.
 
-    Raises ValueError if there are fewer shards than ranks; when iterated, if a pass has no record,
-    or fewer items than a batch, or if no picture of a batch can be read.
+    Raises ValueError if there are fewer shards than ranks, or if all shards together have fewer
+    items than a batch; when iterated, if they have fewer with a picture that can be read.
     """
 
     def __init__(
@@ -72,81 +76,111 @@ class Stream:
         self.seed, self.rank, self.world_size = seed, rank, world_size
         self.workers, self.buffer = workers, buffer
         self.skipped: dict[str, str] = {}
+        self.require("different items")
 
     def batches(self, start: int = 0) -> Iterator[Decoded]:
         """Batch `start` and those after it."""
-        sent: deque[list[Record]] = deque()
-
-        def places() -> Iterator[list[Path | Member]]:
-            for group in itertools.islice(self.groups(), start, None):
-                sent.append(group)
-                yield [record.image for record in group]
-
+        groups, sent = itertools.tee(itertools.islice(self.groups(), start, None))
         loader = DataLoader(
             Decoder(self.image_size),
-            sampler=places(),
+            sampler=([record.image for record in group] for group in groups),
             batch_size=None,  # the sampler's elements are batches already
             num_workers=self.workers,
             generator=torch.Generator(),  # or it would draw from the global one
         )
         for images, reasons in loader:
-            group = sent.popleft()
-            bad = {group[n].where: reason for n, reason in reasons.items()}
-            self.skipped |= bad
-            if len(bad) == len(group):
-                where, reason = next(iter(bad.items()))
-                raise ValueError(f"no usable picture in a batch of {len(group)}: {where}: {reason}")
-            yield Decoded(images, [r for n, r in enumerate(group) if n not in reasons])
+            group = next(sent)
+            self.skipped |= {group[n].where: reason for n, reason in reasons.items()}
+            found = Decoded(images, [r for n, r in enumerate(group) if n not in reasons])
+            if reasons:
+                sent, following = itertools.tee(sent)
+                found = self.filled(found, following)
+            yield found
+
+    def filled(self, found: Decoded, following: Iterator[list[Record]]) -> Decoded:
+        """The batch with readable pictures of the groups that follow, a whole one."""
+        images, records = [found.images], list(found.records)
+        items = {record.item for record in records}
+        decoder = Decoder(self.image_size)
+        for number, group in enumerate(following, 1):
+            for record in group:
+                if len(records) == self.batch_size:
+                    return Decoded(torch.cat(images), records)
+                if record.item in items:
+                    continue
+                image, reasons = decoder[[record.image]]
+                if reasons:
+                    self.skipped[record.where] = reasons[0]
+                    continue
+                images.append(image)
+                records.append(record)
+                items.add(record.item)
+            if number == DOUBTFUL:
+                self.require("different items with a picture that can be read", self.readable)
 
     def describe(self) -> str:
         return f"a stream of {len(self.shards)} shards"
 
     def groups(self) -> Iterator[list[Record]]:
         """Lists of `batch_size` records of different items."""
-        records = ((epoch, r) for epoch in itertools.count() for r in self.epoch(epoch))
-        waiting: deque[tuple[int, Record]] = deque()
+        records = (record for number in itertools.count() for record in self.epoch(number))
+        waiting: Iterable[Record] = ()
         while True:
             group: dict[str, Record] = {}
-            repeated: list[tuple[int, Record]] = []
-            began = None
-            while len(group) < self.batch_size:
-                epoch, record = waiting.popleft() if waiting else next(records)
-                began = epoch if began is None else began
-                if epoch > began + 1:  # a whole pass lies between
-                    raise ValueError(
-                        f"batch_size must be at most the number of different items, {len(group)}; "
-                        f"got {self.batch_size}"
-                    )
+            repeated: deque[Record] = deque(maxlen=self.buffer)
+            first = iter(waiting)
+            for record in itertools.chain(first, records):
                 if record.item in group:
-                    repeated.append((epoch, record))
-                else:
-                    group[record.item] = record
-            waiting.extendleft(reversed(repeated))
+                    repeated.append(record)
+                    continue
+                group[record.item] = record
+                if len(group) == self.batch_size:
+                    break
+            waiting = deque([*repeated, *first], maxlen=self.buffer)
             yield list(group.values())
 
     def epoch(self, number: int) -> Iterator[Record]:
-        """This rank's records of a pass, shuffled."""
+        """This rank's records of a pass, shuffled; its shards of one pass may have none."""
         order = torch.randperm(len(self.shards), generator=generator(self.seed, "shards", number))
-        mine = order[self.rank :: self.world_size].tolist()
         chance = random.Random(f"{self.seed}:{number}:{self.rank}")
         held: list[Record] = []
-        empty = True
-        for record in (record for shard in mine for record in self.shards[shard]()):
-            if isinstance(record, Skipped):
-                self.skipped[record.where] = record.reason
-                continue
-            if record.split not in (None, "train"):
-                continue
-            empty = False
+        for record in self.records(order[self.rank :: self.world_size].tolist()):
             held.append(record)
             if len(held) > self.buffer:
                 yield swap_out(held, chance)
-        if empty:
-            raise ValueError(
-                f"no record to train on in {len(mine)} shards ({len(self.skipped)} skipped)"
-            )
         while held:
             yield swap_out(held, chance)
+
+    def records(self, numbers: Iterable[int]) -> Iterator[Record]:
+        """The records to train on of some shards, in their order."""
+        for number in numbers:
+            for record in self.shards[number]():
+                if isinstance(record, Skipped):
+                    self.skipped[record.where] = record.reason
+                elif record.split in (None, "train"):
+                    yield record
+
+    def require(self, what: str, usable: Callable[[Record], bool] = lambda record: True) -> None:
+        """Raise ValueError unless all shards together have a batch of them; read no further."""
+        items: set[str] = set()
+        for record in self.records(range(len(self.shards))):
+            if record.item not in items and usable(record):
+                items.add(record.item)
+            if len(items) == self.batch_size:
+                return
+        left_out = "; ".join(": ".join(found) for found in list(self.skipped.items())[:3])
+        raise ValueError(
+            f"batch_size must be at most the number of {what}, {len(items)} in {len(self.shards)} "
+            f"shards ({len(self.skipped)} records skipped{': ' * bool(left_out)}{left_out}); "
+            f"got {self.batch_size}"
+        )
+
+    def readable(self, record: Record) -> bool:
+        found = decode(record.image, self.image_size)
+        if isinstance(found, str):
+            self.skipped[record.where] = found
+            return False
+        return True
 
 
 def swap_out(held: list[Record], chance: random.Random) -> Record:

@@ -20,6 +20,7 @@ class Tokenizer:
 
     def __init__(self, bpe: BPE):
         self.bpe = bpe
+        bpe.encode_special_tokens = True  # "<pad>" in a caption is a text like any other
         self.bos_id, self.eot_id = bpe.token_to_id(BOS), bpe.token_to_id(EOT)
         self.vocab_size = bpe.get_vocab_size()
         self.context_length = bpe.truncation["max_length"]

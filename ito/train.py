@@ -55,8 +55,11 @@ def main(arguments: list[str] | None = None) -> Path:
             run = Run(folder, config, scored, data, options, ranks)
         began = time.perf_counter()
         step = run.train()
+        seconds = time.perf_counter() - began
+        if config.stream:
+            data.skipped = ranks.merged(data.skipped)
         if ranks.leads:
-            run.finish(step, time.perf_counter() - began)
+            run.finish(step, seconds)
         return folder
 
 
@@ -130,6 +133,11 @@ def open_data(
         raise ValueError(
             f"--stream gives ranks equal parts: --batch-size {config.batch_size} is no multiple of "
             f"{ranks.size} ranks"
+        )
+    if config.fusion_text == "shuffled" and config.batch_size < 2 * ranks.size:
+        raise ValueError(
+            f"--fusion-text shuffled takes captions of other items: with --stream, --batch-size "
+            f"must be at least 2 for each of {ranks.size} ranks, got {config.batch_size}"
         )
     if options.workers < 0:
         raise ValueError(f"--workers must be at least 0, got {options.workers}")
@@ -357,6 +365,8 @@ class Run:
                 f"stopped after step {step}; continue with: python -m ito.train --resume {folder}"
             )
             return
+        if self.config.stream and self.first < step:
+            self.log.write("stream", step, {"skipped": len(self.data.skipped)})
         report = write_report(folder, load(folder), self.dataset)
         evaluations = self.log.read("eval")
         print(table({"before": evaluations[0], "after": evaluations[-1]}))

@@ -15,6 +15,7 @@ from PIL import Image
 
 from ito import emoji, emoji_small
 from ito.data import load_dataset, report_skipped
+from ito.export import Encoder
 from ito.tokenizer import Tokenizer
 
 # --- the emoji set ---
@@ -267,11 +268,12 @@ def test_a_folder(tmp_path):
     write(
         tmp_path,
         {"image": "a.png", "caption": " red ", "item": "x", "style": "s", "subgroup": "g"},
-        {"image": "c.png", "captions": ["blue", "", "sea"]},
+        {"image": "c.png", "captions": ["blue", "", "sea"], "caption": "not read"},
         "",
         {
             "image": "sub/b.png",
-            "captions": ["red", "rot?"],
+            "captions": [],
+            "caption": "rot?",
             "item": "x",
             "split": "test",
             "translations": {"de": "rot", "fr": ["rouge", "vermeil"]},
@@ -318,6 +320,14 @@ def test_decoding(tmp_path):
     assert (deep == 0x80).all()
     assert turned[:, 1].max() < 30 < 200 < turned[:, 6].min()
     assert (palette == 77).all()
+    encoder = Encoder(None, None, 8, 0)  # what it makes of open pictures
+    for name, want in zip(names, data.images.permute(0, 2, 3, 1), strict=True):
+        with Image.open(tmp_path / name) as picture:
+            assert (encoder.square(picture, 0) == want.numpy()).all(), name
+            if picture.mode == "RGBA":
+                for mode in ("RGBa", "PA"):
+                    got = encoder.square(picture.convert(mode), 0)
+                    assert (got == want.numpy()).all(), (name, mode)
 
 
 def test_the_order_does_not_depend_on_the_workers(tmp_path):
@@ -350,6 +360,9 @@ def test_bad_records_are_skipped_and_named(tmp_path):
         {"image": "good.png", "caption": "  "},
         {"image": "good.png", "captions": []},
         {"image": "good.png", "captions": None},
+        {"image": "good.png", "caption": "half \ud83d"},
+        {"image": "good.png", "caption": "a", "translations": {"de": "\ude00"}},
+        {"image": "\ud83d.png", "caption": "a", "item": "a"},
     )
     data = load_dataset(tmp_path, 4)
     assert data.items == ["good.png"]
@@ -360,11 +373,15 @@ def test_bad_records_are_skipped_and_named(tmp_path):
     for row, name in enumerate(names, 1):
         assert name in found[f"{source}:{row}"]
     assert [found[f"{source}:{row}"] for row in (8, 9, 10)] == ["empty caption"] * 3
-    assert len(data.skipped) == 9
+    halves = [r"'half \ud83d'", r"'\ude00'", rf"'{tmp_path}/\ud83d.png'"]
+    for row, half in enumerate(halves, 11):
+        assert found[f"{source}:{row}"] == f"half a character in {half}"
+    assert len(data.skipped) == 12
+    report_skipped(data.skipped).encode()  # may be printed
     report = report_skipped(data.skipped, limit=4).splitlines()
-    assert report[0] == "skipped 9 records:"
+    assert report[0] == "skipped 12 records:"
     assert len(report) == 6
-    assert len(report_skipped(data.skipped).splitlines()) == 10
+    assert len(report_skipped(data.skipped, limit=12).splitlines()) == 13
     assert report_skipped([]) == ""
 
 
@@ -390,6 +407,7 @@ GOOD = {"image": "a.png", "caption": "a"}
         (GOOD | {"caption": 3}, r"captions.jsonl:2: captions must be.*got 3"),
         (GOOD | {"captions": ["a", 3]}, r"captions.jsonl:2: captions must be.*got \['a', 3\]"),
         (GOOD | {"split": 1}, r"captions.jsonl:2: split must be a text, got 1"),
+        (GOOD | {"split": "a/b"}, r"captions.jsonl:2: split must be a name without /, got 'a/b'"),
         (GOOD | {"translations": ["b"]}, r"captions.jsonl:2: translations must be an object"),
     ],
 )
@@ -456,9 +474,34 @@ def test_bad_csv_files_are_named(tmp_path):
     source.write_text("", encoding="utf-8")
     with pytest.raises(ValueError, match=r"data.csv:1: no column 'filepath', 'title'; found \[\]"):
         load_dataset(source, 4)
-    source.write_text('filepath\ttitle\na.png\t"' + "x" * 200_000, encoding="utf-8")
-    with pytest.raises(ValueError, match=r"data.csv:\d+: not CSV: field larger"):
+    source.write_text('filepath\t"title\na.png\ta\n', encoding="utf-8")
+    with pytest.raises(ValueError, match=r"data.csv:1: not CSV: unexpected end"):
         load_dataset(source, 4)
+
+
+LONG = '"' + "x" * 200_000
+
+
+@pytest.mark.parametrize(
+    ("captions", "kept", "reasons"),
+    [
+        (["a", '"b', "c", "d"], ["a", "c", "d"], {3: "unexpected end of data"}),
+        (["a", '"b', "c", '"d" e'], ["a", "c"], {3: "expected after", 5: "expected after"}),
+        (["a", '"b', "c", 'd"', "e"], ["a", "c", 'd"', "e"], {3: "closed in line 5 only"}),
+        (["a", '"b\nand so on, 3"', "", "d"], ["a", "b\nand so on, 3", "d"], {5: "empty caption"}),
+        (['"a ""quoted"""', 'b "c"', LONG], ['a "quoted"', 'b "c"'], {4: "field larger"}),
+    ],
+)
+def test_a_quote_that_is_not_closed_costs_its_own_row(tmp_path, captions, kept, reasons):
+    rows = [["path", "filepath", "title"]]
+    for n, caption in enumerate(captions):
+        draw(tmp_path / f"{n}.png", (n, n, n))
+        rows.append(["", f"{n}.png", caption])
+    data = load_dataset(table(tmp_path / "data.csv", *rows), 4)
+    found = {int(where.rsplit(":", 1)[1]): reason for where, reason in data.skipped}
+    assert [names[0] for names in data.captions] == list(kept)
+    assert found.keys() == reasons.keys()
+    assert all(reasons[row] in found[row] for row in found)
 
 
 @pytest.mark.parametrize(("items", "held"), [(1, 0), (2, 1), (9, 1), (10, 1), (100, 10)])
@@ -544,6 +587,11 @@ def test_no_text_is_lost():
     for text in ("zebra", "кошка и 猫", "100 % $"):
         ids = tokenizer([text])[0].tolist()
         assert tokenizer.bpe.decode(ids).strip() == text
+    ids = tokenizer(["a <pad> red <bos><eot> apple"])[0].tolist()
+    end = ids.index(tokenizer.eot_id)
+    assert tokenizer.bpe.decode(ids[1:end]).strip() == "a <pad> red <bos><eot> apple"
+    assert all(ids[:end])
+    assert not any(ids[end + 1 :])
 
 
 def test_training_is_deterministic(tmp_path, records):

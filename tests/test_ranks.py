@@ -73,6 +73,8 @@ def curves(data, accum_freqs: tuple[int, ...]) -> dict:
             trainer.model.double()
             trainer.objective.double()
             found[accum_freq][name] = [trainer.step(number) for number in range(2)]
+    rank = joined().rank
+    found["merged"] = joined().merged({"same": "a", f"{rank}": "b"})
     return found
 
 
@@ -85,6 +87,8 @@ def test_ranks_and_micro_batches_give_the_numbers_of_one_process(data):
         for rank, found in enumerate(two)
         for parts in (1, 2)
     }
+    assert alone["merged"] == {"same": "a", "0": "b"}
+    assert [found["merged"] for found in two] == [{"same": "a", "0": "b", "1": "b"}] * 2
     assert alone[1].keys() == OBJECTIVES.keys()
     for name, steps in alone[1].items():
         for which, found in others.items():

@@ -1,5 +1,6 @@
 """WebDataset shards and the stream: what is read, in which order, on which rank."""
 
+import argparse
 import io
 import itertools
 import json
@@ -127,6 +128,11 @@ def test_bad_samples_are_skipped_and_named(tmp_path):
             ("latin.txt", b"\xff\xfe"),
             ("broken.png", b"no picture"),
             ("broken.txt", b"a"),
+            *sample("good", 8),  # names that were there before: at once, and later
+            *sample("good", 7),
+            *sample("last", 6),
+            *sample("good", 5),
+            *sample("caf\udce9", 4),  # not UTF-8
         ],
     )
     whole = (tmp_path / "a.tar").read_bytes()
@@ -135,7 +141,8 @@ def test_bad_samples_are_skipped_and_named(tmp_path):
     (tmp_path / "e.tar").write_bytes(whole[:2048] + b"x" * 5000)
     (tmp_path / "c.tar").write_bytes(b"")
     data = load_dataset(tmp_path, 4)
-    assert data.captions == [["grey 9"]] * 3
+    assert data.captions == [["grey 9"], ["grey 6"], ["grey 4"], ["grey 9"], ["grey 9"]]
+    assert data.items[2] == r"a.tar/caf\xe9"
     reasons = {where.removeprefix(f"{tmp_path}/"): reason for where, reason in data.skipped}
     want = {
         "a.tar:lonely": "no picture among .txt",
@@ -148,11 +155,25 @@ def test_bad_samples_are_skipped_and_named(tmp_path):
         "a.tar:broken": "of no known format",
         "b.tar": "damaged",
         "c.tar": "not an uncompressed tar",
-        "d.tar": "no header at byte 2048",
+        "d.tar": "no end mark at byte 2048: cut off after a whole file, or written so",
         "e.tar": "no header at byte 2048",
+    }
+    repeated = {where for where in reasons if "a.tar:good@" in where}
+    assert len(repeated) == 3
+    assert {reasons.pop(where) for where in repeated} == {
+        "the tar has a sample of this name already"
     }
     assert reasons.keys() == want.keys()
     assert all(want[where] in reason for where, reason in reasons.items())
+
+
+def test_tars_of_one_name_in_several_folders_are_told_apart(tmp_path):
+    for n in range(2):
+        (tmp_path / f"{n}").mkdir()
+        write_tar(tmp_path / f"{n}" / "a.tar", sample("0", n))
+    data = load_dataset(tmp_path / "{0..1}" / "a.tar", 4)
+    assert data.items == ["0/a.tar/0", "1/a.tar/0"]
+    assert data.captions == [["grey 0"], ["grey 1"]]
 
 
 def test_missing_shards_are_named(tmp_path):
@@ -236,7 +257,7 @@ def test_items_of_a_batch_differ_and_none_is_lost(tmp_path):
             for member in sample(f"{n:05}", n, item=str(n % 6))
         ]
         write_tar(tmp_path / f"{shard}.tar", members)
-    batches = Stream(open_shards(tmp_path), 4, 5, buffer=7).batches()
+    batches = Stream(open_shards(tmp_path), 4, 5, buffer=20).batches()
     found = Counter()
     for batch in itertools.islice(batches, 24):
         assert len({record.item for record in batch.records}) == 5
@@ -244,27 +265,71 @@ def test_items_of_a_batch_differ_and_none_is_lost(tmp_path):
     assert len(found) == 60  # two passes, to the records that wait for another batch
     assert sum(found.values()) == 120
     assert set(found.values()) <= {1, 2, 3}
-    with pytest.raises(ValueError, match="number of different items, 6; got 7"):
-        next(Stream(open_shards(tmp_path), 4, 7).batches())
+    with pytest.raises(ValueError, match=r"different items, 6 in 2 shards .*; got 7"):
+        Stream(open_shards(tmp_path), 4, 7)
 
 
-def test_unreadable_pictures_make_a_batch_smaller_and_are_counted_once(tmp_path):
-    members = [member for n in range(6) for member in sample(f"{n}", n)]
-    members += [("bad.png", b"none"), ("bad.txt", b"a"), ("dumb.png", png(1))]
-    members += sample("held", 9, split="test")
-    write_tar(tmp_path / "a.tar", members)
-    stream = Stream(open_shards(tmp_path), 4, 7)
-    for _ in range(2):
-        for batch in itertools.islice(stream.batches(), 3):
-            assert sorted(greys(batch)) == list(range(6))
-    assert {where.rpartition(":")[2] for where in stream.skipped} == {"bad", "dumb"}
+def test_an_item_of_half_the_records_ends_no_stream_and_fills_no_memory(tmp_path):
+    records = [
+        Record(f"{n}", tmp_path, "often" if n % 2 else f"{n}", ["a"], {}, *[None] * 4)
+        for n in range(400)
+    ]
+    stream = Stream([lambda: iter(records)], 4, 16, buffer=50)
+    groups, found = stream.groups(), Counter()
+    for group in itertools.islice(groups, 200):
+        assert len({record.item for record in group}) == len(group) == 16
+        assert len(groups.gi_frame.f_locals["waiting"]) <= 50
+        found.update(record.item for record in group)
+    assert found.pop("often") == 200
+    assert len(found) == 200  # 3000 / 200: 15 of each, to what the buffer holds
+    assert set(found.values()) <= {14, 15, 16}
 
-    write_tar(tmp_path / "a.tar", [("bad.png", b"none"), ("bad.txt", b"a")])
-    with pytest.raises(ValueError, match=r"no usable picture in a batch of 1: .*a.tar:bad"):
-        next(Stream(open_shards(tmp_path), 4, 1).batches())
-    write_tar(tmp_path / "a.tar", [("dumb.png", png(1)), *sample("held", 9, split="test")])
-    with pytest.raises(ValueError, match=r"no record to train on in 1 shards \(1 skipped\)"):
-        next(Stream(open_shards(tmp_path), 4, 1).batches())
+
+def test_a_rank_whose_shards_of_a_pass_hold_nothing_goes_on(tmp_path):
+    """Of three shards one is trained on: in a pass one of two ranks, or of three, has none."""
+    write_tar(tmp_path / "a.tar", [m for n in range(9) for m in sample(f"{n}", n)])
+    write_tar(tmp_path / "b.tar", sample("0", 50, split="test"))
+    (tmp_path / "c.tar").write_bytes(b"damaged")
+    shards = open_shards(tmp_path)
+    for size in (2, 3):
+        empty = 0
+        for rank in range(size):
+            stream = Stream(shards, 4, 7, rank=rank, world_size=size)
+            for batch in itertools.islice(stream.batches(), 6):
+                assert len(set(greys(batch))) == 7
+            empty += sum(not list(stream.epoch(number)) for number in range(6))
+        assert empty == 6 * (size - 1)
+    with pytest.raises(ValueError, match=r"items, 1 in 2 shards \(1 records .*c.tar.*; got 2"):
+        Stream([lambda: iter([next(shards[0]())]), shards[2]], 4, 2)
+
+
+@pytest.mark.filterwarnings("ignore:This DataLoader will create")
+def test_unreadable_pictures_are_replaced_and_counted_once(tmp_path):
+    """Whatever the workers and the start; the records that come next take their places."""
+    for shard in range(2):
+        numbers = range(shard * 20, shard * 20 + 20)
+        members = [member for n in numbers for member in sample(f"{n}", n)]
+        members += [(f"bad{n}.{kind}", b"none") for n in range(9) for kind in ("png", "txt")]
+        members += [("dumb.png", png(1)), *sample("held", 9, split="test")]
+        write_tar(tmp_path / f"{shard}.tar", members)
+    shards = open_shards(tmp_path)
+    stream = Stream(shards, 4, 8)
+    want = [greys(batch) for batch in itertools.islice(stream.batches(), 15)]
+    assert all(len(set(values)) == 8 for values in want)
+    assert {n for values in want for n in values} == set(range(40))
+    bad = {f"{shard}.tar:bad{n}" for shard in range(2) for n in range(9)}
+    skipped = {where.removeprefix(f"{tmp_path}/") for where in stream.skipped}
+    assert skipped == bad | {"0.tar:dumb", "1.tar:dumb"}
+    several = Stream(shards, 4, 8, workers=3).batches(start=4)
+    assert [greys(batch) for batch in itertools.islice(several, 5)] == want[4:9]
+
+    assert sorted(greys(next(Stream(shards, 4, 40).batches()))) == list(range(40))
+    few = r"picture that can be read, 40 in 2 shards \(20 records skipped: .*; got 41"
+    with pytest.raises(ValueError, match=few):
+        next(Stream(shards, 4, 41).batches())
+    write_tar(tmp_path / "0.tar", [("dumb.png", png(1)), *sample("held", 9, split="test")])
+    with pytest.raises(ValueError, match=r"items, 0 in 1 shards \(1 records skipped: .*dumb"):
+        Stream(shards[:1], 4, 1)
 
 
 def test_tables_are_streamed_too(tmp_path, monkeypatch):
@@ -353,6 +418,7 @@ def test_a_streamed_run_resumes_to_the_same_numbers(tmp_path, capsys):
     assert "a stream of 2 shards" in told
     assert "val: 8 pictures, 8 captions" in told
     assert "skipped 1 records:" in told
+    assert "0 records skipped; 1 of the stream" in (whole / "report.html").read_text()
     assert "compile    no: " in told
     assert re.search(r"compute +\d+\.\d% of a step", told)
     lines = [json.loads(line) for line in (whole / "metrics.jsonl").open()]
@@ -377,7 +443,10 @@ def test_a_streamed_run_resumes_to_the_same_numbers(tmp_path, capsys):
         ("--val-data nowhere", "--stream and --val-data go together"),
         ("--stream --val-data nowhere", "no data at"),
         ("--stream --val-data {here} --workers -1", "--workers must be at least 0, got -1"),
-        ("--stream --val-data {here}", "different items, 6; got 64"),
+        (
+            "--stream --val-data {here}",
+            "different items, 6 in 1 shards (0 records skipped); got 64",
+        ),
     ],
 )
 def test_bad_options_are_named(options, message, tmp_path, capsys):
@@ -387,6 +456,17 @@ def test_bad_options_are_named(options, message, tmp_path, capsys):
         train.main(["--train-data", str(tmp_path), "--out", str(tmp_path / "run"), *given])
     assert end.value.code == 2
     assert message in capsys.readouterr().err
+
+
+def test_a_rank_without_other_texts_to_shuffle_is_refused(tmp_path):
+    numbered(tmp_path, 2, 6)
+    where, ranks = str(tmp_path), Ranks()
+    ranks.size = 2
+    config = Config(
+        train_data=where, val_data=where, stream=True, batch_size=2, fusion_text="shuffled"
+    )
+    with pytest.raises(ValueError, match="must be at least 2 for each of 2 ranks, got 2"):
+        train.open_data(config, argparse.Namespace(cache=None, workers=0), ranks)
 
 
 def test_a_record_is_small(tmp_path):
