@@ -6,9 +6,9 @@ import json
 import pytest
 from tiny_set import QUICK
 
-from ito import compare, comparison, train
+from ito import compare, comparison, cost, train
 from ito.config import Config, add_options, from_options
-from ito.cost import StepCost, step_costs
+from ito.cost import StepCost
 
 STEPS = 40
 
@@ -212,11 +212,12 @@ def test_no_finished_run_is_an_error(tmp_path):
         comparison.write_comparison(tmp_path)
 
 
-def test_steps_are_timed_by_turns(tmp_path, data, finished):
+def test_steps_are_timed_by_turns(tmp_path, data, finished, monkeypatch):
     """More views take longer, and what is waited for is a part of a step."""
+    monkeypatch.setattr(cost, "ROUNDS", 5)
     threads = json.loads((finished / "environment.json").read_text())["threads"]
     more = tmp_path / "more"
     arguments = ["--train-data", str(data), "--out", str(more), "--threads", str(threads), *QUICK]
     train.main([*arguments, "--views", "12", "--steps", "1"])
-    two, twelve = step_costs({"two": finished, "twelve": more}).values()
+    two, twelve = cost.step_costs({"two": finished, "twelve": more}).values()
     assert 0 < two.input < two.seconds < twelve.seconds
