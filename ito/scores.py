@@ -105,8 +105,9 @@ def clip_benchmark(scores: dict[str, float], data: str, run: Path) -> list[dict]
     """The records that clip_benchmark writes, one for every split and task, of `scores`.
 
     `dataset` is `data/split`, with the classes where a task has several kinds; `model` is "ito",
-    `pretrained` the run. `clip_benchmark build *.json` makes one table of them and others'. Zero-shot
-    scores are those of the bare names, where clip_benchmark takes the mean of many prompts.
+    `pretrained` the run. `clip_benchmark build *.json` makes one table of them and others'.
+    Zero-shot scores are those of the bare names, where clip_benchmark takes the mean of many
+    prompts.
     """
     found = []
 
