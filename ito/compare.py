@@ -88,6 +88,8 @@ def main(arguments: list[str] | None = None) -> Path:
     add_options(parser)
     with user_errors():
         options = parser.parse_args(arguments)
+        if options.jobs < 1:
+            raise ValueError(f"--jobs must be at least 1, got {options.jobs}")
         if not options.report_only:
             runs = plan(options)
             train_all(runs, options)
@@ -96,6 +98,9 @@ def main(arguments: list[str] | None = None) -> Path:
 
 def plan(options: argparse.Namespace) -> list[Run]:
     """The runs, seed by seed, so that a comparison that is cut off still compares."""
+    for name in ("seeds", "arms"):
+        if len(set(values := getattr(options, name))) < len(values):
+            raise ValueError(f"--{name} must differ, got {' '.join(map(str, values))}")
     given = {name: x for name, x in vars(options).items() if name in Config().flat()}
     for name in DECIDED:
         if name in given:
@@ -132,7 +137,7 @@ def train_all(runs: list[Run], options: argparse.Namespace) -> None:
         environment["ITO_CACHE"] = str(options.cache.absolute())
     if options.threads:  # the evaluation's too: three of them on a core took 120 s instead of 25
         environment["OMP_NUM_THREADS"] = str(options.threads)
-    with ThreadPoolExecutor(max(options.jobs, 1)) as pool:
+    with ThreadPoolExecutor(options.jobs) as pool:
         for line in pool.map(lambda run: train(run, out, options.threads, environment), runs):
             print(line, flush=True)
 

@@ -465,7 +465,9 @@ def layout(x: Tensor) -> tuple[Tensor, str]:
     except ImportError:
         centred = x - x.mean(0)
         return centred @ torch.pca_lowrank(centred, 2, center=False)[2], "principal directions"
-    return torch.from_numpy(UMAP(metric="cosine", random_state=0).fit_transform(x.numpy())), "UMAP"
+    return torch.from_numpy(
+        UMAP(metric="cosine", random_state=0, n_jobs=1).fit_transform(x.numpy())
+    ), "UMAP"
 
 
 def pyplot():

@@ -38,6 +38,21 @@ def test_a_run_is_given_the_configuration_that_was_planned(tmp_path, arm):
     assert (run.config.seed, run.config.steps, run.config.batch_size) == (3, STEPS, 8)
 
 
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ("--seeds 0 1 0", "--seeds must differ, got 0 1 0"),  # two runs in one folder
+        ("--arms clip clip", "--arms must differ, got clip clip"),
+        ("--jobs 0", "--jobs must be at least 1, got 0"),
+    ],
+)
+def test_bad_options_are_told_before_anything_runs(tmp_path, capsys, words, said):
+    with pytest.raises(SystemExit):
+        compare.main(["--out", str(tmp_path / "out"), *words.split()])
+    assert said in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_flag_is_given_without_a_value(tmp_path):
     more = {"stream": True, "val_data": "/val", "train_data": "/train"}
     (run,) = compare.plan(options(tmp_path, arms=["clip"], seeds=[0], **more))
