@@ -9,6 +9,7 @@ to 6 times as much. 256 pictures, 64 → 32 px, 2 threads, median ms per batch: 
 and 40.4, where a training step takes about 300.
 """
 
+import functools
 import math
 from dataclasses import dataclass
 
@@ -157,18 +158,24 @@ def crop(
     if bend is not None:
         grid = grid + bend
     view = F.grid_sample(x, grid, padding_mode="border", align_corners=False)
-    outside = (grid.abs() > 1).any(-1)[:, None]
+    outside = (grid.abs().amax(-1) > 1)[:, None]
     return view.masked_fill_(outside, 1.0)
 
 
 def warp(u: torch.Tensor, out_size: int, config: Augmentation) -> torch.Tensor:
     """Smooth displacements (B, out, out, 2); `u` (33, B): strength, a 4×4 grid of 2-D vectors."""
     points = config.warp * u[0] * (2 * u[1:] - 1)
-    # bicubic interpolation, as a matrix: for 128 pictures of 32 px on one core 0.3 ms, not 7
-    each = torch.eye(16, device=u.device).view(16, 1, 4, 4)
-    spread = F.interpolate(each, (out_size, out_size), mode="bicubic", align_corners=True)
-    field = points.T.reshape(-1, 16) @ spread.flatten(1)
+    field = points.T.reshape(-1, 16) @ bicubic(out_size, u.device)
     return field.view(-1, 2, out_size, out_size).permute(0, 2, 3, 1)
+
+
+@functools.cache
+def bicubic(out_size: int, device: torch.device) -> torch.Tensor:
+    """The interpolation of a 4×4 grid, as a matrix (16, out²): for 128 pictures of 32 px on one
+    core 0.3 ms, not 7."""
+    each = torch.eye(16, device=device).view(16, 1, 4, 4)
+    spread = F.interpolate(each, (out_size, out_size), mode="bicubic", align_corners=True)
+    return spread.flatten(1)
 
 
 def stroke(x: torch.Tensor, u: torch.Tensor, config: Augmentation) -> torch.Tensor:

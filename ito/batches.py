@@ -4,6 +4,8 @@ Nothing carries over from step to step, so a resumed run sees exactly what it wo
 """
 
 import hashlib
+import itertools
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -60,7 +62,11 @@ class Batches:
         for row in dataset.rows("train").tolist():
             drawings[int(dataset.image_item[row])].append(row)
         self.drawings = list(drawings.values())
-        self.captions = [tokenizer(dataset.captions[item]) for item in drawings]
+        # all captions in one tensor, and the rows of each item's
+        names = [dataset.captions[item] for item in drawings]
+        self.ids = tokenizer([name for each in names for name in each])
+        ends = [*itertools.accumulate(map(len, names), initial=0)]
+        self.captions = [range(*pair) for pair in itertools.pairwise(ends)]
         self.images = dataset.images.to(device)
         self.config, self.ranks = config, ranks
         self.size = min(config.batch_size, len(drawings))
@@ -83,18 +89,16 @@ class Batches:
         order = torch.randperm(len(self.drawings), generator=generator(seed, "epoch", epoch))
         items = order[place * self.size : (place + 1) * self.size].tolist()
         random = generator(seed, "draw", step)
-        rows = [
-            [
-                self.drawings[item][k]
-                for k in pick(len(self.drawings[item]), self.config.views, random)
-            ]
-            for item in items
-        ]
-        ids = [
-            self.captions[item][pick(len(self.captions[item]), self.config.captions, random)]
-            for item in items
-        ]
-        return torch.tensor(rows).T, trimmed(torch.stack(ids, 1))
+        rows = drawn(self.drawings, items, self.config.views, random)
+        names = drawn(self.captions, items, self.config.captions, random)
+        ids = self.ids.index_select(0, names.flatten()).unflatten(0, names.shape)
+        return rows, trimmed(ids)
+
+
+def drawn(rows: list[Sequence[int]], items: list[int], wanted: int, random) -> Tensor:
+    """`wanted` of each item's rows, as `pick` picks: (wanted, N)."""
+    picked = [[rows[item][k] for k in pick(len(rows[item]), wanted, random)] for item in items]
+    return torch.tensor(picked).T
 
 
 def pick(available: int, wanted: int, random: torch.Generator) -> list[int]:

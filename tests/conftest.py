@@ -1,3 +1,5 @@
+import json
+
 import pytest
 import torch
 
@@ -24,3 +26,16 @@ def finished(data, tmp_path_factory):
     run = tmp_path_factory.mktemp("runs") / "run"
     arguments = ["--train-data", str(data), "--out", str(run), "--checkpoint-every", "3", *QUICK]
     return train.main(arguments)
+
+
+@pytest.fixture(scope="session")
+def prepared(tmp_path_factory):
+    """The small emoji set."""
+    from ito import emoji_small
+
+    return emoji_small.prepare_emoji_small(tmp_path_factory.mktemp("data") / "set")
+
+
+@pytest.fixture(scope="session")
+def records(prepared):
+    return [json.loads(line) for line in (prepared / "captions.jsonl").open(encoding="utf-8")]
