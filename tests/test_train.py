@@ -136,6 +136,9 @@ def test_batches_hold_distinct_items_whose_views_and_captions_differ(data):
         assert ((rows[2] == rows[0]) | (rows[2] == rows[1])).all()
         assert {dataset.split[row] for row in rows.flatten().tolist()} == {"train"}
         assert (ids[0] != ids[1]).any(1).all()
+        for item, own in zip(items[0].tolist(), ids.unbind(1), strict=True):
+            known = tokenizer(dataset.captions[item])[:, : ids.shape[2]]
+            assert (own[:, None] == known).all(2).any(1).all()  # captions of that very item
         assert (ids != 0).any(1).any(0).all()  # no column is padding everywhere
         seen |= set(items[0].tolist())
     assert len(seen) == 36
