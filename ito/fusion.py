@@ -77,10 +77,9 @@ class Fusion(nn.Module):
         always = text_mask.new_ones(batch, x.shape[1] - text_mask.shape[1])
         key_mask = torch.cat([always, text_mask], 1)
         # Position 0 alone is read out (unless "mean"), so the last block computes nothing else.
-        last = None if self.readout == "mean" else 1
         for block in self.blocks[:-1]:
             x = block(x, key_mask)
-        x = self.norm(self.blocks[-1](x, key_mask, positions=last))
+        x = self.norm(self.blocks[-1](x, key_mask, first_only=self.readout != "mean"))
         if self.readout == "mean":
             weights = key_mask.unsqueeze(-1).to(x.dtype)
             fused = (x * weights).sum(1) / weights.sum(1)

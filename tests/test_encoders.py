@@ -38,16 +38,22 @@ def test_attention_is_softmax_of_scaled_products_over_the_real_keys():
             torch.testing.assert_close(got[b, h], weights @ v[b, h, real])
 
 
-@pytest.mark.parametrize("positions", [1, 3])
-def test_block_computes_only_the_positions_asked_for_and_the_same(positions):
+def test_block_computes_position_0_alone_and_the_same():
     torch.manual_seed(0)
     block = Block(16, 2).double()
-    x = torch.randn(2, 7, 16, dtype=torch.float64)
-    mask = torch.tensor([[True] * 7, [True] * 4 + [False] * 3])
-    full = block(x, mask)
-    short = block(x, mask, positions=positions)
-    assert short.shape == (2, positions, 16)
-    torch.testing.assert_close(short, full[:, :positions])
+    for parameter in block.parameters():
+        parameter.data.add_(0.2 * torch.randn(parameter.shape))  # no bias stays zero
+    x = torch.randn(2, 7, 16, dtype=torch.float64, requires_grad=True)
+    direction = torch.randn(2, 1, 16, dtype=torch.float64)
+    for mask in (None, torch.tensor([[True] * 7, [True] * 4 + [False] * 3])):
+        first, whole = block(x, mask, first_only=True), block(x, mask)[:, :1]
+        torch.testing.assert_close(first, whole, rtol=1e-12, atol=1e-12)
+        inputs = x, *block.parameters()
+        for got, want in zip(
+            *(torch.autograd.grad((y * direction).sum(), inputs) for y in (first, whole)),
+            strict=True,
+        ):
+            torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-12)
 
 
 def test_image_encoder_returns_cls_first_then_the_patches():
