@@ -387,7 +387,7 @@ def cost_table(arms: dict[str, list[Result]], costs: dict[str, StepCost]) -> str
                 f"{weights.stat().st_size / 2**20:.1f}",
             ]
         )
-    header = ["objective", "ms a step", "× the quickest", "of it input, %"]
+    header = ["objective", "ms a step", "× the quickest", "of it waiting for input, %"]
     table = rows([*header, "peak memory, MiB", "exported model, MiB"], lines)
     return table + (
         "\n\nSteps are timed by turns in one process. The exported model is the two towers alone, "

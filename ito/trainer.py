@@ -2,6 +2,7 @@
 
 import math
 import time
+from concurrent.futures import Future, ThreadPoolExecutor
 
 import torch
 from torch import Tensor, nn
@@ -30,8 +31,8 @@ class Trainer:
         dtype: of the towers and the objective's modules under autocast; bfloat16 or float32.
         ranks: those that share the batch; alone by default.
 
-    `input_seconds` of the `seconds` that steps took so far went into choosing, reading, augmenting
-    and moving their batches: the model waited.
+    While a step computes, a thread chooses, reads, augments and moves the batch of the next one.
+    In `input_seconds` of the `seconds` that steps took so far the model waited for its batch.
 
     Raises ValueError if the batch has fewer items than there are ranks times micro-batches.
     """
@@ -81,6 +82,13 @@ class Trainer:
         )
         source = StreamBatches if isinstance(data, Stream) else Batches
         self.batches = source(data, tokenizer, config, self.ranks, device)
+        self.loader = ThreadPoolExecutor(1, "loader")
+        self.ahead: tuple[int, Future] | None = None
+        # It gets one thread of torch's: more would stand in the way of those that compute. The
+        # setting is a thread's own, but also what new threads start with, until it is set again.
+        threads = torch.get_num_threads()
+        self.loader.submit(torch.set_num_threads, 1).result()
+        torch.set_num_threads(threads)
         self.input_seconds = self.seconds = 0.0
         parts = self.ranks.size * config.accum_freq
         if self.batches.size < parts:
@@ -95,7 +103,7 @@ class Trainer:
         Raises FloatingPointError if the loss is not finite, before any weight changes.
         """
         began = self.now()
-        views, ids = self.batch(number)
+        views, ids = self.prepared(number)
         ready = self.now()
         self.model.train()
         self.locked.eval()  # batch normalisation too stays as it was
@@ -124,6 +132,16 @@ class Trainer:
         self.input_seconds += between(began, ready)
         self.seconds += between(began, ended)
         return logged
+
+    def prepared(self, number: int) -> tuple[Tensor, Tensor]:
+        """`batch(number)`, prepared ahead where the last call was for the step before."""
+        ahead, self.ahead = self.ahead, None
+        if ahead is None or ahead[0] != number:
+            ahead = number, self.loader.submit(self.batch, number)
+        batch = ahead[1].result()
+        if number + 1 < self.config.steps:
+            self.ahead = number + 1, self.loader.submit(self.batch, number + 1)
+        return batch
 
     def batch(self, number: int) -> tuple[Tensor, Tensor]:
         """This rank's n items of batch `number`: views (V, n, 3, S, S) and token ids (C, n, L)."""

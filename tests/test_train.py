@@ -5,6 +5,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 
 import pytest
@@ -265,6 +266,40 @@ def test_the_seed_decides_the_numbers(data):
 
     assert first(1) == first(1)
     assert first(1)["loss"] != first(2)["loss"]
+
+
+def test_the_next_batch_is_prepared_while_a_step_computes(data):
+    dataset = load_dataset(data, 64)
+    tokenizer = Tokenizer.train([c for names in dataset.captions for c in names], 300, 8)
+    config = Config(width=32, heads=2, batch_size=8, steps=4)
+    trainer = Trainer(config, dataset, tokenizer, CPU, torch.float32)
+    want = {number: trainer.batch(number) for number in (0, 2)}
+    done = {number: threading.Event() for number in range(config.steps)}
+    batch, backward, seen = trainer.batch, trainer.backward, []
+
+    def recorded(number):
+        if number == 3:
+            raise OSError("batch 3 cannot be read")
+        done[number].set()
+        return batch(number)
+
+    def patient(views, ids, progress):
+        seen.append((views, ids))
+        number = round(progress * config.steps)
+        assert number == 2 or done[number + 1].wait(60), "the next batch waits for the step"
+        return backward(views, ids, progress)
+
+    trainer.batch, trainer.backward = recorded, patient
+    threads = torch.get_num_threads()
+    for number in (0, 1, 2):
+        trainer.step(number)
+    assert torch.get_num_threads() == threads
+    assert trainer.input_seconds < trainer.seconds
+    with pytest.raises(OSError, match="batch 3"):  # at its own step, not at the one before
+        trainer.step(3)
+    trainer.step(0)  # another than the next
+    for number, place in ((0, 0), (2, 2), (0, 3)):
+        assert all(map(torch.equal, seen[place], want[number]))
 
 
 def test_an_interrupted_run_stops_between_steps_and_can_go_on(data, tmp_path):
