@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -274,32 +275,46 @@ def test_the_next_batch_is_prepared_while_a_step_computes(data):
     config = Config(width=32, heads=2, batch_size=8, steps=4)
     trainer = Trainer(config, dataset, tokenizer, CPU, torch.float32)
     want = {number: trainer.batch(number) for number in (0, 2)}
-    done = {number: threading.Event() for number in range(config.steps)}
+    prepared = threading.Event()
     batch, backward, seen = trainer.batch, trainer.backward, []
 
     def recorded(number):
         if number == 3:
             raise OSError("batch 3 cannot be read")
-        done[number].set()
+        if number == 1:
+            prepared.set()
         return batch(number)
 
     def patient(views, ids, progress):
         seen.append((views, ids))
-        number = round(progress * config.steps)
-        assert number == 2 or done[number + 1].wait(60), "the next batch waits for the step"
+        assert prepared.wait(60), "the next batch waits for the step"
         return backward(views, ids, progress)
 
     trainer.batch, trainer.backward = recorded, patient
-    threads = torch.get_num_threads()
-    for number in (0, 1, 2):
-        trainer.step(number)
-    assert torch.get_num_threads() == threads
-    assert trainer.input_seconds < trainer.seconds
+    trainer.step(0)
+    trainer.step(2)  # another than the next
     with pytest.raises(OSError, match="batch 3"):  # at its own step, not at the one before
         trainer.step(3)
-    trainer.step(0)  # another than the next
-    for number, place in ((0, 0), (2, 2), (0, 3)):
-        assert all(map(torch.equal, seen[place], want[number]))
+    trainer.step(0)
+    for views, number in zip(seen, (0, 2, 0), strict=True):
+        assert all(map(torch.equal, views, want[number]))
+
+
+def test_the_thread_that_prepares_batches_leaves_the_others_their_threads(data):
+    dataset = load_dataset(data, 64)
+    tokenizer = Tokenizer.train([c for names in dataset.captions for c in names], 300, 8)
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(2)
+        trainer = Trainer(
+            Config(width=32, heads=2, batch_size=8), dataset, tokenizer, CPU, torch.float32
+        )
+        assert trainer.loader.submit(torch.get_num_threads).result() == 1
+        with ThreadPoolExecutor(1) as another:
+            assert another.submit(torch.get_num_threads).result() == 2
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
 
 
 def test_an_interrupted_run_stops_between_steps_and_can_go_on(data, tmp_path):
