@@ -84,9 +84,10 @@ class Trainer:
         self.batches = source(data, tokenizer, config, self.ranks, device)
         self.loader = ThreadPoolExecutor(1, "loader")
         self.ahead: tuple[int, Future] | None = None
-        # It gets one thread of torch's: more would stand in the way of those that compute. The
-        # setting is a thread's own, but also what new threads start with, until it is set again.
+        # It gets one thread of torch's: more would stand in the way of those that compute. A thread
+        # keeps what it sets after its first question (before, it takes what was set last).
         threads = torch.get_num_threads()
+        self.loader.submit(torch.get_num_threads).result()
         self.loader.submit(torch.set_num_threads, 1).result()
         torch.set_num_threads(threads)
         self.input_seconds = self.seconds = 0.0
