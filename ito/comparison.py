@@ -383,14 +383,16 @@ def cost_table(arms: dict[str, list[Result]], costs: dict[str, StepCost]) -> str
                 f"{1000 * cost.seconds:.0f}",
                 f"{cost.seconds / quickest:.2f}",
                 percent(cost.input / cost.seconds),
+                f"{1000 * cost.loader:.1f}",
                 f"{max(r.peak_bytes for r in runs) / 2**20:.0f}",
                 f"{weights.stat().st_size / 2**20:.1f}",
             ]
         )
-    header = ["objective", "ms a step", "× the quickest", "of it waiting for input, %"]
-    table = rows([*header, "peak memory, MiB", "exported model, MiB"], lines)
-    return table + (
-        "\n\nSteps are timed by turns in one process. The exported model is the two towers alone, "
+    header = ["objective", "ms a step", "× the quickest", "waiting for its batch, %"]
+    header += ["batch prepared beside it, ms", "peak memory, MiB", "exported model, MiB"]
+    return rows(header, lines) + (
+        "\n\nSteps are timed by turns in one process; a thread prepares the next batch while one "
+        "computes. The exported model is the two towers alone, "
         "the same for every objective: so is the cost of inference. Memory is the process's, "
         "pictures and evaluation included."
     )

@@ -24,10 +24,12 @@ WARMUP, ROUNDS = 3, 20
 
 @dataclass(frozen=True)
 class StepCost:
-    """Seconds of a step, and those of them in which the model waited for its batch: medians."""
+    """Medians: seconds of a step, those of them in which the model waited for its batch, and those
+    of a processor that the thread beside it took to prepare the next one."""
 
     seconds: float
     input: float
+    loader: float
 
 
 def step_costs(runs: dict[str, Path], cache: Path | None = None) -> dict[str, StepCost]:
@@ -50,13 +52,17 @@ def step_costs(runs: dict[str, Path], cache: Path | None = None) -> dict[str, St
         )
         if environment["compile"]:
             compile_towers(trainers[name].model, trainers[name].objective)
-    spent: dict[str, list[tuple[float, float]]] = {name: [] for name in trainers}
+    spent: dict[str, list[tuple[float, ...]]] = {name: [] for name in trainers}
     for number in range(WARMUP + ROUNDS):
         for name, trainer in trainers.items():
-            before = trainer.seconds, trainer.input_seconds
+            before = clocks(trainer)
             trainer.step(number)
-            spent[name].append((trainer.seconds - before[0], trainer.input_seconds - before[1]))
+            spent[name].append(tuple(b - a for a, b in zip(before, clocks(trainer), strict=True)))
     return {
         name: StepCost(*(statistics.median(x) for x in zip(*steps[WARMUP:], strict=True)))
         for name, steps in spent.items()
     }
+
+
+def clocks(trainer: Trainer) -> tuple[float, float, float]:
+    return trainer.seconds, trainer.input_seconds, trainer.loader_seconds

@@ -32,7 +32,8 @@ class Trainer:
         ranks: those that share the batch; alone by default.
 
     While a step computes, a thread chooses, reads, augments and moves the batch of the next one.
-    In `input_seconds` of the `seconds` that steps took so far the model waited for its batch.
+    Of the `seconds` that steps took so far, the model waited `input_seconds` for its batch; the
+    thread used `loader_seconds` of a processor meanwhile.
 
     Raises ValueError if the batch has fewer items than there are ranks times micro-batches.
     """
@@ -90,7 +91,7 @@ class Trainer:
         self.loader.submit(torch.get_num_threads).result()
         self.loader.submit(torch.set_num_threads, 1).result()
         torch.set_num_threads(threads)
-        self.input_seconds = self.seconds = 0.0
+        self.input_seconds = self.loader_seconds = self.seconds = 0.0
         parts = self.ranks.size * config.accum_freq
         if self.batches.size < parts:
             raise ValueError(
@@ -138,10 +139,16 @@ class Trainer:
         """`batch(number)`, prepared ahead where the last call was for the step before."""
         ahead, self.ahead = self.ahead, None
         if ahead is None or ahead[0] != number:
-            ahead = number, self.loader.submit(self.batch, number)
+            ahead = number, self.loader.submit(self.prepare, number)
         batch = ahead[1].result()
         if number + 1 < self.config.steps:
-            self.ahead = number + 1, self.loader.submit(self.batch, number + 1)
+            self.ahead = number + 1, self.loader.submit(self.prepare, number + 1)
+        return batch
+
+    def prepare(self, number: int) -> tuple[Tensor, Tensor]:
+        began = time.thread_time()
+        batch = self.batch(number)
+        self.loader_seconds += time.thread_time() - began
         return batch
 
     def batch(self, number: int) -> tuple[Tensor, Tensor]:

@@ -152,7 +152,7 @@ def two_arms(tmp_path, monkeypatch):
     """Two arms, three seeds: ITO learns twice as fast by step and costs twice as much."""
     monkeypatch.setattr(comparison, "draw_maps", lambda *_: "by hand")
     cost = {"clip-aug": 0.1, "ito-align": 0.2, "ito-pooled": 0.2}
-    costs = {arm: StepCost(seconds, 0.01) for arm, seconds in cost.items()}
+    costs = {arm: StepCost(seconds, 0.01, 0.02) for arm, seconds in cost.items()}
     monkeypatch.setattr(comparison, "step_costs", lambda folders, _: {x: costs[x] for x in folders})
     chosen = options(tmp_path, seeds=[0, 1, 2], arms=["clip-aug", "ito-align"])
     for run in compare.plan(chosen):
@@ -188,7 +188,7 @@ def test_the_report(tmp_path, two_arms):
     # a mean of ten is nine steps late: clip-aug ends at 4 - 0.05 · 31, ITO is there at step 25
     assert "first reaches 2.45" in text
     assert "| ito-align | 25 | 0.75 ± 0.00 | 0.75 ± 0.00 | 35.00 ± 0.00 |" in text
-    assert "| ito-align | 200 | 2.00 | 5.0 | 3 | 1.0 |" in text
+    assert "| ito-align | 200 | 2.00 | 5.0 | 20.0 | 3 | 1.0 |" in text
     assert (tmp_path / "curves.png").stat().st_size > 10_000
 
 
@@ -236,3 +236,4 @@ def test_steps_are_timed_by_turns(tmp_path, data, finished, monkeypatch):
     train.main([*arguments, "--views", "12", "--steps", "1"])
     two, twelve = cost.step_costs({"two": finished, "twelve": more}).values()
     assert 0 < two.input < two.seconds < twelve.seconds
+    assert 0 < two.loader < two.seconds
