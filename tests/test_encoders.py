@@ -38,6 +38,18 @@ def test_attention_is_softmax_of_scaled_products_over_the_real_keys():
             torch.testing.assert_close(got[b, h], weights @ v[b, h, real])
 
 
+@pytest.mark.parametrize("masked", [True, False])
+def test_the_softmax_of_bf16_attention_is_of_fp32_scores(masked):
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = 4 * torch.randn(3, 2, 3, 17, 8, generator=generator).bfloat16()
+    mask = torch.rand(2, 17, generator=generator) > 0.3 if masked else None
+    scores = (q @ k.mT).float() / math.sqrt(8)
+    if masked:
+        scores[~mask[:, None, None].expand_as(scores)] = -math.inf
+    weights = scores.exp() / scores.exp().sum(-1, keepdim=True)
+    torch.testing.assert_close(attention(q, k, v, mask), weights.bfloat16() @ v, rtol=0, atol=4e-3)
+
+
 def test_block_computes_position_0_alone_and_the_same():
     torch.manual_seed(0)
     block = Block(16, 2).double()
