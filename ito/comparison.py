@@ -158,7 +158,8 @@ def measured(folders: dict[str, Path], out: Path, cache: Path | None) -> dict[st
     """`step_costs`, kept in `out` for the next report of the same arms."""
     path = out / "step_costs.json"
     known = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-    if known.keys() != folders.keys():
+    fields = {field.name for field in dataclasses.fields(StepCost)}
+    if known.keys() != folders.keys() or any(cost.keys() != fields for cost in known.values()):
         print(f"timing steps of {', '.join(folders)}", flush=True)
         known = {arm: dataclasses.asdict(x) for arm, x in step_costs(folders, cache).items()}
         path.write_text(json.dumps(known, indent=2) + "\n", encoding="utf-8")

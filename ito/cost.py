@@ -7,7 +7,9 @@ objective, trained at other times beside other runs, differed by 1.3.
 import argparse
 import json
 import statistics
-from dataclasses import dataclass
+import time
+from concurrent.futures import wait
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -39,6 +41,7 @@ def step_costs(runs: dict[str, Path], cache: Path | None = None) -> dict[str, St
     data = None
     for name, folder in runs.items():
         config = Config.load(folder / "config.json")
+        config = replace(config, steps=max(config.steps, WARMUP + ROUNDS + 1))  # none is the last
         environment = json.loads((folder / "environment.json").read_text(encoding="utf-8"))
         torch.set_num_threads(environment["threads"])
         if data is None or config.stream:  # a stream is at one place, each run at its own
@@ -57,7 +60,11 @@ def step_costs(runs: dict[str, Path], cache: Path | None = None) -> dict[str, St
         for name, trainer in trainers.items():
             before = clocks(trainer)
             trainer.step(number)
-            spent[name].append(tuple(b - a for a, b in zip(before, clocks(trainer), strict=True)))
+            ended = time.perf_counter()
+            wait(trainer.ahead.values())  # in its own time, not in the next trainer's
+            late = time.perf_counter() - ended
+            steps, waited, loader = (b - a for a, b in zip(before, clocks(trainer), strict=True))
+            spent[name].append((steps + late, waited + late, loader))
     return {
         name: StepCost(*(statistics.median(x) for x in zip(*steps[WARMUP:], strict=True)))
         for name, steps in spent.items()

@@ -58,7 +58,10 @@ class Block(nn.Module):
     def forward(
         self, x: Tensor, key_mask: Tensor | None = None, first_only: bool = False
     ) -> Tensor:
-        """``(B, L, W) -> (B, L, W)``, or with `first_only` position 0 of it, ``(B, 1, W)``."""
+        """``(B, L, W) -> (B, L, W)``, or with `first_only` position 0 of it, ``(B, 1, W)``.
+
+        `key_mask` as in `attention`; with `first_only` it is ``(B, L)``.
+        """
         normed = self.norm_attention(x)
         if first_only:
             x, mixed = x[:, :1], self.attend_first(normed, key_mask)

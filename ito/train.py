@@ -373,9 +373,11 @@ class Run:
         if self.first < step:
             share = 1 - self.trainer.input_seconds / self.trainer.seconds
             print(f"trained    {step - self.first} steps in {seconds:.0f} s")
-            busy = self.trainer.loader_seconds / self.trainer.seconds
-            print(f"compute    {share:.1%} of a step; the rest waits for its batch,")
-            print(f"           prepared by a thread beside it that is busy for {busy:.1%}")
+            print(f"compute    {share:.1%} of a step; the rest waits for its batch")
+            if busy := self.trainer.loader_seconds / self.trainer.seconds:
+                print(
+                    f"           beside it, the thread that prepares batches is busy for {busy:.1%}"
+                )
         if self.config.stream and self.data.skipped:
             print(report_skipped([Skipped(*found) for found in self.data.skipped.items()]))
         for name, path in (

@@ -2,7 +2,7 @@
 
 import math
 import time
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 
 import torch
 from torch import Tensor, nn
@@ -31,9 +31,10 @@ class Trainer:
         dtype: of the towers and the objective's modules under autocast; bfloat16 or float32.
         ranks: those that share the batch; alone by default.
 
-    While a step computes, a thread chooses, reads, augments and moves the batch of the next one.
-    Of the `seconds` that steps took so far, the model waited `input_seconds` for its batch; the
-    thread used `loader_seconds` of a processor meanwhile.
+    While a step computes, a thread chooses, reads and augments the batch of the next one; not on a
+    GPU, where it would be held twice and augmented on the step's own queue. Of the `seconds` that
+    steps took so far, the model waited `input_seconds` for its batch; the thread used
+    `loader_seconds` of a processor meanwhile.
 
     Raises ValueError if the batch has fewer items than there are ranks times micro-batches.
     """
@@ -84,7 +85,7 @@ class Trainer:
         source = StreamBatches if isinstance(data, Stream) else Batches
         self.batches = source(data, tokenizer, config, self.ranks, device)
         self.loader = ThreadPoolExecutor(1, "loader")
-        self.ahead: tuple[int, Future] | None = None
+        self.ahead: dict[int, Future] = {}
         # It gets one thread of torch's: more would stand in the way of those that compute. A thread
         # keeps what it sets after its first question (before, it takes what was set last).
         threads = torch.get_num_threads()
@@ -137,15 +138,16 @@ class Trainer:
 
     def prepared(self, number: int) -> tuple[Tensor, Tensor]:
         """`batch(number)`, prepared ahead where the last call was for the step before."""
-        ahead, self.ahead = self.ahead, None
-        if ahead is None or ahead[0] != number:
-            ahead = number, self.loader.submit(self.prepare, number)
-        batch = ahead[1].result()
-        if number + 1 < self.config.steps:
-            self.ahead = number + 1, self.loader.submit(self.prepare, number + 1)
+        ahead, self.ahead = self.ahead, {}
+        wait(ahead.values())  # whatever step it is for: a stream is at one place
+        # The first is prepared here: a stream's workers are to be forked from the main thread.
+        batch = ahead[number].result() if number in ahead else self.batch(number)
+        if self.device.type == "cpu" and number + 1 < self.config.steps:
+            self.ahead = {number + 1: self.loader.submit(self.prepare, number + 1)}
         return batch
 
     def prepare(self, number: int) -> tuple[Tensor, Tensor]:
+        """`batch(number)`, timed, for the thread."""
         began = time.thread_time()
         batch = self.batch(number)
         self.loader_seconds += time.thread_time() - began

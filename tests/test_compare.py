@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import time
 
 import pytest
 from tiny_set import QUICK
@@ -9,6 +10,7 @@ from tiny_set import QUICK
 from ito import compare, comparison, cost, train
 from ito.config import Config, add_options, from_options
 from ito.cost import StepCost
+from ito.trainer import Trainer
 
 STEPS = 40
 
@@ -168,6 +170,8 @@ def two_arms(tmp_path, monkeypatch):
 
 
 def test_the_report(tmp_path, two_arms):
+    known = {arm: {"seconds": 9.0, "input": 0.0} for arm in ("clip-aug", "ito-align")}
+    (tmp_path / "step_costs.json").write_text(json.dumps(known))  # an older one, without `loader`
     text = comparison.write_comparison(tmp_path).read_text()
     clip, ito = [line for line in text.splitlines() if line.startswith(("| clip-aug", "| ito-al"))][
         :2
@@ -237,3 +241,13 @@ def test_steps_are_timed_by_turns(tmp_path, data, finished, monkeypatch):
     two, twelve = cost.step_costs({"two": finished, "twelve": more}).values()
     assert 0 < two.input < two.seconds < twelve.seconds
     assert 0 < two.loader < two.seconds
+
+    def slow(trainer, number, batch=Trainer.batch):
+        time.sleep(0.2)  # more than a step computes
+        return batch(trainer, number)
+
+    # a batch that takes long is prepared in the turn of the one that needs it
+    monkeypatch.setattr(Trainer, "batch", slow)
+    for arm in cost.step_costs({"two": finished, "again": finished}).values():
+        assert arm.seconds > 0.2
+        assert 0.05 < arm.input < arm.seconds
