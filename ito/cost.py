@@ -63,8 +63,8 @@ def step_costs(runs: dict[str, Path], cache: Path | None = None) -> dict[str, St
             ended = time.perf_counter()
             wait(trainer.ahead.values())  # in its own time, not in the next trainer's
             late = time.perf_counter() - ended
-            steps, waited, loader = (b - a for a, b in zip(before, clocks(trainer), strict=True))
-            spent[name].append((steps + late, waited + late, loader))
+            took, waited, loader = (b - a for a, b in zip(before, clocks(trainer), strict=True))
+            spent[name].append((took + late, waited + late, loader))
     return {
         name: StepCost(*(statistics.median(x) for x in zip(*steps[WARMUP:], strict=True)))
         for name, steps in spent.items()

@@ -81,9 +81,8 @@ class Block(nn.Module):
         query, key, value = self.qkv.weight.unflatten(0, (3, self.heads, -1))
         query_bias, _, value_bias = self.qkv.bias.view(3, self.heads, -1)
         asked = torch.einsum("bw,hdw->bhd", normed[:, 0], query) + query_bias
-        asked = (
-            torch.einsum("bhd,hdw->bhw", asked, key) * self.heads**0.5
-        )  # √W of `attention` to √d
+        # `attention` divides by √W, the heads want √d
+        asked = torch.einsum("bhd,hdw->bhw", asked, key) * self.heads**0.5
         found = attention(asked[:, None], normed[:, None], normed[:, None], key_mask)[:, 0]
         found = torch.einsum("bhw,hdw->bhd", found, value) + value_bias
         return found.flatten(1)[:, None]

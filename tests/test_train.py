@@ -276,9 +276,10 @@ def test_the_next_batch_is_prepared_while_a_step_computes(data):
     trainer = Trainer(config, dataset, tokenizer, CPU, torch.float32)
     want = {number: trainer.batch(number) for number in (0, 2)}
     prepared = threading.Event()
-    batch, backward, seen = trainer.batch, trainer.backward, []
+    batch, backward, seen, threads = trainer.batch, trainer.backward, [], {}
 
     def recorded(number):
+        threads[number] = threading.current_thread()
         if number == 3:
             raise OSError("batch 3 cannot be read")
         if number == 1:
@@ -292,6 +293,8 @@ def test_the_next_batch_is_prepared_while_a_step_computes(data):
 
     trainer.batch, trainer.backward = recorded, patient
     trainer.step(0)
+    # the first in the main thread, from where a stream's workers can be forked
+    assert threads[0] is threading.main_thread() is not threads[1]
     trainer.step(2)  # another than the next
     with pytest.raises(OSError, match="batch 3"):  # at its own step, not at the one before
         trainer.step(3)
