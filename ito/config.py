@@ -141,7 +141,7 @@ class Config:
         None, "model", "ViT's patches in place of the convolutions (none)", least=1, kind=int
     )
     image_depth: int = option(1, "model", "transformer blocks of the image tower", least=1)
-    text_depth: int = option(1, "model", "transformer blocks of the text tower", least=1)
+    text_depth: int = option(3, "model", "transformer blocks of the text tower", least=1)
     pretrained: str | None = option(
         None,
         "model",
@@ -162,7 +162,7 @@ class Config:
         "micro-batches that a rank's share comes in: less memory, the same gradient",
         least=1,
     )
-    lr: float = option(1e-3, "optimisation", "peak learning rate of AdamW", least=1e-9)
+    lr: float = option(7e-4, "optimisation", "peak learning rate of AdamW", least=1e-9)
     weight_decay: float = option(1.0, "optimisation", "on matrices only", least=0)
     warmup: float = option(
         0.05, "optimisation", "share of the steps; a cosine to 0 follows", least=0, most=1

@@ -91,7 +91,7 @@ class Slip(Objective):
             nn.ReLU(inplace=True),
             nn.Linear(4 * width, width),
         )
-        initialise(self.projector, 1)
+        initialise(self.projector)
 
     def encode(self, model, patches, ids):
         pooled = model.image.attend(patches.flatten(0, 1))[1].unflatten(0, patches.shape[:2])
@@ -201,7 +201,7 @@ class AttentionPooling(nn.Module):
         self.query = nn.Linear(width, width)
         self.pair = nn.Linear(width, 2 * width)
         self.out = nn.Linear(width, width)
-        initialise(self, 1)
+        initialise(self)
 
     def forward(self, queries: Tensor, tokens: Tensor) -> Tensor:
         def split(x: Tensor) -> Tensor:
