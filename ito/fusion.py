@@ -47,7 +47,7 @@ class Fusion(nn.Module):
         self.token = nn.Parameter(0.02 * torch.randn(width)) if readout == "token" else None
         self.blocks = nn.ModuleList(Block(width, heads) for _ in range(depth))
         self.norm = nn.LayerNorm(width)
-        initialise(self.blocks, residual=(2 * depth) ** -0.5)  # as in GPT-2
+        initialise(self.blocks, residual=(2 * depth) ** -0.5)
 
     def forward(
         self, image_tokens: Tensor, text_tokens: Tensor, text_mask: Tensor, text_positions: Tensor
