@@ -47,8 +47,8 @@ class Config:
     train_data: str = option(
         EMOJI_SMALL,
         "data",
-        "a folder with captions.jsonl, an open_clip CSV, emoji-small or emoji-full (both prepared "
-        "on first use)",
+        "a folder with captions.jsonl, an open_clip CSV, WebDataset tars, or emoji-small or "
+        "emoji-full (both prepared on first use)",
     )
     csv_separator: str = option("\t", "data", "of an open_clip CSV")
     csv_img_key: str = option("filepath", "data", "its column of picture paths")
