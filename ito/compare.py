@@ -85,7 +85,7 @@ def main(arguments: list[str] | None = None) -> Path:
     group.add_argument("--threads", type=int, help="of each run (PyTorch's choice)")
     group.add_argument("--cache", type=Path, help="where prepared data lives (~/.cache/ito)")
     group.add_argument("--report-only", action="store_true", help="of the runs that are there")
-    add_options(parser)
+    add_options(parser, hidden=DECIDED)
     with user_errors():
         options = parser.parse_args(arguments)
         if options.jobs < 1:

@@ -307,10 +307,13 @@ class Lock(argparse.Action):
         setattr(namespace, self.dest, self.const if before == self.const else "both")
 
 
-def add_options(parser: argparse.ArgumentParser, only: str | None = None) -> None:
+def add_options(
+    parser: argparse.ArgumentParser, only: str | None = None, hidden: tuple[str, ...] = ()
+) -> None:
     """One option per field, in the groups that the fields name.
 
     With `only`, that group's alone, for a command whose defaults are a run's configuration.
+    Help does not show what is `hidden`, for a command that refuses it with a reason.
     """
     groups: dict[str, argparse._ArgumentGroup] = {}
 
@@ -319,6 +322,7 @@ def add_options(parser: argparse.ArgumentParser, only: str | None = None) -> Non
             groups[group] = parser.add_argument_group(group)
         shown = "the run's" if only else repr(default) if isinstance(default, str) else default
         help = help if default is None else f"{help} ({shown})".strip()
+        help = argparse.SUPPRESS if name in hidden else help
         flag = f"--{name.replace('_', '-')}"
         if isinstance(default, bool):
             groups[group].add_argument(

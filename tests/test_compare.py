@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import re
 import time
 
 import pytest
@@ -64,6 +65,14 @@ def test_a_flag_is_given_without_a_value(tmp_path):
 def test_what_the_arms_differ_in_is_refused_as_an_option(tmp_path):
     with pytest.raises(ValueError, match="--lambda-fusion is what the runs"):
         compare.plan(options(tmp_path, lambda_fusion=1.0))
+
+
+def test_help_shows_the_shared_options_and_none_that_is_refused(capsys):
+    with pytest.raises(SystemExit):
+        compare.main(["--help"])
+    shown = re.findall(r"--[a-z-]+", capsys.readouterr().out)
+    assert {"--seeds", "--views", "--lr"} <= set(shown)
+    assert not {"--seed", "--objective", "--lambda-fusion"} & set(shown)
 
 
 def test_arms_differ_in_more_than_their_names(tmp_path):
