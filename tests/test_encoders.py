@@ -127,7 +127,7 @@ def test_embeddings_are_unit_rows_and_the_scale_starts_at_a_temperature_of_007()
     assert model.logit_scale.exp().item() == pytest.approx(1 / 0.07)
 
 
-def test_weights_start_at_the_variance_of_the_fan_in_and_fusion_adds_less():
+def test_weights_start_at_the_variance_of_the_fan_in_and_deep_blocks_add_less():
     def spread(blocks, name):
         weights = [block.get_parameter(f"{name}.weight") for block in blocks]
         return [w.std().item() * w.shape[1] ** 0.5 for w in weights]
@@ -137,8 +137,10 @@ def test_weights_start_at_the_variance_of_the_fan_in_and_fusion_adds_less():
         TextEncoder(100, 8, 64, 3, 2, 64).blocks,
         ImageEncoder(16, 64, 2, 2, 64).blocks,
         Fusion(2, 64, depth=8, heads=2).blocks,
+        TextEncoder(100, 8, 64, 8, 2, 64, causal=True).blocks,
+        ImageEncoder(16, 64, 8, 2, 64, patch_size=8).blocks,
     )
-    for blocks, added in zip(towers, (1, 1, 0.25), strict=True):
+    for blocks, added in zip(towers, (1, 1, 0.25, 0.25, 0.25), strict=True):
         for name, expected in (("qkv", 1), ("mlp.0", 1), ("out", added), ("mlp.2", added)):
             assert spread(blocks, name) == pytest.approx([expected] * len(blocks), rel=0.05), name
 
