@@ -94,8 +94,8 @@ def initialise(module: nn.Module, residual: float = 1.0) -> None:
     The usual 0.02 suits widths near 768. At 128 it is 4 times too small: steps of AdamW at 1e-3 are
     then 5 % of a weight, and after 500 steps the alignment loss was 1.17, where this reached 0.86.
     GPT-2's `residual`, 1/√(2·depth), suits fusion (R@1 of ITO, seeds 0 and 1: 37.2 and 35.5 %, at 1
-    32.6 and 33.6). Our shallow towers go without: with it three text blocks learned later (seed 0 at
-    1e-3: 30.8 %, with three times as much 34.8). CLIP's, twelve blocks deep, keep it.
+    32.6 and 33.6). Our shallow towers go without: with it three text blocks learned later (at 1e-3,
+    seed 0: 30.8 %, with three times as much 34.8). CLIP's, twelve blocks deep, keep it.
     """
     for name, child in module.named_modules():
         if isinstance(child, nn.Linear):
