@@ -49,7 +49,7 @@ def traffic():
     for dtype, e in ((torch.float32, 4), (torch.bfloat16, 2)):
         x, y = (torch.randn(n, width, generator=g).to(dtype).requires_grad_() for _ in range(2))
         others = (size - 1) * n
-        small = {"sizes": (size - 1) * 56, "ids": others * 8}
+        small = {"sizes": (size - 1) * 24, "ids": others * 8}
         gathered, returned = others * width * e, others * width * 4
 
         def count(loss, budget, y=y):

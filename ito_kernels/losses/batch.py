@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..distributed import GlobalBatch, LocalBatch, check_chunk_size, global_rows, whole_batch
+from ..distributed import GlobalBatch, LocalBatch, check_chunk_size, whole_batch
 from ..similarity.pairs import count_positives, features, finite_shift
 from ..similarity.spec import Problem, Stats, check_ids, check_pair, check_scale
 from .common import check_flags
@@ -252,14 +252,16 @@ def make_batch(
             f" {n} queries, {m} keys and no {'query_ids' if query_ids is None else 'key_ids'}"
         )
     if query_ids is not None or key_ids is not None:
-        rows = global_rows(n, group, device)
+        rows = torch.arange(n, device=device) if group is None else None
         query_ids = rows if query_ids is None else query_ids
         key_ids = rows if key_ids is None else key_ids
-        query_ids = check_ids("query_ids", query_ids, n, "queries", device)
-        key_ids = check_ids("key_ids", key_ids, m, "keys", device)
+        if query_ids is not None:
+            query_ids = check_ids("query_ids", query_ids, n, "queries", device)
+        if key_ids is not None:
+            key_ids = check_ids("key_ids", key_ids, m, "keys", device)
     if promote:
         same = keys is queries
         queries = accumulated(as_autocast(queries))
         keys = queries if same else accumulated(as_autocast(keys))
-    whole = whole_batch(group, queries, keys, query_ids, key_ids, chunk_size)
+    whole = whole_batch(group, queries, keys, query_ids, key_ids, chunk_size, backend)
     return Batch(whole, queries, keys, scale, symmetric, backend)

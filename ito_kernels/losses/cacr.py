@@ -7,6 +7,7 @@ import math
 import torch
 from torch import Tensor
 
+from ..distributed import same_on_every_rank
 from ..similarity.dispatch import check_name
 from .batch import make_batch
 from .options import check_number
@@ -14,6 +15,7 @@ from .panels import sum_of_panels
 from .precision import without_autocast
 
 
+@same_on_every_rank
 def cacr_loss(
     queries: Tensor,
     keys: Tensor,
@@ -52,7 +54,8 @@ def cacr_loss(
     if backend is not None:
         check_name(backend)
     batch = make_batch(
-        *(queries, keys, 1.0, query_ids, key_ids, False, backend, group, chunk_size), promote=True
+        *(queries, keys, 1.0, query_ids, key_ids, False, "reference", group, chunk_size),
+        promote=True,
     )
     whole, a, query_ids, key_ids = batch.whole, batch.queries, batch.query_ids, batch.key_ids
     if query_ids is None:

@@ -7,12 +7,13 @@ import math
 import torch
 from torch import Tensor
 
-from ..distributed import check_chunk_size, whole_batch
+from ..distributed import check_chunk_size, same_on_every_rank, whole_batch
 from ..similarity.spec import accumulate_dtype, cast, check_ids, check_pair, check_scale, scalar
 from .common import REDUCTIONS, check_choice, check_flags, normalized
 from .infonce import multi_positive_infonce
 
 
+@same_on_every_rank
 def clip_loss(
     image_features: Tensor, text_features: Tensor, logit_scale: float | Tensor, **options
 ) -> Tensor | tuple:
@@ -39,6 +40,7 @@ def clip_loss(
     return multi_positive_infonce(image_features, text_features, logit_scale, **options)
 
 
+@same_on_every_rank
 def siglip_loss(
     image_features: Tensor,
     text_features: Tensor,
@@ -100,7 +102,9 @@ def siglip_loss(
             image_ids = check_ids("image_ids", image_ids, n, "image_features", device)
         if text_ids is not None:
             text_ids = check_ids("text_ids", text_ids, m, "text_features", device)
-    whole = whole_batch(group, image_features, text_features, image_ids, text_ids, chunk_size)
+    whole = whole_batch(
+        group, image_features, text_features, image_ids, text_ids, chunk_size, backend
+    )
     image_ids, text_ids, number = whole.query_ids, whole.key_ids, n
     if image_ids is not None:
         number = whole.sum((image_ids >= 0).sum()).clamp(min=1)  # padding does not count

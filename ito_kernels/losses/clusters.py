@@ -8,13 +8,15 @@ import torch
 from torch import Tensor
 from torch.nn.functional import one_hot, softplus
 
+from ..distributed import same_on_every_rank
 from ..similarity.pairs import finite_shift
-from ..similarity.spec import check_ids
+from ..similarity.spec import check_ids, check_pair
 from .batch import make_batch
 from .options import check_values
 from .precision import inner, without_autocast
 
 
+@same_on_every_rank
 def cluster_weighted_infonce(
     queries: Tensor,
     keys: Tensor,
@@ -51,10 +53,7 @@ def cluster_weighted_infonce(
     Returns a 0-d fp32 tensor (fp64 for fp64 features). Raises as `multi_positive_infonce`.
     Source: Yu et al. 2023 (AdaMEOW).
     """
-    batch = make_batch(
-        *(queries, keys, logit_scale, query_ids, key_ids, symmetric, backend, group, chunk_size),
-        promote=True,
-    )
+    check_pair("queries", queries, "keys", keys)
     device = queries.device
     rows = check_ids("query_clusters", query_clusters, len(queries), "queries", device)
     cols = check_ids("key_clusters", key_clusters, len(keys), "keys", device)
@@ -71,6 +70,10 @@ def cluster_weighted_infonce(
                     f"{name} must be from 0 to {len(weights) - 1}, got {int(x.min())} to"
                     f" {int(x.max())}"
                 )
+    batch = make_batch(
+        *(queries, keys, logit_scale, query_ids, key_ids, symmetric, backend, group, chunk_size),
+        promote=True,
+    )
     with without_autocast(device):
         dtype = batch.queries.dtype
         weights = weights.to(dtype)

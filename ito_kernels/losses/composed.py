@@ -19,11 +19,10 @@ from torch import Tensor
 
 from ..distributed import GlobalBatch, LocalBatch
 from ..similarity.pairs import finite_shift
-from ..similarity.spec import check_scale
 from .batch import Batch, Direction
 from .candidates import extra_candidates
 from .margin import with_margin
-from .options import Options, check_options
+from .options import Options
 from .pairs import Positives
 from .precision import accumulated, as_autocast, logaddexp, without_autocast
 from .reweighting import debiased, hard
@@ -32,8 +31,8 @@ from .reweighting import debiased, hard
 def infonce_with_options(
     queries: Tensor,
     keys: Tensor,
-    logit_scale: float | Tensor,
-    options: Options,
+    scale: Tensor,
+    o: Options,
     whole: GlobalBatch | LocalBatch,
     *,
     positives: str,
@@ -45,14 +44,10 @@ def infonce_with_options(
     return_stats: bool,
     backend: str | None,
 ) -> Tensor | tuple:
-    """The arguments of `multi_positive_infonce`, checked but for the options; queries and keys are
-    normalised where that is asked for."""
-    scale = check_scale("logit_scale", logit_scale, queries)
-    if options.false_negative_margin is not None and isinstance(whole, GlobalBatch):
+    """The arguments of `multi_positive_infonce`, checked; queries and keys are normalised where it
+    is asked for, and pairs placed."""
+    if o.false_negative_margin is not None and isinstance(whole, GlobalBatch):
         scale = _of_one_kind(scale, whole, len(queries))
-    o = check_options(
-        options, queries, keys, scale, whole, positives=positives, symmetric=symmetric
-    )
     if normalize:
         o = o.with_candidates(lambda x: torch.nn.functional.normalize(x, dim=-1))
     o = o.with_candidates(as_autocast)

@@ -5,12 +5,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..distributed import same_on_every_rank
 from .batch import Batch, make_batch
 from .infonce import multi_positive_infonce
 from .precision import without_autocast
 from .tiles import softplus_sums
 
 
+@same_on_every_rank
 def decoupled_contrastive_loss(
     queries: Tensor,
     keys: Tensor,
@@ -58,6 +60,7 @@ def decoupled_contrastive_loss(
     )
 
 
+@same_on_every_rank
 def decoupled_softmax_loss(
     queries: Tensor,
     keys: Tensor,

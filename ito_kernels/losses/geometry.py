@@ -7,12 +7,13 @@ import math
 import torch
 from torch import Tensor
 
-from ..distributed import check_chunk_size, whole_batch
+from ..distributed import check_chunk_size, same_on_every_rank, whole_batch
 from ..similarity.dispatch import check_name
 from ..similarity.spec import check_features, check_pair, check_scale
 from .precision import accumulated, as_autocast, without_autocast
 
 
+@same_on_every_rank
 def uniformity_loss(
     x: Tensor,
     t: float = 2.0,
@@ -39,13 +40,13 @@ def uniformity_loss(
     """
     check_chunk_size(chunk_size)
     check_features("x", x)
-    whole = whole_batch(group, x, x, chunk_size=chunk_size)
-    n = whole.count(1)
-    if n < 2:
-        raise ValueError(f"x must have at least 2 rows: uniformity is of pairs, got {n}")
     t = check_scale("t", t, x)
     if t.ndim:
         raise ValueError(f"t must be a number or a 0-d tensor, got shape {tuple(t.shape)}")
+    whole = whole_batch(group, x, x, chunk_size=chunk_size, backend=backend)
+    n = whole.count(1)
+    if n < 2:
+        raise ValueError(f"x must have at least 2 rows: uniformity is of pairs, got {n}")
     x = accumulated(as_autocast(x))
     with without_autocast(x.device):
         norms = -t * x.square().sum(1)
@@ -65,6 +66,7 @@ def uniformity_loss(
         return whole.rows(potential).logsumexp(0) - math.log(n * (n - 1))
 
 
+@same_on_every_rank
 def alignment_loss(
     x: Tensor,
     y: Tensor,
@@ -96,5 +98,5 @@ def alignment_loss(
     square = (accumulated(x) - accumulated(y)).square().sum(1)
     some = square != 0  # the root has no derivative at 0
     powers = torch.where(some, torch.where(some, square, 1) ** (alpha / 2), 0)
-    whole = whole_batch(group, x, y, chunk_size=chunk_size)
+    whole = whole_batch(group, x, y, chunk_size=chunk_size, backend="reference")
     return whole.sum(powers.sum()) / whole.count(1)

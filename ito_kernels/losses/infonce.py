@@ -8,14 +8,22 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..distributed import GlobalBatch, LocalBatch, check_chunk_size, whole_batch
+from ..distributed import (
+    GlobalBatch,
+    LocalBatch,
+    check_chunk_size,
+    global_numbers,
+    same_on_every_rank,
+    whole_batch,
+)
 from ..similarity.pairs import count_positives
 from ..similarity.spec import Stats, accumulate_dtype, check_ids, check_pair, check_scale
 from .common import REDUCTIONS, check_choice, check_flags, normalized
 from .composed import infonce_with_options
-from .options import Options
+from .options import Options, check_options, placed_pairs
 
 
+@same_on_every_rank
 def multi_positive_infonce(
     queries: Tensor,
     keys: Tensor,
@@ -163,7 +171,7 @@ def multi_positive_infonce(
     check_choice("empty", empty, ("zero", "drop"))
     check_choice("reduction", reduction, REDUCTIONS)
     check_pair("queries", queries, "keys", keys)
-    check_scale("logit_scale", logit_scale, queries)
+    scale = check_scale("logit_scale", logit_scale, queries)
     n, m = len(queries), len(keys)
     if n != m and exclude_self:
         raise ValueError(f"exclude_self needs as many queries as keys, got {n} and {m}")
@@ -183,7 +191,15 @@ def multi_positive_infonce(
             key_ids = check_ids("key_ids", key_ids, m, "keys", queries.device)
         if positive_pairs is not None:
             raise ValueError("positive_pairs replace query_ids and key_ids: give one or the other")
-    whole = whole_batch(group, queries, keys, query_ids, key_ids, chunk_size)
+    if options.given():
+        options = check_options(
+            *(options, queries, keys, scale, query_ids, key_ids),
+            positives=positives,
+            symmetric=symmetric,
+        )
+        if positive_pairs is not None:
+            options = placed_pairs(options, *global_numbers(n, m, group, queries.device))
+    whole = whole_batch(group, queries, keys, query_ids, key_ids, chunk_size, backend)
     query_ids, key_ids = whole.query_ids, whole.key_ids
     if normalize:
         same = keys is queries and query_ids is key_ids
@@ -193,7 +209,7 @@ def multi_positive_infonce(
         return infonce_with_options(
             queries,
             keys,
-            logit_scale,
+            scale,
             options,
             whole,
             positives=positives,

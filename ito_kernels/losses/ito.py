@@ -7,12 +7,13 @@ import math
 import torch
 from torch import Tensor
 
-from ..distributed import check_chunk_size, global_rows
+from ..distributed import check_chunk_size, global_rows, same_on_every_rank
 from ..similarity.spec import check_scale, scalar
 from .common import check_choice
 from .infonce import multi_positive_infonce
 
 
+@same_on_every_rank(stacked=("image_views", "text", "fused_views"))
 def ito_loss(
     image_views: Tensor,
     text: Tensor,

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from ..distributed import global_rows
+from ..distributed import global_rows, same_on_every_rank
 from ..similarity.spec import accumulate_dtype, check_bias, check_ids, check_pair
 from .common import check_generator
 from .infonce import multi_positive_infonce
@@ -14,6 +14,7 @@ from .options import check_number, check_rows, check_values
 from .precision import accumulated
 
 
+@same_on_every_rank(free=("mixing",))
 def mixup_infonce(
     queries: Tensor,
     keys: Tensor,

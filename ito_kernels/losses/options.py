@@ -9,7 +9,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..distributed import GlobalBatch, LocalBatch
 from ..similarity.spec import (
     accumulate_dtype,
     autocast_enabled,
@@ -61,13 +60,14 @@ def check_options(
     queries: Tensor,
     keys: Tensor,
     scale: Tensor,
-    whole: GlobalBatch | LocalBatch,
+    query_ids: Tensor | None,
+    key_ids: Tensor | None,
     *,
     positives: str,
     symmetric: bool,
 ) -> Options:
     """The options in the dtypes of the computation. Raises TypeError or ValueError by name.
-    Of `positive_pairs` the queries become row numbers of this rank's."""
+    `positive_pairs` become (2, P)."""
     n, m, device = len(queries), len(keys), queries.device
     o = o._replace(
         label_smoothing=check_number("label_smoothing", o.label_smoothing, 0, 1),
@@ -88,19 +88,19 @@ def check_options(
             " is not the sum of one"
         )
     if o.query_weights is not None:
-        weights = _anchor_weights("query_weights", o.query_weights, queries, whole.query_ids)
+        weights = _anchor_weights("query_weights", o.query_weights, queries, query_ids)
         o = o._replace(query_weights=weights)
     if o.key_weights is not None:
         if not symmetric:
             raise ValueError("key_weights weigh the key→query direction: they need symmetric=True")
-        weights = _anchor_weights("key_weights", o.key_weights, keys, whole.key_ids)
+        weights = _anchor_weights("key_weights", o.key_weights, keys, key_ids)
         o = o._replace(key_weights=weights)
     if o.key_bias is not None:
         o = o._replace(key_bias=check_bias("key_bias", o.key_bias, m, queries))
     if o.positive_weights is not None and o.positive_pairs is None:
         raise ValueError("positive_weights are the weights of positive_pairs, which are missing")
     if o.positive_pairs is not None:
-        o = _check_pairs(o, queries, whole, positives)
+        o = _check_pairs(o, queries, positives)
     if o.queue is not None:
         o = o._replace(queue=_check_extra("queue", o.queue, queries, ("Q", "D")))
         if o.queue_ids is not None:
@@ -184,24 +184,27 @@ def _anchor_weights(name: str, weights: object, features: Tensor, ids: Tensor | 
     return weights
 
 
-def _check_pairs(
-    o: Options, queries: Tensor, whole: GlobalBatch | LocalBatch, positives: str
-) -> Options:
+def placed_pairs(o: Options, rows: range, cols: range) -> Options:
+    """The pairs' queries as row numbers among this rank's, which are `rows` among all; the keys are
+    numbers in `cols`. Raises ValueError for other numbers."""
+    pairs = o.positive_pairs
+    check_rows("positive_pairs", pairs[0], rows, "queries")
+    check_rows("positive_pairs", pairs[1], cols, "keys")
+    return o._replace(positive_pairs=torch.stack([pairs[0] - rows.start, pairs[1]]))
+
+
+def _check_pairs(o: Options, queries: Tensor, positives: str) -> Options:
     pairs, weights = o.positive_pairs, o.positive_weights
     if not isinstance(pairs, Tensor):
         raise TypeError(f"positive_pairs must be a tensor, got {type(pairs).__name__}")
     if pairs.ndim != 2 or pairs.shape[1] != 2:
         raise ValueError(f"positive_pairs must have shape (P, 2), got {tuple(pairs.shape)}")
-    sides = (("queries", whole.numbers(0)), ("keys", range(whole.count(1))))
     pairs = torch.stack(
         [
             check_ids("positive_pairs", pairs[:, side], len(pairs), "itself", queries.device)
             for side in (0, 1)
         ]
     )
-    for rows, (name, numbers) in zip(pairs, sides, strict=True):
-        check_rows("positive_pairs", rows, numbers, name)
-    pairs[0] -= whole.numbers(0).start
     if weights is not None:
         if positives == "sum":
             raise ValueError(

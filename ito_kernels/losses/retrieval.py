@@ -5,11 +5,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..distributed import global_rows
+from ..distributed import global_rows, same_on_every_rank
 from ..similarity.spec import check_features, check_pair, check_scale
 from .infonce import multi_positive_infonce
 
 
+@same_on_every_rank
 def mnrl_loss(
     queries: Tensor,
     positives: Tensor,
@@ -62,6 +63,7 @@ def mnrl_loss(
     return multi_positive_infonce(queries, keys, scale, query_ids=rows[:n], key_ids=rows, **options)
 
 
+@same_on_every_rank
 def one_to_k_loss(
     queries: Tensor,
     keys: Tensor,

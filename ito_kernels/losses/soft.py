@@ -14,14 +14,15 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from ..distributed import check_chunk_size, whole_batch
-from ..similarity.spec import check_features, check_pair, check_scale
+from ..distributed import check_chunk_size, same_on_every_rank, whole_batch
+from ..similarity.spec import accumulate_dtype, check_features, check_pair, check_scale
 from .batch import Batch
 from .options import check_number
 from .panels import sum_of_panels
 from .precision import accumulated, as_autocast, inner, without_autocast
 
 
+@same_on_every_rank
 def cwcl_loss(
     queries: Tensor,
     keys: Tensor,
@@ -50,8 +51,9 @@ def cwcl_loss(
     Returns a 0-d fp32 tensor (fp64 for fp64 features). Raises as `multi_positive_infonce`.
     Source: Srinivasa et al. 2023 (CWCL).
     """
-    batch = _paired(queries, keys, logit_scale, symmetric, backend, group, chunk_size)
-    c = _target("reference", reference, len(queries), batch)
+    _check_features(queries, keys, paired=True)
+    c = _target("reference", reference, queries)
+    batch = _batch(queries, keys, logit_scale, symmetric, backend, group, chunk_size)
     with without_autocast(queries.device):
         everyones = batch.whole.shared_sum
         weight = 0.5 * (batch.number("row") + (c * everyones(c.sum(0))).sum(1))
@@ -69,6 +71,7 @@ def cwcl_loss(
         return logsum + (shift - targets).to(logsum.dtype)
 
 
+@same_on_every_rank
 def soft_target_infonce(
     queries: Tensor,
     keys: Tensor,
@@ -103,15 +106,14 @@ def soft_target_infonce(
     Source: Li et al. 2021 (ALBEF), eq. 6.
     """
     alpha = check_number("alpha", alpha, 0, 1)
-    batch = _paired(
-        queries, keys, logit_scale, symmetric, backend, group, chunk_size, square=alpha < 1
-    )
+    _check_features(queries, keys, paired=alpha < 1)
     check_pair("target_queries", target_queries, "target_keys", target_keys)
-    c = _target("target_queries", target_queries, len(queries), batch)
-    e = _target("target_keys", target_keys, len(keys), batch)
+    c = _target("target_queries", target_queries, queries)
+    e = _target("target_keys", target_keys, keys)
     scale = check_scale("target_scale", target_scale, c).detach()
     if scale.ndim:
         raise ValueError(f"target_scale must be one for all, got shape {tuple(scale.shape)}")
+    batch = _batch(queries, keys, logit_scale, symmetric, backend, group, chunk_size)
     with without_autocast(queries.device):
         scaled = batch.scale.reshape(-1, 1) * batch.queries
         targets = 0
@@ -165,26 +167,27 @@ def _soft_scores(batch: Batch, a: Tensor, c: Tensor, e: Tensor) -> Tensor:
     return whole.sum(sum_of_panels(a, whole.rows(batch.keys), panel))
 
 
-def _paired(
-    queries, keys, logit_scale, symmetric, backend, group, chunk_size, square=True
-) -> Batch:
-    """The batch, without ids: all that counts is that rows belong together where `square`."""
-    check_chunk_size(chunk_size)
+def _check_features(queries: Tensor, keys: Tensor, paired: bool) -> None:
     check_pair("queries", queries, "keys", keys)
     n, m = len(queries), len(keys)
-    if square and n != m:
+    if paired and n != m:
         raise ValueError(f"queries and keys must have as many rows, got {n} and {m}")
+
+
+def _batch(queries, keys, logit_scale, symmetric, backend, group, chunk_size) -> Batch:
+    """Without ids: all that counts is that row i of queries and of keys belong together."""
+    check_chunk_size(chunk_size)
     scale = check_scale("logit_scale", logit_scale, queries)
     queries, keys = (accumulated(as_autocast(x)) for x in (queries, keys))
-    whole = whole_batch(group, queries, keys, chunk_size=chunk_size)
+    whole = whole_batch(group, queries, keys, chunk_size=chunk_size, backend=backend)
     return Batch(whole, queries, keys, scale, symmetric, backend)
 
 
-def _target(name: str, x: object, rows: int, batch: Batch) -> Tensor:
-    """A frozen embedding in the dtype of the computation."""
+def _target(name: str, x: object, like: Tensor) -> Tensor:
+    """A frozen embedding of each row of `like`, in the dtype of the computation."""
     check_features(name, x)
-    if len(x) != rows:
-        raise ValueError(f"{name} must have {rows} rows, got {len(x)}")
-    if x.device != batch.queries.device:
-        raise ValueError(f"{name} must be on {batch.queries.device}, got {x.device}")
-    return x.detach().to(batch.queries.dtype)
+    if len(x) != len(like):
+        raise ValueError(f"{name} must have {len(like)} rows, got {len(x)}")
+    if x.device != like.device:
+        raise ValueError(f"{name} must be on {like.device}, got {x.device}")
+    return x.detach().to(accumulate_dtype(like.dtype))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..distributed import check_chunk_size, global_rows
+from ..distributed import check_chunk_size, global_rows, same_on_every_rank
 from ..similarity import similarity_logsumexp
 from ..similarity.spec import (
     accumulate_dtype,
@@ -19,6 +19,7 @@ from .common import check_choice, scale_from_temperature
 from .infonce import multi_positive_infonce
 
 
+@same_on_every_rank
 def supcon_loss(
     features: Tensor,
     labels: Tensor,
@@ -55,10 +56,12 @@ def supcon_loss(
     check_choice("positives", positives, ("mean", "in"))
     check_features("features", features)
     labels = check_ids("labels", labels, len(features), "features", features.device)
+    scale = scale_from_temperature(temperature, features)
+    factor = _factor(temperature, base_temperature, features)
     loss = multi_positive_infonce(
         features,
         features,
-        scale_from_temperature(temperature, features),
+        scale,
         query_ids=labels,
         key_ids=labels,
         positives=positives,
@@ -69,8 +72,15 @@ def supcon_loss(
         chunk_size=chunk_size,
         backend=backend,
     )
+    return loss if factor is None else loss * factor
+
+
+def _factor(
+    temperature: float | Tensor, base_temperature: float | None, like: Tensor
+) -> Tensor | None:
+    """temperature / base_temperature, where there is one."""
     if base_temperature is None:
-        return loss
+        return None
     if isinstance(temperature, Tensor):
         temperature = scalar(temperature)
     if isinstance(temperature, Tensor) and temperature.ndim != 0:
@@ -78,9 +88,10 @@ def supcon_loss(
             "base_temperature needs one temperature for all rows,"
             f" got one of shape {tuple(temperature.shape)}"
         )
-    return loss * (temperature / check_scale("base_temperature", base_temperature, features))
+    return temperature / check_scale("base_temperature", base_temperature, like)
 
 
+@same_on_every_rank
 def nt_xent_loss(
     z1: Tensor,
     z2: Tensor,

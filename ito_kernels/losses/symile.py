@@ -6,12 +6,13 @@ import torch
 from torch import Tensor
 from torch.nn.functional import softplus
 
-from ..distributed import check_chunk_size, whole_batch
+from ..distributed import check_chunk_size, same_on_every_rank, whole_batch
 from ..similarity.spec import check_pair, check_scale
 from .common import check_generator
 from .precision import accumulated, as_autocast, inner, take, without_autocast
 
 
+@same_on_every_rank
 def symile_loss(
     x: Tensor,
     y: Tensor,
@@ -50,7 +51,7 @@ def symile_loss(
             raise ValueError(f"x and {name} must have as many rows, got {len(x)} and {len(other)}")
     scale = check_scale("logit_scale", logit_scale, x)
     check_generator("generator", generator)
-    whole = whole_batch(group, x, x, chunk_size=chunk_size)
+    whole = whole_batch(group, x, x, chunk_size=chunk_size, backend=backend)
     x, y, z = (accumulated(as_autocast(v)) for v in (x, y, z))
     device = x.device if generator is None else generator.device
 
