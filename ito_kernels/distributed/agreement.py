@@ -18,6 +18,7 @@ import threading
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from functools import partial, wraps
+from itertools import chain
 
 import torch
 import torch.distributed as dist
@@ -66,7 +67,7 @@ def same_on_every_rank(
     positional = [p.name for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD]
     rest = next((p.name for p in parameters if p.kind is p.VAR_POSITIONAL), None)
     defaults = {
-        p.name: p.default
+        p.name: (p.name, described(p.default))
         for p in parameters
         if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY) and p.name not in {*FREE, *free}
     }
@@ -75,7 +76,8 @@ def same_on_every_rank(
         given = {**options, **dict(zip(positional, args, strict=False))}
         out = [("the call", loss.__name__)]
         for name, default in defaults.items():
-            out.append((name, described(given.get(name, default), name in stacked)))
+            word = name in given and (name, described(given[name], name in stacked))
+            out.append(word or default)
         if rest is not None:
             more = args[len(positional) :]
             out.append((f"the number of {rest}", str(len(more))))
@@ -158,7 +160,7 @@ def _dtype(x: Tensor) -> torch.dtype:
 
 def _digest(words: Words) -> int:
     """63 bits, the same in every process."""
-    text = repr(words).encode()
+    text = "\0".join(chain.from_iterable(words)).encode()
     return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "big") >> 1
 
 
