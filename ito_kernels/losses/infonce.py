@@ -139,7 +139,8 @@ def multi_positive_infonce(
 
     Raises:
         TypeError, ValueError: an argument that does not fit, by name, before any kernel runs, or
-            two that have no meaning together.
+            two that have no meaning together. With a group ValueError on every rank, at once, where
+            ranks call otherwise or one of them has raised so.
         RuntimeError: the backend asked for cannot run here.
 
     Sources: van den Oord et al. 2018 (InfoNCE); Khosla et al. 2020, eq. 2 and 3 (SupCon);
