@@ -44,5 +44,5 @@ def whole_batch(
     """The batch of all ranks of `group`, or that of this process where it is None."""
     check_chunk_size(chunk_size)
     if group is None:
-        return LocalBatch((len(queries), len(keys)), query_ids, key_ids)
+        return LocalBatch((queries.size(0), keys.size(0)), query_ids, key_ids)
     return GlobalBatch(group, queries, keys, query_ids, key_ids, chunk_size)

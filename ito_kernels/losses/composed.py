@@ -19,7 +19,6 @@ from torch import Tensor
 
 from ..distributed import GlobalBatch, LocalBatch
 from ..similarity.pairs import finite_shift
-from ..similarity.spec import check_scale
 from .batch import Batch, Direction
 from .candidates import extra_candidates
 from .margin import with_margin
@@ -32,7 +31,7 @@ from .reweighting import debiased, hard
 def infonce_with_options(
     queries: Tensor,
     keys: Tensor,
-    logit_scale: float | Tensor,
+    scale: Tensor,
     options: Options,
     whole: GlobalBatch | LocalBatch,
     *,
@@ -47,7 +46,6 @@ def infonce_with_options(
 ) -> Tensor | tuple:
     """The arguments of `multi_positive_infonce`, checked but for the options; queries and keys are
     normalised where that is asked for."""
-    scale = check_scale("logit_scale", logit_scale, queries)
     if options.false_negative_margin is not None and isinstance(whole, GlobalBatch):
         scale = _of_one_kind(scale, whole, len(queries))
     o = check_options(

@@ -38,7 +38,7 @@ def uniformity_loss(
     Source: Wang and Isola 2020, eq. 7, without the pairs (i, i).
     """
     check_chunk_size(chunk_size)
-    check_features("x", x)
+    x = check_features("x", x)
     whole = whole_batch(group, x, x, chunk_size=chunk_size)
     n = whole.count(1)
     if n < 2:

@@ -170,7 +170,7 @@ def _paired(
 ) -> Batch:
     """The batch, without ids: all that counts is that rows belong together where `square`."""
     check_chunk_size(chunk_size)
-    check_pair("queries", queries, "keys", keys)
+    queries, keys = check_pair("queries", queries, "keys", keys)
     n, m = len(queries), len(keys)
     if square and n != m:
         raise ValueError(f"queries and keys must have as many rows, got {n} and {m}")
@@ -182,7 +182,7 @@ def _paired(
 
 def _target(name: str, x: object, rows: int, batch: Batch) -> Tensor:
     """A frozen embedding in the dtype of the computation."""
-    check_features(name, x)
+    x = check_features(name, x)
     if len(x) != rows:
         raise ValueError(f"{name} must have {rows} rows, got {len(x)}")
     if x.device != batch.queries.device:
