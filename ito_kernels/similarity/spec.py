@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 FEATURE_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+_PLAIN = (Tensor, torch.nn.Parameter)
 
 
 class Problem(NamedTuple):
@@ -166,8 +167,8 @@ def readable(name: str, x: Tensor) -> Tensor:
     gradients that are known to be zero: both are written out. FSDP frees the storage of tensors
     that others still hold: reading there would end the process, so it is a ValueError.
     """
-    if torch.compiler.is_compiling():
-        return x  # what is compiled calls the operators, and the dispatcher writes out
+    if type(x) not in _PLAIN or torch.compiler.is_compiling():
+        return x  # the dispatcher, which these go through, writes out
     if x.is_neg():
         x = x.resolve_neg()
     if x._is_zerotensor():
