@@ -20,6 +20,7 @@ from torch.nn.functional import normalize
 
 from ..distributed import global_rows, whole_batch
 from ..losses.precision import accumulated, as_autocast, inner, without_autocast
+from ..similarity.spec import check_scale
 from .gathering import gathering_group
 
 
@@ -96,7 +97,8 @@ def _ranking_loss(settings, queries: Tensor, docs: list[Tensor]) -> Tensor:
     with without_autocast(queries.device):
         if similarity is cos_sim:
             queries, *docs = (normalize(x, dim=1) for x in (queries, *docs))
-        scale, positives, everything = float(settings.scale), docs[0], torch.cat(docs)
+        scale = check_scale("scale", settings.scale, queries)
+        positives, everything = docs[0], torch.cat(docs)
 
         def log_sum(a: Tensor, b: Tensor, ids=(None, None), **leave_out) -> Tensor:
             batch = whole_batch(group, a, b, *ids)
