@@ -41,11 +41,10 @@ def export(model: DualEncoder, tokenizer: Tokenizer, load_size: int, step: int, 
     }
     about = {"architecture": model.architecture, "load_size": load_size, "step": step}
     tokens = tokenizer.bpe.to_str(pretty=True).encode()
-    sums = {"weights": checksum(weights), "tokenizer": hashlib.sha256(tokens).hexdigest()}
     files = {
         "tokenizer.json": tokens,
         "config.json": (json.dumps(about, indent=2) + "\n").encode(),
-        "model.safetensors": save(weights, {f"sha256 {name}": x for name, x in sums.items()}),
+        "model.safetensors": save_tensors(weights, tokenizer=hashlib.sha256(tokens).hexdigest()),
     }
     with ExitStack() as written:
         for name, content in files.items():
@@ -63,13 +62,28 @@ def checksum(weights: dict[str, torch.Tensor]) -> str:
     return found.hexdigest()
 
 
+class WrongChecksum(ValueError):
+    """The file is not what was written, however well it reads."""
+
+
 def verify(found: str, wanted: str | None) -> None:
     if wanted not in (found, None):
         raise WrongChecksum
 
 
-class WrongChecksum(ValueError):
-    """The file is not what was written, however well it reads."""
+def save_tensors(tensors: dict[str, torch.Tensor], **sums: str) -> bytes:
+    """A safetensors file with a checksum of its own, which that format lacks, and with others."""
+    sums |= {"tensors": checksum(tensors)}
+    return save(tensors, {"sha256": json.dumps(sums)})  # safetensors has no order of several
+
+
+def load_tensors(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+    """The tensors, and the checksums if there are any. Raises WrongChecksum."""
+    with safe_open(path, "pt") as file:
+        sums = json.loads((file.metadata() or {}).get("sha256", "{}"))
+    tensors = load_file(path)
+    verify(checksum(tensors), sums.get("tensors"))
+    return tensors, sums
 
 
 class Encoder:
@@ -141,14 +155,11 @@ def load(run: str | Path, device: str | torch.device = "cpu") -> Encoder:
         model = DualEncoder(**about["architecture"])
         load_size, step = about["load_size"], about["step"]
     with undamaged(folder / "model.safetensors") as path:
-        weights = load_file(path)
-        with safe_open(path, "pt") as file:
-            sums = file.metadata() or {}
-        verify(checksum(weights), sums.get("sha256 weights"))
+        weights, sums = load_tensors(path)
         model.load_state_dict(weights)
     model.to(device, memory_format=torch.channels_last).eval().requires_grad_(False)
     with undamaged(folder / "tokenizer.json") as path:
-        verify(hashlib.sha256(path.read_bytes()).hexdigest(), sums.get("sha256 tokenizer"))
+        verify(hashlib.sha256(path.read_bytes()).hexdigest(), sums.get("tokenizer"))
         tokenizer = Tokenizer.load(path)
     return Encoder(model, tokenizer, load_size, step)
 

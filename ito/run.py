@@ -79,7 +79,7 @@ def clean(folder: Path) -> None:
 
 
 @contextmanager
-def kept(folder: Path) -> Iterator[None]:
+def resumable(folder: Path) -> Iterator[None]:
     """An OSError of the body also says from where the run can go on."""
     try:
         yield

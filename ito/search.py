@@ -12,13 +12,12 @@ from pathlib import Path
 
 import torch
 from PIL import Image, ImageDraw, ImageFont
-from safetensors.torch import load_file, save
 
 from ito.cli import user_errors
 from ito.config import add_options
 from ito.data import Dataset
 from ito.evaluate import choose_data
-from ito.export import Encoder, checksum, load
+from ito.export import Encoder, checksum, load, load_tensors, save_tensors
 from ito.files import undamaged, write_atomically
 from ito.source import open_dataset
 
@@ -43,10 +42,10 @@ class Index:
         path = run / "index" / f"{key.hexdigest()[:16]}.safetensors"
         if path.exists():
             with undamaged(path):
-                return cls(encoder, dataset, load_file(path)["images"])
+                return cls(encoder, dataset, load_tensors(path)[0]["images"])
         embeddings = encoder.encode_image(dataset.images)
         with write_atomically(path) as temporary:
-            temporary.write_bytes(save({"images": embeddings}))
+            temporary.write_bytes(save_tensors({"images": embeddings}))
         return cls(encoder, dataset, embeddings)
 
     def search(self, queries: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -32,7 +32,7 @@ from ito.ranks import Ranks
 from ito.recipes import PRESETS
 from ito.records import Skipped
 from ito.report import write_report
-from ito.run import LOCK, Log, clean, digest, fingerprint, kept, locked
+from ito.run import LOCK, Log, clean, digest, fingerprint, locked, resumable
 from ito.source import open_dataset, open_source
 from ito.stream import Stream, first_captions
 from ito.tokenizer import Tokenizer
@@ -68,7 +68,7 @@ def main(arguments: list[str] | None = None) -> Path:
                 if ranks.leads and not run.resumed:
                     run.begin()
             began = time.perf_counter()
-            with kept(folder):
+            with resumable(folder):
                 step = run.train()
                 seconds = time.perf_counter() - began
                 if config.stream:
@@ -323,8 +323,8 @@ class Run:
         self.first = state["step"]
         if self.first > self.config.steps:
             raise ValueError(
-                f"{self.folder}: its checkpoint is of step {self.first}, beyond the "
-                f"{self.config.steps} steps of its config.json: one of them is another run's"
+                f"{checkpoints(self.folder)[self.first]} is beyond the {self.config.steps} steps "
+                "of the run's config.json: one of them is another run's"
             )
         with undamaged(self.folder / "checkpoints"):
             self.trainer.load(state)

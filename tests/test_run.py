@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from tiny_set import QUICK, steady
 
 import ito
-from ito import compare, export, run, train
+from ito import compare, export, run, search, train
 from ito.cli import user_errors
 from ito.data import load_dataset
 from ito.files import write_atomically
@@ -179,6 +179,13 @@ def test_a_flipped_bit_of_an_exported_model_is_told(name, copy):
         ito.load(copy)
 
 
+def test_a_flipped_bit_of_kept_embeddings_is_told(copy, capsys):
+    search.main([str(copy), "red cat"])
+    (path,) = (copy / "index").iterdir()
+    flip(path, path.stat().st_size - 3)
+    assert f"{path} is damaged" in refused(search, copy, "red cat", capsys=capsys)
+
+
 def test_models_and_checkpoints_of_older_versions_are_taken(copy, capsys):
     weights, path = copy / "model" / "model.safetensors", copy / "checkpoints" / "step_0000006.pt"
     save_file(load_file(weights), weights)
@@ -209,7 +216,7 @@ def test_a_step_that_cannot_be_is_refused(copy, capsys):
     config = json.loads((copy / "config.json").read_text())
     (copy / "config.json").write_text(json.dumps(config | {"steps": 2}))
     said = refused(train, "--resume", copy, capsys=capsys)
-    assert "its checkpoint is of step 3, beyond the 2 steps of its config.json" in said
+    assert "step_0000003.pt is beyond the 2 steps of the run's config.json" in said
 
 
 def test_a_log_that_has_lost_lines_is_told(tmp_path):
