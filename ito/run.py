@@ -137,7 +137,7 @@ class Log:
             try:
                 record = json.loads(line)
                 kind, logged = record["kind"], int(record["step"])
-            except (ValueError, KeyError, TypeError):
+            except (ValueError, KeyError, TypeError, OverflowError):
                 amiss.append(f"line {number} cannot be read and is dropped")
                 continue
             if logged <= step:
