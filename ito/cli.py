@@ -1,5 +1,6 @@
 """How the commands end when something is wrong: one line that names it, and no traceback."""
 
+import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -9,9 +10,14 @@ USER_ERRORS = (ValueError, OSError, ImportError)
 
 @contextmanager
 def user_errors() -> Iterator[None]:
-    """`error: …` on stderr. Status 2: options, files or packages; 1: the training diverged."""
+    """`error: …` on stderr. Status 2: options, files or packages; 1: the training diverged.
+
+    Ctrl-C ends with status 130, as a shell has it, and nothing more.
+    """
     try:
         yield
+    except KeyboardInterrupt:
+        sys.exit(128 + signal.SIGINT)
     except USER_ERRORS as error:
         print(f"error: {reason(error)}", file=sys.stderr)
         sys.exit(2)

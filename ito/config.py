@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from ito.augment import CROP, DRAWINGS, Augmentation
+from ito.files import write_text
 from ito.fusion import READOUTS
 from ito.pretrained import IMAGE, OURS, TEXT, image_size, split
 from ito.recipes import EMOJI_FULL, EMOJI_SMALL, ITO, KINDS, PRESETS
@@ -265,7 +266,7 @@ class Config:
         return getattr(self, name) != default
 
     def save(self, path: Path) -> None:
-        path.write_text(json.dumps(dataclasses.asdict(self), indent=2) + "\n", encoding="utf-8")
+        write_text(path, json.dumps(dataclasses.asdict(self), indent=2) + "\n")
 
     @classmethod
     def load(cls, path: Path) -> "Config":

@@ -16,6 +16,7 @@ from ito.cli import user_errors
 from ito.config import Config, add_options, from_options
 from ito.data import Dataset, report_skipped
 from ito.encoders import DualEncoder
+from ito.files import write_text
 from ito.metrics import (
     ensemble,
     mean_rank_variance,
@@ -274,14 +275,13 @@ def main(arguments: list[str] | None = None) -> None:
         )
         print(table({"score": scores}))
         if options.json:
-            options.json.write_text(json.dumps(scores, indent=2) + "\n", encoding="utf-8")
+            write_text(options.json, json.dumps(scores, indent=2) + "\n")
         if options.clip_benchmark:
-            options.clip_benchmark.mkdir(parents=True, exist_ok=True)
             data = Path(config.train_data).stem
             for record in clip_benchmark(scores, data, options.run):
                 name = f"{record['dataset']}_{record['task']}".replace("/", "-")
                 path = options.clip_benchmark / f"{name}.json"
-                path.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+                write_text(path, json.dumps(record, indent=2) + "\n")
 
 
 def choose_data(options: argparse.Namespace) -> tuple[Config, list[str] | None]:

@@ -4,10 +4,11 @@ Plain HTML from one request, no script. It listens on 127.0.0.1 only and answers
 so that no page of the web can read it through the browser.
 """
 
-import contextlib
 import html
 import io
+import signal
 import socket
+import sys
 
 import torch
 from PIL import Image
@@ -103,15 +104,19 @@ def tiles(index: Index, query: torch.Tensor) -> str:
 
 
 def serve(index: Index, port: int) -> None:
-    """Serve until interrupted. Raises OSError naming --serve if the port cannot be had."""
+    """Serve until interrupted, then exit with 143 after SIGTERM, as a shell has it.
+
+    Raises OSError naming --serve if the port cannot be had.
+    """
     listener = socket.socket()
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         listener.bind(("127.0.0.1", port))
+        listener.listen()  # from here on connections wait for the server, none is refused
     except (OSError, OverflowError) as error:
         reason = error.strerror if isinstance(error, OSError) else "must be in [0, 65535]"
         raise OSError(f"--serve {port}: {reason}") from None
     print(f"http://127.0.0.1:{listener.getsockname()[1]} (Ctrl-C ends it)", flush=True)
     server = uvicorn.Server(uvicorn.Config(application(index), log_level="warning"))
-    with contextlib.suppress(KeyboardInterrupt):
-        server.run([listener])
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
+    server.run([listener])  # catches signals, ends, and raises them again

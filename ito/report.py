@@ -17,13 +17,14 @@ import torch
 from PIL import Image
 
 from ito import charts
-from ito.checkpoint import undamaged
 from ito.cli import user_errors
 from ito.config import add_options
 from ito.data import Dataset
 from ito.evaluate import choose_data, embed_images, embed_texts
 from ito.export import Encoder, load
+from ito.files import undamaged, write_text
 from ito.metrics import ranks
+from ito.run import Log
 from ito.scores import DIRECTIONS, sections
 from ito.source import open_dataset
 
@@ -71,9 +72,8 @@ def write_report(run: Path, encoder: Encoder, dataset: Dataset, project: str = "
 
     `project` chooses the map, "pca" or "umap" (of the package umap-learn).
     """
+    records = Log(run / "metrics.jsonl").read()
     with undamaged(run / "metrics.jsonl"):
-        lines = (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-        records = [json.loads(line) for line in lines]
         scores = [r for r in records if r["kind"] == "eval"]
         streams = [r["skipped"] for r in records if r["kind"] == "stream"]
         curves = curve_charts(records, dataset.held_out_splits())
@@ -106,7 +106,7 @@ def write_report(run: Path, encoder: Encoder, dataset: Dataset, project: str = "
         f"<title>{html.escape(run.name)}</title><style>{STYLE}</style>{''.join(parts)}</html>"
     )
     path = run / "report.html"
-    path.write_text(page, encoding="utf-8")
+    write_text(path, page)
     return path
 
 

@@ -12,14 +12,13 @@ from pathlib import Path
 
 import torch
 from PIL import Image, ImageDraw, ImageFont
-from safetensors.torch import load_file, save
 
-from ito.checkpoint import undamaged, write_atomically
 from ito.cli import user_errors
 from ito.config import add_options
 from ito.data import Dataset
 from ito.evaluate import choose_data
-from ito.export import Encoder, load
+from ito.export import Encoder, checksum, load, load_tensors, save_tensors
+from ito.files import undamaged, write_atomically
 from ito.source import open_dataset
 
 CELL, PICTURE, LINE = 120, 96, 16  # pixels of the contact sheet
@@ -38,15 +37,15 @@ class Index:
     @classmethod
     def open(cls, run: Path, encoder: Encoder, dataset: Dataset) -> "Index":
         """With embeddings kept in `run/index/`, under a hash of the weights and the pictures."""
-        key = hashlib.sha256(dataset.images.numpy().tobytes())
-        for name, value in sorted(encoder.model.state_dict().items()):
-            key.update(name.encode() + value.cpu().contiguous().numpy().tobytes())
+        key = hashlib.sha256(dataset.images.numpy())
+        key.update(checksum(encoder.model.state_dict()).encode())
         path = run / "index" / f"{key.hexdigest()[:16]}.safetensors"
         if path.exists():
             with undamaged(path):
-                return cls(encoder, dataset, load_file(path)["images"])
+                return cls(encoder, dataset, load_tensors(path)[0]["images"])
         embeddings = encoder.encode_image(dataset.images)
-        write_atomically(path, lambda place: place.write_bytes(save({"images": embeddings})))
+        with write_atomically(path) as temporary:
+            temporary.write_bytes(save_tensors({"images": embeddings}))
         return cls(encoder, dataset, embeddings)
 
     def search(self, queries: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -156,7 +155,8 @@ def main(arguments: list[str] | None = None) -> None:
             for value, picture in zip(values, pictures, strict=True):
                 print(f"  {value:6.3f}  {index.name(picture):32} {index.dataset.files[picture]}")
         sheet = contact_sheet(index, options.queries, scores, found)
-        write_atomically(out, lambda path: sheet.save(path, "PNG"))
+        with write_atomically(out) as temporary:
+            sheet.save(temporary, "PNG")
         print(out)
 
 

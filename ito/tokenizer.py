@@ -63,7 +63,7 @@ class Tokenizer:
         return cls(bpe)
 
     def save(self, path: str | Path) -> None:
-        self.bpe.save(str(path))
+        Path(path).write_text(self.bpe.to_str(pretty=True), encoding="utf-8")  # raises OSError
 
     @classmethod
     def load(cls, path: str | Path) -> "Tokenizer":

@@ -224,6 +224,7 @@ def modules():
     size = dist.get_world_size()
     for module, name in ((ik.ClipLoss, "clip"), (ik.SigLipLoss, "siglip")):
         truth, grads = single(LOSSES[name])
+        grads.setdefault("logit_bias", x.new_zeros(()))  # which ClipLoss keeps in the graph
         model = replica(torch.float64)
         model.zero_grad()
         image, text, scale, bias = model(x[rows], y[rows])

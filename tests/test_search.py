@@ -2,9 +2,12 @@
 
 import asyncio
 import io
+import os
 import re
+import signal
 import socket
 import sys
+import threading
 
 import pytest
 import small_run
@@ -142,6 +145,46 @@ def test_a_port_that_is_taken_is_named(run, capsys):
         with pytest.raises(SystemExit):
             search.main([str(run), "--serve", str(port)])
     assert f"error: --serve {port}: Address already in use\n" == capsys.readouterr().err
+
+
+def serve(run, monkeypatch, send) -> tuple[int, bytes]:
+    """`--serve` until `send()` stops it: its status, and what it answers at the address it prints.
+
+    The connection is made in the moment in which the address is printed.
+    """
+    pytest.importorskip("uvicorn", reason=SERVER)
+    from ito import page
+
+    answers = []
+
+    def visit(client):
+        with client:
+            client.sendall(b"GET /picture/3 HTTP/1.0\r\nHost: localhost\r\n\r\n")
+            answers.append(b"".join(iter(lambda: client.recv(65536), b"")))
+        send()
+
+    def told(text, **_):
+        host, port = re.match(r"http://([\d.]+):(\d+) ", text).groups()
+        client = socket.create_connection((host, int(port)), timeout=30)
+        threading.Thread(target=visit, args=[client]).start()
+
+    monkeypatch.setattr(page, "print", told, raising=False)
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        with pytest.raises(SystemExit) as end:
+            search.main([str(run), "--serve", "0"])
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    return end.value.code, answers[0]
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_the_page_answers_once_its_address_is_printed_and_signals_end_it(
+    number, status, run, monkeypatch
+):
+    code, answer = serve(run, monkeypatch, lambda: os.kill(os.getpid(), number))
+    assert answer.startswith(b"HTTP/1.1 200 OK")
+    assert code == status
 
 
 def test_the_page_names_its_extra(run, monkeypatch, capsys):

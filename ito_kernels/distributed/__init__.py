@@ -61,7 +61,7 @@ def whole_batch(
     """
     check_chunk_size(chunk_size)
     if group is None:
-        return LocalBatch((len(queries), len(keys)), query_ids, key_ids)
+        return LocalBatch((queries.size(0), keys.size(0)), query_ids, key_ids)
     if dispatch.requested(backend)[0] is not None:
         dispatch.choose(Problem(queries, keys, queries.new_ones(())), backend)
     return GlobalBatch(group, queries, keys, query_ids, key_ids, chunk_size)

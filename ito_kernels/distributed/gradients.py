@@ -101,11 +101,12 @@ class Logsumexp(torch.autograd.Function):
     @staticmethod
     def backward(ctx, *arrived):
         op.first_order_only()
+        arrived = op.arrived_gradients(arrived)
         whole, needs = ctx.whole, ctx.needs
         nothing = (None,) * (len(Problem._fields) + 3)
         if all(x is None for x in arrived):
             return nothing
-        problem = Problem(*ctx.saved_tensors[:7], *ctx.flags)
+        problem = op.saved_problem(*ctx.saved_tensors[:7], *ctx.flags)
         stats = _unpacked(ctx.saved_tensors[7:], ctx.present)
         grads = _unpacked(arrived, ctx.present)
         # of the columns: what backward needs, of everyone
@@ -182,12 +183,13 @@ class Softplus(torch.autograd.Function):
     @staticmethod
     def backward(ctx, arrived: Tensor):
         op.first_order_only()
+        (arrived,) = op.arrived_gradients([arrived])
         nothing = (None,) * (len(Problem._fields) - 5)
         if ctx.early:
             grads = (None if x is None else x * arrived for x in ctx.saved_tensors)
             return *(None,) * 4, *grads, *nothing
         *fields, weights = ctx.saved_tensors
-        problem = Problem(*fields, *ctx.flags)
+        problem = op.saved_problem(*fields, *ctx.flags)
         u = arrived if weights is None else arrived * weights
         walk = _Gradients(ctx.whole, problem, ctx.needs)
         for chunk in ctx.whole.transport.walk(problem.b, ctx.kept):

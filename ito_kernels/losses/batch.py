@@ -243,7 +243,7 @@ def make_batch(
     """A checked batch. `promote`: bf16 and fp16 features in fp32, those of autocast too."""
     check_chunk_size(chunk_size)
     check_flags(symmetric=symmetric)
-    check_pair("queries", queries, "keys", keys)
+    queries, keys = check_pair("queries", queries, "keys", keys)
     scale = check_scale("logit_scale", logit_scale, queries)
     n, m, device = len(queries), len(keys), queries.device
     if n != m and (query_ids is None or key_ids is None):

@@ -8,7 +8,15 @@ import torch
 from torch import Tensor
 
 from ..distributed import check_chunk_size, same_on_every_rank, whole_batch
-from ..similarity.spec import accumulate_dtype, cast, check_ids, check_pair, check_scale, scalar
+from ..similarity.spec import (
+    accumulate_dtype,
+    cast,
+    check_ids,
+    check_pair,
+    check_scale,
+    check_tensor,
+    scalar,
+)
 from .common import REDUCTIONS, check_choice, check_flags, normalized
 from .infonce import multi_positive_infonce
 
@@ -31,7 +39,7 @@ def clip_loss(
     Returns and raises as `multi_positive_infonce`. Source: Radford et al. 2021 (CLIP), fig. 3.
     """
     check_pair("image_features", image_features, "text_features", text_features)
-    n, m = len(image_features), len(text_features)
+    n, m = image_features.size(0), text_features.size(0)  # len() takes 0.4 µs
     if n != m and not {"query_ids", "key_ids", "positive_pairs"} & options.keys():
         raise ValueError(
             "image_features and text_features must have as many rows, unless query_ids and key_ids"
@@ -84,8 +92,10 @@ def siglip_loss(
     check_chunk_size(chunk_size)
     check_flags(normalize=normalize)
     check_choice("reduction", reduction, REDUCTIONS)
-    check_pair("image_features", image_features, "text_features", text_features)
-    check_scale("logit_scale", logit_scale, image_features)
+    image_features, text_features = check_pair(
+        "image_features", image_features, "text_features", text_features
+    )
+    scale = check_scale("logit_scale", logit_scale, image_features)
     bias = _check_bias(logit_bias, image_features)
     n, m, device = len(image_features), len(text_features), image_features.device
     if n != m and (image_ids is None or text_ids is None):
@@ -119,7 +129,7 @@ def siglip_loss(
     return whole.similarity_softplus(
         image_features,
         text_features,
-        logit_scale,
+        scale,
         row_bias=bias.expand(n),
         row_ids=image_ids,
         col_ids=text_ids,
@@ -131,6 +141,7 @@ def siglip_loss(
 def _check_bias(bias: object, like: Tensor) -> Tensor:
     dtype = accumulate_dtype(like.dtype)
     if isinstance(bias, Tensor):
+        bias = check_tensor("logit_bias", bias)
         if not bias.is_floating_point():
             raise TypeError(f"logit_bias must have a floating-point dtype, got {bias.dtype}")
         bias = scalar(bias)

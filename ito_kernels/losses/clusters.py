@@ -10,7 +10,7 @@ from torch.nn.functional import one_hot, softplus
 
 from ..distributed import same_on_every_rank
 from ..similarity.pairs import finite_shift
-from ..similarity.spec import check_ids, check_pair
+from ..similarity.spec import check_ids, check_pair, check_tensor
 from .batch import make_batch
 from .options import check_values
 from .precision import inner, without_autocast
@@ -57,9 +57,9 @@ def cluster_weighted_infonce(
     device = queries.device
     rows = check_ids("query_clusters", query_clusters, len(queries), "queries", device)
     cols = check_ids("key_clusters", key_clusters, len(keys), "keys", device)
-    if not isinstance(weights, Tensor) or weights.ndim != 2 or weights.shape[0] != weights.shape[1]:
-        got = tuple(weights.shape) if isinstance(weights, Tensor) else type(weights).__name__
-        raise ValueError(f"weights must be a (C, C) tensor, got {got}")
+    weights = check_tensor("weights", weights, "a (C, C) tensor")
+    if weights.ndim != 2 or weights.shape[0] != weights.shape[1]:
+        raise ValueError(f"weights must be a (C, C) tensor, got {tuple(weights.shape)}")
     if not weights.is_floating_point():
         raise TypeError(f"weights must have a floating-point dtype, got {weights.dtype}")
     check_values("weights", weights.detach())

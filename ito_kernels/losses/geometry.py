@@ -39,7 +39,7 @@ def uniformity_loss(
     Source: Wang and Isola 2020, eq. 7, without the pairs (i, i).
     """
     check_chunk_size(chunk_size)
-    check_features("x", x)
+    x = check_features("x", x)
     t = check_scale("t", t, x)
     if t.ndim:
         raise ValueError(f"t must be a number or a 0-d tensor, got shape {tuple(t.shape)}")

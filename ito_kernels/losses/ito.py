@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..distributed import check_chunk_size, global_rows, same_on_every_rank
-from ..similarity.spec import check_scale, scalar
+from ..similarity.spec import check_scale, check_tensor
 from .common import check_choice
 from .infonce import multi_positive_infonce
 
@@ -56,7 +56,7 @@ def ito_loss(
     """
     check_choice("denominator", denominator, ("pair", "pooled"))
     views = _check_views("image_views", image_views, "V")
-    if isinstance(text, Tensor) and text.ndim == 2:
+    if check_tensor("text", text).ndim == 2:
         text = text.unsqueeze(0)
     captions = _check_views("text", text, "C", like=views)
     if (
@@ -65,11 +65,11 @@ def ito_loss(
         or not (math.isfinite(lambda_fusion) and lambda_fusion >= 0)
     ):
         raise ValueError(f"lambda_fusion must be a number of at least 0, got {lambda_fusion!r}")
-    if isinstance(logit_scale, Tensor) and scalar(logit_scale).ndim != 0:
+    scale = check_scale("logit_scale", logit_scale, views[0])
+    if scale.ndim:
         raise ValueError(
-            f"logit_scale must be a number or a 0-d tensor, got shape {tuple(logit_scale.shape)}"
+            f"logit_scale must be a number or a 0-d tensor, got shape {tuple(scale.shape)}"
         )
-    check_scale("logit_scale", logit_scale, views[0])
     if fused_views is None:
         if lambda_fusion > 0:
             raise ValueError(f"fused_views is needed for lambda_fusion = {lambda_fusion}")
@@ -118,8 +118,7 @@ def ito_loss(
 def _check_views(
     name: str, x: object, count: str, like: Tensor | None = None, any_width: bool = False
 ) -> Tensor:
-    if not isinstance(x, Tensor):
-        raise TypeError(f"{name} must be a tensor, got {type(x).__name__}")
+    x = check_tensor(name, x)
     if x.ndim != 3 or 0 in x.shape:
         raise ValueError(f"{name} must have shape ({count}, N, D), got {tuple(x.shape)}")
     if like is not None and (

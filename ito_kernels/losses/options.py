@@ -14,6 +14,7 @@ from ..similarity.spec import (
     autocast_enabled,
     check_bias,
     check_ids,
+    check_tensor,
     check_weight,
     is_number,
 )
@@ -112,6 +113,7 @@ def check_options(
         raise ValueError("queue_ids are the ids of queue, which is missing")
     if o.hard_negatives is not None:
         h = _check_extra("hard_negatives", o.hard_negatives, queries, ("N", "K", "D"))
+        o = o._replace(hard_negatives=h)
         if len(h) != n:
             raise ValueError(
                 f"hard_negatives must hold K keys for each of {n} queries, got {tuple(h.shape)}"
@@ -164,6 +166,7 @@ def _check_debias(tau: object, scale: Tensor, queries: Tensor, m: int, symmetric
             " no one scale for a key: use symmetric=False"
         )
     n = len(queries)
+    tau = check_tensor("debias", tau) if isinstance(tau, Tensor) else tau
     if isinstance(tau, Tensor) and tau.ndim:
         tau = check_values("debias", check_weight("debias", tau, n, queries), 1)
         if symmetric and n != m:
@@ -195,8 +198,7 @@ def placed_pairs(o: Options, rows: range, cols: range) -> Options:
 
 def _check_pairs(o: Options, queries: Tensor, positives: str) -> Options:
     pairs, weights = o.positive_pairs, o.positive_weights
-    if not isinstance(pairs, Tensor):
-        raise TypeError(f"positive_pairs must be a tensor, got {type(pairs).__name__}")
+    pairs = check_tensor("positive_pairs", pairs)
     if pairs.ndim != 2 or pairs.shape[1] != 2:
         raise ValueError(f"positive_pairs must have shape (P, 2), got {tuple(pairs.shape)}")
     pairs = torch.stack(
@@ -217,8 +219,7 @@ def _check_pairs(o: Options, queries: Tensor, positives: str) -> Options:
 
 
 def _check_extra(name: str, x: object, queries: Tensor, shape: tuple[str, ...]) -> Tensor:
-    if not isinstance(x, Tensor):
-        raise TypeError(f"{name} must be a tensor, got {type(x).__name__}")
+    x = check_tensor(name, x)
     if x.ndim != len(shape) or 0 in x.shape or x.shape[-1] != queries.shape[1]:
         raise ValueError(
             f"{name} must have shape ({', '.join(shape)}) with D = {queries.shape[1]}, got"

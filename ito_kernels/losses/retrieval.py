@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ..distributed import global_rows, same_on_every_rank
-from ..similarity.spec import check_features, check_pair, check_scale
+from ..similarity.spec import check_features, check_pair, check_scale, check_tensor
 from .infonce import multi_positive_infonce
 
 
@@ -49,8 +49,7 @@ def mnrl_loss(
     options = {"symmetric": False, "normalize": normalize, **where}
     if negatives is None:
         return multi_positive_infonce(queries, positives, scale, **options)
-    if not isinstance(negatives, Tensor):
-        raise TypeError(f"negatives must be a tensor, got {type(negatives).__name__}")
+    negatives = check_tensor("negatives", negatives)
     if negatives.ndim not in (2, 3) or len(negatives) != n:
         raise ValueError(
             f"negatives must have shape (N, D) or (N, K, D) with N = {n}, got"
@@ -91,8 +90,7 @@ def one_to_k_loss(
     Source: Nie et al. 2024 (CCRK, 1-to-K contrastive learning).
     """
     check_features("queries", queries)
-    if not isinstance(keys, Tensor):
-        raise TypeError(f"keys must be a tensor, got {type(keys).__name__}")
+    keys = check_tensor("keys", keys)
     if keys.ndim != 3 or len(keys) != len(queries):
         raise ValueError(
             f"keys must have shape (N, K, D) with N = {len(queries)}, got {tuple(keys.shape)}"

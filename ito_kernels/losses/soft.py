@@ -51,7 +51,7 @@ def cwcl_loss(
     Returns a 0-d fp32 tensor (fp64 for fp64 features). Raises as `multi_positive_infonce`.
     Source: Srinivasa et al. 2023 (CWCL).
     """
-    _check_features(queries, keys, paired=True)
+    queries, keys = _check_pair(queries, keys, paired=True)
     c = _target("reference", reference, queries)
     batch = _batch(queries, keys, logit_scale, symmetric, backend, group, chunk_size)
     with without_autocast(queries.device):
@@ -106,7 +106,7 @@ def soft_target_infonce(
     Source: Li et al. 2021 (ALBEF), eq. 6.
     """
     alpha = check_number("alpha", alpha, 0, 1)
-    _check_features(queries, keys, paired=alpha < 1)
+    queries, keys = _check_pair(queries, keys, paired=alpha < 1)
     check_pair("target_queries", target_queries, "target_keys", target_keys)
     c = _target("target_queries", target_queries, queries)
     e = _target("target_keys", target_keys, keys)
@@ -167,11 +167,12 @@ def _soft_scores(batch: Batch, a: Tensor, c: Tensor, e: Tensor) -> Tensor:
     return whole.sum(sum_of_panels(a, whole.rows(batch.keys), panel))
 
 
-def _check_features(queries: Tensor, keys: Tensor, paired: bool) -> None:
-    check_pair("queries", queries, "keys", keys)
+def _check_pair(queries: Tensor, keys: Tensor, paired: bool) -> tuple[Tensor, Tensor]:
+    queries, keys = check_pair("queries", queries, "keys", keys)
     n, m = len(queries), len(keys)
     if paired and n != m:
         raise ValueError(f"queries and keys must have as many rows, got {n} and {m}")
+    return queries, keys
 
 
 def _batch(queries, keys, logit_scale, symmetric, backend, group, chunk_size) -> Batch:
@@ -185,7 +186,7 @@ def _batch(queries, keys, logit_scale, symmetric, backend, group, chunk_size) ->
 
 def _target(name: str, x: object, like: Tensor) -> Tensor:
     """A frozen embedding of each row of `like`, in the dtype of the computation."""
-    check_features(name, x)
+    x = check_features(name, x)
     if len(x) != len(like):
         raise ValueError(f"{name} must have {len(like)} rows, got {len(x)}")
     if x.device != like.device:

@@ -45,8 +45,9 @@ def symile_loss(
     Source: Saporta et al. 2024 (Symile), with N - 1 negatives of each positive.
     """
     check_chunk_size(chunk_size)
+    x, y = check_pair("x", x, "y", y)
+    x, z = check_pair("x", x, "z", z)
     for name, other in (("y", y), ("z", z)):
-        check_pair("x", x, name, other)
         if len(other) != len(x):
             raise ValueError(f"x and {name} must have as many rows, got {len(x)} and {len(other)}")
     scale = check_scale("logit_scale", logit_scale, x)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..distributed import same_on_every_rank
-from ..similarity.spec import is_number
+from ..similarity.spec import check_tensor, is_number
 
 
 @same_on_every_rank
@@ -77,8 +77,7 @@ def multi_head_loss(
     for i, x in enumerate(features):
         if x.ndim != 3 or len(x) != heads:
             raise ValueError(f"features {i} must have shape ({heads}, N, D), got {tuple(x.shape)}")
-    if not isinstance(logit_scale, Tensor):
-        raise TypeError(f"logit_scale must be a tensor, got {type(logit_scale).__name__}")
+    logit_scale = check_tensor("logit_scale", logit_scale)
     if logit_scale.ndim not in (1, 2) or len(logit_scale) != heads:
         raise ValueError(
             f"logit_scale must have shape ({heads},) or ({heads}, N), got"
@@ -98,6 +97,5 @@ def _check(name: str, loss: object, features: tuple) -> None:
     if not features:
         raise TypeError(f"{name} needs the features of the loss as positional arguments")
     for i, x in enumerate(features):
-        if not isinstance(x, Tensor) or x.ndim == 0:
-            got = "a 0-d one" if isinstance(x, Tensor) else type(x).__name__
-            raise TypeError(f"features {i} must be a tensor (..., D), got {got}")
+        if check_tensor(f"features {i}", x, "a tensor (..., D)").ndim == 0:
+            raise TypeError(f"features {i} must be a tensor (..., D), got a 0-d one")

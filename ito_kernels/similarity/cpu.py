@@ -66,8 +66,8 @@ def cache_bytes(problem: Problem) -> int:
     if budget < 0:
         raise ValueError(f"ITO_TILE_CACHE_BYTES must be a whole number of bytes, got {text!r}")
     # tiles are whole panels, a little larger than what they cover
-    rows, cols = (size + size // 4 + 64 for size in (problem.n, problem.m))
-    return min(budget, 4 * rows * cols)
+    n, m = problem.n, problem.m
+    return min(budget, 4 * (n + n // 4 + 64) * (m + m // 4 + 64))
 
 
 def logsumexp_forward(problem: Problem, cache: Tensor | None = None) -> Stats:

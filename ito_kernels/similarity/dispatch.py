@@ -15,6 +15,7 @@ import os
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from functools import cache
 from importlib import import_module
 from importlib.util import find_spec
@@ -46,7 +47,8 @@ REGISTRY: dict[str, ModuleType | _Later] = {
     "simt": cuda.SIMT,
 }
 
-_chosen: list[str] = []  # the names of the `use_backend` blocks that are open
+# of the innermost `use_backend` block that is open in this thread or task
+_chosen: ContextVar[str | None] = ContextVar("use_backend", default=None)
 
 
 class BackendStatus(NamedTuple):
@@ -95,14 +97,16 @@ def _automatic(problem: Problem) -> tuple[str, ...]:
 def use_backend(name: str) -> Iterator[None]:
     """Calls inside the block use the backend `name` unless they name one themselves.
 
-    Not calls that torch.compile has compiled before: they keep the backend they were compiled with.
+    Calls of this thread (or asyncio task) only: others keep their own choice, and a thread that is
+    started inside the block starts without one. Calls that torch.compile has compiled before keep
+    the backend they were compiled with.
     """
     check_name(name)
-    _chosen.append(name)
+    token = _chosen.set(name)
     try:
         yield
     finally:
-        _chosen.pop()
+        _chosen.reset(token)
 
 
 def load(name: str) -> ModuleType:
@@ -119,8 +123,8 @@ def choose(problem: Problem, name: str | None = None) -> str:
     name, source = requested(name)
     if name is None:
         name = next(name for name in _automatic(problem) if REGISTRY[name].supports(problem)[0])
-        on_cpu = problem.a.device.type == "cpu" and problem.a.dtype in cpu.DTYPES
-        if on_cpu and cpu.MISSING and not torch.compiler.is_compiling():
+        kernels_wanted = cpu.MISSING and problem.a.is_cpu and problem.a.dtype in cpu.DTYPES
+        if kernels_wanted and not torch.compiler.is_compiling():
             _warn_of_slow_kernels()
         return name
     said = f"{source}: " if source == "ITO_BACKEND" else ""
@@ -143,12 +147,21 @@ def _warn_of_slow_kernels() -> None:
     )
 
 
+def _chosen_here() -> str | None:
+    return _chosen.get()
+
+
+# torch.compile cannot trace a ContextVar: it takes the value that the function has at compilation.
+# As torch.compiler.assume_constant_result says it, which would import dynamo: 2 s.
+_chosen_here._dynamo_marked_constant = True
+
+
 def requested(name: str | None) -> tuple[str | None, str]:
     """The backend that was asked for, None if the choice is automatic, and by what."""
     if name is not None:
         return name, "the call"
-    if _chosen:
-        return _chosen[-1], "use_backend"
+    if chosen := _chosen_here():
+        return chosen, "use_backend"
     return os.environ.get("ITO_BACKEND") or None, "ITO_BACKEND"
 
 

@@ -25,6 +25,7 @@ from .spec import (
     Stats,
     Upstream,
     autocast_enabled,
+    readable,
 )
 
 # The fields of Problem, Stats, Upstream and Needs as operator arguments, in their order.
@@ -206,6 +207,21 @@ def _scaled_grads(ctx, by: Tensor) -> tuple:
     return _input_grads(scale, _read_grads(ctx.now, grads))
 
 
+def saved_problem(*fields) -> Problem:
+    """A problem that autograd kept: its memory may have been freed since."""
+    return Problem(
+        *(
+            readable(f"{name}, kept for backward,", x) if isinstance(x, Tensor) else x
+            for name, x in zip(Problem._fields, fields, strict=True)
+        )
+    )
+
+
+def arrived_gradients(tensors: Iterable[Tensor | None]) -> tuple[Tensor | None, ...]:
+    """As kernels may read them."""
+    return tuple(None if x is None else readable("the gradient that arrives", x) for x in tensors)
+
+
 def first_order_only() -> None:
     if torch.is_grad_enabled():
         raise RuntimeError(
@@ -367,9 +383,10 @@ class _Logsumexp(torch.autograd.Function):
             return (None,) * len(ctx.needs_input_grad)
         if any(ctx.now):
             return _scaled_grads(ctx, arrived[0])
+        arrived = arrived_gradients(arrived)
         end = _TENSORS + len(Upstream._fields)
         tensors = ctx.saved_tensors
-        problem = Problem(*tensors[:_TENSORS], *ctx.flags)
+        problem = saved_problem(*tensors[:_TENSORS], *ctx.flags)
         weights = Upstream(*tensors[_TENSORS:end])
         _, stats, cache, _ = _Result.read(problem, True, weights, ctx.now, tensors[end:])
         total, s, *_ = _Result.read(problem, True, weights, ctx.now, arrived)
@@ -439,8 +456,9 @@ class _Softplus(torch.autograd.Function):
         first_order_only()
         if any(ctx.now):
             return _scaled_grads(ctx, arrived)
+        (arrived,) = arrived_gradients([arrived])
         *tensors, weights = ctx.saved_tensors
-        problem = Problem(*tensors, *ctx.flags)
+        problem = saved_problem(*tensors, *ctx.flags)
         u = arrived if weights is None else arrived * weights
         needs = Needs(*ctx.needs_input_grad[:_INPUTS])
         out = _call(_softplus_backward, (*problem, ctx.backend, u, *needs))

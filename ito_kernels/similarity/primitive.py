@@ -103,8 +103,20 @@ def similarity_logsumexp(
         cols=cols,
         hardest=hardest,
     )
-    u, alpha = check_weights("row_weights", row_weights, problem, rows, problem.n)
-    v, beta = check_weights("col_weights", col_weights, problem, cols, problem.m)
+    row_weights = check_weights("row_weights", row_weights, problem, rows, problem.n)
+    col_weights = check_weights("col_weights", col_weights, problem, cols, problem.m)
+    return logsumexp_of(problem, row_weights, col_weights, return_stats, backend)
+
+
+def logsumexp_of(
+    problem: Problem,
+    row_weights: tuple[Tensor | None, Tensor | None],
+    col_weights: tuple[Tensor | None, Tensor | None],
+    return_stats: bool,
+    backend: str | None,
+) -> Stats | Tensor | tuple[Tensor, Stats]:
+    """`similarity_logsumexp` of arguments that have been checked."""
+    (u, alpha), (v, beta) = row_weights, col_weights
     weights = Upstream(u, v, alpha, beta)
     name = dispatch.choose(problem, backend)
     needs = _wanted_gradients(problem)
@@ -153,9 +165,13 @@ def similarity_softplus(
     )
     if row_weights is not None:
         row_weights = check_weight("row_weights", row_weights, problem.n, problem.a)
+    return softplus_of(problem, row_weights, backend)
+
+
+def softplus_of(problem: Problem, row_weights: Tensor | None, backend: str | None) -> Tensor:
+    """`similarity_softplus` of arguments that have been checked."""
     name = dispatch.choose(problem, backend)
-    needs = _wanted_gradients(problem)
-    return op.softplus(problem, name, row_weights, needs)
+    return op.softplus(problem, name, row_weights, _wanted_gradients(problem))
 
 
 def explain(
@@ -191,7 +207,7 @@ def _wanted_gradients(problem: Problem) -> Needs:
     inputs = problem[: len(Needs._fields)]  # a, b, scale and the biases
     reverse_mode_only(*inputs)
     live = torch.is_grad_enabled()
-    return Needs(*(live and x is not None and x.requires_grad for x in inputs))
+    return Needs(*[live and x is not None and x.requires_grad for x in inputs])
 
 
 def reverse_mode_only(*inputs: Tensor | None) -> None:

@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 FEATURE_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+_PLAIN = (Tensor, torch.nn.Parameter)
 
 
 class Problem(NamedTuple):
@@ -135,7 +136,9 @@ def cast(x: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def autocast_enabled(device: torch.device) -> bool:
-    kind = device.type  # not every kind of device has autocast: "meta" raises
+    kind = device.type
+    if kind == "cpu":  # without asking whether there is autocast: 1 µs
+        return torch.is_autocast_enabled(kind)
     return torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
 
 
@@ -144,25 +147,71 @@ def is_number(x: object) -> bool:
     return isinstance(x, (int, float, Real)) and not isinstance(x, bool)
 
 
+def check_tensor(name: str, x: object, wanted: str = "a tensor") -> Tensor:
+    """`x`, as kernels may read it, if it is a dense tensor; else TypeError or ValueError."""
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name} must be {wanted}, got {type(x).__name__}")
+    if x.is_nested:
+        raise TypeError(
+            f"{name} must be {wanted}, got a nested tensor: pad it, and give padding a negative id"
+        )
+    if x.layout != torch.strided:
+        raise TypeError(f"{name} must be dense, got {x.layout}: use to_dense()")
+    return readable(name, x)
+
+
+def readable(name: str, x: Tensor) -> Tensor:
+    """`x` with its values in memory, where kernels read them by address.
+
+    PyTorch negates a view (`z.conj().imag`) by a bit of the tensor and keeps no memory for
+    gradients that are known to be zero: both are written out. FSDP frees the storage of tensors
+    that others still hold: reading there would end the process, so it is a ValueError.
+    """
+    if type(x) not in _PLAIN or torch.compiler.is_compiling():
+        return x  # the dispatcher, which these go through, writes out
+    if x.is_neg():
+        x = x.resolve_neg()
+    if x._is_zerotensor():
+        return torch.zeros_like(x)
+    try:
+        size = x.untyped_storage().nbytes()
+    except NotImplementedError:  # inside torch.func transforms
+        return x
+    # the second test is for expanded tensors, whose elements share memory
+    if size < x.nbytes + x.storage_offset() * x.itemsize and size < _extent(x):
+        raise ValueError(
+            f"{name} must have its values in memory, got storage of {size} bytes for shape"
+            f" {tuple(x.shape)}: it was freed or resized"
+        )
+    return x
+
+
+def _extent(x: Tensor) -> int:
+    """Bytes from the start of the storage to the end of the last element."""
+    if x.numel() == 0:
+        return 0
+    last = sum((size - 1) * step for size, step in zip(x.shape, x.stride(), strict=True))
+    return (x.storage_offset() + last + 1) * x.itemsize
+
+
 def check_features(name: str, x: object) -> Tensor:
     """`x` if it is an (N, D) floating-point tensor with N, D ≥ 1, else TypeError or ValueError."""
-    if not isinstance(x, Tensor):
-        raise TypeError(f"{name} must be a tensor of shape (N, D), got {type(x).__name__}")
+    x = check_tensor(name, x, "a tensor of shape (N, D)")
     if x.ndim != 2:
         raise ValueError(f"{name} must have shape (N, D), got {tuple(x.shape)}")
     if x.dtype not in FEATURE_DTYPES:
         raise TypeError(f"{name} must be float32, bfloat16, float16 or float64, got {x.dtype}")
-    if x.layout != torch.strided:
-        raise TypeError(f"{name} must be dense, got {x.layout}: use to_dense()")
-    if x.shape[0] == 0 or x.shape[1] == 0:
+    if x.numel() == 0:
         raise ValueError(f"{name} must have at least one row and one column, got {tuple(x.shape)}")
     return x
 
 
-def check_pair(a_name: str, a: object, b_name: str, b: object) -> None:
-    """Both feature matrices are well-formed and fit each other."""
-    a, b = check_features(a_name, a), check_features(b_name, b)
-    if a.shape[1] != b.shape[1]:
+def check_pair(a_name: str, a: object, b_name: str, b: object) -> tuple[Tensor, Tensor]:
+    """Both feature matrices, if they are well-formed and fit each other. One tensor stays one."""
+    same = b is a
+    a = check_features(a_name, a)
+    b = a if same else check_features(b_name, b)
+    if a.size(1) != b.size(1):
         raise ValueError(
             f"{a_name} and {b_name} must have the same width D, got {a.shape[1]} and {b.shape[1]}"
         )
@@ -172,12 +221,12 @@ def check_pair(a_name: str, a: object, b_name: str, b: object) -> None:
         )
     if a.dtype != b.dtype and not autocast_enabled(a.device):
         raise TypeError(f"{a_name} and {b_name} must have the same dtype, got {a.dtype}, {b.dtype}")
+    return a, b
 
 
 def check_ids(name: str, ids: object, length: int, of: str, device: torch.device) -> Tensor:
     """`ids` as int64, after checking that there is one integer for each row of `of`."""
-    if not isinstance(ids, Tensor):
-        raise TypeError(f"{name} must be a tensor of integers, got {type(ids).__name__}")
+    ids = check_tensor(name, ids, "a tensor of integers")
     if ids.dtype == torch.bool or ids.is_floating_point() or ids.is_complex():
         raise TypeError(f"{name} must have an integer dtype, got {ids.dtype}")
     if tuple(ids.shape) != (length,):
@@ -187,7 +236,17 @@ def check_ids(name: str, ids: object, length: int, of: str, device: torch.device
         )
     if ids.device != device:
         raise ValueError(f"{name} must be on {device} like {of}, got {ids.device}")
+    if ids.dtype == torch.uint64:
+        _check_uint64(name, ids)
     return cast(ids, torch.int64)
+
+
+def _check_uint64(name: str, ids: Tensor) -> None:
+    """From 2^63 up they would become negative as int64, which is padding. Waits for the device."""
+    if torch.compiler.is_compiling():
+        raise TypeError(f"{name} must be int64 under torch.compile, got torch.uint64")
+    if (ids.view(torch.int64) < 0).any():
+        raise ValueError(f"{name} must be less than 2^63, got {max(ids.tolist())}")
 
 
 def scalar(x: Tensor) -> Tensor:
@@ -203,6 +262,7 @@ def check_scale(name: str, scale: object, like: Tensor) -> Tensor:
     """
     dtype = accumulate_dtype(like.dtype)
     if isinstance(scale, Tensor):
+        scale = check_tensor(name, scale)
         if not scale.is_floating_point():
             raise TypeError(f"{name} must have a floating-point dtype, got {scale.dtype}")
         scale = scalar(scale)
@@ -223,11 +283,10 @@ def check_scale(name: str, scale: object, like: Tensor) -> Tensor:
 
 def check_bias(name: str, bias: object, length: int, like: Tensor) -> Tensor:
     """`bias` in the accumulate dtype, after checking that it has shape (length,)."""
-    if not isinstance(bias, Tensor):
-        raise TypeError(f"{name} must be a tensor, got {type(bias).__name__}")
+    bias = check_tensor(name, bias)
     if not bias.is_floating_point():
         raise TypeError(f"{name} must have a floating-point dtype, got {bias.dtype}")
-    if tuple(bias.shape) != (length,):
+    if bias.ndim != 1 or bias.size(0) != length:
         raise ValueError(f"{name} must have shape ({length},), got {tuple(bias.shape)}")
     if bias.device != like.device:
         raise ValueError(f"{name} must be on {like.device}, got {bias.device}")
@@ -274,7 +333,8 @@ def make_problem(
     **flags,
 ) -> Problem:
     """A validated Problem from the primitive's arguments. `b is a` makes it a self-similarity."""
-    check_pair("a", a, "b", b)
+    same = b is a
+    a, b = check_pair("a", a, "b", b)
     if (row_ids is None) != (col_ids is None):
         missing = "row_ids" if row_ids is None else "col_ids"
         raise ValueError(f"row_ids and col_ids go together: {missing} is missing")
@@ -292,18 +352,23 @@ def make_problem(
         col_bias = check_bias("col_bias", col_bias, b.shape[0], a)
     if row_limit is not None:
         row_limit = check_weight("row_limit", row_limit, a.shape[0], a)
-    same = b is a
-    if autocast_enabled(a.device):
-        # The rule of a matrix product: features in the autocast dtype. Everything else stays in
-        # fp32: a scale of 100 rounded to bf16 would move every score by up to 0.2.
-        dtype = torch.get_autocast_dtype(a.device.type)
-        a, b = (x if x.dtype == torch.float64 else x.to(dtype) for x in (a, b))
-        if a.dtype != b.dtype:
-            raise TypeError(f"a and b must have the same dtype, got {a.dtype}, {b.dtype}")
-        accumulate = accumulate_dtype(a.dtype)
-        scale = scale.to(accumulate)
-        row_bias = None if row_bias is None else row_bias.to(accumulate)
-        col_bias = None if col_bias is None else col_bias.to(accumulate)
-        row_limit = None if row_limit is None else row_limit.to(accumulate)
     b = None if same else b
-    return Problem(a, b, scale, row_bias, col_bias, row_ids, col_ids, row_limit, **flags)
+    problem = Problem(a, b, scale, row_bias, col_bias, row_ids, col_ids, row_limit, **flags)
+    return as_autocast_problem(problem)
+
+
+def as_autocast_problem(problem: Problem) -> Problem:
+    """The rule of a matrix product: features in the dtype of autocast, where that is on. Everything
+    else stays in fp32: a scale of 100 rounded to bf16 would move every score by up to 0.2."""
+    a, b = problem.a, problem.b
+    if not autocast_enabled(a.device):
+        return problem
+    dtype = torch.get_autocast_dtype(a.device.type)
+    a, b = (x if x is None or x.dtype == torch.float64 else x.to(dtype) for x in (a, b))
+    if b is not None and a.dtype != b.dtype:
+        raise TypeError(f"a and b must have the same dtype, got {a.dtype}, {b.dtype}")
+    accumulate = accumulate_dtype(a.dtype)
+    vectors = ("scale", "row_bias", "col_bias", "row_limit")
+    values = {name: getattr(problem, name) for name in vectors}
+    cast_values = {k: None if x is None else x.to(accumulate) for k, x in values.items()}
+    return problem._replace(a=a, b=b, **cast_values)
