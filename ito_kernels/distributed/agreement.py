@@ -30,7 +30,7 @@ from .collectives import gathered_sizes, process_group
 Words = list[tuple[str, str]]  # what is compared, and what it is on this rank
 
 REFUSED = -1
-# of each rank: gradients and results do not depend on who computes, and one generator is used
+# each rank's own: results do not depend on who computes them, and one generator is used
 FREE = frozenset({"group", "backend", "generator"})
 
 
@@ -91,9 +91,9 @@ def same_on_every_rank(
         if torch.compiler.is_compiling():  # every collective would break the graph
             return torch.compiler.disable(call)(*args, group=group, **options)
         group, outer = process_group(group), len(_now.words)
-        _now.words += words(args, options)
         _now.before_exchange = True
         try:
+            _now.words += words(args, options)
             return loss(*args, group=group, **options)
         except Exception as error:
             if _now.before_exchange:
