@@ -19,7 +19,7 @@ def user_errors() -> Iterator[None]:
     except KeyboardInterrupt:
         sys.exit(128 + signal.SIGINT)
     except USER_ERRORS as error:
-        print(f"error: {reason(error)}", file=sys.stderr)
+        print(f"error: {shown(reason(error), 2000)}", file=sys.stderr)
         sys.exit(2)
     except FloatingPointError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -31,3 +31,9 @@ def reason(error: Exception) -> str:
     if isinstance(error, OSError) and error.errno is not None:
         return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
     return str(error)
+
+
+def shown(text: str, limit: int = 300) -> str:
+    """The text on one line, no more than `limit` characters of it: a caption may be a megabyte."""
+    cut = text if len(text) <= limit else text[: limit - 1] + "…"
+    return " ".join(cut.splitlines())

@@ -12,7 +12,9 @@ from pathlib import Path
 
 import torch
 
+from ito.cli import shown
 from ito.records import Record, Skipped, cpu_count, decode, open_shards
+from ito.tokenizer import LONGEST_TOKEN, Tokenizer
 
 
 @dataclass
@@ -100,7 +102,7 @@ def load_dataset(
     images, kept, unreadable = decode_all(records, image_size, workers)
     skipped += unreadable
     if not kept:
-        reasons = "; ".join(f"{where}: {reason}" for where, reason in skipped[:3])
+        reasons = "; ".join(shown(f"{where}: {reason}") for where, reason in skipped[:3])
         about = f"{len(skipped)} records skipped: {reasons}" if skipped else "it holds no record"
         raise ValueError(f"no usable picture in {path} ({about})")
 
@@ -177,5 +179,18 @@ def report_skipped(skipped: list[Skipped], limit: int = 10) -> str:
     if not skipped:
         return ""
     lines = [f"skipped {len(skipped)} records:"]
-    lines += [f"  {where}: {reason}" for where, reason in skipped[:limit]]
+    lines += [f"  {shown(f'{where}: {reason}')}" for where, reason in skipped[:limit]]
     return "\n".join(lines + ["  …"] * (len(skipped) > limit))
+
+
+def report_cut(captions: list[str], tokenizer: Tokenizer) -> str:
+    """How many captions lose their end, as they are longer than the context; nothing if none is."""
+    lengths, limit = tokenizer.lengths(captions), tokenizer.context_length
+    cut = sum(length > limit for length in lengths)
+    if not cut:
+        return ""
+    read = all(len(caption) <= limit * LONGEST_TOKEN for caption in captions)
+    return (
+        f"cut        {cut} of {len(captions)} captions, to their first {limit} tokens; "
+        f"the longest has {'' if read else 'at least '}{max(lengths)}"
+    )

@@ -14,7 +14,7 @@ from ito import probes
 from ito.augment import eval_transform
 from ito.cli import user_errors
 from ito.config import Config, add_options, from_options
-from ito.data import Dataset, report_skipped
+from ito.data import Dataset, report_cut, report_skipped
 from ito.encoders import DualEncoder
 from ito.files import write_text
 from ito.metrics import (
@@ -266,6 +266,9 @@ def main(arguments: list[str] | None = None) -> None:
         config, splits = choose_data(options)
         dataset = open_dataset(config, options.cache)
         print(report_skipped(dataset.skipped) or f"{len(dataset.images)} pictures")
+        captions = [caption for names in dataset.captions for caption in names]
+        if cut := report_cut(captions, encoder.tokenizer):
+            print(cut)
         scores = evaluate_fully(
             encoder.model,
             encoder.tokenizer,

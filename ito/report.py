@@ -17,7 +17,7 @@ import torch
 from PIL import Image
 
 from ito import charts
-from ito.cli import user_errors
+from ito.cli import shown, user_errors
 from ito.config import add_options
 from ito.data import Dataset
 from ito.evaluate import choose_data, embed_images, embed_texts
@@ -164,10 +164,11 @@ class View:
         self.rows = dataset.rows(split)
         self.items, self.item = dataset.image_item[self.rows].unique(return_inverse=True)
         self.pictures = dataset.images[self.rows]
-        self.names = [dataset.captions[n][0] for n in self.items.tolist()]
+        captions = [dataset.captions[n][0] for n in self.items.tolist()]
+        self.names = [shown(caption) for caption in captions]
         self.group = [dataset.group[n] for n in self.items.tolist()]
         self.images = embed_images(encoder.model, self.pictures)
-        self.texts = embed_texts(encoder.model, encoder.tokenizer(self.names))
+        self.texts = embed_texts(encoder.model, encoder.tokenizer(captions))
 
 
 def spaced(count: int, wanted: int) -> torch.Tensor:

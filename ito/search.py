@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
-from ito.cli import user_errors
+from ito.cli import shown, user_errors
 from ito.config import add_options
 from ito.data import Dataset
 from ito.evaluate import choose_data
@@ -22,6 +22,7 @@ from ito.files import undamaged, write_atomically
 from ito.source import open_dataset
 
 CELL, PICTURE, LINE = 120, 96, 16  # pixels of the contact sheet
+LONGEST_PATH = 4096  # Linux's PATH_MAX: a longer query is a text, whatever its end
 
 
 class Index:
@@ -52,8 +53,8 @@ class Index:
         return (queries @ self.embeddings.T).topk(min(k, len(self.embeddings)))
 
     def name(self, picture: int) -> str:
-        """The first caption of what the picture shows."""
-        return self.dataset.captions[int(self.dataset.image_item[picture])][0]
+        """The first caption of what the picture shows, as much of it as is shown."""
+        return shown(self.dataset.captions[int(self.dataset.image_item[picture])][0])
 
 
 def embed(encoder: Encoder, query: str) -> torch.Tensor:
@@ -62,7 +63,8 @@ def embed(encoder: Encoder, query: str) -> torch.Tensor:
     Raises ValueError naming a picture that does not exist or cannot be read.
     """
     # not Path.is_file, which raises where a text is too long for a file's name
-    if os.path.isfile(query) or Path(query).suffix.lower() in Image.registered_extensions():
+    named = os.path.isfile(query) or Path(query).suffix.lower() in Image.registered_extensions()
+    if named and len(query) <= LONGEST_PATH:
         try:
             return encoder.encode_image(query)
         except ValueError as error:
@@ -99,7 +101,7 @@ def contact_sheet(
 
     for row, query in enumerate(queries):
         top = row * height + LINE // 2
-        write(LINE, top, query, sheet.width - 2 * LINE, "black")
+        write(LINE, top, shown(query), sheet.width - 2 * LINE, "black")
         for column, picture in enumerate(found[row].tolist()):
             left = LINE + column * CELL
             pixels = index.dataset.images[picture].permute(1, 2, 0).numpy()
@@ -151,7 +153,7 @@ def main(arguments: list[str] | None = None) -> None:
         for query, values, pictures in zip(
             options.queries, scores.tolist(), found.tolist(), strict=True
         ):
-            print(query)
+            print(shown(query))
             for value, picture in zip(values, pictures, strict=True):
                 print(f"  {value:6.3f}  {index.name(picture):32} {index.dataset.files[picture]}")
         sheet = contact_sheet(index, options.queries, scores, found)

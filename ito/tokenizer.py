@@ -37,7 +37,9 @@ class Tokenizer:
         """Merges are learned from `captions`; the same captions give the same tokenizer.
 
         Of a caption no more than 256 characters a token are read, a word longer than 256 bytes is
-        learned from in pieces. Raises ValueError if `vocab_size` leaves no room for the 256 bytes and 3 special tokens,
+        learned from in pieces.
+
+        Raises ValueError if `vocab_size` leaves no room for the 256 bytes and 3 special tokens,
         if `context_length` is below 3, or without captions.
         """
         if vocab_size < 259:

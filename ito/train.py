@@ -22,7 +22,7 @@ from ito.checkpoint import checkpoints, load_checkpoint, save_checkpoint, saved_
 from ito.cli import user_errors
 from ito.compiled import choose_compile, compile_towers
 from ito.config import Config, add_options, from_options
-from ito.data import Dataset, report_skipped
+from ito.data import Dataset, report_cut, report_skipped
 from ito.evaluate import evaluate, table
 from ito.export import export, load
 from ito.files import undamaged, write_text
@@ -240,6 +240,7 @@ class Run:
         for name, value in machine.items():
             print(f"{name:10} {value}")
         pretrained = load(config.pretrained) if config.pretrained and not state else None
+        read = [caption for names in dataset.captions for caption in names]
         if state:
             with undamaged(folder / "model" / "tokenizer.json"):
                 self.tokenizer = saved_tokenizer(folder, state)
@@ -251,6 +252,9 @@ class Run:
         else:
             captions = training_captions(data, config.tokenizer_captions)
             self.tokenizer = Tokenizer.train(captions, config.vocab_size, config.context_length)
+            read += captions if config.stream else []
+        if cut := report_cut(read, self.tokenizer):
+            print(cut)
         self.trainer = Trainer(config, data, self.tokenizer, self.device, self.dtype, ranks)
         if self.compile:
             compile_towers(self.trainer.model, self.trainer.objective)

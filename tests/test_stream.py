@@ -401,7 +401,7 @@ def test_a_streamed_run_resumes_to_the_same_numbers(tmp_path, capsys):
                 fields = {"captions": [f"thing {n} of {folder}"], "split": split}
                 members += [(f"{n}.png", out.getvalue()), (f"{n}.json", json.dumps(fields))]
             if split and not shard:
-                members += [("bad.png", b"no picture"), ("bad.txt", "bad")]
+                members += [("bad.png", b"no picture"), ("bad.txt", "bad " * 20)]
                 members += [
                     ("held.png", out.getvalue()),
                     ("held.json", '{"caption": "h", "split": "test"}'),
@@ -418,6 +418,7 @@ def test_a_streamed_run_resumes_to_the_same_numbers(tmp_path, capsys):
     assert "a stream of 2 shards" in told
     assert "val: 8 pictures, 8 captions" in told
     assert "skipped 1 records:" in told
+    assert "cut        9 of 33 captions, to their first 8 tokens; the longest has 22\n" in told
     assert "0 records skipped; 1 of the stream" in (whole / "report.html").read_text()
     assert "compile    no: " in told
     assert re.search(r"compute +\d+\.\d% of a step", told)
