@@ -2,8 +2,11 @@
 
 import signal
 import sys
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+
+from PIL import Image
 
 USER_ERRORS = (ValueError, OSError, ImportError)
 
@@ -14,6 +17,7 @@ def user_errors() -> Iterator[None]:
 
     Ctrl-C ends with status 130, as a shell has it, and nothing more.
     """
+    warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # --max-pixels is our limit
     try:
         yield
     except KeyboardInterrupt:

@@ -23,7 +23,7 @@ from ito.cli import user_errors
 from ito.encoders import DualEncoder
 from ito.evaluate import embed_images, embed_texts
 from ito.files import naming, undamaged, write_atomically
-from ito.records import decode, square
+from ito.pictures import MAX_PIXELS, Refused, decode, square
 from ito.run import locked
 from ito.tokenizer import Tokenizer
 
@@ -89,8 +89,11 @@ def load_tensors(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
 class Encoder:
     """An exported model. Embeddings are unit rows, fp32, on the CPU: `image @ text.T` are cosines.
 
-    `model`, `tokenizer` and `step` (optimizer steps it was trained for) are public.
+    `model`, `tokenizer` and `step` (optimizer steps it was trained for) are public, and so is
+    `max_pixels`, above which a picture is refused.
     """
+
+    max_pixels = MAX_PIXELS
 
     def __init__(self, model: DualEncoder, tokenizer: Tokenizer, load_size: int, step: int):
         self.model, self.tokenizer, self.load_size, self.step = model, tokenizer, load_size, step
@@ -99,7 +102,7 @@ class Encoder:
         """Pictures to `(K, E)`: PIL images, paths, uint8 tensors (3, H, W), or one (K, 3, H, W).
 
         Each is seen as in training: its centred square, on white. Raises ValueError naming a
-        picture that cannot be read, or a tensor of another shape or dtype.
+        picture that cannot be read or is too large, or a tensor of another shape or dtype.
         """
         if isinstance(images, Image.Image | str | Path):
             images = [images]
@@ -125,13 +128,16 @@ class Encoder:
                     f"images[{number}] must be uint8 (3, H, W), "
                     f"got {picture.dtype} {tuple(picture.shape)}"
                 )
-            picture = Image.fromarray(picture.permute(1, 2, 0).cpu().numpy())
+            pixels = picture.permute(1, 2, 0).cpu().numpy()
+            return square(Image.fromarray(pixels), self.load_size, picture.numel())
         if isinstance(picture, Image.Image):
             try:
-                return square(picture, self.load_size)
+                return square(picture, self.load_size, self.max_pixels)
+            except Refused as error:
+                raise ValueError(f"images[{number}]: the picture {error}") from None
             except OSError as error:  # of a file that is read only now
                 raise ValueError(f"images[{number}]: unreadable picture: {error}") from None
-        pixels = decode(picture, self.load_size)
+        pixels = decode(Path(picture), self.load_size, self.max_pixels)
         if isinstance(pixels, str):
             raise ValueError(f"images[{number}]: {pixels}")
         return pixels

@@ -15,7 +15,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from ito.cli import shown, user_errors
 from ito.config import add_options
-from ito.data import Dataset
+from ito.data import Dataset, report_skipped
 from ito.evaluate import choose_data
 from ito.export import Encoder, checksum, load, load_tensors, save_tensors
 from ito.files import undamaged, write_atomically
@@ -144,8 +144,12 @@ def main(arguments: list[str] | None = None) -> None:
         options.split = None
         encoder = load(options.run)
         config, _ = choose_data(options)
+        encoder.max_pixels = config.max_pixels
         queries = [embed(encoder, query) for query in options.queries]
-        index = Index.open(options.run, encoder, open_dataset(config, options.cache))
+        dataset = open_dataset(config, options.cache)
+        if dataset.skipped:
+            print(report_skipped(dataset.skipped))
+        index = Index.open(options.run, encoder, dataset)
         if options.serve is not None:
             serve(index, options.serve)
             return

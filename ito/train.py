@@ -166,6 +166,7 @@ def open_data(
         rank=ranks.rank,
         world_size=ranks.size,
         workers=options.workers,
+        max_pixels=config.max_pixels,
     )
 
 
