@@ -15,8 +15,9 @@ from gpu_static_code import MATRIX, family, functions, loops, programs, run_tool
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from ito_kernels.similarity import triton_backward, triton_forward
-from ito_kernels.similarity.triton_tiles import ARCHS, Arch, Tile
+from ito_kernels.similarity.triton import backward as gradient_kernels
+from ito_kernels.similarity.triton import forward as statistics_kernels
+from ito_kernels.similarity.triton.tiles import ARCHS, Arch, Tile
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -74,12 +75,12 @@ def variants(arch: Arch, arithmetic: str) -> dict[str, tuple]:
     # in one pass: what a SigLIP loss with a learned scale and bias needs
     siglip = dict.fromkeys(("row_bias", "scale_sums", "row_sums", "softplus_sums"), fp32)
     hard = everything | {"POSITIVES": "lse", "HARDEST": True, "TRIANGLE": True}
-    statistics, panels = triton_forward.logsumexp_kernel, triton_backward.weights_kernel
+    statistics, panels = statistics_kernels.logsumexp_kernel, gradient_kernels.weights_kernel
     out = {
         "forward clip": (statistics, score, forward | {"pair_scores": fp32}),
         "forward ids": (statistics, by_ids, forward_ids | {"POSITIVES": "linear"}),
         "forward all": (statistics, by_ids, forward_ids | hard),
-        "softplus ids": (triton_forward.softplus_kernel, by_ids, forward_ids),
+        "softplus ids": (statistics_kernels.softplus_kernel, by_ids, forward_ids),
         "panel clip": (panels, w, panel | upstream | positive | {"scale_sums": fp32}),
         "panel all": (panels, by_ids, panel_ids | upstream | lse | everything | sums),
         "panel siglip": (panels, w, panel | softplus | siglip),
@@ -88,11 +89,11 @@ def variants(arch: Arch, arithmetic: str) -> dict[str, tuple]:
     for d in (64, 128) if gradient else ():
         fused = features(gradient, d) | {"grad": f"*{element}", "stride_grad": "i32"}
         out[f"gradient {d} clip"] = (
-            triton_backward.gradient_kernel, gradient,
+            gradient_kernels.gradient_kernel, gradient,
             fused | upstream | positive | {"scale_sums": fp32},
         )  # fmt: skip
         out[f"gradient {d} siglip"] = (
-            triton_backward.gradient_kernel,
+            gradient_kernels.gradient_kernel,
             gradient,
             fused | softplus | siglip,
         )

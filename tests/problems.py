@@ -243,6 +243,17 @@ def run_softplus(case: Case, t: dict, backend: str) -> Tensor:
     )
 
 
+def tensors(*structs) -> list[Tensor]:
+    """What statistics and gradients hold, side by side, without what was not asked for."""
+    out = []
+    for x in structs:
+        if isinstance(x, tuple):
+            out += tensors(*x)
+        elif x is not None:
+            out.append(x)
+    return out
+
+
 def weights(case: Case, truth: dict) -> dict[str, Tensor]:
     """A random linear functional of the outputs: upstream gradients, 0 at infinite outputs."""
     g = torch.Generator().manual_seed(1)

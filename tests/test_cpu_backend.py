@@ -11,16 +11,18 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from problems import CASES, Case, leaves, make
+from problems import CASES, Case, leaves, make, tensors
 from test_primitive import test_logsumexp as check_logsumexp
 from test_primitive import test_softplus as check_softplus
 from torch.nn.functional import normalize
 
 import ito_kernels as ik
-from ito_kernels.similarity import cpu, reference
-from ito_kernels.similarity.spec import Needs, Problem, Upstream
+from ito_kernels.similarity import dispatch
+from ito_kernels.similarity.cpu import instruction_sets
+from ito_kernels.similarity.spec import Needs, Problem, SideUpstream, Upstream
 
-ISAS = cpu.instruction_sets()
+cpu, reference = dispatch.load("cpu"), dispatch.load("reference")
+ISAS = instruction_sets()
 HALF_OR_SINGLE = [torch.float32, torch.bfloat16, torch.float16]
 
 pytestmark = pytest.mark.skipif(not ISAS, reason="installed without a C++ compiler")
@@ -82,19 +84,12 @@ def everything(problem: Problem, cache_bytes: int = 0) -> list[torch.Tensor]:
     stats = cpu.logsumexp_forward(problem, cache)
     u, v = torch.rand(problem.n), torch.rand(problem.m)
     upstream = Upstream(
-        *(
-            x if wanted else None
-            for x, wanted in (
-                (u, problem.rows),
-                (v, problem.cols),
-                (-u, problem.rows),
-                (-v, problem.cols),
-            )
-        )
+        SideUpstream(u, -u) if problem.rows else SideUpstream(),
+        SideUpstream(v, -v) if problem.cols else SideUpstream(),
     )
     needs = Needs(True, problem.b is not None, True)
     grads = cpu.logsumexp_backward(problem, stats, upstream, needs, cache)
-    return [x for x in (*stats, *grads) if x is not None]
+    return tensors(stats, grads)
 
 
 @pytest.mark.parametrize("count", [1, 2, 3])
@@ -122,8 +117,9 @@ def test_threads_may_change_between_forward_and_backward(threads):
     threads(3)
     stats = cpu.logsumexp_forward(problem, cache)
     threads(1)
-    ours = cpu.logsumexp_backward(problem, stats, Upstream(u, u, -u, -u), Needs(a=True), cache)
-    truth = reference.logsumexp_backward(problem, stats, Upstream(u, u, -u, -u), Needs(a=True))
+    upstream = Upstream(SideUpstream(u, -u), SideUpstream(u, -u))
+    ours = cpu.logsumexp_backward(problem, stats, upstream, Needs(a=True), cache)
+    truth = reference.logsumexp_backward(problem, stats, upstream, Needs(a=True))
     assert (ours.a - truth.a).abs().max() < 1e-5 * truth.a.abs().max()
 
 
@@ -188,15 +184,15 @@ def test_far_rows_and_columns(isa, monkeypatch):
         **{k: getattr(problem, k).double() for k in ("a", "b", "scale", "row_bias", "col_bias")}
     )
     stats, truth = cpu.logsumexp_forward(problem), reference.logsumexp_forward(exact)
-    for side in ("row", "col"):
-        ours = getattr(stats, f"{side}_max").double() + getattr(stats, f"{side}_logsum")
-        theirs = getattr(truth, f"{side}_max") + getattr(truth, f"{side}_logsum")
+    for side, true_side in zip(stats, truth, strict=True):
+        ours = side.max.double() + side.logsum
+        theirs = true_side.max + true_side.logsum
         assert (ours - theirs).abs().max() < 5e-4  # half an ulp of 700 is 3e-5
     u = torch.rand(300)
-    ours = cpu.logsumexp_backward(problem, stats, Upstream(u, u), Needs(True, True))
-    expected = reference.logsumexp_backward(
-        exact, truth, Upstream(u.double(), u.double()), Needs(True, True)
-    )
+    upstream = Upstream(SideUpstream(u), SideUpstream(u))
+    ours = cpu.logsumexp_backward(problem, stats, upstream, Needs(True, True))
+    upstream = Upstream(SideUpstream(u.double()), SideUpstream(u.double()))
+    expected = reference.logsumexp_backward(exact, truth, upstream, Needs(True, True))
     for x, y in zip(ours[:2], expected[:2], strict=True):
         assert (x - y).abs().max() < 1e-3 * y.abs().max()
 
@@ -213,13 +209,15 @@ def test_forward_and_backward_in_one_call(shape, positives, cache, threads):
         problem = problem._replace(b=None, exclude_self=True, row_ids=torch.arange(600) // 3)
         problem = problem._replace(col_ids=problem.row_ids)
     u, v, alpha, beta = torch.rand(4, 600)
-    upstream = Upstream(u, v, alpha, beta) if problem.cols else Upstream(u, None, alpha, None)
+    upstream = Upstream(
+        SideUpstream(u, alpha), SideUpstream(v, beta) if problem.cols else SideUpstream()
+    )
     needs = Needs(True, problem.b is not None, True)
     memory = torch.empty(cache, dtype=torch.uint8) if cache else None
     total, stats, grads = cpu.logsumexp_both(problem, True, upstream, needs, memory)
     expected = cpu.logsumexp_forward(problem)
-    for x, y in zip(stats, expected, strict=True):
-        assert (x is None and y is None) or torch.equal(x, y)
+    for x, y in zip(tensors(stats), tensors(expected), strict=True):
+        assert torch.equal(x, y)
     for x, y in zip(grads, cpu.logsumexp_backward(problem, expected, upstream, needs), strict=True):
         assert (x is None and y is None) or torch.equal(x, y)
     value = (u.double() * stats.row_logsum).sum() + (alpha.double() * stats.row_pos).sum()

@@ -9,8 +9,9 @@ import pytest
 import torch
 
 import ito_kernels as ik
-from ito_kernels.similarity import chunked, cpu, dispatch
+from ito_kernels.similarity import cpu, dispatch
 
+chunked = dispatch.load("chunked")
 X, Y = torch.randn(6, 3), torch.randn(6, 3)
 
 
@@ -18,13 +19,13 @@ X, Y = torch.randn(6, 3), torch.randn(6, 3)
 def ran(monkeypatch):
     """The names of the backends whose forward ran."""
     names = []
-    for name, module in dispatch.REGISTRY.items():
+    for name, backend in dispatch.REGISTRY.items():
 
-        def spy(problem, name=name, forward=module.logsumexp_forward):
+        def spy(problem, cache=None, name=name, forward=backend.logsumexp_forward):
             names.append(name)
-            return forward(problem)
+            return forward(problem, cache)
 
-        monkeypatch.setattr(module, "logsumexp_forward", spy)
+        monkeypatch.setattr(backend, "logsumexp_forward", spy)
     return names
 
 
@@ -73,7 +74,7 @@ def test_missing_kernels_are_told_once(monkeypatch):
     """Slow is not silent: the first call that the native kernels would have taken says so."""
     monkeypatch.setattr(cpu, "MISSING", "no compiler")
     monkeypatch.setattr(cpu, "_native", None)
-    dispatch._warn_of_slow_kernels.cache_clear()
+    dispatch._warn_once.cache_clear()
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         ik.clip_loss(X.double(), Y.double(), 1.0)  # never theirs
@@ -83,7 +84,7 @@ def test_missing_kernels_are_told_once(monkeypatch):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         ik.clip_loss(X, Y, 1.0)
-    dispatch._warn_of_slow_kernels.cache_clear()
+    dispatch._warn_once.cache_clear()
 
 
 def test_use_backend_ends_with_its_block():

@@ -16,10 +16,10 @@ import pytest
 import test_primitive
 import torch
 from gpu_kernels import BF16, FP16, FP32, spread
-from problems import OPTIONS, Case, dense, gradients, leaves, make, run, run_softplus
+from problems import OPTIONS, Case, dense, gradients, leaves, make, run, run_softplus, tensors
 
 from ito_kernels import similarity_logsumexp
-from ito_kernels.similarity import cuda, dispatch
+from ito_kernels.similarity import cuda, dispatch, gpu
 from ito_kernels.similarity.spec import Problem
 
 ROOT = Path(__file__).parent.parent
@@ -34,7 +34,7 @@ def backward(request, monkeypatch):
     """Both shapes of backward for half precision; panels so small that there are several."""
     if request.param == "panels":
         monkeypatch.setattr(simt, "_fused", lambda problem: False, raising=False)
-        monkeypatch.setattr(cuda, "PANEL_BYTES", 1)
+        monkeypatch.setattr(gpu, "PANEL_BYTES", 1)
     return request.param
 
 
@@ -42,7 +42,7 @@ def backward(request, monkeypatch):
 def launched(monkeypatch):
     """The kernels that ran, with their structs, and the matrix products, as "product"."""
     calls = []
-    run_kernel, accumulate = simt._run, cuda.accumulate
+    run_kernel, accumulate = simt._run, gpu.accumulate
 
     def spy(kernel, struct, like):
         calls.append((kernel, struct))
@@ -50,7 +50,7 @@ def launched(monkeypatch):
 
     monkeypatch.setattr(simt, "_run", spy, raising=False)
     monkeypatch.setattr(
-        cuda, "accumulate", lambda *args: calls.append(("product", None)) or accumulate(*args)
+        gpu, "accumulate", lambda *args: calls.append(("product", None)) or accumulate(*args)
     )
     return calls
 
@@ -176,7 +176,7 @@ def test_order_of_warps_changes_nothing():
         t = leaves(make(OPTIONS[0], BF16))
         stats = run(OPTIONS[0], t, "simt")
         grads = gradients((stats.row_logsum - stats.row_pos).sum() + stats.col_logsum.sum(), t)
-        results.append([*stats, *grads.values()])
+        results.append(tensors(stats, tuple(grads.values())))
     native.set_seed(0)
     for other in results[1:]:
         assert all(torch.equal(x, y) for x, y in zip(results[0], other, strict=True))
@@ -240,7 +240,7 @@ def test_a_frozen_side_costs_no_product(backward, launched):
 
 
 def test_half_the_tiles_of_a_symmetric_problem(launched, monkeypatch):
-    monkeypatch.setattr(cuda, "PANEL_BYTES", 1)
+    monkeypatch.setattr(gpu, "PANEL_BYTES", 1)
     visits = {}
     for same in (True, False):
         case = Case(640, 640, 8, same=same, exclude_self=True, ids="groups", positives="linear")
@@ -263,7 +263,7 @@ def test_half_the_tiles_of_a_symmetric_problem(launched, monkeypatch):
 def test_every_tile_once_and_little_memory():
     for tiles in ((1, 1), (512, 512), (8192, 8192), (512, 2048), (8, 8192), (7, 5)):
         for triangle in {False, tiles[0] == tiles[1]}:
-            s = cuda._split(*tiles, 132, triangle)
+            s = gpu.split(*tiles, 1, 1, 132, triangle)
             assert s.row_tiles * s.row_groups >= tiles[0] > s.row_tiles * (s.row_groups - 1)
             assert s.col_tiles * s.col_groups >= tiles[1] > s.col_tiles * (s.col_groups - 1)
             if min(tiles) >= 512:
@@ -390,4 +390,4 @@ def test_never_chosen_automatically():
     assert os.environ.get("ITO_BACKEND", "") == ""
     for dtype in (FP32, BF16, FP16):
         x = a.to(dtype)
-        assert dispatch.choose(Problem(x, x, torch.tensor(1.0))) not in ("simt", "cuda")
+        assert dispatch.choose(Problem(x, x, torch.tensor(1.0))).name not in ("simt", "cuda")

@@ -31,13 +31,16 @@ from problems import (
     make,
     run,
     run_softplus,
+    tensors,
 )
 
-import ito_kernels.similarity.triton as backend
 from ito_kernels import similarity_softplus
-from ito_kernels.similarity import chunked, dispatch, reference, triton_tiles
-from ito_kernels.similarity.spec import Needs, Problem, Upstream
+from ito_kernels.similarity import dispatch, gpu
+from ito_kernels.similarity.spec import Needs, Problem, SideUpstream, Upstream
+from ito_kernels.similarity.triton import host
+from ito_kernels.similarity.triton import tiles as triton_tiles
 
+backend, reference = dispatch.load("triton"), dispatch.load("reference")
 SMALL = triton_tiles.Tile(32, 32, 32, 4, 1)
 MEDIUM = triton_tiles.Tile(64, 64, 32, 4, 1)
 
@@ -54,7 +57,7 @@ def backward(request, monkeypatch):
     """Both shapes of backward; panels small enough that there are several each way."""
     if request.param == "panels":
         monkeypatch.setattr(triton_tiles, "FUSED_D", 0)
-        monkeypatch.setattr(backend, "PANEL_BYTES", 1)
+        monkeypatch.setattr(gpu, "PANEL_BYTES", 1)
     return request.param
 
 
@@ -127,7 +130,7 @@ def test_limits_spare_positives_that_are_not_asked_for(backward, monkeypatch):
     needs = Needs(True, True, True, False, False)
     stats = backend.logsumexp_forward(p)
     expected = reference.logsumexp_forward(law)
-    softmax = Upstream(u, v)
+    softmax = Upstream(SideUpstream(u), SideUpstream(v))
     pairs = [
         (stats, expected),
         ((backend.softplus_forward(p),), (reference.softplus_forward(law),)),
@@ -138,10 +141,8 @@ def test_limits_spare_positives_that_are_not_asked_for(backward, monkeypatch):
         (backend.softplus_backward(p, u, needs), reference.softplus_backward(law, u, needs)),
     ]
     for ours, truth in pairs:
-        for x, y in zip(ours, truth, strict=True):
-            assert (x is None) == (y is None)
-            if x is not None:
-                torch.testing.assert_close(x.double(), y, rtol=1e-5, atol=1e-5)
+        for x, y in zip(tensors(*ours), tensors(*truth), strict=True):
+            torch.testing.assert_close(x.double(), y, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("scale", [0.01, 200.0])
@@ -186,23 +187,22 @@ def test_nothing_outside_is_read_or_written(case, tma, backward, monkeypatch):
 def launched(monkeypatch):
     """The kernels that ran and their number of programs."""
     calls = []
-    launch = backend._launch
+    launch = host._launch
 
-    def spy(kernel, programs, **arguments):
+    def spy(kernel, programs, *structs):
+        arguments = {name: x for struct in structs for name, x in struct._asdict().items()}
         calls.append((kernel.__name__, programs, arguments))
-        return launch(kernel, programs, **arguments)
+        return launch(kernel, programs, *structs)
 
-    monkeypatch.setattr(backend, "_launch", spy)
+    monkeypatch.setattr(host, "_launch", spy)
     return calls
 
 
 @pytest.fixture
 def products(monkeypatch):
     calls = []
-    accumulate = backend.accumulate
-    monkeypatch.setattr(
-        backend, "accumulate", lambda *args: calls.append(args) or accumulate(*args)
-    )
+    accumulate = gpu.accumulate
+    monkeypatch.setattr(gpu, "accumulate", lambda *args: calls.append(args) or accumulate(*args))
     return calls
 
 
@@ -268,7 +268,7 @@ def test_sigmoid_in_one_pass(case, dtype, names, backward, launched, products, m
 
     assert len(launched) == len(ran), "backward computed scores"
     if backward == "fused":
-        sides = 1 + ("b" in ours or "col_bias" in ours or (case.same and not backend.is_symmetric(
+        sides = 1 + ("b" in ours or "col_bias" in ours or (case.same and not gpu.is_symmetric(
             Problem(**(t | {"b": None})))))  # fmt: skip
         assert ran == ["gradient_kernel"] * sides
     elif not (case.same and t["scale"].ndim == 0):
@@ -278,7 +278,7 @@ def test_sigmoid_in_one_pass(case, dtype, names, backward, launched, products, m
 
 def test_half_the_tiles_of_a_symmetric_problem(launched, monkeypatch):
     monkeypatch.setattr(triton_tiles, "FUSED_D", 0)
-    monkeypatch.setattr(backend, "PANEL_BYTES", 1)
+    monkeypatch.setattr(gpu, "PANEL_BYTES", 1)
     tiles(monkeypatch, tile=MEDIUM)
     visits = {}
     for same in (True, False):
@@ -303,7 +303,7 @@ def test_memory_of_the_column_statistics():
     tile = triton_tiles.Tile(128, 128, 64, 8, 3)
     for n, m in ((65536, 65536), (1 << 20, 1 << 20), (65536, 262144), (1000, 1 << 20)):
         for triangle in {False, n == m}:
-            split = triton_tiles.split(n, m, tile, 132, triangle)
+            split = gpu.split(n, m, tile.m, tile.n, 132, triangle)
             assert split.row_tiles * split.row_groups * tile.m >= n
             assert split.col_tiles * split.col_groups * tile.n >= m
             if n >= 65536:
@@ -357,7 +357,7 @@ def test_supports_and_describe():
 def test_autotuning(backward, launched, monkeypatch):
     """Off by default; once for sizes up to the next power of two; the choice runs and is named."""
     tiles(monkeypatch, tile=MEDIUM)
-    monkeypatch.setattr(backend, "_TUNED", {})
+    monkeypatch.setattr(host, "_TUNED", {})
     trials = []
 
     def milliseconds(run):
@@ -365,10 +365,10 @@ def test_autotuning(backward, launched, monkeypatch):
         *_, (_, _, arguments) = (x for x in launched if x[0] != "merge_kernel")
         trials.append(tuple(arguments[x] for x in ("BLOCK_M", "BLOCK_N", "num_warps")))
         if trials[-1] == (64, 64, 4):
-            raise backend.OutOfResources(1, 0, "shared memory")
+            raise host.OutOfResources(1, 0, "shared memory")
         return {(64, 32, 4): 1.0}.get(trials[-1], 2.0)
 
-    monkeypatch.setattr(backend, "_milliseconds", milliseconds)
+    monkeypatch.setattr(host, "_milliseconds", milliseconds)
 
     def step(n: int) -> tuple[torch.Tensor, str]:
         case = Case(n, 100, 24, positives="linear")
@@ -397,13 +397,13 @@ def test_fp32_follows_the_matmul_precision():
     try:
         for mode, expected in (("highest", "ieee"), ("high", "tf32x3"), ("medium", "tf32")):
             torch.set_float32_matmul_precision(mode)
-            assert backend._arithmetic(FP32) == expected
-            assert backend._arithmetic(BF16) == "half"
+            assert host._arithmetic(FP32) == expected
+            assert host._arithmetic(BF16) == "half"
     finally:
         torch.set_float32_matmul_precision(before)
 
 
 def test_cpu_tensors_never_choose_the_interpreter():
     a = torch.randn(4, 8)
-    assert dispatch.choose(Problem(a, a, torch.tensor(1.0))) != "triton"
-    assert chunked.supports(Problem(a, a, torch.tensor(1.0)))[0]
+    assert dispatch.choose(Problem(a, a, torch.tensor(1.0))).name != "triton"
+    assert dispatch.load("chunked").supports(Problem(a, a, torch.tensor(1.0)))[0]

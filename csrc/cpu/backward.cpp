@@ -36,8 +36,8 @@ void Call::SideVectors::reserve(int64_t n) {
 }
 
 // Where nothing is allowed the factor is 0 and logsum +inf: every exponential of it is 0.
-void Call::fill(SideVectors& out, const SideStats& stats, const float* u, const float* alpha,
-                int64_t n) {
+void Call::fill(SideVectors& out, const SideStats& stats, const SideUpstream& up, int64_t n) {
+  const float *const u = up.logsum, *const alpha = up.pos;
   if (!u && !alpha) return;
   const auto make = [n](std::vector<float>& v, float beyond) { v.assign(n + kSlack, beyond); };
   make(out.shift, 0);
@@ -67,7 +67,9 @@ void Call::symmetric_sides(const Stats& stats, const Upstream& up, SideVectors& 
     return out.data();
   };
   std::vector<float> u, alpha;
-  fill(row, p_.rows ? stats.row : stats.col, sum(up.u, up.v, u), sum(up.alpha, up.beta, alpha), n);
+  const SideUpstream both = {sum(up.row.logsum, up.col.logsum, u),
+                             sum(up.row.pos, up.col.pos, alpha)};
+  fill(row, p_.rows ? stats.row : stats.col, both, n);
   col = row;
 }
 
@@ -158,8 +160,8 @@ void Call::backward(const Stats& stats, const Upstream& up, TileCache cache, boo
   if (!one_pass && plan_.half) {
     symmetric_sides(stats, up, row_side, col_side);
   } else if (!one_pass) {
-    if (p_.rows) fill(row_side, stats.row, up.u, up.alpha, p_.a.rows);
-    if (p_.cols) fill(col_side, stats.col, up.v, up.beta, p_.b.rows);
+    if (p_.rows) fill(row_side, stats.row, up.row, p_.a.rows);
+    if (p_.cols) fill(col_side, stats.col, up.col, p_.b.rows);
   }
   open_cache(cache, one_pass, one_pass);
   start_gradients();
@@ -175,7 +177,8 @@ void Call::backward(const Stats& stats, const Upstream& up, TileCache cache, boo
         const SideStats& s = stats.row;
         fill(lane.own,
              {s.max + first, s.logsum + first, s.pos ? s.pos + first : nullptr, nullptr},
-             up.u ? up.u + first : nullptr, up.alpha ? up.alpha + first : nullptr,
+             {up.row.logsum ? up.row.logsum + first : nullptr,
+              up.row.pos ? up.row.pos + first : nullptr},
              plan_.rows.size(row));
       }
       for (int64_t at = 0; at < plan_.steps(row); ++at) {
@@ -238,8 +241,8 @@ void Call::softplus(float* loss, const float* u) {
 void logsumexp_backward(const Problem& p, const Stats& stats, const Upstream& up,
                         const Grads& grads, TileCache cache, const Run& run) {
   Call::Wants wants;
-  wants.keys = p.row_ids || p.exclude_self || p.exclude_positives || p.row_limit || up.alpha ||
-               up.beta;
+  wants.keys = p.row_ids || p.exclude_self || p.exclude_positives || p.row_limit || up.row.pos ||
+               up.col.pos;
   wants.gradients = true;
   wants.symmetry = true;
   Call(p, run, wants, grads).backward(stats, up, cache, false);
@@ -268,8 +271,8 @@ void logsumexp_both(const Problem& p, Stats stats, const Upstream& up, const Gra
   if (!one_pass) call.forward(stats, cache);
   call.backward(stats, up, cache, one_pass);
   *total = static_cast<float>(
-      weighted(up.u, stats.row.logsum, n) + weighted(up.alpha, stats.row.pos, n) +
-      weighted(up.v, stats.col.logsum, m) + weighted(up.beta, stats.col.pos, m));
+      weighted(up.row.logsum, stats.row.logsum, n) + weighted(up.row.pos, stats.row.pos, n) +
+      weighted(up.col.logsum, stats.col.logsum, m) + weighted(up.col.pos, stats.col.pos, m));
 }
 
 void softplus(const Problem& p, float* loss, const float* u, const Grads& grads, const Run& run) {

@@ -1,5 +1,5 @@
-// The Python face of the CPU engine: structs of addresses and sizes. Tensors are checked and kept
-// alive by the caller, ito_kernels/similarity/cpu.py.
+// The Python face of the CPU engine: structs of tensors and numbers. Tensors are checked by the
+// caller, ito_kernels/similarity/cpu.py, and live as long as the tuples that they come in.
 #include "cpu/bind.hpp"
 
 #include <pybind11/stl.h>
@@ -14,7 +14,7 @@ namespace py = pybind11;
 namespace ito::cpu {
 namespace {
 
-// In the order of _fields() of cpu.py.
+// In the order of `_fields` of cpu.py.
 Problem problem(const py::tuple& values) {
   Fields f(values);
   Problem p;
@@ -47,16 +47,22 @@ Problem problem(const py::tuple& values) {
 Stats stats(const py::tuple& values) {
   Fields f(values);
   Stats s;
-  for (SideStats* side : {&s.row, &s.col})
+  for (SideStats* side : {&s.row, &s.col}) {
+    Fields of_side = f.inner();
+    if (of_side.done()) continue;  // not wanted
     for (float** x : {&side->max, &side->logsum, &side->pos, &side->neg_max})
-      *x = f.pointer<float>();
+      *x = of_side.pointer<float>();
+  }
   return s;
 }
 
 Upstream upstream(const py::tuple& values) {
   Fields f(values);
   Upstream up;
-  for (const float** x : {&up.u, &up.v, &up.alpha, &up.beta}) *x = f.pointer<const float>();
+  for (SideUpstream* side : {&up.row, &up.col}) {
+    Fields of_side = f.inner();
+    for (const float** x : {&side->logsum, &side->pos}) *x = of_side.pointer<const float>();
+  }
   return up;
 }
 
@@ -69,12 +75,16 @@ Grads grads(const py::tuple& values) {
   return g;
 }
 
-TileCache cache(const py::tuple& values) {  // (address, bytes)
+TileCache cache(const py::tuple& values) {  // (memory, bytes)
   Fields f(values);
   TileCache c;
   c.data = f.pointer<void>();
   c.bytes = f.number();
   return c;
+}
+
+float* vector(const py::tuple& values) {  // (tensor,)
+  return Fields(values).pointer<float>();
 }
 
 Run run(const std::string& isa, int threads, const Problem& p) {
@@ -109,23 +119,26 @@ void bind(py::module_& m) {
     logsumexp_backward(p, statistics, up, out, kept, how);
   });
   m.def("cpu_both", [](const py::tuple& f, const py::tuple& s, const py::tuple& u,
-                       const py::tuple& g, uintptr_t total, const py::tuple& c, Isa isa, int n) {
+                       const py::tuple& g, const py::tuple& total, const py::tuple& c,
+                       Isa isa, int n) {
     const Problem p = problem(f);
     const Stats statistics = stats(s);
     const Upstream up = upstream(u);
     const Grads out = grads(g);
     const TileCache kept = cache(c);
+    float* const sum = vector(total);
     const Run how = run(isa, n, p);
     const py::gil_scoped_release release;
-    logsumexp_both(p, statistics, up, out, reinterpret_cast<float*>(total), kept, how);
+    logsumexp_both(p, statistics, up, out, sum, kept, how);
   });
-  m.def("cpu_softplus", [](const py::tuple& f, uintptr_t loss, uintptr_t u, const py::tuple& g,
-                           Isa isa, int n) {
+  m.def("cpu_softplus", [](const py::tuple& f, const py::tuple& loss, const py::tuple& u,
+                           const py::tuple& g, Isa isa, int n) {
     const Problem p = problem(f);
     const Grads out = grads(g);
+    float *const sums = vector(loss), *const upstream = vector(u);
     const Run how = run(isa, n, p);
     const py::gil_scoped_release release;
-    softplus(p, reinterpret_cast<float*>(loss), reinterpret_cast<const float*>(u), out, how);
+    softplus(p, sums, upstream, out, how);
   });
   m.def("cpu_describe", [](const py::tuple& f, Isa isa, int n) {
     const Problem p = problem(f);

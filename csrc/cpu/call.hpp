@@ -71,7 +71,7 @@ class Call {
   bool any_sums() const { return grads_.scale || grads_.row_bias || grads_.col_bias; }
   bool row_products() const { return grads_.a; }
   bool col_products() const { return grads_.b || (grads_.a && p_.self); }
-  static void fill(SideVectors&, const SideStats&, const float* u, const float* alpha, int64_t n);
+  static void fill(SideVectors&, const SideStats&, const SideUpstream&, int64_t n);
   void symmetric_sides(const Stats&, const Upstream&, SideVectors& row, SideVectors& col) const;
   void start_gradients();
   void start_row_gradients(int64_t row);

@@ -38,8 +38,13 @@ struct Stats {
   SideStats row, col;
 };
 
+// What arrives at one side's logsum and pos.
+struct SideUpstream {
+  const float *logsum = nullptr, *pos = nullptr;
+};
+
 struct Upstream {
-  const float *u = nullptr, *v = nullptr, *alpha = nullptr, *beta = nullptr;
+  SideUpstream row, col;
 };
 
 // Gradients, null where not wanted. a and b are dense, in the dtype of the features.

@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterator
 from copy import copy
 from functools import wraps
 from itertools import pairwise
-from types import ModuleType
 
 import torch
 import torch.distributed as dist
@@ -14,7 +13,8 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
 from ..similarity import dispatch, op
-from ..similarity.spec import Needs, Problem, Stats, Upstream, make_problem
+from ..similarity.backend import Backend, weighted_sum
+from ..similarity.spec import Needs, Problem, SideUpstream, Stats, Upstream, make_problem
 from .agreement import described, exchanged_sizes
 from .chunks import Chunk, Transport, flat, gather_cache_bytes
 from .collectives import (
@@ -252,16 +252,12 @@ class GlobalBatch:
             hardest=hardest,
         )
         out = iter(Logsumexp.apply(self, module, needs, *arguments))
-        side = (True, True, positives is not None, hardest)
-        wanted = (wanted and x for wanted in (rows, cols) for x in side)
-        stats = Stats(*(next(out) if x else None for x in wanted))
+        stats = op.present_stats(Problem(*arguments), out)
         if row_weights is None and col_weights is None:
             return stats
-        (u, alpha), (v, beta) = row_weights or (None, None), col_weights or (None, None)
-        total = self.sum(op.weighted_sum(stats, Upstream(u, v, alpha, beta)))
-        if not return_stats:
-            return total
-        return total, Stats(*(None if x is None else x.detach() for x in stats))
+        weights = Upstream(*(SideUpstream(*(x or ())) for x in (row_weights, col_weights)))
+        total = self.sum(weighted_sum(stats, weights))
+        return (total, op.detached(stats)) if return_stats else total
 
     @not_compiled
     def similarity_softplus(
@@ -287,13 +283,13 @@ class GlobalBatch:
 
     def _prepare(
         self, a: Tensor, b: Tensor, scale: float | Tensor, backend: str | None, **what
-    ) -> tuple[Needs, ModuleType, tuple]:
+    ) -> tuple[Needs, Backend, tuple]:
         """The gradients that are wanted, the backend, and a Problem's fields; b is never None."""
         problem = make_problem(a, b, scale, **what)
-        module = dispatch.load(dispatch.choose(problem, backend))
+        module = dispatch.choose(problem, backend)
         problem = problem._replace(b=problem.a if problem.b is None else problem.b)
         live = torch.is_grad_enabled()
-        needs = Needs(*(live and x is not None and x.requires_grad for x in problem[:5]))
+        needs = Needs(*(live and x is not None and x.requires_grad for x in problem.inputs))
         return needs, module, tuple(problem)
 
     def gather(self, what: str, x: Tensor, length: int, fill: float = 0) -> Tensor:

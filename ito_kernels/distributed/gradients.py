@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
-from types import ModuleType
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from ..similarity import op
-from ..similarity.spec import Grads, Needs, Problem, Stats, Upstream, accumulate_dtype
+from ..similarity.backend import Backend
+from ..similarity.spec import (
+    Grads,
+    Needs,
+    Problem,
+    SideStats,
+    SideUpstream,
+    Stats,
+    Upstream,
+    accumulate_dtype,
+)
 from .chunks import Chunk, Kept, flat
 from .collectives import Started, all_reduce, completed, gathered_sizes, reduce_scatter
 from .statistics import Columns, Side, count_pairs
@@ -67,7 +76,7 @@ class Logsumexp(torch.autograd.Function):
     """Problem fields of this rank's rows and keys to the statistics of both, those wanted."""
 
     @staticmethod
-    def forward(ctx, whole: GlobalBatch, module: ModuleType, needs: Needs, *fields):
+    def forward(ctx, whole: GlobalBatch, module: Backend, needs: Needs, *fields):
         problem = Problem(*(x.detach() if isinstance(x, Tensor) else x for x in fields))
         if problem.col_bias is not None:
             bias = whole.gather("key biases", problem.col_bias, whole.most_keys)
@@ -81,21 +90,21 @@ class Logsumexp(torch.autograd.Function):
                     stats = module.logsumexp_forward(block)
                 counts = count_pairs(block) if problem.positives == "linear" else (None, None)
                 if problem.rows:
-                    row = Side(*stats[:4], counts[0])
+                    row = Side(*stats.row, counts[0])
                     rows = row if rows is None else rows.merged(row)
                 if problem.cols:
-                    cols.add(chunk, at, Side(*stats[4:], counts[1]))
-        out = [*(rows[:4] if problem.rows else (None,) * 4)]
-        if problem.cols:
-            out += cols.exchanged()[:4]
+                    cols.add(chunk, at, Side(*stats.col, counts[1]))
+        stats = Stats(
+            rows.stats if problem.rows else None,
+            cols.exchanged().stats if problem.cols else None,
+        )
         ctx.whole, ctx.module, ctx.needs, ctx.kept = whole, module, needs, kept.chunks
-        ctx.flags = problem[7:]
+        ctx.options = problem.options
         ctx.set_materialize_grads(False)
-        ctx.present = [x is not None for x in out]
-        constant = [x for i, x in enumerate(out) if x is not None and i % 4 in (0, 3)]  # maxima
-        ctx.mark_non_differentiable(*constant)
-        out = [x for x in out if x is not None]
-        ctx.save_for_backward(*problem[:7], *out)
+        maxima = (stats.row_max, stats.row_neg_max, stats.col_max, stats.col_neg_max)
+        ctx.mark_non_differentiable(*op.present(*maxima))
+        out = op.present(*(x for side in stats if side for x in side))
+        ctx.save_for_backward(*problem.tensors, *out)
         return tuple(out)
 
     @staticmethod
@@ -106,12 +115,12 @@ class Logsumexp(torch.autograd.Function):
         nothing = (None,) * (len(Problem._fields) + 3)
         if all(x is None for x in arrived):
             return nothing
-        problem = op.saved_problem(*ctx.saved_tensors[:7], *ctx.flags)
-        stats = _unpacked(ctx.saved_tensors[7:], ctx.present)
-        grads = _unpacked(arrived, ctx.present)
+        problem, out = op.saved_problem(ctx.saved_tensors, ctx.options)
+        stats, grads = (op.present_stats(problem, iter(x)) for x in (out, arrived))
+        upstream = op.upstream_of(grads)
         # of the columns: what backward needs, of everyone
-        sent = (stats.col_max, stats.col_logsum, stats.col_pos, grads.col_logsum, grads.col_pos)
-        problem = problem._replace(cols=any(x is not None for x in sent[3:]))
+        sent = (stats.col_max, stats.col_logsum, stats.col_pos, *upstream.col)
+        problem = problem._replace(cols=any(x is not None for x in upstream.col))
         if problem.cols:
             packed = torch.stack([x for x in sent if x is not None])
             columns = whole.gather("column statistics", packed, whole.most_keys)
@@ -122,21 +131,18 @@ class Logsumexp(torch.autograd.Function):
                 vectors = (flat(own[:, i]) for i in range(own.shape[1]))
                 everyone = [None if x is None else next(vectors) for x in sent]
             for at, block in whole.blocks(problem, chunk):
-                cols = (None,) * 5
+                block_stats, block_upstream = Stats(stats.row), Upstream(upstream.row)
                 if problem.cols:
-                    cols = [None if x is None else x[at] for x in everyone]
-                top, logsum, pos, v, beta = cols
-                upstream = Upstream(grads.row_logsum, v, grads.row_pos, beta)
-                block_stats = Stats(*stats[:4], top, logsum, pos)
+                    own = [None if x is None else x[at] for x in everyone]
+                    top, logsum, pos, *grad = own
+                    block_stats = block_stats._replace(col=SideStats(top, logsum, pos))
+                    block_upstream = block_upstream._replace(col=SideUpstream(*grad))
                 with torch.autocast(block.a.device.type, enabled=False):
-                    walk.add(ctx.module.logsumexp_backward(block, block_stats, upstream, needs))
+                    walk.add(
+                        ctx.module.logsumexp_backward(block, block_stats, block_upstream, needs)
+                    )
             walk.send(chunk)
         return (None,) * 3 + walk.result() + nothing[8:]
-
-
-def _unpacked(tensors: tuple, present: list[bool]) -> Stats:
-    tensors = iter(tensors)
-    return Stats(*(next(tensors) if x else None for x in present))
 
 
 class Softplus(torch.autograd.Function):
@@ -146,7 +152,7 @@ class Softplus(torch.autograd.Function):
     def forward(
         ctx,
         whole: GlobalBatch,
-        module: ModuleType,
+        module: Backend,
         needs: Needs,
         weights: Tensor | None,
         *fields,
@@ -163,21 +169,18 @@ class Softplus(torch.autograd.Function):
                 with torch.autocast(block.a.device.type, enabled=False):
                     if not early:
                         rows += module.softplus_forward(block)
-                    elif hasattr(module, "softplus_both"):
+                    else:
                         more, grads = module.softplus_both(block, weights, needs)
                         rows += more
                         walk.add(grads)
-                    else:
-                        rows += module.softplus_forward(block)
-                        walk.add(module.softplus_backward(block, weights, needs))
             if early:
                 walk.send(chunk)
         ctx.whole, ctx.module, ctx.needs, ctx.kept = whole, module, needs, kept.chunks
-        ctx.flags, ctx.early = problem[7:], early
+        ctx.options, ctx.early = problem.options, early
         if early:
             ctx.save_for_backward(*walk.result())
         else:
-            ctx.save_for_backward(*problem[:7], weights)
+            ctx.save_for_backward(*problem.tensors, weights)
         return rows if weights is None else (rows * weights).sum()
 
     @staticmethod
@@ -188,8 +191,7 @@ class Softplus(torch.autograd.Function):
         if ctx.early:
             grads = (None if x is None else x * arrived for x in ctx.saved_tensors)
             return *(None,) * 4, *grads, *nothing
-        *fields, weights = ctx.saved_tensors
-        problem = op.saved_problem(*fields, *ctx.flags)
+        problem, (weights,) = op.saved_problem(ctx.saved_tensors, ctx.options)
         u = arrived if weights is None else arrived * weights
         walk = _Gradients(ctx.whole, problem, ctx.needs)
         for chunk in ctx.whole.transport.walk(problem.b, ctx.kept):

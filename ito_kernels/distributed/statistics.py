@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..similarity.pairs import count_positives, finite_shift
-from ..similarity.spec import Problem
+from ..similarity.spec import Problem, SideStats
 from .chunks import Chunk
 from .collectives import Started, all_to_all
 
@@ -17,13 +17,17 @@ if TYPE_CHECKING:
 
 
 class Side(NamedTuple):
-    """As in `Stats`; count: the number of positives, where `pos` is a sum relative to `max`."""
+    """As `SideStats`; count: the number of positives, where `pos` is a sum relative to `max`."""
 
     max: Tensor
     logsum: Tensor
     pos: Tensor | None
     neg_max: Tensor | None
     count: Tensor | None
+
+    @property
+    def stats(self) -> SideStats:
+        return SideStats(self.max, self.logsum, self.pos, self.neg_max)
 
     def merged(self, other: Side) -> Side:
         top = torch.maximum(self.max, other.max)

@@ -7,28 +7,18 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..distributed import GlobalBatch, LocalBatch, check_chunk_size, whole_batch
 from ..similarity.pairs import count_positives, features, finite_shift
-from ..similarity.spec import Problem, Stats, check_ids, check_pair, check_scale
+from ..similarity.spec import Problem, SideStats, Stats, check_ids, check_pair, check_scale
 from .common import check_flags
 from .panels import barred_by, log_sums, sums_of_rest
 from .precision import accumulated, as_autocast, inner
 
 OTHER = {"row": "col", "col": "row"}
-
-
-class Direction(NamedTuple):
-    """The statistics of one direction, as in `Stats`."""
-
-    max: Tensor
-    logsum: Tensor
-    pos: Tensor | None
-    neg_max: Tensor | None
 
 
 @dataclass
@@ -80,7 +70,7 @@ class Batch:
     def bias(self, side: str) -> Tensor | None:
         return self.key_bias if side == "row" else None
 
-    def statistics(self, power: float = 1.0, **what) -> dict[str, Direction]:
+    def statistics(self, power: float = 1.0, **what) -> dict[str, SideStats]:
         """Of power·S, for each direction."""
         call = partial(self.logsumexp, power, **what)
         if self.key_bias is None and self.row_limit is None:
@@ -89,12 +79,12 @@ class Batch:
             bias = None if self.key_bias is None else power * self.key_bias
             stats = call(cols=False, col_bias=bias, row_limit=self.row_limit)
             if self.symmetric and self.col_limit is None:
-                stats = Stats(*stats[:4], *call(rows=False)[4:])
+                stats = stats._replace(col=call(rows=False).col)
             elif self.symmetric and self.scale.ndim:
-                stats = Stats(*stats[:4], *self._limited_columns(power, **what))
+                stats = stats._replace(col=self._limited_columns(power, **what))
             elif self.symmetric:
-                stats = Stats(*stats[:4], *self._swapped().statistics(power, **what)["row"])
-        found = {"row": Direction(*stats[:4]), "col": Direction(*stats[4:])}
+                stats = stats._replace(col=self._swapped().statistics(power, **what)["row"])
+        found = {"row": stats.row, "col": stats.col}
         return {side: found[side] for side in self.directions}
 
     def logsumexp(self, power: float = 1.0, **what) -> Stats | Tensor:
@@ -125,20 +115,20 @@ class Batch:
 
     def _limited_columns(
         self, power: float, positives: str | None = None, exclude_positives: bool = False
-    ) -> Direction:
+    ) -> SideStats:
         """The keys' direction with a limit for each key and a scale for each query, which no kernel
         has: the logsumexp in panels. The positives, which no limit leaves out, are a kernel's."""
         problem = self._swapped()._mask(exclude_positives=exclude_positives)
         scale = power * self.whole.rows(self.scale)
         top, _, (logsum,) = log_sums(*features(problem), scale, None, barred_by(problem), (1.0,))
         if positives is None:
-            return Direction(top, logsum, None, None)
+            return SideStats(top, logsum, None, None)
         stats = self.logsumexp(
             power, rows=False, positives=positives, exclude_positives=exclude_positives
         )
         number = self.positives("col") if positives == "linear" else 1
         pos = stats.col_pos + number * (finite_shift(stats.col_max) - finite_shift(top))
-        return Direction(top, logsum, pos, None)
+        return SideStats(top, logsum, pos, None)
 
     def _mask(self, **flags) -> Problem:
         """Which of everyone's keys each query is compared with: a matter of ids and inner products,

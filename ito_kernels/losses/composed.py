@@ -19,7 +19,8 @@ from torch import Tensor
 
 from ..distributed import GlobalBatch, LocalBatch
 from ..similarity.pairs import finite_shift
-from .batch import Batch, Direction
+from ..similarity.spec import SideStats
+from .batch import Batch
 from .candidates import extra_candidates
 from .margin import with_margin
 from .options import Options
@@ -181,7 +182,7 @@ def _log(k: Tensor) -> Tensor:
     return torch.where(k > 0, k, 1).log()
 
 
-def _log_sum(found: Direction, power: float, shift: Tensor, more: list) -> Tensor:
+def _log_sum(found: SideStats, power: float, shift: Tensor, more: list) -> Tensor:
     """log Σ exp(power·(S - shift)) over the candidates of the batch and beyond."""
     out = found.logsum + (found.max - power * shift)
     for candidates in more:

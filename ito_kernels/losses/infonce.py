@@ -17,7 +17,7 @@ from ..distributed import (
     whole_batch,
 )
 from ..similarity.pairs import count_positives
-from ..similarity.spec import Stats, accumulate_dtype, check_ids, check_pair, check_scale
+from ..similarity.spec import SideStats, Stats, accumulate_dtype, check_ids, check_pair, check_scale
 from .common import REDUCTIONS, check_choice, check_flags, normalized
 from .composed import infonce_with_options
 from .options import Options, check_options, placed_pairs
@@ -327,12 +327,10 @@ class _Anchors(NamedTuple):
 def _diagnostics(
     stats: Stats, rows: _Anchors, cols: _Anchors, positives: str, mean_positive: Tensor, mean
 ) -> dict:
-    def side(name: str, anchors: _Anchors) -> dict:
-        top, logsum, pos, neg_max = (
-            getattr(stats, f"{name}_{x}") for x in ("max", "logsum", "pos", "neg_max")
-        )
-        if top is None:
+    def side(name: str, stats: SideStats | None, anchors: _Anchors) -> dict:
+        if stats is None:
             return dict.fromkeys((f"{name}_loss", f"{name}_lse", f"{name}_accuracy"))
+        top, logsum, pos, neg_max = stats
         return {
             f"{name}_loss": anchors.losses(logsum, pos, positives),
             f"{name}_lse": top + logsum,
@@ -340,8 +338,8 @@ def _diagnostics(
         }
 
     return {
-        **side("row", rows),
-        **side("col", cols),
+        **side("row", stats.row, rows),
+        **side("col", stats.col, cols),
         "positive_score": mean(mean_positive + stats.row_max, rows.k > 0),
         "hardest_negative_score": mean(stats.row_neg_max, stats.row_neg_max != -torch.inf),
     }

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from ..similarity.pairs import finite_shift
-from .batch import OTHER, Batch, Direction
+from ..similarity.spec import SideStats
+from .batch import OTHER, Batch
 from .panels import log_sums
 from .precision import inner, take
 
@@ -67,7 +68,7 @@ class Positives:
             *(a, b, scale[:, None] if row else whole.rows(scale)),
             *(None if bias is None else whole.rows(bias), left_out, powers),
         )
-        logs = {p: Direction(p * top, x, None, None) for p, x in zip(powers, sums, strict=True)}
+        logs = {p: SideStats(p * top, x, None, None) for p, x in zip(powers, sums, strict=True)}
         return Negatives(logs, number)
 
     def _codes(self, side: str) -> Tensor:
@@ -116,5 +117,5 @@ class Positives:
 class Negatives(NamedTuple):
     """The statistics of p·S by p, and how many negatives each anchor has."""
 
-    sums: dict[float, Direction]
+    sums: dict[float, SideStats]
     number: Tensor

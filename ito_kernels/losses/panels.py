@@ -7,9 +7,8 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
-from ..similarity.op import first_order_only
+from ..similarity.op import first_order_only, reverse_mode_only
 from ..similarity.pairs import classify, features, finite_shift
-from ..similarity.primitive import reverse_mode_only
 from ..similarity.spec import Problem
 
 # 2^20 scores are 4 MiB in fp32; a panel's function keeps up to ten such matrices while it runs.

@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import softplus
 
+from .backend import Backend
 from .pairs import Pairs, classify, features, finite_shift
-from .spec import Grads, Needs, Problem, Stats, Upstream
+from .spec import Grads, Needs, Problem, SideStats, Stats, Upstream
 
 # 2^20 scores are 4 MiB in fp32: four of them stay in a last-level cache. Below 64 rows the matrix
 # products no longer reach the machine's speed, so very wide problems take larger panels.
@@ -22,13 +23,90 @@ PANEL_SCORES = 1 << 20
 MIN_ROWS = 64
 
 
-def supports(problem: Problem) -> tuple[bool, str]:
-    return True, "runs everywhere"
+class Chunked(Backend):
+    name = "chunked"
+    priority = 1
 
+    def status(self) -> tuple[bool, str]:
+        return True, "plain PyTorch, any device"
 
-def describe(problem: Problem) -> str:
-    rows = min(_panel_rows(problem), problem.n)
-    return f"panels of {rows} x {problem.m} scores in {problem.accumulate}"
+    def supports(self, problem: Problem) -> tuple[bool, str]:
+        return True, "runs everywhere"
+
+    def describe(self, problem: Problem) -> str:
+        rows = min(_panel_rows(problem), problem.n)
+        return f"panels of {rows} x {problem.m} scores in {problem.accumulate}"
+
+    def logsumexp_forward(self, problem: Problem, cache: Tensor | None = None) -> Stats:
+        panels = _Panels(problem)
+        row_side = _Side(problem, problem.n) if problem.rows else None
+        col_side = _Side(problem, problem.m) if problem.cols else None
+        for rows, _, scores, pairs in panels:
+            allowed = panels.allowed(scores, pairs)
+            if row_side:
+                row_side.merge(rows, scores, allowed, pairs, 1)
+            if col_side:
+                col_side.merge(slice(None), scores, allowed, pairs, 0)
+        return Stats(row_side and row_side.stats(), col_side and col_side.stats())
+
+    def logsumexp_backward(
+        self,
+        problem: Problem,
+        stats: Stats,
+        upstream: Upstream,
+        needs: Needs,
+        cache: Tensor | None = None,
+    ) -> Grads:
+        panels, total = _Panels(problem), _Gradients(problem, needs)
+
+        # maxima and logsums of -inf read as 0: exp(-inf - 0) is the 0 that such rows contribute
+        sides = []
+        if problem.rows:
+            side = stats.row
+            norms = finite_shift(side.max), finite_shift(side.logsum), side.pos
+            sides.append((1, *norms, *upstream.row))
+        if problem.cols:
+            side = stats.col
+            norms = finite_shift(side.max), finite_shift(side.logsum), side.pos
+            sides.append((0, *norms, *upstream.col))
+
+        for rows, dot, scores, pairs in panels:
+            allowed = panels.allowed(scores, pairs)
+            weights = torch.zeros_like(scores)
+            for dim, *vectors in sides:
+                shift, logsum, pos, grad_logsum, grad_pos = (
+                    x[rows, None] if dim == 1 and x is not None else x for x in vectors
+                )
+                if grad_logsum is not None:
+                    weights += (allowed - shift).sub_(logsum).exp_().mul_(grad_logsum)
+                if grad_pos is not None:
+                    term = grad_pos
+                    if problem.positives == "lse":
+                        term = (scores - shift).sub_(pos).exp_() * grad_pos
+                    weights += torch.where(pairs.positive, term, 0)
+            total.add(panels, rows, dot, weights)
+        return total.grads()
+
+    def softplus_forward(self, problem: Problem) -> Tensor:
+        panels = _Panels(problem)
+        out = torch.empty(problem.n, dtype=problem.accumulate, device=problem.a.device)
+        for rows, _, scores, pairs in panels:
+            signed = torch.where(pairs.positive, -scores, scores)
+            # torch's default threshold of 20 returns x itself beyond it, off by 2e-9
+            terms = softplus(signed, threshold=40)
+            out[rows] = (terms.masked_fill_(pairs.excluded, 0) if panels.excludes else terms).sum(1)
+        return out
+
+    def softplus_backward(self, problem: Problem, u: Tensor, needs: Needs) -> Grads:
+        panels, total = _Panels(problem), _Gradients(problem, needs)
+        for rows, dot, scores, pairs in panels:
+            # the slope of softplus(-S) is -σ(-S): one sigmoid for both signs
+            sign = torch.where(pairs.positive, -1.0, 1.0).to(scores.dtype)
+            weights = scores.mul_(sign).sigmoid_().mul_(sign).mul_(u[rows, None])
+            if panels.excludes:
+                weights.masked_fill_(pairs.excluded, 0)
+            total.add(panels, rows, dot, weights)
+        return total.grads()
 
 
 def _panel_rows(problem: Problem) -> int:
@@ -95,85 +173,16 @@ class _Side:
             self.neg_max[at] = torch.maximum(self.neg_max[at], negative.amax(dim))
         self.max[at] = new
 
-    def stats(self) -> tuple[Tensor | None, ...]:
+    def stats(self) -> SideStats:
         pos = self.pos
         if self.kind == "linear":
             pos = pos - self.count * finite_shift(self.max)
-        return (
+        return SideStats(
             self.max,
             self.sum.log(),
             pos if self.kind else None,
             self.neg_max if self.hardest else None,
         )
-
-
-def logsumexp_forward(problem: Problem) -> Stats:
-    panels = _Panels(problem)
-    row_side = _Side(problem, problem.n) if problem.rows else None
-    col_side = _Side(problem, problem.m) if problem.cols else None
-    for rows, _, scores, pairs in panels:
-        allowed = panels.allowed(scores, pairs)
-        if row_side:
-            row_side.merge(rows, scores, allowed, pairs, 1)
-        if col_side:
-            col_side.merge(slice(None), scores, allowed, pairs, 0)
-    nothing = (None,) * 4
-    return Stats(
-        *(row_side.stats() if row_side else nothing), *(col_side.stats() if col_side else nothing)
-    )
-
-
-def logsumexp_backward(problem: Problem, stats: Stats, upstream: Upstream, needs: Needs) -> Grads:
-    panels, total = _Panels(problem), _Gradients(problem, needs)
-
-    # maxima and logsums of -inf read as 0: exp(-inf - 0) is the 0 that such rows contribute
-    sides = []
-    if problem.rows:
-        norms = finite_shift(stats.row_max), finite_shift(stats.row_logsum), stats.row_pos
-        sides.append((1, *norms, upstream.u, upstream.alpha))
-    if problem.cols:
-        norms = finite_shift(stats.col_max), finite_shift(stats.col_logsum), stats.col_pos
-        sides.append((0, *norms, upstream.v, upstream.beta))
-
-    for rows, dot, scores, pairs in panels:
-        allowed = panels.allowed(scores, pairs)
-        weights = torch.zeros_like(scores)
-        for dim, *vectors in sides:
-            shift, logsum, pos, grad_logsum, grad_pos = (
-                x[rows, None] if dim == 1 and x is not None else x for x in vectors
-            )
-            if grad_logsum is not None:
-                weights += (allowed - shift).sub_(logsum).exp_().mul_(grad_logsum)
-            if grad_pos is not None:
-                term = grad_pos
-                if problem.positives == "lse":
-                    term = (scores - shift).sub_(pos).exp_() * grad_pos
-                weights += torch.where(pairs.positive, term, 0)
-        total.add(panels, rows, dot, weights)
-    return total.grads()
-
-
-def softplus_forward(problem: Problem) -> Tensor:
-    panels = _Panels(problem)
-    out = torch.empty(problem.n, dtype=problem.accumulate, device=problem.a.device)
-    for rows, _, scores, pairs in panels:
-        signed = torch.where(pairs.positive, -scores, scores)
-        # torch's default threshold of 20 returns x itself beyond it, off by 2e-9
-        terms = softplus(signed, threshold=40)
-        out[rows] = (terms.masked_fill_(pairs.excluded, 0) if panels.excludes else terms).sum(1)
-    return out
-
-
-def softplus_backward(problem: Problem, u: Tensor, needs: Needs) -> Grads:
-    panels, total = _Panels(problem), _Gradients(problem, needs)
-    for rows, dot, scores, pairs in panels:
-        # the slope of softplus(-S) is -σ(-S): one sigmoid for both signs
-        sign = torch.where(pairs.positive, -1.0, 1.0).to(scores.dtype)
-        weights = scores.mul_(sign).sigmoid_().mul_(sign).mul_(u[rows, None])
-        if panels.excludes:
-            weights.masked_fill_(pairs.excluded, 0)
-        total.add(panels, rows, dot, weights)
-    return total.grads()
 
 
 class _Gradients:
@@ -211,5 +220,5 @@ class _Gradients:
 
     def grads(self) -> Grads:
         dtype = self.problem.a.dtype
-        a, b = (None if x is None else x.to(dtype) for x in self.sums[:2])
-        return Grads(a, b, *self.sums[2:])
+        a, b = (None if x is None else x.to(dtype) for x in (self.sums.a, self.sums.b))
+        return self.sums._replace(a=a, b=b)

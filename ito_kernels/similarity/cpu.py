@@ -10,13 +10,13 @@ Environment: ITO_CPU_ISA forces an instruction set, one of `instruction_sets()`.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
 from importlib.util import find_spec
 
 import torch
 from torch import Tensor
 
-from .spec import Grads, Needs, Problem, Stats, Upstream
+from .backend import Backend
+from .spec import Grads, Needs, Problem, SideStats, Stats, Upstream
 
 MISSING = ""  # why there are no native kernels
 try:
@@ -34,20 +34,120 @@ POSITIVES = (None, "linear", "lse")
 TILE_CACHE_BYTES = 64 << 20
 
 
-def supports(problem: Problem) -> tuple[bool, str]:
-    if _native is None:
-        return False, MISSING
-    if problem.a.device.type != "cpu":
-        return False, f"needs CPU tensors, got {problem.a.device.type}"
-    if problem.a.dtype not in DTYPES:
-        return False, f"needs float32, bfloat16 or float16 features, got {problem.a.dtype}"
-    if max(problem.n, problem.m) >= 2**31 or abs(problem.diagonal) >= 2**31:
-        return False, "counts rows and columns with 32 bits"
-    return True, "native kernels"
+class Cpu(Backend):
+    name = "cpu"
+    priority = 3
+    device = "cpu"
+    native = True
 
+    def status(self) -> tuple[bool, str]:
+        if MISSING:
+            return False, MISSING
+        info, build = _native.cpu_info(), _native.build_info()
+        return True, (
+            f"kernels for {', '.join(instruction_sets())}, built by {build['compiler']}; found"
+            f" {info['arch']} with {', '.join(info['features']) or 'no vector extensions'},"
+            f" {info['logical_cores']} cores, L2 {info['l2_bytes'] >> 10} KiB,"
+            f" L3 {info['l3_bytes'] >> 10} KiB"
+        )
 
-def describe(problem: Problem) -> str:
-    return _native.cpu_describe(_fields(_Arguments(problem)), _isa(), torch.get_num_threads())
+    def supports(self, problem: Problem) -> tuple[bool, str]:
+        if _native is None:
+            return False, MISSING
+        if problem.a.device.type != "cpu":
+            return False, f"needs CPU tensors, got {problem.a.device.type}"
+        if problem.a.dtype not in DTYPES:
+            return False, f"needs float32, bfloat16 or float16 features, got {problem.a.dtype}"
+        if max(problem.n, problem.m) >= 2**31 or abs(problem.diagonal) >= 2**31:
+            return False, "counts rows and columns with 32 bits"
+        return True, "native kernels"
+
+    def missed(self, problem: Problem) -> str:
+        if not MISSING or problem.a.dtype not in DTYPES:
+            return ""
+        return f"ito_kernels runs without its CPU kernels, several times slower: {MISSING}"
+
+    def describe(self, problem: Problem) -> str:
+        return _native.cpu_describe(_fields(problem), _isa(), torch.get_num_threads())
+
+    def cache_bytes(self, problem: Problem) -> int:
+        """For scores that forward keeps for backward: 4 bytes each, up to the budget."""
+        text = os.environ.get("ITO_TILE_CACHE_BYTES", TILE_CACHE_BYTES)
+        try:
+            budget = int(text)
+        except ValueError:
+            budget = -1
+        if budget < 0:
+            raise ValueError(f"ITO_TILE_CACHE_BYTES must be a whole number of bytes, got {text!r}")
+        # tiles are whole panels, a little larger than what they cover
+        n, m = problem.n, problem.m
+        return min(budget, 4 * (n + n // 4 + 64) * (m + m // 4 + 64))
+
+    def logsumexp_forward(self, problem: Problem, cache: Tensor | None = None) -> Stats:
+        """With a `cache` of any size, keeps there as many scores as fit."""
+        stats = problem.new_stats()
+        _native.cpu_forward(
+            _fields(problem), stats, _memory(cache), _isa(), torch.get_num_threads()
+        )
+        return stats
+
+    def logsumexp_backward(
+        self,
+        problem: Problem,
+        stats: Stats,
+        upstream: Upstream,
+        needs: Needs,
+        cache: Tensor | None = None,
+    ) -> Grads:
+        grads = _new_grads(problem, needs)
+        stats = Stats(*(side and SideStats(*map(_vector, side)) for side in stats))
+        _native.cpu_backward(
+            _fields(problem),
+            stats,
+            _fp32(upstream),
+            grads,
+            _memory(cache),
+            _isa(),
+            torch.get_num_threads(),
+        )
+        return grads
+
+    def logsumexp_both(
+        self,
+        problem: Problem,
+        with_stats: bool,
+        upstream: Upstream,
+        needs: Needs,
+        cache: Tensor | None = None,
+    ) -> tuple[Tensor, Stats, Grads]:
+        """In one call, and for rows only (but of a self-similarity) in one pass: a panel's scores
+        are computed once if they fit into `cache`, 3 matrix products instead of 4."""
+        total, grads = problem.scale.new_empty(()), _new_grads(problem, needs)
+        stats = problem.new_stats() if with_stats else Stats()
+        _native.cpu_both(
+            _fields(problem),
+            stats,
+            _fp32(upstream),
+            grads,
+            (total,),
+            _memory(cache),
+            _isa(),
+            torch.get_num_threads(),
+        )
+        return total, stats, grads
+
+    def softplus_forward(self, problem: Problem) -> Tensor:
+        loss = problem.scale.new_empty(problem.n)
+        _softplus(problem, loss, None, Needs())
+        return loss
+
+    def softplus_backward(self, problem: Problem, u: Tensor, needs: Needs) -> Grads:
+        return _softplus(problem, None, u, needs)
+
+    def softplus_both(self, problem: Problem, u: Tensor, needs: Needs) -> tuple[Tensor, Grads]:
+        """3 matrix products."""
+        loss = problem.scale.new_empty(problem.n)
+        return loss, _softplus(problem, loss, u, needs)
 
 
 def instruction_sets() -> list[str]:
@@ -55,139 +155,30 @@ def instruction_sets() -> list[str]:
     return [] if _native is None else _native.cpu_instruction_sets()
 
 
-def cache_bytes(problem: Problem) -> int:
-    """Memory worth having for scores that forward keeps for backward: 4 bytes for each score, up
-    to the budget."""
-    text = os.environ.get("ITO_TILE_CACHE_BYTES", TILE_CACHE_BYTES)
-    try:
-        budget = int(text)
-    except ValueError:
-        budget = -1
-    if budget < 0:
-        raise ValueError(f"ITO_TILE_CACHE_BYTES must be a whole number of bytes, got {text!r}")
-    # tiles are whole panels, a little larger than what they cover
-    n, m = problem.n, problem.m
-    return min(budget, 4 * (n + n // 4 + 64) * (m + m // 4 + 64))
-
-
-def logsumexp_forward(problem: Problem, cache: Tensor | None = None) -> Stats:
-    """With a `cache` of any size, keeps there as many scores as fit."""
-    out = _new_stats(problem)
-    a = _Arguments(problem)
-    _native.cpu_forward(_fields(a), _addresses(out), _cache(cache), _isa(), torch.get_num_threads())
-    return out
-
-
-def logsumexp_backward(
-    problem: Problem,
-    stats: Stats,
-    upstream: Upstream,
-    needs: Needs,
-    cache: Tensor | None = None,
-) -> Grads:
-    """`cache`: what forward filled."""
-    grads = _new_grads(problem, needs)
-    a = _Arguments(problem)
-    # kept alive by these names until the call returns
-    stats = Stats(*(None if x is None else x.contiguous() for x in stats))
-    upstream = Upstream(*(None if x is None else x.float().contiguous() for x in upstream))
-    _native.cpu_backward(
-        _fields(a),
-        _addresses(stats),
-        _addresses(upstream),
-        _addresses(grads),
-        _cache(cache),
-        _isa(),
-        torch.get_num_threads(),
-    )
-    return grads
-
-
-def softplus_forward(problem: Problem) -> Tensor:
-    loss = problem.scale.new_empty(problem.n)
-    _softplus(problem, loss, None, Needs())
-    return loss
-
-
-def softplus_backward(problem: Problem, u: Tensor, needs: Needs) -> Grads:
-    return _softplus(problem, None, u, needs)
-
-
-def logsumexp_both(
-    problem: Problem,
-    with_stats: bool,
-    upstream: Upstream,
-    needs: Needs,
-    cache: Tensor | None = None,
-) -> tuple[Tensor, Stats | None, Grads]:
-    """The weighted sum, the statistics if wanted and the gradients, for an upstream known before.
-
-    In one call, and for rows only (but of a self-similarity) in one pass: a panel's scores are
-    computed once if they fit into `cache`, 3 matrix products instead of 4.
-    """
-    total, grads = problem.scale.new_empty(()), _new_grads(problem, needs)
-    out = _new_stats(problem) if with_stats else None
-    a = _Arguments(problem)
-    # kept alive by this name until the call returns
-    upstream = [None if x is None else x.contiguous() for x in upstream]
-    _native.cpu_both(
-        _fields(a),
-        _addresses(out or Stats()),
-        _addresses(upstream),
-        _addresses(grads),
-        total.data_ptr(),
-        _cache(cache),
-        _isa(),
-        torch.get_num_threads(),
-    )
-    return total, out, grads
-
-
-def softplus_both(problem: Problem, u: Tensor, needs: Needs) -> tuple[Tensor, Grads]:
-    """The row sums and, for an upstream gradient `u` known before, the gradients: 3 products."""
-    loss = problem.scale.new_empty(problem.n)
-    return loss, _softplus(problem, loss, u, needs)
-
-
 def _softplus(problem: Problem, loss: Tensor | None, u: Tensor | None, needs: Needs) -> Grads:
     grads = _new_grads(problem, needs)
-    a = _Arguments(problem)
     u = None if u is None else u.float().contiguous()
-    _native.cpu_softplus(
-        _fields(a),
-        0 if loss is None else loss.data_ptr(),
-        0 if u is None else u.data_ptr(),
-        _addresses(grads),
-        _isa(),
-        torch.get_num_threads(),
-    )
+    _native.cpu_softplus(_fields(problem), (loss,), (u,), grads, _isa(), torch.get_num_threads())
     return grads
 
 
-class _Arguments:
-    """A problem's tensors as the engine reads them: rows with adjacent elements, dense vectors."""
-
-    def __init__(self, problem: Problem):
-        def rows(x: Tensor) -> Tensor:
-            return x if x.stride(1) == 1 or x.shape[1] == 1 else x.contiguous()
-
-        self.problem = problem
-        self.a = rows(problem.a)
-        self.b = self.a if problem.b is None else rows(problem.b)
-        self.vectors = [None if x is None else x.contiguous() for x in problem[2:8]]
-
-
-def _fields(arguments: _Arguments) -> tuple[int, ...]:
-    """What bind.cpp reads, in its order."""
-    p, a, b = arguments.problem, arguments.a, arguments.b
+def _fields(p: Problem) -> tuple[Tensor | int | None, ...]:
+    """What bind.cpp reads, in its order: rows with adjacent elements, dense vectors."""
+    a = _rows(p.a)
+    b = a if p.b is None else _rows(p.b)
     return (
         DTYPES.index(a.dtype),
         a.shape[1],
-        *(a.data_ptr(), a.shape[0], a.stride(0)),
-        *(b.data_ptr(), b.shape[0], b.stride(0)),
+        *(a, a.shape[0], a.stride(0)),
+        *(b, b.shape[0], b.stride(0)),
         p.b is None,
         p.scale.ndim == 1,
-        *_addresses(arguments.vectors),
+        p.scale.contiguous(),
+        _vector(p.row_bias),
+        _vector(p.col_bias),
+        _vector(p.row_ids),
+        _vector(p.col_ids),
+        _vector(p.row_limit),
         POSITIVES.index(p.positives),
         p.exclude_self,
         p.exclude_positives,
@@ -198,32 +189,34 @@ def _fields(arguments: _Arguments) -> tuple[int, ...]:
     )
 
 
-def _addresses(tensors: Iterable[Tensor | None]) -> tuple[int, ...]:
-    return tuple([0 if x is None else x.data_ptr() for x in tensors])
+def _rows(x: Tensor) -> Tensor:
+    return x if x.stride(1) == 1 or x.shape[1] == 1 else x.contiguous()
 
 
-def _cache(x: Tensor | None) -> tuple[int, int]:
-    return (0, 0) if x is None else (x.data_ptr(), x.numel())
+def _vector(x: Tensor | None) -> Tensor | None:
+    return None if x is None else x.contiguous()
 
 
-def _new_stats(problem: Problem) -> Stats:
-    like, n, m = problem.scale, problem.n, problem.m
-    side = (True, True, problem.positives is not None, problem.hardest)
-    return Stats(
-        *(like.new_empty(n) if problem.rows and want else None for want in side),
-        *(like.new_empty(m) if problem.cols and want else None for want in side),
-    )
+def _fp32(upstream: Upstream) -> tuple[tuple[Tensor | None, ...], ...]:
+    """Both sides' vectors, dense."""
+    u, alpha, v, beta = [
+        None if x is None else x.float().contiguous() for x in (*upstream.row, *upstream.col)
+    ]
+    return (u, alpha), (v, beta)
+
+
+def _memory(cache: Tensor | None) -> tuple[Tensor | None, int]:
+    return (cache, 0 if cache is None else cache.numel())
 
 
 def _new_grads(problem: Problem, needs: Needs) -> Grads:
-    n, m, like = problem.n, problem.m, problem.scale
+    (n, d), m, like = problem.a.shape, problem.m, problem.scale
     return Grads(
-        problem.a.new_empty(n, problem.d) if needs.a else None,
-        problem.a.new_empty(m, problem.d) if needs.b else None,
-        *(
-            like.new_empty(k) if need else None
-            for k, need in zip((n, n, m), needs[2:], strict=True)
-        ),
+        problem.a.new_empty(n, d) if needs.a else None,
+        problem.a.new_empty(m, d) if needs.b else None,
+        like.new_empty(n) if needs.scale else None,
+        like.new_empty(n) if needs.row_bias else None,
+        like.new_empty(m) if needs.col_bias else None,
     )
 
 

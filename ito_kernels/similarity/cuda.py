@@ -11,13 +11,13 @@ Nothing waits for the device and no atomics are used: the same inputs give the s
 
 from __future__ import annotations
 
-from functools import lru_cache
 from math import isqrt
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from . import gpu
+from .backend import Backend
 from .cuda_structs import (
     POSITIVES,
     Forward,
@@ -25,27 +25,22 @@ from .cuda_structs import (
     Merge,
     Panel,
     Scores,
-    Split,
-    Vectors,
     arithmetic,
     numbers,
 )
-from .operands import Operands, accumulate, is_symmetric
-from .spec import Grads, Needs, Problem, Stats, Upstream
+from .gpu import Operands, PanelSums, RowGradient, Split, is_symmetric
+from .spec import Grads, Needs, Problem, SideStats, Stats, Upstream
 
 try:
     from .. import _native
 except ImportError:
     _native = None
 
-PANEL_BYTES = 256 << 20  # of one W panel
-# fp16 W is multiplied up to this: 4 terms of it stay below 65,504, and a softmax entry of 1/N keeps
-# its 11 bits down to 1e-8
-FP16_TOP = 4096.0
 
-
-class Backend:
+class Cuda(Backend):
     """One of the two: `name` is that of its part of the native module."""
+
+    native = True
 
     def __init__(self, name: str, device: str):
         self.name, self.device = name, device
@@ -59,7 +54,6 @@ class Backend:
         return getattr(_native, self.name).unavailable()
 
     def status(self) -> tuple[bool, str]:
-        """For `backends()`."""
         if missing := self.missing():
             return False, missing
         if self.device == "cpu":
@@ -104,7 +98,7 @@ class Backend:
 
     # ---- forward
 
-    def logsumexp_forward(self, problem: Problem) -> Stats:
+    def logsumexp_forward(self, problem: Problem, cache: Tensor | None = None) -> Stats:
         p, op, kernels = problem, Operands.of(problem), self._kernels
         symmetric = is_symmetric(p)
         split = self._split(p, symmetric)
@@ -118,21 +112,14 @@ class Backend:
             col_slots = slots(split.row_groups, p.m) if p.cols else None
         self._run("forward", Forward(Scores.of(p, op), split, row_slots, col_slots), op.a)
 
-        def merged(slots: Tensor) -> tuple[Tensor | None, ...]:
-            wanted = (True, True, p.positives is not None, p.hardest)
-            out = [_empty(slots, slots.shape[2]) if want else None for want in wanted]
+        def merged(slots: Tensor) -> SideStats:
             _, count, length = slots.shape
+            out = p.new_side(length)
             kind = POSITIVES.index(p.positives)
             self._run("merge", Merge(slots, length, count, kind, *out), slots)
-            return tuple(out)
+            return out
 
-        nothing = (None,) * 4
-        rows = merged(row_slots) if p.rows or symmetric else nothing
-        if symmetric:
-            cols = tuple(None if x is None else x.clone() for x in rows)
-        else:
-            cols = merged(col_slots) if p.cols else nothing
-        return Stats(*(rows if p.rows else nothing), *(cols if p.cols else nothing))
+        return gpu.both_sides(p, lambda: merged(row_slots), lambda: merged(col_slots))
 
     def softplus_forward(self, problem: Problem) -> Tensor:
         op = Operands.of(problem)
@@ -145,123 +132,76 @@ class Backend:
     # ---- backward
 
     def logsumexp_backward(
-        self, problem: Problem, stats: Stats, upstream: Upstream, needs: Needs
+        self,
+        problem: Problem,
+        stats: Stats,
+        upstream: Upstream,
+        needs: Needs,
+        cache: Tensor | None = None,
     ) -> Grads:
-        s, up = stats, upstream
-        rows = cols = _Side()
-        if problem.rows:
-            rows = _Side(up.u, s.row_max, s.row_logsum, up.alpha, s.row_pos)
-        if problem.cols:
-            cols = _Side(up.v, s.col_max, s.col_logsum, up.beta, s.col_pos)
-        return self._backward(problem, rows, cols, needs, softplus=False)
+        return self._backward(gpu.Backward.of_logsumexp(problem, stats, upstream), needs)
 
     def softplus_backward(self, problem: Problem, u: Tensor, needs: Needs) -> Grads:
-        return self._backward(problem, _Side(u), _Side(), needs, softplus=True)
+        return self._backward(gpu.Backward.of_softplus(problem, u), needs)
 
-    def _backward(
-        self, problem: Problem, rows: _Side, cols: _Side, needs: Needs, softplus: bool
-    ) -> Grads:
-        op, symmetric = Operands.of(problem), is_symmetric(problem)
-        if symmetric:
-            rows = cols = rows.added_to(cols)
-        norm = _norm(problem, rows, cols) if problem.a.dtype == torch.float16 else None
-        sides = rows.vectors(), cols.vectors()
-        call = _Backward(problem, op, *sides, symmetric, softplus, norm)
-        return (self._fused_gradients if self._fused(problem) else self._panels)(call, needs)
+    def _backward(self, call: gpu.Backward, needs: Needs) -> Grads:
+        return (self._fused_gradients if self._fused(call.problem) else self._panels)(call, needs)
 
     def _fused(self, problem: Problem) -> bool:
         # in fp32 three products for each would spill: W panels
         return problem.a.dtype != torch.float32 and problem.d <= self._kernels.GRADIENT_WIDTH
 
-    def _fused_gradients(self, call: _Backward, needs: Needs) -> Grads:
-        p, op = call.problem, call.op
-        step = 16 // op.a.element_size()
+    def _fused_gradients(self, call: gpu.Backward, needs: Needs) -> Grads:
+        d, step = call.problem.d, 16 // call.op.a.element_size()
 
-        def side(call: _Backward, exchanged: bool, grad: bool, scale: bool, bias: bool):
-            n = call.op.a.shape[0]
-            out = _empty(op.a, n, -(-p.d // step) * step) if grad else None
-            sums = [_empty(op.a, n) if x else None for x in (scale, bias)]
-            if grad or scale or bias:
-                stride = 0 if out is None else out.shape[1] // 2
-                scores = call.scores(exchanged)
-                self._run("gradient", Gradient(scores, call.norm, out, stride, *sums), op.a)
-            return None if out is None else out[:, : p.d], *sums
+        def run(call: gpu.Backward, exchanged: bool, needs: Needs) -> RowGradient:
+            like = call.op.a
+            n = like.shape[0]
+            grad = _empty(like, n, -(-d // step) * step) if needs.a else None
+            sums = [_empty(like, n) if x else None for x in (needs.scale, needs.row_bias)]
+            if any(needs):
+                stride = 0 if grad is None else grad.shape[1] // 2
+                scores = _scores(call, exchanged)
+                self._run("gradient", Gradient(scores, call.norm, grad, stride, *sums), like)
+            return RowGradient(None if grad is None else grad[:, :d], *sums)
 
-        if call.symmetric:
-            grad, scale, _ = side(call, False, needs.a, needs.scale, False)
-            return Grads(call.rounded(grad), None, None if scale is None else scale * 0.5)
-        both = needs.a and p.b is None
-        grad_a, scale, row_bias = side(call, False, needs.a, needs.scale, needs.row_bias)
-        grad_b, _, col_bias = side(call.exchanged(), True, needs.b or both, False, needs.col_bias)
-        if both:
-            grad_a, grad_b = grad_a + grad_b, None
-        return Grads(call.rounded(grad_a), call.rounded(grad_b), scale, row_bias, col_bias)
+        return gpu.fused_gradients(call, needs, run, call.norm)
 
-    def _panels(self, call: _Backward, needs: Needs) -> Grads:
-        p, op, kernels = call.problem, call.op, self._kernels
-        height, width = self._panel_size(p)
+    def _panels(self, call: gpu.Backward, needs: Needs) -> Grads:
+        like, kernels, tile = call.op.a, self._kernels, self._kernels.TILE
+        height, width = self._panel_size(call.problem)
+        scores = _scores(call)
 
-        def zeros(*shape: int) -> Tensor:
-            return op.a.new_zeros(shape, dtype=torch.float32)
+        def run(rows: slice, cols: slice, workspace: Tensor | None) -> PanelSums:
+            n, m = rows.stop - rows.start, cols.stop - cols.start
+            split = self._panel_split(n, m, self._processors(like.device))
+            row_slots = split.col_groups * kernels.WARP_COLS, n
+            col_slots = split.row_groups * kernels.WARP_ROWS, m
+            sums = PanelSums.new(like, needs, row_slots, col_slots)
+            panel = Panel(
+                scores,
+                split,
+                first_row=rows.start,
+                last_row=rows.stop,
+                first_col=cols.start,
+                last_col=cols.stop,
+                norm=call.norm,
+                panel=workspace,
+                stride=width * like.element_size() // 8,
+                scale_sums=sums.scale,
+                row_sums=sums.row,
+                col_sums=sums.col,
+            )
+            self._run("panel", panel, like)
+            return sums
 
-        grad_a = zeros(p.n, p.d) if needs.a else None
-        grad_b = grad_a if p.b is None else zeros(p.m, p.d) if needs.b else None
-        scale = zeros(p.n) if needs.scale else None
-        row_bias = zeros(p.n) if needs.row_bias else None
-        col_bias = zeros(p.m) if needs.col_bias else None
-        workspace = op.a.new_empty(height, width) if needs.a or needs.b else None
-        scores = call.scores(False)
-
-        for row0 in range(0, p.n, height):
-            rows = slice(row0, min(row0 + height, p.n))
-            for col0 in range(row0 if call.symmetric else 0, p.m, width):
-                cols = slice(col0, min(col0 + width, p.m))
-                size = (rows.stop - rows.start, cols.stop - cols.start)
-                split = self._panel_split(*size, self._processors(op.a.device))
-                shapes = (
-                    (scale, (split.col_groups * kernels.WARP_COLS, size[0])),
-                    (row_bias, (split.col_groups * kernels.WARP_COLS, size[0])),
-                    (col_bias, (split.row_groups * kernels.WARP_ROWS, size[1])),
-                )
-                sums = [None if x is None else _empty(op.a, *shape) for x, shape in shapes]
-                panel = Panel(
-                    scores,
-                    split,
-                    first_row=rows.start,
-                    last_row=rows.stop,
-                    first_col=cols.start,
-                    last_col=cols.stop,
-                    norm=call.norm,
-                    panel=workspace,
-                    stride=width * op.a.element_size() // 8,
-                    scale_sums=sums[0],
-                    row_sums=sums[1],
-                    col_sums=sums[2],
-                )
-                self._run("panel", panel, op.a)
-                diagonal = call.symmetric and row0 == col0
-                if scale is not None:
-                    # W + Wᵀ has every pair twice; panels off the diagonal stand for two
-                    scale[rows].add_(sums[0].sum(0), alpha=0.5 if diagonal else 1.0)
-                if row_bias is not None:
-                    row_bias[rows] += sums[1].sum(0)
-                if col_bias is not None:
-                    col_bias[cols] += sums[2].sum(0)
-                if workspace is None:
-                    continue
-                weights = workspace[: size[0], : size[1]]
-                if grad_a is not None:
-                    accumulate(grad_a[rows], weights, op.b[cols])
-                if grad_b is not None and not diagonal:
-                    accumulate(grad_b[cols], weights.T, op.a[rows])
-        grad_b = None if p.b is None else call.rounded(grad_b)
-        return Grads(call.rounded(grad_a), grad_b, scale, row_bias, col_bias)
+        return gpu.panel_gradients(call, needs, (height, width), (tile, tile), run)
 
     # ---- how work is cut
 
     def _split(self, problem: Problem, triangle: bool) -> Split:
         tile, processors = self._kernels.TILE, self._processors(problem.a.device)
-        return _split(-(-problem.n // tile), -(-problem.m // tile), processors, triangle)
+        return gpu.split(problem.n, problem.m, tile, tile, processors, triangle)
 
     def _panel_split(self, rows: int, cols: int, processors: int) -> Split:
         """One row tile for each block, and enough blocks for eight waves."""
@@ -274,7 +214,7 @@ class Backend:
         """Rows and columns of a W panel, whole tiles: square ones cost the least traffic of the
         gradients, which are read and written once for each panel."""
         tile = self._kernels.TILE
-        side = isqrt(PANEL_BYTES // problem.a.element_size()) // tile * tile
+        side = isqrt(gpu.PANEL_BYTES // problem.a.element_size()) // tile * tile
         rows, cols = (min(max(side, tile), -(-x // tile) * tile) for x in (problem.n, problem.m))
         return rows, cols
 
@@ -298,117 +238,20 @@ class Backend:
             run(values, torch.cuda.current_stream(like.device).cuda_stream, like.device.index)
 
 
-CUDA = Backend("cuda", "cuda")
-SIMT = Backend("simt", "cpu")
-
-
-@lru_cache(maxsize=256)
-def _split(tiles_m: int, tiles_n: int, processors: int, triangle: bool) -> Split:
-    """The split with the least work on the busiest processor, then the fewest groups.
-
-    Statistics are kept per row and group of columns, and per column and group of rows: memory is
-    O((N + M)·√processors), and nothing is shared between blocks.
-    """
-    if triangle:
-
-        def cost(groups: int) -> tuple[int, int]:
-            waves = -(-(groups * (groups + 1) // 2) // processors)
-            return waves * (-(-tiles_m // groups)) ** 2, groups
-
-        most = min(tiles_m, 2 * isqrt(2 * processors) + 1)
-        size = -(-tiles_m // min(range(1, most + 1), key=cost))
-        groups = -(-tiles_m // size)
-        return Split(size, size, groups, groups, True)
-
-    def cut(groups: int) -> Split:
-        row_tiles = -(-tiles_m // groups)
-        col_tiles = -(-tiles_n // min(tiles_n, processors // groups))
-        return Split(
-            row_tiles, col_tiles, -(-tiles_m // row_tiles), -(-tiles_n // col_tiles), False
-        )
-
-    cuts = [cut(groups) for groups in range(1, min(tiles_m, processors) + 1)]
-    return min(cuts, key=lambda s: (s.row_tiles * s.col_tiles, s.row_groups + s.col_groups))
-
-
-# ---- tensors
+CUDA = Cuda("cuda", "cuda")
+SIMT = Cuda("simt", "cpu")
 
 
 def _empty(like: Tensor, *shape: int) -> Tensor:
     return like.new_empty(shape, dtype=torch.float32)
 
 
-class _Side(NamedTuple):
-    """What backward knows of one side: upstream gradient of logsum, statistics, that of pos."""
-
-    u: Tensor | None = None
-    max: Tensor | None = None
-    logsum: Tensor | None = None
-    alpha: Tensor | None = None
-    pos: Tensor | None = None
-
-    def added_to(self, other: _Side) -> _Side:
-        """Of a symmetric S: dA takes (W + Wᵀ)·A, and W + Wᵀ is the W of a problem whose two sides
-        have the same statistics and the sum of both sides' upstream vectors."""
-
-        def first(x: Tensor | None, y: Tensor | None) -> Tensor | None:
-            return y if x is None else x
-
-        def total(x: Tensor | None, y: Tensor | None) -> Tensor | None:
-            return first(x, y) if x is None or y is None else x + y
-
-        return _Side(
-            total(self.u, other.u),
-            first(self.max, other.max),
-            first(self.logsum, other.logsum),
-            total(self.alpha, other.alpha),
-            first(self.pos, other.pos),
-        )
-
-    def vectors(self) -> Vectors:
-        """upstream·softmax = factor·e^(S - shift), as (shift, factor)."""
-        factors = None
-        if self.max is None:
-            if self.u is not None:  # softplus
-                factors = torch.stack([torch.zeros_like(self.u), self.u], 1)
-        elif self.u is not None or self.alpha is not None:
-            factor = self.u
-            factor = torch.zeros_like(self.max) if factor is None else factor * (-self.logsum).exp()
-            empty = self.max == -torch.inf
-            factors = torch.stack([self.max.masked_fill(empty, 0), factor.masked_fill(empty, 0)], 1)
-        given = factors, self.alpha, self.pos
-        return Vectors(*(None if x is None else x.float().contiguous() for x in given))
-
-
-class _Backward(NamedTuple):
-    """What both shapes of backward share."""
-
-    problem: Problem
-    op: Operands
-    rows: Vectors
-    cols: Vectors
-    symmetric: bool  # W + Wᵀ is computed, from `rows` alone
-    softplus: bool
-    norm: Tensor | None
-
-    def exchanged(self) -> _Backward:
-        return self._replace(op=self.op.exchanged(), rows=self.cols, cols=self.rows)
-
-    def scores(self, exchanged: bool) -> Scores:
-        sides = {"rows": self.rows, "cols": self.cols}
-        return Scores.of(
-            self.problem, self.op, **sides, softplus=self.softplus, exchanged=exchanged
-        )
-
-    def rounded(self, x: Tensor | None) -> Tensor | None:
-        if x is None:
-            return None
-        x = x if self.norm is None else x * self.norm
-        return x.to(self.problem.a.dtype, memory_format=torch.contiguous_format)
-
-
-def _norm(problem: Problem, rows: _Side, cols: _Side) -> Tensor:
-    """A divisor that brings scale·W, of the order of 1/N², into the range of fp16."""
-    vectors = [x.abs().max() for x in (rows.u, rows.alpha, cols.u, cols.alpha) if x is not None]
-    top = torch.stack([x.float() for x in vectors]).max() * problem.scale.abs().max() / FP16_TOP
-    return torch.where((top > 0) & top.isfinite(), top, 1.0)
+def _scores(call: gpu.Backward, exchanged: bool = False) -> Scores:
+    return Scores.of(
+        call.problem,
+        call.op,
+        row=call.row,
+        col=call.col,
+        softplus=call.softplus,
+        exchanged=exchanged,
+    )

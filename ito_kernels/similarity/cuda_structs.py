@@ -8,24 +8,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .operands import Operands, dense
+from .gpu import Operands, Split, Vectors, dense
 from .spec import Problem
 
 # in the order of problem.hpp's enumerations
 ARITHMETIC = ("bf16", "fp16", "tf32", "tf32x3")
 POSITIVES = (None, "linear", "lse")
 SCALE_OF = ("all", "row", "col")
-
-
-class Vectors(NamedTuple):
-    """What backward brings to one side: see Side."""
-
-    factors: Tensor | None = None
-    alpha: Tensor | None = None
-    pos: Tensor | None = None
-
-
-_NOTHING = Vectors()
 
 
 class Side(NamedTuple):
@@ -38,6 +27,30 @@ class Side(NamedTuple):
     factors: Tensor | None
     alpha: Tensor | None
     pos: Tensor | None
+
+    @classmethod
+    def of(
+        cls,
+        features: Tensor,
+        bias: Tensor | None,
+        ids: Tensor | None,
+        limit: Tensor | None,
+        vectors: Vectors,
+    ) -> Side:
+        factors = vectors.factors
+        if factors is None and vectors.u is not None:  # softplus
+            factors = torch.stack([torch.zeros_like(vectors.u), vectors.u], 1)
+        return cls(
+            features=features,
+            stride=features.stride(0) * features.element_size() // 16,
+            length=features.shape[0],
+            bias=bias,
+            ids=ids,
+            limit=limit,
+            factors=factors,
+            alpha=vectors.alpha,
+            pos=vectors.pos,
+        )
 
 
 class Scores(NamedTuple):
@@ -61,31 +74,20 @@ class Scores(NamedTuple):
         problem: Problem,
         op: Operands,
         *,
-        rows: Vectors = _NOTHING,
-        cols: Vectors = _NOTHING,
+        row: Vectors = Vectors(),  # noqa: B008 (immutable)
+        col: Vectors = Vectors(),  # noqa: B008
         softplus: bool = False,
         exchanged: bool = False,
     ) -> Scores:
-        """`exchanged`: `op`, `rows` and `cols` are those of the transposed matrix."""
+        """`exchanged`: `op`, `row` and `col` are those of the transposed matrix."""
         p = problem
-
-        def side(
-            x: Tensor,
-            bias: Tensor | None,
-            ids: Tensor | None,
-            limit: Tensor | None,
-            vectors: Vectors,
-        ) -> Side:
-            stride = x.stride(0) * x.element_size() // 16
-            return Side(x, stride, x.shape[0], bias, ids, limit, *vectors)
-
         limit = dense(p.row_limit)
         row_limit, col_limit = (None, limit) if exchanged else (limit, None)
         scale_of = "all" if op.scale.ndim == 0 else "col" if exchanged else "row"
         return cls(
             arithmetic=ARITHMETIC.index(arithmetic(p.a.dtype)),
-            row=side(op.a, op.row_bias, op.row_ids, row_limit, rows),
-            col=side(op.b, op.col_bias, op.col_ids, col_limit, cols),
+            row=Side.of(op.a, op.row_bias, op.row_ids, row_limit, row),
+            col=Side.of(op.b, op.col_bias, op.col_ids, col_limit, col),
             row_bytes=p.d * op.a.element_size(),
             scale=op.scale,
             scale_of=SCALE_OF.index(scale_of),
@@ -97,16 +99,6 @@ class Scores(NamedTuple):
             positives_matter=bool(p.positives or p.exclude_positives or p.hardest or softplus),
             diagonal=-p.diagonal if exchanged else p.diagonal,
         )
-
-
-class Split(NamedTuple):
-    """Tiles of a region in groups, a block for each pair: of rows and of columns."""
-
-    row_tiles: int  # of a group
-    col_tiles: int
-    row_groups: int
-    col_groups: int
-    triangle: bool  # only pairs with row group ≤ column group
 
 
 class Forward(NamedTuple):

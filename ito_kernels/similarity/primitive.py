@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
-from . import dispatch, op
+from . import dispatch
+from .op import logsumexp_of, softplus_of
 from .spec import (
-    Needs,
     Problem,
     Stats,
-    Upstream,
     check_pair,
     check_weight,
     check_weights,
@@ -72,8 +69,9 @@ def similarity_logsumexp(
             not reach it.
 
     Returns:
-        Stats of fp32 tensors (fp64 for fp64 features): `max` (constant for autograd), `logsum`,
-        `pos`, `neg_max` of rows (N,) and columns (M,), None where not wanted. The logsumexp is
+        Stats of fp32 tensors (fp64 for fp64 features): `row` (N,) and `col` (M,), each with `max`
+        (constant for autograd), `logsum`, `pos`, `neg_max`; None where not wanted. `row_max` is
+        `row.max`, and so on. The logsumexp is
         `max + logsum`; a loss is best written `logsum - pos / k`, which keeps the digits that
         `logsumexp - positive` cancels at a large scale.
         With weights the pair of their 0-d sum and the Stats, which then carry no gradient, or the
@@ -106,27 +104,6 @@ def similarity_logsumexp(
     row_weights = check_weights("row_weights", row_weights, problem, rows, problem.n)
     col_weights = check_weights("col_weights", col_weights, problem, cols, problem.m)
     return logsumexp_of(problem, row_weights, col_weights, return_stats, backend)
-
-
-def logsumexp_of(
-    problem: Problem,
-    row_weights: tuple[Tensor | None, Tensor | None],
-    col_weights: tuple[Tensor | None, Tensor | None],
-    return_stats: bool,
-    backend: str | None,
-) -> Stats | Tensor | tuple[Tensor, Stats]:
-    """`similarity_logsumexp` of arguments that have been checked."""
-    (u, alpha), (v, beta) = row_weights, col_weights
-    weights = Upstream(u, v, alpha, beta)
-    name = dispatch.choose(problem, backend)
-    needs = _wanted_gradients(problem)
-    module = dispatch.load(name)
-    cache = module.cache_bytes(problem) if hasattr(module, "cache_bytes") else 0
-    cache = cache if any(needs) else 0
-    total, stats = op.logsumexp(problem, name, cache, return_stats, weights, needs)
-    if total is None:
-        return stats
-    return (total, stats) if return_stats else total
 
 
 def similarity_softplus(
@@ -168,12 +145,6 @@ def similarity_softplus(
     return softplus_of(problem, row_weights, backend)
 
 
-def softplus_of(problem: Problem, row_weights: Tensor | None, backend: str | None) -> Tensor:
-    """`similarity_softplus` of arguments that have been checked."""
-    name = dispatch.choose(problem, backend)
-    return op.softplus(problem, name, row_weights, _wanted_gradients(problem))
-
-
 def explain(
     queries: Tensor,
     keys: Tensor,
@@ -193,38 +164,11 @@ def explain(
     problem = make_problem(
         queries, keys, logit_scale, **{name: options.pop(name, None) for name in names}, **options
     )
-    name = dispatch.choose(problem, backend)
+    chosen = dispatch.choose(problem, backend)
     what = "self-similarity" if problem.b is None else "similarity"
     return (
         f"{what} of {problem.n} x {problem.m}, D = {problem.d}, {problem.a.dtype} on"
         f" {problem.a.device.type}\n"
-        f"backend {name}: {dispatch.why(problem, backend)}\n"
-        f"tiles: {dispatch.load(name).describe(problem)}"
+        f"backend {chosen.name}: {dispatch.why(problem, backend)}\n"
+        f"tiles: {chosen.describe(problem)}"
     )
-
-
-def _wanted_gradients(problem: Problem) -> Needs:
-    inputs = problem[: len(Needs._fields)]  # a, b, scale and the biases
-    reverse_mode_only(*inputs)
-    live = torch.is_grad_enabled()
-    return Needs(*[live and x is not None and x.requires_grad for x in inputs])
-
-
-def reverse_mode_only(*inputs: Tensor | None) -> None:
-    """Raises where operators would lose a forward-mode tangent without a word, or meet the tensors
-    of a torch.func transform."""
-    if torch.compiler.is_compiling():
-        return
-    if forward_ad._current_level >= 0 and any(
-        x is not None and forward_ad.unpack_dual(x).tangent is not None for x in inputs
-    ):
-        raise RuntimeError(
-            "ito_kernels supports reverse mode only, not forward-mode differentiation"
-            " (torch.func.jvp, torch.autograd.forward_ad): use backward() or"
-            " torch.autograd.grad()"
-        )
-    if torch._C._functorch.maybe_current_level() is not None:
-        raise RuntimeError(
-            "ito_kernels does not run inside torch.func transforms (grad, vjp, vmap, ...): use"
-            " backward() or torch.autograd.grad(), and a loop instead of vmap"
-        )

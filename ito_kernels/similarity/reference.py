@@ -9,16 +9,86 @@ import torch
 from torch import Tensor
 from torch.nn.functional import softplus
 
+from .backend import Backend
 from .pairs import classify, features, finite_shift
-from .spec import Grads, Needs, Problem, Stats, Upstream
+from .spec import Grads, Needs, Problem, SideStats, SideUpstream, Stats, Upstream
 
 
-def supports(problem: Problem) -> tuple[bool, str]:
-    return True, "runs everywhere"
+class Reference(Backend):
+    name = "reference"
 
+    def status(self) -> tuple[bool, str]:
+        return True, "plain PyTorch, any device"
 
-def describe(problem: Problem) -> str:
-    return f"dense {problem.n} x {problem.m} matrix in {problem.accumulate}"
+    def supports(self, problem: Problem) -> tuple[bool, str]:
+        return True, "runs everywhere"
+
+    def describe(self, problem: Problem) -> str:
+        return f"dense {problem.n} x {problem.m} matrix in {problem.accumulate}"
+
+    def logsumexp_forward(self, problem: Problem, cache: Tensor | None = None) -> Stats:
+        dot, scores = _scores(problem)
+        pairs = classify(problem, dot)
+
+        def reduce(dim: int) -> SideStats:
+            top = scores.masked_fill(pairs.barred, -torch.inf).amax(dim)
+            relative = scores - finite_shift(top).unsqueeze(dim)
+            logsum = relative.exp().masked_fill(pairs.barred, 0).sum(dim).log()
+            pos = None
+            if problem.positives == "linear":
+                pos = relative.masked_fill(~pairs.positive, 0).sum(dim)
+            elif problem.positives == "lse":
+                pos = relative.masked_fill(~pairs.positive, -torch.inf).logsumexp(dim)
+            neg_max = None
+            if problem.hardest:
+                neg_max = scores.masked_fill(pairs.positive | pairs.excluded, -torch.inf).amax(dim)
+            return SideStats(top, logsum, pos, neg_max)
+
+        row = reduce(1) if problem.rows else None
+        return Stats(row, reduce(0) if problem.cols else None)
+
+    def logsumexp_backward(
+        self,
+        problem: Problem,
+        stats: Stats,
+        upstream: Upstream,
+        needs: Needs,
+        cache: Tensor | None = None,
+    ) -> Grads:
+        dot, scores = _scores(problem)
+        pairs = classify(problem, dot)
+        weights = torch.zeros_like(scores)
+
+        def add(side: SideStats, grad: SideUpstream, dim: int) -> None:
+            relative = scores - finite_shift(side.max).unsqueeze(dim)
+            if grad.logsum is not None:
+                softmax = (relative - side.logsum.unsqueeze(dim)).exp()
+                weights.add_((softmax * grad.logsum.unsqueeze(dim)).masked_fill(pairs.barred, 0))
+            if grad.pos is not None:
+                term = grad.pos.unsqueeze(dim).expand_as(scores)
+                if problem.positives == "lse":
+                    term = term * (relative - side.pos.unsqueeze(dim)).exp()
+                weights.add_(term.masked_fill(~pairs.positive, 0))
+
+        if problem.rows:
+            add(stats.row, upstream.row, 1)
+        if problem.cols:
+            add(stats.col, upstream.col, 0)
+        return _gradients(problem, dot, weights, needs)
+
+    def softplus_forward(self, problem: Problem) -> Tensor:
+        dot, scores = _scores(problem)
+        pairs = classify(problem, dot)
+        signed = torch.where(pairs.positive, -scores, scores)
+        # torch's default threshold of 20 returns x itself beyond it, off by 2e-9: too much for fp64
+        return softplus(signed, threshold=40).masked_fill(pairs.excluded, 0).sum(1)
+
+    def softplus_backward(self, problem: Problem, u: Tensor, needs: Needs) -> Grads:
+        dot, scores = _scores(problem)
+        pairs = classify(problem, dot)
+        slope = torch.where(pairs.positive, -torch.sigmoid(-scores), torch.sigmoid(scores))
+        weights = (u[:, None] * slope).masked_fill(pairs.excluded, 0)
+        return _gradients(problem, dot, weights, needs)
 
 
 def _scores(problem: Problem) -> tuple[Tensor, Tensor]:
@@ -31,69 +101,6 @@ def _scores(problem: Problem) -> tuple[Tensor, Tensor]:
     if problem.col_bias is not None:
         scores = scores + problem.col_bias[None, :]
     return dot, scores
-
-
-def logsumexp_forward(problem: Problem) -> Stats:
-    dot, scores = _scores(problem)
-    pairs = classify(problem, dot)
-
-    def reduce(dim: int) -> tuple[Tensor | None, ...]:
-        top = scores.masked_fill(pairs.barred, -torch.inf).amax(dim)
-        relative = scores - finite_shift(top).unsqueeze(dim)
-        logsum = relative.exp().masked_fill(pairs.barred, 0).sum(dim).log()
-        pos = None
-        if problem.positives == "linear":
-            pos = relative.masked_fill(~pairs.positive, 0).sum(dim)
-        elif problem.positives == "lse":
-            pos = relative.masked_fill(~pairs.positive, -torch.inf).logsumexp(dim)
-        neg_max = None
-        if problem.hardest:
-            neg_max = scores.masked_fill(pairs.positive | pairs.excluded, -torch.inf).amax(dim)
-        return top, logsum, pos, neg_max
-
-    nothing = (None,) * 4
-    return Stats(
-        *(reduce(1) if problem.rows else nothing), *(reduce(0) if problem.cols else nothing)
-    )
-
-
-def logsumexp_backward(problem: Problem, stats: Stats, upstream: Upstream, needs: Needs) -> Grads:
-    dot, scores = _scores(problem)
-    pairs = classify(problem, dot)
-    weights = torch.zeros_like(scores)
-
-    def add(top, logsum, pos, grad_logsum, grad_pos, dim: int) -> None:
-        relative = scores - finite_shift(top).unsqueeze(dim)
-        if grad_logsum is not None:
-            softmax = (relative - logsum.unsqueeze(dim)).exp()
-            weights.add_((softmax * grad_logsum.unsqueeze(dim)).masked_fill(pairs.barred, 0))
-        if grad_pos is not None:
-            term = grad_pos.unsqueeze(dim).expand_as(scores)
-            if problem.positives == "lse":
-                term = term * (relative - pos.unsqueeze(dim)).exp()
-            weights.add_(term.masked_fill(~pairs.positive, 0))
-
-    if problem.rows:
-        add(stats.row_max, stats.row_logsum, stats.row_pos, upstream.u, upstream.alpha, 1)
-    if problem.cols:
-        add(stats.col_max, stats.col_logsum, stats.col_pos, upstream.v, upstream.beta, 0)
-    return _gradients(problem, dot, weights, needs)
-
-
-def softplus_forward(problem: Problem) -> Tensor:
-    dot, scores = _scores(problem)
-    pairs = classify(problem, dot)
-    signed = torch.where(pairs.positive, -scores, scores)
-    # torch's default threshold of 20 returns x itself beyond it, off by 2e-9: too much for fp64
-    return softplus(signed, threshold=40).masked_fill(pairs.excluded, 0).sum(1)
-
-
-def softplus_backward(problem: Problem, u: Tensor, needs: Needs) -> Grads:
-    dot, scores = _scores(problem)
-    pairs = classify(problem, dot)
-    slope = torch.where(pairs.positive, -torch.sigmoid(-scores), torch.sigmoid(scores))
-    weights = (u[:, None] * slope).masked_fill(pairs.excluded, 0)
-    return _gradients(problem, dot, weights, needs)
 
 
 def _gradients(problem: Problem, dot: Tensor, weights: Tensor, needs: Needs) -> Grads:

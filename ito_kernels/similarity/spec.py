@@ -67,39 +67,95 @@ class Problem(NamedTuple):
         return self.a.shape[1]
 
     @property
+    def inputs(self) -> tuple[Tensor | None, ...]:
+        """What may have a gradient, in the order of `Needs`."""
+        return self.a, self.b, self.scale, self.row_bias, self.col_bias
+
+    @property
+    def tensors(self) -> tuple[Tensor | None, ...]:
+        """The first fields; `options` are the others."""
+        return *self.inputs, self.row_ids, self.col_ids, self.row_limit
+
+    @property
+    def options(self) -> tuple:
+        return (
+            self.positives,
+            self.exclude_self,
+            self.exclude_positives,
+            self.diagonal,
+            self.rows,
+            self.cols,
+            self.hardest,
+        )
+
+    def new_stats(self) -> Stats:
+        """Memory for the statistics that are asked for."""
+        row = self.new_side(self.n) if self.rows else None
+        return Stats(row, self.new_side(self.m) if self.cols else None)
+
+    def new_side(self, length: int) -> SideStats:
+        """The same of the rows or of the columns."""
+        new = self.scale.new_empty
+        return SideStats(
+            new(length),
+            new(length),
+            new(length) if self.positives is not None else None,
+            new(length) if self.hardest else None,
+        )
+
+    @property
     def accumulate(self) -> torch.dtype:
         """The dtype of scores, statistics and scale: fp32, or fp64 for fp64 features."""
         return accumulate_dtype(self.a.dtype)
 
 
-class Stats(NamedTuple):
-    """Row and column statistics of `logsumexp`, in the accumulate dtype; None where not wanted.
+class SideStats(NamedTuple):
+    """Statistics of the rows, or of the columns, in the accumulate dtype.
 
     max:     maximum over the allowed pairs, -inf where there is none. A constant shift: it carries
              no gradient, and functions of `max + logsum` and of the positives have the right one.
     logsum:  log Σ exp(S - max) over the allowed pairs, -inf where there is none.
     pos:     "linear": Σ (S - max) over the positives; "lse": log Σ exp(S - max) over them. `max`
-             reads as 0 where it is -inf.
+             reads as 0 where it is -inf. None where positives are not asked for.
     neg_max: maximum over the allowed negatives, -inf where there is none; carries no gradient.
+             None where it is not asked for.
     """
 
-    row_max: Tensor | None = None
-    row_logsum: Tensor | None = None
-    row_pos: Tensor | None = None
-    row_neg_max: Tensor | None = None
-    col_max: Tensor | None = None
-    col_logsum: Tensor | None = None
-    col_pos: Tensor | None = None
-    col_neg_max: Tensor | None = None
+    max: Tensor | None
+    logsum: Tensor | None
+    pos: Tensor | None = None
+    neg_max: Tensor | None = None
+
+
+class Stats(NamedTuple):
+    """Row and column statistics of `logsumexp`; None for a side that is not wanted.
+
+    Also readable by flat names: `row_max` is `row.max`, None where `row` is.
+    """
+
+    row: SideStats | None = None
+    col: SideStats | None = None
+
+    row_max = property(lambda self: self.row.max if self.row else None)
+    row_logsum = property(lambda self: self.row.logsum if self.row else None)
+    row_pos = property(lambda self: self.row.pos if self.row else None)
+    row_neg_max = property(lambda self: self.row.neg_max if self.row else None)
+    col_max = property(lambda self: self.col.max if self.col else None)
+    col_logsum = property(lambda self: self.col.logsum if self.col else None)
+    col_pos = property(lambda self: self.col.pos if self.col else None)
+    col_neg_max = property(lambda self: self.col.neg_max if self.col else None)
+
+
+class SideUpstream(NamedTuple):
+    """Gradients that arrive at one side's logsum and pos, or the weights that will; None: 0."""
+
+    logsum: Tensor | None = None
+    pos: Tensor | None = None
 
 
 class Upstream(NamedTuple):
-    """Gradients that arrive at logsum (u, v) and pos (alpha, beta) of rows and columns."""
-
-    u: Tensor | None = None
-    v: Tensor | None = None
-    alpha: Tensor | None = None
-    beta: Tensor | None = None
+    row: SideUpstream = SideUpstream()
+    col: SideUpstream = SideUpstream()
 
 
 class Needs(NamedTuple):

@@ -227,8 +227,8 @@ void test_engine(const std::string& isa, DType dtype, int64_t n, int64_t m, int6
   Grads grads;
   grads.a = dtype == DType::kFloat32 ? static_cast<void*>(ga.data()) : ha.data();
   if (!self) grads.b = dtype == DType::kFloat32 ? static_cast<void*>(gb.data()) : hb.data();
-  const Upstream up = {u.data(), self ? nullptr : v.data(), alpha.data(),
-                       self ? nullptr : beta.data()};
+  const Upstream up = {{u.data(), alpha.data()},
+                       {self ? nullptr : v.data(), self ? nullptr : beta.data()}};
   logsumexp_backward(p, stats, up, grads, cache, run);
 
   const std::string what = isa + " " + std::to_string(static_cast<int>(dtype)) + " " +

@@ -9,8 +9,8 @@ in a fixed order, so the same inputs give the same bits.
 import triton
 import triton.language as tl
 
-from . import triton_scores as scores
-from .triton_scores import LN2, LOG2E
+from . import scores
+from .scores import LN2, LOG2E
 
 
 @triton.jit

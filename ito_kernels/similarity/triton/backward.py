@@ -7,8 +7,8 @@ gradient for small D. Both can give the forward value of softplus too.
 import triton
 import triton.language as tl
 
-from . import triton_scores as scores
-from .triton_scores import LOG2E
+from . import scores
+from .scores import LOG2E
 
 
 @triton.jit

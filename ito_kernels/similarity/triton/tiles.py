@@ -1,4 +1,4 @@
-"""Tile shapes of the Triton kernels for each architecture, and how a problem is cut into programs.
+"""Tile shapes of the Triton kernels for each architecture, and the size of W panels.
 
 Chosen from machine code, not from timings: `benchmarks/gpu_static.py` compiles every entry, fails
 on a spill and predicts the time; docs/gpu-static.md has its table.
@@ -134,61 +134,6 @@ def device(device: torch.device) -> tuple[Arch, int]:
     # warp-group and only 10.x has fifth-generation matrix instructions
     name = {9: "sm_90", 10: "sm_100"}.get(properties.major, "sm_80")
     return ARCHS[name], properties.multi_processor_count
-
-
-class Split(NamedTuple):
-    """Row tiles × column tiles, cut into groups: one program for each pair of groups."""
-
-    row_tiles: int  # of a group
-    col_tiles: int
-    row_groups: int
-    col_groups: int
-    triangle: bool  # only pairs with row group ≤ column group
-
-    @property
-    def programs(self) -> int:
-        if self.triangle:
-            return self.row_groups * (self.row_groups + 1) // 2
-        return self.row_groups * self.col_groups
-
-    def arguments(self) -> dict:
-        return {
-            "row_tiles": self.row_tiles,
-            "col_tiles": self.col_tiles,
-            "col_groups": self.col_groups,
-        }
-
-
-@lru_cache(maxsize=256)
-def split(n: int, m: int, tile: Tile, processors: int, triangle: bool) -> Split:
-    """The split with the least work on the busiest processor, then the fewest groups.
-
-    Statistics are kept per row and group of columns, and per column and group of rows: memory is
-    O((N + M)·√processors), and nothing is shared between programs.
-    """
-    tiles_m, tiles_n = -(-n // tile.m), -(-m // tile.n)
-    if triangle:
-        # groups of both sides must cover the same rows
-        unit = max(tile.m, tile.n)
-        units = -(-n // unit)
-
-        def cost(groups: int) -> tuple[int, int]:
-            waves = -(-(groups * (groups + 1) // 2) // processors)
-            return waves * (-(-units // groups)) ** 2, groups
-
-        most = min(units, 2 * isqrt(2 * processors) + 1)
-        size = -(-units // min(range(1, most + 1), key=cost))
-        groups = -(-units // size)
-        return Split(size * unit // tile.m, size * unit // tile.n, groups, groups, True)
-    best = None
-    for groups in range(1, min(tiles_m, processors) + 1):
-        row_tiles = -(-tiles_m // groups)
-        col_tiles = -(-tiles_n // min(tiles_n, processors // groups))
-        row_groups, col_groups = -(-tiles_m // row_tiles), -(-tiles_n // col_tiles)
-        cost = (row_tiles * col_tiles, row_groups + col_groups)
-        if best is None or cost < best[0]:
-            best = cost, Split(row_tiles, col_tiles, row_groups, col_groups, False)
-    return best[1]
 
 
 def panel(n: int, m: int, d: int, elements: int, processors: int, square: bool) -> tuple[int, int]:

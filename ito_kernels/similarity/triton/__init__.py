@@ -1,0 +1,78 @@
+"""The backend `triton`. Triton is imported when a kernel is first asked for."""
+
+from __future__ import annotations
+
+import os
+from importlib.util import find_spec
+
+import torch
+from torch import Tensor
+
+from ..backend import Backend
+from ..spec import Grads, Needs, Problem, Stats, Upstream
+
+_INSTALLED = find_spec("triton") is not None
+
+
+def _interpreted() -> bool:
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+class Triton(Backend):
+    name = "triton"
+    priority = 2
+    device = "cuda"
+
+    def status(self) -> tuple[bool, str]:
+        if not _INSTALLED:
+            return False, "the triton package is not installed"
+        if _interpreted():
+            return True, "interpreted on the CPU: TRITON_INTERPRET=1"
+        if not torch.cuda.is_available():
+            return False, "there is no CUDA device, and TRITON_INTERPRET=1 is not set"
+        return True, torch.cuda.get_device_name()
+
+    def supports(self, problem: Problem) -> tuple[bool, str]:
+        available, detail = self.status()
+        if not available:
+            return False, detail
+        if problem.a.dtype == torch.float64:
+            return False, "fp64 is computed by the reference and chunked backends"
+        if problem.a.device.type == "cpu" and not _interpreted():
+            return False, "CPU tensors need TRITON_INTERPRET=1 in the environment"
+        if problem.a.device.type not in ("cpu", "cuda"):
+            return False, f"no tiles for {problem.a.device.type} devices"
+        if max(problem.n, problem.m) >= 2**31 - 2**9:
+            return False, "row numbers do not fit 32 bits"
+        return True, "a GPU" if problem.a.is_cuda else "TRITON_INTERPRET=1"
+
+    @property
+    def _host(self):
+        from . import host
+
+        return host
+
+    def describe(self, problem: Problem) -> str:
+        return self._host.describe(problem)
+
+    def logsumexp_forward(self, problem: Problem, cache: Tensor | None = None) -> Stats:
+        return self._host.logsumexp_forward(problem)
+
+    def logsumexp_backward(
+        self,
+        problem: Problem,
+        stats: Stats,
+        upstream: Upstream,
+        needs: Needs,
+        cache: Tensor | None = None,
+    ) -> Grads:
+        return self._host.logsumexp_backward(problem, stats, upstream, needs)
+
+    def softplus_forward(self, problem: Problem) -> Tensor:
+        return self._host.softplus_forward(problem)
+
+    def softplus_backward(self, problem: Problem, u: Tensor, needs: Needs) -> Grads:
+        return self._host.softplus_backward(problem, u, needs)
+
+    def softplus_both(self, problem: Problem, u: Tensor, needs: Needs) -> tuple[Tensor, Grads]:
+        return self._host.softplus_both(problem, u, needs)

@@ -1,0 +1,569 @@
+"""The Triton kernels' host: on CUDA and ROCm devices; on CPU tensors under `TRITON_INTERPRET=1`.
+
+Forward is one pass for both sides' statistics. Backward has two shapes. For D ≤ 128 a fused kernel
+keeps rows of the gradient in registers, once per side. For larger D, W goes panel by panel into a
+bounded workspace, and the vendor's matrix product does W·B and Wᵀ·A with fp32 accumulation: 4
+matrix products in all. Where S is symmetric, half of its tiles are computed: 2 products in all.
+
+Nothing waits for the device and no atomics are used: the same inputs give the same bits, and calls
+can be captured in a CUDA graph.
+
+Environment: ITO_TRITON_AUTOTUNE=1 times a few tiles around the table's and keeps the fastest, once
+for each kernel, dtype and size up to the next power of two. That first call waits for the device,
+so it cannot be captured; another process may choose another tile, with other last bits.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext, suppress
+from functools import wraps
+from typing import NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+from triton.runtime.errors import OutOfResources
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from .. import gpu
+from ..gpu import Operands, PanelSums, RowGradient, Split, dense, is_symmetric
+from ..pairs import count_positives
+from ..spec import Grads, Needs, Problem, SideStats, Stats, Upstream
+from . import backward, forward, tiles
+
+INTERPRETED = not isinstance(forward.logsumexp_kernel, triton.JITFunction)
+MERGE_BLOCK = 256
+
+
+def describe(problem: Problem) -> str:
+    plan = _Plan(problem)
+    text = f"{plan.arch.name}, {plan.arithmetic}: {plan.words('forward')} scores"
+    if is_symmetric(problem):
+        text += ", half of them (S is symmetric)"
+    if plan.gradient:
+        return f"{text}; fused gradients, {plan.words('gradient')}"
+    rows, cols = plan.panel_size()
+    panels = f"W panels of {rows} x {cols}, {plan.words('panel')}"
+    return f"{text}; {panels}, for the vendor's matrix product"
+
+
+class _Plan:
+    """What does not depend on the values: architecture, arithmetic, tiles, programs."""
+
+    def __init__(self, problem: Problem):
+        self.problem = problem
+        self.arch, self.processors = tiles.device(problem.a.device)
+        self.arithmetic = _arithmetic(problem.a.dtype)
+        if self.arithmetic not in self.arch.forward:
+            self.arithmetic = "ieee"  # where there is no 3×tf32
+        by_ids = problem.row_ids is not None
+        self.forward, self.panel = (
+            (self.arch.ids if by_ids else x)[self.arithmetic]
+            for x in (self.arch.forward, self.arch.panel)
+        )
+        self.gradient = None
+        if problem.d <= tiles.FUSED_D:
+            self.gradient = self.arch.gradient.get(self.arithmetic)
+        for kernel in ("forward", "panel", "gradient"):
+            setattr(self, kernel, _TUNED.get(self.key(kernel), getattr(self, kernel)))
+
+    def key(self, kernel: str) -> tuple:
+        p = self.problem
+        sizes = (triton.next_power_of_2(x) for x in (p.n, p.m, p.d))
+        return kernel, self.arch.name, p.a.dtype, self.arithmetic, p.row_ids is not None, *sizes
+
+    def words(self, kernel: str) -> str:
+        m, n, k, warps, stages = getattr(self, kernel)
+        source = "tuned" if self.key(kernel) in _TUNED else "from the table"
+        return f"{m} x {n} x {k}, {warps} warps, {stages} stages ({source})"
+
+    def panel_size(self) -> tuple[int, int]:
+        p = self.problem
+        return tiles.panel(
+            p.n, p.m, p.d, gpu.PANEL_BYTES // p.a.element_size(), self.processors, is_symmetric(p)
+        )
+
+    def split(self, triangle: bool = True) -> Split:
+        p, tile = self.problem, self.forward
+        return gpu.split(p.n, p.m, tile.m, tile.n, self.processors, triangle and is_symmetric(p))
+
+
+_TUNED: dict[tuple, tiles.Tile] = {}
+
+
+def _tunes(choose: Callable[[_Plan], str]) -> Callable:
+    """The decorated function of a problem runs a kernel, `choose(plan)`, whose tile is tuned."""
+
+    def decorate(function: Callable) -> Callable:
+        @wraps(function)
+        def run(problem: Problem, *args):
+            if os.environ.get("ITO_TRITON_AUTOTUNE") == "1":
+                plan = _Plan(problem)
+                kernel = choose(plan)
+                key = plan.key(kernel)
+                if key not in _TUNED:
+                    times = {}
+                    try:
+                        for tile in tiles.around(getattr(plan, kernel)):
+                            _TUNED[key] = tile
+                            # a tile may ask for more shared memory than there is
+                            with suppress(OutOfResources), _on(problem.a.device):
+                                times[tile] = _milliseconds(lambda: function(problem, *args))
+                    finally:
+                        del _TUNED[key]
+                    _TUNED[key] = min(times, key=times.get)
+            return function(problem, *args)
+
+        return run
+
+    return decorate
+
+
+_tunes_forward = _tunes(lambda plan: "forward")
+_tunes_backward = _tunes(lambda plan: "gradient" if plan.gradient else "panel")
+
+
+def _milliseconds(run: Callable[[], object]) -> float:
+    if INTERPRETED:  # its times say nothing: the table's tile, which comes first, is kept
+        return 0.0
+    return triton.testing.do_bench(run, return_mode="median")
+
+
+def _arithmetic(dtype: torch.dtype) -> str:
+    """fp32 follows `torch.set_float32_matmul_precision`: "highest" is ieee, "high" 3×tf32, which
+    keeps nearly all digits on the tensor cores, "medium" tf32."""
+    if dtype != torch.float32:
+        return "half"
+    modes = {"highest": "ieee", "high": "tf32x3", "medium": "tf32"}
+    return modes[torch.get_float32_matmul_precision()]
+
+
+def _counts(problem: Problem, op: Operands) -> tuple[Tensor, Tensor]:
+    """The numbers of positives of rows and columns, from their ranks."""
+    p = problem
+    rows, cols = count_positives(op.row_ids, op.col_ids), count_positives(op.col_ids, op.row_ids)
+    if p.exclude_self:
+        first, last = max(0, -p.diagonal), min(p.n, p.m - p.diagonal)
+        if first < last:
+            row, col = slice(first, last), slice(first + p.diagonal, last + p.diagonal)
+            itself = ((op.row_ids[row] == op.col_ids[col]) & (op.row_ids[row] >= 0)).long()
+            rows[row] -= itself
+            cols[col] -= itself
+    return rows, cols
+
+
+# ---- launches: the members of these structs have the names of the kernels' arguments, which Triton
+# takes one by one: numbers in a tuple would be specialised, a compilation for every batch size
+
+
+class Scores(NamedTuple):
+    """What computes a tile of S, and how."""
+
+    a: Tensor | TensorDescriptor
+    b: Tensor | TensorDescriptor
+    scale: Tensor
+    row_bias: Tensor | None
+    col_bias: Tensor | None
+    row_ids: Tensor | None
+    col_ids: Tensor | None
+    n: int
+    m: int
+    d: int
+    stride_a: int
+    stride_b: int
+    diagonal: int
+    EVEN_D: bool
+    SELF: bool
+    TMA: bool
+    PRECISION: str
+    INTERPRETED: bool
+    BLOCK_M: int
+    BLOCK_N: int
+    num_warps: int
+    num_stages: int
+
+    @classmethod
+    def of(
+        cls, plan: _Plan, op: Operands, tile: tiles.Tile, k: int, exchanged: bool = False
+    ) -> Scores:
+        """k: the width of what is loaded at a time. `exchanged`: `op` is of the transposed
+        matrix."""
+        p, tma = plan.problem, plan.arch.tma
+
+        def source(x: Tensor, rows: int) -> Tensor | TensorDescriptor:
+            if not tma:
+                return x
+            return TensorDescriptor(x, list(x.shape), [x.stride(0), 1], [rows, k])
+
+        return cls(
+            a=source(op.a, tile.m),
+            b=source(op.b, tile.n),
+            scale=op.scale,
+            row_bias=op.row_bias,
+            col_bias=op.col_bias,
+            row_ids=op.row_ids,
+            col_ids=op.col_ids,
+            n=op.a.shape[0],
+            m=op.b.shape[0],
+            d=op.a.shape[1],
+            stride_a=op.a.stride(0),
+            stride_b=op.b.stride(0),
+            diagonal=-p.diagonal if exchanged else p.diagonal,
+            EVEN_D=op.a.shape[1] % k == 0,
+            SELF=p.exclude_self,
+            TMA=tma,
+            PRECISION=plan.arithmetic if p.a.dtype == torch.float32 else "ieee",
+            INTERPRETED=INTERPRETED,
+            BLOCK_M=tile.m,
+            BLOCK_N=tile.n,
+            num_warps=tile.warps,
+            num_stages=tile.stages,
+        )
+
+
+class InSteps(NamedTuple):
+    """Of the kernels that compute scores in steps over D; their rows are those of the problem."""
+
+    row_limit: Tensor | None
+    SCALE_PER_ROW: bool
+    BLOCK_K: int
+
+    @classmethod
+    def of(cls, problem: Problem, tile: tiles.Tile) -> InSteps:
+        return cls(dense(problem.row_limit), problem.scale.ndim == 1, tile.k)
+
+
+class Groups(NamedTuple):
+    """Of a split; `row_groups` only where columns have slots."""
+
+    row_tiles: int
+    col_tiles: int
+    col_groups: int
+
+    @classmethod
+    def of(cls, split: Split) -> Groups:
+        return cls(split.row_tiles, split.col_tiles, split.col_groups)
+
+
+class Statistics(NamedTuple):
+    row_slots: Tensor | None
+    col_slots: Tensor | None
+    pair_scores: Tensor | None
+    row_groups: int
+    ROWS: bool
+    COLS: bool
+    POSITIVES: str
+    EXCLUDE_POSITIVES: bool
+    HARDEST: bool
+    TRIANGLE: bool
+    EXACT: bool
+    PARTS: int
+
+
+class SoftplusRows(NamedTuple):
+    row_slots: Tensor
+
+
+class Merge(NamedTuple):
+    slots: Tensor
+    pair_scores: Tensor | None
+    counts: Tensor | None
+    top_out: Tensor
+    logsum_out: Tensor
+    pos_out: Tensor | None
+    neg_out: Tensor | None
+    length: int
+    groups: int
+    offset: int
+    first_pair: int
+    last_pair: int
+    IDS: bool
+    POSITIVES: str
+    HARDEST: bool
+    BLOCK: int
+
+
+class Weights(NamedTuple):
+    """What makes W of S. `row_factors`, `col_factors`: see `gpu.Vectors`."""
+
+    u: Tensor | None
+    row_factors: Tensor | None
+    alpha: Tensor | None
+    row_pos: Tensor | None
+    v: Tensor | None
+    col_factors: Tensor | None
+    beta: Tensor | None
+    col_pos: Tensor | None
+    norm: Tensor | None
+    SOFTPLUS: bool
+    POSITIVES: str
+    EXCLUDE_POSITIVES: bool
+    EXACT: bool
+
+    @classmethod
+    def of(cls, call: gpu.Backward) -> Weights:
+        p, row, col = call.problem, call.row, call.col
+        return cls(
+            u=row.u,
+            row_factors=row.factors,
+            alpha=row.alpha,
+            row_pos=row.pos,
+            v=col.u,
+            col_factors=col.factors,
+            beta=col.alpha,
+            col_pos=col.pos,
+            norm=call.norm,
+            SOFTPLUS=call.softplus,
+            POSITIVES=p.positives or "none",
+            EXCLUDE_POSITIVES=p.exclude_positives,
+            EXACT=p.a.dtype == torch.float32,
+        )
+
+
+class Panel(NamedTuple):
+    panel: Tensor | None
+    stride_panel: int
+    panel_row: int
+    panel_col: int
+    scale_sums: Tensor | None
+    row_sums: Tensor | None
+    col_sums: Tensor | None
+    softplus_sums: Tensor | None
+    PARTS: int
+
+
+class Gradient(NamedTuple):
+    grad: Tensor | None
+    stride_grad: int
+    scale_sums: Tensor | None
+    row_sums: Tensor | None
+    softplus_sums: Tensor | None
+    row_limit: Tensor | None
+    col_limit: Tensor | None
+    SCALE: str
+    BLOCK_D: int
+
+
+def _launch(kernel, programs: int, *structs: tuple) -> None:
+    arguments = {name: x for struct in structs for name, x in struct._asdict().items()}
+    with _on(next(x for x in arguments.values() if isinstance(x, Tensor)).device):
+        kernel[(programs,)](**arguments)
+
+
+def _on(device: torch.device) -> AbstractContextManager:
+    """Kernels run on the device of the tensors, which need not be the current one."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+
+
+# ---- forward
+
+
+@_tunes_forward
+def logsumexp_forward(problem: Problem) -> Stats:
+    p, plan, op = problem, _Plan(problem), Operands.of(problem)
+    symmetric = is_symmetric(p)
+    rows, cols = (True, True) if symmetric else (p.rows, p.cols)
+    split, tile = plan.split(), plan.forward
+
+    def slots(groups: int, length: int) -> Tensor:
+        out = op.a.new_empty((4, groups, length), dtype=torch.float32)
+        if p.row_ids is not None and p.positives:  # tiles without positives leave these alone
+            out[2].fill_(0.0 if p.positives == "linear" else -torch.inf)
+        if p.hardest:
+            out[3].fill_(-torch.inf)
+        return out
+
+    row_slots = slots(split.col_groups, p.n) if rows else None
+    col_slots = row_slots if symmetric else slots(split.row_groups, p.m) if cols else None
+    pair_scores = None
+    if p.row_ids is None and not p.exclude_self:  # also where not asked for: one kernel less
+        pair_scores = op.a.new_empty(p.n, dtype=torch.float32)
+    statistics = Statistics(
+        row_slots=row_slots,
+        col_slots=col_slots,
+        pair_scores=pair_scores,
+        row_groups=split.row_groups,
+        ROWS=rows,
+        COLS=cols,
+        POSITIVES=p.positives if p.positives and p.row_ids is not None else "none",
+        EXCLUDE_POSITIVES=p.exclude_positives,
+        HARDEST=p.hardest,
+        TRIANGLE=symmetric,
+        EXACT=p.a.dtype == torch.float32,
+        PARTS=plan.arch.parts(tile),
+    )
+    _launch(
+        forward.logsumexp_kernel,
+        split.programs,
+        Scores.of(plan, op, tile, tile.k),
+        InSteps.of(p, tile),
+        Groups.of(split),
+        statistics,
+    )
+
+    row_counts = col_counts = None
+    if p.positives == "linear" and p.row_ids is not None:
+        row_counts, col_counts = _counts(p, op)
+
+    def merged(slots: Tensor, counts: Tensor | None, offset: int) -> SideStats:
+        _, groups, length = slots.shape
+        out = p.new_side(length)
+        merge = Merge(
+            slots=slots,
+            pair_scores=pair_scores if p.positives else None,
+            counts=counts,
+            top_out=out.max,
+            logsum_out=out.logsum,
+            pos_out=out.pos,
+            neg_out=out.neg_max,
+            length=length,
+            groups=groups,
+            offset=offset,
+            first_pair=max(0, -p.diagonal),
+            last_pair=min(p.n, p.m - p.diagonal),
+            IDS=p.row_ids is not None,
+            POSITIVES=p.positives or "none",
+            HARDEST=p.hardest,
+            BLOCK=MERGE_BLOCK,
+        )
+        _launch(forward.merge_kernel, triton.cdiv(length, MERGE_BLOCK), merge)
+        return out
+
+    return gpu.both_sides(
+        p,
+        lambda: merged(row_slots, row_counts, 0),
+        lambda: merged(col_slots, col_counts, -p.diagonal),
+    )
+
+
+@_tunes_forward
+def softplus_forward(problem: Problem) -> Tensor:
+    plan, op = _Plan(problem), Operands.of(problem)
+    split, tile = plan.split(triangle=False), plan.forward
+    slots = op.a.new_empty((split.col_groups, problem.n), dtype=torch.float32)
+    _launch(
+        forward.softplus_kernel,
+        split.programs,
+        Scores.of(plan, op, tile, tile.k),
+        InSteps.of(problem, tile),
+        Groups.of(split),
+        SoftplusRows(slots),
+    )
+    return slots.sum(0)
+
+
+# ---- backward
+
+
+@_tunes_backward
+def logsumexp_backward(problem: Problem, stats: Stats, upstream: Upstream, needs: Needs) -> Grads:
+    return _backward(gpu.Backward.of_logsumexp(problem, stats, upstream), needs)
+
+
+@_tunes_backward
+def softplus_backward(problem: Problem, u: Tensor, needs: Needs) -> Grads:
+    return _backward(gpu.Backward.of_softplus(problem, u), needs)
+
+
+@_tunes_backward
+def softplus_both(problem: Problem, u: Tensor, needs: Needs) -> tuple[Tensor, Grads]:
+    """The row sums and, for an upstream gradient `u` known before, the gradients, by one
+    computation of the scores less: 3 matrix products in panels, 4 fused.
+
+    There is no such pass for softmax. Its W needs complete row sums, so the scores of whole rows
+    would be kept, 4 bytes each written and read: at D = 768 an H100 computes them again in less
+    time (docs/gpu-static.md).
+    """
+    if is_symmetric(problem) and not _Plan(problem).gradient:
+        # half of the panels, which hold half of the scores: 2.5 products against 3
+        return softplus_forward(problem), softplus_backward(problem, u, needs)
+    values = problem.scale.new_zeros(problem.n)
+    return values, _backward(gpu.Backward.of_softplus(problem, u), needs, values)
+
+
+def _backward(call: gpu.Backward, needs: Needs, values: Tensor | None = None) -> Grads:
+    """values: where the forward value of softplus goes too."""
+    plan = _Plan(call.problem)
+    return (_fused if plan.gradient else _panels)(call, plan, needs, values)
+
+
+def _fused(call: gpu.Backward, plan: _Plan, needs: Needs, values: Tensor | None) -> Grads:
+    p, tile = call.problem, plan.gradient
+    block_d = max(16, triton.next_power_of_2(p.d))
+    limit = dense(p.row_limit)
+    together = p.b is None and not call.symmetric  # both sides' gradients meet in one tensor
+
+    def run(call: gpu.Backward, exchanged: bool, needs: Needs) -> RowGradient:
+        op, n = call.op, call.op.a.shape[0]
+        grad = None
+        if needs.a:
+            grad = op.a.new_empty(n, p.d, dtype=torch.float32 if together else None)
+        sums = [
+            op.a.new_empty(n, dtype=torch.float32) if x else None
+            for x in (needs.scale, needs.row_bias)
+        ]
+        row_values = None if exchanged else values
+        if not any(needs) and row_values is None:
+            return RowGradient(grad, *sums)
+        gradient = Gradient(
+            grad=grad,
+            stride_grad=p.d,
+            scale_sums=sums[0],
+            row_sums=sums[1],
+            softplus_sums=row_values,
+            row_limit=None if exchanged else limit,
+            col_limit=limit if exchanged else None,
+            SCALE="one" if op.scale.ndim == 0 else "col" if exchanged else "row",
+            BLOCK_D=block_d,
+        )
+        _launch(
+            backward.gradient_kernel,
+            triton.cdiv(n, tile.m),
+            Scores.of(plan, op, tile, block_d, exchanged),
+            Weights.of(call),
+            gradient,
+        )
+        return RowGradient(grad, *sums)
+
+    # the kernel multiplies by norm itself
+    return gpu.fused_gradients(call, needs, run, norm=None)
+
+
+def _panels(call: gpu.Backward, plan: _Plan, needs: Needs, values: Tensor | None) -> Grads:
+    like, tile = call.op.a, plan.panel
+    parts = plan.arch.parts(tile, call.softplus)
+    scores = Scores.of(plan, call.op, tile, tile.k)
+    steps, weights = InSteps.of(call.problem, tile), Weights.of(call)
+
+    def run(rows: slice, cols: slice, workspace: Tensor | None) -> PanelSums:
+        n, m = rows.stop - rows.start, cols.stop - cols.start
+        grid = triton.cdiv(n, tile.m), triton.cdiv(m, tile.n)
+        row_slots = grid[1] * parts, n
+        sums = PanelSums.new(like, needs, row_slots, (grid[0], m))
+        softplus_sums = None
+        if values is not None:
+            softplus_sums = like.new_empty(row_slots, dtype=torch.float32)
+        panel = Panel(
+            panel=workspace,
+            stride_panel=0 if workspace is None else workspace.stride(0),
+            panel_row=rows.start,
+            panel_col=cols.start,
+            scale_sums=sums.scale,
+            row_sums=sums.row,
+            col_sums=sums.col,
+            softplus_sums=softplus_sums,
+            PARTS=parts,
+        )
+        programs = grid[0] * grid[1]
+        if plan.arch.tma:  # a program's next tile is loaded while it reduces the one before
+            programs = min(programs, 2 * plan.processors)
+        here = scores._replace(n=rows.stop, m=cols.stop)
+        _launch(backward.weights_kernel, programs, here, steps, weights, panel)
+        if values is not None:
+            values[rows] += softplus_sums.sum(0)
+        return sums
+
+    # the kernel stores whole tiles, without a mask
+    return gpu.panel_gradients(call, needs, plan.panel_size(), (tile.m, tile.n), run)
