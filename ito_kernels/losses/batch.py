@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 
 from ..distributed import GlobalBatch, LocalBatch, check_chunk_size, global_rows, whole_batch
-from ..similarity.pairs import count_positives, features, finite_shift
-from ..similarity.spec import Problem, Stats, check_ids, check_pair, check_scale
+from ..similarity.pairs import count_positives, finite_shift
+from ..similarity.spec import Stats, check_ids, check_pair, check_scale
 from .common import check_flags
-from .panels import barred_by, log_sums, sums_of_rest
+from .panels import Mask, log_sums, sums_of_rest
 from .precision import accumulated, as_autocast, inner
 
 OTHER = {"row": "col", "col": "row"}
@@ -128,9 +128,9 @@ class Batch:
     ) -> Direction:
         """The keys' direction with a limit for each key and a scale for each query, which no kernel
         has: the logsumexp in panels. The positives, which no limit leaves out, are a kernel's."""
-        problem = self._swapped()._mask(exclude_positives=exclude_positives)
+        a, b, mask = self._swapped()._masked(exclude_positives=exclude_positives)
         scale = power * self.whole.rows(self.scale)
-        top, _, (logsum,) = log_sums(*features(problem), scale, None, barred_by(problem), (1.0,))
+        top, _, (logsum,) = log_sums(a, b, scale, None, mask, (1.0,))
         if positives is None:
             return Direction(top, logsum, None, None)
         stats = self.logsumexp(
@@ -140,20 +140,22 @@ class Batch:
         pos = stats.col_pos + number * (finite_shift(stats.col_max) - finite_shift(top))
         return Direction(top, logsum, pos, None)
 
-    def _mask(self, **flags) -> Problem:
-        """Which of everyone's keys each query is compared with: a matter of ids and inner products,
-        not of the scale."""
-        return Problem(
-            self.queries,
-            self.whole.rows(self.keys),
-            self.scale.new_ones(()),
-            row_ids=self.query_ids,
-            col_ids=None if self.key_ids is None else self.whole.rows(self.key_ids),
-            row_limit=self.row_limit,
+    def _masked(self, exclude_positives: bool = False) -> tuple[Tensor, Tensor, Mask]:
+        """These queries, everyone's keys, and which of them each query is not compared with."""
+        whole, row_ids, col_ids = self.whole, self.query_ids, self.key_ids
+        a, b = accumulated(self.queries), accumulated(whole.rows(self.keys))
+        if row_ids is not None:  # padding may hold anything
+            col_ids = whole.rows(col_ids)
+            a, b = (x.masked_fill((i < 0)[:, None], 0) for x, i in ((a, row_ids), (b, col_ids)))
+        mask = Mask(
+            row_ids,
+            col_ids,
+            self.row_limit,
             exclude_self=self.exclude_self,
-            diagonal=self.whole.numbers(0).start,
-            **flags,
+            exclude_positives=exclude_positives,
+            diagonal=whole.numbers(0).start,
         )
+        return a, b, mask
 
     def _limited(self, side: str) -> bool:
         return (self.row_limit if side == "row" else self.col_limit) is not None
@@ -216,15 +218,15 @@ class Batch:
 
     def _limited_total(self, side: str, bias: Tensor | None) -> tuple[Tensor, Tensor]:
         """Linear in the other side's rows: only the mask takes products of all pairs."""
-        problem = (self if side == "row" else self._swapped())._mask()
-        mine, others = features(problem)
+        mine, others, mask = (self if side == "row" else self._swapped())._masked()
+        a, b = mine, others
         if side == "row":
             mine = self.scale.reshape(-1, 1) * mine
         else:
             others = self.whole.rows(self.scale.expand(len(self.queries)))[:, None] * others
         ones = others.new_ones(len(others))
         bias = torch.zeros_like(ones) if bias is None else self.whole.rows(bias)
-        sums = sums_of_rest(problem, torch.cat([others, bias[:, None], ones[:, None]], 1))
+        sums = sums_of_rest(a, b, mask, torch.cat([others, bias[:, None], ones[:, None]], 1))
         return (mine * sums[:, :-2]).sum(1) + sums[:, -2], sums[:, -1].detach()
 
 

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from ..similarity.dispatch import check_name
+from ..similarity.panelwise import panelwise_sum
 from .batch import make_batch
 from .options import check_number
-from .panels import sum_of_panels
 from .precision import without_autocast
 
 
@@ -65,22 +65,26 @@ def cacr_loss(
         counts = (whole.sum((x > 0).sum()).clamp(min=1) for x in (k, negatives))
         shares = tuple((x > 0) / c.to(a.dtype) for x, c in zip((k, negatives), counts, strict=True))
 
-        def panel(rows: slice) -> tuple[Tensor, Tensor]:
+        def panel(scores: Tensor, rows: Tensor, ids: Tensor, *given: Tensor) -> tuple:
             """The rows' part of the loss, and its slope along the inner products."""
-            cost = torch.addmm(two, a[rows], b.T, alpha=-2)
-            other = query_ids[rows, None] != key_ids
-            positive = _expected(cost, t_positive, other | padded, shares[0][rows, None])
-            negative = _expected(cost, -t_negative, ~other | padded, shares[1][rows, None])
-            return positive[0] - negative[0], positive[1].sub_(negative[1]).mul_(-2)
+            *shares, key_ids, padded = given
+            other = ids[:, None] != key_ids
+            positive = _expected(scores, t_positive, other | padded, shares[0])
+            negative = _expected(scores, -t_negative, ~other | padded, shares[1])
+            slope = positive[1].sub_(negative[1])
+            return positive[0] - negative[0], (slope, *(None for _ in (ids, *given)))
 
-        two, padded = a.new_full((), 2.0), key_ids < 0
-        return whole.sum(sum_of_panels(a, b, panel)).to(a.dtype)
+        row_args, key_args = (query_ids, *shares), (key_ids, key_ids < 0)
+        loss = panelwise_sum(panel, a, b, row_args=row_args, key_args=key_args)
+        return whole.sum(loss).to(a.dtype)
 
 
-def _expected(cost: Tensor, t: float, left_out: Tensor, share: Tensor) -> tuple[Tensor, Tensor]:
-    """Σ_i share_i Σ_j π_ij c_ij with π_ij ∝ exp(t c_ij) over what is not left out, and its slope
-    along c, share_i · π_ij (1 + t (c_ij - Σ_j π_ij c_ij))."""
-    weights = (t * cost).masked_fill_(left_out, -torch.inf).softmax(1)
+def _expected(scores: Tensor, t: float, left_out: Tensor, share: Tensor) -> tuple[Tensor, Tensor]:
+    """Σ_i share_i Σ_j π_ij c_ij with c = 2 - 2·scores and π_ij ∝ exp(t c_ij) over what is not left
+    out, and its slope along the scores, -2·share_i · π_ij (1 + t (c_ij - Σ_j π_ij c_ij))."""
+    share = share[:, None]
+    weights = (-2 * t * scores).masked_fill_(left_out, -torch.inf).softmax(1)
     weights.masked_fill_(share == 0, 0)  # of nothing at all it is NaN
-    mean = torch.linalg.vecdot(weights, cost)[:, None]
-    return (share * mean).sum(), weights.mul_((cost - mean).mul_(t * share).add_(share))
+    mean = torch.linalg.vecdot(weights, scores)[:, None]
+    slope = weights.mul_((scores - mean).mul_(4 * t * share).sub_(2 * share))
+    return (share * (2 - 2 * mean)).sum(), slope

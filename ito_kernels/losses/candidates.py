@@ -11,10 +11,10 @@ from torch import Tensor
 
 from ..similarity import similarity_logsumexp
 from ..similarity.pairs import count_positives, finite_shift
-from ..similarity.spec import Problem, Stats
+from ..similarity.spec import Stats
 from .batch import Batch
 from .options import Options
-from .panels import sums_of_rest
+from .panels import Mask, sums_of_rest
 from .precision import accumulated
 
 
@@ -73,7 +73,9 @@ class Queue:
         keys = accumulated(self.queue).masked_fill((self.cols < 0)[:, None], 0)
         rows = accumulated(self.batch.queries).masked_fill((self.rows < 0)[:, None], 0)
         if self.batch.row_limit is not None:
-            sums = sums_of_rest(self._mask(), torch.cat([keys, torch.ones_like(keys[:, :1])], 1))
+            mask = Mask(self.rows, self.cols, self.batch.row_limit, exclude_positives=True)
+            ones = torch.ones_like(keys[:, :1])
+            sums = sums_of_rest(rows, keys, mask, torch.cat([keys, ones], 1))
             number = sums[:, -1]
             return self.batch.scale * (rows * sums[:, :-1]).sum(1) - number * shift, number
         number = self.number()
@@ -83,18 +85,6 @@ class Queue:
             same = count_positives(self.rows, self.cols)
             total = total - (stats.row_pos + same * finite_shift(stats.row_max))
         return total, number
-
-    def _mask(self) -> Problem:
-        """Which rows of the queue each query is compared with."""
-        return Problem(
-            self.batch.queries,
-            self.queue,
-            self.batch.scale,
-            row_ids=self.rows,
-            col_ids=self.cols,
-            row_limit=self.batch.row_limit,
-            exclude_positives=True,
-        )
 
 
 class HardNegatives:

@@ -7,6 +7,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from ..distributed import global_rows
+from ..similarity.panelwise import row_panels
 from ..similarity.spec import accumulate_dtype, check_bias, check_ids, check_pair
 from .common import check_generator
 from .infonce import multi_positive_infonce
@@ -111,10 +112,9 @@ def mix_hard_negatives(
     n, q, device = len(queries), len(queue), queries.device
     top = min(hardest, q)
     out = queries.new_empty(n, mixed + with_query, queries.shape[1])
-    step = max(1, PANEL_SCORES // q)
     bank = accumulated(queue)
-    for start in range(0, n, step):
-        rows = accumulated(queries[start : start + step])
+    for at in row_panels(n, q, max(1, PANEL_SCORES // q)):
+        rows = accumulated(queries[at])
         found = (rows @ bank.T).topk(top, dim=1).indices
 
         def draw(count: int, found=found) -> Tensor:
@@ -128,5 +128,5 @@ def mix_hard_negatives(
         alpha, beta = uniform(mixed, 1.0), uniform(with_query, 0.5)
         pairs = alpha * draw(mixed) + (1 - alpha) * draw(mixed)
         nearer = beta * rows[:, None] + (1 - beta) * draw(with_query)
-        out[start : start + step] = normalize(torch.cat([pairs, nearer], 1), dim=2)
+        out[at] = normalize(torch.cat([pairs, nearer], 1), dim=2)
     return out

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..similarity.pairs import finite_shift
 from .batch import OTHER, Batch, Direction
-from .panels import log_sums
+from .panels import Mask, log_sums
 from .precision import inner, take
 
 
@@ -48,24 +48,18 @@ class Positives:
         """Of everything that is no positive."""
         batch, row, whole = self.batch, side == "row", self.batch.whole
         a, b = batch.features(side), whole.rows(batch.features(OTHER[side]))
-        limit = batch.row_limit if row else batch.col_limit
         scale, bias = batch.scale.expand(len(batch.queries)), batch.bias(side)
-        positives = self._codes(side)
-
-        def left_out(rows: slice, dot: Tensor) -> Tensor:
-            # the positives' places in the panel, of all others the place behind it
-            size = dot.numel()
-            place = positives - rows.start * len(b)
-            place = torch.where((positives >= 0) & (place >= 0) & (place < size), place, size)
-            out = torch.zeros(size + 1, dtype=torch.bool, device=dot.device)
-            out = out.scatter_(0, place, True)[:-1].view(dot.shape)
-            if batch.exclude_self:
-                out.diagonal(rows.start + batch.diagonal).fill_(True)
-            return out if limit is None else out.logical_or_(dot > limit[rows, None])
-
+        mask = Mask(
+            None,
+            None,
+            batch.row_limit if row else batch.col_limit,
+            pairs=self._codes(side),
+            exclude_self=batch.exclude_self,
+            diagonal=whole.numbers(0 if row else 1).start,
+        )
         top, number, sums = log_sums(
             *(a, b, scale[:, None] if row else whole.rows(scale)),
-            *(None if bias is None else whole.rows(bias), left_out, powers),
+            *(None if bias is None else whole.rows(bias), mask, powers),
         )
         logs = {p: Direction(p * top, x, None, None) for p, x in zip(powers, sums, strict=True)}
         return Negatives(logs, number)

@@ -1,66 +1,73 @@
-"""What a loss needs of the scores that the kernels do not give, a panel of rows at a time."""
+"""What InfoNCE needs of the scores that the kernels do not give, on `panelwise`."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from ..similarity.op import first_order_only
-from ..similarity.pairs import classify, features, finite_shift
-from ..similarity.primitive import reverse_mode_only
-from ..similarity.spec import Problem
-
-# 2^20 scores are 4 MiB in fp32; a panel's function keeps up to ten such matrices while it runs.
-# Below 64 rows the matrix products no longer reach the machine's speed.
-PANEL_SCORES = 1 << 20
-MIN_ROWS = 64
+from ..similarity.pairs import finite_shift
+from ..similarity.panelwise import panelwise
 
 
-def panel_rows(columns: int) -> int:
-    return max(MIN_ROWS, PANEL_SCORES // columns)
+class Mask(NamedTuple):
+    """Which pairs are no candidates. Constants alone: autograd keeps it for backward.
 
-
-def sum_of_panels(
-    a: Tensor, b: Tensor, panel: Callable[[slice], tuple[Tensor | None, Tensor]]
-) -> Tensor:
-    """Σ f(dot) over the panels dot of a·bᵀ, 0-d in fp64, with gradients of a and b.
-
-    panel: takes the rows and gives f and ∂f/∂dot, or where f is linear None and its coefficients.
-    Both are constants for autograd. Gradients are formed in the forward pass: 3 matrix products
-    where f is not linear, 2 where it is.
+    row_ids, col_ids: padding takes no part, and positives, equal ids, none under
+        `exclude_positives`; without ids (i, i + diagonal) is positive.
+    row_limit: pairs that are not positive leave where their inner product is above it.
+    exclude_self: (i, i + diagonal) takes no part. pairs: i·M + j of others that take none, -1 for
+        nothing.
     """
-    reverse_mode_only(a, b)
-    return _SumOfPanels.apply(a, b, panel)
 
+    row_ids: Tensor | None
+    col_ids: Tensor | None
+    row_limit: Tensor | None = None
+    pairs: Tensor | None = None
+    exclude_self: bool = False
+    exclude_positives: bool = False
+    diagonal: int = 0
 
-class _SumOfPanels(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, a: Tensor, b: Tensor, panel: Callable) -> Tensor:
-        need_a, need_b, _ = ctx.needs_input_grad
-        grad_a = torch.empty_like(a) if need_a else None
-        grad_b = torch.zeros_like(b) if need_b else None
-        total = a.new_zeros((), dtype=torch.float64)
-        step = panel_rows(len(b))
-        for start in range(0, len(a), step):
-            rows = slice(start, start + step)
-            value, slope = panel(rows)
-            if need_a or value is None:
-                of_rows = slope @ b
-                value = (of_rows * a[rows]).sum() if value is None else value
-            if need_a:
-                grad_a[rows] = of_rows
-            if need_b:
-                grad_b.addmm_(slope.T, a[rows])
-            total += value
-        ctx.save_for_backward(grad_a, grad_b)
+    def __call__(self, rows: Tensor, dot: Tensor) -> Tensor:
+        """Of a panel, by its row numbers and inner products."""
+        masked = []
+        if self.pairs is not None:
+            # their places in the panel, of all others the place behind it
+            size = dot.numel()
+            place = self.pairs - rows[0] * dot.shape[1]
+            here = (self.pairs >= 0) & (place >= 0) & (place < size)
+            listed = torch.zeros(size + 1, dtype=torch.bool, device=dot.device)
+            listed.scatter_(0, torch.where(here, place, size), True)
+            masked.append(listed[:-1].view(dot.shape))
+        if self.row_ids is not None:
+            ids = self.row_ids[rows, None]
+            masked.append((ids < 0) | (self.col_ids < 0))
+        if self.exclude_self:
+            masked.append(self._diagonal(rows, dot))
+        if self.row_limit is not None or self.exclude_positives:
+            positive = self._positive(rows, dot)
+        if self.row_limit is not None:
+            beyond = dot > self.row_limit[rows, None]
+            masked.append(beyond if positive is None else beyond.logical_and_(~positive))
+        if self.exclude_positives:
+            masked.append(positive)
+        if not masked:
+            return torch.zeros_like(dot, dtype=torch.bool)
+        total = masked[0]
+        for mask in masked[1:]:
+            total.logical_or_(mask)
         return total
 
-    @staticmethod
-    def backward(ctx, by: Tensor) -> tuple:
-        first_order_only()
-        return *(None if x is None else x * by.to(x.dtype) for x in ctx.saved_tensors), None
+    def _positive(self, rows: Tensor, dot: Tensor) -> Tensor | None:
+        if self.row_ids is not None:
+            return self.row_ids[rows, None] == self.col_ids
+        return self._diagonal(rows, dot) if self.pairs is None else None
+
+    def _diagonal(self, rows: Tensor, dot: Tensor) -> Tensor:
+        columns = torch.arange(dot.shape[1], device=dot.device)
+        return columns == rows[:, None] + self.diagonal
 
 
 def log_sums(
@@ -68,110 +75,64 @@ def log_sums(
     b: Tensor,
     scale: Tensor,
     bias: Tensor | None,
-    left_out: Callable[[slice, Tensor], Tensor],
+    mask: Callable[[Tensor, Tensor], Tensor],
     powers: tuple[float, ...],
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, list[Tensor]]:
     """Of S = scale·a·bᵀ + bias without some pairs: the rows' maximum, -inf where nothing is left,
-    the number that are left, and (len(powers), N) log Σ_j exp(p·(S_ij - max_i)) for each power.
+    the number that are left, and for each power p log Σ_j exp(p·(S_ij - max_i)), (N,) each.
 
-    scale: (N, 1) or (M,); bias: (M,) or None. left_out: takes the rows and their inner products and
-    gives a mask. Maximum and number are constants. 4 matrix products.
+    scale: (N, 1) or (M,); bias: (M,) or None. mask: takes the row numbers and inner products of a
+    panel and says which pairs are left out. Maximum and number are constants.
     """
-    reverse_mode_only(a, b, scale, bias)
-    return _LogSums.apply(a, b, scale, bias, left_out, powers)
+
+    def scored(dot: Tensor, masked: Tensor, scale: Tensor, *bias: Tensor) -> Tensor:
+        scores = dot * scale
+        for x in bias:
+            scores += x
+        return scores.masked_fill_(masked, -torch.inf)
+
+    def function(dot: Tensor, rows: Tensor, *given: Tensor) -> Tensor:
+        masked = mask(rows, dot)
+        scores = scored(dot, masked, *given)
+        top, number = scores.amax(1), dot.shape[1] - masked.sum(1)
+        scores.sub_(finite_shift(top)[:, None])
+        sums = [(p * scores).exp_().sum(1).log_() for p in powers]
+        return torch.stack([top, number.to(top.dtype), *sums], 1)
+
+    def gradient(grad: Tensor, value: Tensor, dot: Tensor, rows: Tensor, *given: Tensor) -> tuple:
+        scale, shift = given[0], finite_shift(value)
+        scores = scored(dot, mask(rows, dot), *given).sub_(shift[:, :1])
+        weights = torch.zeros_like(scores)
+        for p, of_rows, by in zip(powers, shift.T[2:], grad.T[2:], strict=True):
+            terms = (p * scores).sub_(of_rows[:, None]).exp_()
+            weights.addcmul_(terms, p * by[:, None])
+        of_bias = [weights.sum(0) for _ in given[1:]]
+        if scale.ndim == 2:
+            of_scale = torch.linalg.vecdot(weights, dot)[:, None]
+        else:
+            of_scale = dot.mul_(weights).sum(0)
+        return weights.mul_(scale), of_scale, *of_bias
+
+    of_keys = () if bias is None else (bias,)
+    row_args, key_args = ((scale,), of_keys) if scale.ndim == 2 else ((), (scale, *of_keys))
+    found = panelwise(function, a, b, row_args=row_args, key_args=key_args, gradient=gradient)
+    top, number, *sums = found.unbind(1)
+    return top.detach(), number.detach(), sums
 
 
-class _LogSums(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, a, b, scale, bias, left_out, powers) -> tuple[Tensor, Tensor, Tensor]:
-        # written to in place: small results between large panels would break up the heap
-        top, number = a.new_empty(len(a)), a.new_empty(len(a))
-        sums = a.new_empty(len(powers), len(a))
-        for rows, _, scores, gone in _scores(a, b, scale, bias, left_out):
-            scores.masked_fill_(gone, -torch.inf)
-            torch.amax(scores, 1, out=top[rows])
-            number[rows] = len(b) - gone.sum(1)
-            scores.sub_(finite_shift(top[rows])[:, None])
-            for power, out in zip(powers, sums, strict=True):
-                out[rows] = (power * scores).exp_().sum(1).log_()
-        ctx.save_for_backward(a, b, scale, bias, top, sums)
-        ctx.left_out, ctx.powers = left_out, powers
-        ctx.mark_non_differentiable(top, number)
-        return top, number, sums
+def sums_of_rest(
+    a: Tensor, b: Tensor, mask: Callable[[Tensor, Tensor], Tensor], x: Tensor
+) -> Tensor:
+    """Σ_j x_j over the columns that are left to each row of a·bᵀ: (N, C) of an x of (M, C), which
+    alone has gradients."""
 
-    @staticmethod
-    def backward(ctx, _top, _number, grad: Tensor) -> tuple:
-        first_order_only()
-        a, b, scale, bias, top, sums = ctx.saved_tensors
-        top, sums = finite_shift(top), finite_shift(sums)
-        grad_a, grad_b = torch.empty_like(a), torch.zeros_like(b)
-        grad_scale = torch.zeros_like(scale)
-        grad_bias = None if bias is None else torch.zeros_like(bias)
-        for rows, dot, scores, gone in _scores(a, b, scale, bias, ctx.left_out):
-            scores.masked_fill_(gone, -torch.inf).sub_(top[rows, None])
-            weights = torch.zeros_like(scores)
-            for power, of_rows, by in zip(ctx.powers, sums, grad, strict=True):
-                terms = (power * scores).sub_(of_rows[rows, None]).exp_()
-                weights.addcmul_(terms, power * by[rows, None])
-            if bias is not None:
-                grad_bias += weights.sum(0)
-            if scale.ndim == 2:
-                torch.linalg.vecdot(weights, dot, out=grad_scale[rows, 0])
-                weights *= scale[rows]
-            else:
-                grad_scale += dot.mul_(weights).sum(0)
-                weights *= scale
-            torch.mm(weights, b, out=grad_a[rows])
-            grad_b.addmm_(weights.T, a[rows])
-        return grad_a, grad_b, grad_scale, grad_bias, None, None
+    def rest(dot: Tensor, rows: Tensor) -> Tensor:
+        return mask(rows, dot).logical_not_().to(dot.dtype)
 
+    def function(dot: Tensor, rows: Tensor, x: Tensor) -> Tensor:
+        return rest(dot, rows) @ x
 
-def barred_by(problem: Problem) -> Callable[[slice, Tensor], Tensor]:
-    """What a problem leaves out of a panel, as `log_sums` takes it."""
-    return lambda rows, dot: classify(problem, dot, rows.start, rows.start + len(dot)).barred
+    def gradient(grad: Tensor, _, dot: Tensor, rows: Tensor, x: Tensor) -> tuple:
+        return None, rest(dot, rows).T @ grad
 
-
-def sums_of_rest(problem: Problem, x: Tensor) -> Tensor:
-    """Σ_j x_j over the columns that a problem leaves to each row: (N, C) of an x of (M, C), which
-    has gradients. Scale and biases of the problem play no part. 4 matrix products."""
-    reverse_mode_only(x)
-    a, b = (side.detach() for side in features(problem))
-    return _SumsOfRest.apply(x, a, b, barred_by(problem))
-
-
-class _SumsOfRest(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x: Tensor, a: Tensor, b: Tensor, barred: Callable) -> Tensor:
-        out = x.new_empty(len(a), x.shape[1])
-        for rows, rest in _rest(a, b, barred):
-            torch.mm(rest, x, out=out[rows])
-        ctx.save_for_backward(a, b)
-        ctx.barred = barred
-        return out
-
-    @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple:
-        first_order_only()
-        a, b = ctx.saved_tensors
-        grad_x = grad.new_zeros(len(b), grad.shape[1])
-        for rows, rest in _rest(a, b, ctx.barred):
-            grad_x.addmm_(rest.T, grad[rows])
-        return grad_x, None, None, None
-
-
-def _rest(a: Tensor, b: Tensor, barred: Callable) -> Iterator[tuple[slice, Tensor]]:
-    """The rows of each panel, and 1 where a column is left to them, 0 elsewhere."""
-    step = panel_rows(len(b))
-    for start in range(0, len(a), step):
-        rows = slice(start, start + step)
-        yield rows, barred(rows, a[rows] @ b.T).logical_not_().to(a.dtype)
-
-
-def _scores(a, b, scale, bias, left_out) -> Iterator[tuple[slice, Tensor, Tensor, Tensor]]:
-    """The rows, inner products, scores and mask of each panel."""
-    step = panel_rows(len(b))
-    for start in range(0, len(a), step):
-        rows = slice(start, start + step)
-        dot = a[rows] @ b.T
-        scores = dot * (scale[rows] if scale.ndim == 2 else scale)
-        yield rows, dot, scores if bias is None else scores.add_(bias), left_out(rows, dot)
+    return panelwise(function, a.detach(), b.detach(), key_args=(x,), gradient=gradient)

@@ -15,10 +15,10 @@ import torch
 from torch import Tensor
 
 from ..distributed import check_chunk_size, whole_batch
+from ..similarity.panelwise import panelwise_sum
 from ..similarity.spec import check_features, check_pair, check_scale
 from .batch import Batch
 from .options import check_number
-from .panels import sum_of_panels
 from .precision import accumulated, as_autocast, inner, without_autocast
 
 
@@ -148,21 +148,25 @@ def _soft_scores(batch: Batch, a: Tensor, c: Tensor, e: Tensor) -> Tensor:
     and all gradients."""
     whole = batch.whole
     share = 0.5 if batch.symmetric else 1.0
+    of_columns = ()
     if batch.symmetric:
         with torch.no_grad():
             stats = replace(batch, queries=c, keys=e, scale=c.new_ones(())).logsumexp(rows=False)
             top = whole.rows(stats.col_max)
             logsum = whole.rows(stats.col_logsum) + math.log(batch.number("col") / share)
+            of_columns = top, logsum
     e, n = whole.rows(e), batch.number("row")
 
-    def panel(rows: slice) -> tuple[None, Tensor]:
-        scores = c[rows] @ e.T
+    def panel(scores: Tensor, rows: Tensor, a: Tensor, b: Tensor, *of_columns: Tensor) -> tuple:
         weights = scores.softmax(1).mul_(share / n)
-        if batch.symmetric:
+        if of_columns:
+            top, logsum = of_columns
             weights += scores.sub_(top).sub_(logsum).exp_()
-        return None, weights
+        of_a = weights @ b
+        return (of_a * a).sum(), (None, of_a, weights.T @ a, *(None for _ in of_columns))
 
-    return whole.sum(sum_of_panels(a, whole.rows(batch.keys), panel))
+    b = whole.rows(batch.keys)
+    return whole.sum(panelwise_sum(panel, c, e, row_args=(a,), key_args=(b, *of_columns)))
 
 
 def _paired(

@@ -18,6 +18,7 @@ from torch import Tensor
 from torch._ops import OpOverload
 
 from . import dispatch
+from .first_order import first_order_only
 from .spec import (
     Grads,
     Needs,
@@ -220,15 +221,6 @@ def saved_problem(*fields) -> Problem:
 def arrived_gradients(tensors: Iterable[Tensor | None]) -> tuple[Tensor | None, ...]:
     """As kernels may read them."""
     return tuple(None if x is None else readable("the gradient that arrives", x) for x in tensors)
-
-
-def first_order_only() -> None:
-    if torch.is_grad_enabled():
-        raise RuntimeError(
-            "ito_kernels gives first-order gradients only: differentiate without create_graph=True."
-            " For a gradient of a gradient (a gradient penalty, a Hessian) write the loss on the"
-            " dense similarity matrix"
-        )
 
 
 # ---- logsumexp

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
 from . import dispatch, op
+from .first_order import reverse_mode_only
 from .spec import (
     Needs,
     Problem,
@@ -208,23 +208,3 @@ def _wanted_gradients(problem: Problem) -> Needs:
     reverse_mode_only(*inputs)
     live = torch.is_grad_enabled()
     return Needs(*[live and x is not None and x.requires_grad for x in inputs])
-
-
-def reverse_mode_only(*inputs: Tensor | None) -> None:
-    """Raises where operators would lose a forward-mode tangent without a word, or meet the tensors
-    of a torch.func transform."""
-    if torch.compiler.is_compiling():
-        return
-    if forward_ad._current_level >= 0 and any(
-        x is not None and forward_ad.unpack_dual(x).tangent is not None for x in inputs
-    ):
-        raise RuntimeError(
-            "ito_kernels supports reverse mode only, not forward-mode differentiation"
-            " (torch.func.jvp, torch.autograd.forward_ad): use backward() or"
-            " torch.autograd.grad()"
-        )
-    if torch._C._functorch.maybe_current_level() is not None:
-        raise RuntimeError(
-            "ito_kernels does not run inside torch.func transforms (grad, vjp, vmap, ...): use"
-            " backward() or torch.autograd.grad(), and a loop instead of vmap"
-        )

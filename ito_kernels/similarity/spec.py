@@ -17,6 +17,7 @@ All validation of the primitive's arguments, and all of its error texts, are in 
 from __future__ import annotations
 
 import math
+from contextlib import AbstractContextManager, nullcontext
 from numbers import Real
 from typing import NamedTuple
 
@@ -140,6 +141,12 @@ def autocast_enabled(device: torch.device) -> bool:
     if kind == "cpu":  # without asking whether there is autocast: 1 µs
         return torch.is_autocast_enabled(kind)
     return torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+
+
+def without_autocast(device: torch.device) -> AbstractContextManager:
+    if autocast_enabled(device):
+        return torch.autocast(device.type, enabled=False)
+    return nullcontext()
 
 
 def is_number(x: object) -> bool:
