@@ -13,7 +13,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from ..losses.batch import make_batch
+from ..losses.batch import check_arguments
 from ..losses.common import normalized, scale_from_temperature
 from ..losses.decoupled import softmax_over_negatives
 from ..losses.infonce import multi_positive_infonce
@@ -92,7 +92,7 @@ class NTXentLoss(_Loss):
 
     def _loss(self, queries, keys, ids, key_ids, exclude_self: bool) -> Tensor:
         scale = scale_from_temperature(self.temperature, queries)
-        batch = make_batch(queries, keys, scale, ids, key_ids, False, None, promote=True)
-        batch.exclude_self = exclude_self
-        number = batch.positives("row").sum().clamp(min=1)
-        return softmax_over_negatives(batch, {"row": (1 / number).expand(len(queries))})
+        given = check_arguments(queries, keys, scale, ids, key_ids)
+        scores = given.scores(symmetric=False, exclude_self=exclude_self)
+        number = scores.positives("row").sum().clamp(min=1)
+        return softmax_over_negatives(scores, {"row": (1 / number).expand(len(queries))})

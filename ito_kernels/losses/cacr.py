@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..similarity.dispatch import check_name
 from ..similarity.panelwise import panelwise_sum
-from .batch import make_batch
+from .batch import check_arguments
 from .options import check_number
 from .precision import without_autocast
 
@@ -51,18 +51,23 @@ def cacr_loss(
     t_negative = check_number("t_negative", t_negative, 0, math.inf)
     if backend is not None:
         check_name(backend)
-    batch = make_batch(
-        *(queries, keys, 1.0, query_ids, key_ids, False, backend, group, chunk_size), promote=True
+    given = check_arguments(
+        *(queries, keys, 1.0, query_ids, key_ids),
+        group=group,
+        chunk_size=chunk_size,
+        backend=backend,
     )
-    whole, a, query_ids, key_ids = batch.whole, batch.queries, batch.query_ids, batch.key_ids
+    scores = given.scores(symmetric=False)
+    batch, a = scores.global_batch, scores.queries
+    query_ids, key_ids = scores.query_ids, scores.key_ids
     if query_ids is None:
         query_ids = key_ids = torch.arange(len(a), device=a.device)
-    with without_autocast(queries.device):
-        b, key_ids = whole.rows(batch.keys), whole.rows(key_ids)
+    with without_autocast(a.device):
+        b, key_ids = batch.rows(scores.keys), batch.rows(key_ids)
         a, b = (x.masked_fill((i < 0)[:, None], 0) for x, i in ((a, query_ids), (b, key_ids)))
-        k = batch.positives("row")
-        negatives = (batch.candidates("row") - k).masked_fill(query_ids < 0, 0)
-        counts = (whole.sum((x > 0).sum()).clamp(min=1) for x in (k, negatives))
+        k = scores.positives("row")
+        negatives = (scores.candidates("row") - k).masked_fill(query_ids < 0, 0)
+        counts = (batch.sum((x > 0).sum()).clamp(min=1) for x in (k, negatives))
         shares = tuple((x > 0) / c.to(a.dtype) for x, c in zip((k, negatives), counts, strict=True))
 
         def panel(scores: Tensor, rows: Tensor, ids: Tensor, *given: Tensor) -> tuple:
@@ -76,7 +81,7 @@ def cacr_loss(
 
         row_args, key_args = (query_ids, *shares), (key_ids, key_ids < 0)
         loss = panelwise_sum(panel, a, b, row_args=row_args, key_args=key_args)
-        return whole.sum(loss).to(a.dtype)
+        return batch.sum(loss).to(a.dtype)
 
 
 def _expected(scores: Tensor, t: float, left_out: Tensor, share: Tensor) -> tuple[Tensor, Tensor]:

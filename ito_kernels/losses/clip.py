@@ -7,18 +7,16 @@ import math
 import torch
 from torch import Tensor
 
-from ..distributed import check_chunk_size, whole_batch
-from ..similarity.spec import (
-    accumulate_dtype,
-    cast,
-    check_ids,
-    check_pair,
-    check_scale,
-    check_tensor,
-    scalar,
-)
-from .common import REDUCTIONS, check_choice, check_flags, normalized
-from .infonce import multi_positive_infonce
+from ..similarity.spec import accumulate_dtype, cast, check_tensor, scalar
+from .batch import Names, check_arguments
+from .common import REDUCTIONS, check_choice, check_flags
+from .infonce import infonce
+from .options import Options
+
+FEATURES = ("image_features", "text_features")
+CLIP = Names(*FEATURES, query_ids="query_ids", key_ids="key_ids")
+SIGLIP = Names(*FEATURES, query_ids="image_ids", key_ids="text_ids", of=("images", "texts"))
+WHERE = {"group", "chunk_size", "backend"}
 
 
 def clip_loss(
@@ -37,14 +35,13 @@ def clip_loss(
 
     Returns and raises as `multi_positive_infonce`. Source: Radford et al. 2021 (CLIP), fig. 3.
     """
-    check_pair("image_features", image_features, "text_features", text_features)
-    n, m = image_features.size(0), text_features.size(0)  # len() takes 0.4 µs
-    if n != m and not {"query_ids", "key_ids", "positive_pairs"} & options.keys():
-        raise ValueError(
-            "image_features and text_features must have as many rows, unless query_ids and key_ids"
-            f" or positive_pairs say what belongs together: got {n} and {m}"
-        )
-    return multi_positive_infonce(image_features, text_features, logit_scale, **options)
+    where = {name: options.pop(name) for name in WHERE & options.keys()}
+    ids = options.pop("query_ids", None), options.pop("key_ids", None)
+    unequal = options.get("positive_pairs") is not None
+    given = check_arguments(
+        *(image_features, text_features, logit_scale, *ids), names=CLIP, unequal=unequal, **where
+    )
+    return infonce(given, Options(**options))
 
 
 def siglip_loss(
@@ -87,44 +84,32 @@ def siglip_loss(
 
     Source: Zhai et al. 2023 (SigLIP), eq. 1.
     """
-    check_chunk_size(chunk_size)
     check_flags(normalize=normalize)
     check_choice("reduction", reduction, REDUCTIONS)
-    image_features, text_features = check_pair(
-        "image_features", image_features, "text_features", text_features
+    given = check_arguments(
+        *(image_features, text_features, logit_scale, image_ids, text_ids),
+        names=SIGLIP,
+        group=group,
+        chunk_size=chunk_size,
+        backend=backend,
     )
-    scale = check_scale("logit_scale", logit_scale, image_features)
-    bias = _check_bias(logit_bias, image_features)
-    n, m, device = len(image_features), len(text_features), image_features.device
-    if n != m and (image_ids is None or text_ids is None):
-        raise ValueError(
-            "image_ids and text_ids are needed where images and texts differ in number:"
-            f" got {n} images, {m} texts and no "
-            + ("image_ids" if image_ids is None else "text_ids")
-        )
-    if image_ids is not None or text_ids is not None:
-        rows = torch.arange(n, device=device) if group is None else None
-        image_ids = rows if image_ids is None else image_ids
-        text_ids = rows if text_ids is None else text_ids
-        if image_ids is not None:
-            image_ids = check_ids("image_ids", image_ids, n, "image_features", device)
-        if text_ids is not None:
-            text_ids = check_ids("text_ids", text_ids, m, "text_features", device)
-    whole = whole_batch(group, image_features, text_features, image_ids, text_ids, chunk_size)
-    image_ids, text_ids, number = whole.query_ids, whole.key_ids, n
-    if image_ids is not None:
-        number = whole.sum((image_ids >= 0).sum()).clamp(min=1)  # padding does not count
+    bias = _check_bias(logit_bias, given.queries)
+    batch = given.global_batch()
+    given = given.with_ids_of(batch)
     if normalize:
-        image_features = normalized(image_features, image_ids)
-        text_features = normalized(text_features, text_ids)
+        given = given.normalized()
+    images, texts, scale, image_ids, text_ids, *_ = given
+    number = n = len(images)
+    if image_ids is not None:
+        number = batch.sum((image_ids >= 0).sum()).clamp(min=1)  # padding does not count
     weights = None
     if reduction != "none":
-        weights = torch.ones(n, dtype=bias.dtype, device=device)
+        weights = torch.ones(n, dtype=bias.dtype, device=images.device)
         if reduction == "mean":
             weights /= number
-    return whole.similarity_softplus(
-        image_features,
-        text_features,
+    return batch.similarity_softplus(
+        images,
+        texts,
         scale,
         row_bias=bias.expand(n),
         row_ids=image_ids,
