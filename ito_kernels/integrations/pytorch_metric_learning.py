@@ -92,7 +92,7 @@ class NTXentLoss(_Loss):
 
     def _loss(self, queries, keys, ids, key_ids, exclude_self: bool) -> Tensor:
         scale = scale_from_temperature(self.temperature, queries)
-        given = check_arguments(queries, keys, scale, ids, key_ids)
+        given = check_arguments(queries, keys, scale, ids=(ids, key_ids))
         scores = given.scores(symmetric=False, exclude_self=exclude_self)
         number = scores.positives("row").sum().clamp(min=1)
         return softmax_over_negatives(scores, {"row": (1 / number).expand(len(queries))})

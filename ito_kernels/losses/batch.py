@@ -87,7 +87,10 @@ class Arguments(NamedTuple):
 
     def with_ids_of(self, batch: GlobalBatch | LocalBatch) -> Arguments:
         """With the ids of the batch: of all ranks' rows there always are some."""
-        return self._replace(query_ids=batch.query_ids, key_ids=batch.key_ids)
+        query_ids, key_ids = batch.query_ids, batch.key_ids
+        if query_ids is self.query_ids and key_ids is self.key_ids:
+            return self
+        return self._replace(query_ids=query_ids, key_ids=key_ids)
 
     def normalized(self) -> Arguments:
         same = self.keys is self.queries and self.query_ids is self.key_ids
@@ -118,21 +121,22 @@ def check_arguments(
     queries: Tensor,
     keys: Tensor,
     scale: float | Tensor,
-    query_ids: Tensor | None = None,
-    key_ids: Tensor | None = None,
-    *,
-    names: Names = BY_ID,
-    unequal: bool = False,
     group=None,
     chunk_size: int | None = None,
     backend: str | None = None,
+    *,
+    ids: tuple[Tensor | None, Tensor | None] = (None, None),
+    names: Names = BY_ID,
+    unequal: bool = False,
 ) -> Arguments:
     """The arguments that all losses share, checked, with their defaults.
 
+    ids: of the queries and of the keys.
     unequal: without ids, too, there may be more queries than keys, or fewer.
     Raises TypeError or ValueError by name.
     """
     check_chunk_size(chunk_size)
+    query_ids, key_ids = ids
     queries, keys = check_pair(names.queries, queries, names.keys, keys)
     scale = check_scale(names.scale, scale, queries)
     n, m, device = queries.size(0), keys.size(0), queries.device  # len() takes 0.4 µs

@@ -52,10 +52,7 @@ def cacr_loss(
     if backend is not None:
         check_name(backend)
     given = check_arguments(
-        *(queries, keys, 1.0, query_ids, key_ids),
-        group=group,
-        chunk_size=chunk_size,
-        backend=backend,
+        queries, keys, 1.0, group, chunk_size, backend, ids=(query_ids, key_ids)
     )
     scores = given.scores(symmetric=False)
     batch, a = scores.global_batch, scores.queries
@@ -70,24 +67,22 @@ def cacr_loss(
         counts = (batch.sum((x > 0).sum()).clamp(min=1) for x in (k, negatives))
         shares = tuple((x > 0) / c.to(a.dtype) for x, c in zip((k, negatives), counts, strict=True))
 
-        def panel(scores: Tensor, rows: Tensor, ids: Tensor, *given: Tensor) -> tuple:
-            """The rows' part of the loss, and its slope along the inner products."""
-            *shares, key_ids, padded = given
-            other = ids[:, None] != key_ids
-            positive = _expected(scores, t_positive, other | padded, shares[0])
-            negative = _expected(scores, -t_negative, ~other | padded, shares[1])
-            slope = positive[1].sub_(negative[1])
-            return positive[0] - negative[0], (slope, *(None for _ in (ids, *given)))
+        padded = key_ids < 0
 
-        row_args, key_args = (query_ids, *shares), (key_ids, key_ids < 0)
-        loss = panelwise_sum(panel, a, b, row_args=row_args, key_args=key_args)
+        def panel(dot: Tensor, rows: Tensor) -> tuple:
+            """The rows' part of the loss, and its slope along the inner products."""
+            other = query_ids[rows, None] != key_ids
+            positive = _expected(dot, t_positive, other | padded, shares[0][rows, None])
+            negative = _expected(dot, -t_negative, ~other | padded, shares[1][rows, None])
+            return positive[0] - negative[0], (positive[1].sub_(negative[1]),)
+
+        loss = panelwise_sum(panel, a, b)
         return batch.sum(loss).to(a.dtype)
 
 
 def _expected(scores: Tensor, t: float, left_out: Tensor, share: Tensor) -> tuple[Tensor, Tensor]:
     """Σ_i share_i Σ_j π_ij c_ij with c = 2 - 2·scores and π_ij ∝ exp(t c_ij) over what is not left
     out, and its slope along the scores, -2·share_i · π_ij (1 + t (c_ij - Σ_j π_ij c_ij))."""
-    share = share[:, None]
     weights = (-2 * t * scores).masked_fill_(left_out, -torch.inf).softmax(1)
     weights.masked_fill_(share == 0, 0)  # of nothing at all it is NaN
     mean = torch.linalg.vecdot(weights, scores)[:, None]

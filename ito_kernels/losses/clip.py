@@ -35,11 +35,16 @@ def clip_loss(
 
     Returns and raises as `multi_positive_infonce`. Source: Radford et al. 2021 (CLIP), fig. 3.
     """
-    where = {name: options.pop(name) for name in WHERE & options.keys()}
     ids = options.pop("query_ids", None), options.pop("key_ids", None)
-    unequal = options.get("positive_pairs") is not None
+    where = {name: options.pop(name) for name in WHERE & options.keys()}
     given = check_arguments(
-        *(image_features, text_features, logit_scale, *ids), names=CLIP, unequal=unequal, **where
+        image_features,
+        text_features,
+        logit_scale,
+        **where,
+        ids=ids,
+        names=CLIP,
+        unequal=options.get("positive_pairs") is not None,
     )
     return infonce(given, Options(**options))
 
@@ -87,11 +92,14 @@ def siglip_loss(
     check_flags(normalize=normalize)
     check_choice("reduction", reduction, REDUCTIONS)
     given = check_arguments(
-        *(image_features, text_features, logit_scale, image_ids, text_ids),
+        image_features,
+        text_features,
+        logit_scale,
+        group,
+        chunk_size,
+        backend,
+        ids=(image_ids, text_ids),
         names=SIGLIP,
-        group=group,
-        chunk_size=chunk_size,
-        backend=backend,
     )
     bias = _check_bias(logit_bias, given.queries)
     batch = given.global_batch()

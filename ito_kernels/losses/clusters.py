@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 from torch.nn.functional import one_hot, softplus
 
-from ..similarity.pairs import finite_shift
 from ..similarity.spec import check_ids, check_tensor
 from .batch import check_arguments
 from .common import check_flags
@@ -54,10 +53,7 @@ def cluster_weighted_infonce(
     """
     check_flags(symmetric=symmetric)
     given = check_arguments(
-        *(queries, keys, logit_scale, query_ids, key_ids),
-        group=group,
-        chunk_size=chunk_size,
-        backend=backend,
+        queries, keys, logit_scale, group, chunk_size, backend, ids=(query_ids, key_ids)
     )
     device = given.queries.device
     rows = check_ids("query_clusters", query_clusters, len(given.queries), "queries", device)
@@ -99,7 +95,7 @@ def cluster_weighted_infonce(
             return sum(losses) / len(losses)
         sums, means = (scores.statistics(positives=kind) for kind in ("lse", "linear"))
         for side, found in sums.items():
-            shift, k = finite_shift(found.max), scores.positives(side)
+            shift, k = found.shift, scores.positives(side)
             others = negatives[side].logsum + (negatives[side].max - shift)
             kept = (k > 0) | found.logsum.isnan()  # what is not finite shows
             pos = torch.where(kept, found.pos, 0)

@@ -46,10 +46,7 @@ def decoupled_contrastive_loss(
     """
     check_flags(symmetric=symmetric)
     given = check_arguments(
-        *(queries, keys, logit_scale, query_ids, key_ids),
-        group=group,
-        chunk_size=chunk_size,
-        backend=backend,
+        queries, keys, logit_scale, group, chunk_size, backend, ids=(query_ids, key_ids)
     )
     scores = Scores(given.global_batch(), *given[:3], symmetric, backend=backend)
     weights = {}
@@ -94,10 +91,7 @@ def decoupled_softmax_loss(
     """
     check_flags(symmetric=symmetric)
     given = check_arguments(
-        *(queries, keys, logit_scale, query_ids, key_ids),
-        group=group,
-        chunk_size=chunk_size,
-        backend=backend,
+        queries, keys, logit_scale, group, chunk_size, backend, ids=(query_ids, key_ids)
     )
     if query_ids is None and key_ids is None:  # each positive is alone: this is InfoNCE
         return infonce(given, Options(symmetric=symmetric))

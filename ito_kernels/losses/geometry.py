@@ -38,9 +38,7 @@ def uniformity_loss(
     Raises TypeError or ValueError for an argument that does not fit, by name.
     Source: Wang and Isola 2020, eq. 7, without the pairs (i, i).
     """
-    given = check_arguments(
-        *(x, x, t), names=UNIFORM, group=group, chunk_size=chunk_size, backend=backend
-    )
+    given = check_arguments(x, x, t, group, chunk_size, backend, names=UNIFORM)
     t = given.scale
     if t.ndim:
         raise ValueError(f"t must be a number or a 0-d tensor, got shape {tuple(t.shape)}")
@@ -89,9 +87,7 @@ def alignment_loss(
     """
     if backend is not None:
         check_name(backend)
-    given = check_arguments(
-        *(x, y, alpha), names=ALIGN, group=group, chunk_size=chunk_size, backend=backend
-    )
+    given = check_arguments(x, y, alpha, group, chunk_size, backend, names=ALIGN)
     square = (accumulated(given.queries) - accumulated(given.keys)).square().sum(1)
     some = square != 0  # the root has no derivative at 0
     powers = torch.where(some, torch.where(some, square, 1) ** (alpha / 2), 0)

@@ -13,13 +13,12 @@ forward pass.
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from ..distributed import GlobalBatch
+from ..distributed import GlobalBatch, LocalBatch
 from ..similarity.spec import Problem, as_autocast_problem
 from .batch import Arguments, check_arguments
 from .margin import with_margin
@@ -157,12 +156,11 @@ def multi_positive_infonce(
         queries,
         keys,
         logit_scale,
-        query_ids,
-        key_ids,
+        group,
+        chunk_size,
+        backend,
+        ids=(query_ids, key_ids),
         unequal=positive_pairs is not None,
-        group=group,
-        chunk_size=chunk_size,
-        backend=backend,
     )
     options = Options(
         positives=positives,
@@ -196,11 +194,11 @@ def infonce(given: Arguments, options: Options) -> Tensor | tuple:
     if o.normalize:
         given = given.normalized()
         o = o.with_candidates(lambda x: torch.nn.functional.normalize(x, dim=-1))
+    if not o.plain or o.reduction == "none":
+        return _by_pools(o, given, batch)
+
     queries, keys, scale = given[:3]
     scores = Scores(batch, queries, keys, scale, o.symmetric, o.exclude_self, given.backend)
-    if not o.plain or o.reduction == "none":
-        return _by_pools(o, scores)
-
     kind = "linear" if o.positives == "mean" else "lse"
     problem = Problem(
         queries,
@@ -241,7 +239,7 @@ def _weights(o: Options, scores: Scores, side: str) -> tuple[tuple[Tensor, Tenso
     if scores.query_ids is None and not o.exclude_self:  # each anchor has one positive
         n = scores.features(side).size(0)
         u = scores.scale.new_full((n,), share / n if o.reduction == "mean" else share)
-        return (u, -u), scores.scale.new_zeros(())
+        return (u, -u), 0.0
     k = scores.positives(side)
     number = 1
     if o.reduction == "mean":
@@ -254,9 +252,9 @@ def _weights(o: Options, scores: Scores, side: str) -> tuple[tuple[Tensor, Tenso
     return weights, (u * several.log()).sum() if o.positives == "in" else 0.0
 
 
-def _by_pools(o: Options, scores: Scores) -> Tensor | tuple:
+def _by_pools(o: Options, given: Arguments, batch: GlobalBatch | LocalBatch) -> Tensor | tuple:
     """With every option, as a composition of calls of the primitive."""
-    batch, queries, keys, scale = scores.global_batch, scores.queries, scores.keys, scores.scale
+    queries, keys, scale = given[:3]
     if o.positive_pairs is not None:
         o = placed_pairs(o, batch.numbers(0), range(batch.count(1)))
     if o.false_negative_margin is not None and isinstance(batch, GlobalBatch):
@@ -267,7 +265,9 @@ def _by_pools(o: Options, scores: Scores) -> Tensor | tuple:
     if o.meets_outside(scale):  # the kernels: what cancels there was rounded before
         queries, keys = accumulated(queries), accumulated(keys)
     keys = queries if same else keys
-    scores = replace(scores, queries=queries, keys=keys, scale=scale, key_bias=o.key_bias)
+    scores = Scores(
+        *(batch, queries, keys, scale, o.symmetric, o.exclude_self, given.backend, o.key_bias)
+    )
     with without_autocast(queries.device):
         known = None
         if o.plain and o.return_stats:  # one pass for the losses and for what is beside them
@@ -292,13 +292,13 @@ def _of_one_kind(scale: Tensor, batch: GlobalBatch, queries: int) -> Tensor:
 
 
 class Anchors(NamedTuple):
-    """One direction's anchors: their losses, 0 without a positive; log D, absolute; the number (or
-    weight) of their positives; with pairs the mean of those scores."""
+    """One direction's anchors: their losses, 0 without a positive; the number (or weight) of their
+    positives; for the statistics log D, absolute, and with pairs their mean score."""
 
     loss: Tensor
-    log_d: Tensor
     k: Tensor
-    positive: Tensor | None
+    log_d: Tensor | None = None
+    positive: Tensor | None = None
 
 
 def _pairs(o: Options, scores: Scores) -> Pairs | None:
@@ -324,8 +324,7 @@ def pools_of(o: Options, scores: Scores, side: str, pairs: Pairs | None) -> Unio
         pools.append(Queue(scores, o.queue, o.queue_ids))
     if side == "row" and o.hard_negatives is not None:
         pools.append(HardNegatives(scores, o.hard_negatives))
-    ids = scores.ids(side)
-    return Union(pools, None if ids is None else ids < 0)
+    return Union(pools, scores.ids(side))
 
 
 def log_d_minus_t(o: Options, scores: Scores, side: str, pairs: Pairs | None = None) -> Anchors:
@@ -350,15 +349,15 @@ def log_d_minus_t(o: Options, scores: Scores, side: str, pairs: Pairs | None = N
     else:
         (log_d,) = logs
 
-    kept = some | log_d.isnan()  # which shows even where there is no positive
-    denominator = torch.where(kept, log_d, 0)
-    loss = denominator - torch.where(some, target, 0)
     if o.label_smoothing:
         even = candidates.total(shift) / candidates.number().clamp(min=1)
-        uniform = denominator - torch.where(some, even, 0)
-        loss = (1 - o.label_smoothing) * loss + o.label_smoothing * uniform
-    listed = o.positive_pairs is not None and o.return_stats
-    return Anchors(loss, log_d + shift, k, positives.mean(shift) + shift if listed else None)
+        target = (1 - o.label_smoothing) * target + o.label_smoothing * even
+    # NaN shows even where there is no positive
+    loss = torch.where(some | log_d.isnan(), log_d - target, 0)
+    if not o.return_stats:
+        return Anchors(loss, k)
+    listed = o.positive_pairs is not None
+    return Anchors(loss, k, log_d + shift, positives.mean(shift) + shift if listed else None)
 
 
 def _log(k: Tensor) -> Tensor:

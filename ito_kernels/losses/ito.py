@@ -68,8 +68,8 @@ def ito_loss(
         or not (math.isfinite(lambda_fusion) and lambda_fusion >= 0)
     ):
         raise ValueError(f"lambda_fusion must be a number of at least 0, got {lambda_fusion!r}")
-    where = {"group": group, "chunk_size": chunk_size, "backend": backend}
-    given = check_arguments(views[0], captions[0], logit_scale, names=ITO, **where)
+    where = group, chunk_size, backend
+    given = check_arguments(views[0], captions[0], logit_scale, *where, names=ITO)
     if given.scale.ndim:
         raise ValueError(
             f"logit_scale must be a number or a 0-d tensor, got shape {tuple(given.scale.shape)}"
@@ -83,7 +83,7 @@ def ito_loss(
         if len(fused_views) < 2:
             raise ValueError(f"fused_views must hold at least 2 views, got {len(fused_views)}")
         h = fused_views.flatten(0, 1)
-        fused = check_arguments(h, h, given.scale, names=FUSED, **where)
+        fused = check_arguments(h, h, given.scale, *where, names=FUSED)
     items = global_rows(views.shape[1], group, views.device)
 
     if denominator == "pair":

@@ -46,13 +46,7 @@ def mixup_infonce(
     Returns a 0-d fp32 tensor (fp64 for fp64 features). Raises as `multi_positive_infonce`.
     Source: Liu et al. 2024 (M3CoL), Kim et al. 2020 (MixCo).
     """
-    given = check_arguments(
-        *(queries, keys, logit_scale),
-        names=PAIRED,
-        group=group,
-        chunk_size=chunk_size,
-        backend=backend,
-    )
+    given = check_arguments(queries, keys, logit_scale, group, chunk_size, backend, names=PAIRED)
     queries, n, device = given.queries, len(given.queries), given.queries.device
     partners = check_ids("partners", partners, n, "queries", device)
     if group is None:  # else they are those of other ranks too, and checked as pairs

@@ -11,8 +11,6 @@ A new kind of candidate is a class here and a line in `infonce.pools_of`.
 
 from __future__ import annotations
 
-from functools import cached_property
-
 import torch
 from torch import Tensor
 
@@ -36,8 +34,7 @@ class InBatch:
         self.negatives = what.get("exclude_positives", False)
 
     def log_sum(self, power: float, shift: Tensor) -> Tensor:
-        found = self._found(power)
-        return found.logsum + (found.max - power * shift)
+        return self._found(power).log_sum(power, shift)
 
     def number(self) -> Tensor:
         number = self.scores.candidates(self.side)
@@ -49,47 +46,42 @@ class InBatch:
 
     def largest(self, power: float) -> Tensor:
         """A score beside the largest, 0 without candidates."""
-        return finite_shift(self._found(power).max) / power
+        found = self._found(power)
+        return found.shift if power == 1 else found.shift / power
 
     def _found(self, power: float) -> Direction:
         return self.scores.statistics(power, **self.what)[self.side]
 
 
 class Unlisted:
-    """All of the batch that is not in a list of positive pairs: what no kernel can tell.
-
-    powers: those at which sums will be asked for, found in one pass in panels.
-    """
+    """All of the batch that is not in a list of positive pairs: what no kernel can tell, found in
+    panels. powers: those at which sums will be asked for."""
 
     def __init__(self, pairs: Pairs, side: str, powers: tuple[float, ...]):
-        self.pairs, self.side, self.powers = pairs, side, powers
-
-    def log_sum(self, power: float, shift: Tensor) -> Tensor:
-        top, _, sums = self._found
-        return sums[self.powers.index(power)] + power * (top - shift)
-
-    def number(self) -> Tensor:
-        return self._found[1]
-
-    def largest(self, power: float) -> Tensor:
-        return finite_shift(self._found[0])
-
-    @cached_property
-    def _found(self) -> tuple[Tensor, Tensor, list[Tensor]]:
-        scores, row = self.pairs.batch, self.side == "row"
-        batch = scores.global_batch
-        a, b = scores.features(self.side), batch.rows(scores.features(OTHER[self.side]))
-        scale, bias = scores.scale.expand(len(scores.queries)), scores.bias(self.side)
+        scores, batch, row = pairs.batch, pairs.batch.global_batch, side == "row"
+        a, b = scores.features(side), batch.rows(scores.features(OTHER[side]))
+        scale, bias = scores.scale.expand(len(scores.queries)), scores.bias(side)
         mask = Mask(
             None,
             None,
-            scores.limit(self.side),
-            pairs=self.pairs.codes(self.side),
+            scores.limit(side),
+            pairs=pairs.codes(side),
             exclude_self=scores.exclude_self,
             diagonal=batch.numbers(0 if row else 1).start,
         )
         scale = scale[:, None] if row else batch.rows(scale)
-        return log_sums(a, b, scale, None if bias is None else batch.rows(bias), mask, self.powers)
+        bias = None if bias is None else batch.rows(bias)
+        self.powers = powers
+        self.top, self.left, self.sums = log_sums(a, b, scale, bias, mask, powers)
+
+    def log_sum(self, power: float, shift: Tensor) -> Tensor:
+        return self.sums[self.powers.index(power)] + power * (self.top - shift)
+
+    def number(self) -> Tensor:
+        return self.left
+
+    def largest(self, power: float) -> Tensor:
+        return finite_shift(self.top)
 
 
 class Queue:
@@ -180,10 +172,10 @@ class HardNegatives:
 
 
 class Union:
-    """Several pools as one. padded: anchors that have no candidates."""
+    """Several pools as one. ids: of the anchors; those with a negative one have no candidates."""
 
-    def __init__(self, pools: list, padded: Tensor | None):
-        self.pools, self.padded = pools, padded
+    def __init__(self, pools: list, ids: Tensor | None):
+        self.pools, self.ids = pools, ids
 
     def log_sum(self, power: float, shift: Tensor) -> Tensor:
         total, *more = (pool.log_sum(power, shift) for pool in self.pools)
@@ -191,13 +183,9 @@ class Union:
             total = logaddexp(total, x)
         return total
 
-    @cached_property
-    def _number(self) -> Tensor:
-        number = sum(pool.number() for pool in self.pools)
-        return number if self.padded is None else number.masked_fill(self.padded, 0)
-
     def number(self) -> Tensor:
-        return self._number
+        number = sum(pool.number() for pool in self.pools)
+        return number if self.ids is None else number.masked_fill(self.ids < 0, 0)
 
     def total(self, shift: Tensor) -> Tensor:
         return sum(pool.total(shift) for pool in self.pools)

@@ -31,12 +31,11 @@ class SameId:
         if self.exclude_positives and self.scores.query_ids is None:
             return self.log_sum(shift)  # of one positive at most
         found = self.scores.statistics(positives="linear", exclude_positives=False)[self.side]
-        return found.pos / self.number().clamp(min=1) + (finite_shift(found.max) - shift)
+        return found.positive(shift, self.number())
 
     def log_sum(self, shift: Tensor) -> Tensor:
         found = self.scores.statistics(positives="lse", exclude_positives=self.exclude_positives)
-        found = found[self.side]
-        return torch.where(self.number() > 0, found.pos + (finite_shift(found.max) - shift), 0)
+        return torch.where(self.number() > 0, found[self.side].positive(shift), 0)
 
     once = log_sum
 

@@ -41,13 +41,7 @@ def mnrl_loss(
     Returns a 0-d fp32 tensor (fp64 for fp64 features). Raises as `multi_positive_infonce`.
     Source: Henderson et al. 2017, eq. 4; the defaults are those of sentence-transformers.
     """
-    given = check_arguments(
-        *(queries, positives, scale),
-        names=MNRL,
-        group=group,
-        chunk_size=chunk_size,
-        backend=backend,
-    )
+    given = check_arguments(queries, positives, scale, group, chunk_size, backend, names=MNRL)
     options = Options(symmetric=False, normalize=normalize)
     if negatives is None:
         return infonce(given, options)
@@ -91,11 +85,13 @@ def one_to_k_loss(
     """
     keys = check_tensor("keys", keys)
     given = check_arguments(
-        *(queries, keys.flatten(0, 1) if keys.ndim == 3 else keys, logit_scale),
+        queries,
+        keys.flatten(0, 1) if keys.ndim == 3 else keys,
+        logit_scale,
+        group,
+        chunk_size,
+        backend,
         unequal=True,
-        group=group,
-        chunk_size=chunk_size,
-        backend=backend,
     )
     n = len(given.queries)
     if keys.ndim != 3 or len(keys) != n:

@@ -22,16 +22,32 @@ OTHER = {"row": "col", "col": "row"}
 
 
 class Direction(NamedTuple):
-    """The statistics of one direction, as in `Stats`."""
+    """The statistics of one direction, as in `Stats`. shift: `max`, 0 where it is -inf."""
 
     max: Tensor
+    shift: Tensor
     logsum: Tensor
     pos: Tensor | None = None
     neg_max: Tensor | None = None
 
     @classmethod
     def of(cls, stats: Stats, side: str) -> Direction:
-        return cls(*(getattr(stats, f"{side}_{name}") for name in cls._fields))
+        if side == "row":
+            top, rest = stats.row_max, (stats.row_logsum, stats.row_pos, stats.row_neg_max)
+        else:
+            top, rest = stats.col_max, (stats.col_logsum, stats.col_pos, stats.col_neg_max)
+        return cls(top, finite_shift(top), *rest)
+
+    def log_sum(self, power: float, shift: Tensor) -> Tensor:
+        """Of power·(S - shift), where these are the statistics of power·S."""
+        if shift is self.shift and power == 1:  # the same number, without three operations
+            return self.logsum
+        return self.logsum + (self.max - power * shift)
+
+    def positive(self, shift: Tensor, k: Tensor | None = None) -> Tensor:
+        """`pos` relative to another shift; with k, the number of positives, their mean of it."""
+        pos = self.pos if k is None else self.pos / k.clamp(min=1)
+        return pos if shift is self.shift else pos + (self.shift - shift)
 
 
 @dataclass(eq=False)
@@ -95,7 +111,7 @@ class Scores:
         return self.global_batch.similarity_logsumexp(
             self.queries,
             self.keys,
-            power * self.scale,
+            self.scale if power == 1 else power * self.scale,
             row_ids=self.query_ids,
             col_ids=self.key_ids,
             exclude_self=self.exclude_self,
@@ -163,13 +179,14 @@ class Scores:
         scale = power * self.global_batch.rows(self.scale)
         top, _, (logsum,) = log_sums(a, b, scale, None, mask, (1.0,))
         if positives is None:
-            return Direction(top, logsum)
+            return Direction(top, finite_shift(top), logsum)
         stats = self.logsumexp(
             power, rows=False, positives=positives, exclude_positives=exclude_positives
         )
         number = self.positives("col") if positives == "linear" else 1
-        pos = stats.col_pos + number * (finite_shift(stats.col_max) - finite_shift(top))
-        return Direction(top, logsum, pos)
+        shift = finite_shift(top)
+        pos = stats.col_pos + number * (finite_shift(stats.col_max) - shift)
+        return Direction(top, shift, logsum, pos)
 
     def _masked(self, exclude_positives: bool = False) -> tuple[Tensor, Tensor, Mask]:
         """These queries, all ranks' keys, and which of them each query is not compared with."""

@@ -52,13 +52,7 @@ def cwcl_loss(
     Source: Srinivasa et al. 2023 (CWCL).
     """
     check_flags(symmetric=symmetric)
-    given = check_arguments(
-        *(queries, keys, logit_scale),
-        names=PAIRED,
-        group=group,
-        chunk_size=chunk_size,
-        backend=backend,
-    )
+    given = check_arguments(queries, keys, logit_scale, group, chunk_size, backend, names=PAIRED)
     c = given.frozen("reference", reference, len(given.queries))
     scores = given.scores(symmetric)
     with without_autocast(c.device):
@@ -114,12 +108,7 @@ def soft_target_infonce(
     alpha = check_number("alpha", alpha, 0, 1)
     check_flags(symmetric=symmetric)
     given = check_arguments(
-        *(queries, keys, logit_scale),
-        names=PAIRED,
-        unequal=alpha == 1,
-        group=group,
-        chunk_size=chunk_size,
-        backend=backend,
+        queries, keys, logit_scale, group, chunk_size, backend, names=PAIRED, unequal=alpha == 1
     )
     check_pair("target_queries", target_queries, "target_keys", target_keys)
     c = given.frozen("target_queries", target_queries, len(given.queries))

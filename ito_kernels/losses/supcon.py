@@ -52,11 +52,14 @@ def supcon_loss(
     """
     check_choice("positives", positives, ("mean", "in"))
     given = check_arguments(
-        *(features, features, temperature, labels, labels),
+        features,
+        features,
+        temperature,
+        group,
+        chunk_size,
+        backend,
+        ids=(labels, labels),
         names=SUPCON,
-        group=group,
-        chunk_size=chunk_size,
-        backend=backend,
     )
     factor = None
     if base_temperature is not None:
@@ -94,13 +97,7 @@ def nt_xent_loss(
     Returns a 0-d fp32 tensor (fp64 for fp64 features). Raises as `multi_positive_infonce`.
     Source: Chen et al. 2020 (SimCLR), eq. 1.
     """
-    given = check_arguments(
-        *(z1, z2, temperature),
-        names=NT_XENT,
-        group=group,
-        chunk_size=chunk_size,
-        backend=backend,
-    )
+    given = check_arguments(z1, z2, temperature, group, chunk_size, backend, names=NT_XENT)
     scale = 1.0 / given.scale
     if scale.ndim:
         raise ValueError(f"temperature must be a number or 0-d, got shape {tuple(scale.shape)}")

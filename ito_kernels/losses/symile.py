@@ -44,9 +44,7 @@ def symile_loss(
     Raises TypeError or ValueError for an argument that does not fit, by name.
     Source: Saporta et al. 2024 (Symile), with N - 1 negatives of each positive.
     """
-    given = check_arguments(
-        *(x, y, logit_scale), names=SYMILE, group=group, chunk_size=chunk_size, backend=backend
-    )
+    given = check_arguments(x, y, logit_scale, group, chunk_size, backend, names=SYMILE)
     z = given.another("z", z, rows=len(given.queries))
     check_generator("generator", generator)
     batch = given.global_batch()
