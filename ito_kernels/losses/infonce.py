@@ -350,7 +350,8 @@ def log_d_minus_t(o: Options, scores: Scores, side: str, pairs: Pairs | None = N
         (log_d,) = logs
 
     if o.label_smoothing:
-        even = candidates.total(shift) / candidates.number().clamp(min=1)
+        total, number = candidates.total(shift)
+        even = total / number.clamp(min=1)
         target = (1 - o.label_smoothing) * target + o.label_smoothing * even
     # NaN shows even where there is no positive
     loss = torch.where(some | log_d.isnan(), log_d - target, 0)

@@ -4,7 +4,7 @@ A pool is candidates of the anchors of one direction. It answers, per anchor,
 
     log_sum(power, shift)   log Σ_j e^{power·(S_ij - shift_i)}, -inf without candidates
     number()                how many candidates there are
-    total(shift)            Σ_j (S_ij - shift_i), for label smoothing
+    total(shift)            Σ_j (S_ij - shift_i) with their number, for label smoothing
 
 A new kind of candidate is a class here and a line in `infonce.pools_of`.
 """
@@ -40,9 +40,9 @@ class InBatch:
         number = self.scores.candidates(self.side)
         return number - self.scores.positives(self.side) if self.negatives else number
 
-    def total(self, shift: Tensor) -> Tensor:
+    def total(self, shift: Tensor) -> tuple[Tensor, Tensor]:
         total, number = self.scores.total(self.side)
-        return total - number * shift
+        return total - number * shift, number
 
     def largest(self, power: float) -> Tensor:
         """A score beside the largest, 0 without candidates."""
@@ -113,7 +113,7 @@ class Queue:
         same = count_positives(self.rows, self.cols)
         return ((self.cols >= 0).sum() - same).to(self.scores.scale.dtype)
 
-    def total(self, shift: Tensor) -> Tensor:
+    def total(self, shift: Tensor) -> tuple[Tensor, Tensor]:
         scale = self.scores.scale
         keys = accumulated(self.queue).masked_fill((self.cols < 0)[:, None], 0)
         rows = accumulated(self.scores.queries).masked_fill((self.rows < 0)[:, None], 0)
@@ -121,13 +121,15 @@ class Queue:
             mask = Mask(self.rows, self.cols, self.scores.row_limit, exclude_positives=True)
             ones = torch.ones_like(keys[:, :1])
             sums = sums_of_rest(rows, keys, mask, torch.cat([keys, ones], 1))
-            return scale * (rows * sums[:, :-1]).sum(1) - sums[:, -1] * shift
-        total = scale * (rows * keys.sum(0)).sum(1) - self.number() * shift
+            number = sums[:, -1]
+            return scale * (rows * sums[:, :-1]).sum(1) - number * shift, number
+        number = self.number()
+        total = scale * (rows * keys.sum(0)).sum(1) - number * shift
         if self.alike:
             stats = self._statistics(1.0, positives="linear")
             same = count_positives(self.rows, self.cols)
             total = total - (stats.row_pos + same * finite_shift(stats.row_max))
-        return total
+        return total, number
 
     def _statistics(self, power: float, **flags) -> Stats:
         return similarity_logsumexp(
@@ -167,8 +169,9 @@ class HardNegatives:
     def number(self) -> Tensor:
         return (~self.beyond).sum(1)
 
-    def total(self, shift: Tensor) -> Tensor:
-        return (self.scores - shift[:, None]).masked_fill(self.beyond, 0).sum(1)
+    def total(self, shift: Tensor) -> tuple[Tensor, Tensor]:
+        scores = (self.scores - shift[:, None]).masked_fill(self.beyond, 0)
+        return scores.sum(1), self.number()
 
 
 class Union:
@@ -187,8 +190,9 @@ class Union:
         number = sum(pool.number() for pool in self.pools)
         return number if self.ids is None else number.masked_fill(self.ids < 0, 0)
 
-    def total(self, shift: Tensor) -> Tensor:
-        return sum(pool.total(shift) for pool in self.pools)
+    def total(self, shift: Tensor) -> tuple[Tensor, Tensor]:
+        totals, numbers = zip(*(pool.total(shift) for pool in self.pools), strict=True)
+        return sum(totals), sum(numbers)
 
     def largest(self, power: float) -> Tensor:
         """A score beside the largest of the first pool, to which all are relative."""
