@@ -4,15 +4,20 @@ The extension does not use torch, so neither does its build. Without a C++ compi
 installs all the same and `ito_kernels.backends()` says what is missing; a compiler that fails is
 an error.
 
-The CUDA kernels are built where nvcc is found: $CUDACXX, the PATH, or the package nvidia-cuda-nvcc.
-ITO_BUILD_CUDA=0 leaves them out, 1 makes a missing nvcc an error. ITO_CUDA_ARCHS lists the GPUs, as
-in CMAKE_CUDA_ARCHITECTURES; "all" is what wheels are built for.
+The CUDA kernels, which double the compilation, are built where the installed torch is a CUDA build
+and there is nvcc: $CUDACXX, the PATH, or the package nvidia-cuda-nvcc. ITO_BUILD_CUDA=0 leaves them
+out, 1 builds them whatever torch is, and makes a missing nvcc an error. ITO_CUDA_ARCHS lists the
+GPUs, as in CMAKE_CUDA_ARCHITECTURES; "all" is what wheels are built for. The build prints what it
+decided, and why (`pip install -v` shows it).
 """
 
 import os
+import re
 import shutil
+import site
 import subprocess
 import sys
+from importlib.machinery import PathFinder
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -42,25 +47,43 @@ def nvcc() -> str | None:
     return shutil.which("nvcc") or next(map(str, packaged), None)
 
 
-def cuda_options() -> list[str]:
-    """CMake's, for what ITO_BUILD_CUDA and ITO_CUDA_ARCHS ask for."""
-    wanted = os.environ.get("ITO_BUILD_CUDA", "auto")
-    if wanted not in ("auto", "0", "1"):
-        raise ValueError(f"ITO_BUILD_CUDA must be auto, 0 or 1, got {wanted!r}")
+def wants_cuda(paths: list[str]) -> tuple[bool, str]:
+    """Whether the torch in `paths` is a CUDA build, and what it is. pip builds in an environment of
+    its own, where torch cannot be imported: its version file is read."""
+    torch = PathFinder.find_spec("torch", paths)
+    if torch is None or torch.origin is None:
+        return False, f"there is no torch in {', '.join(site.getsitepackages())}"
+    text = Path(torch.origin).with_name("version.py").read_text()
+    found = dict(re.findall(r"^(__version__|cuda)\b[^=]*= *'(.+)'", text, re.MULTILINE))
+    build = f"a build for CUDA {found['cuda']}" if "cuda" in found else "not a CUDA build"
+    return "cuda" in found, f"torch {found['__version__']} is {build}"
+
+
+def cuda_options() -> tuple[list[str], str]:
+    """CMake's, for what ITO_BUILD_CUDA and ITO_CUDA_ARCHS ask for; what was decided, and why."""
+    asked = os.environ.get("ITO_BUILD_CUDA", "auto")
+    if asked not in ("auto", "0", "1"):
+        raise ValueError(f"ITO_BUILD_CUDA must be auto, 0 or 1, got {asked!r}")
+    wanted, why = asked == "1", f"ITO_BUILD_CUDA={asked}"
+    if asked == "auto":
+        wanted, why = wants_cuda([*sys.path, *site.getsitepackages()])
     found = nvcc()
-    if wanted == "1" and found is None:
-        raise RuntimeError(
-            "ITO_BUILD_CUDA=1, but there is no nvcc: $CUDACXX, PATH, nvidia-cuda-nvcc"
-        )
-    if wanted == "0" or found is None:
-        return ["-DITO_CUDA=OFF"]
+    no_nvcc = "there is no nvcc ($CUDACXX, the PATH, nvidia-cuda-nvcc)"
+    if asked == "1" and found is None:
+        raise RuntimeError(f"{why}, but {no_nvcc}")
+    if not wanted:
+        hint = "; ITO_BUILD_CUDA=1 builds them" if asked == "auto" else ""
+        return ["-DITO_CUDA=OFF"], f"CUDA kernels: not built: {why}{hint}"
+    if found is None:
+        return ["-DITO_CUDA=OFF"], f"CUDA kernels: not built: {why}, but {no_nvcc}"
     archs = os.environ.get("ITO_CUDA_ARCHS") or CUDA_ARCHS
     archs = ALL_CUDA_ARCHS if archs == "all" else archs
-    return [
+    options = [
         "-DITO_CUDA=ON",
         f"-DCMAKE_CUDA_COMPILER={found}",
         f"-DCMAKE_CUDA_ARCHITECTURES={archs}",
     ]
+    return options, f"CUDA kernels: built for {archs} with {found}: {why}"
 
 
 def environment() -> dict[str, str]:
@@ -81,6 +104,9 @@ class CMakeBuild(build_ext):
             return
         import pybind11
 
+        cuda, decision = cuda_options()
+        print("C++ kernels: built, in about a minute of processor time")
+        print(decision, flush=True)  # before CMake's own lines
         target = Path(self.get_ext_fullpath(ext.name)).resolve().parent
         build = Path(self.build_temp).resolve()
         build.mkdir(parents=True, exist_ok=True)
@@ -90,7 +116,7 @@ class CMakeBuild(build_ext):
             f"-DCMAKE_LIBRARY_OUTPUT_DIRECTORY={target}",
             f"-DPython_EXECUTABLE={sys.executable}",
             f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
-            *cuda_options(),
+            *cuda,
         ]
         subprocess.run(configure, check=True, env=environment())
         subprocess.run(["cmake", "--build", str(build)], check=True, env=environment())

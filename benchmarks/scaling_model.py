@@ -103,7 +103,7 @@ class Step(NamedTuple):
         chunks, others = self.chunks(), (self.ranks - 1) * self.rows
         again = chunks[self.kept() :] * (len(LOSSES[self.loss]) - 1)
         out = {
-            "sizes": (self.ranks - 1) * 56,
+            "sizes": (self.ranks - 1) * 24,
             "ids": others * 8,
             "keys": sum(c.travelled for c in chunks + again) * self.dim * self.itemsize,
             "gradients": sum(c.travelled for c in chunks) * self.dim * WIDE,

@@ -1,19 +1,29 @@
 """How the commands end when something is wrong: one line that names it, and no traceback."""
 
+import signal
 import sys
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+
+from PIL import Image
 
 USER_ERRORS = (ValueError, OSError, ImportError)
 
 
 @contextmanager
 def user_errors() -> Iterator[None]:
-    """`error: …` on stderr. Status 2: options, files or packages; 1: the training diverged."""
+    """`error: …` on stderr. Status 2: options, files or packages; 1: the training diverged.
+
+    Ctrl-C ends with status 130, as a shell has it, and nothing more.
+    """
+    warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # --max-pixels is our limit
     try:
         yield
+    except KeyboardInterrupt:
+        sys.exit(128 + signal.SIGINT)
     except USER_ERRORS as error:
-        print(f"error: {reason(error)}", file=sys.stderr)
+        print(f"error: {shown(reason(error), 2000)}", file=sys.stderr)
         sys.exit(2)
     except FloatingPointError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -25,3 +35,9 @@ def reason(error: Exception) -> str:
     if isinstance(error, OSError) and error.errno is not None:
         return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
     return str(error)
+
+
+def shown(text: str, limit: int = 300) -> str:
+    """The text on one line, no more than `limit` characters of it: a caption may be a megabyte."""
+    cut = text if len(text) <= limit else text[: limit - 1] + "…"
+    return " ".join(cut.splitlines())

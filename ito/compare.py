@@ -8,7 +8,6 @@ the same command continues a comparison. At the end it writes `comparison.md` an
 import argparse
 import json
 import os
-import shutil
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -18,6 +17,8 @@ from pathlib import Path
 from ito.cli import user_errors
 from ito.comparison import write_comparison
 from ito.config import Config, add_options, from_options
+from ito.files import write_text
+from ito.run import locked
 
 # What a run adds to the options that all share.
 ARMS = {
@@ -92,7 +93,9 @@ def main(arguments: list[str] | None = None) -> Path:
             raise ValueError(f"--jobs must be at least 1, got {options.jobs}")
         if not options.report_only:
             runs = plan(options)
-            train_all(runs, options)
+            options.out.mkdir(parents=True, exist_ok=True)
+            with locked(options.out):
+                train_all(runs, options)
         return write_comparison(options.out, options.cache)
 
 
@@ -131,7 +134,6 @@ def command_line(chosen: dict) -> list[str]:
 
 def train_all(runs: list[Run], options: argparse.Namespace) -> None:
     out = options.out
-    out.mkdir(parents=True, exist_ok=True)
     environment = dict(os.environ)
     if options.cache:
         environment["ITO_CACHE"] = str(options.cache.absolute())
@@ -146,20 +148,15 @@ def train(run: Run, out: Path, threads: int | None, environment: dict) -> str:
     """Train a run to its end, or what is left of it. Raises OSError with the end of its output."""
     folder, log = out / run.name, out / f"{run.name}.log"
     cost, scores = folder / "cost.json", folder / "evaluation.json"
-    trained = same(folder, run) and cost.exists()
-    if trained and scores.exists():
+    begun = same(folder, run)
+    if begun and cost.exists() and scores.exists():
         return f"{run.name}: there already"
-    if not trained:
-        train = [sys.executable, "-m", "ito.train"]
-        if any((folder / "checkpoints").glob("step_*.pt")):
-            words = [*train, "--resume", str(folder)]
-        else:
-            if folder.exists():
-                shutil.rmtree(folder)  # ours, and cut off before its first checkpoint
-            words = [*train, "--out", str(folder), *run.options]
-            words += ["--threads", str(threads)] if threads else []
+    if not (begun and cost.exists()):
+        words = [sys.executable, "-m", "ito.train"]
+        words += ["--resume", str(folder)] if begun else ["--out", str(folder), *run.options]
+        words += ["--threads", str(threads)] if threads else []
         usage = call(words, log, environment)
-        cost.write_text(json.dumps(usage) + "\n", encoding="utf-8")
+        write_text(cost, json.dumps(usage) + "\n")
     call(
         [sys.executable, "-m", "ito.evaluate", str(folder), "--json", str(scores)], log, environment
     )

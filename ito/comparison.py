@@ -23,7 +23,9 @@ from ito.cost import StepCost, step_costs
 from ito.data import Dataset
 from ito.evaluate import embed_images, embed_texts
 from ito.export import Encoder, load
+from ito.files import write_atomically, write_text
 from ito.recipes import ITO
+from ito.run import Log
 from ito.source import open_dataset
 
 # 97.5 % quantiles of Student's t, by degrees of freedom
@@ -50,15 +52,14 @@ class Result:
 
     @classmethod
     def load(cls, folder: Path) -> "Result":
-        lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-        records = [json.loads(line) for line in lines]
+        log = Log(folder / "metrics.jsonl")
         return cls(
             folder,
             folder.name.rpartition("-seed")[0],
             Config.load(folder / "config.json"),
             json.loads((folder / "environment.json").read_text(encoding="utf-8")),
-            [r for r in records if r["kind"] == "train"],
-            [r for r in records if r["kind"] == "eval"],
+            log.read("train"),
+            log.read("eval"),
             json.loads((folder / "evaluation.json").read_text(encoding="utf-8")),
             json.loads((folder / "cost.json").read_text(encoding="utf-8"))["peak_bytes"],
         )
@@ -133,7 +134,7 @@ def write_comparison(out: Path, cache: Path | None = None) -> Path:
     method = draw_maps(arms, out / "maps.png", cache)
     parts.append(f"Held-out pictures and their names, first seed, {method}.")
     path = out / "comparison.md"
-    path.write_text("\n\n".join(parts) + "\n", encoding="utf-8")
+    write_text(path, "\n\n".join(parts) + "\n")
     print(f"comparison {path}")
     return path
 
@@ -146,7 +147,7 @@ def check_equal(runs: list[Result]) -> None:
             (first.config.flat(), run.config.flat()),
             (first.environment, run.environment),
         ):
-            other = [name for name in a if name not in DECIDED and a[name] != b[name]]
+            other = [name for name in a if name not in DECIDED and a[name] != b.get(name)]
             if other:
                 raise ValueError(
                     f"{first.folder} and {run.folder} differ in {', '.join(other)}: "
@@ -162,7 +163,7 @@ def measured(folders: dict[str, Path], out: Path, cache: Path | None) -> dict[st
     if known.keys() != folders.keys() or any(cost.keys() != fields for cost in known.values()):
         print(f"timing steps of {', '.join(folders)}", flush=True)
         known = {arm: dataclasses.asdict(x) for arm, x in step_costs(folders, cache).items()}
-        path.write_text(json.dumps(known, indent=2) + "\n", encoding="utf-8")
+        write_text(path, json.dumps(known, indent=2) + "\n")
     return {arm: StepCost(**x) for arm, x in known.items()}
 
 
@@ -423,7 +424,8 @@ def draw_curves(arms: dict[str, list[Result]], path: Path) -> None:
         axis.spines[["top", "right"]].set_visible(False)
     axes[1, 1].set_yscale("log")
     axes[0, 0].legend(frameon=False, fontsize=8)
-    figure.savefig(path, dpi=110)
+    with write_atomically(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=110)
     plt.close(figure)
 
 
@@ -449,7 +451,8 @@ def draw_maps(arms: dict[str, list[Result]], path: Path, cache: Path | None) -> 
         axis.scatter(*points[n:].T, s=5, lw=0, alpha=0.7, label="names")
         axis.set_title(arm, fontsize=10)
     axes[0, 0].legend(frameon=False, fontsize=8)
-    figure.savefig(path, dpi=110)
+    with write_atomically(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=110)
     plt.close(figure)
     return method
 

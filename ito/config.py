@@ -8,7 +8,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from ito.augment import CROP, DRAWINGS, Augmentation
+from ito.files import write_text
 from ito.fusion import READOUTS
+from ito.pictures import MAX_PIXELS
 from ito.pretrained import IMAGE, OURS, TEXT, image_size, split
 from ito.recipes import EMOJI_FULL, EMOJI_SMALL, ITO, KINDS, PRESETS
 
@@ -53,6 +55,16 @@ class Config:
     csv_separator: str = option("\t", "data", "of an open_clip CSV")
     csv_img_key: str = option("filepath", "data", "its column of picture paths")
     csv_caption_key: str = option("title", "data", "its column of captions")
+    max_pixels: int = option(
+        MAX_PIXELS,
+        "data",
+        "a picture of more is skipped; a JPEG's are those that it is decoded to",
+        least=1,
+        most=2 * MAX_PIXELS,  # Pillow opens no larger one
+    )
+    untrusted_data: bool = option(
+        False, "data", "skip pictures whose path, links followed, leads out of the data's folder"
+    )
     split_seed: int = option(0, "data", "draws the held-out items where the data names no split")
 
     stream: bool = option(
@@ -265,7 +277,7 @@ class Config:
         return getattr(self, name) != default
 
     def save(self, path: Path) -> None:
-        path.write_text(json.dumps(dataclasses.asdict(self), indent=2) + "\n", encoding="utf-8")
+        write_text(path, json.dumps(dataclasses.asdict(self), indent=2) + "\n")
 
     @classmethod
     def load(cls, path: Path) -> "Config":

@@ -12,7 +12,10 @@ from pathlib import Path
 
 import torch
 
-from ito.records import Record, Skipped, cpu_count, decode, open_shards
+from ito.cli import shown
+from ito.pictures import MAX_PIXELS, decode
+from ito.records import Record, Skipped, cpu_count, open_shards
+from ito.tokenizer import LONGEST_TOKEN, Tokenizer
 
 
 @dataclass
@@ -82,25 +85,27 @@ def load_dataset(
     *,
     split_seed: int | None = 0,
     workers: int | None = None,
-    **csv_options: str,
+    max_pixels: int = MAX_PIXELS,
+    **options: str | bool,
 ) -> Dataset:
     """Read everything that `ito.records.open_shards` finds at `path`, and decode its pictures.
 
     If no record names a split, 10 % of the items (at least one), by hash of item and `split_seed`,
     are "heldout"; without a seed all are "val". If some do, a record that names none is "train".
     Pictures are centred squares of `image_size` pixels on white. The order is the source's,
-    whatever the number of `workers`.
+    whatever the number of `workers`. `options` are those of `open_shards`.
 
-    An unreadable picture or an empty caption skips its record; `Dataset.skipped` names them. Raises
-    what `open_shards` raises, and ValueError if no record is left.
+    An unreadable picture, one of more than `max_pixels`, or an empty caption skips its record;
+    `Dataset.skipped` names them. Raises what `open_shards` raises, and ValueError if no record is
+    left.
     """
-    found = [record for shard in open_shards(path, **csv_options) for record in shard()]
+    found = [record for shard in open_shards(path, **options) for record in shard()]
     records = [r for r in found if isinstance(r, Record)]
     skipped = [r for r in found if isinstance(r, Skipped)]
-    images, kept, unreadable = decode_all(records, image_size, workers)
+    images, kept, unreadable = decode_all(records, image_size, max_pixels, workers)
     skipped += unreadable
     if not kept:
-        reasons = "; ".join(f"{where}: {reason}" for where, reason in skipped[:3])
+        reasons = "; ".join(shown(f"{where}: {reason}") for where, reason in skipped[:3])
         about = f"{len(skipped)} records skipped: {reasons}" if skipped else "it holds no record"
         raise ValueError(f"no usable picture in {path} ({about})")
 
@@ -143,7 +148,7 @@ def union(lists) -> list[str]:
 
 
 def decode_all(
-    records: list[Record], size: int, workers: int | None
+    records: list[Record], size: int, max_pixels: int, workers: int | None
 ) -> tuple[torch.Tensor, list[Record], list[Skipped]]:
     """uint8 (K, 3, size, size), the record of each, and what was skipped; in order.
 
@@ -155,7 +160,7 @@ def decode_all(
     images = torch.empty(len(shown), 3, size, size, dtype=torch.uint8)
     kept, bad = [], {}
     with ThreadPoolExecutor(workers or cpu_count()) as pool:
-        pictures = pool.map(lambda r: decode(r.image, size), shown.values())
+        pictures = pool.map(lambda r: decode(r.image, size, max_pixels), shown.values())
         for r, picture in zip(shown.values(), pictures, strict=True):
             if isinstance(picture, str):
                 bad[r.image] = picture
@@ -177,5 +182,18 @@ def report_skipped(skipped: list[Skipped], limit: int = 10) -> str:
     if not skipped:
         return ""
     lines = [f"skipped {len(skipped)} records:"]
-    lines += [f"  {where}: {reason}" for where, reason in skipped[:limit]]
+    lines += [f"  {shown(f'{where}: {reason}')}" for where, reason in skipped[:limit]]
     return "\n".join(lines + ["  …"] * (len(skipped) > limit))
+
+
+def report_cut(captions: list[str], tokenizer: Tokenizer) -> str:
+    """How many captions lose their end, as they are longer than the context; nothing if none is."""
+    lengths, limit = tokenizer.lengths(captions), tokenizer.context_length
+    cut = sum(length > limit for length in lengths)
+    if not cut:
+        return ""
+    read = all(len(caption) <= limit * LONGEST_TOKEN for caption in captions)
+    return (
+        f"cut        {cut} of {len(captions)} captions, to their first {limit} tokens; "
+        f"the longest has {'' if read else 'at least '}{max(lengths)}"
+    )

@@ -14,8 +14,9 @@ from ito import probes
 from ito.augment import eval_transform
 from ito.cli import user_errors
 from ito.config import Config, add_options, from_options
-from ito.data import Dataset, report_skipped
+from ito.data import Dataset, report_cut, report_skipped
 from ito.encoders import DualEncoder
+from ito.files import write_text
 from ito.metrics import (
     ensemble,
     mean_rank_variance,
@@ -265,6 +266,9 @@ def main(arguments: list[str] | None = None) -> None:
         config, splits = choose_data(options)
         dataset = open_dataset(config, options.cache)
         print(report_skipped(dataset.skipped) or f"{len(dataset.images)} pictures")
+        captions = [caption for names in dataset.captions for caption in names]
+        if cut := report_cut(captions, encoder.tokenizer):
+            print(cut)
         scores = evaluate_fully(
             encoder.model,
             encoder.tokenizer,
@@ -274,14 +278,13 @@ def main(arguments: list[str] | None = None) -> None:
         )
         print(table({"score": scores}))
         if options.json:
-            options.json.write_text(json.dumps(scores, indent=2) + "\n", encoding="utf-8")
+            write_text(options.json, json.dumps(scores, indent=2) + "\n")
         if options.clip_benchmark:
-            options.clip_benchmark.mkdir(parents=True, exist_ok=True)
             data = Path(config.train_data).stem
             for record in clip_benchmark(scores, data, options.run):
                 name = f"{record['dataset']}_{record['task']}".replace("/", "-")
                 path = options.clip_benchmark / f"{name}.json"
-                path.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+                write_text(path, json.dumps(record, indent=2) + "\n")
 
 
 def choose_data(options: argparse.Namespace) -> tuple[Config, list[str] | None]:

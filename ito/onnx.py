@@ -17,8 +17,8 @@ import torch
 from torch import nn
 
 from ito.augment import MEAN, STD
-from ito.checkpoint import write_atomically
 from ito.encoders import DualEncoder
+from ito.files import write_atomically
 
 PACKAGES = ("onnx", "onnxscript")
 
@@ -81,6 +81,7 @@ def export_onnx(model: DualEncoder, out: Path) -> list[Path]:
             raise RuntimeError(f"the {name} encoder was exported for batches of {batch} alone")
         program.model.metadata_props.update(about | {k: str(v) for k, v in details.items()})
         path = out / f"{name}_encoder.onnx"
-        write_atomically(path, lambda temporary, program=program: program.save(str(temporary)))
+        with write_atomically(path) as temporary:
+            program.save(str(temporary))
         written.append(path)
     return written

@@ -13,8 +13,8 @@ from safetensors.torch import save
 from torch import Tensor
 
 from ito.augment import MEAN, STD
-from ito.checkpoint import write_atomically
 from ito.encoders import DualEncoder
+from ito.files import write_atomically, write_text
 from ito.tokenizer import BOS, EOT, PAD, Tokenizer
 
 
@@ -31,10 +31,10 @@ def export_open_clip(model: DualEncoder, tokenizer: Tokenizer, out: Path) -> Non
             "export with --onnx"
         )
     weights = {name: value.cpu().contiguous() for name, value in state_dict(model).items()}
-    write_atomically(
-        out / "open_clip_model.safetensors", lambda path: path.write_bytes(save(weights))
-    )
-    write_atomically(out / "tokenizer.json", tokenizer.save)
+    with write_atomically(out / "open_clip_model.safetensors") as temporary:
+        temporary.write_bytes(save(weights))
+    with write_atomically(out / "tokenizer.json") as temporary:
+        tokenizer.save(temporary)
     special = {"pad_token": PAD, "bos_token": BOS, "eos_token": EOT}
     loader = {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": 10**6}
     for name, values in (
@@ -42,10 +42,7 @@ def export_open_clip(model: DualEncoder, tokenizer: Tokenizer, out: Path) -> Non
         ("tokenizer_config.json", loader | special),
         ("special_tokens_map.json", special),
     ):
-        text = json.dumps(values, indent=2) + "\n"
-        write_atomically(
-            out / name, lambda path, text=text: path.write_text(text, encoding="utf-8")
-        )
+        write_text(out / name, json.dumps(values, indent=2) + "\n")
 
 
 def configuration(model: DualEncoder, tokenizer: Tokenizer) -> dict:

@@ -1,17 +1,20 @@
 """The page of `python -m ito.search RUN --serve`: a text box, and pictures to click for their like.
 
 Plain HTML from one request, no script. It listens on 127.0.0.1 only and answers no other host name,
-so that no page of the web can read it through the browser.
+so that no page of the web can read it through the browser. It reads no request's body; lines and
+headers of more than 64 kB, and queries of more than QUERY characters, are refused.
 """
 
-import contextlib
 import html
 import io
+import signal
 import socket
+import sys
 
 import torch
 from PIL import Image
 
+from ito.cli import shown
 from ito.search import Index
 
 try:
@@ -29,6 +32,7 @@ except ImportError as error:
     ) from None
 
 SHOWN = 24
+QUERY = 1000  # characters: several times what a model's context holds
 STYLE = """
 body { font: 16px/1.4 system-ui, sans-serif; max-width: 60rem; margin: 1.5rem auto;
        padding: 0 1rem; color: #222; background: #fff; }
@@ -53,13 +57,19 @@ def application(index: Index) -> Starlette:
     """`/?q=TEXT` and `/?like=PICTURE` search; `/picture/N` is a picture as PNG."""
     count = len(index.dataset.images)
 
+    def number(text: str) -> int | None:
+        """A picture's, if it is one; int raises at thousands of digits."""
+        return int(text) if text.isdecimal() and len(text) < 20 and int(text) < count else None
+
     def home(request: Request) -> Response:
         text, like = request.query_params.get("q", "").strip(), request.query_params.get("like")
         about, results = f"{count} pictures. Type what you look for.", ""
+        if len(text) > QUERY:
+            return PlainTextResponse(f"q must be at most {QUERY} characters, got {len(text)}", 414)
         if like is not None:
-            if not (like.isdecimal() and int(like) < count):
-                return PlainTextResponse(f"like must be in [0, {count}), got {like}", 400)
-            picture = int(like)
+            picture = number(like)
+            if picture is None:
+                return PlainTextResponse(f"like must be in [0, {count}), got {shown(like)}", 400)
             results = tiles(index, index.embeddings[picture][None])
             about = f'<img src="/picture/{picture}" alt="">Pictures like this one: '
             about += html.escape(index.name(picture))
@@ -72,21 +82,24 @@ def application(index: Index) -> Starlette:
             f"<title>{html.escape(text or 'ito.search')}</title><style>{STYLE}</style>"
             "<h1>Search pictures by words</h1>"
             f'<form><input name="q" value="{html.escape(text)}" placeholder="a red flag" '
-            'aria-label="what to look for" autofocus><button>Search</button></form>'
+            f'maxlength="{QUERY}" aria-label="what to look for" autofocus>'
+            "<button>Search</button></form>"
             f'<p>{about}</p><div class="found">{results}</div></html>'
         )
 
     def picture(request: Request) -> Response:
-        number = request.path_params["number"]
-        if number >= count:
-            return PlainTextResponse(f"picture must be in [0, {count}), got {number}", 404)
+        wanted = request.path_params["number"]
+        found = number(wanted)
+        if found is None:
+            message = f"picture must be in [0, {count}), got {shown(wanted)}"
+            return PlainTextResponse(message, 404)
         buffer = io.BytesIO()
-        pixels = index.dataset.images[number].permute(1, 2, 0).numpy()
+        pixels = index.dataset.images[found].permute(1, 2, 0).numpy()
         Image.fromarray(pixels).save(buffer, "PNG")
         return Response(buffer.getvalue(), media_type="image/png")
 
     hosts = Middleware(TrustedHostMiddleware, allowed_hosts=["127.0.0.1", "localhost"])
-    routes = [Route("/", home), Route("/picture/{number:int}", picture)]
+    routes = [Route("/", home), Route("/picture/{number}", picture)]
     return Starlette(routes=routes, middleware=[hosts])
 
 
@@ -103,15 +116,20 @@ def tiles(index: Index, query: torch.Tensor) -> str:
 
 
 def serve(index: Index, port: int) -> None:
-    """Serve until interrupted. Raises OSError naming --serve if the port cannot be had."""
+    """Serve until interrupted, then exit with 143 after SIGTERM, as a shell has it.
+
+    Raises OSError naming --serve if the port cannot be had.
+    """
     listener = socket.socket()
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         listener.bind(("127.0.0.1", port))
+        listener.listen()  # from here on connections wait for the server, none is refused
     except (OSError, OverflowError) as error:
         reason = error.strerror if isinstance(error, OSError) else "must be in [0, 65535]"
         raise OSError(f"--serve {port}: {reason}") from None
     print(f"http://127.0.0.1:{listener.getsockname()[1]} (Ctrl-C ends it)", flush=True)
-    server = uvicorn.Server(uvicorn.Config(application(index), log_level="warning"))
-    with contextlib.suppress(KeyboardInterrupt):
-        server.run([listener])
+    # h11 bounds a request's head; httptools, where it is installed, does not
+    config = uvicorn.Config(application(index), log_level="warning", http="h11")
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
+    uvicorn.Server(config).run([listener])  # catches signals, ends, and raises them again

@@ -10,6 +10,7 @@ from pathlib import Path
 from ito import emoji_full, emoji_small
 from ito.cli import user_errors
 from ito.emoji import default_cache
+from ito.files import naming
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -31,18 +32,19 @@ def prepare(options: argparse.Namespace) -> Path:
     if options.name == "emoji-small":
         if chosen:
             raise ValueError("--size and --permissive-only are options of emoji, not emoji-small")
-        return emoji_small.prepare_emoji_small(options.out or cache / emoji_small.FOLDER)
+        out = options.out or cache / emoji_small.FOLDER
+        with naming(out):
+            return emoji_small.prepare_emoji_small(out)
     if chosen and not options.out:
         raise ValueError("--size and --permissive-only make another set: name its folder, --out")
     size = emoji_full.SIZE if options.size is None else options.size
     if not 8 <= size <= 1024:
         raise ValueError(f"--size must be between 8 and 1024, got {size}")
-    return emoji_full.prepare_emoji_full(
-        options.out or cache / emoji_full.FOLDER,
-        cache,
-        size=size,
-        permissive_only=options.permissive_only,
-    )
+    out = options.out or cache / emoji_full.FOLDER
+    with naming(out):
+        return emoji_full.prepare_emoji_full(
+            out, cache, size=size, permissive_only=options.permissive_only
+        )
 
 
 if __name__ == "__main__":

@@ -9,19 +9,24 @@ import io
 import itertools
 import json
 import os
+import stat
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
-
 from ito.shards import Member, Sample, expand, read_samples
 
 PICTURES = ("bmp", "gif", "jpeg", "jpg", "png", "tif", "tiff", "webp")
 ROWS = 1000  # of a table, to a shard
+KINDS = {
+    stat.S_IFDIR: "a folder",
+    stat.S_IFIFO: "a named pipe",
+    stat.S_IFSOCK: "a socket",
+    stat.S_IFCHR: "a device",
+    stat.S_IFBLK: "a device",
+}
 
 
 @dataclass
@@ -55,6 +60,7 @@ def open_shards(
     csv_separator: str = "\t",
     csv_img_key: str = "filepath",
     csv_caption_key: str = "title",
+    untrusted_data: bool = False,
 ) -> list[Shard]:
     """The shards of a folder with `captions.jsonl`, of an open_clip CSV, or of WebDataset tars.
 
@@ -65,6 +71,11 @@ def open_shards(
     a folder of them, one, or a pattern, `shard-{00000..00012}.tar`; a sample's captions are its
     `.json`'s, which has the fields of a line of `captions.jsonl`, or its `.txt`; its item is by
     default its name with the tar's, and the folders that tell the tars apart.
+
+    Paths of pictures may lead anywhere, unless `untrusted_data`: then a picture, or a tar of a
+    folder, that is outside the folder that was named, or the CSV's, is skipped; links are followed
+    first. A tar's links and names never lead to files. Of what is no regular file, a named pipe
+    alone is read, and only where it is the CSV.
 
     Raises FileNotFoundError if there is no such file, and ValueError naming file and row where a
     line of `captions.jsonl` is malformed. In a tar or a CSV that skips the record.
@@ -77,9 +88,14 @@ def open_shards(
         if missing := [str(tar) for tar in tars if not tar.is_file()]:
             raise FileNotFoundError(f"no data at {', '.join(missing[:3])} ({len(missing)} missing)")
         folder = os.path.commonpath([tar.parent for tar in tars])  # items know no more of the path
-        return [partial(read_tar, tar, str(tar.relative_to(folder))) for tar in tars]
+        root = path.resolve() if untrusted_data and path.is_dir() else None
+        return [partial(read_tar, tar, str(tar.relative_to(folder)), root) for tar in tars]
+    root = (path if path.is_dir() else path.parent).resolve() if untrusted_data else None
     if path.is_dir():
-        rows = read_jsonl(path / "captions.jsonl")
+        source = path / "captions.jsonl"
+        if root and leads_out(source, root):
+            raise ValueError(f"{source} leads out of the folder, which --untrusted-data refuses")
+        rows = read_jsonl(source)
     elif path.suffix == ".jsonl":
         raise ValueError(f"{path}: name the folder that holds captions.jsonl, not the file")
     elif path.exists():
@@ -88,12 +104,12 @@ def open_shards(
         raise FileNotFoundError(
             f"no data at {path}: want a folder with captions.jsonl or tars, a CSV, or a tar pattern"
         )
-    checked = [check(r) if isinstance(r, Record) else r for r in rows]
+    checked = [check(r, root) if isinstance(r, Record) else r for r in rows]
     return [partial(iter, checked[at : at + ROWS]) for at in range(0, len(checked), ROWS)]
 
 
-def check(record: Record) -> Record | Skipped:
-    """The record, or why its texts are of no use."""
+def check(record: Record, root: Path | None = None) -> Record | Skipped:
+    """The record, or why its texts are of no use, or its picture is none under `root`."""
     if not record.captions:
         return Skipped(record.where, "empty caption")
     about = [record.item, record.split, record.style, record.group, record.subgroup]
@@ -103,13 +119,32 @@ def check(record: Record) -> Record | Skipped:
             found.encode()
         except UnicodeEncodeError:  # JSON's "\ud83d" without its other half
             return Skipped(record.where, f"half a character in {found!r}")
+    if root and leads_out(record.image, root):
+        return Skipped(record.where, f"picture {record.image} leads out of {root}")
     return record
+
+
+def leads_out(path: Path, root: Path) -> bool:
+    """Whether a path, its links followed, is outside the resolved folder `root`."""
+    return "\0" in str(path) or not Path(os.path.realpath(path)).is_relative_to(root)
+
+
+def irregular(path: Path) -> str:
+    """What it is instead of a file, "a named pipe", an empty text if it is one. Raises OSError.
+
+    To open a named pipe waits for ever, to read a device may not end.
+    """
+    mode = path.stat().st_mode
+    return "" if stat.S_ISREG(mode) else KINDS.get(stat.S_IFMT(mode), "something else")
 
 
 # --- tars ---
 
 
-def read_tar(tar: Path, name: str) -> Iterator[Record | Skipped]:
+def read_tar(tar: Path, name: str, root: Path | None) -> Iterator[Record | Skipped]:
+    if root and leads_out(tar, root):
+        yield Skipped(str(tar), f"leads out of {root}")
+        return
     seen = set()
     try:
         for sample in read_samples(tar):
@@ -121,7 +156,7 @@ def read_tar(tar: Path, name: str) -> Iterator[Record | Skipped]:
             seen.add(sample.key)
             try:
                 yield from_sample(sample, where, f"{name}/{sample.key}")
-            except ValueError as error:  # not JSON, not UTF-8, not the fields we know
+            except (ValueError, RecursionError) as error:  # not JSON, UTF-8, the fields we know
                 yield Skipped(where, str(error))
     except ValueError as error:
         yield Skipped(str(tar), str(error))
@@ -153,7 +188,7 @@ def read_jsonl(source: Path) -> list[Record]:
 def parse(line: str, where: str, folder: Path) -> Record:
     try:
         fields = json.loads(line)
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{where}: not JSON: {error}") from None
     try:
         if not isinstance(fields, dict):
@@ -209,7 +244,7 @@ def texts(value) -> list[str]:
 def read_csv(
     source: Path, separator: str, img_key: str, caption_key: str
 ) -> list[Record | Skipped]:
-    lines = list(io.StringIO(read_text(source), newline=""))
+    lines = list(io.StringIO(read_text(source, pipe=True), newline=""))
     try:
         after, columns = read_row(lines, 0, separator) if lines else (0, [])
     except csv.Error as error:
@@ -255,46 +290,17 @@ def read_row(lines: list[str], at: int, separator: str) -> tuple[int, list[str]]
     return at + reader.line_num, row
 
 
-def read_text(source: Path) -> str:
+def read_text(source: Path, pipe: bool = False) -> str:
+    """Of a file, or with `pipe` of one that another program writes while it is read."""
+    found = irregular(source)
+    if found and not (pipe and found == "a named pipe"):
+        raise ValueError(f"{source} is {found}, not a file")
     data = source.read_bytes()
     try:
         return data.decode("utf-8-sig")  # spreadsheets write a byte order mark
     except UnicodeDecodeError as error:
         row = data.count(b"\n", 0, error.start) + 1
         raise ValueError(f"{source}:{row}: not UTF-8: {error}") from None
-
-
-# --- pictures ---
-
-
-def decode(image: Path | Member, size: int) -> np.ndarray | str:
-    """uint8 (size, size, 3) on white, the short side resized and the centre kept; or the reason."""
-    try:
-        file = io.BytesIO(image.read_bytes()) if isinstance(image, Member) else image
-        with Image.open(file) as picture:
-            picture.draft("RGB", (2 * size, 2 * size))  # JPEG: decode at a fraction of the size
-            return square(picture, size)
-    except FileNotFoundError:
-        return f"no picture {image}"
-    except UnidentifiedImageError:
-        return f"unreadable picture {image}: of no known format"
-    except Exception as error:  # Pillow's plugins raise anything on a damaged file
-        return f"unreadable picture {image}: {type(error).__name__}: {error}"
-
-
-def square(picture: Image.Image, size: int) -> np.ndarray:
-    """What `decode` makes of an open picture."""
-    picture = ImageOps.exif_transpose(picture)
-    if picture.mode.startswith("I;16"):  # which Pillow would clip at 255, not scale
-        picture = Image.fromarray((np.asarray(picture) >> 8).astype(np.uint8))
-    if picture.mode != "RGB":
-        if picture.mode == "La":  # which Pillow converts to LA alone
-            picture = picture.convert("LA")
-        picture = picture.convert("RGBA")
-        white = Image.new("RGBA", picture.size, "white")
-        white.alpha_composite(picture)
-        picture = white.convert("RGB")
-    return np.array(ImageOps.fit(picture, (size, size), Image.Resampling.BICUBIC))
 
 
 def cpu_count() -> int:

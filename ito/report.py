@@ -17,13 +17,14 @@ import torch
 from PIL import Image
 
 from ito import charts
-from ito.checkpoint import undamaged
-from ito.cli import user_errors
+from ito.cli import shown, user_errors
 from ito.config import add_options
 from ito.data import Dataset
 from ito.evaluate import choose_data, embed_images, embed_texts
 from ito.export import Encoder, load
+from ito.files import undamaged, write_text
 from ito.metrics import ranks
+from ito.run import Log
 from ito.scores import DIRECTIONS, sections
 from ito.source import open_dataset
 
@@ -71,9 +72,8 @@ def write_report(run: Path, encoder: Encoder, dataset: Dataset, project: str = "
 
     `project` chooses the map, "pca" or "umap" (of the package umap-learn).
     """
+    records = Log(run / "metrics.jsonl").read()
     with undamaged(run / "metrics.jsonl"):
-        lines = (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-        records = [json.loads(line) for line in lines]
         scores = [r for r in records if r["kind"] == "eval"]
         streams = [r["skipped"] for r in records if r["kind"] == "stream"]
         curves = curve_charts(records, dataset.held_out_splits())
@@ -106,7 +106,7 @@ def write_report(run: Path, encoder: Encoder, dataset: Dataset, project: str = "
         f"<title>{html.escape(run.name)}</title><style>{STYLE}</style>{''.join(parts)}</html>"
     )
     path = run / "report.html"
-    path.write_text(page, encoding="utf-8")
+    write_text(path, page)
     return path
 
 
@@ -164,10 +164,11 @@ class View:
         self.rows = dataset.rows(split)
         self.items, self.item = dataset.image_item[self.rows].unique(return_inverse=True)
         self.pictures = dataset.images[self.rows]
-        self.names = [dataset.captions[n][0] for n in self.items.tolist()]
+        captions = [dataset.captions[n][0] for n in self.items.tolist()]
+        self.names = [shown(caption) for caption in captions]
         self.group = [dataset.group[n] for n in self.items.tolist()]
         self.images = embed_images(encoder.model, self.pictures)
-        self.texts = embed_texts(encoder.model, encoder.tokenizer(self.names))
+        self.texts = embed_texts(encoder.model, encoder.tokenizer(captions))
 
 
 def spaced(count: int, wanted: int) -> torch.Tensor:

@@ -12,17 +12,17 @@ from pathlib import Path
 
 import torch
 from PIL import Image, ImageDraw, ImageFont
-from safetensors.torch import load_file, save
 
-from ito.checkpoint import undamaged, write_atomically
-from ito.cli import user_errors
+from ito.cli import shown, user_errors
 from ito.config import add_options
-from ito.data import Dataset
+from ito.data import Dataset, report_skipped
 from ito.evaluate import choose_data
-from ito.export import Encoder, load
+from ito.export import Encoder, checksum, load, load_tensors, save_tensors
+from ito.files import undamaged, write_atomically
 from ito.source import open_dataset
 
 CELL, PICTURE, LINE = 120, 96, 16  # pixels of the contact sheet
+LONGEST_PATH = 4096  # Linux's PATH_MAX: a longer query is a text, whatever its end
 
 
 class Index:
@@ -38,23 +38,23 @@ class Index:
     @classmethod
     def open(cls, run: Path, encoder: Encoder, dataset: Dataset) -> "Index":
         """With embeddings kept in `run/index/`, under a hash of the weights and the pictures."""
-        key = hashlib.sha256(dataset.images.numpy().tobytes())
-        for name, value in sorted(encoder.model.state_dict().items()):
-            key.update(name.encode() + value.cpu().contiguous().numpy().tobytes())
+        key = hashlib.sha256(dataset.images.numpy())
+        key.update(checksum(encoder.model.state_dict()).encode())
         path = run / "index" / f"{key.hexdigest()[:16]}.safetensors"
         if path.exists():
             with undamaged(path):
-                return cls(encoder, dataset, load_file(path)["images"])
+                return cls(encoder, dataset, load_tensors(path)[0]["images"])
         embeddings = encoder.encode_image(dataset.images)
-        write_atomically(path, lambda place: place.write_bytes(save({"images": embeddings})))
+        with write_atomically(path) as temporary:
+            temporary.write_bytes(save_tensors({"images": embeddings}))
         return cls(encoder, dataset, embeddings)
 
     def search(self, queries: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
         return (queries @ self.embeddings.T).topk(min(k, len(self.embeddings)))
 
     def name(self, picture: int) -> str:
-        """The first caption of what the picture shows."""
-        return self.dataset.captions[int(self.dataset.image_item[picture])][0]
+        """The first caption of what the picture shows, as much of it as is shown."""
+        return shown(self.dataset.captions[int(self.dataset.image_item[picture])][0])
 
 
 def embed(encoder: Encoder, query: str) -> torch.Tensor:
@@ -63,7 +63,8 @@ def embed(encoder: Encoder, query: str) -> torch.Tensor:
     Raises ValueError naming a picture that does not exist or cannot be read.
     """
     # not Path.is_file, which raises where a text is too long for a file's name
-    if os.path.isfile(query) or Path(query).suffix.lower() in Image.registered_extensions():
+    named = os.path.isfile(query) or Path(query).suffix.lower() in Image.registered_extensions()
+    if named and len(query) <= LONGEST_PATH:
         try:
             return encoder.encode_image(query)
         except ValueError as error:
@@ -100,7 +101,7 @@ def contact_sheet(
 
     for row, query in enumerate(queries):
         top = row * height + LINE // 2
-        write(LINE, top, query, sheet.width - 2 * LINE, "black")
+        write(LINE, top, shown(query), sheet.width - 2 * LINE, "black")
         for column, picture in enumerate(found[row].tolist()):
             left = LINE + column * CELL
             pixels = index.dataset.images[picture].permute(1, 2, 0).numpy()
@@ -143,8 +144,12 @@ def main(arguments: list[str] | None = None) -> None:
         options.split = None
         encoder = load(options.run)
         config, _ = choose_data(options)
+        encoder.max_pixels = config.max_pixels
         queries = [embed(encoder, query) for query in options.queries]
-        index = Index.open(options.run, encoder, open_dataset(config, options.cache))
+        dataset = open_dataset(config, options.cache)
+        if dataset.skipped:
+            print(report_skipped(dataset.skipped))
+        index = Index.open(options.run, encoder, dataset)
         if options.serve is not None:
             serve(index, options.serve)
             return
@@ -152,11 +157,12 @@ def main(arguments: list[str] | None = None) -> None:
         for query, values, pictures in zip(
             options.queries, scores.tolist(), found.tolist(), strict=True
         ):
-            print(query)
+            print(shown(query))
             for value, picture in zip(values, pictures, strict=True):
                 print(f"  {value:6.3f}  {index.name(picture):32} {index.dataset.files[picture]}")
         sheet = contact_sheet(index, options.queries, scores, found)
-        write_atomically(out, lambda path: sheet.save(path, "PNG"))
+        with write_atomically(out) as temporary:
+            sheet.save(temporary, "PNG")
         print(out)
 
 

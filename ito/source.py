@@ -21,17 +21,19 @@ def open_dataset(config: Config, cache: Path | None = None) -> Dataset:
         locate(config.val_data or config.train_data, cache),
         config.load_size,
         split_seed=None if config.stream else config.split_seed,
-        **csv_options(config),
+        max_pixels=config.max_pixels,
+        **reading(config),
     )
 
 
 def open_source(config: Config, cache: Path | None = None) -> list[Shard]:
     """The shards of `config.train_data`, for `ito.stream`."""
-    return open_shards(locate(config.train_data, cache), **csv_options(config))
+    return open_shards(locate(config.train_data, cache), **reading(config))
 
 
-def csv_options(config: Config) -> dict[str, str]:
-    names = ("csv_separator", "csv_img_key", "csv_caption_key")
+def reading(config: Config) -> dict[str, str | bool]:
+    """The options of `open_shards`."""
+    names = ("csv_separator", "csv_img_key", "csv_caption_key", "untrusted_data")
     return {name: getattr(config, name) for name in names}
 
 

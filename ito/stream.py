@@ -19,8 +19,9 @@ from torch.utils.data import Dataset as MapStyle
 
 from ito.batches import Batch, generator, pick, trimmed
 from ito.config import Config
+from ito.pictures import MAX_PIXELS, decode
 from ito.ranks import Ranks
-from ito.records import Record, Shard, Skipped, decode
+from ito.records import Record, Shard, Skipped
 from ito.shards import Member
 from ito.tokenizer import Tokenizer
 
@@ -46,7 +47,8 @@ class Stream:
 
     Args:
         shards: see `ito.records.open_shards`; at least one per rank.
-        image_size: pixels per side; see `ito.records.decode`.
+        image_size: pixels per side; see `ito.pictures.decode`.
+        max_pixels: a picture of more is not decoded, but skipped.
         workers: processes that decode; 0 decodes in this one.
         buffer: records held to be shuffled, and as many that wait; names and captions only.
 
@@ -67,12 +69,14 @@ class Stream:
         world_size: int = 1,
         workers: int = 0,
         buffer: int = 10_000,
+        max_pixels: int = MAX_PIXELS,
     ):
         if len(shards) < world_size:
             raise ValueError(
                 f"want at least a shard for each of {world_size} ranks, got {len(shards)}"
             )
-        self.shards, self.image_size, self.batch_size = shards, image_size, batch_size
+        self.shards, self.batch_size = shards, batch_size
+        self.decoder = Decoder(image_size, max_pixels)
         self.seed, self.rank, self.world_size = seed, rank, world_size
         self.workers, self.buffer = workers, buffer
         self.skipped: dict[str, str] = {}
@@ -82,7 +86,7 @@ class Stream:
         """Batch `start` and those after it."""
         groups, sent = itertools.tee(itertools.islice(self.groups(), start, None))
         loader = DataLoader(
-            Decoder(self.image_size),
+            self.decoder,
             sampler=([record.image for record in group] for group in groups),
             batch_size=None,  # the sampler's elements are batches already
             num_workers=self.workers,
@@ -101,14 +105,13 @@ class Stream:
         """The batch with readable pictures of the groups that follow, a whole one."""
         images, records = [found.images], list(found.records)
         items = {record.item for record in records}
-        decoder = Decoder(self.image_size)
         for number, group in enumerate(following, 1):
             for record in group:
                 if len(records) == self.batch_size:
                     return Decoded(torch.cat(images), records)
                 if record.item in items:
                     continue
-                image, reasons = decoder[[record.image]]
+                image, reasons = self.decoder[[record.image]]
                 if reasons:
                     self.skipped[record.where] = reasons[0]
                     continue
@@ -176,11 +179,10 @@ class Stream:
         )
 
     def readable(self, record: Record) -> bool:
-        found = decode(record.image, self.image_size)
-        if isinstance(found, str):
-            self.skipped[record.where] = found
-            return False
-        return True
+        _, reasons = self.decoder[[record.image]]
+        if reasons:
+            self.skipped[record.where] = reasons[0]
+        return not reasons
 
 
 def swap_out(held: list[Record], chance: random.Random) -> Record:
@@ -192,11 +194,11 @@ def swap_out(held: list[Record], chance: random.Random) -> Record:
 class Decoder(MapStyle):
     """Pictures of a batch: uint8 (n, 3, S, S) of those that can be read, and why not by number."""
 
-    def __init__(self, image_size: int):
-        self.image_size = image_size
+    def __init__(self, image_size: int, max_pixels: int):
+        self.image_size, self.max_pixels = image_size, max_pixels
 
     def __getitem__(self, places: list[Path | Member]) -> tuple[Tensor, dict[int, str]]:
-        decoded = [decode(place, self.image_size) for place in places]
+        decoded = [decode(place, self.image_size, self.max_pixels) for place in places]
         reasons = {n: found for n, found in enumerate(decoded) if isinstance(found, str)}
         images = torch.empty(
             len(places) - len(reasons), 3, self.image_size, self.image_size, dtype=torch.uint8

@@ -7,13 +7,18 @@ from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers, pro
 from tokenizers import Tokenizer as BPE
 
 PAD, BOS, EOT = "<pad>", "<bos>", "<eot>"
+# Bytes of the longest token: training sees longer words in pieces, since its time grows with the
+# square of a word's length (one of 100,000 letters: 7 s; in pieces 0.01). It bounds texts as well:
+# no more of one is read than so many characters for every token of the context.
+LONGEST_TOKEN = 256
 
 
 class Tokenizer:
     """Texts to int64 ids (B, context_length): BOS, tokens, EOT, then padding (id 0).
 
     Lower-cases, normalises (NFKC), and takes any white space as one space. Byte-level: no text is
-    out of vocabulary. A text that is too long is cut and keeps its EOT.
+    out of vocabulary. A text that is too long is cut and keeps its EOT; how long it is costs no
+    time, as no more than 256 characters a token are read.
     """
 
     pad_id = 0
@@ -31,6 +36,9 @@ class Tokenizer:
     ) -> "Tokenizer":
         """Merges are learned from `captions`; the same captions give the same tokenizer.
 
+        Of a caption no more than 256 characters a token are read, a word longer than 256 bytes is
+        learned from in pieces.
+
         Raises ValueError if `vocab_size` leaves no room for the 256 bytes and 3 special tokens,
         if `context_length` is below 3, or without captions.
         """
@@ -45,7 +53,9 @@ class Tokenizer:
         bpe.normalizer = normalizers.Sequence(
             [normalizers.NFKC(), normalizers.Lowercase(), space, normalizers.Strip()]
         )
-        bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
+        words = pre_tokenizers.ByteLevel(add_prefix_space=True)
+        pieces = pre_tokenizers.FixedLength(LONGEST_TOKEN)
+        bpe.pre_tokenizer = pre_tokenizers.Sequence([words, pieces])
         bpe.decoder = decoders.ByteLevel()
         trainer = trainers.BpeTrainer(
             vocab_size=vocab_size,
@@ -53,7 +63,8 @@ class Tokenizer:
             initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
             show_progress=False,
         )
-        bpe.train_from_iterator(captions, trainer)
+        bpe.train_from_iterator((bounded(text, context_length) for text in captions), trainer)
+        bpe.pre_tokenizer = words
         bos, eot = bpe.token_to_id(BOS), bpe.token_to_id(EOT)
         bpe.post_processor = processors.TemplateProcessing(
             single=f"{BOS} $A {EOT}", special_tokens=[(BOS, bos), (EOT, eot)]
@@ -63,7 +74,7 @@ class Tokenizer:
         return cls(bpe)
 
     def save(self, path: str | Path) -> None:
-        self.bpe.save(str(path))
+        Path(path).write_text(self.bpe.to_str(pretty=True), encoding="utf-8")  # raises OSError
 
     @classmethod
     def load(cls, path: str | Path) -> "Tokenizer":
@@ -77,8 +88,22 @@ class Tokenizer:
                 raise TypeError(f"texts[{number}] must be a text, got {text!r}")
         if not texts:
             return torch.empty(0, self.context_length, dtype=torch.int64)
-        ids = torch.tensor([e.ids for e in self.bpe.encode_batch(list(texts))])
+        ids = torch.tensor([e.ids for e in self.bpe.encode_batch(self.bounded(texts))])
         return self.swap(ids, self.bpe.padding["pad_id"])
+
+    def lengths(self, texts: list[str]) -> list[int]:
+        """Tokens of each text, ends included, before it is cut to `context_length`.
+
+        Of a text that is not read to its end, at least as many as it has.
+        """
+        bpe = BPE.from_str(self.bpe.to_str())
+        bpe.encode_special_tokens = True
+        bpe.no_truncation()
+        bpe.no_padding()
+        return [len(e.ids) for e in bpe.encode_batch(self.bounded(texts))]
+
+    def bounded(self, texts: list[str]) -> list[str]:
+        return [bounded(text, self.context_length) for text in texts]
 
     @classmethod
     def swap(cls, ids: torch.Tensor, pad_id: int) -> torch.Tensor:
@@ -87,3 +112,14 @@ class Tokenizer:
             return ids
         swapped = torch.where(ids == pad_id, cls.pad_id, ids)
         return torch.where(ids == cls.pad_id, pad_id, swapped)
+
+
+def bounded(text: str, tokens: int) -> str:
+    """As much of a text as its first `tokens` tokens can come from, all of a text of usual length.
+
+    Of one that is longer white space counts once, as a tokenizer sees it.
+    """
+    limit = tokens * LONGEST_TOKEN
+    if len(text) <= limit:
+        return text
+    return " ".join(text.split(maxsplit=limit)[:limit])[:limit]

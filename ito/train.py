@@ -10,25 +10,29 @@ import platform
 import signal
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, nullcontext
 from datetime import datetime
 from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
-from ito.checkpoint import load_checkpoint, save_checkpoint, undamaged, write_atomically
+from ito.checkpoint import checkpoints, load_checkpoint, save_checkpoint, saved_tokenizer
 from ito.cli import user_errors
 from ito.compiled import choose_compile, compile_towers
 from ito.config import Config, add_options, from_options
-from ito.data import Dataset, report_skipped
+from ito.data import Dataset, report_cut, report_skipped
 from ito.evaluate import evaluate, table
 from ito.export import export, load
+from ito.files import undamaged, write_text
 from ito.precision import choose_precision
 from ito.pretrained import OURS, load_tokenizer
 from ito.ranks import Ranks
 from ito.recipes import PRESETS
 from ito.records import Skipped
 from ito.report import write_report
+from ito.run import LOCK, Log, clean, digest, fingerprint, locked, resumable
 from ito.source import open_dataset, open_source
 from ito.stream import Stream, first_captions
 from ito.tokenizer import Tokenizer
@@ -41,25 +45,38 @@ def main(arguments: list[str] | None = None) -> Path:
     )
     run_options(parser)
     add_options(parser)
-    with user_errors(), Ranks() as ranks:
-        with ranks.together(), ranks.quiet():
-            options = parser.parse_args(arguments)
-            if options.resume:
-                folder, config = options.resume, resumed_config(options)
-            else:
-                folder = options.out or Path("runs") / datetime.now().strftime("%Y%m%d-%H%M%S")
-                config = from_options(options)
-                refuse_used(folder)
-        scored, data = ranks.leader_first(lambda: open_data(config, options, ranks))
-        with ranks.together():
-            run = Run(folder, config, scored, data, options, ranks)
-        began = time.perf_counter()
-        step = run.train()
-        seconds = time.perf_counter() - began
-        if config.stream:
-            data.skipped = ranks.merged(data.skipped)
-        if ranks.leads:
-            run.finish(step, seconds)
+    with user_errors():
+        with Ranks() as ranks, ExitStack() as lock:
+            with ranks.together(), ranks.quiet():
+                options = parser.parse_args(arguments)
+                if options.resume:
+                    folder, config = options.resume, resumed_config(options)
+                    if ranks.leads:
+                        lock.enter_context(locked(folder))
+                        clean(folder)
+                else:
+                    folder = options.out or Path("runs") / datetime.now().strftime("%Y%m%d-%H%M%S")
+                    config = from_options(options)
+                    if ranks.leads:
+                        with locked(folder) if (folder / LOCK).exists() else nullcontext():
+                            refuse_used(folder)
+            scored, data = ranks.leader_first(lambda: open_data(config, options, ranks))
+            with ranks.together():
+                run = Run(folder, config, scored, data, options, ranks)
+                if ranks.leads and not options.resume:  # not before all of the input has passed
+                    lock.enter_context(created(folder, named=options.out is not None))
+                if ranks.leads and not run.resumed:
+                    run.begin()
+            began = time.perf_counter()
+            with resumable(folder):
+                step = run.train()
+                seconds = time.perf_counter() - began
+                if config.stream:
+                    data.skipped = ranks.merged(data.skipped)
+                if ranks.leads:
+                    run.finish(step, seconds)
+        if step < config.steps:
+            sys.exit(128 + (run.stopped_by or signal.SIGTERM))  # or another rank was told to stop
         return folder
 
 
@@ -149,21 +166,26 @@ def open_data(
         rank=ranks.rank,
         world_size=ranks.size,
         workers=options.workers,
+        max_pixels=config.max_pixels,
     )
 
 
 def refuse_used(run: Path) -> None:
-    if run.exists() and (not run.is_dir() or any(run.iterdir())):
+    """A folder that holds no more than its lock is as good as new."""
+    if run.exists() and (not run.is_dir() or any(path.name != LOCK for path in run.iterdir())):
         raise FileExistsError(f"{run} exists; name another --out, or continue it with --resume")
 
 
-def create_run(run: Path, named: bool) -> None:
-    """Make the folder; it may be there already, empty, only if the user named it."""
-    refuse_used(run)
+@contextmanager
+def created(run: Path, named: bool) -> Iterator[None]:
+    """Make the folder and lock it; it may be there already, empty, only if the user named it."""
     try:
         run.mkdir(parents=True, exist_ok=named)
     except OSError as error:
         raise OSError(f"--out: cannot create {run}: {error.strerror}") from error
+    with locked(run):
+        refuse_used(run)
+        yield
 
 
 def choose_device(name: str | None, saved: str | None, ranks: Ranks) -> torch.device:
@@ -186,6 +208,9 @@ def choose_device(name: str | None, saved: str | None, ranks: Ranks) -> torch.de
     return device
 
 
+STREAMED = 10_000  # captions that a stream is known again by
+
+
 class Run:
     """A run from its folder's newest checkpoint, or from scratch: set up, trained, finished.
 
@@ -206,7 +231,7 @@ class Run:
         self.folder, self.config, self.ranks = folder, config, ranks
         self.dataset, self.data = dataset, data
         self.log = Log(folder / "metrics.jsonl")
-        state = load_checkpoint(folder) if options.resume else None
+        state = load_checkpoint(folder) if options.resume and checkpoints(folder) else None
         machine = self.choose_machine(options, state)
         print(f"data       {config.train_data}: {data.describe()}")
         if config.stream:
@@ -216,9 +241,10 @@ class Run:
         for name, value in machine.items():
             print(f"{name:10} {value}")
         pretrained = load(config.pretrained) if config.pretrained and not state else None
+        read = [caption for names in dataset.captions for caption in names]
         if state:
-            with undamaged(folder / "model" / "tokenizer.json") as path:
-                self.tokenizer = Tokenizer.load(path)
+            with undamaged(folder / "model" / "tokenizer.json"):
+                self.tokenizer = saved_tokenizer(folder, state)
         elif pretrained:
             self.tokenizer = pretrained.tokenizer
             print(f"pretrained {config.pretrained}, step {pretrained.step}")
@@ -227,6 +253,9 @@ class Run:
         else:
             captions = training_captions(data, config.tokenizer_captions)
             self.tokenizer = Tokenizer.train(captions, config.vocab_size, config.context_length)
+            read += captions if config.stream else []
+        if cut := report_cut(read, self.tokenizer):
+            print(cut)
         self.trainer = Trainer(config, data, self.tokenizer, self.device, self.dtype, ranks)
         if self.compile:
             compile_towers(self.trainer.model, self.trainer.objective)
@@ -237,21 +266,24 @@ class Run:
             if len(dataset.image_item[dataset.rows(split)].unique()) == 1:
                 print(f"warning    {split} holds 1 item: R@1 is 100 % whatever is learned")
         self.first = 0  # the step to begin with
+        self.resumed = state is not None
+        self.stopped_by: int | None = None
         if state:
             self.resume(state)
-            return
+        elif options.resume:
+            print(f"resume     {folder} has no checkpoint: it starts again")
         if pretrained:
             self.trainer.start_from(pretrained.model, config.pretrained)
-        if ranks.leads:
-            self.begin(named=options.out is not None)
 
     def choose_machine(self, options: argparse.Namespace, state: dict | None) -> dict[str, str]:
         """Device, threads and dtype; resumed, as before: anything else would change the numbers."""
         self.before, precision = {}, options.precision
-        if state:
-            with undamaged(self.folder / "environment.json") as path:
-                self.before = dict(json.loads(path.read_text(encoding="utf-8")))
-            precision = {"torch.bfloat16": "bf16", "torch.float32": "fp32"}[state["dtype"]]
+        environment = self.folder / "environment.json"
+        if state or (options.resume and environment.exists()):
+            with undamaged(environment):
+                self.before = dict(json.loads(environment.read_text(encoding="utf-8")))
+                was = state["dtype"] if state else self.before["dtype"]
+                precision = {"torch.bfloat16": "bf16", "torch.float32": "fp32"}[was]
             if options.precision not in ("auto", precision):
                 raise ValueError(
                     f"--resume keeps the run's precision, {precision}: "
@@ -274,6 +306,10 @@ class Run:
 
     def environment(self) -> dict:
         """What the numbers depend on beside the configuration."""
+        content = fingerprint(self.dataset)
+        if self.config.stream:
+            first = training_captions(self.data, STREAMED)
+            content["stream"] = digest(json.dumps(first).encode())
         return {
             "python": platform.python_version(),
             "torch": torch.__version__,
@@ -284,30 +320,44 @@ class Run:
             "dtype": str(self.dtype),
             "compile": self.compile,
             "data": self.data.describe(),
+            "sha256": content,
         }
 
     def resume(self, state: dict) -> None:
-        now = self.environment()
-        for name, was in self.before.items():
-            if now.get(name) != was:
-                print(f"warning    {name} was {was}, is {now.get(name)}: numbers may differ")
+        """Raises ValueError if the checkpoint is not of this run."""
+        self.first = state["step"]
+        if self.first > self.config.steps:
+            raise ValueError(
+                f"{checkpoints(self.folder)[self.first]} is beyond the {self.config.steps} steps "
+                "of the run's config.json: one of them is another run's"
+            )
         with undamaged(self.folder / "checkpoints"):
             self.trainer.load(state)
-        self.first = state["step"]
+        if not self.ranks.leads:
+            return
         if self.first < self.config.steps:
             print(f"resume     {self.folder} from step {self.first}")
         else:
             print(f"resume     {self.folder} is finished: it has all of its {self.first} steps")
-        if self.ranks.leads:
-            self.log.forget_after(self.first)
-
-    def begin(self, named: bool) -> None:
-        untrained = evaluate(self.trainer.model, self.tokenizer, self.dataset)
-        create_run(self.folder, named)  # not before all of the input has passed
-        self.config.save(self.folder / "config.json")
         now = self.environment()
-        text = json.dumps(now, indent=2) + "\n"
-        (self.folder / "environment.json").write_text(text, encoding="utf-8")
+        if "sha256" not in self.before or "logged" not in state:
+            print("note       an older version began this: changed data, a cut log go unnoticed")
+        for name, was in self.before.pop("sha256", {}).items():
+            if now["sha256"].get(name) != was:
+                print(f"warning    {name} of the data changed since the run began: numbers differ")
+        for name, was in self.before.items():
+            if now.get(name) != was:
+                print(f"warning    {name} was {was}, is {now.get(name)}: numbers may differ")
+        for amiss in self.log.rewind(self.first, state.get("logged")):
+            print(f"warning    {self.log.path}: {amiss}")
+
+    def begin(self) -> None:
+        """Write what the folder holds before the first step."""
+        untrained = evaluate(self.trainer.model, self.tokenizer, self.dataset)
+        self.config.save(self.folder / "config.json")
+        text = json.dumps(self.environment(), indent=2) + "\n"
+        write_text(self.folder / "environment.json", text)
+        self.log.start()
         self.log.write("eval", 0, untrained)
 
     def train(self) -> int:
@@ -323,7 +373,7 @@ class Run:
             disable=not self.ranks.leads,
         )
         with Interrupt() as interrupt, bar:
-            while step < config.steps and not self.ranks.any(interrupt.asked):
+            while step < config.steps and not self.ranks.any(interrupt.number is not None):
                 terms = self.trainer.step(step)
                 step += 1
                 bar.update()
@@ -342,14 +392,16 @@ class Run:
                     self.log.write("eval", step, scores)
                 if last or step % config.checkpoint_every == 0:
                     self.checkpoint(step)
-        if self.ranks.leads and step < config.steps:
-            self.checkpoint(step)
+            if self.ranks.leads and step < config.steps:
+                self.checkpoint(step)
+        self.stopped_by = interrupt.number
         return step
 
     def checkpoint(self, step: int) -> None:
         about = {
-            "step": step,
             "dtype": str(self.dtype),
+            "tokenizer": self.tokenizer.bpe.to_str(),
+            "logged": self.log.count,
             "architecture": self.trainer.model.architecture,
             "load_size": self.config.load_size,
         }
@@ -368,8 +420,8 @@ class Run:
         if self.config.stream and self.first < step:
             self.log.write("stream", step, {"skipped": len(self.data.skipped)})
         report = write_report(folder, load(folder), self.dataset)
-        evaluations = self.log.read("eval")
-        print(table({"before": evaluations[0], "after": evaluations[-1]}))
+        if evaluations := self.log.read("eval"):
+            print(table({"before": evaluations[0], "after": evaluations[-1]}))
         if self.first < step:
             share = 1 - self.trainer.input_seconds / self.trainer.seconds
             print(f"trained    {step - self.first} steps in {seconds:.0f} s")
@@ -402,46 +454,21 @@ def training_captions(data: Dataset | Stream, limit: int = Config.tokenizer_capt
     return [caption for item in data.training_items() for caption in data.captions[item]]
 
 
-class Log:
-    """`metrics.jsonl`: an object per log step ("train") and per evaluation ("eval")."""
-
-    def __init__(self, path: Path):
-        self.path = path
-
-    def write(self, kind: str, step: int, values: dict[str, float]) -> None:
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps({"kind": kind, "step": step} | values) + "\n")
-
-    def read(self, kind: str) -> list[dict]:
-        lines = self.path.read_text(encoding="utf-8").splitlines()
-        return [record for record in map(json.loads, lines) if record["kind"] == kind]
-
-    def forget_after(self, step: int) -> None:
-        """Drop what a killed run logged beyond its checkpoint, and a line it left unfinished."""
-        kept = []
-        with undamaged(self.path):
-            for line in self.path.read_text(encoding="utf-8").splitlines(keepends=True):
-                if not line.endswith("\n") or json.loads(line)["step"] > step:
-                    break
-                kept.append(line)
-        write_atomically(self.path, lambda path: path.write_text("".join(kept), encoding="utf-8"))
-
-
 class Interrupt:
     """Turns Ctrl-C and SIGTERM into a question asked between steps, never in the middle of one."""
 
-    asked = False
+    number: int | None = None  # of the signal
 
     def __enter__(self):
-        self.before = {s: signal.signal(s, self.ask) for s in (signal.SIGINT, signal.SIGTERM)}
+        self.before = {s: signal.signal(s, self.note) for s in (signal.SIGINT, signal.SIGTERM)}
         return self
 
     def __exit__(self, *_):
         for number, handler in self.before.items():
             signal.signal(number, handler)
 
-    def ask(self, *_) -> None:
-        self.asked = True
+    def note(self, number: int, _) -> None:
+        self.number = number
 
 
 if __name__ == "__main__":

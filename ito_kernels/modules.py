@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import inspect
+from numbers import Integral
 
+import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from .distributed import whole_batch
 from .losses import (
     clip_loss,
     ito_loss,
@@ -15,6 +18,7 @@ from .losses import (
     siglip_loss,
     supcon_loss,
 )
+from .losses.common import check_choice
 
 # of `multi_positive_infonce`, but for the arguments that every call of the module has
 _OPTIONS = [
@@ -22,6 +26,11 @@ _OPTIONS = [
     for name, parameter in inspect.signature(multi_positive_infonce).parameters.items()
     if parameter.kind is parameter.KEYWORD_ONLY and name not in ("query_ids", "key_ids")
 ]
+
+
+def _check_world_size(world_size: object) -> None:
+    if not isinstance(world_size, Integral) or world_size < 1:
+        raise ValueError(f"world_size must be the number of ranks, at least 1, got {world_size!r}")
 
 
 def _default_group(world_size: int) -> dist.ProcessGroup | None:
@@ -40,13 +49,30 @@ def _default_group(world_size: int) -> dist.ProcessGroup | None:
     return dist.group.WORLD
 
 
-class ClipLoss(nn.Module):
-    """`clip_loss` in place of open_clip's `ClipLoss`: same constructor, same call.
+def _check_logits_are_not_redefined(loss: nn.Module, base: type) -> None:
+    """In open_clip a subclass that redefines these changes what `forward` returns."""
+    for name in ("get_logits", "get_ground_truth", "_loss"):
+        if getattr(type(loss), name, None) is not getattr(base, name, None):
+            raise NotImplementedError(
+                f"{type(loss).__name__} redefines {name}, which {base.__name__}.forward of"
+                " ito_kernels does not call, as it forms no logits: define forward too"
+            )
 
-    With `world_size` > 1 the batch is that of all ranks of the default group. `local_loss`,
-    `gather_with_grad`, `cache_labels` and `rank` are accepted and change nothing: there is no
-    dense logits matrix to save, and gradients are always the exact global ones.
-    `logit_bias` is accepted too: a constant added to every score does not change a softmax.
+
+class ClipLoss(nn.Module):
+    """`clip_loss` in place of open_clip's `ClipLoss`: same constructor, call and attributes.
+
+    With `world_size` > 1 the batch is that of all ranks of the default group, and gradients are
+    always the exact global ones. `local_loss`, `cache_labels` and `rank` are for subclasses, which
+    may call `get_logits` and `get_ground_truth`; `forward` does not, it forms no logits.
+    `gather_with_grad` changes nothing.
+
+    `logit_bias` is one number for all scores: it does not change a softmax, and gets a gradient of
+    0, which DistributedDataParallel waits for.
+
+    Raises ValueError for a `world_size` that is not that of the default group and for a
+    `logit_bias` of more than one number, RuntimeError for ranks without a default group,
+    NotImplementedError for `use_horovod` and where a subclass redefines the logits alone.
     """
 
     def __init__(
@@ -61,7 +87,58 @@ class ClipLoss(nn.Module):
         super().__init__()
         if use_horovod:
             raise NotImplementedError("use_horovod: only torch.distributed is supported")
-        self.world_size = world_size
+        _check_world_size(world_size)
+        self.local_loss, self.gather_with_grad = local_loss, gather_with_grad
+        self.cache_labels, self.rank, self.world_size = cache_labels, rank, world_size
+        self.use_horovod = use_horovod
+        self.prev_num_logits, self.labels = 0, {}
+
+    def get_ground_truth(self, device: torch.device, num_logits: int) -> Tensor:
+        """(num_logits,) the column of each row's positive in `get_logits`, for subclasses."""
+        if self.prev_num_logits == num_logits and device in self.labels:
+            return self.labels[device]
+        first = self.rank * num_logits if self.world_size > 1 and self.local_loss else 0
+        labels = torch.arange(first, first + num_logits, device=device)
+        if self.cache_labels:
+            self.labels[device], self.prev_num_logits = labels, num_logits
+        return labels
+
+    def get_logits(
+        self,
+        image_features: Tensor,
+        text_features: Tensor,
+        logit_scale: float | Tensor,
+        logit_bias: float | Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """The dense matrices of logits per image and per text, for subclasses: (N, N) each, memory
+        that `forward` does not take.
+
+        With `world_size` > 1 of the images and texts of all ranks, gathered with their gradients as
+        open_clip does with `gather_with_grad`; with `local_loss` the rows are this rank's alone,
+        and ranks must hold as many.
+        """
+        group = _default_group(self.world_size)
+        batch = whole_batch(group, image_features, text_features)
+        images, texts = batch.rows(image_features), batch.rows(text_features)
+        if group is not None and self.local_loss:
+            self._check_local_loss(batch.rank, batch.sizes)
+            per_image = logit_scale * image_features @ texts.T
+            per_text = logit_scale * text_features @ images.T
+        else:
+            per_image = logit_scale * images @ texts.T
+            per_text = per_image.T
+        if logit_bias is not None:
+            per_image, per_text = per_image + logit_bias, per_text + logit_bias
+        return per_image, per_text
+
+    def _check_local_loss(self, rank: int, sizes: Tensor) -> None:
+        """What `get_ground_truth` takes for granted."""
+        if self.rank != rank:
+            raise ValueError(f"rank must be that in the default group, {rank}, got {self.rank}")
+        if len(sizes.unique()) > 1:
+            raise ValueError(
+                f"local_loss needs as many rows on every rank, got {sizes[:, 0].tolist()}"
+            )
 
     def forward(
         self,
@@ -71,16 +148,29 @@ class ClipLoss(nn.Module):
         logit_bias: float | Tensor | None = None,
         output_dict: bool = False,
     ) -> Tensor | dict[str, Tensor]:
+        _check_logits_are_not_redefined(self, ClipLoss)
         group = _default_group(self.world_size)
         loss = clip_loss(image_features, text_features, logit_scale, group=group)
+        if isinstance(logit_bias, Tensor):
+            if logit_bias.numel() != 1:
+                raise ValueError(
+                    f"logit_bias must be one number, got shape {tuple(logit_bias.shape)}"
+                )
+            # the sum over none of it: 0 with a gradient of 0, also where the bias is infinite
+            loss = loss + logit_bias.flatten()[:0].sum().to(loss)
         return {"contrastive_loss": loss} if output_dict else loss
 
 
 class SigLipLoss(nn.Module):
-    """`siglip_loss` in place of open_clip's `SigLipLoss`: same constructor, same call.
+    """`siglip_loss` in place of open_clip's `SigLipLoss`: same constructor, call and attributes.
 
-    With `world_size` > 1 the batch is that of all ranks of the default group. `cache_labels`,
-    `rank` and `dist_impl` are accepted and change nothing.
+    With `world_size` > 1 the batch is that of all ranks of the default group; every rank gets its
+    loss, of which open_clip's ranks get their images' part each. A `logit_bias` of None is 0.
+    `cache_labels`, `rank`, `dist_impl` (how texts travel there) and `chunk_size` (images at a time
+    there; 0 for all) are checked and change nothing. Subclasses may call `get_logits` and
+    `get_ground_truth`; `forward` does not, it forms no logits.
+
+    Raises ValueError for an unknown `dist_impl` or a negative `chunk_size`, else as `ClipLoss`.
     """
 
     def __init__(
@@ -89,20 +179,54 @@ class SigLipLoss(nn.Module):
         rank: int = 0,
         world_size: int = 1,
         dist_impl: str | None = None,
+        chunk_size: int = 0,
     ):
         super().__init__()
-        self.world_size = world_size
+        _check_world_size(world_size)
+        dist_impl = dist_impl or "bidir"
+        check_choice("dist_impl", dist_impl, ("bidir", "shift", "reduce", "gather"))
+        if not isinstance(chunk_size, Integral) or chunk_size < 0:
+            raise ValueError(f"chunk_size must be a number of images, or 0, got {chunk_size!r}")
+        self.cache_labels, self.rank, self.world_size = cache_labels, rank, world_size
+        self.dist_impl, self.chunk_size = dist_impl, chunk_size
+        self.prev_num_logits, self.labels = 0, {}
+
+    def get_ground_truth(
+        self,
+        device: torch.device,
+        dtype: torch.dtype,
+        num_logits: int,
+        negative_only: bool = False,
+    ) -> Tensor:
+        """(num_logits, num_logits): 1 on the diagonal unless `negative_only`, -1 elsewhere; for
+        subclasses."""
+        labels = torch.full((num_logits, num_logits), -1, device=device, dtype=dtype)
+        return labels if negative_only else labels.fill_diagonal_(1)
+
+    def get_logits(
+        self,
+        image_features: Tensor,
+        text_features: Tensor,
+        logit_scale: float | Tensor,
+        logit_bias: float | Tensor | None = None,
+    ) -> Tensor:
+        """The dense matrix of the logits of these images with these texts, for subclasses: (N, N),
+        memory that `forward` does not take."""
+        logits = logit_scale * image_features @ text_features.T
+        return logits if logit_bias is None else logits + logit_bias
 
     def forward(
         self,
         image_features: Tensor,
         text_features: Tensor,
         logit_scale: float | Tensor,
-        logit_bias: float | Tensor,
+        logit_bias: float | Tensor | None,
         output_dict: bool = False,
     ) -> Tensor | dict[str, Tensor]:
+        _check_logits_are_not_redefined(self, SigLipLoss)
         group = _default_group(self.world_size)
-        loss = siglip_loss(image_features, text_features, logit_scale, logit_bias, group=group)
+        bias = 0.0 if logit_bias is None else logit_bias
+        loss = siglip_loss(image_features, text_features, logit_scale, bias, group=group)
         return {"contrastive_loss": loss} if output_dict else loss
 
 

@@ -49,7 +49,7 @@ def traffic():
     for dtype, e in ((torch.float32, 4), (torch.bfloat16, 2)):
         x, y = (torch.randn(n, width, generator=g).to(dtype).requires_grad_() for _ in range(2))
         others = (size - 1) * n
-        small = {"sizes": (size - 1) * 56, "ids": others * 8}
+        small = {"sizes": (size - 1) * 24, "ids": others * 8}
         gathered, returned = others * width * e, others * width * 4
 
         def count(loss, budget, y=y):
@@ -79,6 +79,17 @@ def traffic():
         def cacr(y, x=x, where=where):
             return ik.cacr_loss(x, y, **where)
 
+        def pairs(y, x=x, where=where):
+            none = torch.zeros(0, 2, dtype=torch.long)
+            return ik.clip_loss(x, y, 1.0, symmetric=False, positive_pairs=none, **where)
+
+        def mixup(y, x=x, where=where):
+            first = torch.zeros(n, dtype=torch.long)
+            return ik.mixup_infonce(x, y, 1.0, partners=first, mixing=0.5, **where)
+
+        def nt_xent(y, x=x, where=where):
+            return ik.nt_xent_loss(x, y, **where)
+
         def counted(received):
             return {k: v for k, v in received.items() if v and k != "sum"}
 
@@ -100,6 +111,9 @@ def traffic():
         expected = small | {"rows": others * (width * 4 + 8), "gradients": returned}
         expected["sizes"] += 2 * (size - 1) * 8
         assert counted(count(cacr, 0)) == counted(expected)
+        # row numbers first; of pairs the keys are gathered whole
+        for loss, nbytes in ((pairs, 2 * 24 + 8), (mixup, 3 * 24 + 8), (nt_xent, 2 * 24)):
+            assert count(loss, 0)["sizes"] == (size - 1) * nbytes
         expected = small | {"keys": gathered}
         # a frozen tower gets no gradient and sends none
         assert counted(count(siglip, 0, y.detach())) == counted(expected)

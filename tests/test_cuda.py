@@ -17,6 +17,7 @@ from ito_kernels.similarity import cuda
 from ito_kernels.similarity.spec import Problem
 
 ROOT = Path(__file__).parent.parent
+NOT_BUILT = "built without the CUDA kernels: ITO_BUILD_CUDA=1 and nvcc build them"
 
 
 def test_the_reason_is_told():
@@ -24,7 +25,7 @@ def test_the_reason_is_told():
     ok, reason = cuda.CUDA.supports(problem)
     assert not ok
     if not hasattr(cuda._native, "cuda"):
-        assert reason in ("built without nvcc", cuda.CUDA.missing())
+        assert reason in (NOT_BUILT, cuda.CUDA.missing())
     elif not torch.cuda.is_available():
         assert reason == ito_kernels.backends()["cuda"].detail
         assert reason == "no CUDA driver" or "CUDA" in reason
@@ -37,7 +38,7 @@ def test_the_reason_is_told():
 @pytest.mark.parametrize(
     ("present", "driver", "expected"),
     [
-        (False, "", "built without nvcc"),
+        (False, "", NOT_BUILT),
         (True, "no CUDA driver", "no CUDA driver"),
     ],
 )
@@ -66,7 +67,7 @@ def test_what_a_gpu_must_be(monkeypatch):
     assert "more than 2^30 rows" in cuda.CUDA.supports(problem)[1]
 
 
-@pytest.mark.skipif(not hasattr(cuda._native, "cuda"), reason="built without nvcc")
+@pytest.mark.skipif(not hasattr(cuda._native, "cuda"), reason=NOT_BUILT)
 def test_a_launch_that_fails_names_its_kernel():
     """The arguments are right but for the stream's device, which does not exist."""
     x = torch.zeros(5, 1, 8)
@@ -90,27 +91,69 @@ def test_a_launch_that_fails_names_its_kernel():
             getattr(cuda._native.cuda, kernel)((*cuda.numbers(struct), 0), 0, 12345)
 
 
-def options(**environment) -> subprocess.CompletedProcess:
-    """What setup.py would tell CMake."""
-    code = "import setuptools; setuptools.setup = lambda **_: None; import setup;"
-    code += "print(*setup.cuda_options())"
+def in_setup(code: str, **environment) -> subprocess.CompletedProcess:
+    """Of setup.py, without building."""
+    code = "import setuptools; setuptools.setup = lambda **_: None; import setup; " + code
     env = {k: v for k, v in os.environ.items() if not k.startswith("ITO_") and k != "CUDACXX"}
     command = [sys.executable, "-c", code]
     return subprocess.run(command, cwd=ROOT, env=env | environment, capture_output=True, text=True)
 
 
-def test_build_options(tmp_path):
-    compiler = tmp_path / "nvcc"
-    compiler.write_text("#!/bin/sh\n")
-    compiler.chmod(0o755)
-    there, absent = {"CUDACXX": str(compiler)}, {"CUDACXX": str(tmp_path / "none")}
-    out = options(**there).stdout
+def options(**environment) -> subprocess.CompletedProcess:
+    """What setup.py would tell CMake and, on a line of its own, the user."""
+    code = "options, decision = setup.cuda_options(); print(*options); print(decision)"
+    return in_setup(code, **environment)
+
+
+@pytest.fixture
+def compiler(tmp_path):
+    """An nvcc by which it is there."""
+    nvcc = tmp_path / "nvcc"
+    nvcc.write_text("#!/bin/sh\n")
+    nvcc.chmod(0o755)
+    return {"CUDACXX": str(nvcc)}
+
+
+def test_build_options(tmp_path, compiler):
+    absent, asked = {"CUDACXX": str(tmp_path / "none")}, {"ITO_BUILD_CUDA": "1"}
+    out = options(**compiler, **asked).stdout
     assert "-DITO_CUDA=ON" in out
-    assert f"-DCMAKE_CUDA_COMPILER={compiler}" in out
+    assert f"-DCMAKE_CUDA_COMPILER={compiler['CUDACXX']}" in out
     assert "-DCMAKE_CUDA_ARCHITECTURES=80\n" in out
+    assert "CUDA kernels: built for 80 with" in out
     for archs, expected in (("90a", "=90a\n"), ("all", "=80-real;86-real;89-real;90-real;")):
-        assert "ARCHITECTURES" + expected in options(**there, ITO_CUDA_ARCHS=archs).stdout
-    assert options(**there, ITO_BUILD_CUDA="0").stdout == "-DITO_CUDA=OFF\n"
-    assert options(**absent).stdout == "-DITO_CUDA=OFF\n"
-    assert "there is no nvcc" in options(**absent, ITO_BUILD_CUDA="1").stderr
-    assert "must be auto, 0 or 1, got 'yes'" in options(**there, ITO_BUILD_CUDA="yes").stderr
+        out = options(**compiler, **asked, ITO_CUDA_ARCHS=archs).stdout
+        assert "ARCHITECTURES" + expected in out
+    out = options(**compiler, ITO_BUILD_CUDA="0").stdout
+    assert out == "-DITO_CUDA=OFF\nCUDA kernels: not built: ITO_BUILD_CUDA=0\n"
+    assert "there is no nvcc" in options(**absent, **asked).stderr
+    assert "must be auto, 0 or 1, got 'yes'" in options(**compiler, ITO_BUILD_CUDA="yes").stderr
+
+
+@pytest.mark.parametrize(
+    ("version", "cuda", "built", "why"),
+    [
+        ("2.13.0+cpu", "None", False, "torch 2.13.0+cpu is not a CUDA build; ITO_BUILD_CUDA=1"),
+        ("2.13.0+cu130", "'13.0'", True, "torch 2.13.0+cu130 is a build for CUDA 13.0"),
+    ],
+)
+def test_cuda_is_built_for_a_cuda_build_of_torch(version, cuda, built, why, tmp_path, compiler):
+    torch_dir = tmp_path / "torch"
+    torch_dir.mkdir()
+    (torch_dir / "__init__.py").write_text("raise ImportError('the build must not import torch')")
+    (torch_dir / "version.py").write_text(
+        f"from typing import Optional\n\n__all__ = ['__version__', 'debug', 'cuda', 'hip']\n"
+        f"__version__ = '{version}'\ncuda: Optional[str] = {cuda}\nhip: Optional[str] = None\n"
+    )
+    there = {"PYTHONPATH": str(tmp_path)}
+    out = options(**there, **compiler).stdout
+    assert out.startswith("-DITO_CUDA=ON" if built else "-DITO_CUDA=OFF\n")
+    assert why in out.splitlines()[1]
+    out = options(**there, CUDACXX=str(tmp_path / "none")).stdout
+    assert out.startswith("-DITO_CUDA=OFF\n")
+    assert ("but there is no nvcc" in out) == built
+
+
+def test_cuda_is_not_built_without_torch(tmp_path):
+    out = in_setup(f"print(*setup.wants_cuda([{str(tmp_path)!r}]))").stdout
+    assert out.startswith("False there is no torch in ")

@@ -162,6 +162,8 @@ GOOD = {"image": "a.png", "caption": "a"}
     ("row", "message"),
     [
         ('{"image": "a.png", ', r"captions.jsonl:2: not JSON"),
+        ("[" * 100_000, r"captions.jsonl:2: not JSON: .*recursion"),
+        (f'{{"item": {"9" * 5000}}}', r"captions.jsonl:2: not JSON: Exceeds the limit"),
         ("[1, 2]", r"captions.jsonl:2: want a JSON object, got \[1, 2\]"),
         ({"file": "a.png", "caption": "a"}, r"captions.jsonl:2: names no image.*'file'"),
         ({"image": 3, "caption": "a"}, r"captions.jsonl:2: image must be a text, got 3"),

@@ -224,6 +224,7 @@ def modules():
     size = dist.get_world_size()
     for module, name in ((ik.ClipLoss, "clip"), (ik.SigLipLoss, "siglip")):
         truth, grads = single(LOSSES[name])
+        grads.setdefault("logit_bias", x.new_zeros(()))  # which ClipLoss keeps in the graph
         model = replica(torch.float64)
         model.zero_grad()
         image, text, scale, bias = model(x[rows], y[rows])
@@ -328,8 +329,8 @@ def not_a_number():
 
 
 def unlike():
-    """What decides the sizes of transfers and what their bytes mean is compared first: on gloo they
-    end the process, and fp16 would be read as bf16."""
+    """What decides the sizes of transfers and what their bytes mean: on gloo they end the process,
+    and fp16 would be read as bf16."""
     size, last = dist.get_world_size(), dist.get_rank() == dist.get_world_size() - 1
     x = torch.ones(4, 6)
 
@@ -346,9 +347,13 @@ def unlike():
         return call
 
     for message, one, other in (
-        ("the width of keys .* got 6 on rank 0 and 5", both(), both(x[:, :5])),
         (
-            "the dtype of keys .* torch.float16 on rank 0 and torch.bfloat16",
+            r"image_features .* got a torch.float32 tensor \(…, 6\) .* on rank 0 and .* \(…, 5\)",
+            both(),
+            both(x[:, :5]),
+        ),
+        (
+            "image_features .* got a torch.float16 tensor .* on rank 0 and a torch.bfloat16",
             both(x.half()),
             both(x.bfloat16()),
         ),

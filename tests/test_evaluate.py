@@ -196,7 +196,7 @@ def test_clip_benchmark_s_files(run, tmp_path):
         ),
         (evaluate, "{model}", "model/config.json is damaged, or not of this run (JSONDecodeError)"),
         (evaluate, "{tokenizer}", "tokenizer.json is damaged"),
-        (report, "{metrics}", "metrics.jsonl is damaged, or not of this run (JSONDecodeError)"),
+        (report, "{metrics}", "metrics.jsonl:1 is damaged, or not of this run (JSONDecodeError)"),
         (report, "nope", "nope holds no exported model"),
         (search, "nope x", "nope holds no exported model"),
         (search, "{run}", "nothing to search for"),

@@ -423,9 +423,9 @@ def table() -> str:
 DROP_INS = """
 ## One line to switch
 
-`ito_kernels.integrations` has these losses under the names and signatures of other libraries;
-`tests/test_losses_integrations.py` compares values and gradients with the real package, where it is
-installed, to fp32 rounding.
+`ito_kernels.integrations` has these losses under the names and signatures of other libraries.
+`tests/test_losses_integrations.py` compares values and gradients with the real packages to fp32
+rounding, on one process and on two; `requirements-peers.txt` has the versions.
 
 ```diff
 -from open_clip import ClipLoss, SigLipLoss
@@ -441,10 +441,36 @@ installed, to fp32 rounding.
 +from ito_kernels.integrations.sentence_transformers import MultipleNegativesRankingLoss
 ```
 
-What needs the dense matrix (miners, other distances and reducers, hardness modes) raises
-`NotImplementedError`, as does gathering across processes. Where a peer leaves its paper's formula
-we keep to the paper: pytorch-metric-learning's SupCon drops anchors whose loss has underflowed to 0
-from the mean, and returns 0 for a batch of one label.
+- **Refused by name is what would give another loss**: pytorch-metric-learning's distances that are
+  no inner product, reducers other than the loss's own, `collect_stats`; sentence-transformers'
+  hardness modes, and a `similarity_fct` that gives neither the cosine nor the inner product
+  (wrappers around them are recognised by what they give for a few rows).
+- **Pairs in a list** (`indices_tuple`: those of miners, of `CrossBatchMemory` and of
+  `DistributedLossWrapper(efficient=True)`) are computed by pytorch-metric-learning itself, with the
+  dense matrix: miners form it too, and a list of all pairs takes four times its memory.
+- **Subclasses of `ClipLoss` and `SigLipLoss`** find open_clip's attributes, `get_logits` (which
+  forms the dense matrix) and `get_ground_truth`; open_clip's own `DistillClipLoss` and `CoCaLoss`
+  run on ours. One that redefines the logits must define `forward` too, or its call raises.
+- **Gathering** (`gather_distributed`, `gather_across_devices`) does nothing in one process. On
+  several ranks gradients are theirs. So is the value with sentence-transformers, the mean over a
+  rank's own queries; with lightly and `SigLipLoss` every rank gets the mean of what theirs get.
+- **Where a peer leaves its paper's formula we keep to the paper.** pytorch-metric-learning's SupCon
+  drops anchors whose loss has underflowed to 0 from the mean and returns 0 for a batch of one
+  label; its NT-Xent ends at 87 in fp32; both return 0 for at most one positive and one negative
+  pair.
+
+**The learning rate of a run with open_clip's default flags** on W ranks. With `local_loss=False,
+gather_with_grad=False` each rank differentiates the loss of the whole batch by its own features
+alone, and averaging over ranks divides that by W: the encoders get 1/W of the gradient of one
+process on the whole batch, which ours is, and the scale gets all of it, as with ours. With
+`gather_with_grad=True` theirs is ours; with `local_loss=True` alone it is no multiple of it. So a
+switch from the defaults multiplies the encoders' gradients by W and leaves that of the scale:
+
+- SGD takes W times larger steps: divide its learning rate for the encoders by W. Weight decay that
+  is added to the gradient then counts W times less than before.
+- Adam and AdamW divide by the size of the gradients, and take nearly the same steps: eps counts W
+  times less, and so does Adam's decay through the gradient; AdamW's does not change.
+- Clipping by the norm sets in W times earlier, and the scale is then scaled down with the encoders.
 """
 
 

@@ -20,6 +20,7 @@ from ito import train
 from ito.config import Config
 from ito.data import load_dataset
 from ito.ranks import Ranks
+from ito.run import locked
 from ito.tokenizer import Tokenizer
 from ito.trainer import Trainer
 
@@ -207,6 +208,12 @@ def trouble(data, out: str) -> dict:
     run("asked")
     Trainer.step = step
     run("bad", "--views", "1")
+    if dist.get_rank():
+        run("taken")
+    else:
+        Path(out, "taken").mkdir()
+        with locked(Path(out, "taken")):
+            run("taken")
     run("diverged", "--lr", "1e30")
     train.open_dataset = missing
     run("missing")
@@ -215,10 +222,11 @@ def trouble(data, out: str) -> dict:
 
 def test_ranks_stop_together_and_an_error_is_told_once(data, tmp_path):
     first, second = processes.run(trouble, 2, data, str(tmp_path))
-    assert first["asked"][0] == second["asked"][0] == 0
+    assert first["asked"][0] == second["asked"][0] == 128 + signal.SIGTERM
     assert "stopped after step 3; continue with" in first["asked"][1]
     assert [file.name for file in (tmp_path / "asked/checkpoints").iterdir()] == ["step_0000003.pt"]
     for name, code, message in (
+        ("taken", 2, f"error: {tmp_path}/taken is in use by process "),
         ("bad", 2, "error: the fusion term compares views: views must be at least 2, got 1"),
         ("diverged", 1, "error: the loss of step "),
         ("missing", 2, "error: rank 1: x.tar: Input/output error"),

@@ -2,9 +2,13 @@
 
 import asyncio
 import io
+import os
 import re
+import signal
 import socket
 import sys
+import threading
+import time
 
 import pytest
 import small_run
@@ -12,7 +16,7 @@ import torch
 from PIL import Image
 
 import ito
-from ito import charts, report, search
+from ito import charts, evaluate, report, search
 from ito.config import Config
 from ito.encoders import DualEncoder
 from ito.evaluate import embed_images, embed_texts
@@ -68,6 +72,25 @@ def test_the_contact_sheet_shows_the_pictures_found(run, index, tmp_path):
         shown = sheet.crop((16 + column * 120, 28, 16 + column * 120 + 96, 28 + 96))
         pixels = Image.fromarray(index.dataset.images[n].permute(1, 2, 0).numpy())
         assert shown.tobytes() == pixels.resize((96, 96), Image.Resampling.LANCZOS).tobytes()
+
+
+def test_a_text_of_any_length_ends_and_is_not_printed(run, tmp_path, capsys):
+    """Queries of 10 MB, one that ends like a picture's name, and captions of 20 kB."""
+    data = small_run.write_data(tmp_path / "data", captions=["red " * 5000])
+    queries = ["a" * 10_000_000, "cat " * 2_500_000, "b" * 100_000 + ".png"]
+    began = time.process_time()
+    search.main([str(run), *queries, "--data", str(data), "--out", str(tmp_path / "s.png")])
+    evaluate.main([str(run), "--data", str(data)])
+    report.main([str(run), "--train-data", str(data)])
+    assert time.process_time() - began < 20
+    printed = capsys.readouterr()
+    assert len(printed.out + printed.err) < 30_000
+    assert "cut        20 of 20 captions, to their first 8 tokens; the longest" in printed.out
+    page = (run / "report.html").read_text()
+    assert len(page) < 1.5e6
+    with pytest.raises(SystemExit):
+        search.main([str(run), "c" * 300 + ".png"])
+    assert len(capsys.readouterr().err) < 2100
 
 
 def test_embeddings_are_kept_until_weights_or_pictures_change(run, index, tmp_path, monkeypatch):
@@ -128,8 +151,10 @@ def test_the_page_searches_and_serves_the_pictures(index):
     with Image.open(io.BytesIO(body)) as shown:
         assert shown.tobytes() == index.dataset.images[7].permute(1, 2, 0).numpy().tobytes()
     assert b"<script" not in get(app, "/", "q=%22%3E%3Cscript%3E")[1]
-    assert [get(app, "/", f"like={n}")[0] for n in ("40", "-1", "x")] == [400] * 3
-    assert get(app, "/picture/40")[0] == 404
+    assert [get(app, "/", f"like={n}")[0] for n in ("40", "-1", "x", "9" * 5000)] == [400] * 4
+    assert [get(app, f"/picture/{n}")[0] for n in ("40", "x", "9" * 5000)] == [404] * 3
+    assert get(app, "/", f"q={'a' * 1000}")[0] == 200
+    assert get(app, "/", f"q={'a' * 1001}") == (414, b"q must be at most 1000 characters, got 1001")
     assert get(app, "/", host="evil.example")[0] == 400  # a name that was made to point here
 
 
@@ -142,6 +167,46 @@ def test_a_port_that_is_taken_is_named(run, capsys):
         with pytest.raises(SystemExit):
             search.main([str(run), "--serve", str(port)])
     assert f"error: --serve {port}: Address already in use\n" == capsys.readouterr().err
+
+
+def serve(run, monkeypatch, send) -> tuple[int, bytes]:
+    """`--serve` until `send()` stops it: its status, and what it answers at the address it prints.
+
+    The connection is made in the moment in which the address is printed.
+    """
+    pytest.importorskip("uvicorn", reason=SERVER)
+    from ito import page
+
+    answers = []
+
+    def visit(client):
+        with client:
+            client.sendall(b"GET /picture/3 HTTP/1.0\r\nHost: localhost\r\n\r\n")
+            answers.append(b"".join(iter(lambda: client.recv(65536), b"")))
+        send()
+
+    def told(text, **_):
+        host, port = re.match(r"http://([\d.]+):(\d+) ", text).groups()
+        client = socket.create_connection((host, int(port)), timeout=30)
+        threading.Thread(target=visit, args=[client]).start()
+
+    monkeypatch.setattr(page, "print", told, raising=False)
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        with pytest.raises(SystemExit) as end:
+            search.main([str(run), "--serve", "0"])
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    return end.value.code, answers[0]
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_the_page_answers_once_its_address_is_printed_and_signals_end_it(
+    number, status, run, monkeypatch
+):
+    code, answer = serve(run, monkeypatch, lambda: os.kill(os.getpid(), number))
+    assert answer.startswith(b"HTTP/1.1 200 OK")
+    assert code == status
 
 
 def test_the_page_names_its_extra(run, monkeypatch, capsys):

@@ -120,6 +120,8 @@ def test_bad_samples_are_skipped_and_named(tmp_path):
             ("blank.txt", b"  "),
             ("json.png", png(1)),
             ("json.json", b"{"),
+            ("deep.png", png(1)),
+            ("deep.json", b"[" * 100_000),
             ("list.png", png(1)),
             ("list.json", b"[1]"),
             ("field.png", png(1)),
@@ -149,6 +151,7 @@ def test_bad_samples_are_skipped_and_named(tmp_path):
         "a.tar:dumb": "empty caption",
         "a.tar:blank": "empty caption",
         "a.tar:json": "Expecting",
+        "a.tar:deep": "recursion",
         "a.tar:list": "want a JSON object, got [1]",
         "a.tar:field": "split must be a text, got 3",
         "a.tar:latin": "can't decode",
@@ -401,7 +404,7 @@ def test_a_streamed_run_resumes_to_the_same_numbers(tmp_path, capsys):
                 fields = {"captions": [f"thing {n} of {folder}"], "split": split}
                 members += [(f"{n}.png", out.getvalue()), (f"{n}.json", json.dumps(fields))]
             if split and not shard:
-                members += [("bad.png", b"no picture"), ("bad.txt", "bad")]
+                members += [("bad.png", b"no picture"), ("bad.txt", "bad " * 20)]
                 members += [
                     ("held.png", out.getvalue()),
                     ("held.json", '{"caption": "h", "split": "test"}'),
@@ -418,6 +421,7 @@ def test_a_streamed_run_resumes_to_the_same_numbers(tmp_path, capsys):
     assert "a stream of 2 shards" in told
     assert "val: 8 pictures, 8 captions" in told
     assert "skipped 1 records:" in told
+    assert "cut        9 of 33 captions, to their first 8 tokens; the longest has 22\n" in told
     assert "0 records skipped; 1 of the stream" in (whole / "report.html").read_text()
     assert "compile    no: " in told
     assert re.search(r"compute +\d+\.\d% of a step", told)

@@ -1,11 +1,15 @@
 """The tokenizer: what it makes of text, and that training it is deterministic."""
 
 import json
+import random
 import subprocess
 import sys
+import time
 
 import pytest
 import torch
+from tokenizers import Regex, models, normalizers, pre_tokenizers, processors, trainers
+from tokenizers import Tokenizer as BPE
 
 from ito.tokenizer import Tokenizer
 
@@ -73,3 +77,60 @@ def test_tokenizer_names_bad_arguments():
         Tokenizer.train([])
     with pytest.raises(TypeError, match="list of texts, got the text 'a flag'"):
         Tokenizer.train(CAPTIONS)("a flag")
+
+
+def unbounded(captions, vocab_size):
+    """Byte-level BPE as the package `tokenizers` trains it, on whole texts; ids without a limit."""
+    bpe = BPE(models.BPE())
+    space = normalizers.Replace(Regex(r"\s+"), " ")
+    steps = [normalizers.NFKC(), normalizers.Lowercase(), space, normalizers.Strip()]
+    bpe.normalizer = normalizers.Sequence(steps)
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
+    special = ["<pad>", "<bos>", "<eot>"]
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=special,
+        initial_alphabet=alphabet,
+        show_progress=False,
+    )
+    bpe.train_from_iterator(captions, trainer)
+    bpe.post_processor = processors.TemplateProcessing(
+        single="<bos> $A <eot>", special_tokens=[("<bos>", 1), ("<eot>", 2)]
+    )
+    return bpe
+
+
+def test_texts_of_usual_length_are_read_whole(records):
+    """The vocabulary, the merges and the ids are those of training without any bound."""
+    chance = random.Random(0)
+    words = ["".join(chance.choices("abcdeé日🎌", k=chance.randint(1, 60))) for _ in range(80)]
+    noise = [" ".join(chance.choices(words, k=chance.randint(1, 40))) for _ in range(99)]
+    emoji = [name for record in records for name in record["captions"]]
+    for captions in (emoji, noise):
+        tokenizer, whole = Tokenizer.train(captions, 600, 16), unbounded(captions, 600)
+        ours, theirs = (json.loads(bpe.to_str()) for bpe in (tokenizer.bpe, whole))
+        for part in ("model", "normalizer", "pre_tokenizer", "post_processor", "added_tokens"):
+            assert ours[part] == theirs[part], part
+        texts = [*captions[:60], " \n ".join(captions)[:30_000], f"{' ' * 9000}{captions[0]}"]
+        every = [whole.encode(text).ids for text in texts]
+        want = [(ids if len(ids) < 17 else [*ids[:15], 2]) + [0] * (16 - len(ids)) for ids in every]
+        assert tokenizer(texts).tolist() == want
+        lengths = tokenizer.lengths(texts)
+        assert lengths[:60] == [len(ids) for ids in every[:60]]
+        assert 16 < lengths[60] <= len(every[60])
+        assert lengths[61] == len(every[61])
+
+
+def test_a_word_of_any_length_costs_no_time():
+    """200,000 letters took half a minute to train on, 10 MB as long to encode."""
+    began = time.process_time()
+    tokenizer = Tokenizer.train([*CAPTIONS, "a" * 200_000], 300, 16)
+    texts = ["a" * 10_000_000, "red apple " * 1_000_000, " " * 10_000_000]
+    ids = tokenizer(texts)
+    lengths = tokenizer.lengths(texts)
+    assert time.process_time() - began < 5
+    assert ids[:2, -1].tolist() == [tokenizer.eot_id] * 2
+    assert ids[2].tolist()[:3] == [tokenizer.bos_id, tokenizer.eot_id, tokenizer.pad_id]
+    assert min(lengths[:2]) > 16
+    assert lengths[2] == 2

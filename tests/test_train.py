@@ -3,6 +3,7 @@
 import json
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -179,8 +180,6 @@ def test_resume_gives_the_same_bits_as_an_uninterrupted_run(finished, tmp_path):
     (run / "checkpoints" / "step_0000006.pt").unlink()  # killed after step 3's checkpoint,
     (run / "report.html").unlink()
     shutil.rmtree(run / "model")
-    (run / "model").mkdir()
-    shutil.copy(finished / "model" / "tokenizer.json", run / "model")
     lines = (finished / "metrics.jsonl").read_text().splitlines(keepends=True)
     (run / "metrics.jsonl").write_text("".join(lines[:7]) + lines[7][:20])  # writing a line
     train.main(["--resume", str(run)])
@@ -320,7 +319,7 @@ def test_the_thread_that_prepares_batches_leaves_the_others_their_threads(data):
         torch.set_num_threads(before)
 
 
-def test_an_interrupted_run_stops_between_steps_and_can_go_on(data, tmp_path):
+def test_a_run_has_its_folder_alone_and_stops_between_steps(data, tmp_path, capsys):
     run = tmp_path / "run"
     command = [sys.executable, "-m", "ito.train", "--train-data", str(data), "--out", str(run)]
     options = [*TINY.split(), "--steps", "5000", "--log-every", "1", "--threads", "1"]
@@ -334,13 +333,21 @@ def test_an_interrupted_run_stops_between_steps_and_can_go_on(data, tmp_path):
         assert process.poll() is None
         assert time.monotonic() < deadline
         time.sleep(0.05)
+    for arguments in (["--resume", str(run)], ["--out", str(run), "--train-data", str(data)]):
+        with pytest.raises(SystemExit) as end:
+            train.main(arguments)
+        holder = f"process {process.pid} on {socket.gethostname()}"
+        assert f"error: {run} is in use by {holder}: " in capsys.readouterr().err
+        assert end.value.code == 2
     process.send_signal(signal.SIGTERM)
     output, _ = process.communicate(timeout=60)
-    assert process.returncode == 0
+    assert process.returncode == 143
     assert f"--resume {run}" in output
     step = torch.load(next((run / "checkpoints").glob("*.pt")), weights_only=True)["step"]
     assert 0 < step < 5000
     assert ito.load(run).step == step
+    steps = [line["step"] for line in steady(run) if line["kind"] == "train"]
+    assert steps == list(range(1, step + 1))
 
 
 # --- export ---

@@ -90,7 +90,7 @@ def test_skipped_pictures_are_counted_and_named(tmp_path, capsys):
         (train, "--train-data {data} --pretrained {finished}", "has width 32, heads 2: give the"),
         (train, "--train-data {data} --accum-freq 65", "36 items cannot be cut into 65 parts"),
         (train, "--train-data {data} --device meta", "--device meta: training runs on cpu or cuda"),
-        (train, "--resume {damaged}", "step_0000006.pt is damaged, or not of this run (Unpickl"),
+        (train, "--resume {damaged}", "step_0000006.pt is damaged (File is not a zip file)"),
         (train, "--resume {finished} --objective clip", "configuration: drop --objective"),
         (train, "--resume {finished} --preset emoji-full", "drop --preset emoji-full"),
         (train, "--train-data {data} --image-size 36", "must be a multiple of 8, got 36"),

@@ -16,7 +16,8 @@ same interface. It needs of it
 Each is adjoint to its backward for the sum over ranks of what they differentiate, which is W times
 the loss, and averaging divides by W: so is any composition of them.
 
-All ranks must call the same losses in the same order, with the same options.
+All ranks must call the same losses in the same order, with the same options: `agreement` compares
+what they call, and raises on all of them where it differs.
 
 Environment, the same on every rank: ITO_TRANSPORT, how keys travel: "gather", the default, by
 all-gathers and reduce-scatters, or "ring", from neighbour to neighbour. ITO_GATHER_CACHE_BYTES
@@ -27,10 +28,21 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from .batch import GlobalBatch, check_chunk_size, global_rows
+from ..similarity import dispatch
+from ..similarity.spec import Problem
+from .agreement import same_on_every_rank
+from .batch import GlobalBatch, check_chunk_size, global_numbers, global_rows
 from .local import LocalBatch
 
-__all__ = ["GlobalBatch", "LocalBatch", "check_chunk_size", "global_rows", "whole_batch"]
+__all__ = [
+    "GlobalBatch",
+    "LocalBatch",
+    "check_chunk_size",
+    "global_numbers",
+    "global_rows",
+    "same_on_every_rank",
+    "whole_batch",
+]
 
 
 def whole_batch(
@@ -40,9 +52,16 @@ def whole_batch(
     query_ids: Tensor | None = None,
     key_ids: Tensor | None = None,
     chunk_size: int | None = None,
+    backend: str | None = None,
 ) -> GlobalBatch | LocalBatch:
-    """The batch of all ranks of `group`, or that of this process where it is None."""
+    """The batch of all ranks of `group`, or that of this process where it is None.
+
+    backend: the one that will be asked to run: with a group one that cannot is refused before ranks
+    meet. "reference", which runs everywhere, where no kernels are needed.
+    """
     check_chunk_size(chunk_size)
     if group is None:
         return LocalBatch((queries.size(0), keys.size(0)), query_ids, key_ids)
+    if dispatch.requested(backend)[0] is not None:
+        dispatch.choose(Problem(queries, keys, queries.new_ones(())), backend)
     return GlobalBatch(group, queries, keys, query_ids, key_ids, chunk_size)

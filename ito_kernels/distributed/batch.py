@@ -15,6 +15,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from ..similarity import dispatch, op
 from ..similarity.spec import Needs, Problem, Stats, Upstream, make_problem
+from .agreement import described, exchanged_sizes
 from .chunks import Chunk, Transport, flat, gather_cache_bytes
 from .collectives import (
     Started,
@@ -22,13 +23,10 @@ from .collectives import (
     all_reduce_max,
     broadcast,
     completed,
-    gathered_sizes,
     process_group,
 )
 from .gradients import Logsumexp, Rows, SharedSum, Softplus, Sum
-from .transport import TRANSPORTS, chosen_transport
-
-DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+from .transport import chosen_transport
 
 
 def default_chunk(ranks: int) -> int:
@@ -59,33 +57,22 @@ def check_chunk_size(chunk_size: object) -> None:
         raise ValueError(f"chunk_size must be at least 1, got {chunk_size}")
 
 
-def global_rows(count: int, group, device: torch.device) -> Tensor:
-    """(count,) the numbers of this rank's rows among those of all ranks, in the order of ranks;
-    without a group, of these alone."""
+def global_numbers(queries: int, keys: int, group, device: torch.device) -> tuple[range, range]:
+    """Of this rank's queries among those of all ranks, and of the keys of all ranks, in the order
+    of ranks; without a group, of these alone. A batch of the same group must follow."""
     if group is None:
-        return torch.arange(count, device=device)
+        return range(queries), range(keys)
     group = process_group(group)
-    counts = gathered_sizes(group, device, count)[:, 0]
-    first = int(counts[: dist.get_rank(group)].sum())
-    return torch.arange(first, first + count, device=device)
+    words = [("the call", "row numbers")]
+    sizes = exchanged_sizes(group, device, queries, keys, words, more=True)
+    first = int(sizes[: dist.get_rank(group), 0].sum())
+    return range(first, first + queries), range(int(sizes[:, 1].sum()))
 
 
-def _check_alike(names: list[str], values: list[list[int]]) -> None:
-    """Values of each rank: transfers of other sizes end the process on gloo and may hang or mix up
-    numbers elsewhere, as fp16 and bf16 do everywhere."""
-    shown = {
-        "the dtype of keys": lambda x: str(DTYPES[x]),
-        "chunk_size": lambda x: x or None,
-        "ITO_TRANSPORT": lambda x: list(TRANSPORTS)[x],
-    }
-    for rank, found in enumerate(values):
-        for name, first, x in zip(names, values[0], found, strict=True):
-            if x != first:
-                first, x = map(shown.get(name, int), (first, x))
-                raise ValueError(
-                    f"{name} must be the same on every rank, got {first} on rank 0 and {x} on"
-                    f" rank {rank}"
-                )
+def global_rows(count: int, group, device: torch.device) -> Tensor:
+    """(count,) the numbers of this rank's rows among those of all ranks."""
+    rows, _ = global_numbers(count, count, group, device)
+    return torch.arange(rows.start, rows.stop, device=device)
 
 
 class GlobalBatch:
@@ -117,17 +104,19 @@ class GlobalBatch:
         self.group, self.chunk_size = process_group(group), chunk_size
         self._transport = chosen_transport()
         self.rank, self.size = dist.get_rank(self.group), dist.get_world_size(self.group)
-        alike = {
-            "the width of keys": keys.shape[1],
-            "the dtype of keys": DTYPES.index(keys.dtype),
-            "chunk_size": chunk_size or 0,
-            "ITO_TRANSPORT": list(TRANSPORTS.values()).index(self._transport),
-            "ITO_GATHER_CACHE_BYTES": gather_cache_bytes(),
-        }
-        numbers = len(queries), len(keys), *alike.values()
-        numbers = gathered_sizes(self.group, queries.device, *numbers)
-        self.sizes = numbers[:, :2]
-        _check_alike(list(alike), numbers[:, 2:].tolist())
+        # transfers of other sizes end the process on gloo, and may hang or mix up numbers elsewhere
+        words = [
+            ("the call", "GlobalBatch"),
+            ("queries", described(queries)),
+            ("keys", described(keys)),
+            ("query_ids", described(query_ids)),
+            ("key_ids", described(key_ids)),
+            ("the number of tensors in ids", "1" if query_ids is key_ids else "2"),
+            ("chunk_size", str(chunk_size)),
+            ("ITO_TRANSPORT", self._transport.__name__.lower()),
+            ("ITO_GATHER_CACHE_BYTES", str(gather_cache_bytes())),
+        ]
+        self.sizes = exchanged_sizes(self.group, queries.device, len(queries), len(keys), words)
         if query_ids is None or key_ids is None:
             rows, cols = self._numbers(0, queries.device), self._numbers(1, queries.device)
             if torch.equal(*self.sizes.T):

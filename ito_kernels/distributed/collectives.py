@@ -13,6 +13,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
+NO_MEMBER = "group does not hold this process: call the loss on its members alone"
+
 
 def all_gather(out: Tensor, x: Tensor, group) -> dist.Work:
     call = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
@@ -97,9 +99,11 @@ def process_group(group: object) -> dist.ProcessGroup:
     if isinstance(group, DeviceMesh):
         if group.ndim != 1:
             raise ValueError(f"group must be a mesh of one dimension, got {group.ndim}")
+        if group.get_coordinate() is None:
+            raise ValueError(NO_MEMBER)
         return group.get_group()
     if group is dist.GroupMember.NON_GROUP_MEMBER:
-        raise ValueError("group does not hold this process: call the loss on its members alone")
+        raise ValueError(NO_MEMBER)
     if not isinstance(group, dist.ProcessGroup):
         raise TypeError(f"group must be a ProcessGroup or a DeviceMesh, got {type(group).__name__}")
     return group

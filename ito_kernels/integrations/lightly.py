@@ -12,11 +12,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import normalize, softplus
 
-from ..losses.common import scale_from_temperature
+from ..distributed import whole_batch
+from ..losses.common import check_temperature, scale_from_temperature
 from ..losses.precision import accumulated, as_autocast, inner, without_autocast
 from ..losses.supcon import nt_xent_loss
 from ..similarity import similarity_logsumexp
 from ..similarity.spec import check_pair
+from .gathering import gathering_group
 
 
 class NTXentLoss(nn.Module):
@@ -27,10 +29,15 @@ class NTXentLoss(nn.Module):
                     S_i = <out0_i, out1_i> / temperature
 
     Args:
-        temperature: a number.
+        temperature: a number, at least 1e-8, or a tensor that holds one.
         memory_bank_size: 0, or (rows, D): embeddings of earlier batches, at first random ones. The
-            views out1 enter it, the oldest leave it, in each call in which out0 has a gradient.
-        gather_distributed: not in this version.
+            views out1 enter it, the oldest leave it, in each call in which out0 has a gradient. No
+            rows are no bank.
+        gather_distributed: with several ranks in the default group: without a bank the batch is
+            that of all ranks, and each gets its loss, of which lightly's ranks get their rows' part
+            each, with the same gradients. With a bank it is filled from all ranks.
+
+    Raises ValueError or TypeError for any other temperature or size.
     """
 
     def __init__(
@@ -40,32 +47,33 @@ class NTXentLoss(nn.Module):
         gather_distributed: bool = False,
     ):
         super().__init__()
-        if gather_distributed:
-            raise NotImplementedError("gather_distributed is not in this version of ito_kernels")
+        check_temperature(temperature)
+        if temperature < 1e-8:
+            raise ValueError(f"temperature must be at least 1e-8, got {temperature}")
         size = (memory_bank_size,) if isinstance(memory_bank_size, int) else tuple(memory_bank_size)
-        if size != (0,) and (len(size) != 2 or min(size) < 1):
+        if size != (0,) and (len(size) != 2 or size[0] < 0 or size[1] < 1):
             raise ValueError(f"memory_bank_size must be 0 or (rows, D), got {memory_bank_size}")
-        self.temperature = temperature
-        bank = None if size == (0,) else normalize(torch.randn(size), dim=1)
+        self.temperature, self.gather_distributed = temperature, gather_distributed
+        bank = None if size[0] == 0 else normalize(torch.randn(size), dim=1)
         self.register_buffer("bank", bank, persistent=False)
         self._next = 0  # the row that the next batch is written to
 
     def forward(self, out0: Tensor, out1: Tensor) -> Tensor:
         check_pair("out0", out0, "out1", out1)
         out0, out1 = normalize(out0, dim=1), normalize(out1, dim=1)
+        group = gathering_group(self.gather_distributed)
         if self.bank is None:
-            return nt_xent_loss(out0, out1, self.temperature)
+            return nt_xent_loss(out0, out1, self.temperature, group=group)
         scale = scale_from_temperature(self.temperature, out0)
         a, b = accumulated(as_autocast(out0)), accumulated(as_autocast(out1))
         bank = as_autocast(self.bank.to(device=a.device, dtype=out0.dtype, copy=True)).to(a.dtype)
         if out0.requires_grad:
-            self._remember(out1)
+            self._remember(whole_batch(group, out1, out1).rows(out1.detach()))
         with without_autocast(a.device):
             stats = similarity_logsumexp(a, bank, scale, cols=False)
             negatives = stats.row_logsum + stats.row_max
             return softplus(negatives - scale * inner(a, b), threshold=40).mean()
 
-    @torch.no_grad()
     def _remember(self, batch: Tensor) -> None:
         """As there: what does not fit before the end is dropped, and the next batch starts over."""
         room = min(len(batch), len(self.bank) - self._next)

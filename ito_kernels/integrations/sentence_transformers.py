@@ -4,11 +4,13 @@
 +   from ito_kernels.integrations.sentence_transformers import MultipleNegativesRankingLoss
 
 Everything but the loss of the embeddings is theirs: arguments, encoding, gradient caching. All
-directions and both partition modes; similarities other than the cosine and the inner product,
-hardness modes and gathering across devices raise.
+directions, both partition modes and gathering across devices; hardness modes and similarities
+other than the cosine and the inner product raise.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import torch
 from sentence_transformers.sentence_transformer import losses as theirs
@@ -16,11 +18,17 @@ from sentence_transformers.util import cos_sim, dot_score
 from torch import Tensor
 from torch.nn.functional import normalize
 
+from ..distributed import global_rows, whole_batch
 from ..losses.precision import accumulated, as_autocast, inner, without_autocast
-from ..similarity import similarity_logsumexp
+from ..similarity.spec import check_scale
+from .gathering import gathering_group
 
 
 class MultipleNegativesRankingLoss(theirs.MultipleNegativesRankingLoss):
+    def __init__(self, *args, **options):
+        super().__init__(*args, **options)
+        _check_hardness(self)
+
     def compute_loss_from_embeddings(self, embeddings: list[Tensor], labels: Tensor) -> Tensor:
         if len(embeddings) < 2:
             raise ValueError(f"Expected at least 2 embeddings, got {len(embeddings)}")
@@ -29,6 +37,10 @@ class MultipleNegativesRankingLoss(theirs.MultipleNegativesRankingLoss):
 
 class CachedMultipleNegativesRankingLoss(theirs.CachedMultipleNegativesRankingLoss):
     """The score matrix needs no mini-batches, so that the cache is of the encoder alone."""
+
+    def __init__(self, *args, **options):
+        super().__init__(*args, **options)
+        _check_hardness(self)
 
     def calculate_loss(
         self, reps: list[list[Tensor]], labels: Tensor | None = None, *, with_backward: bool = False
@@ -41,36 +53,69 @@ class CachedMultipleNegativesRankingLoss(theirs.CachedMultipleNegativesRankingLo
         return loss
 
 
+def _check_hardness(settings) -> None:
+    if settings.hardness_mode is not None and settings.hardness_strength > 0:
+        raise NotImplementedError("hardness_mode is not in this version of ito_kernels")
+
+
+def _similarity(function: Callable, like: Tensor) -> Callable:
+    """cos_sim or dot_score, whichever `function` is, by what it makes of four rows as wide as the
+    embeddings: a wrapper may cut them."""
+    if function in (cos_sim, dot_score):
+        return function
+    numbers = torch.arange(1.0, 8 * like.shape[1] + 1, device=like.device).sin()
+    lengths = torch.arange(1.0, 5, device=like.device)[:, None]
+    a, b = lengths * numbers.view(2, 4, -1)
+    with torch.no_grad(), without_autocast(like.device):
+        found = function(a, b)
+        for known in (cos_sim, dot_score):
+            scores = known(a, b)
+            if (
+                isinstance(found, Tensor)
+                and found.shape == scores.shape
+                and (found - scores).abs().max() <= 1e-5 * scores.abs().max()
+            ):
+                return known
+    raise NotImplementedError(
+        "similarity_fct must be cos_sim or dot_score of sentence_transformers.util, or give the"
+        f" same, got {function!r}"
+    )
+
+
 def _ranking_loss(settings, queries: Tensor, docs: list[Tensor]) -> Tensor:
     """mean_i [ log Z_i - S_ii ], with Z_i the sum over the candidates of all directions ("joint")
     or the geometric mean of their sums ("per_direction").
 
     queries: (N, D). docs: the positives and each column of negatives, (N, D). In half precision
-    they are computed in fp32: positives and denominators meet outside the kernels.
+    they are computed in fp32: positives and denominators meet outside the kernels. Gathered, the
+    candidates are those of all ranks, and the mean is over this rank's queries, as there.
     """
-    if settings.similarity_fct not in (cos_sim, dot_score):
-        raise NotImplementedError("similarity_fct must be cos_sim or dot_score")
-    if settings.hardness_mode is not None and settings.hardness_strength > 0:
-        raise NotImplementedError("hardness_mode is not in this version of ito_kernels")
-    if settings.gather_across_devices:
-        raise NotImplementedError("gather_across_devices is not in this version of ito_kernels")
+    _check_hardness(settings)
+    similarity = _similarity(settings.similarity_fct, queries)
+    group = gathering_group(settings.gather_across_devices)
     queries, *docs = (accumulated(as_autocast(x)) for x in (queries, *docs))
     with without_autocast(queries.device):
-        if settings.similarity_fct is cos_sim:
+        if similarity is cos_sim:
             queries, *docs = (normalize(x, dim=1) for x in (queries, *docs))
-        scale, rows = float(settings.scale), torch.arange(len(queries), device=queries.device)
+        scale = check_scale("scale", settings.scale, queries)
         positives, everything = docs[0], torch.cat(docs)
 
-        def log_sum(a: Tensor, b: Tensor, **leave_out) -> Tensor:
-            stats = similarity_logsumexp(a, b, scale, cols=False, **leave_out)
+        def log_sum(a: Tensor, b: Tensor, ids=(None, None), **leave_out) -> Tensor:
+            batch = whole_batch(group, a, b, *ids)
+            ids = {"row_ids": batch.query_ids, "col_ids": batch.key_ids}
+            stats = batch.similarity_logsumexp(a, b, scale, cols=False, **ids, **leave_out)
             return stats.row_max + stats.row_logsum
 
-        own = {"row_ids": rows, "col_ids": rows.repeat(len(docs)), "exclude_positives": True}
+        def without_own_docs() -> Tensor:
+            rows = global_rows(len(queries), group, queries.device)
+            ids = rows, rows.repeat(len(docs))
+            return log_sum(positives, everything, ids, exclude_positives=True)
+
         directions = {
             "query_to_doc": lambda: log_sum(queries, everything),
             "query_to_query": lambda: log_sum(queries, queries, exclude_self=True),
             "doc_to_query": lambda: log_sum(positives, queries),
-            "doc_to_doc": lambda: log_sum(positives, everything, **own),
+            "doc_to_doc": without_own_docs,
         }
         log_sums = torch.stack([directions[name]() for name in settings.directions])
         joint = settings.partition_mode == "joint"

@@ -102,7 +102,8 @@ class Arguments(NamedTuple):
     def global_batch(self) -> GlobalBatch | LocalBatch:
         """That of all ranks of the group, who meet here."""
         return whole_batch(
-            self.group, self.queries, self.keys, self.query_ids, self.key_ids, self.chunk_size
+            *(self.group, self.queries, self.keys, self.query_ids, self.key_ids),
+            *(self.chunk_size, self.backend),
         )
 
     def scores(self, symmetric: bool = True, exclude_self: bool = False) -> Scores:

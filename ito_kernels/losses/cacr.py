@@ -7,6 +7,7 @@ import math
 import torch
 from torch import Tensor
 
+from ..distributed import same_on_every_rank
 from ..similarity.dispatch import check_name
 from ..similarity.panelwise import panelwise_sum
 from .batch import check_arguments
@@ -14,6 +15,7 @@ from .options import check_number
 from .precision import without_autocast
 
 
+@same_on_every_rank
 def cacr_loss(
     queries: Tensor,
     keys: Tensor,
@@ -52,7 +54,7 @@ def cacr_loss(
     if backend is not None:
         check_name(backend)
     given = check_arguments(
-        queries, keys, 1.0, group, chunk_size, backend, ids=(query_ids, key_ids)
+        queries, keys, 1.0, group, chunk_size, "reference", ids=(query_ids, key_ids)
     )
     scores = given.scores(symmetric=False)
     batch, a = scores.global_batch, scores.queries

@@ -7,6 +7,7 @@ import math
 import torch
 from torch import Tensor
 
+from ..distributed import same_on_every_rank
 from ..similarity.spec import accumulate_dtype, cast, check_tensor, scalar
 from .batch import Names, check_arguments
 from .common import REDUCTIONS, check_choice, check_flags
@@ -19,6 +20,7 @@ SIGLIP = Names(*FEATURES, query_ids="image_ids", key_ids="text_ids", of=("images
 WHERE = {"group", "chunk_size", "backend"}
 
 
+@same_on_every_rank
 def clip_loss(
     image_features: Tensor, text_features: Tensor, logit_scale: float | Tensor, **options
 ) -> Tensor | tuple:
@@ -49,6 +51,7 @@ def clip_loss(
     return infonce(given, Options(**options))
 
 
+@same_on_every_rank
 def siglip_loss(
     image_features: Tensor,
     text_features: Tensor,

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import one_hot, softplus
 
+from ..distributed import same_on_every_rank
 from ..similarity.spec import check_ids, check_tensor
 from .batch import check_arguments
 from .common import check_flags
@@ -15,6 +16,7 @@ from .options import check_values
 from .precision import inner, without_autocast
 
 
+@same_on_every_rank
 def cluster_weighted_infonce(
     queries: Tensor,
     keys: Tensor,

@@ -32,6 +32,17 @@ def scale_from_temperature(temperature: float | Tensor, like: Tensor) -> Tensor:
     return 1.0 / check_scale("temperature", temperature, like)
 
 
+def check_temperature(temperature: float | Tensor) -> None:
+    """What a module is given: one number, finite and greater than 0, or a tensor that holds one."""
+    if isinstance(temperature, Tensor):
+        if temperature.numel() != 1:
+            raise ValueError(
+                f"temperature must be one number, got shape {tuple(temperature.shape)}"
+            )
+        temperature = temperature.item()
+    check_scale("temperature", temperature, torch.empty(1))
+
+
 def normalized(features: Tensor, ids: Tensor | None) -> Tensor:
     """Unit rows; padding, which may hold anything, becomes 0 and takes no gradient."""
     if ids is not None:

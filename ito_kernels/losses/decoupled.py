@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..distributed import same_on_every_rank
 from .batch import check_arguments
 from .common import check_flags
 from .infonce import infonce
@@ -14,6 +15,7 @@ from .scores import Scores
 from .tiles import softplus_sums
 
 
+@same_on_every_rank
 def decoupled_contrastive_loss(
     queries: Tensor,
     keys: Tensor,
@@ -63,6 +65,7 @@ def decoupled_contrastive_loss(
     )
 
 
+@same_on_every_rank
 def decoupled_softmax_loss(
     queries: Tensor,
     keys: Tensor,

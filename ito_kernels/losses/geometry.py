@@ -7,6 +7,7 @@ import math
 import torch
 from torch import Tensor
 
+from ..distributed import same_on_every_rank
 from ..similarity.dispatch import check_name
 from .batch import Names, check_arguments
 from .precision import accumulated, without_autocast
@@ -14,6 +15,7 @@ from .precision import accumulated, without_autocast
 UNIFORM, ALIGN = Names("x", "x", "t"), Names("x", "y", "alpha")
 
 
+@same_on_every_rank
 def uniformity_loss(
     x: Tensor,
     t: float = 2.0,
@@ -64,6 +66,7 @@ def uniformity_loss(
         return batch.rows(potential).logsumexp(0) - math.log(n * (n - 1))
 
 
+@same_on_every_rank
 def alignment_loss(
     x: Tensor,
     y: Tensor,
@@ -87,7 +90,7 @@ def alignment_loss(
     """
     if backend is not None:
         check_name(backend)
-    given = check_arguments(x, y, alpha, group, chunk_size, backend, names=ALIGN)
+    given = check_arguments(x, y, alpha, group, chunk_size, "reference", names=ALIGN)
     square = (accumulated(given.queries) - accumulated(given.keys)).square().sum(1)
     some = square != 0  # the root has no derivative at 0
     powers = torch.where(some, torch.where(some, square, 1) ** (alpha / 2), 0)

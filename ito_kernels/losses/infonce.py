@@ -18,7 +18,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..distributed import GlobalBatch, LocalBatch
+from ..distributed import GlobalBatch, LocalBatch, global_numbers, same_on_every_rank
 from ..similarity.spec import Problem, as_autocast_problem
 from .batch import Arguments, check_arguments
 from .margin import with_margin
@@ -30,6 +30,7 @@ from .reweighting import debiased, hard
 from .scores import Scores
 
 
+@same_on_every_rank
 def multi_positive_infonce(
     queries: Tensor,
     keys: Tensor,
@@ -189,6 +190,9 @@ def multi_positive_infonce(
 def infonce(given: Arguments, options: Options) -> Tensor | tuple:
     """`multi_positive_infonce` of arguments that have passed the door; options are checked here."""
     o = check_options(options, given)
+    if o.positive_pairs is not None:
+        n, m = len(given.queries), len(given.keys)
+        o = placed_pairs(o, *global_numbers(n, m, given.group, given.queries.device))
     batch = given.global_batch()
     given = given.with_ids_of(batch)
     if o.normalize:
@@ -255,8 +259,6 @@ def _weights(o: Options, scores: Scores, side: str) -> tuple[tuple[Tensor, Tenso
 def _by_pools(o: Options, given: Arguments, batch: GlobalBatch | LocalBatch) -> Tensor | tuple:
     """With every option, as a composition of calls of the primitive."""
     queries, keys, scale = given[:3]
-    if o.positive_pairs is not None:
-        o = placed_pairs(o, batch.numbers(0), range(batch.count(1)))
     if o.false_negative_margin is not None and isinstance(batch, GlobalBatch):
         scale = _of_one_kind(scale, batch, len(queries))
     o = o.with_candidates(as_autocast)

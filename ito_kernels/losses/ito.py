@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from ..distributed import global_rows
+from ..distributed import global_rows, same_on_every_rank
 from ..similarity.spec import check_tensor
 from .batch import Names, check_arguments
 from .common import check_choice
@@ -17,6 +17,7 @@ from .options import Options
 ITO, FUSED = Names("image_views", "text"), Names("fused_views", "fused_views")
 
 
+@same_on_every_rank(stacked=("image_views", "text", "fused_views"))
 def ito_loss(
     image_views: Tensor,
     text: Tensor,

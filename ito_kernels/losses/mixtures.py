@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from ..distributed import global_rows
+from ..distributed import global_rows, same_on_every_rank
 from ..similarity.panelwise import row_panels
 from ..similarity.spec import check_bias, check_ids, check_pair
 from .batch import PAIRED, check_arguments
@@ -16,6 +16,7 @@ from .options import Options, check_number, check_rows, check_values
 from .precision import accumulated
 
 
+@same_on_every_rank(free=("mixing",))
 def mixup_infonce(
     queries: Tensor,
     keys: Tensor,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..distributed import global_rows
+from ..distributed import global_rows, same_on_every_rank
 from ..similarity.spec import check_tensor
 from .batch import Names, check_arguments
 from .infonce import infonce
@@ -14,6 +14,7 @@ from .options import Options
 MNRL = Names("queries", "positives", "scale")
 
 
+@same_on_every_rank
 def mnrl_loss(
     queries: Tensor,
     positives: Tensor,
@@ -57,6 +58,7 @@ def mnrl_loss(
     return infonce(given._replace(keys=keys, query_ids=rows[:n], key_ids=rows), options)
 
 
+@same_on_every_rank
 def one_to_k_loss(
     queries: Tensor,
     keys: Tensor,

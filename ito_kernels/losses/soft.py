@@ -14,6 +14,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from ..distributed import same_on_every_rank
 from ..similarity.panelwise import panelwise_sum
 from ..similarity.spec import check_pair, check_scale
 from .batch import PAIRED, check_arguments
@@ -23,6 +24,7 @@ from .precision import inner, without_autocast
 from .scores import Scores
 
 
+@same_on_every_rank
 def cwcl_loss(
     queries: Tensor,
     keys: Tensor,
@@ -72,6 +74,7 @@ def cwcl_loss(
         return logsum + (shift - targets).to(logsum.dtype)
 
 
+@same_on_every_rank
 def soft_target_infonce(
     queries: Tensor,
     keys: Tensor,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..distributed import global_rows
+from ..distributed import global_rows, same_on_every_rank
 from ..similarity.primitive import logsumexp_of
 from ..similarity.spec import Problem, as_autocast_problem, check_scale
 from .batch import Names, check_arguments
@@ -17,6 +17,7 @@ SUPCON = Names("features", "features", "temperature", "labels", "labels", ("feat
 NT_XENT = Names("z1", "z2", "temperature")
 
 
+@same_on_every_rank
 def supcon_loss(
     features: Tensor,
     labels: Tensor,
@@ -74,6 +75,7 @@ def supcon_loss(
     return loss if factor is None else loss * factor
 
 
+@same_on_every_rank
 def nt_xent_loss(
     z1: Tensor,
     z2: Tensor,

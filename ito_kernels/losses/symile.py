@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import softplus
 
+from ..distributed import same_on_every_rank
 from .batch import Names, check_arguments
 from .common import check_generator
 from .precision import accumulated, as_autocast, inner, take, without_autocast
@@ -13,6 +14,7 @@ from .precision import accumulated, as_autocast, inner, take, without_autocast
 SYMILE = Names("x", "y")
 
 
+@same_on_every_rank
 def symile_loss(
     x: Tensor,
     y: Tensor,

@@ -7,9 +7,11 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from ..distributed import same_on_every_rank
 from ..similarity.spec import check_tensor, is_number
 
 
+@same_on_every_rank
 def matryoshka_loss(
     loss: Callable[..., Tensor],
     *features: Tensor,
@@ -53,6 +55,7 @@ def matryoshka_loss(
     return total
 
 
+@same_on_every_rank(stacked=("features",), free=("logit_scale",))
 def multi_head_loss(
     loss: Callable[..., Tensor], *features: Tensor, logit_scale: Tensor, **options
 ) -> Tensor:

@@ -55,7 +55,7 @@ class Backend:
         if _native is None:
             return "the native module is not there: see the backend 'cpu'"
         if not hasattr(_native, self.name):
-            return "built without nvcc"
+            return "built without the CUDA kernels: ITO_BUILD_CUDA=1 and nvcc build them"
         return getattr(_native, self.name).unavailable()
 
     def status(self) -> tuple[bool, str]:

@@ -1,0 +1,175 @@
+"""The folder of a run: who writes it, its log, what its data was, what an error leaves of it."""
+
+import hashlib
+import json
+import os
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+from io import FileIO
+from pathlib import Path
+
+import numpy as np
+
+from ito.checkpoint import checkpoints
+from ito.cli import reason
+from ito.data import Dataset
+from ito.files import naming, undamaged, write_atomically, write_text
+from ito.ranks import RankLost
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
+
+LOCK = ".lock"  # that it is there says nothing: the lock is the kernel's, the file says whose it is
+HELD: set[FileIO] = set()
+
+
+# --- who writes ---
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Meanwhile no other process that asks for this lock writes what a run continues from.
+
+    It ends with the process, however that ends. Where there are no locks a printed line says so.
+    Raises BlockingIOError naming the process that has the folder.
+    """
+    path = folder / LOCK
+    with path.open("a+b", buffering=0) as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            holder = file.read().decode().strip() or "another process"
+            raise BlockingIOError(
+                f"{folder} is in use by {holder}: wait until it ends, or name another folder"
+            ) from None
+        except (AttributeError, OSError) as error:  # Windows; a file system without locks
+            why = reason(error) if fcntl else "not on this system"
+            print(f"warning    {folder} cannot be locked ({why}): run one process in it at a time")
+        with naming(path):
+            file.truncate(0)
+            file.write(f"process {os.getpid()} on {socket.gethostname()}\n".encode())
+        HELD.add(file)
+        try:
+            yield
+        finally:
+            HELD.discard(file)
+
+
+def let_go() -> None:
+    """A child that shares the open file would keep the lock of a parent that has died."""
+    for file in HELD:
+        file.close()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=let_go)
+
+
+def clean(folder: Path) -> None:
+    """Remove what a writer of checkpoints that was killed has left; under the lock it is no one's.
+
+    Other folders may be written by commands that need no lock.
+    """
+    for path in (folder / "checkpoints").glob(".step_*.tmp"):
+        path.unlink()
+
+
+@contextmanager
+def resumable(folder: Path) -> Iterator[None]:
+    """An OSError of the body also says from where the run can go on."""
+    try:
+        yield
+    except RankLost:
+        raise
+    except OSError as error:
+        step = max(checkpoints(folder), default=None)
+        what = "no checkpoint yet" if step is None else f"the checkpoint of step {step} is kept"
+        resume = f"python -m ito.train --resume {folder}"
+        raise OSError(f"{reason(error)} ({what}; continue with: {resume})") from error
+
+
+# --- its log ---
+
+
+class Log:
+    """`metrics.jsonl`: an object per log step ("train") and per evaluation ("eval").
+
+    `count` is how many of these it holds, for a checkpoint to remember.
+    """
+
+    def __init__(self, path: Path):
+        self.path, self.count = path, 0
+
+    def start(self) -> None:
+        """Empty, whatever a run that was killed before its first checkpoint has logged."""
+        write_text(self.path, "")
+
+    def write(self, kind: str, step: int, values: dict[str, float]) -> None:
+        line = json.dumps({"kind": kind, "step": step} | values) + "\n"
+        # one write of the system for a line, so that who reads meanwhile finds it whole
+        with naming(self.path), self.path.open("ab", buffering=1 << 20) as file:
+            file.write(line.encode())
+        self.count += kind != "stream"
+
+    def read(self, kind: str | None = None) -> list[dict]:
+        """The records, of one kind. Raises ValueError naming a line that cannot be read."""
+        records = []
+        for number, line in enumerate(self.path.read_bytes().splitlines(), 1):
+            with undamaged(Path(f"{self.path}:{number}")):
+                record = json.loads(line)
+                if kind in (None, record["kind"]):
+                    records.append(record)
+        return records
+
+    def rewind(self, step: int, wanted: int | None) -> list[str]:
+        """Drop what was logged after `step`, and what cannot be read. Returns what is amiss.
+
+        wanted: the `count` at that step, if it is known.
+        """
+        amiss, kept = [], []
+        text = self.path.read_bytes() if self.path.exists() else b""
+        *lines, rest = text.split(b"\n")
+        for number, line in enumerate(lines, 1):
+            try:
+                record = json.loads(line)
+                kind, logged = record["kind"], int(record["step"])
+            except (ValueError, KeyError, TypeError, OverflowError):
+                amiss.append(f"line {number} cannot be read and is dropped")
+                continue
+            if logged <= step:
+                kept.append(line + b"\n")
+                self.count += kind != "stream"
+        if rest:
+            amiss.append(f"line {len(lines) + 1} is cut off and dropped")
+        if wanted is not None and self.count != wanted:
+            amiss.append(
+                f"up to step {step} it has {self.count} records, where {wanted} were written: "
+                "curves and report are those of what is left"
+            )
+        if b"".join(kept) != text or not self.path.exists():
+            with write_atomically(self.path) as temporary:
+                temporary.write_bytes(b"".join(kept))
+        return amiss
+
+
+# --- its data ---
+
+
+def fingerprint(dataset: Dataset) -> dict[str, str]:
+    """Hashes of what training and its scores depend on, by name; not of where the files lie."""
+    texts = {
+        "items": [dataset.items, dataset.image_item.tolist()],
+        "captions": dataset.captions,
+        "splits": dataset.split,
+        "groups": [dataset.group, dataset.subgroup],
+    }
+    found = {name: digest(json.dumps(value).encode()) for name, value in texts.items()}
+    return found | {"pictures": digest(dataset.images.numpy())}
+
+
+def digest(data: bytes | np.ndarray) -> str:
+    return hashlib.sha256(data).hexdigest()[:16]
