@@ -33,6 +33,7 @@ from .modules import (
 )
 from .similarity import similarity_logsumexp, similarity_softplus
 from .similarity.dispatch import backends, use_backend
+from .similarity.panelwise import panelwise
 from .similarity.primitive import explain
 
 __version__ = "0.1.0"
@@ -62,6 +63,7 @@ __all__ = [
     "multi_positive_infonce",
     "nt_xent_loss",
     "one_to_k_loss",
+    "panelwise",
     "siglip_loss",
     "similarity_logsumexp",
     "similarity_softplus",

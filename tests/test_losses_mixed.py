@@ -158,7 +158,7 @@ def test_equal_cluster_weights_are_infonce():
     ("t_positive", "t_negative"), [(1.0, 0.9), (0.0, 2.0), (10.0, 30.0), (2.0, 0.0)]
 )
 def test_cacr(monkeypatch, with_ids, t_positive, t_negative):
-    monkeypatch.setattr("ito_kernels.losses.panels.panel_rows", lambda columns: 4)
+    monkeypatch.setattr("ito_kernels.similarity.panelwise.panel_rows", lambda columns: 4)
     n, m = (13, 11) if with_ids else (9, 9)
     q, k = unit(n, 5).requires_grad_(), unit(m, 5, seed=1).requires_grad_()
     ids, given = (torch.arange(n), torch.arange(m)), {}

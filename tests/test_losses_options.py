@@ -223,7 +223,7 @@ REWEIGHTED = ["debias", "debias floor", "hardness", "debias, hardness", "reweigh
 )
 def test_positive_pairs(monkeypatch, more, weighted, positives):
     """Pairs that no ids can say, some of them twice, some anchors without one."""
-    monkeypatch.setattr("ito_kernels.losses.panels.panel_rows", lambda columns: 3)
+    monkeypatch.setattr("ito_kernels.similarity.panelwise.panel_rows", lambda columns: 3)
     n, m = (8, 8) if "self" in more else (8, 11)
     q, k = unit(n, 5).requires_grad_(), unit(m, 5, seed=1).requires_grad_()
     scale = torch.tensor(4.0, dtype=F64, requires_grad=True)

@@ -11,8 +11,7 @@ from torch.autograd import forward_ad
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import ito_kernels as ik
-from ito_kernels.similarity import chunked as panels
-from ito_kernels.similarity import dispatch, op
+from ito_kernels.similarity import dispatch, op, panelwise
 from ito_kernels.similarity.spec import Needs, Problem, SideUpstream, Upstream
 
 chunked, reference = dispatch.load("chunked"), dispatch.load("reference")
@@ -64,8 +63,8 @@ def test_opcheck(same, weighted, early, stats, backend):
 @pytest.mark.parametrize("positives", ["linear", "lse"])
 @pytest.mark.parametrize("same", [False, True])
 def test_gradcheck(backend, positives, same, monkeypatch):
-    monkeypatch.setattr(panels, "PANEL_SCORES", 10)
-    monkeypatch.setattr(panels, "MIN_ROWS", 2)
+    monkeypatch.setattr(panelwise, "PANEL_SCORES", 10)
+    monkeypatch.setattr(panelwise, "MIN_ROWS", 2)
     g = torch.Generator().manual_seed(0)
     n, m = 5, 5 if same else 7
     ids = torch.tensor([0, 1, 1, 0, 2]), torch.tensor([1, 0, 2, 1, 0, 2, 0])[:m]

@@ -51,19 +51,24 @@ def same_on_every_rank(
     *,
     stacked: Sequence[str] = (),
     free: Sequence[str] = (),
+    options_of: Callable | None = None,
 ) -> Callable:
     """A loss that, with a group, all ranks must call alike: else it raises on every one of them.
 
     Compared are the loss, which arguments are given, their values but for those of tensors, and of
     floating-point tensors whether a gradient is wanted and, where they are matrices, dtype and
     width. stacked: arguments of shape (count, N, D), whose count is compared too. free: arguments
-    that are each rank's own. What goes into `**options` is compared by the loss that it goes to.
+    that are each rank's own. options_of: the loss whose keyword arguments `**options` are; what
+    goes into `**options` elsewhere is compared by the loss that it goes to.
 
     The loss raises ValueError where ranks differ, and where another one refused its arguments.
     """
     if loss is None:
-        return partial(same_on_every_rank, stacked=stacked, free=free)
-    parameters = inspect.signature(loss).parameters.values()
+        return partial(same_on_every_rank, stacked=stacked, free=free, options_of=options_of)
+    parameters = [*inspect.signature(loss).parameters.values()]
+    if options_of is not None:
+        more = inspect.signature(options_of).parameters.values()
+        parameters += [p for p in more if p.kind is p.KEYWORD_ONLY]
     positional = [p.name for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD]
     rest = next((p.name for p in parameters if p.kind is p.VAR_POSITIONAL), None)
     defaults = {

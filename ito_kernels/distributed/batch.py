@@ -259,6 +259,26 @@ class GlobalBatch:
         total = self.sum(weighted_sum(stats, weights))
         return (total, op.detached(stats)) if return_stats else total
 
+    def logsumexp_of(
+        self,
+        problem: Problem,
+        row_weights: tuple[Tensor | None, Tensor | None],
+        col_weights: tuple[Tensor | None, Tensor | None],
+        return_stats: bool,
+        backend: str | None,
+    ) -> Stats | Tensor | tuple[Tensor, Stats]:
+        """`similarity_logsumexp` of a problem of this rank's rows, as the primitive takes it."""
+        what = problem._asdict()
+        del what["diagonal"]
+        what["b"] = what["a"] if problem.b is None else problem.b
+        return self.similarity_logsumexp(
+            **what,
+            row_weights=row_weights,
+            col_weights=col_weights,
+            return_stats=return_stats,
+            backend=backend,
+        )
+
     @not_compiled
     def similarity_softplus(
         self,

@@ -36,6 +36,9 @@ class LocalBatch:
     def same(self, x: Tensor) -> Tensor:
         return x
 
+    # of arguments that a loss has checked: to check them again takes 10 µs
+    logsumexp_of = staticmethod(logsumexp_of)
+
     everyones = sum = shared_sum = largest = first = rows = mine = same
 
     def similarity_logsumexp(

@@ -21,7 +21,7 @@ from pytorch_metric_learning.distances import CosineSimilarity, DotProductSimila
 from pytorch_metric_learning.reducers import BaseReducer, MultipleReducers
 from torch import Tensor
 
-from ..losses.batch import make_batch
+from ..losses.batch import check_arguments
 from ..losses.common import check_temperature, scale_from_temperature
 from ..losses.decoupled import softmax_over_negatives
 from ..losses.infonce import multi_positive_infonce
@@ -129,7 +129,7 @@ class NTXentLoss(_WithoutMatrix, theirs.NTXentLoss):
 
     def _loss(self, queries, keys, ids, key_ids, exclude_self: bool) -> Tensor:
         scale = scale_from_temperature(self.temperature, queries)
-        batch = make_batch(queries, keys, scale, ids, key_ids, False, None, promote=True)
-        batch.exclude_self = exclude_self
-        number = batch.positives("row").sum().clamp(min=1)
-        return softmax_over_negatives(batch, {"row": (1 / number).expand(len(queries))})
+        given = check_arguments(queries, keys, scale, ids=(ids, key_ids))
+        scores = given.scores(symmetric=False, exclude_self=exclude_self)
+        number = scores.positives("row").sum().clamp(min=1)
+        return softmax_over_negatives(scores, {"row": (1 / number).expand(len(queries))})

@@ -1,257 +1,155 @@
-"""The scores of a batch, direction by direction: their statistics, and how many take part.
+"""The one door of the losses: arguments are checked, ids and scale get their defaults, and the
+global batch is made, here and nowhere else.
 
-A direction is named by its anchors: "row" for the queries, "col" for the keys.
+A loss calls `check_arguments`, then checks what it alone has, and makes its batch after that: with
+a group the ranks meet there, and one that refuses its arguments later would leave the others
+waiting.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-from functools import partial
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..distributed import GlobalBatch, LocalBatch, check_chunk_size, whole_batch
-from ..similarity.pairs import count_positives, features, finite_shift
-from ..similarity.spec import Problem, SideStats, Stats, check_ids, check_pair, check_scale
-from .common import check_flags
-from .panels import barred_by, log_sums, sums_of_rest
-from .precision import accumulated, as_autocast, inner
-
-OTHER = {"row": "col", "col": "row"}
+from ..similarity.spec import check_features, check_ids, check_pair, check_scale
+from .common import normalized
+from .precision import accumulated, as_autocast
+from .scores import Scores
 
 
-@dataclass
-class Batch:
-    """S = scale·queries·keysᵀ, plus, in the queries' direction alone, the bias of each key.
+class Names(NamedTuple):
+    """What a loss calls its arguments, for errors. query_ids: None if it takes no ids."""
 
-    A limit leaves out, in its anchors' direction, negatives with a larger inner product. With a
-    group all tensors are this rank's rows, and whatever is counted or summed is that of `whole`.
-    """
+    queries: str = "queries"
+    keys: str = "keys"
+    scale: str = "logit_scale"
+    query_ids: str | None = None
+    key_ids: str | None = None
+    of: tuple[str, str] = ("queries", "keys")  # what there are so many of
 
-    whole: GlobalBatch | LocalBatch
+    def unequal(self, n: int, m: int, missing: str | None) -> ValueError:
+        if self.query_ids is None:
+            return ValueError(
+                f"{self.queries} and {self.keys} must have as many rows, got {n} and {m}"
+            )
+        return ValueError(
+            f"{self.queries} and {self.keys} must have as many rows unless {self.query_ids} and"
+            f" {self.key_ids} say what belongs together: got {n} {self.of[0]}, {m} {self.of[1]} and"
+            f" no {missing}"
+        )
+
+
+BY_ID = Names(query_ids="query_ids", key_ids="key_ids")
+PAIRED = Names()
+
+
+class Arguments(NamedTuple):
+    """What every loss has, checked; ids are int64, or None where row i belongs to row i alone."""
+
     queries: Tensor
     keys: Tensor
     scale: Tensor
-    symmetric: bool
+    query_ids: Tensor | None
+    key_ids: Tensor | None
+    names: Names
+    group: object
+    chunk_size: int | None
     backend: str | None
-    exclude_self: bool = False
-    key_bias: Tensor | None = None
-    row_limit: Tensor | None = None
-    col_limit: Tensor | None = None
 
-    @property
-    def query_ids(self) -> Tensor | None:
-        return self.whole.query_ids
+    def another(self, name: str, x: object, rows: int | None = None) -> Tensor:
+        """`x`, features like the queries and if `rows` is given as many, checked too."""
+        _, x = check_pair(self.names.queries, self.queries, name, x)
+        if rows is not None and len(x) != rows:
+            raise ValueError(
+                f"{self.names.queries} and {name} must have as many rows, got {rows} and {len(x)}"
+            )
+        return x
 
-    @property
-    def key_ids(self) -> Tensor | None:
-        return self.whole.key_ids
+    def frozen(self, name: str, x: object, rows: int) -> Tensor:
+        """`x`, features of any width without gradient, checked, in the dtype of the computation."""
+        x = check_features(name, x)
+        if len(x) != rows:
+            raise ValueError(f"{name} must have {rows} rows, got {len(x)}")
+        if x.device != self.queries.device:
+            raise ValueError(f"{name} must be on {self.queries.device}, got {x.device}")
+        return x.detach().to(self.scale.dtype)
 
-    @property
-    def diagonal(self) -> int | None:
-        """Among all keys, where the self pairs begin that are left out."""
-        return self.whole.numbers(0).start if self.exclude_self else None
-
-    @property
-    def directions(self) -> tuple[str, ...]:
-        return ("row", "col") if self.symmetric else ("row",)
-
-    def features(self, side: str) -> Tensor:
-        return self.queries if side == "row" else self.keys
-
-    def number(self, side: str) -> int:
-        """Of everyone's rows on a side, padding included."""
-        return self.whole.count(0 if side == "row" else 1)
-
-    def ids(self, side: str) -> Tensor | None:
-        return self.query_ids if side == "row" else self.key_ids
-
-    def bias(self, side: str) -> Tensor | None:
-        return self.key_bias if side == "row" else None
-
-    def statistics(self, power: float = 1.0, **what) -> dict[str, SideStats]:
-        """Of power·S, for each direction."""
-        call = partial(self.logsumexp, power, **what)
-        if self.key_bias is None and self.row_limit is None:
-            stats = call(cols=self.symmetric)
-        else:  # what only one direction has takes a call of its own
-            bias = None if self.key_bias is None else power * self.key_bias
-            stats = call(cols=False, col_bias=bias, row_limit=self.row_limit)
-            if self.symmetric and self.col_limit is None:
-                stats = stats._replace(col=call(rows=False).col)
-            elif self.symmetric and self.scale.ndim:
-                stats = stats._replace(col=self._limited_columns(power, **what))
-            elif self.symmetric:
-                stats = stats._replace(col=self._swapped().statistics(power, **what)["row"])
-        found = {"row": stats.row, "col": stats.col}
-        return {side: found[side] for side in self.directions}
-
-    def logsumexp(self, power: float = 1.0, **what) -> Stats | Tensor:
-        """The primitive, of power·S without bias and limits."""
-        return self.whole.similarity_logsumexp(
-            self.queries,
-            self.keys,
-            power * self.scale,
-            row_ids=self.query_ids,
-            col_ids=self.key_ids,
-            exclude_self=self.exclude_self,
-            backend=self.backend,
-            **what,
+    def promoted(self) -> Arguments:
+        """bf16 and fp16 features in fp32, rounded first where autocast would have rounded them."""
+        queries = accumulated(as_autocast(self.queries))
+        same = self.keys is self.queries
+        return self._replace(
+            queries=queries, keys=queries if same else accumulated(as_autocast(self.keys))
         )
 
-    def _swapped(self) -> Batch:
-        """The keys' direction as the queries'."""
-        return replace(
-            self,
-            queries=self.keys,
-            keys=self.queries,
-            whole=self.whole.swapped(),
-            symmetric=False,
-            key_bias=None,
-            row_limit=self.col_limit,
-            col_limit=None,
+    def with_ids_of(self, batch: GlobalBatch | LocalBatch) -> Arguments:
+        """With the ids of the batch: of all ranks' rows there always are some."""
+        query_ids, key_ids = batch.query_ids, batch.key_ids
+        if query_ids is self.query_ids and key_ids is self.key_ids:
+            return self
+        return self._replace(query_ids=query_ids, key_ids=key_ids)
+
+    def normalized(self) -> Arguments:
+        same = self.keys is self.queries and self.query_ids is self.key_ids
+        queries = normalized(self.queries, self.query_ids)
+        return self._replace(
+            queries=queries, keys=queries if same else normalized(self.keys, self.key_ids)
         )
 
-    def _limited_columns(
-        self, power: float, positives: str | None = None, exclude_positives: bool = False
-    ) -> SideStats:
-        """The keys' direction with a limit for each key and a scale for each query, which no kernel
-        has: the logsumexp in panels. The positives, which no limit leaves out, are a kernel's."""
-        problem = self._swapped()._mask(exclude_positives=exclude_positives)
-        scale = power * self.whole.rows(self.scale)
-        top, _, (logsum,) = log_sums(*features(problem), scale, None, barred_by(problem), (1.0,))
-        if positives is None:
-            return SideStats(top, logsum, None, None)
-        stats = self.logsumexp(
-            power, rows=False, positives=positives, exclude_positives=exclude_positives
-        )
-        number = self.positives("col") if positives == "linear" else 1
-        pos = stats.col_pos + number * (finite_shift(stats.col_max) - finite_shift(top))
-        return SideStats(top, logsum, pos, None)
-
-    def _mask(self, **flags) -> Problem:
-        """Which of everyone's keys each query is compared with: a matter of ids and inner products,
-        not of the scale."""
-        return Problem(
-            self.queries,
-            self.whole.rows(self.keys),
-            self.scale.new_ones(()),
-            row_ids=self.query_ids,
-            col_ids=None if self.key_ids is None else self.whole.rows(self.key_ids),
-            row_limit=self.row_limit,
-            exclude_self=self.exclude_self,
-            diagonal=self.whole.numbers(0).start,
-            **flags,
+    def global_batch(self) -> GlobalBatch | LocalBatch:
+        """That of all ranks of the group, who meet here."""
+        return whole_batch(
+            *(self.group, self.queries, self.keys, self.query_ids, self.key_ids),
+            *(self.chunk_size, self.backend),
         )
 
-    def _limited(self, side: str) -> bool:
-        return (self.row_limit if side == "row" else self.col_limit) is not None
-
-    def positives(self, side: str) -> Tensor:
-        """k, the number of keys (queries) with the id of each anchor."""
-        if self.query_ids is None:
-            return self.scale.new_full((len(self.features(side)),), 0 if self.exclude_self else 1)
-        ids, others = self.ids(side), self.ids(OTHER[side])
-        k = count_positives(ids, self.whole.everyones(others))
-        if self.exclude_self:
-            k = k - ((ids == others) & (ids >= 0)).long()
-        return k.to(self.scale.dtype)
-
-    def candidates(self, side: str) -> Tensor:
-        """How many keys (queries) each anchor is compared with."""
-        if self._limited(side):
-            # only the kernels see which are left: with all scores 0 the sum counts them
-            batch = self if side == "row" else self._swapped()
-            with torch.no_grad():
-                batch = replace(batch, scale=self.scale.new_ones(()))
-                return batch.statistics(0.0)["row"].logsum.exp().round()
-        n, m = len(self.features(side)), len(self.features(OTHER[side]))
-        others = self.ids(OTHER[side])
-        number = self.scale.new_full((n,), m if others is None else 0)
-        if others is not None:
-            number = number + (self.whole.everyones(others) >= 0).sum()
-        if self.exclude_self:
-            number = number - (1 if others is None else (others >= 0).to(number.dtype))
-        return number
-
-    def mean(self, side: str, losses: Tensor) -> Tensor:
-        """Of one direction's anchors, padding left out."""
-        ids = self.ids(side)
-        where = torch.ones_like(losses, dtype=torch.bool) if ids is None else ids >= 0
-        return self.whole.mean_where(losses, where)
-
-    def total(self, side: str) -> tuple[Tensor, Tensor]:
-        """Σ S over the candidates of each anchor and their number, in O((N + M)·D)."""
-        bias = self.bias(side)
-        if bias is not None and self.key_ids is not None:
-            bias = bias.masked_fill(self.key_ids < 0, 0)
-        if self._limited(side):
-            return self._limited_total(side, bias)
-
-        def clean(x: Tensor, ids: Tensor | None) -> Tensor:
-            x = accumulated(x)
-            return x if ids is None else x.masked_fill((ids < 0)[:, None], 0)
-
-        rows = self.scale.reshape(-1, 1) * clean(self.queries, self.query_ids)
-        cols = clean(self.keys, self.key_ids)
-        mine, others = (rows, cols) if side == "row" else (cols, rows)
-        total = (mine * self.whole.shared_sum(others.sum(0))).sum(1)
-        if self.exclude_self:
-            total = total - inner(rows, cols)
-        if bias is not None:
-            everyones = self.whole.shared_sum(bias.sum())
-            total = total + everyones - (bias if self.exclude_self else 0)
-        return total, self.candidates(side)
-
-    def _limited_total(self, side: str, bias: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Linear in the other side's rows: only the mask takes products of all pairs."""
-        problem = (self if side == "row" else self._swapped())._mask()
-        mine, others = features(problem)
-        if side == "row":
-            mine = self.scale.reshape(-1, 1) * mine
-        else:
-            others = self.whole.rows(self.scale.expand(len(self.queries)))[:, None] * others
-        ones = others.new_ones(len(others))
-        bias = torch.zeros_like(ones) if bias is None else self.whole.rows(bias)
-        sums = sums_of_rest(problem, torch.cat([others, bias[:, None], ones[:, None]], 1))
-        return (mine * sums[:, :-2]).sum(1) + sums[:, -2], sums[:, -1].detach()
+    def scores(self, symmetric: bool = True, exclude_self: bool = False) -> Scores:
+        """In fp32 at least: for losses whose parts meet outside the kernels."""
+        given = self.promoted()
+        return Scores(
+            given.global_batch(),
+            *(given.queries, given.keys, given.scale),
+            symmetric=symmetric,
+            exclude_self=exclude_self,
+            backend=given.backend,
+        )
 
 
-def make_batch(
+def check_arguments(
     queries: Tensor,
     keys: Tensor,
-    logit_scale: float | Tensor,
-    query_ids: Tensor | None,
-    key_ids: Tensor | None,
-    symmetric: bool,
-    backend: str | None,
+    scale: float | Tensor,
     group=None,
     chunk_size: int | None = None,
-    promote: bool = False,
-) -> Batch:
-    """A checked batch. `promote`: bf16 and fp16 features in fp32, those of autocast too."""
+    backend: str | None = None,
+    *,
+    ids: tuple[Tensor | None, Tensor | None] = (None, None),
+    names: Names = BY_ID,
+    unequal: bool = False,
+) -> Arguments:
+    """The arguments that all losses share, checked, with their defaults.
+
+    ids: of the queries and of the keys.
+    unequal: without ids, too, there may be more queries than keys, or fewer.
+    Raises TypeError or ValueError by name.
+    """
     check_chunk_size(chunk_size)
-    check_flags(symmetric=symmetric)
-    queries, keys = check_pair("queries", queries, "keys", keys)
-    scale = check_scale("logit_scale", logit_scale, queries)
-    n, m, device = len(queries), len(keys), queries.device
-    if n != m and (query_ids is None or key_ids is None):
-        raise ValueError(
-            f"query_ids and key_ids are needed where queries and keys differ in number: got"
-            f" {n} queries, {m} keys and no {'query_ids' if query_ids is None else 'key_ids'}"
-        )
+    query_ids, key_ids = ids
+    queries, keys = check_pair(names.queries, queries, names.keys, keys)
+    scale = check_scale(names.scale, scale, queries)
+    n, m, device = queries.size(0), keys.size(0), queries.device  # len() takes 0.4 µs
+    if n != m and not unequal and (query_ids is None or key_ids is None):
+        raise names.unequal(n, m, names.query_ids if query_ids is None else names.key_ids)
     if query_ids is not None or key_ids is not None:
+        # with a group the batch has their default, which are the rows' numbers among all ranks'
         rows = torch.arange(n, device=device) if group is None else None
         query_ids = rows if query_ids is None else query_ids
         key_ids = rows if key_ids is None else key_ids
         if query_ids is not None:
-            query_ids = check_ids("query_ids", query_ids, n, "queries", device)
+            query_ids = check_ids(names.query_ids, query_ids, n, names.queries, device)
         if key_ids is not None:
-            key_ids = check_ids("key_ids", key_ids, m, "keys", device)
-    if promote:
-        same = keys is queries
-        queries = accumulated(as_autocast(queries))
-        keys = queries if same else accumulated(as_autocast(keys))
-    whole = whole_batch(group, queries, keys, query_ids, key_ids, chunk_size, backend)
-    return Batch(whole, queries, keys, scale, symmetric, backend)
+            key_ids = check_ids(names.key_ids, key_ids, m, names.keys, device)
+    return Arguments(queries, keys, scale, query_ids, key_ids, names, group, chunk_size, backend)

@@ -9,9 +9,9 @@ from torch import Tensor
 
 from ..distributed import same_on_every_rank
 from ..similarity.dispatch import check_name
-from .batch import make_batch
+from ..similarity.panelwise import panelwise_sum
+from .batch import check_arguments
 from .options import check_number
-from .panels import sum_of_panels
 from .precision import without_autocast
 
 
@@ -53,37 +53,40 @@ def cacr_loss(
     t_negative = check_number("t_negative", t_negative, 0, math.inf)
     if backend is not None:
         check_name(backend)
-    batch = make_batch(
-        *(queries, keys, 1.0, query_ids, key_ids, False, "reference", group, chunk_size),
-        promote=True,
+    given = check_arguments(
+        queries, keys, 1.0, group, chunk_size, "reference", ids=(query_ids, key_ids)
     )
-    whole, a, query_ids, key_ids = batch.whole, batch.queries, batch.query_ids, batch.key_ids
+    scores = given.scores(symmetric=False)
+    batch, a = scores.global_batch, scores.queries
+    query_ids, key_ids = scores.query_ids, scores.key_ids
     if query_ids is None:
         query_ids = key_ids = torch.arange(len(a), device=a.device)
-    with without_autocast(queries.device):
-        b, key_ids = whole.rows(batch.keys), whole.rows(key_ids)
+    with without_autocast(a.device):
+        b, key_ids = batch.rows(scores.keys), batch.rows(key_ids)
         a, b = (x.masked_fill((i < 0)[:, None], 0) for x, i in ((a, query_ids), (b, key_ids)))
-        k = batch.positives("row")
-        negatives = (batch.candidates("row") - k).masked_fill(query_ids < 0, 0)
-        counts = (whole.sum((x > 0).sum()).clamp(min=1) for x in (k, negatives))
+        k = scores.positives("row")
+        negatives = (scores.candidates("row") - k).masked_fill(query_ids < 0, 0)
+        counts = (batch.sum((x > 0).sum()).clamp(min=1) for x in (k, negatives))
         shares = tuple((x > 0) / c.to(a.dtype) for x, c in zip((k, negatives), counts, strict=True))
 
-        def panel(rows: slice) -> tuple[Tensor, Tensor]:
+        padded = key_ids < 0
+
+        def panel(dot: Tensor, rows: Tensor) -> tuple:
             """The rows' part of the loss, and its slope along the inner products."""
-            cost = torch.addmm(two, a[rows], b.T, alpha=-2)
             other = query_ids[rows, None] != key_ids
-            positive = _expected(cost, t_positive, other | padded, shares[0][rows, None])
-            negative = _expected(cost, -t_negative, ~other | padded, shares[1][rows, None])
-            return positive[0] - negative[0], positive[1].sub_(negative[1]).mul_(-2)
+            positive = _expected(dot, t_positive, other | padded, shares[0][rows, None])
+            negative = _expected(dot, -t_negative, ~other | padded, shares[1][rows, None])
+            return positive[0] - negative[0], (positive[1].sub_(negative[1]),)
 
-        two, padded = a.new_full((), 2.0), key_ids < 0
-        return whole.sum(sum_of_panels(a, b, panel)).to(a.dtype)
+        loss = panelwise_sum(panel, a, b)
+        return batch.sum(loss).to(a.dtype)
 
 
-def _expected(cost: Tensor, t: float, left_out: Tensor, share: Tensor) -> tuple[Tensor, Tensor]:
-    """Σ_i share_i Σ_j π_ij c_ij with π_ij ∝ exp(t c_ij) over what is not left out, and its slope
-    along c, share_i · π_ij (1 + t (c_ij - Σ_j π_ij c_ij))."""
-    weights = (t * cost).masked_fill_(left_out, -torch.inf).softmax(1)
+def _expected(scores: Tensor, t: float, left_out: Tensor, share: Tensor) -> tuple[Tensor, Tensor]:
+    """Σ_i share_i Σ_j π_ij c_ij with c = 2 - 2·scores and π_ij ∝ exp(t c_ij) over what is not left
+    out, and its slope along the scores, -2·share_i · π_ij (1 + t (c_ij - Σ_j π_ij c_ij))."""
+    weights = (-2 * t * scores).masked_fill_(left_out, -torch.inf).softmax(1)
     weights.masked_fill_(share == 0, 0)  # of nothing at all it is NaN
-    mean = torch.linalg.vecdot(weights, cost)[:, None]
-    return (share * mean).sum(), weights.mul_((cost - mean).mul_(t * share).add_(share))
+    mean = torch.linalg.vecdot(weights, scores)[:, None]
+    slope = weights.mul_((scores - mean).mul_(4 * t * share).sub_(2 * share))
+    return (share * (2 - 2 * mean)).sum(), slope

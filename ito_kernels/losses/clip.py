@@ -7,21 +7,20 @@ import math
 import torch
 from torch import Tensor
 
-from ..distributed import check_chunk_size, same_on_every_rank, whole_batch
-from ..similarity.spec import (
-    accumulate_dtype,
-    cast,
-    check_ids,
-    check_pair,
-    check_scale,
-    check_tensor,
-    scalar,
-)
-from .common import REDUCTIONS, check_choice, check_flags, normalized
-from .infonce import multi_positive_infonce
+from ..distributed import same_on_every_rank
+from ..similarity.spec import accumulate_dtype, cast, check_tensor, scalar
+from .batch import Names, check_arguments
+from .common import REDUCTIONS, check_choice, check_flags
+from .infonce import infonce, multi_positive_infonce
+from .options import Options
+
+FEATURES = ("image_features", "text_features")
+CLIP = Names(*FEATURES, query_ids="query_ids", key_ids="key_ids")
+SIGLIP = Names(*FEATURES, query_ids="image_ids", key_ids="text_ids", of=("images", "texts"))
+WHERE = {"group", "chunk_size", "backend"}
 
 
-@same_on_every_rank
+@same_on_every_rank(options_of=multi_positive_infonce)
 def clip_loss(
     image_features: Tensor, text_features: Tensor, logit_scale: float | Tensor, **options
 ) -> Tensor | tuple:
@@ -38,14 +37,18 @@ def clip_loss(
 
     Returns and raises as `multi_positive_infonce`. Source: Radford et al. 2021 (CLIP), fig. 3.
     """
-    check_pair("image_features", image_features, "text_features", text_features)
-    n, m = image_features.size(0), text_features.size(0)  # len() takes 0.4 µs
-    if n != m and not {"query_ids", "key_ids", "positive_pairs"} & options.keys():
-        raise ValueError(
-            "image_features and text_features must have as many rows, unless query_ids and key_ids"
-            f" or positive_pairs say what belongs together: got {n} and {m}"
-        )
-    return multi_positive_infonce(image_features, text_features, logit_scale, **options)
+    ids = options.pop("query_ids", None), options.pop("key_ids", None)
+    where = {name: options.pop(name) for name in WHERE & options.keys()}
+    given = check_arguments(
+        image_features,
+        text_features,
+        logit_scale,
+        **where,
+        ids=ids,
+        names=CLIP,
+        unequal=options.get("positive_pairs") is not None,
+    )
+    return infonce(given, Options(**options))
 
 
 @same_on_every_rank
@@ -89,46 +92,35 @@ def siglip_loss(
 
     Source: Zhai et al. 2023 (SigLIP), eq. 1.
     """
-    check_chunk_size(chunk_size)
     check_flags(normalize=normalize)
     check_choice("reduction", reduction, REDUCTIONS)
-    image_features, text_features = check_pair(
-        "image_features", image_features, "text_features", text_features
-    )
-    scale = check_scale("logit_scale", logit_scale, image_features)
-    bias = _check_bias(logit_bias, image_features)
-    n, m, device = len(image_features), len(text_features), image_features.device
-    if n != m and (image_ids is None or text_ids is None):
-        raise ValueError(
-            "image_ids and text_ids are needed where images and texts differ in number:"
-            f" got {n} images, {m} texts and no "
-            + ("image_ids" if image_ids is None else "text_ids")
-        )
-    if image_ids is not None or text_ids is not None:
-        rows = torch.arange(n, device=device) if group is None else None
-        image_ids = rows if image_ids is None else image_ids
-        text_ids = rows if text_ids is None else text_ids
-        if image_ids is not None:
-            image_ids = check_ids("image_ids", image_ids, n, "image_features", device)
-        if text_ids is not None:
-            text_ids = check_ids("text_ids", text_ids, m, "text_features", device)
-    whole = whole_batch(
-        group, image_features, text_features, image_ids, text_ids, chunk_size, backend
-    )
-    image_ids, text_ids, number = whole.query_ids, whole.key_ids, n
-    if image_ids is not None:
-        number = whole.sum((image_ids >= 0).sum()).clamp(min=1)  # padding does not count
-    if normalize:
-        image_features = normalized(image_features, image_ids)
-        text_features = normalized(text_features, text_ids)
-    weights = None
-    if reduction != "none":
-        weights = torch.ones(n, dtype=bias.dtype, device=device)
-        if reduction == "mean":
-            weights /= number
-    return whole.similarity_softplus(
+    given = check_arguments(
         image_features,
         text_features,
+        logit_scale,
+        group,
+        chunk_size,
+        backend,
+        ids=(image_ids, text_ids),
+        names=SIGLIP,
+    )
+    bias = _check_bias(logit_bias, given.queries)
+    batch = given.global_batch()
+    given = given.with_ids_of(batch)
+    if normalize:
+        given = given.normalized()
+    images, texts, scale, image_ids, text_ids, *_ = given
+    number = n = len(images)
+    if image_ids is not None:
+        number = batch.sum((image_ids >= 0).sum()).clamp(min=1)  # padding does not count
+    weights = None
+    if reduction != "none":
+        weights = torch.ones(n, dtype=bias.dtype, device=images.device)
+        if reduction == "mean":
+            weights /= number
+    return batch.similarity_softplus(
+        images,
+        texts,
         scale,
         row_bias=bias.expand(n),
         row_ids=image_ids,

@@ -9,9 +9,9 @@ from torch import Tensor
 from torch.nn.functional import one_hot, softplus
 
 from ..distributed import same_on_every_rank
-from ..similarity.pairs import finite_shift
-from ..similarity.spec import check_ids, check_pair, check_tensor
-from .batch import make_batch
+from ..similarity.spec import check_ids, check_tensor
+from .batch import check_arguments
+from .common import check_flags
 from .options import check_values
 from .precision import inner, without_autocast
 
@@ -53,10 +53,13 @@ def cluster_weighted_infonce(
     Returns a 0-d fp32 tensor (fp64 for fp64 features). Raises as `multi_positive_infonce`.
     Source: Yu et al. 2023 (AdaMEOW).
     """
-    check_pair("queries", queries, "keys", keys)
-    device = queries.device
-    rows = check_ids("query_clusters", query_clusters, len(queries), "queries", device)
-    cols = check_ids("key_clusters", key_clusters, len(keys), "keys", device)
+    check_flags(symmetric=symmetric)
+    given = check_arguments(
+        queries, keys, logit_scale, group, chunk_size, backend, ids=(query_ids, key_ids)
+    )
+    device = given.queries.device
+    rows = check_ids("query_clusters", query_clusters, len(given.queries), "queries", device)
+    cols = check_ids("key_clusters", key_clusters, len(given.keys), "keys", device)
     weights = check_tensor("weights", weights, "a (C, C) tensor")
     if weights.ndim != 2 or weights.shape[0] != weights.shape[1]:
         raise ValueError(f"weights must be a (C, C) tensor, got {tuple(weights.shape)}")
@@ -70,37 +73,34 @@ def cluster_weighted_infonce(
                     f"{name} must be from 0 to {len(weights) - 1}, got {int(x.min())} to"
                     f" {int(x.max())}"
                 )
-    batch = make_batch(
-        *(queries, keys, logit_scale, query_ids, key_ids, symmetric, backend, group, chunk_size),
-        promote=True,
-    )
+    scores = given.scores(symmetric)
     with without_autocast(device):
-        dtype = batch.queries.dtype
+        dtype = scores.queries.dtype
         weights = weights.to(dtype)
         # a weight of 0 is a feature, which must be finite: -1e4 is below any score
         bias = torch.where(weights > 0, torch.where(weights > 0, weights, 1).log(), -1e4)
-        left = bias[rows] / batch.scale.reshape(-1, 1)
+        left = bias[rows] / scores.scale.reshape(-1, 1)
         right = one_hot(cols, len(weights)).to(dtype)
         weighted = replace(
-            batch,
-            queries=torch.cat([batch.queries, left], 1),
-            keys=torch.cat([batch.keys, right], 1),
+            scores,
+            queries=torch.cat([scores.queries, left], 1),
+            keys=torch.cat([scores.keys, right], 1),
         )
         negatives = weighted.statistics(exclude_positives=True)
         losses = []
         if query_ids is None and key_ids is None:
             # the positive of row i is key i: no pass over S is for it
-            true = batch.scale * inner(batch.queries, batch.keys)
+            true = scores.scale * inner(scores.queries, scores.keys)
             for side, x in negatives.items():
                 terms = softplus(x.logsum + x.max - true, threshold=40)
-                losses.append(batch.mean(side, terms))
+                losses.append(scores.mean(side, terms))
             return sum(losses) / len(losses)
-        sums, means = (batch.statistics(positives=kind) for kind in ("lse", "linear"))
+        sums, means = (scores.statistics(positives=kind) for kind in ("lse", "linear"))
         for side, found in sums.items():
-            shift, k = finite_shift(found.max), batch.positives(side)
+            shift, k = found.shift, scores.positives(side)
             others = negatives[side].logsum + (negatives[side].max - shift)
             kept = (k > 0) | found.logsum.isnan()  # what is not finite shows
             pos = torch.where(kept, found.pos, 0)
             loss = torch.logaddexp(pos, others) - means[side].pos / k.clamp(min=1)
-            losses.append(batch.mean(side, torch.where(kept, loss, 0)))
+            losses.append(scores.mean(side, torch.where(kept, loss, 0)))
         return sum(losses) / len(losses)

@@ -6,9 +6,12 @@ import torch
 from torch import Tensor
 
 from ..distributed import same_on_every_rank
-from .batch import Batch, make_batch
-from .infonce import multi_positive_infonce
+from .batch import check_arguments
+from .common import check_flags
+from .infonce import infonce
+from .options import Options
 from .precision import without_autocast
+from .scores import Scores
 from .tiles import softplus_sums
 
 
@@ -43,15 +46,17 @@ def decoupled_contrastive_loss(
     Returns a 0-d fp32 tensor (fp64 for fp64 features). Raises as `multi_positive_infonce`.
     Source: Yeh et al. 2022 (Decoupled contrastive learning).
     """
-    batch = make_batch(
-        queries, keys, logit_scale, query_ids, key_ids, symmetric, backend, group, chunk_size
+    check_flags(symmetric=symmetric)
+    given = check_arguments(
+        queries, keys, logit_scale, group, chunk_size, backend, ids=(query_ids, key_ids)
     )
+    scores = Scores(given.global_batch(), *given[:3], symmetric, backend=backend)
     weights = {}
-    for side in batch.directions:
-        k, negatives = batch.positives(side), batch.candidates(side) - batch.positives(side)
-        u = ((k > 0) & (negatives > 0)) * _share(batch, side)
+    for side in scores.directions:
+        k, negatives = scores.positives(side), scores.candidates(side) - scores.positives(side)
+        u = ((k > 0) & (negatives > 0)) * _share(scores, side)
         weights[f"{side}_weights"] = u, -u / k.clamp(min=1)
-    return batch.logsumexp(
+    return scores.logsumexp(
         positives="linear",
         exclude_positives=True,
         cols=symmetric,
@@ -87,55 +92,50 @@ def decoupled_softmax_loss(
     Returns a 0-d fp32 tensor (fp64 for fp64 features). Raises as `multi_positive_infonce`.
     Source: Feeney and Hughes 2023 (SINCERE).
     """
-    where = {"group": group, "chunk_size": chunk_size}
-    if query_ids is None and key_ids is None:  # each positive is alone: this is InfoNCE
-        return multi_positive_infonce(
-            queries, keys, logit_scale, symmetric=symmetric, backend=backend, **where
-        )
-    batch = make_batch(
-        queries, keys, logit_scale, query_ids, key_ids, symmetric, backend, **where, promote=True
+    check_flags(symmetric=symmetric)
+    given = check_arguments(
+        queries, keys, logit_scale, group, chunk_size, backend, ids=(query_ids, key_ids)
     )
+    if query_ids is None and key_ids is None:  # each positive is alone: this is InfoNCE
+        return infonce(given, Options(symmetric=symmetric))
+    scores = given.scores(symmetric)
     weights = {
-        side: _share(batch, side) / batch.positives(side).clamp(min=1) for side in batch.directions
+        side: _share(scores, side) / scores.positives(side).clamp(min=1)
+        for side in scores.directions
     }
-    return softmax_over_negatives(batch, weights)
+    return softmax_over_negatives(scores, weights)
 
 
-def softmax_over_negatives(batch: Batch, weights: dict[str, Tensor]) -> Tensor:
+def softmax_over_negatives(scores: Scores, weights: dict[str, Tensor]) -> Tensor:
     """Σ over directions, anchors i and positives p of weight_i · softplus(log Σ_neg exp S - S_ip).
 
-    batch: with ids. weights: one for each anchor of a direction, (N,) or (M,).
+    scores: with ids. weights: one for each anchor of a direction, (N,) or (M,).
     """
-    with without_autocast(batch.queries.device):
-        found = batch.statistics(exclude_positives=True)
+    with without_autocast(scores.queries.device):
+        found = scores.statistics(exclude_positives=True)
         log_negatives = {side: x.logsum + x.max for side, x in found.items()}
-        whole = batch.whole
+        batch = scores.global_batch
         of_rows, of_cols = softplus_sums(
-            batch.queries,
-            whole.rows(batch.keys),
-            batch.query_ids,
-            whole.rows(batch.key_ids),
-            batch.scale,
+            scores.queries,
+            batch.rows(scores.keys),
+            scores.query_ids,
+            batch.rows(scores.key_ids),
+            scores.scale,
             log_negatives["row"],
-            whole.rows(log_negatives["col"]) if batch.symmetric else None,
-            batch.diagonal,
+            batch.rows(log_negatives["col"]) if scores.symmetric else None,
+            scores.diagonal,
         )
         sums = {"row": of_rows}
-        if batch.symmetric:  # of everyone's columns, over these rows
-            sums["col"] = whole.mine(whole.shared_sum(of_cols))
+        if scores.symmetric:  # of all ranks' columns, over these rows
+            sums["col"] = batch.mine(batch.shared_sum(of_cols))
         total = 0
         for side, x in log_negatives.items():
             # also of an anchor without a positive: what is not finite shows
-            total = (
-                total + (weights[side] * sums[side] + 0 * x.masked_fill(x == -torch.inf, 0)).sum()
-            )
-        return whole.sum(total)
+            shown = 0 * x.masked_fill(x == -torch.inf, 0)
+            total = total + (weights[side] * sums[side] + shown).sum()
+        return batch.sum(total)
 
 
-def _share(batch: Batch, side: str) -> Tensor:
+def _share(scores: Scores, side: str) -> Tensor:
     """What an anchor's loss is multiplied by in the mean, of both directions where symmetric."""
-    ids = batch.ids(side)
-    number = len(batch.features(side))
-    if ids is not None:
-        number = batch.whole.sum((ids >= 0).sum()).clamp(min=1)
-    return batch.scale.new_full((), 0.5 if batch.symmetric else 1.0) / number
+    return scores.scale.new_full((), 0.5 if scores.symmetric else 1.0) / scores.anchors(side)

@@ -7,10 +7,12 @@ import math
 import torch
 from torch import Tensor
 
-from ..distributed import check_chunk_size, same_on_every_rank, whole_batch
+from ..distributed import same_on_every_rank
 from ..similarity.dispatch import check_name
-from ..similarity.spec import check_features, check_pair, check_scale
-from .precision import accumulated, as_autocast, without_autocast
+from .batch import Names, check_arguments
+from .precision import accumulated, without_autocast
+
+UNIFORM, ALIGN = Names("x", "x", "t"), Names("x", "y", "alpha")
 
 
 @same_on_every_rank
@@ -38,32 +40,30 @@ def uniformity_loss(
     Raises TypeError or ValueError for an argument that does not fit, by name.
     Source: Wang and Isola 2020, eq. 7, without the pairs (i, i).
     """
-    check_chunk_size(chunk_size)
-    x = check_features("x", x)
-    t = check_scale("t", t, x)
+    given = check_arguments(x, x, t, group, chunk_size, backend, names=UNIFORM)
+    t = given.scale
     if t.ndim:
         raise ValueError(f"t must be a number or a 0-d tensor, got shape {tuple(t.shape)}")
-    whole = whole_batch(group, x, x, chunk_size=chunk_size, backend=backend)
-    n = whole.count(1)
+    scores = given.scores()
+    batch, x, n = scores.global_batch, scores.queries, scores.total_number("col")
     if n < 2:
         raise ValueError(f"x must have at least 2 rows: uniformity is of pairs, got {n}")
-    x = accumulated(as_autocast(x))
     with without_autocast(x.device):
         norms = -t * x.square().sum(1)
-        stats = whole.similarity_logsumexp(
+        stats = batch.similarity_logsumexp(
             x,
             x,
             2 * t,
             row_bias=norms,
             col_bias=norms,
-            row_ids=whole.query_ids,
-            col_ids=whole.key_ids,
+            row_ids=batch.query_ids,
+            col_ids=batch.key_ids,
             exclude_self=True,
             cols=False,
             backend=backend,
         )
         potential = (stats.row_max + stats.row_logsum).logsumexp(0, keepdim=True)
-        return whole.rows(potential).logsumexp(0) - math.log(n * (n - 1))
+        return batch.rows(potential).logsumexp(0) - math.log(n * (n - 1))
 
 
 @same_on_every_rank
@@ -88,15 +88,11 @@ def alignment_loss(
     Raises TypeError or ValueError for an argument that does not fit, by name.
     Source: Wang and Isola 2020, eq. 6.
     """
-    check_chunk_size(chunk_size)
     if backend is not None:
         check_name(backend)
-    check_pair("x", x, "y", y)
-    if len(x) != len(y):
-        raise ValueError(f"x and y must have as many rows, got {len(x)} and {len(y)}")
-    check_scale("alpha", alpha, x)
-    square = (accumulated(x) - accumulated(y)).square().sum(1)
+    given = check_arguments(x, y, alpha, group, chunk_size, "reference", names=ALIGN)
+    square = (accumulated(given.queries) - accumulated(given.keys)).square().sum(1)
     some = square != 0  # the root has no derivative at 0
     powers = torch.where(some, torch.where(some, square, 1) ** (alpha / 2), 0)
-    whole = whole_batch(group, x, y, chunk_size=chunk_size, backend="reference")
-    return whole.sum(powers.sum()) / whole.count(1)
+    batch = given.global_batch()
+    return batch.sum(powers.sum()) / batch.count(1)

@@ -1,26 +1,33 @@
-"""InfoNCE with any number of positives per anchor."""
+"""InfoNCE with any number of positives per anchor.
+
+For an anchor i with positives P_i and negatives N_i,
+
+    loss_i = log D_i - T_i
+
+D_i, the denominator: Σ e^S over the candidates of all pools, or Σ e^S over P_i plus the reweighted
+negatives. T_i, the target: the mean of S over P_i, or the logarithm of the mean or of the sum of
+e^S over P_i. Both are relative to `shift`, a constant beside the largest score, where digits do not
+cancel. Without options that need more it is one call of the primitive, with gradients formed in the
+forward pass.
+"""
 
 from __future__ import annotations
 
-from functools import partial
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from ..distributed import (
-    GlobalBatch,
-    LocalBatch,
-    check_chunk_size,
-    global_numbers,
-    same_on_every_rank,
-    whole_batch,
-)
-from ..similarity.pairs import count_positives
-from ..similarity.spec import SideStats, Stats, accumulate_dtype, check_ids, check_pair, check_scale
-from .common import REDUCTIONS, check_choice, check_flags, normalized
-from .composed import infonce_with_options
+from ..distributed import GlobalBatch, LocalBatch, global_numbers, same_on_every_rank
+from ..similarity.spec import Problem, as_autocast_problem
+from .batch import Arguments, check_arguments
+from .margin import with_margin
 from .options import Options, check_options, placed_pairs
+from .pools import HardNegatives, InBatch, Queue, Union, Unlisted
+from .positive_pairs import Listed, Pairs, SameId
+from .precision import accumulated, as_autocast, without_autocast
+from .reweighting import debiased, hard
+from .scores import Scores
 
 
 @same_on_every_rank
@@ -139,207 +146,273 @@ def multi_positive_infonce(
 
     Raises:
         TypeError, ValueError: an argument that does not fit, by name, before any kernel runs, or
-            two that have no meaning together. With a group ValueError on every rank, at once, where
-            ranks call otherwise or one of them has raised so.
+            two that have no meaning together.
         RuntimeError: the backend asked for cannot run here.
 
     Sources: van den Oord et al. 2018 (InfoNCE); Khosla et al. 2020, eq. 2 and 3 (SupCon);
     Miech et al. 2020 (MIL-NCE); He et al. 2020 (queue); Yi et al. 2019 (logQ correction); Chuang et
     al. 2020 (debias); Robinson et al. 2021 (hardness).
     """
-    check_chunk_size(chunk_size)
-    options = Options(
-        label_smoothing,
-        query_weights,
-        key_weights,
-        key_bias,
-        positive_pairs,
-        positive_weights,
-        queue,
-        queue_ids,
-        hard_negatives,
-        false_negative_margin,
-        debias,
-        hardness,
-    )
-    check_flags(
-        symmetric=symmetric,
-        exclude_self=exclude_self,
-        normalize=normalize,
-        return_stats=return_stats,
-    )
-    check_choice("positives", positives, ("mean", "sum", "in"))
-    check_choice("empty", empty, ("zero", "drop"))
-    check_choice("reduction", reduction, REDUCTIONS)
-    queries, keys = check_pair("queries", queries, "keys", keys)
-    scale = check_scale("logit_scale", logit_scale, queries)
-    n, m = queries.size(0), keys.size(0)  # len() takes 0.4 µs
-    if n != m and exclude_self:
-        raise ValueError(f"exclude_self needs as many queries as keys, got {n} and {m}")
-    if n != m and (query_ids is None or key_ids is None) and positive_pairs is None:
-        raise ValueError(
-            f"query_ids and key_ids are needed where queries and keys differ in number:"
-            f" got {n} queries, {m} keys and no "
-            + ("query_ids" if query_ids is None else "key_ids")
-        )
-    if query_ids is not None or key_ids is not None:
-        rows = torch.arange(n, device=queries.device) if group is None else None
-        query_ids = rows if query_ids is None else query_ids
-        key_ids = rows if key_ids is None else key_ids
-        if query_ids is not None:
-            query_ids = check_ids("query_ids", query_ids, n, "queries", queries.device)
-        if key_ids is not None:
-            key_ids = check_ids("key_ids", key_ids, m, "keys", queries.device)
-        if positive_pairs is not None:
-            raise ValueError("positive_pairs replace query_ids and key_ids: give one or the other")
-    if options.given():
-        options = check_options(
-            *(options, queries, keys, scale, query_ids, key_ids),
-            positives=positives,
-            symmetric=symmetric,
-        )
-        if positive_pairs is not None:
-            options = placed_pairs(options, *global_numbers(n, m, group, queries.device))
-    whole = whole_batch(group, queries, keys, query_ids, key_ids, chunk_size, backend)
-    query_ids, key_ids = whole.query_ids, whole.key_ids
-    if normalize:
-        same = keys is queries and query_ids is key_ids
-        queries = normalized(queries, query_ids)
-        keys = queries if same else normalized(keys, key_ids)
-    if options.given():
-        return infonce_with_options(
-            queries,
-            keys,
-            scale,
-            options,
-            whole,
-            positives=positives,
-            symmetric=symmetric,
-            exclude_self=exclude_self,
-            empty=empty,
-            normalize=normalize,
-            reduction=reduction,
-            return_stats=return_stats,
-            backend=backend,
-        )
-
-    call = partial(
-        whole.similarity_logsumexp,
+    given = check_arguments(
         queries,
         keys,
-        scale,
-        row_ids=query_ids,
-        col_ids=key_ids,
-        exclude_self=exclude_self,
-        backend=backend,
+        logit_scale,
+        group,
+        chunk_size,
+        backend,
+        ids=(query_ids, key_ids),
+        unequal=positive_pairs is not None,
     )
-    shape = {"positives": "linear" if positives == "mean" else "lse", "hardest": return_stats}
-    rows = _Anchors.of(queries, query_ids, key_ids, exclude_self, empty, whole)
-    same = query_ids is key_ids or not symmetric
-    cols = rows if same else _Anchors.of(keys, key_ids, query_ids, exclude_self, empty, whole)
+    options = Options(
+        positives=positives,
+        symmetric=symmetric,
+        exclude_self=exclude_self,
+        empty=empty,
+        normalize=normalize,
+        reduction=reduction,
+        return_stats=return_stats,
+        label_smoothing=label_smoothing,
+        query_weights=query_weights,
+        key_weights=key_weights,
+        key_bias=key_bias,
+        positive_pairs=positive_pairs,
+        positive_weights=positive_weights,
+        queue=queue,
+        queue_ids=queue_ids,
+        hard_negatives=hard_negatives,
+        false_negative_margin=false_negative_margin,
+        debias=debias,
+        hardness=hardness,
+    )
+    return infonce(given, options)
 
-    if reduction == "none":
-        stats = call(cols=symmetric, **shape)
-        loss = rows.losses(stats.row_logsum, stats.row_pos, positives)
-        if symmetric:
-            loss = loss, cols.losses(stats.col_logsum, stats.col_pos, positives)
-    else:
-        share = 0.5 if symmetric else 1.0
-        weights = {"row_weights": rows.weights(share, positives, reduction)}
-        if symmetric:
-            weights["col_weights"] = (
-                weights["row_weights"] if same else cols.weights(share, positives, reduction)
-            )
-        out = call(cols=symmetric, **shape, **weights, return_stats=return_stats)
-        loss, stats = out if return_stats else (out, None)
-        if positives == "in":
-            counts = rows.log_counts(share, reduction)
-            if symmetric:
-                counts = counts + cols.log_counts(share, reduction)
-            loss = loss + whole.sum(counts)
-    if not return_stats:
+
+def infonce(given: Arguments, options: Options) -> Tensor | tuple:
+    """`multi_positive_infonce` of arguments that have passed the door; options are checked here."""
+    o = check_options(options, given)
+    if o.positive_pairs is not None:
+        n, m = len(given.queries), len(given.keys)
+        o = placed_pairs(o, *global_numbers(n, m, given.group, given.queries.device))
+    batch = given.global_batch()
+    given = given.with_ids_of(batch)
+    if o.normalize:
+        given = given.normalized()
+        o = o.with_candidates(lambda x: torch.nn.functional.normalize(x, dim=-1))
+    if not o.plain or o.reduction == "none":
+        return _by_pools(o, given, batch)
+
+    queries, keys, scale = given[:3]
+    scores = Scores(batch, queries, keys, scale, o.symmetric, o.exclude_self, given.backend)
+    kind = "linear" if o.positives == "mean" else "lse"
+    problem = Problem(
+        queries,
+        None if keys is queries else keys,
+        scale,
+        row_ids=given.query_ids,
+        col_ids=given.key_ids,
+        positives=kind,
+        exclude_self=o.exclude_self,
+        cols=o.symmetric,
+        hardest=o.return_stats,
+    )
+    row_weights, log_counts = _weights(o, scores, "row")
+    col_weights = None, None
+    if o.symmetric and given.query_ids is given.key_ids:
+        col_weights, log_counts = row_weights, 2 * log_counts
+    elif o.symmetric:
+        col_weights, of_cols = _weights(o, scores, "col")
+        log_counts = log_counts + of_cols
+    found = batch.logsumexp_of(
+        as_autocast_problem(problem), row_weights, col_weights, o.return_stats, given.backend
+    )
+    loss, stats = found if o.return_stats else (found, None)
+    if o.positives == "in":
+        loss = loss + batch.sum(log_counts)
+    if not o.return_stats:
         return loss
     with torch.no_grad():
-        positive = stats.row_pos
-        if positives != "mean":  # "lse" positives do not give their mean: one more forward pass
-            positive = call(positives="linear", cols=False).row_pos
-        positive = positive / rows.k.clamp(min=1)
-        return loss, _diagnostics(stats, rows, cols, positives, positive, whole.mean_where)
+        scores.keep(stats, kind)
+        anchors = {side: log_d_minus_t(o, scores, side) for side in scores.directions}
+        return loss, _diagnostics(scores, anchors, kind)
 
 
-class _Anchors(NamedTuple):
-    """One side's anchors: k, the number of positives of each, and how many the mean divides by.
+def _weights(o: Options, scores: Scores, side: str) -> tuple[tuple[Tensor, Tensor], Tensor | float]:
+    """Of logsum and pos in the loss, relative to the maximum, where digits do not cancel, and what
+    log k adds for "in". Statistics that are not finite show in the sum even with a weight of 0."""
+    share = 0.5 if o.symmetric else 1.0
+    if scores.query_ids is None and not o.exclude_self:  # each anchor has one positive
+        n = scores.features(side).size(0)
+        u = scores.scale.new_full((n,), share / n if o.reduction == "mean" else share)
+        return (u, -u), 0.0
+    k = scores.positives(side)
+    number = 1
+    if o.reduction == "mean":
+        number = scores.anchors(side)
+        if o.empty == "drop":
+            number = scores.global_batch.sum((k > 0).sum()).clamp(min=1)
+        number = torch.as_tensor(number, dtype=k.dtype, device=k.device)
+    u, several = k.clamp(max=1) * (share / number), k.clamp(min=1)
+    weights = u, -u / several if o.positives == "mean" else -u
+    return weights, (u * several.log()).sum() if o.positives == "in" else 0.0
 
-    `single`: every anchor has one positive.
-    """
 
+def _by_pools(o: Options, given: Arguments, batch: GlobalBatch | LocalBatch) -> Tensor | tuple:
+    """With every option, as a composition of calls of the primitive."""
+    queries, keys, scale = given[:3]
+    if o.false_negative_margin is not None and isinstance(batch, GlobalBatch):
+        scale = _of_one_kind(scale, batch, len(queries))
+    o = o.with_candidates(as_autocast)
+    same = keys is queries
+    queries, keys = as_autocast(queries), as_autocast(keys)
+    if o.meets_outside(scale):  # the kernels: what cancels there was rounded before
+        queries, keys = accumulated(queries), accumulated(keys)
+    keys = queries if same else keys
+    scores = Scores(
+        *(batch, queries, keys, scale, o.symmetric, o.exclude_self, given.backend, o.key_bias)
+    )
+    with without_autocast(queries.device):
+        known = None
+        if o.plain and o.return_stats:  # one pass for the losses and for what is beside them
+            known = "linear" if o.positives == "mean" else "lse"
+            scores.statistics(positives=known, hardest=True)
+        limited = scores if o.false_negative_margin is None else with_margin(scores, o)
+        pairs = _pairs(o, limited)
+        anchors = {side: log_d_minus_t(o, limited, side, pairs) for side in scores.directions}
+        weights = {"row": o.query_weights, "col": o.key_weights}
+        losses = tuple(_reduced(o, scores, side, x, weights[side]) for side, x in anchors.items())
+        loss = losses[0]
+        if o.symmetric:
+            loss = losses if o.reduction == "none" else 0.5 * (losses[0] + losses[1])
+        return (loss, _diagnostics(scores, anchors, known)) if o.return_stats else loss
+
+
+def _of_one_kind(scale: Tensor, batch: GlobalBatch, queries: int) -> Tensor:
+    """One for each query on all ranks or on none, which choose their collectives by it: a scale of
+    shape (1,) reads as 0-d, also that of a rank with one query."""
+    per_query = batch.largest(scale.new_tensor(float(scale.ndim))) > 0
+    return scale.expand(queries) if per_query else scale
+
+
+class Anchors(NamedTuple):
+    """One direction's anchors: their losses, 0 without a positive; the number (or weight) of their
+    positives; for the statistics log D, absolute, and with pairs their mean score."""
+
+    loss: Tensor
     k: Tensor
-    number: Tensor | int
-    single: bool = False
-
-    @classmethod
-    def of(
-        cls,
-        features: Tensor,
-        ids: Tensor | None,
-        other_ids: Tensor | None,
-        exclude_self: bool,
-        empty: str,
-        whole: GlobalBatch | LocalBatch,
-    ) -> _Anchors:
-        n, dtype = features.size(0), accumulate_dtype(features.dtype)
-        if ids is None:  # row i's positive is key i, and itself where self is left out
-            k = torch.full((n,), 0 if exclude_self else 1, dtype=dtype, device=features.device)
-            return cls(k, 1 if exclude_self and empty == "drop" else n, not exclude_self)
-        k = count_positives(ids, whole.everyones(other_ids))
-        if exclude_self:
-            k = k - ((ids == other_ids) & (ids >= 0)).long()
-        counted = k > 0 if empty == "drop" else ids >= 0
-        number = whole.sum(counted.sum())
-        return cls(k.to(dtype), number.clamp(min=1).to(dtype))
-
-    def share(self, share: float, reduction: str) -> Tensor:
-        """What an anchor's loss is multiplied by: 0 for anchors without a positive."""
-        return self.k.clamp(max=1) * (share / self.number if reduction == "mean" else share)
-
-    def weights(self, share: float, positives: str, reduction: str) -> tuple[Tensor, Tensor]:
-        """Of logsum and pos, relative to the maximum, where digits do not cancel. Statistics that
-        are not finite show in the sum even with a weight of 0."""
-        if self.single:  # two small operations instead of seven: 20 µs
-            u = torch.full_like(self.k, share / self.number if reduction == "mean" else share)
-            return u, -u
-        u = self.share(share, reduction)
-        return u, -u / self.k.clamp(min=1) if positives == "mean" else -u
-
-    def log_counts(self, share: float, reduction: str) -> Tensor:
-        return (self.share(share, reduction) * self.k.clamp(min=1).log()).sum()
-
-    def losses(self, logsum: Tensor, pos: Tensor, positives: str) -> Tensor:
-        """Each anchor's loss."""
-        k = self.k.clamp(min=1)
-        loss = logsum - (pos / k if positives == "mean" else pos)
-        if positives == "in":
-            loss = loss + k.log()
-        # a non-finite anchor shows even where it has no positive
-        return torch.where((self.k > 0) | logsum.isnan(), loss, 0)
+    log_d: Tensor | None = None
+    positive: Tensor | None = None
 
 
-def _diagnostics(
-    stats: Stats, rows: _Anchors, cols: _Anchors, positives: str, mean_positive: Tensor, mean
-) -> dict:
-    def side(name: str, stats: SideStats | None, anchors: _Anchors) -> dict:
-        if stats is None:
-            return dict.fromkeys((f"{name}_loss", f"{name}_lse", f"{name}_accuracy"))
-        top, logsum, pos, neg_max = stats
-        return {
-            f"{name}_loss": anchors.losses(logsum, pos, positives),
-            f"{name}_lse": top + logsum,
-            f"{name}_accuracy": mean((top > neg_max).to(top.dtype), anchors.k > 0),
-        }
+def _pairs(o: Options, scores: Scores) -> Pairs | None:
+    """The positives as pairs, where they are given as such or a pass over S would be for the
+    diagonal alone; None where the kernels find them by ids."""
+    if o.positive_pairs is not None:
+        return Pairs(scores, *o.positive_pairs, o.positive_weights)
+    if o.hardness and scores.query_ids is None:
+        rows = torch.arange(len(scores.queries), device=scores.queries.device)
+        return Pairs(scores, rows, rows, None)
+    return None
 
-    return {
-        **side("row", stats.row, rows),
-        **side("col", stats.col, cols),
-        "positive_score": mean(mean_positive + stats.row_max, rows.k > 0),
-        "hardest_negative_score": mean(stats.row_neg_max, stats.row_neg_max != -torch.inf),
-    }
+
+def pools_of(o: Options, scores: Scores, side: str, pairs: Pairs | None) -> Union:
+    """The candidates that D sums: all of them, or the negatives if those are reweighted."""
+    if o.reweighted and o.positive_pairs is not None:  # whose negatives the kernels cannot tell
+        pools = [Unlisted(pairs, side, o.powers)]
+    else:
+        kind = "linear" if o.positives == "mean" and not o.reweighted else "lse"
+        kind = None if pairs or o.hardness else kind
+        pools = [InBatch(scores, side, positives=kind, exclude_positives=o.reweighted)]
+    if side == "row" and o.queue is not None:
+        pools.append(Queue(scores, o.queue, o.queue_ids))
+    if side == "row" and o.hard_negatives is not None:
+        pools.append(HardNegatives(scores, o.hard_negatives))
+    return Union(pools, scores.ids(side))
+
+
+def log_d_minus_t(o: Options, scores: Scores, side: str, pairs: Pairs | None = None) -> Anchors:
+    candidates = pools_of(o, scores, side, pairs)
+    positives = Listed(pairs, side) if pairs else SameId(scores, side, o.reweighted)
+    shift = candidates.largest(o.powers[-1])
+    k = positives.number()
+    some = k > 0
+    if o.positives == "mean":
+        target = positives.mean(shift)
+    else:
+        target = positives.log_sum(shift) - (_log(k) if o.positives == "in" else 0)
+
+    logs = [candidates.log_sum(p, shift) for p in o.powers]
+    if o.reweighted:
+        number = candidates.number()
+        negatives = hard(*logs, number) if o.hardness else logs[0]
+        if o.debias is not None:
+            mean = positives.log_sum(shift) - _log(k)
+            negatives = debiased(negatives, mean, number, o.debias, -scores.scale - shift)
+        log_d = torch.logaddexp(torch.where(some, positives.once(shift), 0), negatives)
+    else:
+        (log_d,) = logs
+
+    if o.label_smoothing:
+        total, number = candidates.total(shift)
+        even = total / number.clamp(min=1)
+        target = (1 - o.label_smoothing) * target + o.label_smoothing * even
+    # NaN shows even where there is no positive
+    loss = torch.where(some | log_d.isnan(), log_d - target, 0)
+    if not o.return_stats:
+        return Anchors(loss, k)
+    listed = o.positive_pairs is not None
+    return Anchors(loss, k, log_d + shift, positives.mean(shift) + shift if listed else None)
+
+
+def _log(k: Tensor) -> Tensor:
+    return torch.where(k > 0, k, 1).log()
+
+
+def _reduced(
+    o: Options, scores: Scores, side: str, anchors: Anchors, weights: Tensor | None
+) -> Tensor:
+    ids, batch = scores.ids(side), scores.global_batch
+    if weights is not None and ids is not None:
+        weights = weights.masked_fill(ids < 0, 0)  # padding may hold anything
+    loss = anchors.loss if weights is None else anchors.loss * weights
+    if o.reduction == "none":
+        return loss
+    if o.reduction == "sum":
+        return batch.sum(loss.sum())
+    weights = torch.ones_like(anchors.k) if weights is None else weights
+    if o.empty == "drop":
+        weights = weights.masked_fill(anchors.k <= 0, 0)
+    elif ids is not None:
+        weights = weights.masked_fill(ids < 0, 0)
+    number = batch.sum(weights.sum())
+    return batch.sum(loss.sum()) / torch.where(number == 0, 1, number)
+
+
+@torch.no_grad()
+def _diagnostics(scores: Scores, anchors: dict[str, Anchors], known: str | None = None) -> dict:
+    """Without the options' weights. Which scores are hardest and which win is a matter of the
+    batch alone; where positives are pairs the kernels cannot tell them, and it stays unknown.
+
+    known: the kind of positives in a pass that has been made with the hardest negatives.
+    """
+    out = dict.fromkeys(
+        f"{side}_{what}" for side in ("row", "col") for what in ("loss", "lse", "accuracy")
+    )
+    mean_where, rows, found = scores.global_batch.mean_where, anchors["row"], None
+    if rows.positive is None:
+        found = scores.statistics(positives=known or "linear", hardest=True)
+    for side, x in anchors.items():
+        out[f"{side}_loss"], out[f"{side}_lse"] = x.loss.detach(), x.log_d.detach()
+        if found:
+            right = found[side].max > found[side].neg_max
+            out[f"{side}_accuracy"] = mean_where(right.to(x.loss.dtype), x.k > 0)
+    out["hardest_negative_score"] = None
+    positive = rows.positive
+    if found:
+        at = found["row"]
+        pos = at.pos
+        if known == "lse":  # which does not give their mean: one more forward pass
+            pos = scores.logsumexp(positives="linear", cols=False).row_pos
+        positive = pos / rows.k.clamp(min=1) + at.max
+        out["hardest_negative_score"] = mean_where(at.neg_max, at.neg_max != -torch.inf)
+    out["positive_score"] = mean_where(positive, rows.k > 0)
+    return out

@@ -7,10 +7,14 @@ import math
 import torch
 from torch import Tensor
 
-from ..distributed import check_chunk_size, global_rows, same_on_every_rank
-from ..similarity.spec import check_scale, check_tensor
+from ..distributed import global_rows, same_on_every_rank
+from ..similarity.spec import check_tensor
+from .batch import Names, check_arguments
 from .common import check_choice
-from .infonce import multi_positive_infonce
+from .infonce import infonce
+from .options import Options
+
+ITO, FUSED = Names("image_views", "text"), Names("fused_views", "fused_views")
 
 
 @same_on_every_rank(stacked=("image_views", "text", "fused_views"))
@@ -65,52 +69,44 @@ def ito_loss(
         or not (math.isfinite(lambda_fusion) and lambda_fusion >= 0)
     ):
         raise ValueError(f"lambda_fusion must be a number of at least 0, got {lambda_fusion!r}")
-    scale = check_scale("logit_scale", logit_scale, views[0])
-    if scale.ndim:
+    where = group, chunk_size, backend
+    given = check_arguments(views[0], captions[0], logit_scale, *where, names=ITO)
+    if given.scale.ndim:
         raise ValueError(
-            f"logit_scale must be a number or a 0-d tensor, got shape {tuple(scale.shape)}"
+            f"logit_scale must be a number or a 0-d tensor, got shape {tuple(given.scale.shape)}"
         )
+    fused = None
     if fused_views is None:
         if lambda_fusion > 0:
             raise ValueError(f"fused_views is needed for lambda_fusion = {lambda_fusion}")
     else:
-        _check_views("fused_views", fused_views, "F", like=views, any_width=True)
+        fused_views = _check_views("fused_views", fused_views, "F", like=views, any_width=True)
         if len(fused_views) < 2:
             raise ValueError(f"fused_views must hold at least 2 views, got {len(fused_views)}")
-    check_chunk_size(chunk_size)
-    where = {"group": group, "chunk_size": chunk_size, "backend": backend}
+        h = fused_views.flatten(0, 1)
+        fused = check_arguments(h, h, given.scale, *where, names=FUSED)
     items = global_rows(views.shape[1], group, views.device)
 
     if denominator == "pair":
         pairs = [
-            multi_positive_infonce(x, y, logit_scale, **where) for x in views for y in captions
+            infonce(given._replace(queries=x, keys=y), Options()) for x in views for y in captions
         ]
         align = torch.stack(pairs).mean()
     else:
-        align = multi_positive_infonce(
-            views.flatten(0, 1),
-            captions.flatten(0, 1),
-            logit_scale,
+        pooled = given._replace(
+            queries=views.flatten(0, 1),
+            keys=captions.flatten(0, 1),
             query_ids=items.repeat(len(views)),
             key_ids=items.repeat(len(captions)),
-            **where,
         )
+        align = infonce(pooled, Options())
 
-    if fused_views is None:
+    if fused is None:
         return align, {"align": align, "fusion": torch.zeros_like(align)}
     ids = items.repeat(len(fused_views))
     with torch.set_grad_enabled(torch.is_grad_enabled() and lambda_fusion > 0):
-        h = fused_views.flatten(0, 1)
-        fusion = multi_positive_infonce(
-            h,
-            h,
-            logit_scale,
-            query_ids=ids,
-            key_ids=ids,
-            symmetric=False,
-            exclude_self=True,
-            **where,
-        )
+        fused = fused._replace(query_ids=ids, key_ids=ids)
+        fusion = infonce(fused, Options(symmetric=False, exclude_self=True))
     total = align + lambda_fusion * fusion if lambda_fusion > 0 else align
     return total, {"align": align, "fusion": fusion}
 

@@ -7,14 +7,14 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from .batch import Batch
 from .options import Options
 from .precision import accumulated, inner, take
+from .scores import Scores
 from .tiles import largest
 
 
 @torch.no_grad()
-def with_margin(batch: Batch, o: Options) -> Batch:
+def with_margin(batch: Scores, o: Options) -> Scores:
     """The batch without the negatives of an anchor i with
 
         <a_i, b_j> > max_{p ∈ P_i} <a_i, b_p> + margin
@@ -27,21 +27,21 @@ def with_margin(batch: Batch, o: Options) -> Batch:
         # to the kernels all are negatives, also (i, i): rounding must not put one beyond its limit.
         # Their sums of D products are off by far less than 1e-5 of the norms' product.
         none = torch.zeros_like(top["row"]).long(), torch.ones_like(top["col"]).long()
-        batch = replace(batch, whole=batch.whole.with_ids(*none))
+        batch = replace(batch, global_batch=batch.global_batch.with_ids(*none))
         norms = [accumulated(x).square().sum(1).amax().sqrt() for x in (batch.queries, batch.keys)]
-        margin = margin + 1e-5 * batch.whole.largest(torch.stack(norms)).prod()
+        margin = margin + 1e-5 * batch.global_batch.largest(torch.stack(norms)).prod()
     limit = {side: torch.where(x == -torch.inf, torch.inf, x + margin) for side, x in top.items()}
     return replace(
         batch, row_limit=limit["row"], col_limit=limit["col"] if batch.symmetric else None
     )
 
 
-def _largest_positives(batch: Batch, o: Options) -> dict[str, Tensor]:
+def _largest_positives(batch: Scores, o: Options) -> dict[str, Tensor]:
     """Their inner product with each anchor, -inf where there is none."""
-    whole = batch.whole
-    a, b = accumulated(batch.queries), accumulated(whole.rows(batch.keys))
+    of_all = batch.global_batch
+    a, b = accumulated(batch.queries), accumulated(of_all.rows(batch.keys))
     if o.positive_pairs is None and batch.query_ids is not None:
-        row, col = largest(a, b, batch.query_ids, whole.rows(batch.key_ids), batch.diagonal)
+        row, col = largest(a, b, batch.query_ids, of_all.rows(batch.key_ids), batch.diagonal)
     else:
         pairs = o.positive_pairs
         if pairs is None:
@@ -55,4 +55,4 @@ def _largest_positives(batch: Batch, o: Options) -> dict[str, Tensor]:
             x.new_full((len(x),), -torch.inf).scatter_reduce(0, anchors, dot, "amax")
             for x, anchors in zip((a, b), pairs, strict=True)
         )
-    return {"row": row, "col": whole.mine(whole.largest(col))}
+    return {"row": row, "col": of_all.mine(of_all.largest(col))}

@@ -7,10 +7,12 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from ..distributed import global_rows, same_on_every_rank
-from ..similarity.spec import accumulate_dtype, check_bias, check_ids, check_pair
+from ..similarity.panelwise import row_panels
+from ..similarity.spec import check_bias, check_ids, check_pair
+from .batch import PAIRED, check_arguments
 from .common import check_generator
-from .infonce import multi_positive_infonce
-from .options import check_number, check_rows, check_values
+from .infonce import infonce
+from .options import Options, check_number, check_rows, check_values
 from .precision import accumulated
 
 
@@ -45,10 +47,8 @@ def mixup_infonce(
     Returns a 0-d fp32 tensor (fp64 for fp64 features). Raises as `multi_positive_infonce`.
     Source: Liu et al. 2024 (M3CoL), Kim et al. 2020 (MixCo).
     """
-    check_pair("queries", queries, "keys", keys)
-    n, device = len(queries), queries.device
-    if len(keys) != n:
-        raise ValueError(f"queries and keys must have as many rows, got {n} and {len(keys)}")
+    given = check_arguments(queries, keys, logit_scale, group, chunk_size, backend, names=PAIRED)
+    queries, n, device = given.queries, len(given.queries), given.queries.device
     partners = check_ids("partners", partners, n, "queries", device)
     if group is None:  # else they are those of other ranks too, and checked as pairs
         check_rows("partners", partners, range(n), "queries")
@@ -56,19 +56,14 @@ def mixup_infonce(
         share = check_values("mixing", check_bias("mixing", mixing, n, queries).detach(), 1)
     else:
         mixing = check_number("mixing", mixing, 0, 1)
-        share = torch.full((n,), mixing, dtype=accumulate_dtype(queries.dtype), device=device)
+        share = given.scale.new_full((n,), mixing)
     rows = global_rows(n, group, device)
-    return multi_positive_infonce(
-        queries,
-        keys,
-        logit_scale,
+    options = Options(
         positive_pairs=torch.stack([rows.repeat(2), torch.cat([rows, partners])], 1),
         positive_weights=torch.cat([share, 1 - share]),
         symmetric=symmetric,
-        group=group,
-        chunk_size=chunk_size,
-        backend=backend,
     )
+    return infonce(given, options)
 
 
 # A panel of similarities of queries and queue: 2^22 scores, 16 MiB in fp32.
@@ -112,10 +107,9 @@ def mix_hard_negatives(
     n, q, device = len(queries), len(queue), queries.device
     top = min(hardest, q)
     out = queries.new_empty(n, mixed + with_query, queries.shape[1])
-    step = max(1, PANEL_SCORES // q)
     bank = accumulated(queue)
-    for start in range(0, n, step):
-        rows = accumulated(queries[start : start + step])
+    for at in row_panels(n, q, max(1, PANEL_SCORES // q)):
+        rows = accumulated(queries[at])
         found = (rows @ bank.T).topk(top, dim=1).indices
 
         def draw(count: int, found=found) -> Tensor:
@@ -129,5 +123,5 @@ def mix_hard_negatives(
         alpha, beta = uniform(mixed, 1.0), uniform(with_query, 0.5)
         pairs = alpha * draw(mixed) + (1 - alpha) * draw(mixed)
         nearer = beta * rows[:, None] + (1 - beta) * draw(with_query)
-        out[start : start + step] = normalize(torch.cat([pairs, nearer], 1), dim=2)
+        out[at] = normalize(torch.cat([pairs, nearer], 1), dim=2)
     return out

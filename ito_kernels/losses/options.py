@@ -1,4 +1,8 @@
-"""The options of `multi_positive_infonce` beyond ids: what may be given, and with what."""
+"""The options of `multi_positive_infonce`: what may be given, and with what.
+
+A new one is a field with its default here, its check in `check_options`, and the place in
+`infonce.py`, `pools.py` or beside them where it changes a pool or the positives.
+"""
 
 from __future__ import annotations
 
@@ -18,14 +22,25 @@ from ..similarity.spec import (
     check_weight,
     is_number,
 )
+from .batch import Arguments
+from .common import REDUCTIONS, check_choice, check_flags
 
 
 class Options(NamedTuple):
+    # one call of the primitive gives the loss and its gradients whatever these are, but for "none"
+    positives: str = "mean"
+    symmetric: bool = True
+    exclude_self: bool = False
+    empty: str = "zero"
+    normalize: bool = False
+    reduction: str = "mean"
+    return_stats: bool = False
+    # these take several pools, or several passes
     label_smoothing: float = 0.0
     query_weights: Tensor | None = None
     key_weights: Tensor | None = None
     key_bias: Tensor | None = None
-    positive_pairs: Tensor | None = None
+    positive_pairs: Tensor | None = None  # (2, P) once checked
     positive_weights: Tensor | None = None
     queue: Tensor | None = None
     queue_ids: Tensor | None = None
@@ -34,18 +49,24 @@ class Options(NamedTuple):
     debias: float | Tensor | None = None
     hardness: float | None = None
 
-    def given(self) -> bool:
-        return any(option is not None for option in self[1:]) or self.label_smoothing != 0
+    @property
+    def plain(self) -> bool:
+        return self.label_smoothing == 0 and all(x is None for x in self[_PLAIN:])
 
     @property
     def reweighted(self) -> bool:
         """Whether negatives count otherwise than in a softmax."""
         return self.debias is not None or self.hardness is not None
 
-    def meets_outside(self, scale: Tensor, symmetric: bool) -> bool:
+    @property
+    def powers(self) -> tuple[float, ...]:
+        """Those of e^S whose sums D is made of."""
+        return (self.hardness, 1 + self.hardness) if self.hardness else (1.0,)
+
+    def meets_outside(self, scale: Tensor) -> bool:
         """Whether positives and negatives come from several calls of the primitive."""
         others = (self.positive_pairs, self.queue, self.hard_negatives)
-        in_panels = self.false_negative_margin is not None and symmetric and scale.ndim > 0
+        in_panels = self.false_negative_margin is not None and self.symmetric and scale.ndim > 0
         return self.reweighted or in_panels or any(x is not None for x in others)
 
     def with_candidates(self, function: Callable[[Tensor], Tensor]) -> Options:
@@ -56,24 +77,35 @@ class Options(NamedTuple):
         return self._replace(queue=queue, hard_negatives=hard)
 
 
-def check_options(
-    o: Options,
-    queries: Tensor,
-    keys: Tensor,
-    scale: Tensor,
-    query_ids: Tensor | None,
-    key_ids: Tensor | None,
-    *,
-    positives: str,
-    symmetric: bool,
-) -> Options:
-    """The options in the dtypes of the computation. Raises TypeError or ValueError by name.
-    `positive_pairs` become (2, P)."""
-    n, m, device = len(queries), len(keys), queries.device
+_PLAIN = Options._fields.index("label_smoothing") + 1
+
+
+def check_options(o: Options, given: Arguments) -> Options:
+    """The options in the dtypes of the computation. Raises TypeError or ValueError by name."""
+    check_flags(
+        symmetric=o.symmetric,
+        exclude_self=o.exclude_self,
+        normalize=o.normalize,
+        return_stats=o.return_stats,
+    )
+    check_choice("positives", o.positives, ("mean", "sum", "in"))
+    check_choice("empty", o.empty, ("zero", "drop"))
+    check_choice("reduction", o.reduction, REDUCTIONS)
+    n, m = given.queries.size(0), given.keys.size(0)
+    if n != m and o.exclude_self:
+        raise ValueError(
+            f"exclude_self needs as many {given.names.queries} as {given.names.keys}, got {n} and"
+            f" {m}"
+        )
+    return o if o.plain else _check_more(o, given)
+
+
+def _check_more(o: Options, given: Arguments) -> Options:
+    queries, n, m, device = given.queries, *map(len, given[:2]), given.queries.device
     o = o._replace(
         label_smoothing=check_number("label_smoothing", o.label_smoothing, 0, 1),
         hardness=_optional("hardness", o.hardness, 0) or None,  # 0 weighs nothing
-        debias=_check_debias(o.debias, scale, queries, m, symmetric),
+        debias=_check_debias(o.debias, given.scale, queries, m, o.symmetric),
         false_negative_margin=_optional(
             "false_negative_margin", o.false_negative_margin, -math.inf
         ),
@@ -89,19 +121,21 @@ def check_options(
             " is not the sum of one"
         )
     if o.query_weights is not None:
-        weights = _anchor_weights("query_weights", o.query_weights, queries, query_ids)
+        weights = _anchor_weights("query_weights", o.query_weights, queries, given.query_ids)
         o = o._replace(query_weights=weights)
     if o.key_weights is not None:
-        if not symmetric:
+        if not o.symmetric:
             raise ValueError("key_weights weigh the key→query direction: they need symmetric=True")
-        weights = _anchor_weights("key_weights", o.key_weights, keys, key_ids)
+        weights = _anchor_weights("key_weights", o.key_weights, given.keys, given.key_ids)
         o = o._replace(key_weights=weights)
     if o.key_bias is not None:
         o = o._replace(key_bias=check_bias("key_bias", o.key_bias, m, queries))
     if o.positive_weights is not None and o.positive_pairs is None:
         raise ValueError("positive_weights are the weights of positive_pairs, which are missing")
     if o.positive_pairs is not None:
-        o = _check_pairs(o, queries, positives)
+        if given.query_ids is not None or given.key_ids is not None:
+            raise ValueError("positive_pairs replace query_ids and key_ids: give one or the other")
+        o = _check_pairs(o, queries)
     if o.queue is not None:
         o = o._replace(queue=_check_extra("queue", o.queue, queries, ("Q", "D")))
         if o.queue_ids is not None:
@@ -119,6 +153,15 @@ def check_options(
                 f"hard_negatives must hold K keys for each of {n} queries, got {tuple(h.shape)}"
             )
     return o
+
+
+def placed_pairs(o: Options, rows: range, cols: range) -> Options:
+    """The pairs' queries as row numbers among this rank's, which are `rows` among all; the keys are
+    numbers in `cols`. Raises ValueError for other numbers."""
+    pairs = o.positive_pairs
+    check_rows("positive_pairs", pairs[0], rows, "queries")
+    check_rows("positive_pairs", pairs[1], cols, "keys")
+    return o._replace(positive_pairs=torch.stack([pairs[0] - rows.start, pairs[1]]))
 
 
 def check_number(name: str, x: object, low: float, high: float) -> float:
@@ -187,16 +230,7 @@ def _anchor_weights(name: str, weights: object, features: Tensor, ids: Tensor | 
     return weights
 
 
-def placed_pairs(o: Options, rows: range, cols: range) -> Options:
-    """The pairs' queries as row numbers among this rank's, which are `rows` among all; the keys are
-    numbers in `cols`. Raises ValueError for other numbers."""
-    pairs = o.positive_pairs
-    check_rows("positive_pairs", pairs[0], rows, "queries")
-    check_rows("positive_pairs", pairs[1], cols, "keys")
-    return o._replace(positive_pairs=torch.stack([pairs[0] - rows.start, pairs[1]]))
-
-
-def _check_pairs(o: Options, queries: Tensor, positives: str) -> Options:
+def _check_pairs(o: Options, queries: Tensor) -> Options:
     pairs, weights = o.positive_pairs, o.positive_weights
     pairs = check_tensor("positive_pairs", pairs)
     if pairs.ndim != 2 or pairs.shape[1] != 2:
@@ -208,7 +242,7 @@ def _check_pairs(o: Options, queries: Tensor, positives: str) -> Options:
         ]
     )
     if weights is not None:
-        if positives == "sum":
+        if o.positives == "sum":
             raise ValueError(
                 "positive_weights are normalised per anchor, and positives='sum' has no such"
                 " normalisation: use 'in' or 'mean'"

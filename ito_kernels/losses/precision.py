@@ -2,18 +2,12 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
-
 import torch
 from torch import Tensor
 
-from ..similarity.spec import accumulate_dtype, autocast_enabled
+from ..similarity.spec import accumulate_dtype, autocast_enabled, without_autocast
 
-
-def without_autocast(device: torch.device) -> AbstractContextManager:
-    if autocast_enabled(device):
-        return torch.autocast(device.type, enabled=False)
-    return nullcontext()
+__all__ = ["accumulated", "as_autocast", "inner", "logaddexp", "take", "without_autocast"]
 
 
 def as_autocast(x: Tensor) -> Tensor:

@@ -6,8 +6,12 @@ import torch
 from torch import Tensor
 
 from ..distributed import global_rows, same_on_every_rank
-from ..similarity.spec import check_features, check_pair, check_scale, check_tensor
-from .infonce import multi_positive_infonce
+from ..similarity.spec import check_tensor
+from .batch import Names, check_arguments
+from .infonce import infonce
+from .options import Options
+
+MNRL = Names("queries", "positives", "scale")
 
 
 @same_on_every_rank
@@ -38,28 +42,20 @@ def mnrl_loss(
     Returns a 0-d fp32 tensor (fp64 for fp64 features). Raises as `multi_positive_infonce`.
     Source: Henderson et al. 2017, eq. 4; the defaults are those of sentence-transformers.
     """
-    check_pair("queries", queries, "positives", positives)
-    n = len(queries)
-    if len(positives) != n:
-        raise ValueError(
-            f"queries and positives must have as many rows, got {n} and {len(positives)}"
-        )
-    scale = check_scale("scale", scale, queries)
-    where = {"group": group, "chunk_size": chunk_size, "backend": backend}
-    options = {"symmetric": False, "normalize": normalize, **where}
+    given = check_arguments(queries, positives, scale, group, chunk_size, backend, names=MNRL)
+    options = Options(symmetric=False, normalize=normalize)
     if negatives is None:
-        return multi_positive_infonce(queries, positives, scale, **options)
+        return infonce(given, options)
+    n = len(given.queries)
     negatives = check_tensor("negatives", negatives)
     if negatives.ndim not in (2, 3) or len(negatives) != n:
         raise ValueError(
             f"negatives must have shape (N, D) or (N, K, D) with N = {n}, got"
             f" {tuple(negatives.shape)}"
         )
-    negatives = negatives.flatten(0, -2)
-    check_pair("queries", queries, "negatives", negatives)
-    keys = torch.cat([positives, negatives])
-    rows = global_rows(len(keys), group, queries.device)
-    return multi_positive_infonce(queries, keys, scale, query_ids=rows[:n], key_ids=rows, **options)
+    keys = torch.cat([given.keys, given.another("negatives", negatives.flatten(0, -2))])
+    rows = global_rows(len(keys), group, keys.device)
+    return infonce(given._replace(keys=keys, query_ids=rows[:n], key_ids=rows), options)
 
 
 @same_on_every_rank
@@ -89,21 +85,19 @@ def one_to_k_loss(
     Returns a 0-d fp32 tensor (fp64 for fp64 features). Raises as `multi_positive_infonce`.
     Source: Nie et al. 2024 (CCRK, 1-to-K contrastive learning).
     """
-    check_features("queries", queries)
     keys = check_tensor("keys", keys)
-    if keys.ndim != 3 or len(keys) != len(queries):
-        raise ValueError(
-            f"keys must have shape (N, K, D) with N = {len(queries)}, got {tuple(keys.shape)}"
-        )
-    rows = global_rows(len(queries), group, queries.device)
-    return multi_positive_infonce(
+    given = check_arguments(
         queries,
-        keys.flatten(0, 1),
+        keys.flatten(0, 1) if keys.ndim == 3 else keys,
         logit_scale,
-        query_ids=rows,
-        key_ids=rows.repeat_interleave(keys.shape[1]),
-        symmetric=symmetric,
-        group=group,
-        chunk_size=chunk_size,
-        backend=backend,
+        group,
+        chunk_size,
+        backend,
+        unequal=True,
     )
+    n = len(given.queries)
+    if keys.ndim != 3 or len(keys) != n:
+        raise ValueError(f"keys must have shape (N, K, D) with N = {n}, got {tuple(keys.shape)}")
+    rows = global_rows(n, group, keys.device)
+    given = given._replace(query_ids=rows, key_ids=rows.repeat_interleave(keys.shape[1]))
+    return infonce(given, Options(symmetric=symmetric))

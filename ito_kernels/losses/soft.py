@@ -14,12 +14,14 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from ..distributed import check_chunk_size, same_on_every_rank, whole_batch
-from ..similarity.spec import accumulate_dtype, check_features, check_pair, check_scale
-from .batch import Batch
+from ..distributed import same_on_every_rank
+from ..similarity.panelwise import panelwise_sum
+from ..similarity.spec import check_pair, check_scale
+from .batch import PAIRED, check_arguments
+from .common import check_flags
 from .options import check_number
-from .panels import sum_of_panels
-from .precision import accumulated, as_autocast, inner, without_autocast
+from .precision import inner, without_autocast
+from .scores import Scores
 
 
 @same_on_every_rank
@@ -51,23 +53,24 @@ def cwcl_loss(
     Returns a 0-d fp32 tensor (fp64 for fp64 features). Raises as `multi_positive_infonce`.
     Source: Srinivasa et al. 2023 (CWCL).
     """
-    queries, keys = _check_pair(queries, keys, paired=True)
-    c = _target("reference", reference, queries)
-    batch = _batch(queries, keys, logit_scale, symmetric, backend, group, chunk_size)
-    with without_autocast(queries.device):
-        everyones = batch.whole.shared_sum
-        weight = 0.5 * (batch.number("row") + (c * everyones(c.sum(0))).sum(1))
+    check_flags(symmetric=symmetric)
+    given = check_arguments(queries, keys, logit_scale, group, chunk_size, backend, names=PAIRED)
+    c = given.frozen("reference", reference, len(given.queries))
+    scores = given.scores(symmetric)
+    with without_autocast(c.device):
+        shared_sum = scores.global_batch.shared_sum
+        weight = 0.5 * (scores.total_number("row") + (c * shared_sum(c.sum(0))).sum(1))
 
-        def target(mine: Tensor, others: Tensor) -> Tensor:
-            weighted = c @ everyones(c.T @ others)  # Σ_j <c_i, c_j> other_j
-            scores = 0.5 * (mine * (everyones(others.sum(0)) + weighted)).sum(1) / weight
-            return _mean(batch, scores)
+        def target(anchors: Tensor, others: Tensor) -> Tensor:
+            weighted = c @ shared_sum(c.T @ others)  # Σ_j <c_i, c_j> other_j
+            terms = 0.5 * (anchors * (shared_sum(others.sum(0)) + weighted)).sum(1) / weight
+            return _mean(scores, terms)
 
-        scaled = batch.scale.reshape(-1, 1) * batch.queries
-        targets = target(scaled, batch.keys)
+        scaled = scores.scale.reshape(-1, 1) * scores.queries
+        targets = target(scaled, scores.keys)
         if symmetric:
-            targets = 0.5 * (targets + target(batch.keys, scaled))
-        logsum, shift = _mean_logsumexp(batch)
+            targets = 0.5 * (targets + target(scores.keys, scaled))
+        logsum, shift = _mean_logsumexp(scores)
         return logsum + (shift - targets).to(logsum.dtype)
 
 
@@ -106,89 +109,69 @@ def soft_target_infonce(
     Source: Li et al. 2021 (ALBEF), eq. 6.
     """
     alpha = check_number("alpha", alpha, 0, 1)
-    queries, keys = _check_pair(queries, keys, paired=alpha < 1)
+    check_flags(symmetric=symmetric)
+    given = check_arguments(
+        queries, keys, logit_scale, group, chunk_size, backend, names=PAIRED, unequal=alpha == 1
+    )
     check_pair("target_queries", target_queries, "target_keys", target_keys)
-    c = _target("target_queries", target_queries, queries)
-    e = _target("target_keys", target_keys, keys)
+    c = given.frozen("target_queries", target_queries, len(given.queries))
+    e = given.frozen("target_keys", target_keys, len(given.keys))
     scale = check_scale("target_scale", target_scale, c).detach()
     if scale.ndim:
         raise ValueError(f"target_scale must be one for all, got shape {tuple(scale.shape)}")
-    batch = _batch(queries, keys, logit_scale, symmetric, backend, group, chunk_size)
-    with without_autocast(queries.device):
-        scaled = batch.scale.reshape(-1, 1) * batch.queries
+    scores = given.scores(symmetric)
+    with without_autocast(c.device):
+        scaled = scores.scale.reshape(-1, 1) * scores.queries
         targets = 0
         if alpha > 0:
-            targets = alpha * _soft_scores(batch, scaled, scale * c, e)
+            targets = alpha * _soft_scores(scores, scaled, scale * c, e)
         if alpha < 1:  # in both directions
-            one_hot = _mean(batch, inner(scaled, batch.keys))
+            one_hot = _mean(scores, inner(scaled, scores.keys))
             targets = targets + (1 - alpha) * one_hot
-        logsum, shift = _mean_logsumexp(batch)
+        logsum, shift = _mean_logsumexp(scores)
         return logsum + (shift - targets).to(logsum.dtype)
 
 
-def _mean(batch: Batch, x: Tensor, side: str = "row") -> Tensor:
-    """Of everyone's anchors."""
-    return batch.whole.sum(x.sum(dtype=torch.float64)) / batch.number(side)
+def _mean(scores: Scores, x: Tensor, side: str = "row") -> Tensor:
+    """Of all ranks' anchors."""
+    return scores.global_batch.sum(x.sum(dtype=torch.float64)) / scores.total_number(side)
 
 
-def _mean_logsumexp(batch: Batch) -> tuple[Tensor, Tensor]:
+def _mean_logsumexp(scores: Scores) -> tuple[Tensor, Tensor]:
     """The mean logsumexp of S as two parts, the second a constant in fp64: at a scale of 100 it
     and the targets lose two digits of fp32 where they cancel."""
-    share = 0.5 if batch.symmetric else 1.0
+    share = 0.5 if scores.symmetric else 1.0
     weights = {}
-    for side in batch.directions:
-        weight = batch.scale.new_full((len(batch.features(side)),), share / batch.number(side))
+    for side in scores.directions:
+        number = len(scores.features(side))
+        weight = scores.scale.new_full((number,), share / scores.total_number(side))
         weights[f"{side}_weights"] = weight, None
-    logsum, stats = batch.logsumexp(cols=batch.symmetric, **weights)
+    logsum, stats = scores.logsumexp(cols=scores.symmetric, **weights)
     maxima = {"row": stats.row_max, "col": stats.col_max}
-    return logsum, share * sum(_mean(batch, maxima[side], side) for side in batch.directions)
+    return logsum, share * sum(_mean(scores, maxima[side], side) for side in scores.directions)
 
 
-def _soft_scores(batch: Batch, a: Tensor, c: Tensor, e: Tensor) -> Tensor:
+def _soft_scores(scores: Scores, a: Tensor, c: Tensor, e: Tensor) -> Tensor:
     """mean_i Σ_j q_ij <a_i, b_j>, and where symmetric the mean of it and of the columns', with q
-    the softmax of c·eᵀ and b the keys. q has no gradient: 4 matrix products give both directions
+    the softmax of c·eᵀ and b the keys. q has no gradient: 3 matrix products give both directions
     and all gradients."""
-    whole = batch.whole
-    share = 0.5 if batch.symmetric else 1.0
-    if batch.symmetric:
+    batch, of_columns = scores.global_batch, ()
+    share = 0.5 if scores.symmetric else 1.0
+    if scores.symmetric:
         with torch.no_grad():
-            stats = replace(batch, queries=c, keys=e, scale=c.new_ones(())).logsumexp(rows=False)
-            top = whole.rows(stats.col_max)
-            logsum = whole.rows(stats.col_logsum) + math.log(batch.number("col") / share)
-    e, n = whole.rows(e), batch.number("row")
+            teacher = replace(scores, queries=c, keys=e, scale=c.new_ones(()))
+            stats = teacher.logsumexp(rows=False)
+            logsum = batch.rows(stats.col_logsum) + math.log(scores.total_number("col") / share)
+            of_columns = batch.rows(stats.col_max), logsum
+    n, b = scores.total_number("row"), batch.rows(scores.keys)
 
-    def panel(rows: slice) -> tuple[None, Tensor]:
-        scores = c[rows] @ e.T
-        weights = scores.softmax(1).mul_(share / n)
-        if batch.symmetric:
-            weights += scores.sub_(top).sub_(logsum).exp_()
-        return None, weights
+    def panel(dot: Tensor, rows: Tensor, a: Tensor, b: Tensor, *of_columns: Tensor) -> tuple:
+        weights = dot.softmax(1).mul_(share / n)
+        if of_columns:
+            top, logsum = of_columns
+            weights += dot.sub_(top).sub_(logsum).exp_()
+        of_a = weights @ b
+        return (of_a * a).sum(), (None, of_a, weights.T @ a, *(None for _ in of_columns))
 
-    return whole.sum(sum_of_panels(a, whole.rows(batch.keys), panel))
-
-
-def _check_pair(queries: Tensor, keys: Tensor, paired: bool) -> tuple[Tensor, Tensor]:
-    queries, keys = check_pair("queries", queries, "keys", keys)
-    n, m = len(queries), len(keys)
-    if paired and n != m:
-        raise ValueError(f"queries and keys must have as many rows, got {n} and {m}")
-    return queries, keys
-
-
-def _batch(queries, keys, logit_scale, symmetric, backend, group, chunk_size) -> Batch:
-    """Without ids: all that counts is that row i of queries and of keys belong together."""
-    check_chunk_size(chunk_size)
-    scale = check_scale("logit_scale", logit_scale, queries)
-    queries, keys = (accumulated(as_autocast(x)) for x in (queries, keys))
-    whole = whole_batch(group, queries, keys, chunk_size=chunk_size, backend=backend)
-    return Batch(whole, queries, keys, scale, symmetric, backend)
-
-
-def _target(name: str, x: object, like: Tensor) -> Tensor:
-    """A frozen embedding of each row of `like`, in the dtype of the computation."""
-    x = check_features(name, x)
-    if len(x) != len(like):
-        raise ValueError(f"{name} must have {len(like)} rows, got {len(x)}")
-    if x.device != like.device:
-        raise ValueError(f"{name} must be on {like.device}, got {x.device}")
-    return x.detach().to(accumulate_dtype(like.dtype))
+    total = panelwise_sum(panel, c, batch.rows(e), row_args=(a,), key_args=(b, *of_columns))
+    return batch.sum(total)

@@ -5,18 +5,16 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..distributed import check_chunk_size, global_rows, same_on_every_rank
-from ..similarity import similarity_logsumexp
-from ..similarity.spec import (
-    accumulate_dtype,
-    check_features,
-    check_ids,
-    check_pair,
-    check_scale,
-    scalar,
-)
-from .common import check_choice, scale_from_temperature
-from .infonce import multi_positive_infonce
+from ..distributed import global_rows, same_on_every_rank
+from ..similarity.primitive import logsumexp_of
+from ..similarity.spec import Problem, as_autocast_problem, check_scale
+from .batch import Names, check_arguments
+from .common import check_choice
+from .infonce import infonce
+from .options import Options
+
+SUPCON = Names("features", "features", "temperature", "labels", "labels", ("features", "features"))
+NT_XENT = Names("z1", "z2", "temperature")
 
 
 @same_on_every_rank
@@ -54,41 +52,27 @@ def supcon_loss(
     Source: Khosla et al. 2020 (SupCon), eq. 2 and 3.
     """
     check_choice("positives", positives, ("mean", "in"))
-    check_features("features", features)
-    labels = check_ids("labels", labels, len(features), "features", features.device)
-    scale = scale_from_temperature(temperature, features)
-    factor = _factor(temperature, base_temperature, features)
-    loss = multi_positive_infonce(
+    given = check_arguments(
         features,
         features,
-        scale,
-        query_ids=labels,
-        key_ids=labels,
-        positives=positives,
-        symmetric=False,
-        exclude_self=True,
-        empty=empty,
-        group=group,
-        chunk_size=chunk_size,
-        backend=backend,
+        temperature,
+        group,
+        chunk_size,
+        backend,
+        ids=(labels, labels),
+        names=SUPCON,
     )
+    factor = None
+    if base_temperature is not None:
+        if given.scale.ndim:
+            raise ValueError(
+                "base_temperature needs one temperature for all rows,"
+                f" got one of shape {tuple(given.scale.shape)}"
+            )
+        factor = given.scale / check_scale("base_temperature", base_temperature, given.queries)
+    options = Options(positives=positives, symmetric=False, exclude_self=True, empty=empty)
+    loss = infonce(given._replace(scale=1.0 / given.scale), options)
     return loss if factor is None else loss * factor
-
-
-def _factor(
-    temperature: float | Tensor, base_temperature: float | None, like: Tensor
-) -> Tensor | None:
-    """temperature / base_temperature, where there is one."""
-    if base_temperature is None:
-        return None
-    if isinstance(temperature, Tensor):
-        temperature = scalar(temperature)
-    if isinstance(temperature, Tensor) and temperature.ndim != 0:
-        raise ValueError(
-            "base_temperature needs one temperature for all rows,"
-            f" got one of shape {tuple(temperature.shape)}"
-        )
-    return temperature / check_scale("base_temperature", base_temperature, like)
 
 
 @same_on_every_rank
@@ -115,41 +99,25 @@ def nt_xent_loss(
     Returns a 0-d fp32 tensor (fp64 for fp64 features). Raises as `multi_positive_infonce`.
     Source: Chen et al. 2020 (SimCLR), eq. 1.
     """
-    check_pair("z1", z1, "z2", z2)
-    if len(z1) != len(z2):
-        raise ValueError(f"z1 and z2 must have as many rows, got {len(z1)} and {len(z2)}")
-    check_chunk_size(chunk_size)
-    scale = scale_from_temperature(temperature, z1)
+    given = check_arguments(z1, z2, temperature, group, chunk_size, backend, names=NT_XENT)
+    scale = 1.0 / given.scale
     if scale.ndim:
         raise ValueError(f"temperature must be a number or 0-d, got shape {tuple(scale.shape)}")
-    z = torch.cat([z1, z2])
+    z, device = torch.cat(given[:2]), given.queries.device
     if group is not None:
-        ids = global_rows(len(z1), group, z.device).repeat(2)
-        return multi_positive_infonce(
-            z,
-            z,
-            scale,
-            query_ids=ids,
-            key_ids=ids,
-            symmetric=False,
-            exclude_self=True,
-            group=group,
-            chunk_size=chunk_size,
-            backend=backend,
-        )
-    ids = torch.arange(len(z1), device=z.device).repeat(2)
-    share = torch.full((len(z),), 1 / len(z), dtype=accumulate_dtype(z.dtype), device=z.device)
+        ids = global_rows(len(z1), group, device).repeat(2)
+        given = given._replace(queries=z, keys=z, scale=scale, query_ids=ids, key_ids=ids)
+        return infonce(given, Options(symmetric=False, exclude_self=True))
+    ids = torch.arange(len(z1), device=device).repeat(2)
+    share = scale.new_full((len(z),), 1 / len(z))
     # every row has one positive: nothing to count, which is half of supcon_loss's time at N = 64
-    return similarity_logsumexp(
-        z,
-        z,
-        scale,
+    problem = Problem(
+        *(z, None, scale),
         row_ids=ids,
         col_ids=ids,
         positives="linear",
         exclude_self=True,
         cols=False,
-        row_weights=(share, -share),
-        return_stats=False,
-        backend=backend,
     )
+    weights = (share, -share), (None, None)
+    return logsumexp_of(as_autocast_problem(problem), *weights, False, backend)

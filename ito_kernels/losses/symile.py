@@ -6,10 +6,12 @@ import torch
 from torch import Tensor
 from torch.nn.functional import softplus
 
-from ..distributed import check_chunk_size, same_on_every_rank, whole_batch
-from ..similarity.spec import check_pair, check_scale
+from ..distributed import same_on_every_rank
+from .batch import Names, check_arguments
 from .common import check_generator
 from .precision import accumulated, as_autocast, inner, take, without_autocast
+
+SYMILE = Names("x", "y")
 
 
 @same_on_every_rank
@@ -44,41 +46,35 @@ def symile_loss(
     Raises TypeError or ValueError for an argument that does not fit, by name.
     Source: Saporta et al. 2024 (Symile), with N - 1 negatives of each positive.
     """
-    check_chunk_size(chunk_size)
-    x, y = check_pair("x", x, "y", y)
-    x, z = check_pair("x", x, "z", z)
-    for name, other in (("y", y), ("z", z)):
-        if len(other) != len(x):
-            raise ValueError(f"x and {name} must have as many rows, got {len(x)} and {len(other)}")
-    scale = check_scale("logit_scale", logit_scale, x)
+    given = check_arguments(x, y, logit_scale, group, chunk_size, backend, names=SYMILE)
+    z = given.another("z", z, rows=len(given.queries))
     check_generator("generator", generator)
-    whole = whole_batch(group, x, x, chunk_size=chunk_size, backend=backend)
-    x, y, z = (accumulated(as_autocast(v)) for v in (x, y, z))
+    batch = given.global_batch()
+    x, y, z = (accumulated(as_autocast(v)) for v in (*given[:2], z))
     device = x.device if generator is None else generator.device
-
-    mine, n = whole.numbers(1), whole.count(1)
+    local_rows, n = batch.numbers(1), batch.count(1)
 
     def shuffled(v: Tensor) -> Tensor:
-        """This rank's part of everyone's rows in a random order, the first rank's."""
-        order = whole.first(torch.randperm(n, generator=generator, device=device).to(v.device))
-        return take(v, order[mine.start : mine.stop])
+        """This rank's part of all ranks' rows in a random order, the first rank's."""
+        order = batch.first(torch.randperm(n, generator=generator, device=device).to(v.device))
+        return take(v, order[local_rows.start : local_rows.stop])
 
     with without_autocast(x.device):
-        own, everyones = (x, y, z), [whole.rows(v) for v in (x, y, z)]
+        own, of_all = (x, y, z), [batch.rows(v) for v in (x, y, z)]
         total = 0
         for anchor, second, third in ((0, 1, 2), (1, 0, 2), (2, 0, 1)):
-            others = shuffled(everyones[second]) * shuffled(everyones[third])
-            stats = whole.similarity_logsumexp(
+            others = shuffled(of_all[second]) * shuffled(of_all[third])
+            stats = batch.similarity_logsumexp(
                 own[anchor],
                 others,
-                scale,
-                row_ids=whole.query_ids,
-                col_ids=whole.key_ids,
+                given.scale,
+                row_ids=batch.query_ids,
+                col_ids=batch.key_ids,
                 exclude_self=True,
                 cols=False,
                 backend=backend,
             )
-            true = scale * inner(own[anchor], own[second] * own[third])
+            true = given.scale * inner(own[anchor], own[second] * own[third])
             negatives = stats.row_logsum + stats.row_max
             total = total + softplus(negatives - true, threshold=40).sum()
-        return whole.sum(total) / (3 * n)
+        return batch.sum(total) / (3 * n)

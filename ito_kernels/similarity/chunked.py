@@ -15,12 +15,8 @@ from torch.nn.functional import softplus
 
 from .backend import Backend
 from .pairs import Pairs, classify, features, finite_shift
+from .panelwise import panel_rows, row_panels
 from .spec import Grads, Needs, Problem, SideStats, Stats, Upstream
-
-# 2^20 scores are 4 MiB in fp32: four of them stay in a last-level cache. Below 64 rows the matrix
-# products no longer reach the machine's speed, so very wide problems take larger panels.
-PANEL_SCORES = 1 << 20
-MIN_ROWS = 64
 
 
 class Chunked(Backend):
@@ -34,7 +30,7 @@ class Chunked(Backend):
         return True, "runs everywhere"
 
     def describe(self, problem: Problem) -> str:
-        rows = min(_panel_rows(problem), problem.n)
+        rows = min(panel_rows(problem.m), problem.n)
         return f"panels of {rows} x {problem.m} scores in {problem.accumulate}"
 
     def logsumexp_forward(self, problem: Problem, cache: Tensor | None = None) -> Stats:
@@ -109,10 +105,6 @@ class Chunked(Backend):
         return total.grads()
 
 
-def _panel_rows(problem: Problem) -> int:
-    return max(MIN_ROWS, PANEL_SCORES // problem.m)
-
-
 class _Panels:
     """The panels of a problem: their rows, inner products, scores and masks."""
 
@@ -127,9 +119,7 @@ class _Panels:
 
     def __iter__(self) -> Iterator[tuple[slice, Tensor, Tensor, Pairs]]:
         p = self.problem
-        step = _panel_rows(p)
-        for start in range(0, p.n, step):
-            rows = slice(start, min(start + step, p.n))
+        for rows in row_panels(p.n, p.m):
             dot = self.a[rows] @ self.b.T
             scores = self.scale[rows] * dot
             if p.row_bias is not None:

@@ -18,10 +18,10 @@ from typing import NamedTuple, TypeVar
 import torch
 from torch import Tensor
 from torch._ops import OpOverload
-from torch.autograd import forward_ad
 
 from . import dispatch
 from .backend import Backend, weighted_sum
+from .first_order import first_order_only, reverse_mode_only
 from .spec import (
     Grads,
     Needs,
@@ -109,35 +109,6 @@ def wanted_gradients(inputs: tuple[Tensor | None, ...]) -> Needs:
     if not torch.is_grad_enabled():
         return Needs()
     return Needs(*[x is not None and x.requires_grad for x in inputs])
-
-
-def reverse_mode_only(*inputs: Tensor | None) -> None:
-    """Raises where operators would lose a forward-mode tangent without a word, or meet the tensors
-    of a torch.func transform."""
-    if torch.compiler.is_compiling():
-        return
-    if forward_ad._current_level >= 0 and any(
-        x is not None and forward_ad.unpack_dual(x).tangent is not None for x in inputs
-    ):
-        raise RuntimeError(
-            "ito_kernels supports reverse mode only, not forward-mode differentiation"
-            " (torch.func.jvp, torch.autograd.forward_ad): use backward() or"
-            " torch.autograd.grad()"
-        )
-    if torch._C._functorch.maybe_current_level() is not None:
-        raise RuntimeError(
-            "ito_kernels does not run inside torch.func transforms (grad, vjp, vmap, ...): use"
-            " backward() or torch.autograd.grad(), and a loop instead of vmap"
-        )
-
-
-def first_order_only() -> None:
-    if torch.is_grad_enabled():
-        raise RuntimeError(
-            "ito_kernels gives first-order gradients only: differentiate without create_graph=True."
-            " For a gradient of a gradient (a gradient penalty, a Hessian) write the loss on the"
-            " dense similarity matrix"
-        )
 
 
 # ---- structs from lists, and lists from structs

@@ -17,6 +17,7 @@ All validation of the primitive's arguments, and all of its error texts, are in 
 from __future__ import annotations
 
 import math
+from contextlib import AbstractContextManager, nullcontext
 from numbers import Real
 from typing import NamedTuple
 
@@ -195,6 +196,12 @@ def autocast_enabled(device: torch.device) -> bool:
     # meta has no autocast and raises; torch.amp.is_autocast_available would say so, but
     # torch.compile of 2.11 does not follow it
     return device.type != "meta" and torch.is_autocast_enabled(device.type)
+
+
+def without_autocast(device: torch.device) -> AbstractContextManager:
+    if autocast_enabled(device):
+        return torch.autocast(device.type, enabled=False)
+    return nullcontext()
 
 
 def is_number(x: object) -> bool:
