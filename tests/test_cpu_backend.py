@@ -375,3 +375,22 @@ def test_gradients_flow_through_the_cache_under_compile():
 def test_nothing_is_forced_by_default():
     assert "ITO_CPU_ISA" not in os.environ
     assert ISAS[-1] == "scalar"
+
+
+def test_little_python_before_the_kernels():
+    """Most of a small call's time is Python: from the checked entry on at most four frames."""
+    frames = []
+
+    def profile(frame, event, function):
+        if event == "c_call" and getattr(function, "__name__", "") == "cpu_both":
+            while frame is not None:
+                frames.append(frame.f_code.co_name)
+                frame = frame.f_back
+
+    x, y = torch.randn(8, 4, requires_grad=True), torch.randn(8, 4)
+    sys.setprofile(profile)
+    try:
+        ik.clip_loss(x, y, 1.0)
+    finally:
+        sys.setprofile(None)
+    assert frames.index("logsumexp_of") < 4, frames

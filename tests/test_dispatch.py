@@ -143,3 +143,29 @@ def test_native_module_reads_the_machine():
     ):
         assert (ours in info["features"]) == (linux in flags)
     assert native.build_info()["standard"] >= 201703
+
+
+def test_the_dispatcher_knows_no_backend_by_name(monkeypatch):
+    """The largest priority that supports the problem wins, if the device is its own; without a
+    priority a backend runs only where it is asked for."""
+
+    class Best(type(chunked)):
+        name, priority, device = "best", 99, "cpu"
+
+        def supports(self, problem):
+            return problem.n == 6, "wants six rows"
+
+    def chosen(best, n: int) -> str:
+        entries = [best, *dispatch.REGISTRY.values()]
+        ranked = sorted((x for x in entries if x.priority is not None), key=lambda x: -x.priority)
+        monkeypatch.setattr(dispatch, "_BY_PRIORITY", ranked)
+        return ik.explain(torch.randn(n, 3), torch.randn(n, 3)).split("backend ")[1]
+
+    assert chosen(Best(), 6).startswith("best: the first of best, ")
+    assert "best cannot: wants six rows" in chosen(Best(), 7)
+    monkeypatch.setattr(Best, "device", "cuda")
+    assert "best" not in chosen(Best(), 6)
+    monkeypatch.setattr(Best, "device", None)
+    monkeypatch.setattr(Best, "priority", None)
+    assert "best" not in chosen(Best(), 6)
+    assert all(dispatch.load(x).priority is None for x in ("reference", "simt", "cuda"))
