@@ -169,3 +169,17 @@ def test_the_dispatcher_knows_no_backend_by_name(monkeypatch):
     monkeypatch.setattr(Best, "priority", None)
     assert "best" not in chosen(Best(), 6)
     assert all(dispatch.load(x).priority is None for x in ("reference", "simt", "cuda"))
+
+
+def test_a_native_module_of_other_code_is_refused():
+    """Its structures would be read wrongly: gradients were wrong where this was tried."""
+    pytest.importorskip("ito_kernels._native", reason="installed without a C++ compiler")
+    # the module is taken from where the package would find it, before the package is there
+    code = (
+        "import sys, types; package = types.ModuleType('ito_kernels');"
+        f" package.__path__ = {list(ik.__path__)!r}; sys.modules['ito_kernels'] = package;"
+        " import ito_kernels._native as native; native.interface = 1;"
+        " from ito_kernels.similarity import native as checked; print(checked.MISSING)"
+    )
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert "built for other Python code (interface 1, not 2): install" in out.stdout, out.stderr

@@ -20,7 +20,7 @@ from problems import (
 )
 
 from ito_kernels import similarity_logsumexp
-from ito_kernels.similarity import chunked, dispatch
+from ito_kernels.similarity import dispatch, panelwise
 from ito_kernels.similarity.spec import Problem
 
 # ε of the accuracy rule: losses (times 1 + scale in fp32), gradients (relative)
@@ -30,8 +30,8 @@ EPS = {torch.float32: (1e-6, 1e-5), torch.bfloat16: (1e-2, 2e-2), torch.float16:
 @pytest.fixture(autouse=True)
 def small_panels(monkeypatch):
     """Panels of a few rows, so that the problem set crosses many of their edges."""
-    monkeypatch.setattr(chunked, "PANEL_SCORES", 1000)
-    monkeypatch.setattr(chunked, "MIN_ROWS", 5)
+    monkeypatch.setattr(panelwise, "PANEL_SCORES", 1000)
+    monkeypatch.setattr(panelwise, "MIN_ROWS", 5)
 
 
 def eps_of(dtype, scale: float) -> tuple[float, float]:

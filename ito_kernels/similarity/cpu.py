@@ -10,22 +10,13 @@ Environment: ITO_CPU_ISA forces an instruction set, one of `instruction_sets()`.
 from __future__ import annotations
 
 import os
-from importlib.util import find_spec
 
 import torch
 from torch import Tensor
 
 from .backend import Backend
+from .native import MISSING, _native
 from .spec import Grads, Needs, Problem, SideStats, Stats, Upstream
-
-MISSING = ""  # why there are no native kernels
-try:
-    from .. import _native
-except ImportError as error:
-    _native = None
-    MISSING = f"the native module does not load: {error}"
-    if find_spec("ito_kernels._native") is None:
-        MISSING = "the native module was not built: no C++ compiler was found at installation"
 
 # in the order of problem.hpp's enumerations
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)

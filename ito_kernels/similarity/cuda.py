@@ -29,12 +29,8 @@ from .cuda_structs import (
     numbers,
 )
 from .gpu import Operands, PanelSums, RowGradient, Split, is_symmetric
+from .native import _native
 from .spec import Grads, Needs, Problem, SideStats, Stats, Upstream
-
-try:
-    from .. import _native
-except ImportError:
-    _native = None
 
 
 class Cuda(Backend):
