@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from ito.config import Config
-from ito.data import Dataset
+from ito.data.dataset import Dataset
+from ito.model.tokenizer import Tokenizer
 from ito.ranks import Ranks
-from ito.tokenizer import Tokenizer
 
 
 def generator(seed: int, purpose: str, number: int) -> torch.Generator:

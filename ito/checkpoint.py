@@ -12,7 +12,7 @@ import torch
 from tokenizers import Tokenizer as BPE
 
 from ito.files import write_atomically
-from ito.tokenizer import Tokenizer
+from ito.model.tokenizer import Tokenizer
 
 KEPT = 2  # one to continue from, and one before it
 

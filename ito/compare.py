@@ -15,10 +15,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ito.cli import user_errors
-from ito.comparison import write_comparison
 from ito.config import Config, add_options, from_options
 from ito.files import write_text
 from ito.run import locked
+from ito.scoring.comparison import write_comparison
 
 # What a run adds to the options that all share.
 ARMS = {

@@ -7,11 +7,11 @@ import math
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from ito.augment import CROP, DRAWINGS, Augmentation
+from ito.data.augment import CROP, DRAWINGS, Augmentation
+from ito.data.pictures import MAX_PIXELS
 from ito.files import write_text
-from ito.fusion import READOUTS
-from ito.pictures import MAX_PIXELS
-from ito.pretrained import IMAGE, OURS, TEXT, image_size, split
+from ito.model.fusion import READOUTS
+from ito.model.pretrained import IMAGE, OURS, TEXT, image_size, split
 from ito.recipes import EMOJI_FULL, EMOJI_SMALL, ITO, KINDS, PRESETS
 
 
@@ -121,7 +121,7 @@ class Config:
     image_encoder: str = option(
         OURS,
         "model",
-        "efficientnet-lite0, timm:NAME or open_clip:NAME, pretrained (see ito/pretrained.py)",
+        "efficientnet-lite0, timm:NAME or open_clip:NAME, pretrained (see ito/model/pretrained.py)",
     )
     text_encoder: str = option(OURS, "model", "minilm, hf:NAME or open_clip:NAME, pretrained")
     load_size: int = option(
@@ -375,7 +375,7 @@ def add_options(
                 help=f"the {tower} tower keeps the weights of --pretrained or of its encoder (LiT)",
             )
         for name, default in vars(Config().augmentation).items():
-            add(name, default, "augmentation", "see ito/augment.py")
+            add(name, default, "augmentation", "see ito/data/augment.py")
 
 
 def from_options(options: argparse.Namespace, base: Config | None = None) -> Config:

@@ -14,10 +14,10 @@ from torch.distributed import ProcessGroup
 from torch.utils.checkpoint import checkpoint
 
 from ito.config import Config
-from ito.encoders import DualEncoder, attention, initialise
-from ito.fusion import Fusion
+from ito.model.encoders import DualEncoder, attention, initialise
+from ito.model.fusion import Fusion
+from ito.model.tokenizer import Tokenizer
 from ito.ranks import everyones, sum_over
-from ito.tokenizer import Tokenizer
 from ito_kernels import clip_loss, ito_loss, multi_positive_infonce, nt_xent_loss, siglip_loss
 from ito_kernels.distributed import global_rows
 

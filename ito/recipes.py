@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from ito.augment import CROP, DRAWINGS, PAPER, Augmentation
+from ito.data.augment import CROP, DRAWINGS, PAPER, Augmentation
 
 EMOJI_SMALL, EMOJI_FULL = "emoji-small", "emoji-full"
 

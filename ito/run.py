@@ -13,7 +13,7 @@ import numpy as np
 
 from ito.checkpoint import checkpoints
 from ito.cli import reason
-from ito.data import Dataset
+from ito.data.dataset import Dataset
 from ito.files import naming, undamaged, write_atomically, write_text
 from ito.ranks import RankLost
 

@@ -19,11 +19,11 @@ from torch.utils.data import Dataset as MapStyle
 
 from ito.batches import Batch, generator, pick, trimmed
 from ito.config import Config
-from ito.pictures import MAX_PIXELS, decode
+from ito.data.pictures import MAX_PIXELS, decode
+from ito.data.records import Record, Shard, Skipped
+from ito.data.shards import Member
+from ito.model.tokenizer import Tokenizer
 from ito.ranks import Ranks
-from ito.records import Record, Shard, Skipped
-from ito.shards import Member
-from ito.tokenizer import Tokenizer
 
 DOUBTFUL = 8  # groups that did not fill a batch: are there enough pictures that can be read?
 
@@ -46,8 +46,8 @@ class Stream:
     a batch of its own as well. Records of a split other than "train" are left out.
 
     Args:
-        shards: see `ito.records.open_shards`; at least one per rank.
-        image_size: pixels per side; see `ito.pictures.decode`.
+        shards: see `ito.data.records.open_shards`; at least one per rank.
+        image_size: pixels per side; see `ito.data.pictures.decode`.
         max_pixels: a picture of more is not decoded, but skipped.
         workers: processes that decode; 0 decodes in this one.
         buffer: records held to be shuffled, and as many that wait; names and captions only.

@@ -22,20 +22,21 @@ from ito.checkpoint import checkpoints, load_checkpoint, save_checkpoint, saved_
 from ito.cli import user_errors
 from ito.compiled import choose_compile, compile_towers
 from ito.config import Config, add_options, from_options
-from ito.data import Dataset, report_cut, report_skipped
-from ito.evaluate import evaluate, table
-from ito.export import export, load
+from ito.data.dataset import Dataset, report_skipped
+from ito.data.records import Skipped
 from ito.files import undamaged, write_text
+from ito.model.exported import export, load
+from ito.model.pretrained import OURS, load_tokenizer
+from ito.model.tokenizer import Tokenizer, report_cut
 from ito.precision import choose_precision
-from ito.pretrained import OURS, load_tokenizer
 from ito.ranks import Ranks
 from ito.recipes import PRESETS
-from ito.records import Skipped
-from ito.report import write_report
 from ito.run import LOCK, Log, clean, digest, fingerprint, locked, resumable
-from ito.source import open_dataset, open_source
+from ito.scoring.evaluation import evaluate
+from ito.scoring.report_page import write_report
+from ito.scoring.scores import table
+from ito.source import open_data
 from ito.stream import Stream, first_captions
-from ito.tokenizer import Tokenizer
 from ito.trainer import Trainer
 
 
@@ -60,7 +61,9 @@ def main(arguments: list[str] | None = None) -> Path:
                     if ranks.leads:
                         with locked(folder) if (folder / LOCK).exists() else nullcontext():
                             refuse_used(folder)
-            scored, data = ranks.leader_first(lambda: open_data(config, options, ranks))
+            scored, data = ranks.leader_first(
+                lambda: open_data(config, options.cache, options.workers, ranks)
+            )
             with ranks.together():
                 run = Run(folder, config, scored, data, options, ranks)
                 if ranks.leads and not options.resume:  # not before all of the input has passed
@@ -137,37 +140,6 @@ def resumed_config(options: argparse.Namespace) -> Config:
     if changed:
         raise ValueError(f"--resume keeps the run's configuration: drop {', '.join(changed)}")
     return config
-
-
-def open_data(
-    config: Config, options: argparse.Namespace, ranks: Ranks
-) -> tuple[Dataset, Dataset | Stream]:
-    """What is scored and what is trained on: one set in memory, or a set and this rank's stream."""
-    scored = open_dataset(config, options.cache)
-    if not config.stream:
-        return scored, scored
-    if config.batch_size % ranks.size:
-        raise ValueError(
-            f"--stream gives ranks equal parts: --batch-size {config.batch_size} is no multiple of "
-            f"{ranks.size} ranks"
-        )
-    if config.fusion_text == "shuffled" and config.batch_size < 2 * ranks.size:
-        raise ValueError(
-            f"--fusion-text shuffled takes captions of other items: with --stream, --batch-size "
-            f"must be at least 2 for each of {ranks.size} ranks, got {config.batch_size}"
-        )
-    if options.workers < 0:
-        raise ValueError(f"--workers must be at least 0, got {options.workers}")
-    return scored, Stream(
-        open_source(config, options.cache),
-        config.load_size,
-        config.batch_size // ranks.size,
-        seed=config.seed,
-        rank=ranks.rank,
-        world_size=ranks.size,
-        workers=options.workers,
-        max_pixels=config.max_pixels,
-    )
 
 
 def refuse_used(run: Path) -> None:

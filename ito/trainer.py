@@ -7,16 +7,16 @@ from concurrent.futures import Future, ThreadPoolExecutor, wait
 import torch
 from torch import Tensor, nn
 
-from ito.augment import augment
 from ito.batches import Batches, generator
 from ito.config import Config
-from ito.data import Dataset
-from ito.encoders import DualEncoder
+from ito.data.augment import augment
+from ito.data.dataset import Dataset
+from ito.model.encoders import DualEncoder
+from ito.model.pretrained import encoders, load_weights
+from ito.model.tokenizer import Tokenizer
 from ito.objectives import MAX_LOGIT_SCALE, OBJECTIVES, Terms
-from ito.pretrained import encoders, load_weights
 from ito.ranks import Ranks, normalise_globally
 from ito.stream import Stream, StreamBatches
-from ito.tokenizer import Tokenizer
 from ito_kernels.gradcache import gradcache_backward
 
 

@@ -7,8 +7,8 @@ import torch
 import torch.nn.functional as F
 
 from ito.config import Config
-from ito.encoders import DualEncoder
-from ito.fusion import Fusion
+from ito.model.encoders import DualEncoder
+from ito.model.fusion import Fusion
 from ito.objectives import OBJECTIVES
 
 N, E, SCALE = 5, 16, 7.0

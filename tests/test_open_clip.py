@@ -9,10 +9,10 @@ from safetensors.torch import load_file
 
 from ito import export
 from ito.checkpoint import save_checkpoint
-from ito.encoders import DualEncoder
-from ito.fusion import Fusion
-from ito.open_clip import export_open_clip
-from ito.tokenizer import Tokenizer
+from ito.model.encoders import DualEncoder
+from ito.model.fusion import Fusion
+from ito.model.open_clip import export_open_clip
+from ito.model.tokenizer import Tokenizer
 
 TEXTS = ["a red cat", "dog", "a very long text about a blue dog that goes on and on and on"]
 

@@ -18,10 +18,10 @@ from tiny_set import QUICK, steady, write_set
 
 from ito import train
 from ito.config import Config
-from ito.data import load_dataset
+from ito.data.dataset import load_dataset
+from ito.model.tokenizer import Tokenizer
 from ito.ranks import Ranks
 from ito.run import locked
-from ito.tokenizer import Tokenizer
 from ito.trainer import Trainer
 
 CPU = torch.device("cpu")

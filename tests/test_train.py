@@ -19,17 +19,18 @@ from tiny_set import QUICK, TINY, steady, write_set
 import ito
 from ito import evaluate as evaluate_command
 from ito import train
-from ito.augment import Augmentation
 from ito.batches import Batches
 from ito.compiled import choose_compile, compile_towers
 from ito.config import Config
-from ito.data import load_dataset
-from ito.encoders import DualEncoder
-from ito.evaluate import embed_images, embed_texts, evaluate
-from ito.fusion import Fusion
-from ito.metrics import retrieval
+from ito.data.augment import Augmentation
+from ito.data.dataset import load_dataset
+from ito.model.embed import embed_images, embed_texts
+from ito.model.encoders import DualEncoder
+from ito.model.fusion import Fusion
+from ito.model.tokenizer import Tokenizer
 from ito.ranks import Ranks
-from ito.tokenizer import Tokenizer
+from ito.scoring.evaluation import evaluate
+from ito.scoring.metrics import retrieval
 from ito.trainer import Trainer
 
 CPU = torch.device("cpu")
