@@ -7,12 +7,12 @@ import argparse
 from contextlib import nullcontext
 from pathlib import Path
 
-from ito.checkpoint import load_checkpoint, saved_tokenizer
+from ito.checkpoint import load_checkpoint
 from ito.cli import user_errors
 from ito.files import undamaged
 from ito.model.encoders import DualEncoder
-from ito.model.exported import export
-from ito.run import locked
+from ito.model.exported import export, saved_tokenizer
+from ito.run import RunFolder, locked
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -30,16 +30,16 @@ def main(arguments: list[str] | None = None) -> None:
     )
     with user_errors():
         options = parser.parse_args(arguments)
-        state = load_checkpoint(options.run)
-        with undamaged(options.run / "checkpoints"):
+        run = RunFolder(options.run)
+        state = load_checkpoint(run.checkpoints)
+        with undamaged(run.checkpoints):
             model = DualEncoder(**state["architecture"])
             model.load_state_dict(state["model"])
             load_size, step = state["load_size"], state["step"]
-            tokenizer = saved_tokenizer(options.run, state)
-        own = options.run / "model"
-        out = options.out or own
+        tokenizer = saved_tokenizer(state, run.model)
+        out = options.out or run.model
         # a run that trains writes its own model
-        with locked(options.run) if out.resolve() == own.resolve() else nullcontext():
+        with locked(options.run) if out.resolve() == run.model.resolve() else nullcontext():
             export(model, tokenizer, load_size, step, out)
             if options.onnx:
                 from ito.model.onnx import export_onnx

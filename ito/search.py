@@ -16,6 +16,7 @@ from ito.config import add_options
 from ito.data.dataset import report_skipped
 from ito.files import write_atomically
 from ito.model.exported import Encoder, load
+from ito.run import RunFolder
 from ito.scoring.contact_sheet import contact_sheet
 from ito.scoring.index import Index
 from ito.source import choose_data, open_dataset
@@ -63,7 +64,7 @@ def main(arguments: list[str] | None = None) -> None:
             raise ValueError(f"-k must be at least 1, got {options.k}")
         if options.serve is None and not options.queries:
             raise ValueError("nothing to search for: name a text or a picture's file, or --serve")
-        out = options.out or options.run / "search.png"
+        out = options.out or RunFolder(options.run).contact_sheet
         if out.is_dir():
             raise ValueError(f"--out {out} is a folder: name a file for the contact sheet")
         if options.serve is not None:

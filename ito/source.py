@@ -12,6 +12,7 @@ from ito.data.emoji_full import prepare_emoji_full
 from ito.data.emoji_small import prepare_emoji_small
 from ito.data.records import Shard, open_shards
 from ito.ranks import Ranks
+from ito.run import RunFolder
 from ito.scoring.evaluation import ALL
 from ito.stream import Stream
 
@@ -89,7 +90,7 @@ def locate(data: str, cache: Path | None) -> Path:
 
 def choose_data(options: argparse.Namespace) -> tuple[Config, list[str] | None]:
     """The run's configuration with the data asked for, and which splits (None: the held-out)."""
-    config = from_options(options, Config.load(options.run / "config.json"))
+    config = from_options(options, RunFolder(options.run).read_config())
     if options.data is None:
         return config, options.split
     if "train_data" in options:

@@ -14,15 +14,18 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
+from tokenizers import Tokenizer as BPE
 
 from ito.data.pictures import MAX_PIXELS, Refused, decode, square
 from ito.files import naming, undamaged, write_atomically
 from ito.model.embed import embed_images, embed_texts
 from ito.model.encoders import DualEncoder
 from ito.model.tokenizer import Tokenizer
+from ito.run import RunFolder
 from ito.tensors import load_tensors, save_tensors, verify
 
 Picture = Image.Image | str | Path | torch.Tensor
+WEIGHTS, ABOUT, TOKENS = "model.safetensors", "config.json", "tokenizer.json"
 
 
 def export(model: DualEncoder, tokenizer: Tokenizer, load_size: int, step: int, out: Path) -> None:
@@ -37,9 +40,9 @@ def export(model: DualEncoder, tokenizer: Tokenizer, load_size: int, step: int, 
     about = {"architecture": model.architecture, "load_size": load_size, "step": step}
     tokens = tokenizer.bpe.to_str(pretty=True).encode()
     files = {
-        "tokenizer.json": tokens,
-        "config.json": (json.dumps(about, indent=2) + "\n").encode(),
-        "model.safetensors": save_tensors(weights, tokenizer=hashlib.sha256(tokens).hexdigest()),
+        TOKENS: tokens,
+        ABOUT: (json.dumps(about, indent=2) + "\n").encode(),
+        WEIGHTS: save_tensors(weights, tokenizer=hashlib.sha256(tokens).hexdigest()),
     }
     with ExitStack() as written:
         for name, content in files.items():
@@ -111,22 +114,31 @@ def load(run: str | Path, device: str | torch.device = "cpu") -> Encoder:
     Raises FileNotFoundError if there is none, ValueError naming a file of it that is damaged: a
     model that an older version exported has no checksums, and is taken as it is.
     """
-    folder = Path(run)
-    folder = folder / "model" if (folder / "model").is_dir() else folder
-    if not (folder / "model.safetensors").exists():
+    exported = RunFolder(run).model
+    folder = exported if exported.is_dir() else Path(run)
+    if not (folder / WEIGHTS).exists():
         raise FileNotFoundError(
-            f"{run} holds no exported model (model/model.safetensors); a run writes it with its "
+            f"{run} holds no exported model ({exported.name}/{WEIGHTS}); a run writes it with its "
             "first checkpoint, and `python -m ito.export RUN` from its newest one"
         )
-    with undamaged(folder / "config.json"):
-        about = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    with undamaged(folder / ABOUT) as path:
+        about = json.loads(path.read_text(encoding="utf-8"))
         model = DualEncoder(**about["architecture"])
         load_size, step = about["load_size"], about["step"]
-    with undamaged(folder / "model.safetensors") as path:
+    with undamaged(folder / WEIGHTS) as path:
         weights, sums = load_tensors(path)
         model.load_state_dict(weights)
     model.to(device, memory_format=torch.channels_last).eval().requires_grad_(False)
-    with undamaged(folder / "tokenizer.json") as path:
+    with undamaged(folder / TOKENS) as path:
         verify(hashlib.sha256(path.read_bytes()).hexdigest(), sums.get("tokenizer"))
         tokenizer = Tokenizer.load(path)
     return Encoder(model, tokenizer, load_size, step)
+
+
+def saved_tokenizer(state: dict, exported: Path) -> Tokenizer:
+    """That of a checkpoint; older ones have it with the exported model alone, where nothing checks
+    it. Raises ValueError naming a file that is damaged."""
+    if "tokenizer" in state:
+        return Tokenizer(BPE.from_str(state["tokenizer"]))
+    with undamaged(exported / TOKENS) as path:
+        return Tokenizer.load(path)

@@ -21,9 +21,9 @@ from ito.config import Config
 from ito.data.augment import Augmentation
 from ito.data.dataset import Dataset
 from ito.files import write_atomically, write_text
-from ito.model.exported import load
+from ito.model.exported import WEIGHTS, load
 from ito.recipes import ITO
-from ito.run import Log
+from ito.run import RunFolder
 from ito.scoring.cost import StepCost, step_costs
 from ito.scoring.embedded_split import EmbeddedSplit
 from ito.scoring.projections import PROJECTIONS
@@ -53,16 +53,17 @@ class Result:
 
     @classmethod
     def load(cls, folder: Path) -> "Result":
-        log = Log(folder / "metrics.jsonl")
+        run = RunFolder(folder)
+        log = run.log()
         return cls(
             folder,
             folder.name.rpartition("-seed")[0],
-            Config.load(folder / "config.json"),
-            json.loads((folder / "environment.json").read_text(encoding="utf-8")),
+            run.read_config(),
+            run.read_environment(),
             log.read("train"),
             log.read("eval"),
-            json.loads((folder / "evaluation.json").read_text(encoding="utf-8")),
-            json.loads((folder / "cost.json").read_text(encoding="utf-8"))["peak_bytes"],
+            json.loads(run.evaluation.read_text(encoding="utf-8")),
+            json.loads(run.cost.read_text(encoding="utf-8"))["peak_bytes"],
         )
 
     @property
@@ -101,7 +102,7 @@ def write_comparison(out: Path, cache: Path | None = None) -> Path:
     cache: where prepared data lives (~/.cache/ito).
     Raises ValueError if there are none, or if they had unequal budgets, data or threads.
     """
-    folders = sorted(path.parent for path in out.glob("*/evaluation.json"))
+    folders = sorted(path for path in out.glob("*") if RunFolder(path).evaluation.exists())
     if not folders:
         raise ValueError(f"{out} holds no finished run")
     arms: dict[str, list[Result]] = {}
@@ -379,7 +380,7 @@ def cost_table(arms: dict[str, list[Result]], costs: dict[str, StepCost]) -> str
     lines = []
     for arm, runs in arms.items():
         cost = costs[arm]
-        weights = runs[0].folder / "model" / "model.safetensors"
+        weights = RunFolder(runs[0].folder).model / WEIGHTS
         lines.append(
             [
                 arm,

@@ -9,6 +9,7 @@ from ito.cli import shown
 from ito.data.dataset import Dataset
 from ito.files import undamaged, write_atomically
 from ito.model.exported import Encoder
+from ito.run import RunFolder
 from ito.tensors import checksum, load_tensors, save_tensors
 
 
@@ -24,10 +25,10 @@ class Index:
 
     @classmethod
     def open(cls, run: Path, encoder: Encoder, dataset: Dataset) -> "Index":
-        """With embeddings kept in `run/index/`, under a hash of the weights and the pictures."""
+        """With embeddings kept in the run folder, under a hash of the weights and the pictures."""
         key = hashlib.sha256(dataset.images.numpy())
         key.update(checksum(encoder.model.state_dict()).encode())
-        path = run / "index" / f"{key.hexdigest()[:16]}.safetensors"
+        path = RunFolder(run).index / f"{key.hexdigest()[:16]}.safetensors"
         if path.exists():
             with undamaged(path):
                 return cls(encoder, dataset, load_tensors(path)[0]["images"])

@@ -16,7 +16,7 @@ from PIL import Image
 from ito.data.dataset import Dataset
 from ito.files import undamaged, write_text
 from ito.model.exported import Encoder
-from ito.run import Log
+from ito.run import RunFolder
 from ito.scoring import charts
 from ito.scoring.embedded_split import EmbeddedSplit
 from ito.scoring.metrics import ranks
@@ -63,12 +63,13 @@ figure { margin: 0; min-width: 0; font-size: 11px; line-height: 1.3; }
 
 
 def write_report(run: Path, encoder: Encoder, dataset: Dataset, project: str = "pca") -> Path:
-    """Write `run/report.html` from the logged metrics, the configuration and the exported model.
+    """Write the run's report from the logged metrics, the configuration and the exported model.
 
     `project` chooses the map, "pca" or "umap" (of the package umap-learn).
     """
-    records = Log(run / "metrics.jsonl").read()
-    with undamaged(run / "metrics.jsonl"):
+    files = RunFolder(run)
+    records = files.log().read()
+    with undamaged(files.metrics):
         scores = [r for r in records if r["kind"] == "eval"]
         streams = [r["skipped"] for r in records if r["kind"] == "stream"]
         curves = curve_charts(records, dataset.held_out_splits())
@@ -90,8 +91,7 @@ def write_report(run: Path, encoder: Encoder, dataset: Dataset, project: str = "
             image_to_text(view),
             mistakes(view),
         ]
-    for title, name in (("Configuration", "config.json"), ("Environment", "environment.json")):
-        path = run / name
+    for title, path in (("Configuration", files.config), ("Environment", files.environment)):
         if path.exists():
             with undamaged(path):
                 parts.append(settings(title, json.loads(path.read_text(encoding="utf-8"))))
@@ -100,9 +100,8 @@ def write_report(run: Path, encoder: Encoder, dataset: Dataset, project: str = "
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
         f"<title>{html.escape(run.name)}</title><style>{STYLE}</style>{''.join(parts)}</html>"
     )
-    path = run / "report.html"
-    write_text(path, page)
-    return path
+    write_text(files.report, page)
+    return files.report
 
 
 def score_tables(columns: dict[str, dict[str, float]]) -> str:
