@@ -27,6 +27,7 @@ from ito.files import undamaged, write_text
 from ito.model.exported import export, load, saved_tokenizer
 from ito.model.pretrained import OURS, load_tokenizer
 from ito.model.tokenizer import Tokenizer, report_cut
+from ito.objectives import own_parts
 from ito.precision import choose_precision
 from ito.ranks import Ranks
 from ito.recipes import PRESETS
@@ -272,6 +273,7 @@ class Run:
         if self.config.stream:
             first = training_captions(self.data, STREAMED)
             content["stream"] = digest(json.dumps(first).encode())
+        own = own_parts(self.config.objective)
         return {
             "python": platform.python_version(),
             "torch": torch.__version__,
@@ -283,6 +285,7 @@ class Run:
             "compile": self.compile,
             "data": self.data.describe(),
             "sha256": content,
+            **({"objective": digest(own[0].read_bytes())} if own else {}),
         }
 
     def resume(self, state: dict) -> None:

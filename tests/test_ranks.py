@@ -100,7 +100,7 @@ def test_ranks_and_micro_batches_give_the_numbers_of_one_process(data):
 @pytest.mark.parametrize("size", [2, 3])
 def test_shares_are_the_batch_without_duplicates_or_drops(data, size):
     trainer = make(data, fusion_text="shuffled")
-    views, ids = trainer.batch(1)
+    views, ids, _ = trainer.batch(1)
     shares = []
     for rank in range(size):
         trainer.ranks.rank, trainer.ranks.size = rank, size

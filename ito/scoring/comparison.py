@@ -22,7 +22,7 @@ from ito.data.augment import Augmentation
 from ito.data.dataset import Dataset
 from ito.files import write_atomically, write_text
 from ito.model.exported import WEIGHTS, load
-from ito.recipes import ITO
+from ito.objectives import OPTIONS
 from ito.run import RunFolder
 from ito.scoring.cost import StepCost, step_costs
 from ito.scoring.embedded_split import EmbeddedSplit
@@ -35,7 +35,7 @@ T = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
 EXPECTED = (("ito", "ito-align"), ("ito-align", "clip-aug"), ("clip-aug", "clip"))
 BASE = "ito"  # what ablations are compared with
 # what arms may differ in; plain CLIP has an augmentation of its own
-DECIDED = ("objective", "seed", *ITO, *vars(Augmentation()))
+DECIDED = ("objective", "seed", *OPTIONS, *vars(Augmentation()))
 
 
 @dataclass
