@@ -16,6 +16,7 @@ from unittest.mock import patch
 
 import torch
 import torch.nn.functional as F
+from inputs import Inputs
 from other_losses import OTHER_LOSSES
 from torch import Tensor
 
@@ -29,20 +30,6 @@ GROUPED = ("multi_positive", "supcon", *(name for name, x in OTHER_LOSSES.items(
 POSITIVES_PER_ID = 4
 PLAIN_PYTORCH = ("reference", "chunked")  # backends whose matrix products are PyTorch's
 EXACT_ROWS = 512
-
-
-class Inputs(NamedTuple):
-    """One batch. a, b: (N, D), L2-normalised; ids: (N,), which item a row belongs to."""
-
-    a: Tensor
-    b: Tensor
-    log_scale: Tensor
-    bias: Tensor
-    ids: Tensor
-
-    def leaves(self, loss: str) -> tuple[Tensor, ...]:
-        """What is differentiated."""
-        return self[:4] if loss == "siglip" else self[:3]
 
 
 def make_inputs(

@@ -37,11 +37,11 @@ from contenders import (
     ONE_TOWER,
     OTHER_LOSSES,
     Contender,
-    Inputs,
     exact,
     make_inputs,
     through_normalise,
 )
+from inputs import Inputs
 from measure import (
     TELLS_PEAK,
     Gemm,

@@ -31,7 +31,8 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from contenders import CONTENDERS, Contender, Inputs, make_inputs
+from contenders import CONTENDERS, Contender, make_inputs
+from inputs import Inputs
 from torch.profiler import ProfilerActivity, profile
 
 os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # else the profiler announces itself on stderr

@@ -7,16 +7,14 @@ two towers' own features, without gradient.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
+from inputs import Inputs
 from torch import Tensor
 
 import ito_kernels as ik
-
-if TYPE_CHECKING:
-    from contenders import Inputs
 
 PRIOR, HARDNESS, MARGIN, SOFT, MIXED, CLUSTERS = 0.1, 0.5, 0.1, 0.4, 0.7, 8
 

@@ -6,9 +6,9 @@ __all__ = ["load"]
 def load(run, device="cpu"):
     """The exported model of a run folder, with `encode_image` and `encode_text`.
 
-    See `ito.export.Encoder`. Raises FileNotFoundError if the run has exported none yet.
+    See `ito.model.exported.Encoder`. Raises FileNotFoundError if the run has exported none yet.
     """
-    # Imported here so that `python -m ito.export` does not find itself imported already.
-    from ito.export import load
+    # not above: processes that draw or decode pictures import `ito` too, and need no model
+    from ito.model.exported import load
 
     return load(run, device)

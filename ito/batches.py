@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from ito.config import Config
-from ito.data import Dataset
+from ito.data.dataset import Dataset
+from ito.model.tokenizer import Tokenizer
 from ito.ranks import Ranks
-from ito.tokenizer import Tokenizer
 
 
 def generator(seed: int, purpose: str, number: int) -> torch.Generator:
@@ -29,6 +29,7 @@ class Batch(NamedTuple):
     `pictures` uint8 (V, n, 3, S, S), `places` (V, n) and `total`: where those stand among the
     pictures of all ranks, and how many these are, for the random numbers of the augmentation.
     `ids` (C, N, L) of all items whose captions are known here, `mine` the n among these N.
+    `item` (n,): their numbers in the data set; a stream's items have none, but 63 bits of a hash.
     """
 
     pictures: Tensor
@@ -36,6 +37,7 @@ class Batch(NamedTuple):
     total: int
     ids: Tensor
     mine: slice
+    item: Tensor
 
 
 class Batches:
@@ -68,6 +70,7 @@ class Batches:
         ends = [*itertools.accumulate(map(len, names), initial=0)]
         self.captions = [range(*pair) for pair in itertools.pairwise(ends)]
         self.images = dataset.images.to(device)
+        self.image_item = dataset.image_item
         self.config, self.ranks = config, ranks
         self.size = min(config.batch_size, len(drawings))
 
@@ -77,7 +80,8 @@ class Batches:
         places = torch.arange(rows.numel()).view(rows.shape)[:, mine]
         # not images[rows]: 2.3 ms for 128 pictures of 64 px on one core, this 0.2
         pictures = self.images.index_select(0, rows[:, mine].flatten().to(self.images.device))
-        return Batch(pictures.unflatten(0, places.shape), places, rows.numel(), ids, mine)
+        item = self.image_item[rows[0, mine]]
+        return Batch(pictures.unflatten(0, places.shape), places, rows.numel(), ids, mine, item)
 
     def choose(self, step: int) -> tuple[Tensor, Tensor]:
         """The whole batch: indices into `dataset.images` (V, N), and token ids (C, N, L).

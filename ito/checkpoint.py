@@ -9,18 +9,16 @@ import zipfile
 from pathlib import Path
 
 import torch
-from tokenizers import Tokenizer as BPE
 
 from ito.files import write_atomically
-from ito.tokenizer import Tokenizer
 
 KEPT = 2  # one to continue from, and one before it
 
 
-def checkpoints(run: Path) -> dict[int, Path]:
-    """By their steps, in order. Raises ValueError naming a file among them that is none."""
+def checkpoints(folder: Path) -> dict[int, Path]:
+    """Those in `folder` by their steps, in order. Raises ValueError naming a file that is none."""
     found = {}
-    for path in (run / "checkpoints").glob("step_*.pt"):
+    for path in folder.glob("step_*.pt"):
         number = re.fullmatch(r"step_(\d+)\.pt", path.name)
         if not number:
             raise ValueError(f"{path} has no name of a checkpoint (step_0000300.pt): move it away")
@@ -28,24 +26,24 @@ def checkpoints(run: Path) -> dict[int, Path]:
     return dict(sorted(found.items()))
 
 
-def save_checkpoint(run: Path, step: int, state: dict) -> None:
-    """`state` after `step` steps, into `run/checkpoints`; the newest KEPT stay."""
-    path = run / "checkpoints" / f"step_{step:07d}.pt"
+def save_checkpoint(folder: Path, step: int, state: dict) -> None:
+    """`state` after `step` steps; the newest KEPT stay."""
+    path = folder / f"step_{step:07d}.pt"
     with write_atomically(path) as temporary, temporary.open("wb") as file:
         torch.save(state | {"step": step}, file)
-    for old in list(checkpoints(run).values())[:-KEPT]:
+    for old in list(checkpoints(folder).values())[:-KEPT]:
         old.unlink()
 
 
-def load_checkpoint(run: Path) -> dict:
-    """The newest checkpoint of a run.
+def load_checkpoint(folder: Path) -> dict:
+    """The newest checkpoint in `folder`.
 
-    Raises FileNotFoundError if it has none, ValueError naming the file, and how to go on without
+    Raises FileNotFoundError if there is none, ValueError naming the file, and how to go on without
     it, if it is damaged or not of the step that its name says.
     """
-    found = checkpoints(run)
+    found = checkpoints(folder)
     if not found:
-        raise FileNotFoundError(f"{run} holds no checkpoint (checkpoints/step_*.pt)")
+        raise FileNotFoundError(f"{folder.parent} holds no checkpoint ({folder.name}/step_*.pt)")
     *earlier, (step, path) = found.items()
     start = earlier[-1][1].name if earlier else "step 0"
     advice = f"remove it, and --resume continues from {start}"
@@ -64,10 +62,3 @@ def load_checkpoint(run: Path) -> dict:
     if held != step:
         raise ValueError(f"{path} holds step {held}, which is not its name's: {advice}")
     return state
-
-
-def saved_tokenizer(run: Path, state: dict) -> Tokenizer:
-    """That of a checkpoint; older ones have it in `run/model` alone, where nothing checks it."""
-    if "tokenizer" in state:
-        return Tokenizer(BPE.from_str(state["tokenizer"]))
-    return Tokenizer.load(run / "model" / "tokenizer.json")

@@ -15,10 +15,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ito.cli import user_errors
-from ito.comparison import write_comparison
 from ito.config import Config, add_options, from_options
 from ito.files import write_text
-from ito.run import locked
+from ito.run import RunFolder, locked
+from ito.scoring.comparison import write_comparison
 
 # What a run adds to the options that all share.
 ARMS = {
@@ -147,7 +147,7 @@ def train_all(runs: list[Run], options: argparse.Namespace) -> None:
 def train(run: Run, out: Path, threads: int | None, environment: dict) -> str:
     """Train a run to its end, or what is left of it. Raises OSError with the end of its output."""
     folder, log = out / run.name, out / f"{run.name}.log"
-    cost, scores = folder / "cost.json", folder / "evaluation.json"
+    cost, scores = RunFolder(folder).cost, RunFolder(folder).evaluation
     begun = same(folder, run)
     if begun and cost.exists() and scores.exists():
         return f"{run.name}: there already"
@@ -180,9 +180,9 @@ def call(words: list[str], log: Path, environment: dict) -> dict:
 
 def same(folder: Path, run: Run) -> bool:
     """Whether this run was begun there. Raises ValueError if it holds one of other options."""
-    if not (folder / "config.json").exists():
+    if not RunFolder(folder).config.exists():
         return False
-    found = Config.load(folder / "config.json").flat()
+    found = RunFolder(folder).read_config().flat()
     other = [name for name, value in run.config.flat().items() if found[name] != value]
     if other:
         raise ValueError(

@@ -3,7 +3,7 @@
 import torch
 from torch import nn
 
-from ito.encoders import Block, ImageEncoder
+from ito.model.encoders import Block, ImageEncoder
 
 
 def choose_compile(wanted: bool, device: torch.device) -> tuple[bool, str]:

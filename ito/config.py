@@ -7,12 +7,13 @@ import math
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from ito.augment import CROP, DRAWINGS, Augmentation
+from ito.data.augment import DRAWINGS, Augmentation
+from ito.data.pictures import MAX_PIXELS
 from ito.files import write_text
-from ito.fusion import READOUTS
-from ito.pictures import MAX_PIXELS
-from ito.pretrained import IMAGE, OURS, TEXT, image_size, split
-from ito.recipes import EMOJI_FULL, EMOJI_SMALL, ITO, KINDS, PRESETS
+from ito.model.fusion import READOUTS
+from ito.model.pretrained import IMAGE, OURS, TEXT, image_size, split
+from ito.objectives import OBJECTIVES, OPTIONS, objective_class, own_parts
+from ito.recipes import EMOJI_FULL, EMOJI_SMALL, PRESETS
 
 
 def option(
@@ -77,7 +78,12 @@ class Config:
         100_000, "streaming", "the first ones of a stream, that its BPE is trained on", least=1
     )
 
-    objective: str = option("ito", "objective", "what is trained", tuple(KINDS))
+    objective: str = option(
+        "ito",
+        "objective",
+        f"what is trained: {', '.join(OBJECTIVES)}, or FILE.py:NAME, a function or torch.nn.Module "
+        "class of your own (image, text, logit_scale, *, item, step, generator, group)",
+    )
     views: int = option(
         None,
         "objective",
@@ -121,7 +127,7 @@ class Config:
     image_encoder: str = option(
         OURS,
         "model",
-        "efficientnet-lite0, timm:NAME or open_clip:NAME, pretrained (see ito/pretrained.py)",
+        "efficientnet-lite0, timm:NAME or open_clip:NAME, pretrained (see ito/model/pretrained.py)",
     )
     text_encoder: str = option(OURS, "model", "minilm, hf:NAME or open_clip:NAME, pretrained")
     load_size: int = option(
@@ -191,16 +197,14 @@ class Config:
     augmentation: Augmentation | None = None  # the objective's own
 
     def __post_init__(self):
-        if self.objective not in KINDS:
-            raise ValueError(f"objective must be one of {tuple(KINDS)}, got {self.objective!r}")
-        kind = KINDS[self.objective]
+        kind = objective_class(self.objective)
         for name in ("views", "captions", "augmentation"):
             if getattr(self, name) is None:
                 object.__setattr__(self, name, getattr(kind, name))
         self.settle_encoders()
-        refuse_unfit(self.objective, [n for n in ITO if self.differs(n)])
-        if self.objective == "clip" and self.augmentation != CROP:
-            refuse_unfit("clip", ["augmentation"])
+        refuse_unfit(self.objective, [n for n in OPTIONS if self.differs(n)])
+        if kind.fixed and self.augmentation != kind.augmentation:
+            refuse_unfit(self.objective, ["augmentation"])
         for item in dataclasses.fields(self):
             value = getattr(self, item.name)
             if value is None:
@@ -272,7 +276,7 @@ class Config:
     def differs(self, name: str) -> bool:
         """Whether an option has another value than it has by default with this objective."""
         default = getattr(
-            KINDS[self.objective], name, type(self).__dataclass_fields__[name].default
+            objective_class(self.objective), name, type(self).__dataclass_fields__[name].default
         )
         return getattr(self, name) != default
 
@@ -300,14 +304,15 @@ class Config:
 
 def refuse_unfit(objective: str, given: list[str]) -> None:
     """Raises ValueError naming options that do not fit the objective."""
-    augmentation = [name for name in given if name not in ITO]
-    unfit = [name for name in given if name in ITO and name not in KINDS[objective].options]
+    kind = objective_class(objective)
+    augmentation = [name for name in given if name not in OPTIONS]
+    unfit = [name for name in given if name in OPTIONS and name not in kind.options]
     if unfit:
         raise ValueError(f"the objective {objective} does not take {', '.join(unfit)}")
-    if objective == "clip" and augmentation:
+    if kind.fixed and augmentation:
         raise ValueError(
-            f"the objective clip has a fixed mild crop and does not take {', '.join(augmentation)}"
-            "; clip-aug does"
+            f"the objective {objective} has a fixed mild crop and does not take "
+            f"{', '.join(augmentation)}; clip-aug does"
         )
 
 
@@ -375,7 +380,7 @@ def add_options(
                 help=f"the {tower} tower keeps the weights of --pretrained or of its encoder (LiT)",
             )
         for name, default in vars(Config().augmentation).items():
-            add(name, default, "augmentation", "see ito/augment.py")
+            add(name, default, "augmentation", "see ito/data/augment.py")
 
 
 def from_options(options: argparse.Namespace, base: Config | None = None) -> Config:
@@ -391,6 +396,8 @@ def from_options(options: argparse.Namespace, base: Config | None = None) -> Con
     for name in ("train_data", "val_data", "pretrained"):
         if given.get(name, EMOJI_SMALL) not in (None, EMOJI_SMALL, EMOJI_FULL):
             given[name] = str(Path(given[name]).absolute())
+    if own := own_parts(given.get("objective", Config.objective)):
+        given["objective"] = f"{own[0].absolute()}:{own[1]}"
     for name in ("image_encoder", "text_encoder"):
         kind, _, folder = given.get(name, OURS).partition(":")
         prefix = "local-dir:" if folder.startswith("local-dir:") else ""
@@ -402,10 +409,11 @@ def from_options(options: argparse.Namespace, base: Config | None = None) -> Con
         augmentation = dataclasses.replace(base.augmentation, **drawn)
         return dataclasses.replace(base, **plain, augmentation=augmentation)
     objective = plain.get("objective", Config.objective)
-    refuse_unfit(objective, [name for name in given if name in (*ITO, *drawn)])
+    refuse_unfit(objective, [name for name in given if name in (*OPTIONS, *drawn)])
     preset = PRESETS[given.get("preset") or "emoji-small"]
-    augmentation = KINDS[objective].augmentation
-    if objective != "clip":
+    kind = objective_class(objective)
+    augmentation = kind.augmentation
+    if not kind.fixed:
         augmentation = preset.get("augmentation", augmentation)
     augmentation = dataclasses.replace(augmentation, **drawn)
     return Config(**preset | plain | {"augmentation": augmentation})

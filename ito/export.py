@@ -1,173 +1,18 @@
-"""The exported dual encoder: written by `python -m ito.export RUN`, read by `ito.load(RUN)`.
+"""`python -m ito.export RUN`: the dual encoder of a run's newest checkpoint, for use elsewhere.
 
-`model/` holds `model.safetensors`, `config.json`, `tokenizer.json`. The fusion module is not in it:
-inference costs what a plain dual encoder costs. The weights' file holds checksums of its own and of
-the tokenizer's content.
+Written as `ito.load` reads it, and on request as an ONNX pair and for open_clip.
 """
 
 import argparse
-import hashlib
-import json
-from collections.abc import Sequence
-from contextlib import ExitStack, nullcontext
+from contextlib import nullcontext
 from pathlib import Path
 
-import numpy as np
-import torch
-from PIL import Image
-from safetensors import safe_open
-from safetensors.torch import load_file, save
-
-from ito.checkpoint import load_checkpoint, saved_tokenizer
+from ito.checkpoint import load_checkpoint
 from ito.cli import user_errors
-from ito.encoders import DualEncoder
-from ito.evaluate import embed_images, embed_texts
-from ito.files import naming, undamaged, write_atomically
-from ito.pictures import MAX_PIXELS, Refused, decode, square
-from ito.run import locked
-from ito.tokenizer import Tokenizer
-
-Picture = Image.Image | str | Path | torch.Tensor
-
-
-def export(model: DualEncoder, tokenizer: Tokenizer, load_size: int, step: int, out: Path) -> None:
-    """Write the model as it is after `step` steps to the folder `out`.
-
-    Each file appears atomically, and none before all are written: a full disk leaves what was
-    there. Raises OSError naming the file.
-    """
-    weights = {
-        name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()
-    }
-    about = {"architecture": model.architecture, "load_size": load_size, "step": step}
-    tokens = tokenizer.bpe.to_str(pretty=True).encode()
-    files = {
-        "tokenizer.json": tokens,
-        "config.json": (json.dumps(about, indent=2) + "\n").encode(),
-        "model.safetensors": save_tensors(weights, tokenizer=hashlib.sha256(tokens).hexdigest()),
-    }
-    with ExitStack() as written:
-        for name, content in files.items():
-            temporary = written.enter_context(write_atomically(out / name))
-            with naming(out / name):
-                temporary.write_bytes(content)
-
-
-def checksum(weights: dict[str, torch.Tensor]) -> str:
-    """SHA-256 of names and values, in the order of the names."""
-    found = hashlib.sha256()
-    for name, value in sorted(weights.items()):
-        found.update(name.encode())
-        found.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
-    return found.hexdigest()
-
-
-class WrongChecksum(ValueError):
-    """The file is not what was written, however well it reads."""
-
-
-def verify(found: str, wanted: str | None) -> None:
-    if wanted not in (found, None):
-        raise WrongChecksum
-
-
-def save_tensors(tensors: dict[str, torch.Tensor], **sums: str) -> bytes:
-    """A safetensors file with a checksum of its own, which that format lacks, and with others."""
-    sums |= {"tensors": checksum(tensors)}
-    return save(tensors, {"sha256": json.dumps(sums)})  # safetensors has no order of several
-
-
-def load_tensors(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
-    """The tensors, and the checksums if there are any. Raises WrongChecksum."""
-    with safe_open(path, "pt") as file:
-        sums = json.loads((file.metadata() or {}).get("sha256", "{}"))
-    tensors = load_file(path)
-    verify(checksum(tensors), sums.get("tensors"))
-    return tensors, sums
-
-
-class Encoder:
-    """An exported model. Embeddings are unit rows, fp32, on the CPU: `image @ text.T` are cosines.
-
-    `model`, `tokenizer` and `step` (optimizer steps it was trained for) are public, and so is
-    `max_pixels`, above which a picture is refused.
-    """
-
-    max_pixels = MAX_PIXELS
-
-    def __init__(self, model: DualEncoder, tokenizer: Tokenizer, load_size: int, step: int):
-        self.model, self.tokenizer, self.load_size, self.step = model, tokenizer, load_size, step
-
-    def encode_image(self, images: Picture | Sequence[Picture]) -> torch.Tensor:
-        """Pictures to `(K, E)`: PIL images, paths, uint8 tensors (3, H, W), or one (K, 3, H, W).
-
-        Each is seen as in training: its centred square, on white. Raises ValueError naming a
-        picture that cannot be read or is too large, or a tensor of another shape or dtype.
-        """
-        if isinstance(images, Image.Image | str | Path):
-            images = [images]
-        if isinstance(images, torch.Tensor) and images.ndim == 3:
-            images = images[None]
-        squares = [self.square(image, n) for n, image in enumerate(images)]
-        if not squares:
-            return torch.empty(0, self.model.architecture["width"])
-        pixels = torch.from_numpy(np.stack(squares)).permute(0, 3, 1, 2).contiguous()
-        return embed_images(self.model, pixels)
-
-    def encode_text(self, texts: str | Sequence[str]) -> torch.Tensor:
-        """Texts to `(K, E)`; a text longer than the context is cut."""
-        texts = [texts] if isinstance(texts, str) else list(texts)
-        if not texts:
-            return torch.empty(0, self.model.architecture["width"])
-        return embed_texts(self.model, self.tokenizer(texts))
-
-    def square(self, picture: Picture, number: int) -> np.ndarray:
-        if isinstance(picture, torch.Tensor):
-            if picture.dtype != torch.uint8 or picture.ndim != 3 or picture.shape[0] != 3:
-                raise ValueError(
-                    f"images[{number}] must be uint8 (3, H, W), "
-                    f"got {picture.dtype} {tuple(picture.shape)}"
-                )
-            pixels = picture.permute(1, 2, 0).cpu().numpy()
-            return square(Image.fromarray(pixels), self.load_size, picture.numel())
-        if isinstance(picture, Image.Image):
-            try:
-                return square(picture, self.load_size, self.max_pixels)
-            except Refused as error:
-                raise ValueError(f"images[{number}]: the picture {error}") from None
-            except OSError as error:  # of a file that is read only now
-                raise ValueError(f"images[{number}]: unreadable picture: {error}") from None
-        pixels = decode(Path(picture), self.load_size, self.max_pixels)
-        if isinstance(pixels, str):
-            raise ValueError(f"images[{number}]: {pixels}")
-        return pixels
-
-
-def load(run: str | Path, device: str | torch.device = "cpu") -> Encoder:
-    """The exported model of a run folder, or of a `model/` folder itself.
-
-    Raises FileNotFoundError if there is none, ValueError naming a file of it that is damaged: a
-    model that an older version exported has no checksums, and is taken as it is.
-    """
-    folder = Path(run)
-    folder = folder / "model" if (folder / "model").is_dir() else folder
-    if not (folder / "model.safetensors").exists():
-        raise FileNotFoundError(
-            f"{run} holds no exported model (model/model.safetensors); a run writes it with its "
-            "first checkpoint, and `python -m ito.export RUN` from its newest one"
-        )
-    with undamaged(folder / "config.json"):
-        about = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        model = DualEncoder(**about["architecture"])
-        load_size, step = about["load_size"], about["step"]
-    with undamaged(folder / "model.safetensors") as path:
-        weights, sums = load_tensors(path)
-        model.load_state_dict(weights)
-    model.to(device, memory_format=torch.channels_last).eval().requires_grad_(False)
-    with undamaged(folder / "tokenizer.json") as path:
-        verify(hashlib.sha256(path.read_bytes()).hexdigest(), sums.get("tokenizer"))
-        tokenizer = Tokenizer.load(path)
-    return Encoder(model, tokenizer, load_size, step)
+from ito.files import undamaged
+from ito.model.encoders import DualEncoder
+from ito.model.exported import export, saved_tokenizer
+from ito.run import RunFolder, locked
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -185,23 +30,23 @@ def main(arguments: list[str] | None = None) -> None:
     )
     with user_errors():
         options = parser.parse_args(arguments)
-        state = load_checkpoint(options.run)
-        with undamaged(options.run / "checkpoints"):
+        run = RunFolder(options.run)
+        state = load_checkpoint(run.checkpoints)
+        with undamaged(run.checkpoints):
             model = DualEncoder(**state["architecture"])
             model.load_state_dict(state["model"])
             load_size, step = state["load_size"], state["step"]
-            tokenizer = saved_tokenizer(options.run, state)
-        own = options.run / "model"
-        out = options.out or own
+        tokenizer = saved_tokenizer(state, run.model)
+        out = options.out or run.model
         # a run that trains writes its own model
-        with locked(options.run) if out.resolve() == own.resolve() else nullcontext():
+        with locked(options.run) if out.resolve() == run.model.resolve() else nullcontext():
             export(model, tokenizer, load_size, step, out)
             if options.onnx:
-                from ito.onnx import export_onnx
+                from ito.model.onnx import export_onnx
 
                 export_onnx(model, out)
         if options.open_clip:
-            from ito.open_clip import export_open_clip
+            from ito.model.open_clip import export_open_clip
 
             export_open_clip(model, tokenizer, options.open_clip)
         print(f"exported step {step} to {out}")

@@ -2,10 +2,17 @@
 
 All share towers, data order, budget and, but for plain CLIP, augmentation. An objective owns the
 modules that exist only while training. Its loss sees nothing but features, so that the batch may
-come in micro-batches and be spread over ranks.
+come in micro-batches and be spread over ranks. One's own comes from a file: OwnObjective.
 """
 
+import importlib.util
+import inspect
 import math
+import re
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -13,11 +20,11 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 from torch.utils.checkpoint import checkpoint
 
-from ito.config import Config
-from ito.encoders import DualEncoder, attention, initialise
-from ito.fusion import Fusion
-from ito.ranks import everyones, sum_over
-from ito.tokenizer import Tokenizer
+from ito.data.augment import CROP, DRAWINGS, Augmentation
+from ito.model.encoders import DualEncoder, attention, initialise
+from ito.model.fusion import Fusion
+from ito.model.tokenizer import Tokenizer
+from ito.ranks import LOST, everyones, sum_over
 from ito_kernels import clip_loss, ito_loss, multi_positive_infonce, nt_xent_loss, siglip_loss
 from ito_kernels.distributed import global_rows
 
@@ -25,10 +32,34 @@ MAX_LOGIT_SCALE = math.log(100)
 Terms = dict[str, Tensor]
 
 
-class Objective(nn.Module):
-    """Made after the model, of which it may set the scale's start."""
+class Step(NamedTuple):
+    """What a loss may know of a step beside its features.
 
-    def __init__(self, config: Config, model: DualEncoder):
+    number: counts from 1. progress: the share of the steps that is done, in [0, 1). item: (n,), the
+    numbers of this rank's items in the data set. generator: seeded by the run's seed and the step,
+    the same on all ranks.
+    """
+
+    number: int
+    progress: float
+    item: Tensor
+    generator: torch.Generator
+
+
+class Objective(nn.Module):
+    """Made after the model, of which it may set the scale's start, from an `ito.config.Config`.
+
+    A class says what it takes: `views` and `captions` of an item by default, and the `options` that
+    not every objective has. `augmentation` is the default; where it is `fixed` there is no other.
+    """
+
+    views = 1
+    captions = 1
+    options: tuple[str, ...] = ()
+    augmentation: Augmentation = DRAWINGS
+    fixed = False
+
+    def __init__(self, config, model: DualEncoder):
         super().__init__()
         self.config = config
 
@@ -42,11 +73,11 @@ class Objective(nn.Module):
         return unit(model.image.attend, patches), unit(model.text, ids)
 
     def loss(
-        self, *features: Tensor, logit_scale: Tensor, progress: float, group: ProcessGroup | None
+        self, *features: Tensor, logit_scale: Tensor, step: Step, group: ProcessGroup | None
     ) -> tuple[Tensor, Terms]:
         """The loss of the batch, of all ranks of `group`, and its terms by name.
 
-        logit_scale: the multiplier; progress: the share of the steps that is done, in [0, 1).
+        logit_scale: the multiplier.
         """
         raise NotImplementedError
 
@@ -63,11 +94,21 @@ def unit(tower: nn.Module, inputs: Tensor) -> Tensor:
 
 
 class Clip(Objective):
-    """Symmetric InfoNCE of one view and one caption."""
+    """Symmetric InfoNCE of one view, mildly cropped, and one caption."""
 
-    def loss(self, image, text, *, logit_scale, progress, group):
+    augmentation = CROP
+    fixed = True
+
+    def loss(self, image, text, *, logit_scale, step, group):
         align = clip_loss(image[0], text[0], logit_scale, group=group)
         return align, {"align": align}
+
+
+class ClipAugmented(Clip):
+    """CLIP on the pictures that the other objectives see."""
+
+    augmentation = DRAWINGS
+    fixed = False
 
 
 class Slip(Objective):
@@ -77,6 +118,7 @@ class Slip(Objective):
     which leaves items independent of each other.
     """
 
+    views = 3
     TEMPERATURE = 0.1
 
     def __init__(self, config, model):
@@ -99,7 +141,7 @@ class Slip(Objective):
         image, views = (F.normalize(x.float(), dim=-1) for x in (pooled[:1], projected))
         return image, unit(model.text, ids), views
 
-    def loss(self, image, text, views, *, logit_scale, progress, group):
+    def loss(self, image, text, views, *, logit_scale, step, group):
         align = clip_loss(image[0], text[0], logit_scale, group=group)
         views = nt_xent_loss(views[0], views[1], self.TEMPERATURE, group=group)
         return align + views, {"align": align, "views": views}
@@ -117,7 +159,7 @@ class Sigmoid(Objective):
 class SigLip(Sigmoid):
     """Every image with every text, each pair for itself. Zhai et al. 2023."""
 
-    def loss(self, image, text, *, logit_scale, progress, group):
+    def loss(self, image, text, *, logit_scale, step, group):
         align = siglip_loss(image[0], text[0], logit_scale, self.logit_bias, group=group)
         return align, {"align": align, "logit_bias": self.logit_bias}
 
@@ -130,6 +172,8 @@ class Flair(Sigmoid):
     all: every image with the K captions of every item, (1/(B·K)) Σ over all pairs.
     """
 
+    captions = 2
+    options = ("captions",)
     # pairs whose pooled features are held at a time; backward computes them again
     PAIRS = 16384
 
@@ -142,7 +186,7 @@ class Flair(Sigmoid):
         image = F.normalize(pooled.float(), dim=-1)
         return image[None], unit(model.text, ids), tokens.float()[None]
 
-    def loss(self, image, text, tokens, *, logit_scale, progress, group):
+    def loss(self, image, text, tokens, *, logit_scale, step, group):
         captions, mine = text.shape[:2]
         items = global_rows(mine, group, text.device)
         both = siglip_loss(
@@ -215,6 +259,20 @@ class AttentionPooling(nn.Module):
 class Ito(Objective):
     """V views × C captions aligned, and λ times NT-Xent of each view fused with the text."""
 
+    views = 2
+    options = (
+        "views",
+        "captions",
+        "denominator",
+        "lambda_fusion",
+        "lambda_schedule",
+        "fusion_depth",
+        "fusion_readout",
+        "fusion_scale",
+        "fusion_stop_gradient",
+        "fusion_text",
+    )
+
     def __init__(self, config, model):
         super().__init__(config, model)
         self.fusion = self.logit_scale = None
@@ -266,10 +324,10 @@ class Ito(Objective):
         )
         return *aligned, fused.view(views, size, -1)
 
-    def loss(self, image, text, fused=None, *, logit_scale, progress, group):
+    def loss(self, image, text, fused=None, *, logit_scale, step, group):
         text = text[: self.config.captions]
         own = self.logit_scale is not None
-        weight = self.config.lambda_fusion * decay(self.config.lambda_schedule, progress)
+        weight = self.config.lambda_fusion * decay(self.config.lambda_schedule, step.progress)
         total, terms = ito_loss(
             image,
             text,
@@ -311,11 +369,110 @@ def decay(schedule: str, progress: float) -> float:
     return 0.5 * (1 + math.cos(math.pi * progress)) if schedule == "cosine" else 1.0
 
 
+class OwnObjective(Objective):
+    """The loss of a user's file, `--objective FILE.py:NAME`, on all views and captions.
+
+    NAME is a function, or a `torch.nn.Module` class without arguments, whose parameters are trained
+    and saved with the run: `(image, text, logit_scale, *, item, step, generator, group)` to the
+    loss, or to the loss and its terms by name. `image` is (V, n, E), `text` (C, n, E), normalised;
+    `item`, `generator` and the number `step` are those of Step, `group` the ranks' process group or
+    None.
+
+    Raises ValueError naming --objective where the file has no such function or class, and for
+    whatever that raises.
+    """
+
+    options = ("views", "captions")
+
+    def __init__(self, config, model):
+        super().__init__(config, model)
+        self.function = own_function(config.objective)
+
+    def loss(self, image, text, *, logit_scale, step, group):
+        about = {"item": step.item, "step": step.number, "generator": step.generator}
+        try:
+            found = self.function(image, text, logit_scale, **about, group=group)
+        except Exception as error:
+            if LOST in str(error):  # not the function's fault
+                raise
+            raise own_error(self.config.objective, error) from error
+        loss, terms = found if isinstance(found, tuple) and len(found) == 2 else (found, {})
+        named = {"its loss": loss, **terms} if isinstance(terms, dict) else {"its terms": terms}
+        for name, value in named.items():
+            if not isinstance(value, Tensor) or value.numel() != 1:
+                got = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
+                raise ValueError(
+                    f"--objective {self.config.objective}: {name} must be a tensor of one number, "
+                    f"got {got}"
+                )
+        return loss.reshape(()), terms
+
+
+def own_function(objective: str) -> Callable:
+    """The function that FILE.py:NAME names, or the module made of the class."""
+    path, name = own_parts(objective)
+    told = f"--objective {objective}"
+    if not path.is_file():
+        raise ValueError(f"{told}: there is no file {path}")
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    module = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+        found = getattr(module, name, None)
+        if isinstance(found, type) and issubclass(found, nn.Module):
+            found = found()
+    except Exception as error:  # a user's file raises what it likes
+        raise own_error(objective, error) from error
+    if found is None:
+        raise ValueError(f"{told}: {path.name} has no {name}")
+    if isinstance(found, type) or not callable(found):
+        kind = "a class" if isinstance(found, type) else type(found).__name__
+        raise ValueError(
+            f"{told}: {name} must be a function or a torch.nn.Module class, got {kind}"
+        )
+    called = found.forward if isinstance(found, nn.Module) else found
+    given = {"item": 0, "step": 0, "generator": 0, "group": 0}
+    try:
+        inspect.signature(called).bind("image", "text", "logit_scale", **given)
+    except TypeError as error:
+        raise ValueError(
+            f"{told}: {name} must take (image, text, logit_scale, *, item, step, generator, "
+            f"group): {error}"
+        ) from None
+    return found
+
+
+def own_error(objective: str, error: Exception) -> ValueError:
+    """The error in one line: which line of the file it comes from, and what it says."""
+    path, _ = own_parts(objective)
+    frames = traceback.extract_tb(error.__traceback__)
+    lines = [frame.lineno for frame in frames if frame.filename == str(path)]
+    where = f" in line {lines[-1]}" if lines else ""
+    return ValueError(f"--objective {objective}: {type(error).__name__}{where}: {error}")
+
+
+def own_parts(objective: str) -> tuple[Path, str] | None:
+    """File and name of FILE.py:NAME; None for a name of another form."""
+    parts = re.fullmatch(r"(.+\.py):(\w+)", objective)
+    return (Path(parts[1]), parts[2]) if parts else None
+
+
 OBJECTIVES = {
+    "ito": Ito,
     "clip": Clip,
-    "clip-aug": Clip,
+    "clip-aug": ClipAugmented,
     "slip": Slip,
     "siglip": SigLip,
     "flair": Flair,
-    "ito": Ito,
 }
+# what not every objective takes
+OPTIONS = tuple(dict.fromkeys(name for kind in OBJECTIVES.values() for name in kind.options))
+
+
+def objective_class(name: str) -> type[Objective]:
+    """Raises ValueError naming those that there are. No file is read here."""
+    if name in OBJECTIVES:
+        return OBJECTIVES[name]
+    if own_parts(name):
+        return OwnObjective
+    raise ValueError(f"objective must be one of {tuple(OBJECTIVES)} or FILE.py:NAME, got {name!r}")

@@ -7,9 +7,9 @@ two styles, from pip packages; the default of `python -m ito.train`.
 import argparse
 from pathlib import Path
 
-from ito import emoji_full, emoji_small
 from ito.cli import user_errors
-from ito.emoji import default_cache
+from ito.data import emoji_full, emoji_small
+from ito.data.emoji import default_cache
 from ito.files import naming
 
 

@@ -1,42 +1,9 @@
-"""What objectives and presets set where an option is not given."""
+"""What presets set where an option is not given."""
 
-from dataclasses import dataclass
-
-from ito.augment import CROP, DRAWINGS, PAPER, Augmentation
+from ito.data.augment import PAPER
 
 EMOJI_SMALL, EMOJI_FULL = "emoji-small", "emoji-full"
 
-
-@dataclass(frozen=True)
-class Kind:
-    """What an objective takes: views and captions by default, and the options that it alone has."""
-
-    views: int = 1
-    captions: int = 1
-    options: tuple[str, ...] = ()
-    augmentation: Augmentation = DRAWINGS
-
-
-ITO = (
-    "views",
-    "captions",
-    "denominator",
-    "lambda_fusion",
-    "lambda_schedule",
-    "fusion_depth",
-    "fusion_readout",
-    "fusion_scale",
-    "fusion_stop_gradient",
-    "fusion_text",
-)
-KINDS = {
-    "ito": Kind(views=2, options=ITO),
-    "clip": Kind(augmentation=CROP),
-    "clip-aug": Kind(),
-    "slip": Kind(views=3),
-    "siglip": Kind(),
-    "flair": Kind(captions=2, options=("captions",)),
-}
 
 # the ITO paper's recipes, in the sizes of ViT-B/16 and CLIP's text tower
 YFCC_VITB16 = {

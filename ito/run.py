@@ -1,4 +1,4 @@
-"""The folder of a run: who writes it, its log, what its data was, what an error leaves of it."""
+"""The folder of a run: what it holds, who writes it, its log, what an error leaves of it."""
 
 import hashlib
 import json
@@ -13,7 +13,8 @@ import numpy as np
 
 from ito.checkpoint import checkpoints
 from ito.cli import reason
-from ito.data import Dataset
+from ito.config import Config
+from ito.data.dataset import Dataset
 from ito.files import naming, undamaged, write_atomically, write_text
 from ito.ranks import RankLost
 
@@ -22,8 +23,45 @@ try:
 except ImportError:  # Windows
     fcntl = None
 
-LOCK = ".lock"  # that it is there says nothing: the lock is the kernel's, the file says whose it is
 HELD: set[FileIO] = set()
+
+
+# --- what it holds ---
+
+
+class RunFolder:
+    """Where each thing of a run is: no other module knows these names.
+
+    `python -m ito.train` writes the first group, each attribute from its beginning or its first
+    checkpoint on; `ito.search` and `ito.compare` add the second.
+    """
+
+    def __init__(self, path: str | Path):
+        self.path = Path(path)
+        # that it is there says nothing: the lock is the kernel's, the file says whose it is
+        self.lock = self.path / ".lock"
+        self.config = self.path / "config.json"
+        self.environment = self.path / "environment.json"
+        self.metrics = self.path / "metrics.jsonl"
+        self.checkpoints = self.path / "checkpoints"
+        self.model = self.path / "model"
+        self.report = self.path / "report.html"
+
+        self.index = self.path / "index"
+        self.contact_sheet = self.path / "search.png"
+        self.evaluation = self.path / "evaluation.json"
+        self.cost = self.path / "cost.json"
+
+    def read_config(self) -> Config:
+        return Config.load(self.config)
+
+    def read_environment(self) -> dict:
+        """What the numbers depend on beside the configuration, as the run began."""
+        with undamaged(self.environment):
+            return dict(json.loads(self.environment.read_text(encoding="utf-8")))
+
+    def log(self) -> "Log":
+        return Log(self.metrics)
 
 
 # --- who writes ---
@@ -36,7 +74,7 @@ def locked(folder: Path) -> Iterator[None]:
     It ends with the process, however that ends. Where there are no locks a printed line says so.
     Raises BlockingIOError naming the process that has the folder.
     """
-    path = folder / LOCK
+    path = RunFolder(folder).lock
     with path.open("a+b", buffering=0) as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -69,12 +107,31 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=let_go)
 
 
+def refuse_used(run: Path) -> None:
+    """Raises FileExistsError; a folder that holds no more than its lock is as good as new."""
+    lock = RunFolder(run).lock
+    if run.exists() and (not run.is_dir() or any(path != lock for path in run.iterdir())):
+        raise FileExistsError(f"{run} exists; name another --out, or continue it with --resume")
+
+
+@contextmanager
+def created(run: Path, named: bool) -> Iterator[None]:
+    """Make the folder and lock it; it may be there already, empty, only if the user named it."""
+    try:
+        run.mkdir(parents=True, exist_ok=named)
+    except OSError as error:
+        raise OSError(f"--out: cannot create {run}: {error.strerror}") from error
+    with locked(run):
+        refuse_used(run)
+        yield
+
+
 def clean(folder: Path) -> None:
     """Remove what a writer of checkpoints that was killed has left; under the lock it is no one's.
 
     Other folders may be written by commands that need no lock.
     """
-    for path in (folder / "checkpoints").glob(".step_*.tmp"):
+    for path in RunFolder(folder).checkpoints.glob(".step_*.tmp"):
         path.unlink()
 
 
@@ -86,7 +143,7 @@ def resumable(folder: Path) -> Iterator[None]:
     except RankLost:
         raise
     except OSError as error:
-        step = max(checkpoints(folder), default=None)
+        step = max(checkpoints(RunFolder(folder).checkpoints), default=None)
         what = "no checkpoint yet" if step is None else f"the checkpoint of step {step} is kept"
         resume = f"python -m ito.train --resume {folder}"
         raise OSError(f"{reason(error)} ({what}; continue with: {resume})") from error
@@ -96,7 +153,7 @@ def resumable(folder: Path) -> Iterator[None]:
 
 
 class Log:
-    """`metrics.jsonl`: an object per log step ("train") and per evaluation ("eval").
+    """A file of lines: an object per log step ("train") and per evaluation ("eval").
 
     `count` is how many of these it holds, for a checkpoint to remember.
     """

@@ -1,15 +1,20 @@
-"""The data set that a configuration names."""
+"""The data set that a configuration, or a command line, names."""
 
+import argparse
 from pathlib import Path
 
-from ito import emoji_full, emoji_small
 from ito.cli import reason
-from ito.config import EMOJI_FULL, EMOJI_SMALL, Config
-from ito.data import Dataset, load_dataset
-from ito.emoji import default_cache
-from ito.emoji_full import prepare_emoji_full
-from ito.emoji_small import prepare_emoji_small
-from ito.records import Shard, open_shards
+from ito.config import EMOJI_FULL, EMOJI_SMALL, Config, from_options
+from ito.data import emoji_full, emoji_small
+from ito.data.dataset import Dataset, load_dataset
+from ito.data.emoji import default_cache
+from ito.data.emoji_full import prepare_emoji_full
+from ito.data.emoji_small import prepare_emoji_small
+from ito.data.records import Shard, open_shards
+from ito.ranks import Ranks
+from ito.run import RunFolder
+from ito.scoring.evaluation import ALL
+from ito.stream import Stream
 
 
 def open_dataset(config: Config, cache: Path | None = None) -> Dataset:
@@ -23,6 +28,37 @@ def open_dataset(config: Config, cache: Path | None = None) -> Dataset:
         split_seed=None if config.stream else config.split_seed,
         max_pixels=config.max_pixels,
         **reading(config),
+    )
+
+
+def open_data(
+    config: Config, cache: Path | None, workers: int, ranks: Ranks
+) -> tuple[Dataset, Dataset | Stream]:
+    """What is scored and what is trained on: one set in memory, or a set and this rank's stream."""
+    scored = open_dataset(config, cache)
+    if not config.stream:
+        return scored, scored
+    if config.batch_size % ranks.size:
+        raise ValueError(
+            f"--stream gives ranks equal parts: --batch-size {config.batch_size} is no multiple of "
+            f"{ranks.size} ranks"
+        )
+    if config.fusion_text == "shuffled" and config.batch_size < 2 * ranks.size:
+        raise ValueError(
+            f"--fusion-text shuffled takes captions of other items: with --stream, --batch-size "
+            f"must be at least 2 for each of {ranks.size} ranks, got {config.batch_size}"
+        )
+    if workers < 0:
+        raise ValueError(f"--workers must be at least 0, got {workers}")
+    return scored, Stream(
+        open_source(config, cache),
+        config.load_size,
+        config.batch_size // ranks.size,
+        seed=config.seed,
+        rank=ranks.rank,
+        world_size=ranks.size,
+        workers=workers,
+        max_pixels=config.max_pixels,
     )
 
 
@@ -50,3 +86,14 @@ def locate(data: str, cache: Path | None) -> Path:
         return prepare_emoji_full(folder, cache)
     except OSError as error:
         raise OSError(f"--cache: cannot prepare {folder}: {reason(error)}") from error
+
+
+def choose_data(options: argparse.Namespace) -> tuple[Config, list[str] | None]:
+    """The run's configuration with the data asked for, and which splits (None: the held-out)."""
+    config = from_options(options, RunFolder(options.run).read_config())
+    if options.data is None:
+        return config, options.split
+    if "train_data" in options:
+        raise ValueError(f"--data {options.data} and --train-data name the same thing: drop one")
+    path = argparse.Namespace(train_data=options.data, stream=False, val_data=None)
+    return from_options(path, config), options.split or [ALL]

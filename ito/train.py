@@ -10,32 +10,42 @@ import platform
 import signal
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, nullcontext
 from datetime import datetime
 from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
-from ito.checkpoint import checkpoints, load_checkpoint, save_checkpoint, saved_tokenizer
+from ito.checkpoint import checkpoints, load_checkpoint, save_checkpoint
 from ito.cli import user_errors
 from ito.compiled import choose_compile, compile_towers
 from ito.config import Config, add_options, from_options
-from ito.data import Dataset, report_cut, report_skipped
-from ito.evaluate import evaluate, table
-from ito.export import export, load
+from ito.data.dataset import Dataset, report_skipped
+from ito.data.records import Skipped
 from ito.files import undamaged, write_text
+from ito.model.exported import export, load, saved_tokenizer
+from ito.model.pretrained import OURS, load_tokenizer
+from ito.model.tokenizer import Tokenizer, report_cut
+from ito.objectives import own_parts
 from ito.precision import choose_precision
-from ito.pretrained import OURS, load_tokenizer
 from ito.ranks import Ranks
 from ito.recipes import PRESETS
-from ito.records import Skipped
-from ito.report import write_report
-from ito.run import LOCK, Log, clean, digest, fingerprint, locked, resumable
-from ito.source import open_dataset, open_source
+from ito.run import (
+    RunFolder,
+    clean,
+    created,
+    digest,
+    fingerprint,
+    locked,
+    refuse_used,
+    resumable,
+)
+from ito.scoring.evaluation import evaluate
+from ito.scoring.report_page import write_report
+from ito.scoring.scores import table
+from ito.source import open_data
 from ito.stream import Stream, first_captions
-from ito.tokenizer import Tokenizer
 from ito.trainer import Trainer
 
 
@@ -58,9 +68,11 @@ def main(arguments: list[str] | None = None) -> Path:
                     folder = options.out or Path("runs") / datetime.now().strftime("%Y%m%d-%H%M%S")
                     config = from_options(options)
                     if ranks.leads:
-                        with locked(folder) if (folder / LOCK).exists() else nullcontext():
+                        with locked(folder) if RunFolder(folder).lock.exists() else nullcontext():
                             refuse_used(folder)
-            scored, data = ranks.leader_first(lambda: open_data(config, options, ranks))
+            scored, data = ranks.leader_first(
+                lambda: open_data(config, options.cache, options.workers, ranks)
+            )
             with ranks.together():
                 run = Run(folder, config, scored, data, options, ranks)
                 if ranks.leads and not options.resume:  # not before all of the input has passed
@@ -122,9 +134,9 @@ def resumed_config(options: argparse.Namespace) -> Config:
         raise ValueError(f"--resume keeps the run's configuration: drop --preset {options.preset}")
     if options.out:
         raise ValueError(f"--resume {run} continues in that folder: drop --out {options.out}")
-    if not (run / "config.json").is_file():
+    if not RunFolder(run).config.is_file():
         raise FileNotFoundError(f"--resume: no run folder at {run}")
-    saved = Config.load(run / "config.json")
+    saved = RunFolder(run).read_config()
     free = ("log_every", "eval_every", "checkpoint_every", "accum_freq")
     if vars(options).get("objective", saved.objective) != saved.objective:
         raise ValueError("--resume keeps the run's configuration: drop --objective")
@@ -137,55 +149,6 @@ def resumed_config(options: argparse.Namespace) -> Config:
     if changed:
         raise ValueError(f"--resume keeps the run's configuration: drop {', '.join(changed)}")
     return config
-
-
-def open_data(
-    config: Config, options: argparse.Namespace, ranks: Ranks
-) -> tuple[Dataset, Dataset | Stream]:
-    """What is scored and what is trained on: one set in memory, or a set and this rank's stream."""
-    scored = open_dataset(config, options.cache)
-    if not config.stream:
-        return scored, scored
-    if config.batch_size % ranks.size:
-        raise ValueError(
-            f"--stream gives ranks equal parts: --batch-size {config.batch_size} is no multiple of "
-            f"{ranks.size} ranks"
-        )
-    if config.fusion_text == "shuffled" and config.batch_size < 2 * ranks.size:
-        raise ValueError(
-            f"--fusion-text shuffled takes captions of other items: with --stream, --batch-size "
-            f"must be at least 2 for each of {ranks.size} ranks, got {config.batch_size}"
-        )
-    if options.workers < 0:
-        raise ValueError(f"--workers must be at least 0, got {options.workers}")
-    return scored, Stream(
-        open_source(config, options.cache),
-        config.load_size,
-        config.batch_size // ranks.size,
-        seed=config.seed,
-        rank=ranks.rank,
-        world_size=ranks.size,
-        workers=options.workers,
-        max_pixels=config.max_pixels,
-    )
-
-
-def refuse_used(run: Path) -> None:
-    """A folder that holds no more than its lock is as good as new."""
-    if run.exists() and (not run.is_dir() or any(path.name != LOCK for path in run.iterdir())):
-        raise FileExistsError(f"{run} exists; name another --out, or continue it with --resume")
-
-
-@contextmanager
-def created(run: Path, named: bool) -> Iterator[None]:
-    """Make the folder and lock it; it may be there already, empty, only if the user named it."""
-    try:
-        run.mkdir(parents=True, exist_ok=named)
-    except OSError as error:
-        raise OSError(f"--out: cannot create {run}: {error.strerror}") from error
-    with locked(run):
-        refuse_used(run)
-        yield
 
 
 def choose_device(name: str | None, saved: str | None, ranks: Ranks) -> torch.device:
@@ -230,8 +193,10 @@ class Run:
     ):
         self.folder, self.config, self.ranks = folder, config, ranks
         self.dataset, self.data = dataset, data
-        self.log = Log(folder / "metrics.jsonl")
-        state = load_checkpoint(folder) if options.resume and checkpoints(folder) else None
+        self.files = RunFolder(folder)
+        self.log = self.files.log()
+        found = options.resume and checkpoints(self.files.checkpoints)
+        state = load_checkpoint(self.files.checkpoints) if found else None
         machine = self.choose_machine(options, state)
         print(f"data       {config.train_data}: {data.describe()}")
         if config.stream:
@@ -243,8 +208,7 @@ class Run:
         pretrained = load(config.pretrained) if config.pretrained and not state else None
         read = [caption for names in dataset.captions for caption in names]
         if state:
-            with undamaged(folder / "model" / "tokenizer.json"):
-                self.tokenizer = saved_tokenizer(folder, state)
+            self.tokenizer = saved_tokenizer(state, self.files.model)
         elif pretrained:
             self.tokenizer = pretrained.tokenizer
             print(f"pretrained {config.pretrained}, step {pretrained.step}")
@@ -278,10 +242,9 @@ class Run:
     def choose_machine(self, options: argparse.Namespace, state: dict | None) -> dict[str, str]:
         """Device, threads and dtype; resumed, as before: anything else would change the numbers."""
         self.before, precision = {}, options.precision
-        environment = self.folder / "environment.json"
-        if state or (options.resume and environment.exists()):
-            with undamaged(environment):
-                self.before = dict(json.loads(environment.read_text(encoding="utf-8")))
+        if state or (options.resume and self.files.environment.exists()):
+            self.before = self.files.read_environment()
+            with undamaged(self.files.environment):
                 was = state["dtype"] if state else self.before["dtype"]
                 precision = {"torch.bfloat16": "bf16", "torch.float32": "fp32"}[was]
             if options.precision not in ("auto", precision):
@@ -310,6 +273,7 @@ class Run:
         if self.config.stream:
             first = training_captions(self.data, STREAMED)
             content["stream"] = digest(json.dumps(first).encode())
+        own = own_parts(self.config.objective)
         return {
             "python": platform.python_version(),
             "torch": torch.__version__,
@@ -321,17 +285,19 @@ class Run:
             "compile": self.compile,
             "data": self.data.describe(),
             "sha256": content,
+            **({"objective": digest(own[0].read_bytes())} if own else {}),
         }
 
     def resume(self, state: dict) -> None:
         """Raises ValueError if the checkpoint is not of this run."""
         self.first = state["step"]
         if self.first > self.config.steps:
+            path = checkpoints(self.files.checkpoints)[self.first]
             raise ValueError(
-                f"{checkpoints(self.folder)[self.first]} is beyond the {self.config.steps} steps "
+                f"{path} is beyond the {self.config.steps} steps "
                 "of the run's config.json: one of them is another run's"
             )
-        with undamaged(self.folder / "checkpoints"):
+        with undamaged(self.files.checkpoints):
             self.trainer.load(state)
         if not self.ranks.leads:
             return
@@ -354,9 +320,9 @@ class Run:
     def begin(self) -> None:
         """Write what the folder holds before the first step."""
         untrained = evaluate(self.trainer.model, self.tokenizer, self.dataset)
-        self.config.save(self.folder / "config.json")
+        self.config.save(self.files.config)
         text = json.dumps(self.environment(), indent=2) + "\n"
-        write_text(self.folder / "environment.json", text)
+        write_text(self.files.environment, text)
         self.log.start()
         self.log.write("eval", 0, untrained)
 
@@ -406,8 +372,8 @@ class Run:
             "load_size": self.config.load_size,
         }
         model = self.trainer.model
-        export(model, self.tokenizer, self.config.load_size, step, self.folder / "model")
-        save_checkpoint(self.folder, step, self.trainer.state() | about)
+        export(model, self.tokenizer, self.config.load_size, step, self.files.model)
+        save_checkpoint(self.files.checkpoints, step, self.trainer.state() | about)
 
     def finish(self, step: int, seconds: float) -> None:
         """The report and the table, or how to go on."""
@@ -433,7 +399,7 @@ class Run:
         if self.config.stream and self.data.skipped:
             print(report_skipped([Skipped(*found) for found in self.data.skipped.items()]))
         for name, path in (
-            ("model", folder / "model"),
+            ("model", self.files.model),
             ("metrics", self.log.path),
             ("report", report),
         ):

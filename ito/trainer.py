@@ -7,16 +7,16 @@ from concurrent.futures import Future, ThreadPoolExecutor, wait
 import torch
 from torch import Tensor, nn
 
-from ito.augment import augment
 from ito.batches import Batches, generator
 from ito.config import Config
-from ito.data import Dataset
-from ito.encoders import DualEncoder
-from ito.objectives import MAX_LOGIT_SCALE, OBJECTIVES, Terms
-from ito.pretrained import encoders, load_weights
+from ito.data.augment import augment
+from ito.data.dataset import Dataset
+from ito.model.encoders import DualEncoder
+from ito.model.pretrained import encoders, load_weights
+from ito.model.tokenizer import Tokenizer
+from ito.objectives import MAX_LOGIT_SCALE, Step, Terms, objective_class
 from ito.ranks import Ranks, normalise_globally
 from ito.stream import Stream, StreamBatches
-from ito.tokenizer import Tokenizer
 from ito_kernels.gradcache import gradcache_backward
 
 
@@ -68,7 +68,7 @@ class Trainer:
         self.model.to(device, memory_format=torch.channels_last)
         self.locked = self.model.lockable(config.locked).requires_grad_(False)
         normalise_globally(self.model, self.ranks.group)
-        self.objective = OBJECTIVES[config.objective](config, self.model).to(device)
+        self.objective = objective_class(config.objective)(config, self.model).to(device)
         owned = [*self.model.parameters(), *self.objective.parameters()]
         self.parameters = [p for p in owned if p.requires_grad]
         self.optimizer = torch.optim.AdamW(
@@ -106,13 +106,14 @@ class Trainer:
         Raises FloatingPointError if the loss is not finite, before any weight changes.
         """
         began = self.now()
-        views, ids = self.prepared(number)
+        views, ids, item = self.prepared(number)
         ready = self.now()
         self.model.train()
         self.locked.eval()  # batch normalisation too stays as it was
         self.optimizer.zero_grad()
-        progress = number / self.config.steps
-        loss, terms = self.backward(views, ids, progress)
+        random = generator(self.config.seed, "objective", number)
+        step = Step(number + 1, number / self.config.steps, item, random)
+        loss, terms = self.backward(views, ids, step)
         if not loss.isfinite():
             raise FloatingPointError(f"the loss of step {number} is {loss.item()}")
         self.ranks.average(self.parameters)
@@ -136,7 +137,7 @@ class Trainer:
         self.seconds += between(began, ended)
         return logged
 
-    def prepared(self, number: int) -> tuple[Tensor, Tensor]:
+    def prepared(self, number: int) -> tuple[Tensor, Tensor, Tensor]:
         """`batch(number)`, prepared ahead where the last call was for the step before."""
         ahead, self.ahead = self.ahead, {}
         wait(ahead.values())  # whatever step it is for: a stream is at one place
@@ -146,15 +147,16 @@ class Trainer:
             self.ahead = {number + 1: self.loader.submit(self.prepare, number + 1)}
         return batch
 
-    def prepare(self, number: int) -> tuple[Tensor, Tensor]:
+    def prepare(self, number: int) -> tuple[Tensor, Tensor, Tensor]:
         """`batch(number)`, timed, for the thread."""
         began = time.thread_time()
         batch = self.batch(number)
         self.loader_seconds += time.thread_time() - began
         return batch
 
-    def batch(self, number: int) -> tuple[Tensor, Tensor]:
-        """This rank's n items of batch `number`: views (V, n, 3, S, S) and token ids (C, n, L)."""
+    def batch(self, number: int) -> tuple[Tensor, Tensor, Tensor]:
+        """This rank's n items of batch `number`: views (V, n, 3, S, S), token ids (C, n, L) and the
+        items' numbers (n,)."""
         batch = self.batches(number)
         ids = self.objective.texts(batch.ids, generator(self.config.seed, "texts", number))
         views = augment(
@@ -165,9 +167,10 @@ class Trainer:
             batch.places.flatten(),
             batch.total,
         )
-        return views.unflatten(0, batch.places.shape), ids[:, batch.mine].to(self.device)
+        ids, item = ids[:, batch.mine].to(self.device), batch.item.to(self.device)
+        return views.unflatten(0, batch.places.shape), ids, item
 
-    def backward(self, views: Tensor, ids: Tensor, progress: float = 0.0) -> tuple[Tensor, Terms]:
+    def backward(self, views: Tensor, ids: Tensor, step: Step) -> tuple[Tensor, Terms]:
         """Add the gradient of the batch's loss to `.grad`; return the loss and its terms.
 
         Micro-batches leave out the convolutions: batch normalisation needs the whole batch.
@@ -176,7 +179,7 @@ class Trainer:
         def loss(*features: Tensor) -> tuple[Tensor, Terms]:
             scale = self.model.logit_scale.exp()
             return self.objective.loss(
-                *features, logit_scale=scale, progress=progress, group=self.ranks.group
+                *features, logit_scale=scale, step=step, group=self.ranks.group
             )
 
         with self.autocast():

@@ -31,7 +31,7 @@ def finished(data, tmp_path_factory):
 @pytest.fixture(scope="session")
 def prepared(tmp_path_factory):
     """The small emoji set."""
-    from ito import emoji_small
+    from ito.data import emoji_small
 
     return emoji_small.prepare_emoji_small(tmp_path_factory.mktemp("data") / "set")
 

@@ -8,11 +8,11 @@ import torch
 from PIL import Image
 
 from ito.config import Config
-from ito.encoders import DualEncoder
-from ito.evaluate import evaluate
-from ito.export import export
+from ito.model.encoders import DualEncoder
+from ito.model.exported import export
+from ito.model.tokenizer import Tokenizer
+from ito.scoring.evaluation import evaluate
 from ito.source import open_dataset
-from ito.tokenizer import Tokenizer
 
 COLOURS = ("red", "green", "blue", "pink", "grey")
 THINGS = ("cat", "dog", "sun", "boat")

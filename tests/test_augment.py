@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 
-from ito.augment import LUMA, PAPER, Augmentation, augment, blur, color, crop, eval_transform
+from ito.data.augment import LUMA, PAPER, Augmentation, augment, blur, color, crop, eval_transform
 
 NOTHING = Augmentation(scale=(1, 1), ratio=(1, 1), jitter_p=0.0, gray_p=0.0, blur_p=0.0, flip_p=0.0)
 LOUD = dataclasses.replace(PAPER, jitter=(0.4, 0.4, 0.4, 0.3), jitter_p=1.0)

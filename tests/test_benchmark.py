@@ -23,11 +23,11 @@ from contenders import (  # noqa: E402
     LOSSES,
     ONE_TOWER,
     OTHER_LOSSES,
-    Inputs,
     exact,
     make_inputs,
     through_normalise,
 )
+from inputs import Inputs  # noqa: E402
 
 N, D = 22, 7  # N is not a multiple of the 4 rows of an item: groups are unequal
 

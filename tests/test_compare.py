@@ -8,9 +8,10 @@ import time
 import pytest
 from tiny_set import QUICK
 
-from ito import compare, comparison, cost, train
+from ito import compare, train
 from ito.config import Config, add_options, from_options
-from ito.cost import StepCost
+from ito.scoring import comparison, cost
+from ito.scoring.cost import StepCost
 from ito.trainer import Trainer
 
 STEPS = 40

@@ -8,8 +8,8 @@ import pytest
 import torch
 from PIL import Image
 
-from ito.data import load_dataset, report_skipped
-from ito.export import Encoder
+from ito.data.dataset import load_dataset, report_skipped
+from ito.model.exported import Encoder
 
 
 def draw(path, colour, size=(10, 10)):

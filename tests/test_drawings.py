@@ -5,7 +5,7 @@ import dataclasses
 import torch
 import torch.nn.functional as F
 
-from ito.augment import PAPER, Augmentation, augment, brightest, crop, stroke, warp
+from ito.data.augment import PAPER, Augmentation, augment, brightest, crop, stroke, warp
 
 STILL = Augmentation(scale=(1, 1), ratio=(1, 1), jitter_p=0.0, gray_p=0.0)
 

@@ -13,10 +13,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ito import emoji_full, emoji_sources, npm, prepare
+from ito import prepare
 from ito.config import Config
-from ito.emoji import clean
-from ito.emoji_sources import STYLES
+from ito.data import emoji_full, emoji_sources, npm
+from ito.data.emoji import clean
+from ito.data.emoji_sources import STYLES
 from ito.source import open_dataset, open_source
 
 # --- packages ---

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ito import emoji, emoji_small
+from ito.data import emoji, emoji_small
 
 
 def test_every_concept_has_two_drawings_and_a_name_of_its_own(prepared, records):

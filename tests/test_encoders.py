@@ -6,8 +6,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from ito.encoders import Block, DualEncoder, ImageEncoder, TextEncoder, attention
-from ito.fusion import Fusion
+from ito.model.encoders import Block, DualEncoder, ImageEncoder, TextEncoder, attention
+from ito.model.fusion import Fusion
 
 ARCHITECTURE = {
     "image_size": 16,

@@ -10,8 +10,10 @@ import torch
 import ito
 from ito import evaluate, report, search
 from ito.config import Config
-from ito.evaluate import embed_images, embed_texts, evaluate_fully
-from ito.scores import certain, clip_benchmark, table
+from ito.model.embed import embed_images, embed_texts
+from ito.scoring import evaluation
+from ito.scoring.evaluation import evaluate_fully
+from ito.scoring.scores import certain, clip_benchmark, table
 from ito.source import open_dataset
 
 
@@ -36,7 +38,7 @@ def scored(run):
 
 def test_the_full_evaluation_holds_what_training_logs(run, scored):
     encoder, dataset, scores = scored
-    logged = evaluate.evaluate(encoder.model, encoder.tokenizer, dataset)
+    logged = evaluation.evaluate(encoder.model, encoder.tokenizer, dataset)
     assert {name: scores[name] for name in logged} == logged
 
 
@@ -116,15 +118,15 @@ def test_languages_are_those_that_the_items_have(scored):
     try:
         dataset.translations = [dict(texts) for texts in translations]
         del dataset.translations[first]["de"]
-        fewer = evaluate.language_scores(*args)
+        fewer = evaluation.language_scores(*args)
         for n in others:
             del dataset.translations[n]["de"]
-        gone = evaluate.language_scores(*args)
+        gone = evaluation.language_scores(*args)
         dataset.translations = [{} for _ in translations]
-        none = evaluate.language_scores(*args)
+        none = evaluation.language_scores(*args)
         same = [{"en": [names[0]]} for names in dataset.captions]
         dataset.translations = same
-        agreed = evaluate.language_scores(*args)
+        agreed = evaluation.language_scores(*args)
     finally:
         dataset.translations = translations
     assert (fewer["languages/count"], fewer["languages/items"]) == (3, 4)

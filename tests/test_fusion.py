@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from ito.fusion import READOUTS, Fusion, sincos_2d
+from ito.model.fusion import READOUTS, Fusion, sincos_2d
 
 GRID, WIDTH, LENGTH = 2, 16, 6
 

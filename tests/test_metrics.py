@@ -7,8 +7,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from ito import metrics
-from ito.metrics import (
+from ito.scoring import metrics
+from ito.scoring.metrics import (
     ensemble,
     mean_rank_variance,
     modality_gap,

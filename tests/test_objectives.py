@@ -7,9 +7,9 @@ import torch
 import torch.nn.functional as F
 
 from ito.config import Config
-from ito.encoders import DualEncoder
-from ito.fusion import Fusion
-from ito.objectives import OBJECTIVES
+from ito.model.encoders import DualEncoder
+from ito.model.fusion import Fusion
+from ito.objectives import OBJECTIVES, Step
 
 N, E, SCALE = 5, 16, 7.0
 
@@ -34,7 +34,8 @@ def rows(*shape) -> torch.Tensor:
 
 def loss(objective, *features, progress=0.0):
     scale = torch.tensor(SCALE, dtype=torch.float64)
-    return objective.loss(*features, logit_scale=scale, progress=progress, group=None)
+    step = Step(1, progress, torch.arange(N), torch.Generator())
+    return objective.loss(*features, logit_scale=scale, step=step, group=None)
 
 
 def one_way(scores) -> float:

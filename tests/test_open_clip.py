@@ -9,10 +9,10 @@ from safetensors.torch import load_file
 
 from ito import export
 from ito.checkpoint import save_checkpoint
-from ito.encoders import DualEncoder
-from ito.fusion import Fusion
-from ito.open_clip import export_open_clip
-from ito.tokenizer import Tokenizer
+from ito.model.encoders import DualEncoder
+from ito.model.fusion import Fusion
+from ito.model.open_clip import export_open_clip
+from ito.model.tokenizer import Tokenizer
 
 TEXTS = ["a red cat", "dog", "a very long text about a blue dog that goes on and on and on"]
 
@@ -134,7 +134,7 @@ def test_the_command_exports_clip_s_towers_and_refuses_others(plain, tmp_path, c
     about = {"load_size": 32, "step": 7, "fusion": fusion}
     tokenizer.save(run / "model" / "tokenizer.json")
     state = about | {"architecture": model.architecture, "model": model.state_dict()}
-    save_checkpoint(run, 7, state)
+    save_checkpoint(run / "checkpoints", 7, state)
     export.main([str(run), "--open-clip", str(tmp_path / "oc")])
     names = {path.name for path in (tmp_path / "oc").iterdir()}
     assert names == {
@@ -147,7 +147,8 @@ def test_the_command_exports_clip_s_towers_and_refuses_others(plain, tmp_path, c
     written = load_file(tmp_path / "oc" / "open_clip_model.safetensors")
     assert not any("fusion" in name for name in written)
     stem = DualEncoder(**model.architecture | {"patch_size": None})
-    save_checkpoint(run, 8, state | {"architecture": stem.architecture, "model": stem.state_dict()})
+    other = {"architecture": stem.architecture, "model": stem.state_dict()}
+    save_checkpoint(run / "checkpoints", 8, state | other)
     with pytest.raises(SystemExit):
         export.main([str(run), "--open-clip", str(tmp_path / "refused")])
     assert "error: --open-clip: open_clip has no towers like this run's" in capsys.readouterr().err

@@ -17,9 +17,9 @@ from PIL import Image, ImageOps, PngImagePlugin
 
 import ito
 from ito import evaluate, pictures, search
-from ito.data import load_dataset
-from ito.pictures import MAX_PIXELS, decode
-from ito.records import open_shards
+from ito.data.dataset import load_dataset
+from ito.data.pictures import MAX_PIXELS, decode
+from ito.data.records import open_shards
 from ito.stream import Stream
 
 both = pytest.mark.parametrize("how", ["in memory", "streamed"])

@@ -13,11 +13,12 @@ from tokenizers.processors import TemplateProcessing
 from torch import nn
 
 import ito
-from ito import pretrained, train
+from ito import train
 from ito.config import Config, add_options, from_options
-from ito.pretrained import PretrainedImage, PretrainedText
+from ito.model import pretrained
+from ito.model.pretrained import PretrainedImage, PretrainedText
+from ito.model.tokenizer import Tokenizer
 from ito.ranks import normalise_globally
-from ito.tokenizer import Tokenizer
 
 CAPTIONS = ["red cat", "blue dog", "green sun", "a cat that is red", "a dog that is blue"]
 

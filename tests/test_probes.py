@@ -5,8 +5,8 @@ import math
 import pytest
 import torch
 
-from ito import probes
-from ito.probes import fit, knn, linear_probe, modality_classifier, place_in_class
+from ito.scoring import probes
+from ito.scoring.probes import fit, knn, linear_probe, modality_classifier, place_in_class
 
 
 def random(*shape, seed=0):

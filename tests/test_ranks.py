@@ -18,10 +18,10 @@ from tiny_set import QUICK, steady, write_set
 
 from ito import train
 from ito.config import Config
-from ito.data import load_dataset
+from ito.data.dataset import load_dataset
+from ito.model.tokenizer import Tokenizer
 from ito.ranks import Ranks
 from ito.run import locked
-from ito.tokenizer import Tokenizer
 from ito.trainer import Trainer
 
 CPU = torch.device("cpu")
@@ -100,7 +100,7 @@ def test_ranks_and_micro_batches_give_the_numbers_of_one_process(data):
 @pytest.mark.parametrize("size", [2, 3])
 def test_shares_are_the_batch_without_duplicates_or_drops(data, size):
     trainer = make(data, fusion_text="shuffled")
-    views, ids = trainer.batch(1)
+    views, ids, _ = trainer.batch(1)
     shares = []
     for rank in range(size):
         trainer.ranks.rank, trainer.ranks.size = rank, size

@@ -19,7 +19,7 @@ from tiny_set import QUICK, steady
 import ito
 from ito import compare, export, run, search, train
 from ito.cli import user_errors
-from ito.data import load_dataset
+from ito.data.dataset import load_dataset
 from ito.files import write_atomically
 from ito.run import Log, fingerprint, locked
 from ito.trainer import Trainer

@@ -18,7 +18,7 @@ from global_costs import Traffic
 import ito_kernels as ik
 
 ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT / "benchmarks"))
+sys.path.insert(0, str(ROOT / "benchmarks" / "predict"))
 
 import scaling_model as model  # noqa: E402
 from scaling_model import Step, Work  # noqa: E402
@@ -155,7 +155,7 @@ def test_memory_is_the_documented_bound():
 
 def test_the_page_shows_what_the_model_says():
     report = json.loads(
-        (ROOT / "benchmarks" / "results" / "scaling-h100-clip-512.json").read_text()
+        (ROOT / "benchmarks" / "predict" / "results" / "scaling-h100-clip-512.json").read_text()
     )
     page = (ROOT / "docs" / "scaling.md").read_text()
     assert model.markdown(report["rows"]) in page

@@ -16,10 +16,13 @@ import torch
 from PIL import Image
 
 import ito
-from ito import charts, evaluate, report, search
+from ito import evaluate, report, search
 from ito.config import Config
-from ito.encoders import DualEncoder
-from ito.evaluate import embed_images, embed_texts
+from ito.model.embed import embed_images, embed_texts
+from ito.model.encoders import DualEncoder
+from ito.scoring import charts, projections, report_page
+from ito.scoring.embedded_split import EmbeddedSplit
+from ito.scoring.index import Index
 from ito.source import open_dataset
 
 SERVER = "starlette and uvicorn: the extra `search` is not installed"
@@ -38,7 +41,7 @@ def run(data):
 @pytest.fixture(scope="module")
 def index(run):
     dataset = open_dataset(Config.load(run / "config.json"))
-    return search.Index.open(run, ito.load(run), dataset)
+    return Index.open(run, ito.load(run), dataset)
 
 
 # --- search ---
@@ -98,14 +101,14 @@ def test_embeddings_are_kept_until_weights_or_pictures_change(run, index, tmp_pa
     asked = []
     encode = encoder.encode_image
     monkeypatch.setattr(encoder, "encode_image", lambda x: asked.append(len(x)) or encode(x))
-    assert torch.equal(search.Index.open(run, encoder, dataset).embeddings, index.embeddings)
+    assert torch.equal(Index.open(run, encoder, dataset).embeddings, index.embeddings)
     assert asked == []
     dataset.images[0] += 1
-    search.Index.open(run, encoder, dataset)
+    Index.open(run, encoder, dataset)
     dataset.images[0] -= 1
     assert asked == [40]
     encoder.model.logit_scale.data += 1
-    search.Index.open(run, encoder, dataset)
+    Index.open(run, encoder, dataset)
     assert asked == [40, 40]
 
 
@@ -138,7 +141,7 @@ def get(app, path: str, query: str = "", host: str = "127.0.0.1") -> tuple[int, 
 def test_the_page_searches_and_serves_the_pictures(index):
     pytest.importorskip("starlette", reason=SERVER)
     pytest.importorskip("uvicorn", reason=SERVER)
-    from ito import page
+    from ito.scoring import search_page as page
 
     app = page.application(index)
     status, body = get(app, "/", "q=a+blue+dog")
@@ -175,7 +178,7 @@ def serve(run, monkeypatch, send) -> tuple[int, bytes]:
     The connection is made in the moment in which the address is printed.
     """
     pytest.importorskip("uvicorn", reason=SERVER)
-    from ito import page
+    from ito.scoring import search_page as page
 
     answers = []
 
@@ -211,7 +214,7 @@ def test_the_page_answers_once_its_address_is_printed_and_signals_end_it(
 
 def test_the_page_names_its_extra(run, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "uvicorn", None)
-    monkeypatch.delitem(sys.modules, "ito.page", raising=False)
+    monkeypatch.delitem(sys.modules, "ito.scoring.search_page", raising=False)
     with pytest.raises(SystemExit):
         search.main([str(run), "--serve"])
     error = capsys.readouterr().err
@@ -234,20 +237,20 @@ def test_the_report_is_one_file_with_everything_in_it(run, data):
 
 
 def test_the_worst_mistakes_are_those_ranked_last(run, index):
-    view = report.View("heldout_style", index.encoder, index.dataset)
+    view = EmbeddedSplit("heldout_style", index.encoder, index.dataset)
     cosines = view.images.double() @ view.texts.double().T
     ranks = [
         1 + int((cosines[p] > cosines[p, view.item[p]]).sum()) for p in range(len(view.images))
     ]
-    told = [int(n) for n in re.findall(r"its caption (\d) of 5", report.mistakes(view))]
+    told = [int(n) for n in re.findall(r"its caption (\d) of 5", report_page.mistakes(view))]
     assert told == sorted((rank for rank in ranks if rank > 1), reverse=True)
     view.texts = view.images.clone()
-    assert report.mistakes(view) == ""
+    assert report_page.mistakes(view) == ""
 
 
 def test_the_map_is_the_plane_of_most_variance():
     emb = torch.randn(40, 6, dtype=torch.float64) * torch.tensor([1, 9, 1, 4, 1, 1]).double()
-    plane, about = report.pca(emb)
+    plane, about = projections.pca(emb)
     plane = torch.tensor(plane, dtype=torch.float64)
     values = torch.linalg.eigvalsh(torch.cov(emb.T)).flip(0)
     torch.testing.assert_close(torch.cov(plane.T), torch.diag(values[:2]), atol=1e-8, rtol=1e-8)
@@ -282,7 +285,7 @@ def test_the_onnx_pair_gives_the_model_s_embeddings(run, tmp_path, patch):
     import onnx
     import onnxruntime
 
-    from ito.onnx import export_onnx
+    from ito.model.onnx import export_onnx
 
     encoder = ito.load(run)
     if patch:  # CLIP's towers: patches, causal text
@@ -308,7 +311,7 @@ def test_the_onnx_pair_gives_the_model_s_embeddings(run, tmp_path, patch):
 
 
 def test_onnx_names_its_extra(run, tmp_path, monkeypatch):
-    from ito import onnx
+    from ito.model import onnx
 
     monkeypatch.setattr(onnx, "PACKAGES", ("torch", "not_a_package"))
     with pytest.raises(ImportError, match=r"needs not_a_package, .* ito_kernels\[onnx\]"):

@@ -1,6 +1,5 @@
 """WebDataset shards and the stream: what is read, in which order, on which rank."""
 
-import argparse
 import io
 import itertools
 import json
@@ -14,15 +13,16 @@ import torch
 from PIL import Image
 from test_train import steady
 
-from ito import records as sources
 from ito import train
 from ito.config import Config
-from ito.data import load_dataset
+from ito.data import records as sources
+from ito.data.dataset import load_dataset
+from ito.data.records import Record, open_shards
+from ito.data.shards import Member, expand, write_shards
+from ito.model.tokenizer import Tokenizer
 from ito.ranks import Ranks
-from ito.records import Record, open_shards
-from ito.shards import Member, expand, write_shards
+from ito.source import open_data
 from ito.stream import Stream, StreamBatches
-from ito.tokenizer import Tokenizer
 
 CPU = torch.device("cpu")
 
@@ -470,7 +470,7 @@ def test_a_rank_without_other_texts_to_shuffle_is_refused(tmp_path):
         train_data=where, val_data=where, stream=True, batch_size=2, fusion_text="shuffled"
     )
     with pytest.raises(ValueError, match="must be at least 2 for each of 2 ranks, got 2"):
-        train.open_data(config, argparse.Namespace(cache=None, workers=0), ranks)
+        open_data(config, None, 0, ranks)
 
 
 def test_a_record_is_small(tmp_path):

@@ -11,7 +11,7 @@ import torch
 from tokenizers import Regex, models, normalizers, pre_tokenizers, processors, trainers
 from tokenizers import Tokenizer as BPE
 
-from ito.tokenizer import Tokenizer
+from ito.model.tokenizer import Tokenizer
 
 CAPTIONS = ["a red apple", "a green apple", "flag for France", "the moon", "a RED flag"] * 3
 
@@ -60,7 +60,7 @@ def test_training_is_deterministic(tmp_path, records):
     Tokenizer.train(captions, vocab_size=1300).save(tmp_path / "here.json")
     (tmp_path / "captions.json").write_text(json.dumps(captions), encoding="utf-8")
     program = (
-        "import json, sys; from ito.tokenizer import Tokenizer;"
+        "import json, sys; from ito.model.tokenizer import Tokenizer;"
         "Tokenizer.train(json.load(open(sys.argv[1])), vocab_size=1300).save(sys.argv[2])"
     )
     paths = [str(tmp_path / "captions.json"), str(tmp_path / "there.json")]

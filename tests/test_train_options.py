@@ -13,9 +13,9 @@ from tiny_set import QUICK, write_set
 import ito
 from ito import evaluate as evaluate_command
 from ito import export, prepare, train
-from ito.augment import CROP, DRAWINGS, PAPER
 from ito.cli import user_errors
 from ito.config import Config, add_options, from_options
+from ito.data.augment import CROP, DRAWINGS, PAPER
 from ito.precision import choose_precision
 
 CPU = torch.device("cpu")

@@ -12,10 +12,10 @@ from pathlib import Path
 from safetensors.torch import save
 from torch import Tensor
 
-from ito.augment import MEAN, STD
-from ito.encoders import DualEncoder
+from ito.data.augment import MEAN, STD
 from ito.files import write_atomically, write_text
-from ito.tokenizer import BOS, EOT, PAD, Tokenizer
+from ito.model.encoders import DualEncoder
+from ito.model.tokenizer import BOS, EOT, PAD, Tokenizer
 
 
 def export_open_clip(model: DualEncoder, tokenizer: Tokenizer, out: Path) -> None:

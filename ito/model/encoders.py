@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ito.pretrained import PretrainedImage, PretrainedText
+from ito.model.pretrained import PretrainedImage, PretrainedText
 
 PAD = 0
 STEM = ((48, 4, 4), (64, 3, 1), (128, 3, 2), (128, 3, 1))  # channels, kernel, stride
@@ -249,9 +249,9 @@ class DualEncoder(nn.Module):
     `width` is that of the text tower and of the joint embedding, `image_width` (None: the same)
     that of the image tower, and so for `heads`. With `patch_size` the towers are CLIP's: a plain
     ViT, without its normalisation before the blocks, and a causal text transformer. With
-    `image_encoder` or `text_encoder` (see `ito.pretrained`) that tower is another package's and of
-    its own shape. `architecture` keeps the arguments, so that a file of weights can say what it
-    belongs to.
+    `image_encoder` or `text_encoder` (see `ito.model.pretrained`) that tower is another package's
+    and of its own shape. `architecture` keeps the arguments, so that a file of weights can say what
+    it belongs to.
     """
 
     def __init__(

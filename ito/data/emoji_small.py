@@ -11,7 +11,7 @@ from collections import Counter, defaultdict
 from importlib.metadata import version
 from pathlib import Path
 
-from ito.emoji import (
+from ito.data.emoji import (
     clean,
     code_points,
     distinct_names,

@@ -6,6 +6,7 @@ Student's t: 4.3 standard errors for three seeds.
 """
 
 import dataclasses
+import importlib.util
 import json
 import math
 import statistics
@@ -15,17 +16,17 @@ from itertools import pairwise
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
-from ito.augment import Augmentation
 from ito.config import Config
-from ito.cost import StepCost, step_costs
-from ito.data import Dataset
-from ito.evaluate import embed_images, embed_texts
-from ito.export import Encoder, load
+from ito.data.augment import Augmentation
+from ito.data.dataset import Dataset
 from ito.files import write_atomically, write_text
-from ito.recipes import ITO
-from ito.run import Log
+from ito.model.exported import WEIGHTS, load
+from ito.objectives import OPTIONS
+from ito.run import RunFolder
+from ito.scoring.cost import StepCost, step_costs
+from ito.scoring.embedded_split import EmbeddedSplit
+from ito.scoring.projections import PROJECTIONS
 from ito.source import open_dataset
 
 # 97.5 % quantiles of Student's t, by degrees of freedom
@@ -34,7 +35,7 @@ T = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
 EXPECTED = (("ito", "ito-align"), ("ito-align", "clip-aug"), ("clip-aug", "clip"))
 BASE = "ito"  # what ablations are compared with
 # what arms may differ in; plain CLIP has an augmentation of its own
-DECIDED = ("objective", "seed", *ITO, *vars(Augmentation()))
+DECIDED = ("objective", "seed", *OPTIONS, *vars(Augmentation()))
 
 
 @dataclass
@@ -52,16 +53,17 @@ class Result:
 
     @classmethod
     def load(cls, folder: Path) -> "Result":
-        log = Log(folder / "metrics.jsonl")
+        run = RunFolder(folder)
+        log = run.log()
         return cls(
             folder,
             folder.name.rpartition("-seed")[0],
-            Config.load(folder / "config.json"),
-            json.loads((folder / "environment.json").read_text(encoding="utf-8")),
+            run.read_config(),
+            run.read_environment(),
             log.read("train"),
             log.read("eval"),
-            json.loads((folder / "evaluation.json").read_text(encoding="utf-8")),
-            json.loads((folder / "cost.json").read_text(encoding="utf-8"))["peak_bytes"],
+            json.loads(run.evaluation.read_text(encoding="utf-8")),
+            json.loads(run.cost.read_text(encoding="utf-8"))["peak_bytes"],
         )
 
     @property
@@ -100,7 +102,7 @@ def write_comparison(out: Path, cache: Path | None = None) -> Path:
     cache: where prepared data lives (~/.cache/ito).
     Raises ValueError if there are none, or if they had unequal budgets, data or threads.
     """
-    folders = sorted(path.parent for path in out.glob("*/evaluation.json"))
+    folders = sorted(path for path in out.glob("*") if RunFolder(path).evaluation.exists())
     if not folders:
         raise ValueError(f"{out} holds no finished run")
     arms: dict[str, list[Result]] = {}
@@ -378,7 +380,7 @@ def cost_table(arms: dict[str, list[Result]], costs: dict[str, StepCost]) -> str
     lines = []
     for arm, runs in arms.items():
         cost = costs[arm]
-        weights = runs[0].folder / "model" / "model.safetensors"
+        weights = RunFolder(runs[0].folder).model / WEIGHTS
         lines.append(
             [
                 arm,
@@ -437,43 +439,24 @@ def draw_maps(arms: dict[str, list[Result]], path: Path, cache: Path | None) -> 
     figure, axes = plt.subplots(
         height, columns, figsize=(3 * columns, 3 * height), squeeze=False, layout="constrained"
     )
-    method = ""
+    project = "umap" if importlib.util.find_spec("umap") else "pca"
     datasets: dict[str, Dataset] = {}
     for axis in axes.flat:
         axis.axis("off")
     for axis, (arm, runs) in zip(axes.flat, arms.items(), strict=False):
         run = runs[0]
         data = datasets.setdefault(run.config.train_data, open_dataset(run.config, cache))
-        images, texts = embeddings(load(run.folder), data, run.split)
-        points, method = layout(torch.cat([images, texts]))
-        n = len(images)
-        axis.scatter(*points[:n].T, s=5, lw=0, alpha=0.7, label="pictures")
-        axis.scatter(*points[n:].T, s=5, lw=0, alpha=0.7, label="names")
+        split = EmbeddedSplit(run.split, load(run.folder), data)
+        points, _ = PROJECTIONS[project](torch.cat([split.images, split.texts]))
+        n = len(split.images)
+        axis.scatter(*zip(*points[:n], strict=True), s=5, lw=0, alpha=0.7, label="pictures")
+        axis.scatter(*zip(*points[n:], strict=True), s=5, lw=0, alpha=0.7, label="names")
         axis.set_title(arm, fontsize=10)
     axes[0, 0].legend(frameon=False, fontsize=8)
     with write_atomically(path) as temporary:
         figure.savefig(temporary, format="png", dpi=110)
     plt.close(figure)
-    return method
-
-
-def embeddings(encoder: Encoder, dataset: Dataset, split: str) -> tuple[Tensor, Tensor]:
-    picked = dataset.rows(split)
-    items = dataset.image_item[picked].unique().tolist()
-    ids = encoder.tokenizer([dataset.captions[item][0] for item in items])
-    return embed_images(encoder.model, dataset.images[picked]), embed_texts(encoder.model, ids)
-
-
-def layout(x: Tensor) -> tuple[Tensor, str]:
-    """(K, D) → (K, 2): UMAP of cosines where it is installed, else the two principal directions."""
-    try:
-        from umap import UMAP
-    except ImportError:
-        centred = x - x.mean(0)
-        return centred @ torch.pca_lowrank(centred, 2, center=False)[2], "principal directions"
-    return torch.from_numpy(
-        UMAP(metric="cosine", random_state=0, n_jobs=1).fit_transform(x.numpy())
-    ), "UMAP"
+    return {"umap": "UMAP", "pca": "principal directions"}[project]
 
 
 def pyplot():

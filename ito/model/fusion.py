@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ito.encoders import Block, initialise
+from ito.model.encoders import Block, initialise
 
 READOUTS = ("cls", "mean", "token")
 

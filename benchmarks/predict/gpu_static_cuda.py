@@ -14,7 +14,7 @@ from gpu_static_code import family, functions, loops, programs, run_tool
 import ito_kernels
 from ito_kernels.similarity import cuda
 
-CSRC = Path(__file__).parent.parent / "csrc"
+CSRC = Path(__file__).parents[2] / "csrc"
 ARCHS = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120")
 SHOWN = ("sm_80", "sm_90")  # in the docs; the others are in the JSON
 SOURCES = ("forward.cu", "panel.cu", "gradient.cu")

@@ -123,3 +123,16 @@ def bounded(text: str, tokens: int) -> str:
     if len(text) <= limit:
         return text
     return " ".join(text.split(maxsplit=limit)[:limit])[:limit]
+
+
+def report_cut(captions: list[str], tokenizer: Tokenizer) -> str:
+    """How many captions lose their end, as they are longer than the context; nothing if none is."""
+    lengths, limit = tokenizer.lengths(captions), tokenizer.context_length
+    cut = sum(length > limit for length in lengths)
+    if not cut:
+        return ""
+    read = all(len(caption) <= limit * LONGEST_TOKEN for caption in captions)
+    return (
+        f"cut        {cut} of {len(captions)} captions, to their first {limit} tokens; "
+        f"the longest has {'' if read else 'at least '}{max(lengths)}"
+    )

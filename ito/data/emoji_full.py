@@ -14,7 +14,7 @@ from pathlib import Path
 from PIL import Image
 from tqdm import tqdm
 
-from ito.emoji import (
+from ito.data.emoji import (
     drop_shared_names,
     on_white,
     owner,
@@ -25,10 +25,10 @@ from ito.emoji import (
     share,
     to_png,
 )
-from ito.emoji_sources import MISNAMED, PACKAGES, STYLES, read_concepts, read_drawings
-from ito.npm import fetch
-from ito.records import cpu_count
-from ito.shards import write_shards
+from ito.data.emoji_sources import MISNAMED, PACKAGES, STYLES, read_concepts, read_drawings
+from ito.data.npm import fetch
+from ito.data.records import cpu_count
+from ito.data.shards import write_shards
 
 # Raise the number when a rule below changes: a cached set is used as it is, never rebuilt.
 FOLDER = "emoji-full-2"
@@ -53,7 +53,7 @@ def prepare_emoji_full(
     asks to share alike. The npm packages are kept in `cache`.
 
     Raises ImportError without resvg-py, FileExistsError if `out` holds something else, and what
-    `ito.npm.fetch` raises.
+    `ito.data.npm.fetch` raises.
     """
     title = f"Full emoji set, {size} px" + ", permissive licences" * permissive_only
 

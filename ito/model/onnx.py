@@ -16,9 +16,9 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from ito.augment import MEAN, STD
-from ito.encoders import DualEncoder
+from ito.data.augment import MEAN, STD
 from ito.files import write_atomically
+from ito.model.encoders import DualEncoder
 
 PACKAGES = ("onnx", "onnxscript")
 

@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 
 from ito.cli import shown
-from ito.search import Index
+from ito.scoring.index import Index
 
 try:
     import uvicorn

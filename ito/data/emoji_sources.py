@@ -13,7 +13,7 @@ from collections import defaultdict
 from pathlib import Path
 from typing import NamedTuple
 
-from ito.emoji import clean, code_points, distinct_names, family
+from ito.data.emoji import clean, code_points, distinct_names, family
 
 # name@version and SHA-512: they are the data
 # fmt: off
@@ -119,7 +119,7 @@ MISNAMED = {
     "streamline": {"turkey": None},
 }
 
-# Variants of a family beside those of `ito.emoji.VARIANT`: a held-out drawing must not be the
+# Variants of a family beside those of `ito.data.emoji.VARIANT`: a held-out drawing must not be the
 # mirror image of a trained one. Not there, as the small set's splits are what they are.
 DIRECTION = (
     r"\b((left|right|up|down)(wards)?|facing|front|oncoming|forward|reverse|next|first|last|"

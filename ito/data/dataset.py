@@ -1,4 +1,4 @@
-"""Pictures and captions into memory, from any source that ito/records.py reads.
+"""Pictures and captions into memory, from any source that ito/data/records.py reads.
 
 Every picture is decoded and resized once and kept as uint8: 64 × 64 is 12 kB, so 80,000 fit in a
 gigabyte, and an epoch touches no file. What does not fit is streamed: ito/stream.py.
@@ -13,9 +13,8 @@ from pathlib import Path
 import torch
 
 from ito.cli import shown
-from ito.pictures import MAX_PIXELS, decode
-from ito.records import Record, Skipped, cpu_count, open_shards
-from ito.tokenizer import LONGEST_TOKEN, Tokenizer
+from ito.data.pictures import MAX_PIXELS, decode
+from ito.data.records import Record, Skipped, cpu_count, open_shards
 
 
 @dataclass
@@ -88,7 +87,7 @@ def load_dataset(
     max_pixels: int = MAX_PIXELS,
     **options: str | bool,
 ) -> Dataset:
-    """Read everything that `ito.records.open_shards` finds at `path`, and decode its pictures.
+    """Read everything that `ito.data.records.open_shards` finds at `path`, and decode its pictures.
 
     If no record names a split, 10 % of the items (at least one), by hash of item and `split_seed`,
     are "heldout"; without a seed all are "val". If some do, a record that names none is "train".
@@ -184,16 +183,3 @@ def report_skipped(skipped: list[Skipped], limit: int = 10) -> str:
     lines = [f"skipped {len(skipped)} records:"]
     lines += [f"  {shown(f'{where}: {reason}')}" for where, reason in skipped[:limit]]
     return "\n".join(lines + ["  …"] * (len(skipped) > limit))
-
-
-def report_cut(captions: list[str], tokenizer: Tokenizer) -> str:
-    """How many captions lose their end, as they are longer than the context; nothing if none is."""
-    lengths, limit = tokenizer.lengths(captions), tokenizer.context_length
-    cut = sum(length > limit for length in lengths)
-    if not cut:
-        return ""
-    read = all(len(caption) <= limit * LONGEST_TOKEN for caption in captions)
-    return (
-        f"cut        {cut} of {len(captions)} captions, to their first {limit} tokens; "
-        f"the longest has {'' if read else 'at least '}{max(lengths)}"
-    )

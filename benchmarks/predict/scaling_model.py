@@ -1,27 +1,17 @@
 """Step time and memory of a loss on the batch of many GPUs, from counts and published rates.
 
-    python benchmarks/scaling_model.py [--gpu h100] [--dim 512] [--loss clip] [--out FOLDER]
-    python benchmarks/scaling_model.py --measure     runs the loss on gloo instead, and compares
-
 A step is the loss and its gradients, without the encoders. The numbers for GPUs are predictions:
 the kernels' times are those that `gpu_static.py` predicts from machine code, the network's are
 published rates and NCCL's own cost model; nothing here has run on a GPU. `scaling_check.py` holds
 the same formulas against gloo on this machine, with constants measured by plain torch calls.
-
-Columns. rows: of each GPU. compute: the kernels alone. step: with the chunk size beside it, the
-smallest that is within 2 % of the best. hides from: the smallest whose kernels take as long as its
-transfers, if there is one. rule: with max(32,768, 512·GPUs). default: with chunk_size=None.
-ring: neighbours' sends instead of all-gathers. memory: the bound of docs/distributed.md with that
-chunk, and the kernels' panel; open_clip: its logits and gathered features, local_loss, and without.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 import math
 from collections import Counter
-from itertools import accumulate, product
+from itertools import accumulate
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
@@ -457,50 +447,3 @@ def size(nbytes: float) -> str:
 
 def load_gpu(name: str) -> Gpu:
     return Gpu(name, json.loads((RESULTS / "gpu_static.json").read_text()))
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--gpu", choices=NETWORKS, default="h100")
-    parser.add_argument("--dim", type=int, default=512, help="from 256 on: the kernels' table")
-    parser.add_argument("--loss", choices=LOSSES, default="clip")
-    parser.add_argument("--out", type=Path, default=RESULTS, help="folder")
-    parser.add_argument("--measure", action="store_true", help="on gloo, with W = 1, 2, 4")
-    options = parser.parse_args()
-    if options.dim < 256:
-        parser.error(f"--dim must be at least 256, got {options.dim}")
-    if options.measure:
-        from scaling_check import check
-
-        check(options.out / "scaling_check.json")
-        return
-
-    from scaling_plot import draw
-
-    gpu = load_gpu(options.gpu)
-    rows = [
-        row(Step(ranks, batch // ranks, options.dim, loss=options.loss), gpu)
-        for ranks, batch in product(RANKS, BATCHES)
-        if batch // ranks >= LEAST_ROWS
-    ]
-    print(markdown(rows))
-    inside, across = (rows_to_hide(gpu, options.dim, ranks) for ranks in (NODE, 2 * NODE))
-    print(
-        f"\nKernels hide a large chunk's transfer from {inside:,.0f} rows for each GPU in one node,"
-        f" {across:,.0f} across nodes (predictions; nothing was run)"
-    )
-    most = {batch: most_gpus(batch, gpu, options.dim, options.loss) for batch in BATCHES}
-    for batch, ranks in most.items():
-        print(f"batch {batch:,}: kernels are half of the step up to {ranks:,} GPUs")
-    name = f"scaling-{options.gpu}-{options.loss}-{options.dim}"
-    report = {
-        "gpu": options.gpu, "network": gpu.network._asdict(), "protocols": PROTOCOLS,
-        "host_s": gpu.host, "call_s": gpu.call, "most_gpus": most, "rows": rows,
-        "rows_to_hide": {"node": inside, "across": across},
-    }  # fmt: skip
-    (options.out / f"{name}.json").write_text(json.dumps(report, indent=1) + "\n")
-    draw(gpu, options.dim, options.loss, options.out / f"{name}.png")
-
-
-if __name__ == "__main__":
-    main()

@@ -11,8 +11,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from ito.records import irregular
-from ito.shards import Member
+from ito.data.records import irregular
+from ito.data.shards import Member
 
 # Pillow's MAX_IMAGE_PIXELS, from which it warns of bombs; it opens none of more than twice as many.
 # So many take, in each thread that decodes, 0.1 GB (PNG of a palette), 0.35 (PNG, TIFF of colours;

@@ -1,6 +1,7 @@
 """The GPU kernels' machine code, without a GPU: resources, instructions, bank conflicts, times.
 
-    python benchmarks/gpu_static.py [--only cuda] [--arch sm_90] [--out FILE] [--docs FOLDER]
+    python benchmarks/predict/gpu_static.py [--only cuda] [--arch sm_90] [--out FILE]
+                                            [--docs FOLDER]
 
 Compiles every Triton kernel for sm_80, sm_90, sm_100 and gfx942 (gpu_static_triton.py) and every
 CUDA kernel for what wheels are built for (gpu_static_cuda.py), and fails on a spill, where matrix

@@ -4,8 +4,6 @@ The logged seconds of runs say as much about what else the machine was doing: tw
 objective, trained at other times beside other runs, differed by 1.3.
 """
 
-import argparse
-import json
 import statistics
 import time
 from concurrent.futures import wait
@@ -15,10 +13,10 @@ from pathlib import Path
 import torch
 
 from ito.compiled import compile_towers
-from ito.config import Config
-from ito.export import load
+from ito.model.exported import load
 from ito.ranks import Ranks
-from ito.train import open_data
+from ito.run import RunFolder
+from ito.source import open_data
 from ito.trainer import Trainer
 
 WARMUP, ROUNDS = 3, 20
@@ -40,12 +38,12 @@ def step_costs(runs: dict[str, Path], cache: Path | None = None) -> dict[str, St
     trainers: dict[str, Trainer] = {}
     data = None
     for name, folder in runs.items():
-        config = Config.load(folder / "config.json")
+        config = RunFolder(folder).read_config()
         config = replace(config, steps=max(config.steps, WARMUP + ROUNDS + 1))  # none is the last
-        environment = json.loads((folder / "environment.json").read_text(encoding="utf-8"))
+        environment = RunFolder(folder).read_environment()
         torch.set_num_threads(environment["threads"])
         if data is None or config.stream:  # a stream is at one place, each run at its own
-            _, data = open_data(config, argparse.Namespace(cache=cache, workers=0), Ranks())
+            _, data = open_data(config, cache, 0, Ranks())
         trainers[name] = Trainer(
             config,
             data,

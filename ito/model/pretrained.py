@@ -23,8 +23,8 @@ from tokenizers import Regex, models, normalizers, pre_tokenizers, processors
 from tokenizers import Tokenizer as BPE
 from torch import Tensor, nn
 
-from ito.augment import MEAN, STD
-from ito.tokenizer import Tokenizer
+from ito.data.augment import MEAN, STD
+from ito.model.tokenizer import Tokenizer
 
 PAD = Tokenizer.pad_id
 OURS = "ours"
@@ -129,7 +129,7 @@ class HuggingFace(nn.Module):
         transformers = package("transformers", "hf")
         kept = {k: 0.0 if "drop" in k and isinstance(v, float) else v for k, v in config.items()}
         self.pad_id = pad_id
-        # eager: see `ito.encoders.attention`
+        # eager: see `ito.model.encoders.attention`
         self.network = transformers.AutoModel.from_config(
             transformers.AutoConfig.for_model(**kept), attn_implementation="eager"
         ).float()
@@ -318,7 +318,7 @@ class PretrainedTower(nn.Module):
 
 
 class PretrainedImage(PretrainedTower):
-    """As `ito.encoders.ImageEncoder`: tokens (B, 1 + grid², E), the pooled one first, and pooled.
+    """As `encoders.ImageEncoder`: tokens (B, 1 + grid², E), the pooled one first, and pooled.
 
     A body with batch normalisation belongs to `convolve`, any other to `attend`.
 
@@ -368,7 +368,7 @@ class PretrainedImage(PretrainedTower):
 
 
 class PretrainedText(PretrainedTower):
-    """As `ito.encoders.TextEncoder`, read out as the body is.
+    """As `ito.model.encoders.TextEncoder`, read out as the body is.
 
     `positions` is a fixed sine-cosine embedding, which the fusion module alone makes use of.
 

@@ -6,7 +6,7 @@ Embeddings are (N, D), any float dtype; labels are integers (N,). Deterministic:
 import torch
 import torch.nn.functional as F
 
-from ito.metrics import check, mean_per_class, unit
+from ito.scoring.metrics import check, mean_per_class, unit
 
 PENALTIES = (1e0, 1e-1, 1e-2, 1e-3, 1e-4)
 ITERATIONS = 100  # of L-BFGS, at most

@@ -16,7 +16,7 @@ from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
-from ito.shards import Member, Sample, expand, read_samples
+from ito.data.shards import Member, Sample, expand, read_samples
 
 PICTURES = ("bmp", "gif", "jpeg", "jpg", "png", "tif", "tiff", "webp")
 ROWS = 1000  # of a table, to a shard

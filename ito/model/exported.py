@@ -1,0 +1,144 @@
+"""The exported dual encoder: written by `python -m ito.export RUN`, read by `ito.load(RUN)`.
+
+Its folder holds `model.safetensors`, `config.json`, `tokenizer.json`. The fusion module is not in
+it: inference costs what a plain dual encoder costs. The weights' file holds checksums of its own
+and of the tokenizer's content.
+"""
+
+import hashlib
+import json
+from collections.abc import Sequence
+from contextlib import ExitStack
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from tokenizers import Tokenizer as BPE
+
+from ito.data.pictures import MAX_PIXELS, Refused, decode, square
+from ito.files import naming, undamaged, write_atomically
+from ito.model.embed import embed_images, embed_texts
+from ito.model.encoders import DualEncoder
+from ito.model.tokenizer import Tokenizer
+from ito.run import RunFolder
+from ito.tensors import load_tensors, save_tensors, verify
+
+Picture = Image.Image | str | Path | torch.Tensor
+WEIGHTS, ABOUT, TOKENS = "model.safetensors", "config.json", "tokenizer.json"
+
+
+def export(model: DualEncoder, tokenizer: Tokenizer, load_size: int, step: int, out: Path) -> None:
+    """Write the model as it is after `step` steps to the folder `out`.
+
+    Each file appears atomically, and none before all are written: a full disk leaves what was
+    there. Raises OSError naming the file.
+    """
+    weights = {
+        name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()
+    }
+    about = {"architecture": model.architecture, "load_size": load_size, "step": step}
+    tokens = tokenizer.bpe.to_str(pretty=True).encode()
+    files = {
+        TOKENS: tokens,
+        ABOUT: (json.dumps(about, indent=2) + "\n").encode(),
+        WEIGHTS: save_tensors(weights, tokenizer=hashlib.sha256(tokens).hexdigest()),
+    }
+    with ExitStack() as written:
+        for name, content in files.items():
+            temporary = written.enter_context(write_atomically(out / name))
+            with naming(out / name):
+                temporary.write_bytes(content)
+
+
+class Encoder:
+    """An exported model. Embeddings are unit rows, fp32, on the CPU: `image @ text.T` are cosines.
+
+    `model`, `tokenizer` and `step` (optimizer steps it was trained for) are public, and so is
+    `max_pixels`, above which a picture is refused.
+    """
+
+    max_pixels = MAX_PIXELS
+
+    def __init__(self, model: DualEncoder, tokenizer: Tokenizer, load_size: int, step: int):
+        self.model, self.tokenizer, self.load_size, self.step = model, tokenizer, load_size, step
+
+    def encode_image(self, images: Picture | Sequence[Picture]) -> torch.Tensor:
+        """Pictures to `(K, E)`: PIL images, paths, uint8 tensors (3, H, W), or one (K, 3, H, W).
+
+        Each is seen as in training: its centred square, on white. Raises ValueError naming a
+        picture that cannot be read or is too large, or a tensor of another shape or dtype.
+        """
+        if isinstance(images, Image.Image | str | Path):
+            images = [images]
+        if isinstance(images, torch.Tensor) and images.ndim == 3:
+            images = images[None]
+        squares = [self.square(image, n) for n, image in enumerate(images)]
+        if not squares:
+            return torch.empty(0, self.model.architecture["width"])
+        pixels = torch.from_numpy(np.stack(squares)).permute(0, 3, 1, 2).contiguous()
+        return embed_images(self.model, pixels)
+
+    def encode_text(self, texts: str | Sequence[str]) -> torch.Tensor:
+        """Texts to `(K, E)`; a text longer than the context is cut."""
+        texts = [texts] if isinstance(texts, str) else list(texts)
+        if not texts:
+            return torch.empty(0, self.model.architecture["width"])
+        return embed_texts(self.model, self.tokenizer(texts))
+
+    def square(self, picture: Picture, number: int) -> np.ndarray:
+        if isinstance(picture, torch.Tensor):
+            if picture.dtype != torch.uint8 or picture.ndim != 3 or picture.shape[0] != 3:
+                raise ValueError(
+                    f"images[{number}] must be uint8 (3, H, W), "
+                    f"got {picture.dtype} {tuple(picture.shape)}"
+                )
+            pixels = picture.permute(1, 2, 0).cpu().numpy()
+            return square(Image.fromarray(pixels), self.load_size, picture.numel())
+        if isinstance(picture, Image.Image):
+            try:
+                return square(picture, self.load_size, self.max_pixels)
+            except Refused as error:
+                raise ValueError(f"images[{number}]: the picture {error}") from None
+            except OSError as error:  # of a file that is read only now
+                raise ValueError(f"images[{number}]: unreadable picture: {error}") from None
+        pixels = decode(Path(picture), self.load_size, self.max_pixels)
+        if isinstance(pixels, str):
+            raise ValueError(f"images[{number}]: {pixels}")
+        return pixels
+
+
+def load(run: str | Path, device: str | torch.device = "cpu") -> Encoder:
+    """The exported model of a run folder, or of a `model/` folder itself.
+
+    Raises FileNotFoundError if there is none, ValueError naming a file of it that is damaged: a
+    model that an older version exported has no checksums, and is taken as it is.
+    """
+    exported = RunFolder(run).model
+    folder = exported if exported.is_dir() else Path(run)
+    if not (folder / WEIGHTS).exists():
+        raise FileNotFoundError(
+            f"{run} holds no exported model ({exported.name}/{WEIGHTS}); a run writes it with its "
+            "first checkpoint, and `python -m ito.export RUN` from its newest one"
+        )
+    with undamaged(folder / ABOUT) as path:
+        about = json.loads(path.read_text(encoding="utf-8"))
+        model = DualEncoder(**about["architecture"])
+        load_size, step = about["load_size"], about["step"]
+    with undamaged(folder / WEIGHTS) as path:
+        weights, sums = load_tensors(path)
+        model.load_state_dict(weights)
+    model.to(device, memory_format=torch.channels_last).eval().requires_grad_(False)
+    with undamaged(folder / TOKENS) as path:
+        verify(hashlib.sha256(path.read_bytes()).hexdigest(), sums.get("tokenizer"))
+        tokenizer = Tokenizer.load(path)
+    return Encoder(model, tokenizer, load_size, step)
+
+
+def saved_tokenizer(state: dict, exported: Path) -> Tokenizer:
+    """That of a checkpoint; older ones have it with the exported model alone, where nothing checks
+    it. Raises ValueError naming a file that is damaged."""
+    if "tokenizer" in state:
+        return Tokenizer(BPE.from_str(state["tokenizer"]))
+    with undamaged(exported / TOKENS) as path:
+        return Tokenizer.load(path)

@@ -1,0 +1,45 @@
+"""Every picture of a data set as an embedding, to be searched."""
+
+import hashlib
+from pathlib import Path
+
+import torch
+
+from ito.cli import shown
+from ito.data.dataset import Dataset
+from ito.files import undamaged, write_atomically
+from ito.model.exported import Encoder
+from ito.run import RunFolder
+from ito.tensors import checksum, load_tensors, save_tensors
+
+
+class Index:
+    """Every picture of a data set, trained on or held out, embedded by a model.
+
+    `search(queries (Q, E), k)` gives cosines and picture indices, (Q, k) each, best first; k is at
+    most the number of pictures.
+    """
+
+    def __init__(self, encoder: Encoder, dataset: Dataset, embeddings: torch.Tensor):
+        self.encoder, self.dataset, self.embeddings = encoder, dataset, embeddings
+
+    @classmethod
+    def open(cls, run: Path, encoder: Encoder, dataset: Dataset) -> "Index":
+        """With embeddings kept in the run folder, under a hash of the weights and the pictures."""
+        key = hashlib.sha256(dataset.images.numpy())
+        key.update(checksum(encoder.model.state_dict()).encode())
+        path = RunFolder(run).index / f"{key.hexdigest()[:16]}.safetensors"
+        if path.exists():
+            with undamaged(path):
+                return cls(encoder, dataset, load_tensors(path)[0]["images"])
+        embeddings = encoder.encode_image(dataset.images)
+        with write_atomically(path) as temporary:
+            temporary.write_bytes(save_tensors({"images": embeddings}))
+        return cls(encoder, dataset, embeddings)
+
+    def search(self, queries: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
+        return (queries @ self.embeddings.T).topk(min(k, len(self.embeddings)))
+
+    def name(self, picture: int) -> str:
+        """The first caption of what the picture shows, as much of it as is shown."""
+        return shown(self.dataset.captions[int(self.dataset.image_item[picture])][0])

@@ -1,0 +1,42 @@
+"""Files of tensors (safetensors) that hold a checksum of their content, which that format lacks."""
+
+import hashlib
+import json
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save
+
+
+def checksum(weights: dict[str, torch.Tensor]) -> str:
+    """SHA-256 of names and values, in the order of the names."""
+    found = hashlib.sha256()
+    for name, value in sorted(weights.items()):
+        found.update(name.encode())
+        found.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+    return found.hexdigest()
+
+
+class WrongChecksum(ValueError):
+    """The file is not what was written, however well it reads."""
+
+
+def verify(found: str, wanted: str | None) -> None:
+    if wanted not in (found, None):
+        raise WrongChecksum
+
+
+def save_tensors(tensors: dict[str, torch.Tensor], **sums: str) -> bytes:
+    """A safetensors file with a checksum of its own, which that format lacks, and with others."""
+    sums |= {"tensors": checksum(tensors)}
+    return save(tensors, {"sha256": json.dumps(sums)})  # safetensors has no order of several
+
+
+def load_tensors(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+    """The tensors, and the checksums if there are any. Raises WrongChecksum."""
+    with safe_open(path, "pt") as file:
+        sums = json.loads((file.metadata() or {}).get("sha256", "{}"))
+    tensors = load_file(path)
+    verify(checksum(tensors), sums.get("tensors"))
+    return tensors, sums
