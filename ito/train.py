@@ -319,7 +319,7 @@ class Run:
 
     def begin(self) -> None:
         """Write what the folder holds before the first step."""
-        untrained = evaluate(self.trainer.model, self.tokenizer, self.dataset)
+        untrained = self.scores()
         self.config.save(self.files.config)
         text = json.dumps(self.environment(), indent=2) + "\n"
         write_text(self.files.environment, text)
@@ -329,16 +329,7 @@ class Run:
     def train(self) -> int:
         """To `config.steps`, or until any rank is interrupted. Returns the steps that are done."""
         config, step, began = self.config, self.first, time.perf_counter()
-        bar = tqdm(
-            total=config.steps,
-            initial=step,
-            desc="training",
-            unit="step",
-            dynamic_ncols=True,
-            mininterval=0.1 if sys.stderr.isatty() else 10,  # seconds: a log file is read later
-            disable=not self.ranks.leads,
-        )
-        with Interrupt() as interrupt, bar:
+        with Interrupt() as interrupt, self.progress_bar() as bar:
             while step < config.steps and not self.ranks.any(interrupt.number is not None):
                 terms = self.trainer.step(step)
                 step += 1
@@ -347,21 +338,36 @@ class Run:
                     continue
                 last = step == config.steps
                 if last or step % config.log_every == 0:
-                    seconds = time.perf_counter() - began
-                    rate = (step - self.first) * self.trainer.batches.size * config.views / seconds
-                    share = self.trainer.input_seconds / self.trainer.seconds
-                    speed = {"images_per_second": rate, "seconds": seconds, "input_share": share}
+                    speed = self.speed(step, time.perf_counter() - began)
                     self.log.write("train", step, terms | speed)
-                    bar.set_postfix_str(progress(terms, rate), refresh=False)
+                    bar.set_postfix_str(progress(terms, speed["images_per_second"]), refresh=False)
                 if last or step % config.eval_every == 0:
-                    scores = evaluate(self.trainer.model, self.tokenizer, self.dataset)
-                    self.log.write("eval", step, scores)
+                    self.log.write("eval", step, self.scores())
                 if last or step % config.checkpoint_every == 0:
                     self.checkpoint(step)
             if self.ranks.leads and step < config.steps:
                 self.checkpoint(step)
         self.stopped_by = interrupt.number
         return step
+
+    def progress_bar(self) -> tqdm:
+        return tqdm(
+            total=self.config.steps,
+            initial=self.first,
+            desc="training",
+            unit="step",
+            dynamic_ncols=True,
+            mininterval=0.1 if sys.stderr.isatty() else 10,  # seconds: a log file is read later
+            disable=not self.ranks.leads,
+        )
+
+    def speed(self, step: int, seconds: float) -> dict[str, float]:
+        pictures = (step - self.first) * self.trainer.batches.size * self.config.views
+        share = self.trainer.input_seconds / self.trainer.seconds
+        return {"images_per_second": pictures / seconds, "seconds": seconds, "input_share": share}
+
+    def scores(self) -> dict[str, float]:
+        return evaluate(self.trainer.model, self.tokenizer, self.dataset)
 
     def checkpoint(self, step: int) -> None:
         about = {

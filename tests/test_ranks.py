@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from tiny_set import QUICK, steady, write_set
 
-from ito import train
+from ito import source, train
 from ito.config import Config
 from ito.data.dataset import load_dataset
 from ito.model.tokenizer import Tokenizer
@@ -215,7 +215,7 @@ def trouble(data, out: str) -> dict:
         with locked(Path(out, "taken")):
             run("taken")
     run("diverged", "--lr", "1e30")
-    train.open_dataset = missing
+    source.open_dataset = missing
     run("missing")
     return told
 
