@@ -215,6 +215,20 @@ class SigLipLoss(nn.Module):
         logits = logit_scale * image_features @ text_features.T
         return logits if logit_bias is None else logits + logit_bias
 
+    def _loss(
+        self,
+        image_features: Tensor,
+        text_features: Tensor,
+        logit_scale: float | Tensor,
+        logit_bias: float | Tensor | None = None,
+        negative_only: bool = False,
+    ) -> Tensor:
+        """The loss of these images with these texts from the dense logits, for subclasses."""
+        logits = self.get_logits(image_features, text_features, logit_scale, logit_bias)
+        n = len(image_features)
+        labels = self.get_ground_truth(logits.device, logits.dtype, n, negative_only)
+        return -torch.nn.functional.logsigmoid(labels * logits).sum() / n
+
     def forward(
         self,
         image_features: Tensor,

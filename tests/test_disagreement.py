@@ -128,7 +128,7 @@ UNLIKE = {
     "ids in one tensor or in two": (
         partial(infonce, query_ids=IDS_OF_FOUR, key_ids=IDS_OF_FOUR),
         partial(infonce, query_ids=IDS_OF_FOUR, key_ids=IDS_OF_FOUR.clone()),
-        "the number of tensors in ids .* got 1 on .* and 2 on rank",
+        "whether query_ids and key_ids are one tensor .* got True on .* and False on rank",
     ),
     "queries frozen": (
         lambda: infonce(wanted(), wanted(Y)),

@@ -1,6 +1,7 @@
 """Tensors that are not what their memory says: lazily negated or zero, freed, nested; ids of 64
 unsigned bits. Read right, or refused by name."""
 
+import asyncio
 import threading
 
 import pytest
@@ -154,6 +155,16 @@ def test_zero_tensors(backend):
     close(ik.clip_loss(zero, x, 10.0, backend=backend), torch.tensor(N).log())
 
 
+def test_zero_tensors_keep_their_gradient():
+    """DistributedDataParallel would wait for one that never comes."""
+    x, _ = pair()
+    zero = torch._efficientzerotensor(N, 4).requires_grad_()
+    ik.clip_loss(zero, x, 10.0).backward()
+    dense = torch.zeros(N, 4, dtype=torch.float64, requires_grad=True)
+    clip(dense, x, 10.0).backward()
+    close(zero.grad, dense.grad)
+
+
 # ---- freed memory
 
 
@@ -289,3 +300,42 @@ def test_use_backend_is_of_its_thread():
     assert "backend reference: asked for by use_backend" in seen["other"]
     assert "asked for by use_backend" not in seen["here"]
     assert "backend chunked: asked for by use_backend" in seen["block"]
+
+
+def test_use_backend_left_elsewhere_ends():
+    """Blocks that are left in another thread or task, or out of order: none stays chosen."""
+    x, y = pair()
+
+    def block(name):
+        with ik.use_backend(name):
+            yield
+
+    def automatic():
+        return "use_backend" not in ik.explain(x, y)
+
+    generator = block("reference")
+    next(generator)
+    assert not automatic()
+    thread = threading.Thread(target=generator.close)
+    thread.start()
+    thread.join()
+    assert automatic()
+
+    outer, inner = block("reference"), block("chunked")
+    next(outer), next(inner)
+    outer.close()
+    assert "backend chunked: asked for by use_backend" in ik.explain(x, y)
+    inner.close()
+    assert automatic()
+
+    async def tasks():
+        async def fixture():
+            with ik.use_backend("reference"):
+                yield
+
+        entered = fixture()
+        await asyncio.create_task(anext(entered))
+        await asyncio.create_task(entered.aclose())
+        return automatic()
+
+    assert asyncio.run(tasks())

@@ -140,6 +140,8 @@ def exchanged_sizes(
 def described(x: object, stacked: bool = False) -> str:
     """An argument in words, which are the same wherever a loss takes the same course."""
     if isinstance(x, Tensor):
+        if x.is_nested or x.layout != torch.strided:
+            return f"a {'nested' if x.is_nested else x.layout} tensor"
         if not x.is_floating_point():
             return "a tensor of integers"
         gradient = "with" if x.requires_grad and torch.is_grad_enabled() else "without"

@@ -111,7 +111,7 @@ class GlobalBatch:
             ("keys", described(keys)),
             ("query_ids", described(query_ids)),
             ("key_ids", described(key_ids)),
-            ("the number of tensors in ids", "1" if query_ids is key_ids else "2"),
+            ("whether query_ids and key_ids are one tensor", str(query_ids is key_ids)),
             ("chunk_size", str(chunk_size)),
             ("ITO_TRANSPORT", self._transport.__name__.lower()),
             ("ITO_GATHER_CACHE_BYTES", str(gather_cache_bytes())),

@@ -145,11 +145,14 @@ def check_arguments(
         raise names.unequal(n, m, names.query_ids if query_ids is None else names.key_ids)
     if query_ids is not None or key_ids is not None:
         # with a group the batch has their default, which are the rows' numbers among all ranks'
+        same = query_ids is key_ids
         rows = torch.arange(n, device=device) if group is None else None
         query_ids = rows if query_ids is None else query_ids
         key_ids = rows if key_ids is None else key_ids
         if query_ids is not None:
             query_ids = check_ids(names.query_ids, query_ids, n, names.queries, device)
-        if key_ids is not None:
+        if same and n == m:
+            key_ids = query_ids  # cast once, they stay one tensor
+        elif key_ids is not None:
             key_ids = check_ids(names.key_ids, key_ids, m, names.keys, device)
     return Arguments(queries, keys, scale, query_ids, key_ids, names, group, chunk_size, backend)

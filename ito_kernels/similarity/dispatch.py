@@ -32,8 +32,17 @@ _BY_PRIORITY = sorted(
     key=lambda backend: -backend.priority,
 )
 
-# of the innermost `use_backend` block that is open in this thread or task
-_chosen: ContextVar[str | None] = ContextVar("use_backend", default=None)
+
+class _Block:
+    """A `use_backend` block. It may be left in another context than it was entered in (an async
+    generator's, another thread's), where the variable cannot be set back: it says so itself."""
+
+    def __init__(self, name: str):
+        self.name, self.open = name, True
+
+
+# the blocks that were entered in this thread or task, the innermost last
+_blocks: ContextVar[tuple[_Block, ...]] = ContextVar("use_backend", default=())
 
 
 class BackendStatus(NamedTuple):
@@ -58,15 +67,18 @@ def use_backend(name: str) -> Iterator[None]:
     """Calls inside the block use the backend `name` unless they name one themselves.
 
     Calls of this thread (or asyncio task) only: others keep their own choice, and a thread that is
-    started inside the block starts without one. Calls that torch.compile has compiled before keep
-    the backend they were compiled with.
+    started inside the block starts without one, as do those in which PyTorch runs backward on a GPU
+    (a checkpointed forward that is computed again there: name the backend in the call).
+    Calls that torch.compile has compiled before keep the backend they were compiled with.
     """
     check_name(name)
-    token = _chosen.set(name)
+    block = _Block(name)
+    _blocks.set((*_blocks.get(), block))
     try:
         yield
     finally:
-        _chosen.reset(token)
+        block.open = False
+        _blocks.set(tuple(other for other in _blocks.get() if other.open))
 
 
 def load(name: str) -> Backend:
@@ -102,7 +114,7 @@ def _warn_once(warning: str) -> None:
 
 
 def _chosen_here() -> str | None:
-    return _chosen.get()
+    return next((block.name for block in reversed(_blocks.get()) if block.open), None)
 
 
 # torch.compile cannot trace a ContextVar: it takes the value that the function has at compilation.

@@ -230,11 +230,13 @@ def readable(name: str, x: Tensor) -> Tensor:
     that others still hold: reading there would end the process, so it is a ValueError.
     """
     if type(x) not in _PLAIN or torch.compiler.is_compiling():
-        return x  # the dispatcher, which these go through, writes out
+        # The dispatcher, which these go through, writes out. What inductor compiles does not: it
+        # reads a negated input as it lies, for PyTorch's own operators too.
+        return x
     if x.is_neg():
         x = x.resolve_neg()
     if x._is_zerotensor():
-        return torch.zeros_like(x)
+        return x + torch.zeros_like(x)  # with its gradient
     try:
         size = x.untyped_storage().nbytes()
     except NotImplementedError:  # inside torch.func transforms
