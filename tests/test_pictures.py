@@ -16,7 +16,8 @@ import small_run
 from PIL import Image, ImageOps, PngImagePlugin
 
 import ito
-from ito import evaluate, pictures, search
+from ito import evaluate, search
+from ito.data import pictures
 from ito.data.dataset import load_dataset
 from ito.data.pictures import MAX_PIXELS, decode
 from ito.data.records import open_shards
