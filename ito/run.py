@@ -16,6 +16,7 @@ from ito.checkpoint import checkpoints
 from ito.cli import reason
 from ito.config import Config
 from ito.data.dataset import Dataset
+from ito.data.records import irregular
 from ito.files import naming, undamaged, write_atomically, write_text
 from ito.ranks import RankLost
 
@@ -196,8 +197,10 @@ class Log:
     def rewind(self, step: int, wanted: int | None) -> list[str]:
         """Drop what was logged after `step`, and what cannot be read. Returns what is amiss.
 
-        wanted: the `count` at that step, if it is known.
+        wanted: the `count` at that step, if it is known. Raises ValueError if it is no file.
         """
+        if self.path.exists() and (found := irregular(self.path)):
+            raise ValueError(f"{self.path} is {found}, not a file")
         amiss, kept = [], []
         text = self.path.read_bytes() if self.path.exists() else b""
         *lines, rest = text.split(b"\n")
@@ -205,7 +208,7 @@ class Log:
             try:
                 record = json.loads(line)
                 kind, logged = record["kind"], int(record["step"])
-            except (ValueError, KeyError, TypeError, OverflowError):
+            except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
                 amiss.append(f"line {number} cannot be read and is dropped")
                 continue
             if logged <= step:

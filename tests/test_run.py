@@ -382,3 +382,15 @@ def test_a_lock_that_is_a_link_or_a_pipe_is_refused(tmp_path):
         with pytest.raises(OSError, match=r"\.lock"), locked(tmp_path / name):
             pass
     assert victim.read_text(encoding="utf-8") == "kept"
+
+
+def test_a_log_that_is_a_pipe_or_nested_too_deep(tmp_path):
+    log = Log(tmp_path / "metrics.jsonl")
+    log.path.write_text("[" * 100_000 + "\n", encoding="utf-8")
+    assert log.rewind(1, None) == ["line 1 cannot be read and is dropped"]
+    log.path.unlink()
+    os.mkfifo(log.path)
+    opened = os.open(log.path, os.O_RDWR)
+    threading.Timer(2, os.close, [opened]).start()
+    with pytest.raises(ValueError, match=r"metrics.jsonl is a named pipe, not a file"):
+        log.rewind(1, None)
