@@ -143,7 +143,7 @@ def clean(folder: Path) -> None:
 
     Other folders may be written by commands that need no lock.
     """
-    for path in RunFolder(folder).checkpoints.glob(".step_*.tmp"):
+    for path in RunFolder(folder).checkpoints.glob(".*.tmp"):
         path.unlink()
 
 

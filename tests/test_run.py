@@ -394,3 +394,11 @@ def test_a_log_that_is_a_pipe_or_nested_too_deep(tmp_path):
     threading.Timer(2, os.close, [opened]).start()
     with pytest.raises(ValueError, match=r"metrics.jsonl is a named pipe, not a file"):
         log.rewind(1, None)
+
+
+def test_a_name_may_be_as_long_as_the_system_allows(tmp_path):
+    with write_atomically(tmp_path / ("n" * 255)) as place:
+        place.write_text("whole", encoding="utf-8")
+    assert [(path.name, path.read_text(encoding="utf-8")) for path in tmp_path.iterdir()] == [
+        ("n" * 255, "whole")
+    ]
