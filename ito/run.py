@@ -60,7 +60,8 @@ class RunFolder:
     def read_environment(self) -> dict:
         """What the numbers depend on beside the configuration, as the run began."""
         with undamaged(self.environment):
-            return dict(json.loads(self.environment.read_text(encoding="utf-8")))
+            found = dict(json.loads(self.environment.read_text(encoding="utf-8")))
+            return found | ({"sha256": dict(found["sha256"])} if "sha256" in found else {})
 
     def log(self) -> "Log":
         return Log(self.metrics)

@@ -22,7 +22,7 @@ from ito.checkpoint import load_checkpoint, save_checkpoint
 from ito.cli import user_errors
 from ito.data.dataset import load_dataset
 from ito.files import write_atomically
-from ito.run import Log, fingerprint, locked, resumable
+from ito.run import Log, RunFolder, fingerprint, locked, resumable
 from ito.trainer import Trainer
 
 
@@ -402,3 +402,9 @@ def test_a_name_may_be_as_long_as_the_system_allows(tmp_path):
     assert [(path.name, path.read_text(encoding="utf-8")) for path in tmp_path.iterdir()] == [
         ("n" * 255, "whole")
     ]
+
+
+def test_hashes_of_the_data_that_are_none_are_told_by_file(tmp_path):
+    (tmp_path / "environment.json").write_text('{"sha256": 3}', encoding="utf-8")
+    with pytest.raises(ValueError, match=r"environment.json is damaged"):
+        RunFolder(tmp_path).read_environment()
