@@ -15,14 +15,18 @@ from ito.files import write_atomically
 KEPT = 2  # one to continue from, and one before it
 
 
-def checkpoints(folder: Path) -> dict[int, Path]:
-    """Those in `folder` by their steps, in order. Raises ValueError naming a file that is none."""
+def checkpoints(folder: Path, strict: bool = True) -> dict[int, Path]:
+    """Those in `folder` by their steps, in order.
+
+    Raises ValueError naming a file step_*.pt that is none; without `strict` it is passed over.
+    """
     found = {}
     for path in folder.glob("step_*.pt"):
         number = re.fullmatch(r"step_(\d+)\.pt", path.name)
-        if not number:
+        if number:
+            found[int(number[1])] = path
+        elif strict:
             raise ValueError(f"{path} has no name of a checkpoint (step_0000300.pt): move it away")
-        found[int(number[1])] = path
     return dict(sorted(found.items()))
 
 
@@ -31,7 +35,7 @@ def save_checkpoint(folder: Path, step: int, state: dict) -> None:
     path = folder / f"step_{step:07d}.pt"
     with write_atomically(path) as temporary, temporary.open("wb") as file:
         torch.save(state | {"step": step}, file)
-    for old in list(checkpoints(folder).values())[:-KEPT]:
+    for old in list(checkpoints(folder, strict=False).values())[:-KEPT]:
         old.unlink()
 
 

@@ -39,7 +39,7 @@ def write_atomically(path: Path) -> Iterator[Path]:
             yield target
         return
     target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = target.with_name(f".{target.name}.{secrets.token_hex(6)}.tmp")
+    temporary = target.with_name(f".{secrets.token_hex(6)}.tmp")  # a name may be as long as can be
     with naming(path, temporary):
         try:
             yield temporary

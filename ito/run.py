@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import socket
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from io import FileIO
@@ -15,6 +16,7 @@ from ito.checkpoint import checkpoints
 from ito.cli import reason
 from ito.config import Config
 from ito.data.dataset import Dataset
+from ito.data.records import irregular
 from ito.files import naming, undamaged, write_atomically, write_text
 from ito.ranks import RankLost
 
@@ -58,7 +60,8 @@ class RunFolder:
     def read_environment(self) -> dict:
         """What the numbers depend on beside the configuration, as the run began."""
         with undamaged(self.environment):
-            return dict(json.loads(self.environment.read_text(encoding="utf-8")))
+            found = dict(json.loads(self.environment.read_text(encoding="utf-8")))
+            return found | ({"sha256": dict(found["sha256"])} if "sha256" in found else {})
 
     def log(self) -> "Log":
         return Log(self.metrics)
@@ -72,15 +75,18 @@ def locked(folder: Path) -> Iterator[None]:
     """Meanwhile no other process that asks for this lock writes what a run continues from.
 
     It ends with the process, however that ends. Where there are no locks a printed line says so.
-    Raises BlockingIOError naming the process that has the folder.
+    Raises BlockingIOError naming the process that has the folder, OSError where the lock is a link
+    or no regular file: what a link leads to would be overwritten.
     """
     path = RunFolder(folder).lock
-    with path.open("a+b", buffering=0) as file:
+    with FileIO(path, "r+", opener=open_lock) as file:
+        if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+            raise OSError(f"{path} is no regular file: remove it")
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             file.seek(0)
-            holder = file.read().decode().strip() or "another process"
+            holder = file.read().decode(errors="replace").strip() or "another process"
             raise BlockingIOError(
                 f"{folder} is in use by {holder}: wait until it ends, or name another folder"
             ) from None
@@ -95,6 +101,13 @@ def locked(folder: Path) -> Iterator[None]:
             yield
         finally:
             HELD.discard(file)
+
+
+def open_lock(path: Path, _flags: int) -> int:
+    """Opened to read and write, made if it is missing; a link is refused, a pipe not waited for."""
+    options = ("O_CLOEXEC", "O_NOFOLLOW", "O_NONBLOCK", "O_BINARY")  # Windows has the last alone
+    flags = sum(getattr(os, name, 0) for name in options)
+    return os.open(path, os.O_RDWR | os.O_CREAT | flags, 0o666)
 
 
 def let_go() -> None:
@@ -131,7 +144,7 @@ def clean(folder: Path) -> None:
 
     Other folders may be written by commands that need no lock.
     """
-    for path in RunFolder(folder).checkpoints.glob(".step_*.tmp"):
+    for path in RunFolder(folder).checkpoints.glob(".*.tmp"):
         path.unlink()
 
 
@@ -143,7 +156,7 @@ def resumable(folder: Path) -> Iterator[None]:
     except RankLost:
         raise
     except OSError as error:
-        step = max(checkpoints(RunFolder(folder).checkpoints), default=None)
+        step = max(checkpoints(RunFolder(folder).checkpoints, strict=False), default=None)
         what = "no checkpoint yet" if step is None else f"the checkpoint of step {step} is kept"
         resume = f"python -m ito.train --resume {folder}"
         raise OSError(f"{reason(error)} ({what}; continue with: {resume})") from error
@@ -185,8 +198,10 @@ class Log:
     def rewind(self, step: int, wanted: int | None) -> list[str]:
         """Drop what was logged after `step`, and what cannot be read. Returns what is amiss.
 
-        wanted: the `count` at that step, if it is known.
+        wanted: the `count` at that step, if it is known. Raises ValueError if it is no file.
         """
+        if self.path.exists() and (found := irregular(self.path)):
+            raise ValueError(f"{self.path} is {found}, not a file")
         amiss, kept = [], []
         text = self.path.read_bytes() if self.path.exists() else b""
         *lines, rest = text.split(b"\n")
@@ -194,7 +209,7 @@ class Log:
             try:
                 record = json.loads(line)
                 kind, logged = record["kind"], int(record["step"])
-            except (ValueError, KeyError, TypeError, OverflowError):
+            except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
                 amiss.append(f"line {number} cannot be read and is dropped")
                 continue
             if logged <= step:

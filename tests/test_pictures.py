@@ -6,6 +6,8 @@ import json
 import os
 import socket
 import struct
+import subprocess
+import sys
 import tarfile
 import threading
 import zlib
@@ -376,3 +378,31 @@ def test_the_commands_take_untrusted_data(run, leading, capsys):
     search.main([str(run), "a cat", "--data", str(leading), "--untrusted-data"])
     told = f"skipped 1 records:\n  {leading}/captions.jsonl:2: picture {leading}/../out.png leads"
     assert capsys.readouterr().out.count(told) == 2
+
+
+def test_a_thin_picture_takes_no_more_memory_than_another(tmp_path):
+    """One row of 60 million grey pixels, 7 kB as a file, took 1 GB."""
+    program = (
+        "import resource, sys; from pathlib import Path; from ito.data.pictures import decode;"
+        "peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss;"
+        "before = peak(); found = decode(Path(sys.argv[1]), 64);"
+        "assert found.shape == (64, 64, 3), found; print((peak() - before) // 1024)"
+    )
+    for name, size in (("wide.png", (60_000_000, 1)), ("tall.png", (1, 20_000_000))):
+        Image.new("L", size, 9).save(tmp_path / name)
+        command = [sys.executable, "-c", program, str(tmp_path / name)]
+        told = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+        assert int(told) < 400, name  # MB: the pixels, and the pointer that Pillow keeps of a row
+
+
+def test_of_a_large_picture_only_what_its_square_needs_is_made_smaller(monkeypatch):
+    """Bit for bit what the whole would give."""
+    monkeypatch.setattr(pictures, "LARGE", 20_000)
+    for width, height in ((901, 640), (500, 1333), (3001, 70), (61, 2000), (5000, 3), (1000, 999)):
+        picture = textured(width, height)
+        factor = max(1, min(width, height) // 64)
+        columns, rows = width // factor, height // factor
+        left, top = (width - factor * columns) // 2, (height - factor * rows) // 2
+        whole = picture.crop((left, top, left + factor * columns, top + factor * rows))
+        want = ImageOps.fit(whole.reduce(factor), (32, 32), Image.Resampling.BICUBIC)
+        assert np.array_equal(pictures.square(picture, 32), np.asarray(want)), (width, height)

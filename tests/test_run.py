@@ -18,10 +18,11 @@ from tiny_set import QUICK, steady
 
 import ito
 from ito import compare, export, run, search, train
+from ito.checkpoint import load_checkpoint, save_checkpoint
 from ito.cli import user_errors
 from ito.data.dataset import load_dataset
 from ito.files import write_atomically
-from ito.run import Log, fingerprint, locked
+from ito.run import Log, RunFolder, fingerprint, locked, resumable
 from ito.trainer import Trainer
 
 
@@ -355,3 +356,55 @@ def test_a_full_disk_names_the_file_and_what_is_kept(name, copy, capsys):
     if not name.startswith("checkpoints"):  # the model that was there is whole
         assert contents(copy / "model") == model
     assert not list(copy.rglob(".*.tmp"))
+
+
+def test_a_checkpoint_of_another_name_ends_no_training(tmp_path):
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "checkpoints" / "step_best.pt").write_bytes(b"a copy")
+    for step in (1, 2, 3):
+        save_checkpoint(tmp_path / "checkpoints", step, {})
+    names = {path.name for path in (tmp_path / "checkpoints").iterdir()}
+    assert names == {"step_best.pt", "step_0000002.pt", "step_0000003.pt"}
+    with pytest.raises(OSError, match="the checkpoint of step 3 is kept"), resumable(tmp_path):
+        raise OSError("no space")
+    with pytest.raises(ValueError, match=r"step_best.pt has no name of a checkpoint"):
+        load_checkpoint(tmp_path / "checkpoints")
+
+
+def test_a_lock_that_is_a_link_or_a_pipe_is_refused(tmp_path):
+    victim = tmp_path / "victim"
+    victim.write_text("kept", encoding="utf-8")
+    for name in ("link", "pipe"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "link" / ".lock").symlink_to(victim)
+    os.mkfifo(tmp_path / "pipe" / ".lock")
+    for name in ("link", "pipe"):
+        with pytest.raises(OSError, match=r"\.lock"), locked(tmp_path / name):
+            pass
+    assert victim.read_text(encoding="utf-8") == "kept"
+
+
+def test_a_log_that_is_a_pipe_or_nested_too_deep(tmp_path):
+    log = Log(tmp_path / "metrics.jsonl")
+    log.path.write_text("[" * 100_000 + "\n", encoding="utf-8")
+    assert log.rewind(1, None) == ["line 1 cannot be read and is dropped"]
+    log.path.unlink()
+    os.mkfifo(log.path)
+    opened = os.open(log.path, os.O_RDWR)
+    threading.Timer(2, os.close, [opened]).start()
+    with pytest.raises(ValueError, match=r"metrics.jsonl is a named pipe, not a file"):
+        log.rewind(1, None)
+
+
+def test_a_name_may_be_as_long_as_the_system_allows(tmp_path):
+    with write_atomically(tmp_path / ("n" * 255)) as place:
+        place.write_text("whole", encoding="utf-8")
+    assert [(path.name, path.read_text(encoding="utf-8")) for path in tmp_path.iterdir()] == [
+        ("n" * 255, "whole")
+    ]
+
+
+def test_hashes_of_the_data_that_are_none_are_told_by_file(tmp_path):
+    (tmp_path / "environment.json").write_text('{"sha256": 3}', encoding="utf-8")
+    with pytest.raises(ValueError, match=r"environment.json is damaged"):
+        RunFolder(tmp_path).read_environment()

@@ -134,3 +134,13 @@ def test_a_word_of_any_length_costs_no_time():
     assert ids[2].tolist()[:3] == [tokenizer.bos_id, tokenizer.eot_id, tokenizer.pad_id]
     assert min(lengths[:2]) > 16
     assert lengths[2] == 2
+
+
+def test_a_long_text_is_split_where_the_bpe_splits_it():
+    """Four control characters are white space to Python, and letters to the BPE."""
+    tokenizer, whole = Tokenizer.train(CAPTIONS, 300, 16), unbounded(CAPTIONS, 300)
+    spaces = [chr(n) for n in range(0x3001) if chr(n).isspace()]
+    for space in spaces:
+        text = f"{space}red{space}cat " * 20_000
+        want = [*whole.encode(text[:1000]).ids[:15], 2]
+        assert tokenizer([text])[0].tolist() == want, repr(space)

@@ -73,7 +73,7 @@ def square(picture: Image.Image, size: int, max_pixels: int = MAX_PIXELS) -> np.
     picture.load()  # of a PNG, what stands behind the pixels too
     if picture.getexif().get(ORIENTATION, 1) != 1:  # or all of it would be copied
         picture = ImageOps.exif_transpose(picture)
-    picture = on_white(picture) if pixels <= LARGE else shrunk(picture, 2 * size)
+    picture = on_white(picture) if pixels <= LARGE else shrunk(picture, size)
     return np.array(ImageOps.fit(picture, (size, size), Image.Resampling.BICUBIC))
 
 
@@ -90,18 +90,23 @@ def on_white(picture: Image.Image) -> Image.Image:
     return white.convert("RGB")
 
 
-def shrunk(picture: Image.Image, least: int) -> Image.Image:
-    """On white, by a whole factor smaller, the short side `least` or more pixels; band after band.
+def shrunk(picture: Image.Image, size: int) -> Image.Image:
+    """On white, by a whole factor smaller, the short side 2·size or more pixels; band after band.
 
-    On white as a whole, a picture would take 12 bytes a pixel beside what it was decoded to. Less
-    than `factor` pixels of a side are left out, at its ends.
+    On white as a whole, a picture would take 12 bytes a pixel beside what it was decoded to. Of the
+    long side only what the centred square needs is kept: a picture of one row is one band.
     """
     width, height = picture.size
-    factor = max(1, min(width, height) // least)
+    factor = max(1, min(width, height) // (2 * size))
     columns, rows = width // factor, height // factor
     left, top = (width - factor * columns) // 2, (height - factor * rows) // 2
+    side = min(columns, rows)
+    kept = side + 2 * (2 * side // size + 3)  # bicubic sees 2 pixels of the result further
+    beside, over = (max(0, n - kept) // 2 for n in (columns, rows))
+    columns, rows = columns - 2 * beside, rows - 2 * over
+    left, top = left + factor * beside, top + factor * over
     small = Image.new("RGB", (columns, rows))
-    band = max(1, LARGE // 16 // (factor * width))
+    band = max(1, LARGE // 16 // (factor * factor * columns))
     for row in range(0, rows, band):
         above, below = (top + factor * n for n in (row, min(row + band, rows)))
         part = picture.crop((left, above, left + factor * columns, below))

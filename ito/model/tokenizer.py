@@ -1,5 +1,6 @@
 """A byte-level BPE tokenizer of our own, trained on the training captions."""
 
+import re
 from pathlib import Path
 
 import torch
@@ -11,6 +12,7 @@ PAD, BOS, EOT = "<pad>", "<bos>", "<eot>"
 # square of a word's length (one of 100,000 letters: 7 s; in pieces 0.01). It bounds texts as well:
 # no more of one is read than so many characters for every token of the context.
 LONGEST_TOKEN = 256
+SPACE = re.compile(r"[^\S\x1c-\x1f]+")  # the BPE's \s, which lacks four that are Python's
 
 
 class Tokenizer:
@@ -122,7 +124,7 @@ def bounded(text: str, tokens: int) -> str:
     limit = tokens * LONGEST_TOKEN
     if len(text) <= limit:
         return text
-    return " ".join(text.split(maxsplit=limit)[:limit])[:limit]
+    return " ".join(SPACE.split(text, maxsplit=limit)[:limit]).lstrip(" ")[:limit]
 
 
 def report_cut(captions: list[str], tokenizer: Tokenizer) -> str:
