@@ -17,7 +17,7 @@ from .options import Options
 FEATURES = ("image_features", "text_features")
 CLIP = Names(*FEATURES, query_ids="query_ids", key_ids="key_ids")
 SIGLIP = Names(*FEATURES, query_ids="image_ids", key_ids="text_ids", of=("images", "texts"))
-WHERE = {"group", "chunk_size", "backend"}
+WHERE = ("group", "chunk_size", "backend")
 
 
 @same_on_every_rank(options_of=multi_positive_infonce)
@@ -38,7 +38,8 @@ def clip_loss(
     Returns and raises as `multi_positive_infonce`. Source: Radford et al. 2021 (CLIP), fig. 3.
     """
     ids = options.pop("query_ids", None), options.pop("key_ids", None)
-    where = {name: options.pop(name) for name in WHERE & options.keys()}
+    # torch.compile of 2.11 follows no operations on sets of keys
+    where = {name: options.pop(name) for name in WHERE if name in options}
     given = check_arguments(
         image_features,
         text_features,

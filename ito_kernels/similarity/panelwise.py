@@ -157,7 +157,9 @@ class _Rows(torch.autograd.Function):
     def backward(ctx, grad: Tensor) -> tuple:
         first_order_only()
         queries, keys, *args = ctx.saved_tensors
-        out = None if ctx.gradient is None else args.pop()
+        out = None
+        if ctx.gradient is not None:
+            *args, out = args
         wanted = ctx.needs_input_grad[4:]
         total = _Gradients(queries, keys, args, ctx.row_args, wanted)
         with without_autocast(queries.device):
