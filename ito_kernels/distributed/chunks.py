@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
+
+from ..similarity.budget import byte_budget
 
 GATHER_CACHE_BYTES = 64 << 20
 
@@ -78,11 +79,4 @@ class Kept:
 
 
 def gather_cache_bytes() -> int:
-    text = os.environ.get("ITO_GATHER_CACHE_BYTES", GATHER_CACHE_BYTES)
-    try:
-        budget = int(text)
-    except ValueError:
-        budget = -1
-    if budget < 0:
-        raise ValueError(f"ITO_GATHER_CACHE_BYTES must be a whole number of bytes, got {text!r}")
-    return budget
+    return byte_budget("ITO_GATHER_CACHE_BYTES", GATHER_CACHE_BYTES)

@@ -18,6 +18,7 @@ from ..similarity.spec import (
     Stats,
     Upstream,
     accumulate_dtype,
+    without_autocast,
 )
 from .chunks import Chunk, Kept, flat
 from .collectives import Started, all_reduce, completed, gathered_sizes, reduce_scatter
@@ -86,7 +87,7 @@ class Logsumexp(torch.autograd.Function):
         for chunk in whole.transport.walk(problem.b):
             kept.offer(chunk.keys)
             for at, block in whole.blocks(problem, chunk):
-                with torch.autocast(block.a.device.type, enabled=False):
+                with without_autocast(block.a.device):
                     stats = module.logsumexp_forward(block)
                 counts = count_pairs(block) if problem.positives == "linear" else (None, None)
                 if problem.rows:
@@ -137,7 +138,7 @@ class Logsumexp(torch.autograd.Function):
                     top, logsum, pos, *grad = own
                     block_stats = block_stats._replace(col=SideStats(top, logsum, pos))
                     block_upstream = block_upstream._replace(col=SideUpstream(*grad))
-                with torch.autocast(block.a.device.type, enabled=False):
+                with without_autocast(block.a.device):
                     walk.add(
                         ctx.module.logsumexp_backward(block, block_stats, block_upstream, needs)
                     )
@@ -166,7 +167,7 @@ class Softplus(torch.autograd.Function):
         for chunk in whole.transport.walk(problem.b):
             kept.offer(chunk.keys)
             for _, block in whole.blocks(problem, chunk):
-                with torch.autocast(block.a.device.type, enabled=False):
+                with without_autocast(block.a.device):
                     if not early:
                         rows += module.softplus_forward(block)
                     else:
@@ -196,7 +197,7 @@ class Softplus(torch.autograd.Function):
         walk = _Gradients(ctx.whole, problem, ctx.needs)
         for chunk in ctx.whole.transport.walk(problem.b, ctx.kept):
             for _, block in ctx.whole.blocks(problem, chunk):
-                with torch.autocast(block.a.device.type, enabled=False):
+                with without_autocast(block.a.device):
                     walk.add(ctx.module.softplus_backward(block, u, ctx.needs))
             walk.send(chunk)
         return *(None,) * 4, *walk.result(), *nothing

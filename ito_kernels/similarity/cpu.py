@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from .backend import Backend
+from .budget import byte_budget
 from .native import MISSING, _native
 from .spec import Grads, Needs, Problem, SideStats, Stats, Upstream
 
@@ -63,15 +64,9 @@ class Cpu(Backend):
 
     def cache_bytes(self, problem: Problem) -> int:
         """For scores that forward keeps for backward: 4 bytes each, up to the budget."""
-        text = os.environ.get("ITO_TILE_CACHE_BYTES", TILE_CACHE_BYTES)
-        try:
-            budget = int(text)
-        except ValueError:
-            budget = -1
-        if budget < 0:
-            raise ValueError(f"ITO_TILE_CACHE_BYTES must be a whole number of bytes, got {text!r}")
+        budget = byte_budget("ITO_TILE_CACHE_BYTES", TILE_CACHE_BYTES)
         # tiles are whole panels, a little larger than what they cover
-        n, m = problem.n, problem.m
+        n, m = problem.a.shape[0], problem.m
         return min(budget, 4 * (n + n // 4 + 64) * (m + m // 4 + 64))
 
     def logsumexp_forward(self, problem: Problem, cache: Tensor | None = None) -> Stats:
