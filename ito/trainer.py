@@ -167,7 +167,7 @@ class Trainer:
             batch.places.flatten(),
             batch.total,
         )
-        ids, item = ids[:, batch.mine].to(self.device), batch.item.to(self.device)
+        ids, item = ids[:, batch.local].to(self.device), batch.item.to(self.device)
         return views.unflatten(0, batch.places.shape), ids, item
 
     def backward(self, views: Tensor, ids: Tensor, step: Step) -> tuple[Tensor, Terms]:

@@ -46,8 +46,8 @@ SIZES = (1, 2, 3, 4)
 
 def exact(name, chunk_size, dtype=torch.float64, even=False, tolerance=1e-12):
     rows = local_rows(even)
-    everyone = torch.arange(N // dist.get_world_size() * dist.get_world_size()) if even else None
-    truth, grads = single(LOSSES[name], everyone, dtype)
+    all_rows = torch.arange(N // dist.get_world_size() * dist.get_world_size()) if even else None
+    truth, grads = single(LOSSES[name], all_rows, dtype)
     x, y = batch(dtype)
     model = replica(dtype)
     model.zero_grad()

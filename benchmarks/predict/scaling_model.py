@@ -15,8 +15,8 @@ from itertools import accumulate
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
-from ito_kernels.distributed.batch import default_chunk
 from ito_kernels.distributed.chunks import GATHER_CACHE_BYTES as CACHE
+from ito_kernels.distributed.transport import default_chunk_size
 
 RESULTS = Path(__file__).parent / "results"
 ALL_RANKS = [1 << k for k in range(3, 13)]
@@ -74,8 +74,8 @@ class Step(NamedTuple):
         return self.ranks * self.rows
 
     def chunks(self) -> list[Chunk]:
-        """An all-gather's are the same part of everyone's keys, a ring's a part of one rank's."""
-        size = self.chunk or default_chunk(self.ranks)
+        """An all-gather's are the same part of all ranks' keys, a ring's a part of one rank's."""
+        size = self.chunk or default_chunk_size(self.ranks)
         ring = self.transport == "ring"
         part = min(size if ring else -(-size // self.ranks), self.rows)
         parts = [min(part, self.rows - start) for start in range(0, self.rows, part)]

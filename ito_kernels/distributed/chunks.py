@@ -1,4 +1,4 @@
-"""Chunks of everyone's keys: what a transport brings to every rank, and what is kept of it."""
+"""Chunks of all ranks' keys: what a transport brings to every rank, and what is kept of it."""
 
 from __future__ import annotations
 
@@ -30,24 +30,24 @@ class Chunk(NamedTuple):
 
 
 class Transport(Protocol):
-    """How everyone's keys come by, chunk by chunk, and how their gradients go home."""
+    """All-gathers keys chunk by chunk, and reduce-scatters their gradients."""
 
-    def walk(self, keys: Tensor, kept: Sequence[Tensor] = ()) -> Iterator[Chunk]:
-        """This rank's keys and everybody else's, each once; the next chunk travels while this one
-        is used. `kept`: the keys of the first chunks, from an earlier walk."""
+    def all_gather_chunks(self, keys: Tensor, kept: Sequence[Tensor] = ()) -> Iterator[Chunk]:
+        """This rank's keys and those of all others, each once; the next chunk travels while this
+        one is used. `kept`: the keys of the first chunks, from an earlier pass over them."""
 
-    def homeward(self, sums: Tensor) -> Homeward:
-        """The way home of the gradients of one walk. `sums`: memory for those of this rank's keys,
-        as many as the largest number of keys of a rank."""
+    def reduce_scatter_grads(self, out: Tensor) -> GradReduceScatter:
+        """For one pass over the chunks. `out`: memory for the gradients of this rank's keys, as
+        many as the rank with the most keys has."""
 
 
-class Homeward(Protocol):
+class GradReduceScatter(Protocol):
     def send(self, chunk: Chunk, grads: Tensor) -> None:
-        """This rank's gradients of the chunk that the walk is at, in the dtype of the sums. They
+        """This rank's gradients of the chunk that the pass is at, in the dtype of `out`. They
         travel while the next are computed."""
 
     def result(self) -> Tensor:
-        """The sums over ranks for this rank's keys."""
+        """`out`, the sums over ranks for this rank's keys."""
 
 
 def flat(x: Tensor) -> Tensor:

@@ -113,7 +113,7 @@ def siglip_loss(
     images, texts, scale, image_ids, text_ids, *_ = given
     number = n = len(images)
     if image_ids is not None:
-        number = batch.sum((image_ids >= 0).sum()).clamp(min=1)  # padding does not count
+        number = batch.all_reduce_sum((image_ids >= 0).sum()).clamp(min=1)  # padding does not count
     weights = None
     if reduction != "none":
         weights = torch.ones(n, dtype=bias.dtype, device=images.device)
