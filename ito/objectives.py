@@ -64,7 +64,7 @@ class Objective(nn.Module):
         self.config = config
 
     def texts(self, ids: Tensor, random: torch.Generator) -> Tensor:
-        """Token ids (C, N, L) of the whole batch to those that `encode` takes."""
+        """Token ids (C, N, L) of the global batch to those that `encode` takes."""
         return ids
 
     def encode(self, model: DualEncoder, patches: Tensor, ids: Tensor) -> tuple[Tensor, ...]:

@@ -64,7 +64,7 @@ class Ranks:
         elif kind in (RankLost, RuntimeError) and LOST in str(error):
             raise RankLost(f"rank {self.rank}: {error}") from None
 
-    def share(self, count: int) -> slice:
+    def local_slice(self, count: int) -> slice:
         """This rank's of `count` items: as even as can be, each item on one rank."""
         return slice(self.rank * count // self.size, (self.rank + 1) * count // self.size)
 
@@ -74,7 +74,7 @@ class Ranks:
             return asked
         return bool(all_reduce(torch.tensor(float(asked)), self.group, "a question to all"))
 
-    def merged(self, found: dict) -> dict:
+    def all_gather_dicts(self, found: dict) -> dict:
         """The dicts of all ranks in one, the same on all."""
         if self.group is None:
             return found
@@ -82,7 +82,7 @@ class Ranks:
         dist.all_gather_object(every, found)
         return {key: value for part in every for key, value in part.items()}
 
-    def average(self, parameters: list[Tensor]) -> None:
+    def average_grads(self, parameters: list[Tensor]) -> None:
         """Gradients become their mean over ranks, by one all-reduce."""
         if self.group is None:
             return

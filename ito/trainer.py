@@ -116,7 +116,7 @@ class Trainer:
         loss, terms = self.backward(views, ids, step)
         if not loss.isfinite():
             raise FloatingPointError(f"the loss of step {number} is {loss.item()}")
-        self.ranks.average(self.parameters)
+        self.ranks.average_grads(self.parameters)
         norm = nn.utils.clip_grad_norm_(self.parameters, self.config.grad_clip)
         lr = self.learning_rate(number)
         for group in self.optimizer.param_groups:

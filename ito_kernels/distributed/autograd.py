@@ -50,6 +50,8 @@ class AllReduceLoss(torch.autograd.Function):
 
 
 class AllReduceSum(torch.autograd.Function):
+    """Each rank has a gradient of its own, of which backward takes the sum."""
+
     @staticmethod
     def forward(ctx, x: Tensor, group: dist.ProcessGroup) -> Tensor:
         ctx.group = group
@@ -61,18 +63,20 @@ class AllReduceSum(torch.autograd.Function):
 
 
 class AllGatherRows(torch.autograd.Function):
+    """(n, …) of each rank to (N, …) on all, whose gradients are reduce-scattered."""
+
     @staticmethod
     def forward(ctx, x: Tensor, group: dist.ProcessGroup) -> Tensor:
         ctx.group, ctx.number, ctx.dtype = group, len(x), x.dtype
         ctx.counts = all_gather_counts(group, x.device, len(x)).flatten().tolist()
-        ctx.most = max(ctx.counts)
-        padded = torch.cat([x, x.new_zeros(ctx.most - len(x), *x.shape[1:])])
+        ctx.max_count = max(ctx.counts)
+        padded = torch.cat([x, x.new_zeros(ctx.max_count - len(x), *x.shape[1:])])
         found = all_gathered("rows", padded, group)
         return torch.cat([rows[:n] for rows, n in zip(found, ctx.counts, strict=True)])
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple:
-        shape = (ctx.most, *grad.shape[1:])
+        shape = (ctx.max_count, *grad.shape[1:])
         # summed in fp32, as the gradients of keys are
         sent = grad.new_zeros(len(ctx.counts), *shape, dtype=accumulate_dtype(grad.dtype))
         for rows, part in zip(sent, grad.split(ctx.counts), strict=True):
@@ -98,12 +102,14 @@ class Logsumexp(torch.autograd.Function):
             for at, block in shards.blocks(problem, chunk):
                 with without_autocast(block.a.device):
                     stats = module.logsumexp_forward(block)
-                counts = count_pairs(block) if problem.positives == "linear" else (None, None)
+                row_count = col_count = None
+                if problem.positives == "linear":
+                    row_count, col_count = count_pairs(block)
                 if problem.rows:
-                    row = PartialStats(*stats.row, counts[0])
+                    row = PartialStats(*stats.row, row_count)
                     rows = row if rows is None else rows.merged(row)
                 if problem.cols:
-                    cols.add(chunk, at, PartialStats(*stats.col, counts[1]))
+                    cols.add(chunk, at, PartialStats(*stats.col, col_count))
         stats = Stats(
             rows.stats if problem.rows else None,
             cols.all_to_all().stats if problem.cols else None,

@@ -76,7 +76,8 @@ class GlobalBatch:
 
     Its sums and statistics are those of the global batch, and so are gradients if every rank
     differentiates what it was given and parameters' gradients are *averaged* over ranks, as
-    DistributedDataParallel and `fully_shard` do. Features get `size` times their own gradient.
+    DistributedDataParallel and `fully_shard` do. Features get W times their
+    own gradient, W being the number of ranks.
     """
 
     def __init__(

@@ -38,7 +38,7 @@ def mixup_infonce(
     Args:
         queries, keys: (N, D), L2-normalised; the keys are not mixed.
         logit_scale: the multiplier itself: a number, a 0-d tensor or an (N,) tensor.
-        partners: (N,) integers, π; with a group row numbers of the whole batch.
+        partners: (N,) integers, π; with a group row numbers of the global batch.
         mixing: λ, from 0 to 1: a number or (N,); no gradient.
         symmetric: average with the keys as anchors, whose positives are the queries that hold a
             part of them, by the same weights, normalised.
