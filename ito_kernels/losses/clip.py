@@ -40,6 +40,9 @@ def clip_loss(
     ids = options.pop("query_ids", None), options.pop("key_ids", None)
     # torch.compile of 2.11 follows no operations on sets of keys
     where = {name: options.pop(name) for name in WHERE if name in options}
+    for name in options:
+        if name not in Options._fields:
+            raise TypeError(f"clip_loss() got an unexpected keyword argument {name!r}")
     given = check_arguments(
         image_features,
         text_features,
