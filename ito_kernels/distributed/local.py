@@ -11,29 +11,30 @@ from ..similarity.spec import Problem, Stats, as_autocast_problem
 
 class LocalBatch:
     """What `GlobalBatch` is without a group: its rows are all there are, and collectives give what
-    they are given. Ids may be None."""
+    they are given. Ids may be None. The primitive takes arguments that a loss has checked: to check
+    them again takes 10 µs."""
 
     def __init__(
         self,
-        queries: int,
-        keys: int,
+        query_count: int,
+        key_count: int,
         query_ids: Tensor | None = None,
         key_ids: Tensor | None = None,
     ):
-        self.queries, self.keys = queries, keys  # how many
+        self.query_count, self.key_count = query_count, key_count
         self.query_ids, self.key_ids = query_ids, key_ids
 
     def with_ids(self, query_ids: Tensor, key_ids: Tensor) -> LocalBatch:
-        return LocalBatch(self.queries, self.keys, query_ids, key_ids)
+        return LocalBatch(self.query_count, self.key_count, query_ids, key_ids)
 
     def swapped(self) -> LocalBatch:
-        return LocalBatch(self.keys, self.queries, self.key_ids, self.query_ids)
+        return LocalBatch(self.key_count, self.query_count, self.key_ids, self.query_ids)
 
     def local_range(self, side: str) -> range:
-        return range(self.queries if side == "row" else self.keys)
+        return range(self.query_count if side == "row" else self.key_count)
 
     def global_count(self, side: str) -> int:
-        return self.queries if side == "row" else self.keys
+        return self.query_count if side == "row" else self.key_count
 
     def global_ids(self, side: str) -> Tensor | None:
         return self.query_ids if side == "row" else self.key_ids
@@ -47,7 +48,6 @@ class LocalBatch:
     def all_reduce_mean(self, x: Tensor, where: Tensor) -> Tensor:
         return torch.where(where, x, 0).sum() / where.sum().clamp(min=1)
 
-    # of arguments that a loss has checked: to check them again takes 10 µs
     logsumexp_of = staticmethod(logsumexp_of)
 
     def similarity_logsumexp(
@@ -62,7 +62,6 @@ class LocalBatch:
         backend: str | None = None,
         **what,
     ) -> Stats | Tensor | tuple[Tensor, Stats]:
-        """The primitive, of arguments that a loss has checked: to check them again takes 10 µs."""
         problem = as_autocast_problem(Problem(a, None if b is a else b, scale, **what))
         return logsumexp_of(problem, row_weights, col_weights, return_stats, backend)
 
@@ -76,6 +75,5 @@ class LocalBatch:
         backend: str | None = None,
         **what,
     ) -> Tensor:
-        """As `similarity_logsumexp`."""
         problem = as_autocast_problem(Problem(a, None if b is a else b, scale, **what))
         return softplus_of(problem, row_weights, backend)

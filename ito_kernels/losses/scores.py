@@ -32,10 +32,7 @@ class Direction(NamedTuple):
 
     @classmethod
     def of(cls, stats: Stats, side: str) -> Direction:
-        if side == "row":
-            top, rest = stats.row_max, (stats.row_logsum, stats.row_pos, stats.row_neg_max)
-        else:
-            top, rest = stats.col_max, (stats.col_logsum, stats.col_pos, stats.col_neg_max)
+        top, *rest = stats.row if side == "row" else stats.col
         return cls(top, finite_shift(top), *rest)
 
     def log_sum(self, power: float, shift: Tensor) -> Tensor:
