@@ -98,8 +98,8 @@ def device_mesh():
     if size == 4:  # data in parallel along one dimension of a mesh: a batch for each row of it
         mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("model", "data"))
         first = dist.get_rank() // 2 * 2
-        mine = torch.cat([rows_of(SHARES[4], r) for r in (first, first + 1)])
-        truth, grads = single(LOSSES["options"], mine)
+        group_rows = torch.cat([rows_of(SHARES[4], r) for r in (first, first + 1)])
+        truth, grads = single(LOSSES["options"], group_rows)
         model = Model()
         value = LOSSES["options"](*model(x[rows], y[rows]), rows, group=mesh["data"], chunk_size=3)
         value.backward()

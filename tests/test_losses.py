@@ -23,17 +23,17 @@ def anchor_losses(S, row_ids, col_ids, positives="mean", exclude_self=False):
     out = []
     for i in range(len(S)):
         keys = [j for j in range(S.shape[1]) if col_ids[j] >= 0 and not (exclude_self and i == j)]
-        mine = [j for j in keys if col_ids[j] == row_ids[i]] if row_ids[i] >= 0 else []
+        same = [j for j in keys if col_ids[j] == row_ids[i]] if row_ids[i] >= 0 else []
         if row_ids[i] < 0:
             continue  # padding is no anchor
-        if not mine:
+        if not same:
             out.append(None)
             continue
-        z, s = S[i, keys].logsumexp(0), S[i, mine]
+        z, s = S[i, keys].logsumexp(0), S[i, same]
         if positives == "mean":
             out.append(z - s.mean())
         else:
-            out.append(z - s.logsumexp(0) + (math.log(len(mine)) if positives == "in" else 0))
+            out.append(z - s.logsumexp(0) + (math.log(len(same)) if positives == "in" else 0))
     return out
 
 
@@ -199,12 +199,12 @@ def test_stats(positives):
             assert stats["row_lse"][i] == -torch.inf
             continue
         torch.testing.assert_close(stats["row_lse"][i], S[i, valid].logsumexp(0))
-        mine = [j for j in valid if col_ids[j] == row_ids[i]]
+        same = [j for j in valid if col_ids[j] == row_ids[i]]
         others = [j for j in valid if col_ids[j] != row_ids[i]]
         hardest.append(S[i, others].max())
-        if mine:
-            right.append(float(S[i, mine].max() > S[i, others].max()))
-            positive.append(S[i, mine].mean())
+        if same:
+            right.append(float(S[i, same].max() > S[i, others].max()))
+            positive.append(S[i, same].mean())
     torch.testing.assert_close(stats["row_accuracy"].item(), sum(right) / len(right))
     torch.testing.assert_close(stats["positive_score"], torch.stack(positive).mean())
     torch.testing.assert_close(stats["hardest_negative_score"], torch.stack(hardest).mean())
