@@ -108,6 +108,13 @@ def test_scale_per_row():
     check(ik.multi_positive_infonce(q, k, scale), infonce(q, k, scale, ids, ids), [q, k, scale])
 
 
+def test_clip_loss_by_ids():
+    x, y = unit(9, 5).requires_grad_(), unit(7, 5, seed=1).requires_grad_()
+    ids, others = random_ids(9, 4, seed=2), random_ids(7, 4, seed=3, padded=True)
+    loss = ik.clip_loss(x, y, 10.0, query_ids=ids, key_ids=others, positives="sum")
+    check(loss, infonce(x, y, 10.0, ids, others, positives="sum"), (x, y))
+
+
 @pytest.mark.parametrize("backend", AVAILABLE)
 @pytest.mark.parametrize("scale", [0.01, 1.0, 50.0, 200.0])
 def test_clip_loss_in_fp32(scale, backend):

@@ -113,6 +113,10 @@ ROWS = {
             lambda x, y, z, **where: ik.clip_loss(x, y, SCALE, **where),
             "test_losses.py::test_clip_loss_in_fp32",
         ),
+        "query_ids, key_ids": (
+            lambda x, y, z, **where: ik.clip_loss(x, y, SCALE, **BY_ID, **where),
+            "test_losses.py::test_clip_loss_by_ids",
+        ),
     },
     "siglip_loss": {
         "": (

@@ -240,8 +240,7 @@ class GlobalBatch:
     def logsumexp_of(
         self,
         problem: Problem,
-        row_weights: tuple[Tensor | None, Tensor | None],
-        col_weights: tuple[Tensor | None, Tensor | None],
+        weights: Upstream,
         return_stats: bool,
         backend: str | None,
     ) -> Stats | Tensor | tuple[Tensor, Stats]:
@@ -251,8 +250,8 @@ class GlobalBatch:
         what["b"] = what["a"] if problem.b is None else problem.b
         return self.similarity_logsumexp(
             **what,
-            row_weights=row_weights,
-            col_weights=col_weights,
+            row_weights=weights.row,
+            col_weights=weights.col,
             return_stats=return_stats,
             backend=backend,
         )

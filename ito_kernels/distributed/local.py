@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ..similarity.primitive import logsumexp_of, softplus_of
-from ..similarity.spec import Problem, Stats, as_autocast_problem
+from ..similarity.spec import Problem, SideUpstream, Stats, Upstream, as_autocast_problem
 
 
 class LocalBatch:
@@ -63,7 +63,8 @@ class LocalBatch:
         **what,
     ) -> Stats | Tensor | tuple[Tensor, Stats]:
         problem = as_autocast_problem(Problem(a, None if b is a else b, scale, **what))
-        return logsumexp_of(problem, row_weights, col_weights, return_stats, backend)
+        weights = Upstream(SideUpstream(*row_weights), SideUpstream(*col_weights))
+        return logsumexp_of(problem, weights, return_stats, backend)
 
     def similarity_softplus(
         self,

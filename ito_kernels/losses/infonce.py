@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from ..distributed import GlobalBatch, LocalBatch, global_ranges, same_on_every_rank
-from ..similarity.spec import Problem, as_autocast_problem
+from ..similarity.spec import Problem, SideUpstream, Upstream, as_autocast_problem
 from .batch import Arguments, check_arguments
 from .margin import with_margin
 from .options import Options, check_options, placed_pairs
@@ -216,14 +216,17 @@ def infonce(given: Arguments, options: Options) -> Tensor | tuple:
         hardest=o.return_stats,
     )
     row_weights, log_counts = _weights(o, scores, "row")
-    col_weights = None, None
+    col_weights = SideUpstream()
     if o.symmetric and given.query_ids is given.key_ids:
         col_weights, log_counts = row_weights, 2 * log_counts
     elif o.symmetric:
         col_weights, of_cols = _weights(o, scores, "col")
         log_counts = log_counts + of_cols
     found = batch.logsumexp_of(
-        as_autocast_problem(problem), row_weights, col_weights, o.return_stats, given.backend
+        as_autocast_problem(problem),
+        Upstream(row_weights, col_weights),
+        o.return_stats,
+        given.backend,
     )
     loss, stats = found if o.return_stats else (found, None)
     if o.positives == "in":
@@ -236,14 +239,14 @@ def infonce(given: Arguments, options: Options) -> Tensor | tuple:
         return loss, _diagnostics(scores, anchors, kind)
 
 
-def _weights(o: Options, scores: Scores, side: str) -> tuple[tuple[Tensor, Tensor], Tensor | float]:
+def _weights(o: Options, scores: Scores, side: str) -> tuple[SideUpstream, Tensor | float]:
     """Of logsum and pos in the loss, relative to the maximum, where digits do not cancel, and what
     log k adds for "in". Statistics that are not finite show in the sum even with a weight of 0."""
     share = 0.5 if o.symmetric else 1.0
     if scores.query_ids is None and not o.exclude_self:  # each anchor has one positive
         n = scores.features(side).size(0)
         u = scores.scale.new_full((n,), share / n if o.reduction == "mean" else share)
-        return (u, -u), 0.0
+        return SideUpstream(u, -u), 0.0
     k = scores.positives(side)
     number = 1
     if o.reduction == "mean":
@@ -252,7 +255,7 @@ def _weights(o: Options, scores: Scores, side: str) -> tuple[tuple[Tensor, Tenso
             number = scores.global_batch.all_reduce_sum((k > 0).sum()).clamp(min=1)
         number = torch.as_tensor(number, dtype=k.dtype, device=k.device)
     u, several = k.clamp(max=1) * (share / number), k.clamp(min=1)
-    weights = u, -u / several if o.positives == "mean" else -u
+    weights = SideUpstream(u, -u / several if o.positives == "mean" else -u)
     return weights, (u * several.log()).sum() if o.positives == "in" else 0.0
 
 

@@ -7,7 +7,13 @@ from torch import Tensor
 
 from ..distributed import global_row_numbers, same_on_every_rank
 from ..similarity.primitive import logsumexp_of
-from ..similarity.spec import Problem, as_autocast_problem, check_scale
+from ..similarity.spec import (
+    Problem,
+    SideUpstream,
+    Upstream,
+    as_autocast_problem,
+    check_scale,
+)
 from .batch import Names, check_arguments
 from .common import check_choice
 from .infonce import infonce
@@ -119,5 +125,5 @@ def nt_xent_loss(
         exclude_self=True,
         cols=False,
     )
-    weights = (share, -share), (None, None)
-    return logsumexp_of(as_autocast_problem(problem), *weights, False, backend)
+    weights = Upstream(SideUpstream(share, -share))
+    return logsumexp_of(as_autocast_problem(problem), weights, False, backend)
