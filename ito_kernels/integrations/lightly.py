@@ -14,7 +14,7 @@ from torch.nn.functional import normalize, softplus
 
 from ..distributed import global_batch
 from ..losses.common import check_temperature, scale_from_temperature
-from ..losses.precision import accumulated, as_autocast, inner, without_autocast
+from ..losses.precision import to_accumulate_dtype, to_autocast_dtype, row_dot, without_autocast
 from ..losses.supcon import nt_xent_loss
 from ..similarity import similarity_logsumexp
 from ..similarity.spec import check_pair
@@ -65,14 +65,14 @@ class NTXentLoss(nn.Module):
         if self.bank is None:
             return nt_xent_loss(out0, out1, self.temperature, group=group)
         scale = scale_from_temperature(self.temperature, out0)
-        a, b = accumulated(as_autocast(out0)), accumulated(as_autocast(out1))
-        bank = as_autocast(self.bank.to(device=a.device, dtype=out0.dtype, copy=True)).to(a.dtype)
+        a, b = to_accumulate_dtype(to_autocast_dtype(out0)), to_accumulate_dtype(to_autocast_dtype(out1))
+        bank = to_autocast_dtype(self.bank.to(device=a.device, dtype=out0.dtype, copy=True)).to(a.dtype)
         if out0.requires_grad:
             self._remember(global_batch(group, out1, out1).all_gather_rows(out1.detach()))
         with without_autocast(a.device):
             stats = similarity_logsumexp(a, bank, scale, cols=False)
             negatives = stats.row_logsum + stats.row_max
-            return softplus(negatives - scale * inner(a, b), threshold=40).mean()
+            return softplus(negatives - scale * row_dot(a, b), threshold=40).mean()
 
     def _remember(self, batch: Tensor) -> None:
         """As there: what does not fit before the end is dropped, and the next batch starts over."""

@@ -129,7 +129,7 @@ class NTXentLoss(_WithoutMatrix, theirs.NTXentLoss):
 
     def _loss(self, queries, keys, ids, key_ids, exclude_self: bool) -> Tensor:
         scale = scale_from_temperature(self.temperature, queries)
-        given = check_arguments(queries, keys, scale, ids=(ids, key_ids))
-        scores = given.scores(symmetric=False, exclude_self=exclude_self)
-        number = scores.positives("row").sum().clamp(min=1)
+        args = check_arguments(queries, keys, scale, ids=(ids, key_ids))
+        scores = args.scores(symmetric=False, exclude_self=exclude_self)
+        number = scores.positive_counts("row").sum().clamp(min=1)
         return softmax_over_negatives(scores, {"row": (1 / number).expand(len(queries))})

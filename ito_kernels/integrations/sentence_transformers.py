@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from ..distributed import global_batch, global_row_numbers
-from ..losses.precision import accumulated, as_autocast, inner, without_autocast
+from ..losses.precision import to_accumulate_dtype, to_autocast_dtype, row_dot, without_autocast
 from ..similarity.spec import check_scale
 from .gathering import gathering_group
 
@@ -93,7 +93,7 @@ def _ranking_loss(settings, queries: Tensor, docs: list[Tensor]) -> Tensor:
     _check_hardness(settings)
     similarity = _similarity(settings.similarity_fct, queries)
     group = gathering_group(settings.gather_across_devices)
-    queries, *docs = (accumulated(as_autocast(x)) for x in (queries, *docs))
+    queries, *docs = (to_accumulate_dtype(to_autocast_dtype(x)) for x in (queries, *docs))
     with without_autocast(queries.device):
         if similarity is cos_sim:
             queries, *docs = (normalize(x, dim=1) for x in (queries, *docs))
@@ -120,4 +120,4 @@ def _ranking_loss(settings, queries: Tensor, docs: list[Tensor]) -> Tensor:
         log_sums = torch.stack([directions[name]() for name in settings.directions])
         joint = settings.partition_mode == "joint"
         log_z = log_sums.logsumexp(0) if joint else log_sums.mean(0)
-        return (log_z - scale * inner(queries, positives)).mean()
+        return (log_z - scale * row_dot(queries, positives)).mean()

@@ -1,4 +1,4 @@
-"""Budgets of memory, which the environment sets."""
+"""Memory budgets that are set by environment variables."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ import os
 
 
 def byte_budget(variable: str, default: int) -> int:
-    """The number of bytes in an environment variable, `default` where it is not set.
+    """The value of an environment variable in bytes, `default` if it is not set.
 
-    Raises ValueError for what is no whole number, and for a negative one.
+    Raises ValueError unless it is a whole number of 0 or more.
     """
     text = os.environ.get(variable, default)
     try:
