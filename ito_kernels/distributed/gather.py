@@ -1,4 +1,4 @@
-"""The transport of collectives: an all-gather for each chunk of keys, a reduce-scatter back."""
+"""The transport "gather": an all-gather per chunk of keys, a reduce-scatter for its gradients."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from .collectives import Started, all_gather, reduce_scatter
 
 
 class Gather:
-    """A chunk is the same part of all ranks' keys, `chunk_size` of them in all."""
+    """A chunk is the same part of the keys of all ranks, `chunk_size` keys in total."""
 
     def __init__(self, group: dist.ProcessGroup, max_keys: int, chunk_size: int):
         self.group, self.size = group, dist.get_world_size(group)
@@ -23,10 +23,10 @@ class Gather:
         for part, x in zip(self.parts, kept, strict=False):
             yield Chunk(all_ranks, part, x)
         rest = self.parts[len(kept) :]
-        coming = self._start(keys, rest[0]) if rest else None
-        for part, after in zip(rest, [*rest[1:], None], strict=False):
-            x = coming.wait()
-            coming = None if after is None else self._start(keys, after)
+        in_flight = self._start(keys, rest[0]) if rest else None
+        for part, following in zip(rest, [*rest[1:], None], strict=False):
+            x = in_flight.wait()
+            in_flight = None if following is None else self._start(keys, following)
             yield Chunk(all_ranks, part, x)
 
     def _start(self, keys: Tensor, part: slice) -> Started:
@@ -40,7 +40,7 @@ class Gather:
 
 
 class ReduceScatters:
-    """One for each chunk."""
+    """One reduce-scatter per chunk, at most one in flight."""
 
     def __init__(self, group: dist.ProcessGroup, out: Tensor):
         self.group, self.out, self.pending = group, out, None
