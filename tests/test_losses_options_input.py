@@ -57,7 +57,11 @@ PAIRS = torch.tensor([[0, 1], [2, 4]])
 BAD = [
     (TypeError, "label_smoothing must be a number, got str", {"label_smoothing": "a"}),
     (ValueError, "label_smoothing must be from 0 to 1, got 1.5", {"label_smoothing": 1.5}),
-    (ValueError, "label_smoothing is defined for a softmax", {"label_smoothing": 0.1, "debias": 0.1}),
+    (
+        ValueError,
+        "label_smoothing is defined for a softmax",
+        {"label_smoothing": 0.1, "debias": 0.1},
+    ),
     (ValueError, "hardness must be from 0 upwards, finite, got -1", {"hardness": -1}),
     (ValueError, "debias must be from 0 to 1, got 2", {"debias": 2}),
     (ValueError, "debias must be less than 1", {"debias": 1.0}),
