@@ -148,24 +148,24 @@ def compare(
     for contender in CONTENDERS:
         if loss not in contender.losses or contender.name not in args.contender:
             continue
-        who = problem | {"contender": contender.name}
+        entry = problem | {"contender": contender.name}
         if args.quick and contender.not_quick:
-            skip(who | {"reason": f"left out by --quick: {contender.not_quick}"}, report)
+            skip(entry | {"reason": f"left out by --quick: {contender.not_quick}"}, report)
             continue
         try:
             run = partial(step, contender.prepare(loss, args.device), loss, x)
         except (ImportError, RuntimeError) as error:
-            skip(who | {"reason": str(error)}, report)
+            skip(entry | {"reason": str(error)}, report)
             continue
-        found = probe(contender, loss, n, DTYPES[dtype])
-        if found.failure:
-            skip(who | {"reason": found.failure}, report)
+        probed = probe(contender, loss, n, DTYPES[dtype])
+        if probed.failure:
+            skip(entry | {"reason": probed.failure}, report)
             continue
         first = run()
         flops = gemm_flops(run, contender.native)
-        rows[contender.name] = who | {
+        rows[contender.name] = entry | {
             "gemms": None if flops is None else flops / unit.flops,
-            "extra_bytes": found.extra_bytes,
+            "extra_bytes": probed.extra_bytes,
             "error": truth and errors(contender, x, first, *truth),
         }
         runs[contender.name] = run
@@ -277,12 +277,12 @@ def memory_over_n(args: argparse.Namespace, probe: MemoryProbe, report: dict) ->
         ran = any((contender.name, dtype, other) in measured for other in args.batch)
         if not ran or (contender.name, dtype, n) in measured:
             continue
-        found = probe(contender, loss, n, DTYPES[dtype])
-        who = {"loss": loss, "dtype": dtype, "n": n, "d": args.dim, "contender": contender.name}
-        if found.failure:
-            skip(who | {"reason": found.failure}, report)
+        probed = probe(contender, loss, n, DTYPES[dtype])
+        entry = {"loss": loss, "dtype": dtype, "n": n, "d": args.dim, "contender": contender.name}
+        if probed.failure:
+            skip(entry | {"reason": probed.failure}, report)
         else:
-            report["memory"].append(who | {"extra_bytes": found.extra_bytes})
+            report["memory"].append(entry | {"extra_bytes": probed.extra_bytes})
 
 
 def save(report: dict, args: argparse.Namespace) -> None:

@@ -75,8 +75,8 @@ def gradcache_backward(
     # The autocast cache of older torch versions keeps weights cast under no_grad, which would then
     # get no gradient in the second pass.
     torch.clear_autocast_cache()
-    found = loss(*features)
-    value = found[0] if isinstance(found, tuple) else found
+    result = loss(*features)
+    value = result[0] if isinstance(result, tuple) else result
     with _all_without_autocast(features):
         (value if scaler is None else scaler.scale(value)).backward()
 
@@ -100,7 +100,7 @@ def gradcache_backward(
             if pairs:
                 with _all_without_autocast(outputs):
                     torch.autograd.backward(*map(list, zip(*pairs, strict=True)))
-    return tuple(_detached(x) for x in found) if isinstance(found, tuple) else found.detach()
+    return tuple(_detached(x) for x in result) if isinstance(result, tuple) else result.detach()
 
 
 def _as_tuple(features: Tensor | Sequence[Tensor]) -> tuple[Tensor, ...]:

@@ -52,8 +52,8 @@ def compiled(options: argparse.Namespace) -> tuple[dict[str, list[dict]], list[s
         futures = [(item, pool.submit(*item)) for item in work(options)]
         for (function, *_), future in futures:
             source = "triton" if function is triton.compile_one else "cuda"
-            found = future.result()
-            for r in found if isinstance(found, list) else [found]:
+            results = future.result()
+            for r in results if isinstance(results, list) else [results]:
                 rows[source].append(r)
                 name = f"{source} {r['arch']} {r['arithmetic']} {r['kernel']}"
                 m, n, k, warps, stages = r["tile"]
@@ -78,8 +78,8 @@ def predictions(rows: dict[str, list[dict]]) -> list[dict]:
     parts = (("triton", half, triton.PARTS, code.CHIPS), ("cuda", bf16, cuda.PARTS, ("A100 SXM",)))
     out = [
         {"kernels": source} | p
-        for source, found, losses, chips in parts
-        for p in code.predict(found, losses, chips)
+        for source, results, losses, chips in parts
+        for p in code.predict(results, losses, chips)
     ]
     return sorted(out, key=lambda p: (p["loss"], list(code.CHIPS).index(p["chip"]), p["n"], p["d"]))
 

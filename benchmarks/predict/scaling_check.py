@@ -145,7 +145,7 @@ def name(step: Step) -> str:
 
 
 def calibrated(ranks: int, times: dict[str, list[float]]) -> Gloo:
-    seconds = {what: min(x) for what, x in times.items()}
+    seconds = {call_name: min(x) for call_name, x in times.items()}
     links = {}
     for kind in COLLECTIVES:
         small, large = (seconds[f"{kind} {size}"] for size in (SMALL, LARGE))
@@ -154,14 +154,14 @@ def calibrated(ranks: int, times: dict[str, list[float]]) -> Gloo:
         links[kind] = (max(small - others * SMALL / rate, 0.0), rate)
     alone = seconds["mm"], seconds[f"all_gather {LARGE}"]
     hidden = (sum(alone) - seconds["mm beside all_gather"]) / min(alone)
-    few, many = (seconds[f"host {chunks}"] for chunks in (1, HOST_CHUNKS))
+    one_chunk, many_chunks = (seconds[f"host {chunks}"] for chunks in (1, HOST_CHUNKS))
     walks = len(LOSSES["clip"])
-    host = max(many - few, 0.0) / (HOST_CHUNKS - 1) / walks
+    host = max(many_chunks - one_chunk, 0.0) / (HOST_CHUNKS - 1) / walks
     return Gloo(
         flops=mm_flops(ranks) / seconds["mm"],
         hidden=min(max(hidden, 0.0), 1.0),
         host=host,
-        call=max(few - walks * host, 0.0),
+        call=max(one_chunk - walks * host, 0.0),
         links=links,
     )
 
@@ -200,12 +200,12 @@ def plain_calls(ranks: int, alone: dist.ProcessGroup) -> dict[str, Callable[[], 
             calls[f"{kind} {nbytes}"] = lambda start=start: start().wait()
     gather = collective("all_gather", LARGE)
 
-    def beside() -> None:
+    def during_all_gather() -> None:
         work = gather()
         torch.mm(left, right, out=scores)
         work.wait()
 
-    calls["mm beside all_gather"] = beside
+    calls["mm beside all_gather"] = during_all_gather
     tiny = leaves(8, 8)
     for chunks in (1, HOST_CHUNKS):
         calls[f"host {chunks}"] = lambda chunk=8 // chunks: train("clip", tiny, chunk, alone)
@@ -243,7 +243,8 @@ def measured(ranks: int) -> tuple[int, dict[str, list[float]]]:
             sys.exit(f"a process of {ranks} has failed")
         each = [json.loads((Path(folder) / f"{rank}.json").read_text()) for rank in range(ranks)]
     slowest = {
-        what: [max(x) for x in zip(*(e[what] for e in each), strict=True)] for what in each[0]
+        call_name: [max(x) for x in zip(*(e[call_name] for e in each), strict=True)]
+        for call_name in each[0]
     }
     return len(slowest["mm"]), slowest
 
@@ -260,17 +261,21 @@ def work(rank: int, ranks: int, core: int, folder: str) -> None:
     inputs = {rows: leaves(rows, DIM) for rows in ROWS}
     for step in steps(ranks):
         calls[name(step)] = lambda s=step: train(s.loss, inputs[s.rows], s.chunk, dist.group.WORLD)
-    order, shuffle, times = list(calls), random.Random(0).shuffle, {what: [] for what in calls}
+    order, shuffle, times = (
+        list(calls),
+        random.Random(0).shuffle,
+        {call_name: [] for call_name in calls},
+    )
     for call in calls.values():
         call()
     begin, more = time.perf_counter(), torch.ones(1)
     while more.item():
         shuffle(order)
-        for what in order:
+        for call_name in order:
             dist.barrier()
             start = time.perf_counter()
-            calls[what]()
-            times[what].append(time.perf_counter() - start)
+            calls[call_name]()
+            times[call_name].append(time.perf_counter() - start)
         more.fill_(time.perf_counter() - begin < SECONDS)
         dist.broadcast(more, 0)
     (Path(folder) / f"{rank}.json").write_text(json.dumps(times))

@@ -72,8 +72,8 @@ class AllGatherRows(torch.autograd.Function):
         ctx.counts = all_gather_counts(group, x.device, len(x)).flatten().tolist()
         ctx.max_count = max(ctx.counts)
         padded = torch.cat([x, x.new_zeros(ctx.max_count - len(x), *x.shape[1:])])
-        found = all_gathered("rows", padded, group)
-        return torch.cat([rows[:n] for rows, n in zip(found, ctx.counts, strict=True)])
+        gathered = all_gathered("rows", padded, group)
+        return torch.cat([rows[:n] for rows, n in zip(gathered, ctx.counts, strict=True)])
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple:
@@ -82,8 +82,8 @@ class AllGatherRows(torch.autograd.Function):
         sent = grad.new_zeros(len(ctx.counts), *shape, dtype=accumulate_dtype(grad.dtype))
         for rows, part in zip(sent, grad.split(ctx.counts), strict=True):
             rows[: len(part)] = part
-        what, out = "reduce-scatter of the gradients of rows", sent.new_empty(shape)
-        out = Started(what, reduce_scatter, out, sent.flatten(0, 1), ctx.group).wait()
+        name, out = "reduce-scatter of the gradients of rows", sent.new_empty(shape)
+        out = Started(name, reduce_scatter, out, sent.flatten(0, 1), ctx.group).wait()
         return out[: ctx.number].to(ctx.dtype), None
 
 
@@ -268,8 +268,8 @@ class _Gradients:
     def _bias_grads(self) -> Tensor | None:
         if self.biases is None:
             return None
-        what, out = "reduce-scatter of the gradients of key biases", self.biases[:1].clone()
-        out = Started(what, reduce_scatter, out, self.biases, self.shards.group).wait()
+        name, out = "reduce-scatter of the gradients of key biases", self.biases[:1].clone()
+        out = Started(name, reduce_scatter, out, self.biases, self.shards.group).wait()
         return out[0, : self.problem.m]
 
 

@@ -180,8 +180,8 @@ class GlobalBatch:
 
     def all_reduce_max(self, x: Tensor) -> Tensor:
         """The element-wise maximum over ranks of tensors of the same shape, without gradient."""
-        what, group = "all-reduce of a maximum", self.shards.group
-        return Started(what, all_reduce_max, torch.empty_like(x), x.detach(), group).wait()
+        name, group = "all-reduce of a maximum", self.shards.group
+        return Started(name, all_reduce_max, torch.empty_like(x), x.detach(), group).wait()
 
     def broadcast(self, x: Tensor) -> Tensor:
         """The first rank's x, without gradient."""

@@ -32,8 +32,8 @@ class Gather:
     def _start(self, keys: Tensor, part: slice) -> Started:
         x = padded(keys, part)
         out = x.new_empty(self.size * len(x), x.shape[1])
-        what = f"all-gather of keys {part.start} to {part.stop} of each rank"
-        return Started(what, all_gather, out, x, self.group)
+        name = f"all-gather of keys {part.start} to {part.stop} of each rank"
+        return Started(name, all_gather, out, x, self.group)
 
     def reduce_scatter_grads(self, out: Tensor) -> ReduceScatters:
         return ReduceScatters(self.group, out)
@@ -49,8 +49,8 @@ class ReduceScatters:
         part = chunk.part
         if self.pending is not None:
             self.pending.wait()
-        what = f"reduce-scatter of the gradients of keys {part.start} to {part.stop} of each rank"
-        self.pending = Started(what, reduce_scatter, self.out[part], grads, self.group)
+        name = f"reduce-scatter of the gradients of keys {part.start} to {part.stop} of each rank"
+        self.pending = Started(name, reduce_scatter, self.out[part], grads, self.group)
 
     def result(self) -> Tensor:
         self.pending.wait()

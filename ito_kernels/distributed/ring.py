@@ -38,9 +38,9 @@ class Ring:
             owner = (self.rank - t) % self.size
             yield Chunk(slice(owner, owner + 1), part, x)
 
-    def start(self, what: str, part: slice, x: Tensor) -> Started:
-        what = f"ring transfer of {what} {part.start} to {part.stop} of each rank"
-        return Started(what, shift, torch.empty_like(x), x, self.group)
+    def start(self, contents: str, part: slice, x: Tensor) -> Started:
+        name = f"ring transfer of {contents} {part.start} to {part.stop} of each rank"
+        return Started(name, shift, torch.empty_like(x), x, self.group)
 
     def reduce_scatter_grads(self, out: Tensor) -> RingReduceScatter:
         return RingReduceScatter(self, out)

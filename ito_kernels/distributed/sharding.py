@@ -47,8 +47,8 @@ class SideShards:
     def numbers(self, device: torch.device) -> Tensor:
         return torch.arange(self.local.start, self.local.stop, device=device)
 
-    def with_ids(self, what: str, ids: Tensor, group: dist.ProcessGroup) -> SideShards:
-        all_ids = all_gathered(what, padded_to(self.max_count, ids, -1), group)
+    def with_ids(self, name: str, ids: Tensor, group: dist.ProcessGroup) -> SideShards:
+        all_ids = all_gathered(name, padded_to(self.max_count, ids, -1), group)
         return replace(self, ids=ids, all_ids=all_ids)
 
 

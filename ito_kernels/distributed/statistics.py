@@ -89,8 +89,8 @@ class ColumnStats:
             self.sent[owners, i, chunk.part] = x.view(-1, step)
 
     def all_to_all(self) -> PartialStats:
-        what, arrived = "all-to-all of column statistics", torch.empty_like(self.sent)
-        arrived = Started(what, all_to_all, arrived, self.sent, self.shards.group).wait()
+        name, arrived = "all-to-all of column statistics", torch.empty_like(self.sent)
+        arrived = Started(name, all_to_all, arrived, self.sent, self.shards.group).wait()
         return PartialStats.union(
             [
                 PartialStats(*(next(vectors) if x else None for x in self.present))

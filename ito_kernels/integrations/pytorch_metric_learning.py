@@ -87,8 +87,8 @@ class _MatrixFreeLoss:
         if exclude_self:
             ids = ref_ids = torch.unique(labels, return_inverse=True)[1]
         else:
-            both = torch.cat([labels, ref_labels.to(labels.device)])
-            ids, ref_ids = torch.unique(both, return_inverse=True)[1].split(
+            all_labels = torch.cat([labels, ref_labels.to(labels.device)])
+            ids, ref_ids = torch.unique(all_labels, return_inverse=True)[1].split(
                 [len(labels), len(ref_labels)]
             )
         queries = self.distance.maybe_normalize(embeddings)

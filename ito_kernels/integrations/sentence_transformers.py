@@ -72,15 +72,15 @@ def _similarity(function: Callable, like: Tensor) -> Callable:
     lengths = torch.arange(1.0, 5, device=like.device)[:, None]
     a, b = lengths * numbers.view(2, 4, -1)
     with torch.no_grad(), without_autocast(like.device):
-        found = function(a, b)
-        for known in (cos_sim, dot_score):
-            scores = known(a, b)
+        result = function(a, b)
+        for candidate in (cos_sim, dot_score):
+            scores = candidate(a, b)
             if (
-                isinstance(found, Tensor)
-                and found.shape == scores.shape
-                and (found - scores).abs().max() <= 1e-5 * scores.abs().max()
+                isinstance(result, Tensor)
+                and result.shape == scores.shape
+                and (result - scores).abs().max() <= 1e-5 * scores.abs().max()
             ):
-                return known
+                return candidate
     raise NotImplementedError(
         "similarity_fct must be cos_sim or dot_score of sentence_transformers.util, or return the"
         f" same values, got {function!r}"

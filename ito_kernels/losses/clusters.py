@@ -96,11 +96,11 @@ def cluster_weighted_infonce(
                 losses.append(scores.mean(side, terms))
             return sum(losses) / len(losses)
         sums, means = (scores.statistics(positives=kind) for kind in ("lse", "linear"))
-        for side, found in sums.items():
-            shift, k = found.shift, scores.positive_counts(side)
+        for side, direction in sums.items():
+            shift, k = direction.shift, scores.positive_counts(side)
             log_negatives = negatives[side].logsum + (negatives[side].max - shift)
-            counted = (k > 0) | found.logsum.isnan()  # NaN reaches the loss from any anchor
-            pos = torch.where(counted, found.pos, 0)
+            counted = (k > 0) | direction.logsum.isnan()  # NaN reaches the loss from any anchor
+            pos = torch.where(counted, direction.pos, 0)
             loss = torch.logaddexp(pos, log_negatives) - means[side].pos / k.clamp(min=1)
             losses.append(scores.mean(side, torch.where(counted, loss, 0)))
         return sum(losses) / len(losses)

@@ -116,8 +116,8 @@ def softmax_over_negatives(scores: Scores, weights: dict[str, Tensor]) -> Tensor
     scores: scores with ids. weights: for each direction the weights of its anchors, (N,) or (M,).
     """
     with without_autocast(scores.queries.device):
-        found = scores.statistics(exclude_positives=True)
-        log_negatives = {side: x.logsum + x.max for side, x in found.items()}
+        statistics = scores.statistics(exclude_positives=True)
+        log_negatives = {side: x.logsum + x.max for side, x in statistics.items()}
         batch = scores.global_batch
         row_sums, col_sums = softplus_sums(
             scores.queries,

@@ -448,18 +448,18 @@ def _diagnostics(
     out = dict.fromkeys(
         f"{side}_{name}" for side in ("row", "col") for name in ("loss", "lse", "accuracy")
     )
-    all_reduce_mean, rows, found = scores.global_batch.all_reduce_mean, anchors["row"], None
+    all_reduce_mean, rows, statistics = scores.global_batch.all_reduce_mean, anchors["row"], None
     if rows.positive_score is None:
-        found = scores.statistics(positives=positives or "linear", hardest=True)
+        statistics = scores.statistics(positives=positives or "linear", hardest=True)
     for side, x in anchors.items():
         out[f"{side}_loss"], out[f"{side}_lse"] = x.loss.detach(), x.log_d.detach()
-        if found:
-            correct = found[side].max > found[side].neg_max
+        if statistics:
+            correct = statistics[side].max > statistics[side].neg_max
             out[f"{side}_accuracy"] = all_reduce_mean(correct.to(x.loss.dtype), x.k > 0)
     out["hardest_negative_score"] = None
     score = rows.positive_score
-    if found:
-        row = found["row"]
+    if statistics:
+        row = statistics["row"]
         pos = row.pos
         if positives == "lse":  # "lse" does not give the mean score: one more forward pass
             pos = scores.logsumexp(positives="linear", cols=False).row_pos

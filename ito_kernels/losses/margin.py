@@ -22,15 +22,15 @@ def apply_margin(scores: Scores, o: Options) -> Scores:
 
     in both directions. An anchor without a positive keeps all of its negatives.
     """
-    maximum = _largest_positive_products(scores, o)
+    largest_product = _largest_positive_products(scores, o)
     margin = o.false_negative_margin
     if o.positive_pairs is not None:
         # The kernels get no ids of the pairs: for them every pair is a negative, including (i, i).
         # Rounding must not put a positive above its own limit. Their sums of D products are wrong
         # by far less than 1e-5 times the product of the norms, which is added to the margin.
         no_positives = (
-            torch.zeros_like(maximum["row"]).long(),
-            torch.ones_like(maximum["col"]).long(),
+            torch.zeros_like(largest_product["row"]).long(),
+            torch.ones_like(largest_product["col"]).long(),
         )
         scores = replace(scores, global_batch=scores.global_batch.with_ids(*no_positives))
         norms = [
@@ -39,7 +39,8 @@ def apply_margin(scores: Scores, o: Options) -> Scores:
         ]
         margin = margin + 1e-5 * scores.global_batch.all_reduce_max(torch.stack(norms)).prod()
     limit = {
-        side: torch.where(x == -torch.inf, torch.inf, x + margin) for side, x in maximum.items()
+        side: torch.where(x == -torch.inf, torch.inf, x + margin)
+        for side, x in largest_product.items()
     }
     return replace(
         scores, row_limit=limit["row"], col_limit=limit["col"] if scores.symmetric else None

@@ -126,8 +126,8 @@ def masked_log_sums(
 
     biases = () if bias is None else (bias,)
     row_args, key_args = ((scale,), biases) if scale.ndim == 2 else ((), (scale, *biases))
-    found = panelwise(function, a, b, row_args=row_args, key_args=key_args, gradient=gradient)
-    maximum, number, *sums = found.unbind(1)
+    statistics = panelwise(function, a, b, row_args=row_args, key_args=key_args, gradient=gradient)
+    maximum, number, *sums = statistics.unbind(1)
     return maximum.detach(), number.detach(), sums
 
 

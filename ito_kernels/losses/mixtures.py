@@ -111,20 +111,21 @@ def mix_hard_negatives(
     candidates = min(hardest, q)
     out = queries.new_empty(n, mixed + with_query, queries.shape[1])
     bank = to_accumulate_dtype(queue)
-    for at in row_panels(n, q, max(1, PANEL_SCORES // q)):
-        rows = to_accumulate_dtype(queries[at])
-        found = (rows @ bank.T).topk(candidates, dim=1).indices
+    for panel in row_panels(n, q, max(1, PANEL_SCORES // q)):
+        rows = to_accumulate_dtype(queries[panel])
+        indices = (rows @ bank.T).topk(candidates, dim=1).indices
 
-        def draw(count: int, found=found) -> Tensor:
-            at = torch.randint(candidates, (len(found), count), generator=generator, device=device)
-            return bank[found.gather(1, at)]
+        def draw(count: int, indices=indices) -> Tensor:
+            size = (len(indices), count)
+            choice = torch.randint(candidates, size, generator=generator, device=device)
+            return bank[indices.gather(1, choice)]
 
-        def uniform(count: int, high: float, found=found) -> Tensor:
-            size = (len(found), count, 1)
+        def uniform(count: int, high: float, indices=indices) -> Tensor:
+            size = (len(indices), count, 1)
             return high * torch.rand(size, generator=generator, device=device, dtype=bank.dtype)
 
         alpha, beta = uniform(mixed, 1.0), uniform(with_query, 0.5)
         pairs = alpha * draw(mixed) + (1 - alpha) * draw(mixed)
-        nearer = beta * rows[:, None] + (1 - beta) * draw(with_query)
-        out[at] = normalize(torch.cat([pairs, nearer], 1), dim=2)
+        with_queries = beta * rows[:, None] + (1 - beta) * draw(with_query)
+        out[panel] = normalize(torch.cat([pairs, with_queries], 1), dim=2)
     return out

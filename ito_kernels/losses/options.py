@@ -255,7 +255,7 @@ def _check_pairs(o: Options, queries: Tensor) -> Options:
         raise ValueError(f"positive_pairs must have shape (P, 2), got {tuple(pairs.shape)}")
     pairs = torch.stack(
         [
-            check_ids("positive_pairs", pairs[:, side], len(pairs), "itself", queries.device)
+            check_ids("positive_pairs", pairs[:, side], len(pairs), "queries", queries.device)
             for side in (0, 1)
         ]
     )

@@ -35,12 +35,13 @@ class PositivesById:
     def mean(self, shift: Tensor) -> Tensor:
         if self.exclude_positives and self.scores.query_ids is None:
             return self.log_sum(shift)  # without ids there is at most one positive
-        found = self.scores.statistics(positives="linear", exclude_positives=False)[self.side]
-        return found.positive_statistic(shift, self.count())
+        statistics = self.scores.statistics(positives="linear", exclude_positives=False)
+        return statistics[self.side].positive_statistic(shift, self.count())
 
     def log_sum(self, shift: Tensor) -> Tensor:
-        found = self.scores.statistics(positives="lse", exclude_positives=self.exclude_positives)
-        return torch.where(self.count() > 0, found[self.side].positive_statistic(shift), 0)
+        exclude = self.exclude_positives
+        statistics = self.scores.statistics(positives="lse", exclude_positives=exclude)
+        return torch.where(self.count() > 0, statistics[self.side].positive_statistic(shift), 0)
 
     log_sum_unweighted = log_sum
 

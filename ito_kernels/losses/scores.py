@@ -132,17 +132,17 @@ class Scores:
     ) -> dict[str, Direction]:
         """The statistics of power·S, by direction. Cached."""
         key = power, positives, exclude_positives
-        found = self._pass_cache.get(key)
-        if found is None or (hardest and found["row"].neg_max is None):
+        by_side = self._pass_cache.get(key)
+        if by_side is None or (hardest and by_side["row"].neg_max is None):
             options = {"positives": positives, "exclude_positives": exclude_positives}
             options |= {"hardest": True} if hardest else {}
-            found = self._pass_cache[key] = self._statistics(power, **options)
-        return found
+            by_side = self._pass_cache[key] = self._statistics(power, **options)
+        return by_side
 
     def store_pass(self, stats: Stats, positives: str) -> None:
         """Cache the statistics of a pass over S that included the positives."""
-        found = {side: Direction.from_stats(stats, side) for side in self.directions}
-        self._pass_cache[1.0, positives, False] = found
+        by_side = {side: Direction.from_stats(stats, side) for side in self.directions}
+        self._pass_cache[1.0, positives, False] = by_side
 
     def _statistics(self, power: float, **options) -> dict[str, Direction]:
         call = partial(self.logsumexp, power, **options)
@@ -152,14 +152,14 @@ class Scores:
         # The bias and the limits differ between the directions: one call for each.
         bias = None if self.key_bias is None else power * self.key_bias
         stats = call(cols=False, col_bias=bias, row_limit=self.row_limit)
-        found = {"row": Direction.from_stats(stats, "row")}
+        by_side = {"row": Direction.from_stats(stats, "row")}
         if self.symmetric and self.col_limit is None:
-            found["col"] = Direction.from_stats(call(rows=False), "col")
+            by_side["col"] = Direction.from_stats(call(rows=False), "col")
         elif self.symmetric and self.scale.ndim:
-            found["col"] = self._limited_columns(power, **options)
+            by_side["col"] = self._limited_columns(power, **options)
         elif self.symmetric:
-            found["col"] = self._transposed()._statistics(power, **options)["row"]
-        return found
+            by_side["col"] = self._transposed()._statistics(power, **options)["row"]
+        return by_side
 
     def _transposed(self) -> Scores:
         """Sᵀ, with the direction "col" of S as its only direction "row"."""

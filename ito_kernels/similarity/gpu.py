@@ -342,8 +342,8 @@ class PanelSums(NamedTuple):
     ) -> PanelSums:
         """rows, cols: (number of slots, number of rows or columns)."""
 
-        def new(shape: tuple[int, int], wanted: bool) -> Tensor | None:
-            return like.new_empty(shape, dtype=torch.float32) if wanted else None
+        def new(shape: tuple[int, int], needed: bool) -> Tensor | None:
+            return like.new_empty(shape, dtype=torch.float32) if needed else None
 
         return cls(new(rows, needs.scale), new(rows, needs.row_bias), new(cols, needs.col_bias))
 

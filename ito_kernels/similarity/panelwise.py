@@ -170,19 +170,19 @@ class _PerRow(torch.autograd.Function):
         out = None
         if ctx.gradient is not None:
             *args, out = args
-        wanted = ctx.needs_input_grad[4:]
-        gradients = _Gradients(queries, keys, args, ctx.row_args, wanted)
+        needs_grad = ctx.needs_input_grad[4:]
+        gradients = _Gradients(queries, keys, args, ctx.row_args, needs_grad)
         with without_autocast(queries.device):
             for rows, scores, numbers, panel_args in _panels(
                 ctx.step, ctx.row_args, queries, keys, args
             ):
                 if ctx.gradient is None:
-                    found = _panel_gradients(
-                        ctx.function, scores, numbers, panel_args, wanted, grad[rows]
+                    grads = _panel_gradients(
+                        ctx.function, scores, numbers, panel_args, needs_grad, grad[rows]
                     )
                 else:
-                    found = ctx.gradient(grad[rows], out[rows], scores, numbers, *panel_args)
-                gradients.add(rows, *found)
+                    grads = ctx.gradient(grad[rows], out[rows], scores, numbers, *panel_args)
+                gradients.add(rows, *grads)
         return None, None, None, None, *gradients.sums
 
 
@@ -190,13 +190,13 @@ class _Sum(torch.autograd.Function):
     @staticmethod
     def forward(ctx, function, row_args, queries, keys, *args) -> Tensor:
         total = queries.new_zeros((), dtype=torch.float64)
-        grads = _Gradients(queries, keys, args, row_args, ctx.needs_input_grad[2:])
+        gradients = _Gradients(queries, keys, args, row_args, ctx.needs_input_grad[2:])
         step = panel_rows(len(keys))
         for rows, scores, numbers, panel_args in _panels(step, row_args, queries, keys, args):
-            value, found = function(scores, numbers, *panel_args)
+            value, grads = function(scores, numbers, *panel_args)
             total += value
-            grads.add(rows, *found)
-        ctx.save_for_backward(*grads.sums)
+            gradients.add(rows, *grads)
+        ctx.save_for_backward(*gradients.sums)
         return total
 
     @staticmethod
@@ -227,31 +227,31 @@ def _check_value(value: object, rows: int) -> None:
 
 
 def _panel_gradients(
-    function: Callable, scores: Tensor, numbers: Tensor, args: list, wanted: tuple, grad: Tensor
+    function: Callable, scores: Tensor, numbers: Tensor, args: list, needs_grad: tuple, grad: Tensor
 ) -> list[Tensor | None]:
-    """The gradients of the scores and of the arguments by autograd. wanted: see `_Gradients`."""
-    flags = any(wanted[:2]), *wanted[2:]
+    """The gradients of the scores and the arguments by autograd. needs_grad: see `_Gradients`."""
+    flags = any(needs_grad[:2]), *needs_grad[2:]
     inputs = [x.detach().requires_grad_(w) for x, w in zip((scores, *args), flags, strict=True)]
     with torch.enable_grad():
         value = function(inputs[0], numbers, *inputs[1:])
     if not value.requires_grad:  # a constant for this panel
         return [None] * len(inputs)
     leaves = [x for x in inputs if x.requires_grad]
-    found = iter(torch.autograd.grad(value, leaves, grad, allow_unused=True))
-    return [next(found) if x.requires_grad else None for x in inputs]
+    grads = iter(torch.autograd.grad(value, leaves, grad, allow_unused=True))
+    return [next(grads) if x.requires_grad else None for x in inputs]
 
 
 class _Gradients:
     """Sums the gradients of queries, keys and arguments over the panels.
 
-    wanted: whether queries, keys and each argument need a gradient.
+    needs_grad: whether queries, keys and each argument need a gradient.
     """
 
-    def __init__(self, queries, keys, args, row_args: int, wanted: Sequence[bool]):
+    def __init__(self, queries, keys, args, row_args: int, needs_grad: Sequence[bool]):
         self.queries, self.keys, self.row_args = queries, keys, row_args
         self.sums = [
             torch.zeros_like(x) if w else None
-            for x, w in zip((queries, keys, *args), wanted, strict=True)
+            for x, w in zip((queries, keys, *args), needs_grad, strict=True)
         ]
 
     def add(self, rows: slice, scores_grad: Tensor | None, *arg_grads: Tensor | None) -> None:
