@@ -45,10 +45,12 @@ from scaling_plot import draw
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--gpu", choices=NETWORKS, default="h100")
-    parser.add_argument("--dim", type=int, default=512, help="from 256 on: the kernels' table")
+    parser.add_argument("--dim", type=int, default=512, help="embedding width, at least 256")
     parser.add_argument("--loss", choices=LOSSES, default="clip")
-    parser.add_argument("--out", type=Path, default=RESULTS, help="folder")
-    parser.add_argument("--measure", action="store_true", help="on gloo, with W = 1, 2, 4")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="output folder")
+    parser.add_argument(
+        "--measure", action="store_true", help="check the model on gloo with 1, 2 and 4 processes"
+    )
     options = parser.parse_args()
     if options.dim < 256:
         parser.error(f"--dim must be at least 256, got {options.dim}")

@@ -11,7 +11,7 @@ Pairs (i, j) fall into three kinds:
 - *positive*: equal ids; without ids, j = i + diagonal.
 - *negative*: the rest.
 
-All validation of the primitive's arguments, and all of its error texts, are in this file.
+The checks of the primitive's tensors and numbers, and their error texts, are in this file.
 """
 
 from __future__ import annotations
