@@ -1,9 +1,9 @@
-"""Prints what a loss's step on the batch of many GPUs is predicted to take, and draws it.
+"""Predicts the time of a loss's step on many GPUs: prints the table and draws the picture.
 
     python benchmarks/predict/scaling.py [--gpu h100] [--dim 512] [--loss clip] [--out FOLDER]
     python benchmarks/predict/scaling.py --measure     runs the loss on gloo instead, and compares
 
-`scaling_model.py` holds the model, `scaling_check.py` what it is held against on this machine.
+`scaling_model.py` has the model, `scaling_check.py` the comparison with gloo on this machine.
 
 Columns. rows: of each GPU. compute: the kernels alone. step: with the chunk size beside it, the
 smallest that is within 2 % of the best. hides from: the smallest whose kernels take as long as its

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from .spec import Grads, Needs, Problem, SideStats, SideUpstream, Stats, Upstream
 
-PANEL_BYTES = 256 << 20  # of one W panel: docs/gpu-static.md has the traffic at other sizes
+PANEL_BYTES = 256 << 20  # of one W panel: docs/gpu-static.md
 # fp16 W is multiplied up to this: 4 terms of it stay below 65,504, and a softmax entry of 1/N keeps
 # its 11 bits down to 1e-8
 FP16_TOP = 4096.0
