@@ -23,11 +23,9 @@ __device__ __forceinline__ float& at(Fragment& s, int r, int j) {
   return s[r / 2][j / 2][r % 2 * 2 + j % 2];
 }
 
-// Where a thread's scores are in the block's tile. `group` and `member` are the PTX manual's
-// groupID and threadID_in_group: the four lanes of a group share rows, the eight of one member
-// share columns.
+// Where a thread's scores are in the block's tile. The four lanes of a group share rows.
 struct Place {
-  int warp_row, warp_col, group, member;
+  int warp_row, warp_col, group, member;  // the PTX manual's groupID and threadID_in_group
   __device__ Place() {
     const int thread = threadIdx.x, warp = thread / 32;
     warp_row = warp / kWarpCols;
