@@ -1,7 +1,6 @@
 // Gradients of the logsumexp, and softplus with its gradients: from each tile W = ∂L/∂S, then the
 // products of W with the features.
 #include <algorithm>
-#include <cstring>
 #include <thread>
 
 #include "cpu/call.hpp"
