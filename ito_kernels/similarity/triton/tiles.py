@@ -1,7 +1,7 @@
 """Tile shapes of the Triton kernels for each architecture, and the size of W panels.
 
-Chosen from machine code, not from timings: `benchmarks/predict/gpu_static.py` compiles each entry in
-a few variants, fails if one of these spills, and predicts the time. docs/gpu-static.md names other
+Chosen from machine code, not from timings: `benchmarks/predict/gpu_static.py` compiles entries
+in a few variants, fails if one of these spills, and predicts the time. docs/gpu-static.md names other
 variants that spill.
 """
 
