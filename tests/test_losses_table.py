@@ -1,4 +1,4 @@
-"""docs/losses.md: every loss with every option on every backend, as this file tests them.
+"""The table of docs/losses.md: every loss with every option on every backend, as tested here.
 
 `python tests/test_losses_table.py` writes the table. A row is a call; for each backend its value
 and gradients in fp32 are compared with the reference in fp64, and it names the test that compares
@@ -397,21 +397,11 @@ def test_every_row_names_a_test():
 
 
 def test_the_table_is_current():
-    assert FILE.read_text() == table(), "run python tests/test_losses_table.py"
+    assert table() in FILE.read_text(), "run python tests/test_losses_table.py"
 
 
 def table() -> str:
     lines = [
-        "# Losses, options, backends",
-        "",
-        "Written by `python tests/test_losses_table.py`. A mark says that value and gradients in",
-        "fp32 are compared with the reference backend in fp64 (`triton` in its interpreter, with",
-        "`TRITON_INTERPRET=1`, or on a GPU); the reference is compared with the formula, written",
-        "out for one anchor after the other in fp64, by the test in the last column.",
-        "Options of `multi_positive_infonce` are those of `clip_loss` too, and compose; two that",
-        "have no meaning together raise and say why. `group` and `chunk_size`: see",
-        "[distributed.md](distributed.md).",
-        "",
         "| loss | option | " + " | ".join(BACKENDS) + " | formula tested by |",
         "|---|---|" + "---|" * len(BACKENDS) + "---|",
     ]
@@ -421,61 +411,7 @@ def table() -> str:
         for name, (_, test) in rows.items():
             option = f"`{name}`" if name else "default"
             lines.append(f"| | {option} |" + " ✓ |" * len(BACKENDS) + f" `{test}` |")
-    return "\n".join(lines) + "\n" + DROP_INS
-
-
-DROP_INS = """
-## One line to switch
-
-`ito_kernels.integrations` has these losses under the names and signatures of other libraries.
-`tests/test_losses_integrations.py` compares values and gradients with the real packages to fp32
-rounding, on one process and on two; `requirements-peers.txt` has the versions.
-
-```diff
--from open_clip import ClipLoss, SigLipLoss
-+from ito_kernels.integrations.open_clip import ClipLoss, SigLipLoss
-
--from pytorch_metric_learning.losses import NTXentLoss, SupConLoss
-+from ito_kernels.integrations.pytorch_metric_learning import NTXentLoss, SupConLoss
-
--from lightly.loss import NTXentLoss
-+from ito_kernels.integrations.lightly import NTXentLoss
-
--from sentence_transformers.sentence_transformer.losses import MultipleNegativesRankingLoss
-+from ito_kernels.integrations.sentence_transformers import MultipleNegativesRankingLoss
-```
-
-- **Refused by name is what would give another loss**: pytorch-metric-learning's distances that are
-  no inner product, reducers other than the loss's own, `collect_stats`; sentence-transformers'
-  hardness modes, and a `similarity_fct` that gives neither the cosine nor the inner product
-  (wrappers around them are recognised by what they give for a few rows).
-- **Pairs in a list** (`indices_tuple`: those of miners, of `CrossBatchMemory` and of
-  `DistributedLossWrapper(efficient=True)`) are computed by pytorch-metric-learning itself, with the
-  dense matrix: miners form it too, and a list of all pairs takes four times its memory.
-- **Subclasses of `ClipLoss` and `SigLipLoss`** find open_clip's attributes, `get_logits` (which
-  forms the dense matrix) and `get_ground_truth`; open_clip's own `DistillClipLoss` and `CoCaLoss`
-  run on ours. One that redefines the logits must define `forward` too, or its call raises.
-- **Gathering** (`gather_distributed`, `gather_across_devices`) does nothing in one process. On
-  several ranks gradients are theirs. So is the value with sentence-transformers, the mean over a
-  rank's own queries; with lightly and `SigLipLoss` every rank gets the mean of what theirs get.
-- **Where a peer leaves its paper's formula we keep to the paper.** pytorch-metric-learning's SupCon
-  drops anchors whose loss has underflowed to 0 from the mean and returns 0 for a batch of one
-  label; its NT-Xent ends at 87 in fp32; both return 0 for at most one positive and one negative
-  pair.
-
-**The learning rate of a run with open_clip's default flags** on W ranks. With `local_loss=False,
-gather_with_grad=False` each rank differentiates the loss of the whole batch by its own features
-alone, and averaging over ranks divides that by W: the encoders get 1/W of the gradient of one
-process on the whole batch, which ours is, and the scale gets all of it, as with ours. With
-`gather_with_grad=True` theirs is ours; with `local_loss=True` alone it is no multiple of it. So a
-switch from the defaults multiplies the encoders' gradients by W and leaves that of the scale:
-
-- SGD takes W times larger steps: divide its learning rate for the encoders by W. Weight decay that
-  is added to the gradient then counts W times less than before.
-- Adam and AdamW divide by the size of the gradients, and take nearly the same steps: eps counts W
-  times less, and so does Adam's decay through the gradient; AdamW's does not change.
-- Clipping by the norm sets in W times earlier, and the scale is then scaled down with the encoders.
-"""
+    return "\n".join(lines) + "\n"
 
 
 @pytest.mark.parametrize("name", [n for n in ik.__all__ if inspect.isfunction(getattr(ik, n))])
@@ -493,4 +429,6 @@ def test_every_argument_is_documented(name):
 
 
 if __name__ == "__main__":
-    FILE.write_text(table())
+    start, end = "| loss | option |", "\n\n## One line to switch"
+    page = FILE.read_text()
+    FILE.write_text(page[: page.index(start)] + table() + page[page.index(end) + 1 :])
