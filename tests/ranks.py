@@ -51,6 +51,16 @@ def _work(target, rank: int, size: int, folder: str, seconds: float, args: tuple
     os._exit(0)  # a group that another rank has left would wait
 
 
+def selected(request, test: str) -> list[dict]:
+    """The parameters of the module's tests of this name that are to run: a fixture that starts
+    processes for all of them asks for no more."""
+    return [
+        item.callspec.params
+        for item in request.session.items
+        if item.path == request.path and item.originalname == test
+    ]
+
+
 def findings(checks: dict) -> dict:
     """{name: None, or how the check failed} of functions without arguments."""
     found = {}

@@ -266,13 +266,14 @@ ON_RANKS = {
 }
 
 
-def all_on_ranks():
-    return ranks.findings(ON_RANKS)
+def run_on_ranks(names):
+    return ranks.findings({name: ON_RANKS[name] for name in names})
 
 
 @pytest.fixture(scope="module")
-def found():
-    return ranks.run(all_on_ranks, 2, seconds=30)
+def found(request):
+    names = [params["check"] for params in ranks.selected(request, "test_on_two_ranks")]
+    return ranks.run(run_on_ranks, 2, names, seconds=30)
 
 
 @pytest.mark.parametrize("check", ON_RANKS)
