@@ -109,7 +109,7 @@ class Copy:
         """What became of them, and what pytest printed."""
         interpreted = tests.startswith(INTERPRETED)
         arguments = shlex.split(tests.removeprefix(INTERPRETED))
-        arguments = [f"tests/{x}" if x.startswith("test_") else x for x in arguments]
+        arguments = [f"tests/{x}" if ".py" in x else x for x in arguments]
         command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider"]
         options = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "timeout": LIMIT}
         try:
@@ -120,8 +120,8 @@ class Copy:
             )
         except subprocess.TimeoutExpired:
             return "caught", "it does not end"
-        if done.returncode > 1:  # no such test, an error in the test itself
-            return "**not tested**", f"{done.stdout[-3000:]}"
+        if done.returncode not in (0, 1):  # no such test, an error in the test itself, a crash
+            return "**not tested**", f"{done.stdout[-3000:]}\npytest ended with {done.returncode}"
         return ("caught" if done.returncode else "**survived**"), done.stdout
 
 
