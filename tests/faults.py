@@ -16,14 +16,21 @@ import os
 import re
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
+import pytest
 import tomllib
+
+os.environ["OMP_NUM_THREADS"] = "1"  # read when torch is imported
+import torch  # noqa: F401
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGE = ROOT / "docs" / "faults.md"
@@ -59,31 +66,49 @@ class Copy:
             if (ROOT / name).exists():
                 (self.tree / name).parent.mkdir(parents=True, exist_ok=True)
                 shutil.copy2(ROOT / name, self.tree / name)
-        self.planted = self.stale = None
+        self.planted: Fault | None = None
         script = "import ito, ito_kernels._native as n; print(ito.__file__, n.__file__, sep='\\n')"
-        found = self.run([sys.executable, "-c", script], stdout=subprocess.PIPE).stdout
-        if any(not line.startswith(str(self.tree)) for line in found.split()):
+        code, found = self.forked(lambda: exec(script) or 0)
+        if code or any(not line.startswith(str(self.tree)) for line in found.split()):
             sys.exit(f"the copy's package does not win over an installed one: {found}")
 
-    def run(self, command: list[str], **options) -> subprocess.CompletedProcess:
-        """Of the copy's package: first on the path, before what is installed."""
-        path = os.pathsep.join(filter(None, [str(self.tree), os.environ.get("PYTHONPATH")]))
-        more = options.pop("environment", {})
-        environment = os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"} | more
-        return subprocess.run(command, cwd=self.tree, env=environment, text=True, **options)
+    def forked(self, call: Callable[[], int], **environment: str) -> tuple[int | None, str]:
+        """The status (None: it did not end) and the output of `call` in a process of its own, where
+        the copy comes first on the path and what takes seconds to import is there already."""
+        output = self.tree.parent / "output"
+        sys.stdout.flush()
+        child = os.fork()
+        if child == 0:
+            os.setsid()
+            os.chdir(self.tree)
+            sys.path[0] = str(self.tree)
+            path = filter(None, [sys.path[0], os.environ.get("PYTHONPATH")])
+            os.environ |= {"PYTHONPATH": os.pathsep.join(path)} | environment
+            file = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+            os.dup2(file, 1)
+            os.dup2(file, 2)
+            code = call()
+            sys.stdout.flush()
+            os._exit(code)
+        end = time.monotonic() + LIMIT
+        while not (done := os.waitpid(child, os.WNOHANG))[0] and time.monotonic() < end:
+            time.sleep(0.1)
+        with suppress(ProcessLookupError):  # it, and what it has left behind
+            os.killpg(child, signal.SIGKILL)
+        if not done[0]:
+            os.waitpid(child, 0)
+        text = output.read_text(encoding="utf-8", errors="replace")
+        return (os.waitstatus_to_exitcode(done[1]) if done[0] else None), text
 
-    def plant(self, fault: Fault | None) -> None:
+    def plant(self, fault: Fault) -> None:
         """The fault in place of the one before; builds the module where either is in csrc/."""
-        if self.planted:
-            self.write(self.planted.file, (ROOT / self.planted.file).read_text(encoding="utf-8"))
-        if fault:
-            text = (ROOT / fault.file).read_text(encoding="utf-8")
-            self.write(fault.file, text.replace(fault.old, fault.new))
-        native = [x for x in (fault, self.planted) if x and x.file.startswith("csrc/")]
-        self.planted, self.stale = fault, self.stale or bool(native)
-        if self.stale and (fault is None or native):
+        before, self.planted = self.planted, fault
+        if before:
+            self.write(before.file, (ROOT / before.file).read_text(encoding="utf-8"))
+        text = (ROOT / fault.file).read_text(encoding="utf-8")
+        self.write(fault.file, text.replace(fault.old, fault.new))
+        if any(x and x.file.startswith("csrc/") for x in (before, fault)):
             self.compile()
-            self.stale = bool(fault and native)
 
     def write(self, name: str, text: str) -> None:
         (self.tree / name).write_text(text, encoding="utf-8")
@@ -107,22 +132,16 @@ class Copy:
 
     def test(self, tests: str) -> tuple[str, str]:
         """What became of them, and what pytest printed."""
-        interpreted = tests.startswith(INTERPRETED)
+        environment = {"TRITON_INTERPRET": "1"} if tests.startswith(INTERPRETED) else {}
         arguments = shlex.split(tests.removeprefix(INTERPRETED))
         arguments = [f"tests/{x}" if ".py" in x else x for x in arguments]
-        command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider"]
-        options = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "timeout": LIMIT}
-        try:
-            done = self.run(
-                [*command, *arguments],
-                environment={"TRITON_INTERPRET": "1"} if interpreted else {},
-                **options,
-            )
-        except subprocess.TimeoutExpired:
+        command = ["-x", "-q", "-p", "no:cacheprovider", *arguments]
+        code, output = self.forked(lambda: int(pytest.main(command)), **environment)
+        if code is None:
             return "caught", "it does not end"
-        if done.returncode not in (0, 1):  # no such test, an error in the test itself, a crash
-            return "**not tested**", f"{done.stdout[-3000:]}\npytest ended with {done.returncode}"
-        return ("caught" if done.returncode else "**survived**"), done.stdout
+        if code not in (0, 1):  # no such test, an error in the test itself, a crash
+            return "**not tested**", f"{output[-3000:]}\npytest ended with {code}"
+        return ("caught" if code else "**survived**"), output
 
 
 def check(faults: list[Fault]) -> None:
@@ -176,11 +195,12 @@ def main() -> None:
             copy.plant(fault)
             outcome, output = copy.test(fault.tests)
             found[fault.name] = f"{outcome}, {time.monotonic() - start:.0f} s"
+            if options.record:
+                record(options.record, found)
             by = re.search(r"^(?:FAILED|ERROR) (\S+)", output, re.MULTILINE)
             what = by[1] if by else output.strip().splitlines()[-1]
-            print(
-                f"{number:3} {found[fault.name]} | {fault.file}: {fault.name} | {what}", flush=True
-            )
+            told = f"{found[fault.name]} | {fault.file}: {fault.name} | {what}"
+            print(f"{number:3} {told}", flush=True)
     lost = sum("**" in outcome for outcome in found.values())
     print(f"{len(found)} faults, {lost} not caught, {time.monotonic() - began:.0f} s")
     sys.exit(bool(lost))

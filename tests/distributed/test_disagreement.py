@@ -381,8 +381,11 @@ def found(request):
     }
 
 
+ON_RANKS = [*((2, case) for case in CASES), *((3, case) for case in AT_THREE)]
+
+
 @pytest.mark.parametrize(
-    ("size", "case"), [*((2, case) for case in CASES), *((3, case) for case in AT_THREE)]
+    ("size", "case"), ON_RANKS, ids=[f"{size}-{kind}: {name}" for size, (kind, name) in ON_RANKS]
 )
 def test_every_rank_ends_at_once_and_by_name(found, size, case):
     results = [results.get(case) for results in found[size]]
