@@ -12,6 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.kernel_checks import check_logsumexp, check_softplus
+from support.memory import linux, printed
 from support.problems import CASES, Case, leaves, make, tensors
 from torch.nn.functional import normalize
 
@@ -315,46 +316,35 @@ def test_own_threads_carry_exceptions(tmp_path):
 MEMORY = """
 import sys, torch
 import ito_kernels as ik
+from support.memory import growth
 from torch.nn.functional import normalize
-loss, dtype, n, d = sys.argv[1], getattr(torch, sys.argv[2]), int(sys.argv[3]), 512
-x, y = (normalize(torch.randn(n, d), dim=1).to(dtype).requires_grad_() for _ in range(2))
+n, d = int(sys.argv[1]), 512
 ids = torch.arange(n) // 4
-def run(x, y, ids):
-    if loss == "clip":
-        return ik.clip_loss(x, y, 10.0)
-    if loss == "ids":
-        return ik.multi_positive_infonce(x, y, 10.0, query_ids=ids, key_ids=ids)
-    if loss == "siglip":
-        return ik.siglip_loss(x, y, 10.0, -10.0)
-    return ik.supcon_loss(x, ids)
-def status(key):
-    with open("/proc/self/status") as f:
-        return int(next(line for line in f if line.startswith(key)).split()[1]) / 1024
-run(x[:64], y[:64], ids[:64]).backward()
-x.grad = y.grad = None
-with open("/proc/self/clear_refs", "w") as f:
-    f.write("5")
-before = status("VmRSS")
-run(x, y, ids).backward()
-inputs = (1 if loss == "supcon" else 2) * n * d * x.element_size() / 2**20
-print(status("VmHWM") - before, 2 * (2 * inputs) + 96)
+for loss in (
+    lambda x, y, ids: ik.clip_loss(x, y, 10.0),
+    lambda x, y, ids: ik.multi_positive_infonce(x, y, 10.0, query_ids=ids, key_ids=ids),
+    lambda x, y, ids: ik.siglip_loss(x, y, 10.0, -10.0),
+    lambda x, y, ids: ik.supcon_loss(x, ids),
+):
+    for dtype in (torch.float32, torch.bfloat16):
+        x, y = (normalize(torch.randn(n, d), dim=1).to(dtype).requires_grad_() for _ in range(2))
+        loss(x[:64], y[:64], ids[:64]).backward()
+        x.grad = y.grad = None
+        print(growth(lambda: loss(x, y, ids).backward()), 4 * n * d * x.element_size() / 2**20)
 """
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="reads the peak from /proc")
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("loss", ["clip", "ids", "siglip", "supcon"])
+@linux
 @pytest.mark.parametrize(
     "n",
     [2048, pytest.param(8192, marks=pytest.mark.slow), pytest.param(32768, marks=pytest.mark.slow)],
 )
-def test_peak_memory(loss, dtype, n):
-    """At most twice inputs and gradients, plus 96 MiB; what is measured includes the gradients."""
-    command = [sys.executable, "-c", MEMORY, loss, dtype, str(n)]
-    out = subprocess.run(command, capture_output=True, text=True)
-    assert out.returncode == 0, out.stderr
-    grown, bound = map(float, out.stdout.split())
-    assert grown <= bound, f"grew by {grown:.0f} MiB, more than {bound:.0f}"
+def test_peak_memory(n):
+    """Beyond inputs and gradients, of which there may be two each, 96 MiB."""
+    found = [*map(float, printed(MEMORY, n))]
+    assert len(found) == 16
+    for grown, arrays in zip(found[::2], found[1::2], strict=True):
+        assert grown <= arrays + 96, found
 
 
 def test_gradients_flow_through_the_cache_under_compile():

@@ -1,10 +1,8 @@
 """`panelwise` against the dense matrix: values, every gradient, memory, errors."""
 
-import subprocess
-import sys
-
 import pytest
 import torch
+from support.memory import linux, printed
 from torch.nn.functional import normalize
 
 import ito_kernels as ik
@@ -170,6 +168,7 @@ def test_bad_input(error, message, call):
 MEMORY = """
 import torch
 import ito_kernels as ik
+from support.memory import growth
 
 n, d = 8192, 32
 q, k = (torch.randn(n, d).requires_grad_() for _ in range(2))
@@ -179,26 +178,30 @@ def loss(scores, rows, target, bias):
     scores = 10 * scores + bias
     return scores.logsumexp(1) - scores.gather(1, target[:, None])[:, 0]
 
-def status(key):
-    with open("/proc/self/status") as f:
-        return int(next(line for line in f if line.startswith(key)).split()[1])
-
 def run(n):
     args = {"row_args": (target[:n],), "key_args": (bias[:n],)}
     ik.panelwise(loss, q[:n], k[:n], **args).mean().backward()
 
 run(64)  # what is loaded once does not count, and gradients have their memory
-with open("/proc/self/clear_refs", "w") as f:
-    f.write("5")  # reset the peak
-before = status("VmRSS")
-run(n)
-print((status("VmHWM") - before) // 1024)
+print(growth(lambda: run(n)))
 """
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="reads the peak from /proc")
+@linux
 def test_memory_is_that_of_a_panel():
     """8192 x 8192 scores are 256 MiB in fp32, and their gradient as much again."""
-    out = subprocess.run([sys.executable, "-c", MEMORY], capture_output=True, text=True)
-    assert out.returncode == 0, out.stderr
-    assert int(out.stdout) < 100, out.stdout
+    (grown,) = printed(MEMORY)
+    assert float(grown) < 100
+
+
+@pytest.mark.parametrize(("panel_bytes", "rows"), [(1, 1), (3 * 5 * 4, 3), (10**9, 7)])
+def test_a_panel_has_the_rows_that_fit(panel_bytes, rows):
+    found = []
+
+    def function(scores, numbers):
+        found.append(len(scores))
+        return scores.sum(1)
+
+    ik.panelwise(function, torch.ones(7, 2), torch.ones(5, 2), panel_bytes=panel_bytes)
+    assert max(found) == rows
+    assert sum(found) == 7
