@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.kernel_checks import check_logsumexp, check_softplus
 from support.memory import linux, printed
-from support.problems import CASES, Case, leaves, make, tensors
+from support.problems import CASES, Case, leaves, make, tensors, turned
 from torch.nn.functional import normalize
 
 import ito_kernels as ik
@@ -36,9 +36,7 @@ def threads():
     torch.set_num_threads(before)
 
 
-@pytest.mark.parametrize("dtype", HALF_OR_SINGLE, ids=str)
-@pytest.mark.parametrize("case", CASES, ids=str)
-@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize(("isa", "case", "dtype"), turned(CASES, ISAS))
 def test_every_instruction_set(isa, case, dtype, monkeypatch):
     monkeypatch.setenv("ITO_CPU_ISA", isa)
     check_logsumexp("cpu", case, dtype)

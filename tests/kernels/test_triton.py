@@ -17,8 +17,10 @@ if find_spec("triton") is None:
     pytest.skip("triton is not installed", allow_module_level=True)
 
 from support import kernel_checks, problems
-from support.kernel_checks import BF16, FP16, FP32, spread
 from support.problems import (
+    BF16,
+    FP16,
+    FP32,
     LIMITS,
     OPTIONS,
     Case,
@@ -29,6 +31,7 @@ from support.problems import (
     make,
     run,
     run_softplus,
+    spread,
     tensors,
 )
 

@@ -77,10 +77,14 @@ def compare(ours, truth, inputs, tolerance):
         assert (x - y).abs().max() <= 10 * tolerance * (1 + y.abs().max())
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+def with_more(*options: dict) -> list[tuple]:
+    """(backend, options): all backends without any, one with each: there they only add passes."""
+    return [*((backend, {}) for backend in BACKENDS), *(("chunked", more) for more in options)]
+
+
+@pytest.mark.parametrize(("backend", "more"), with_more({"debias": 0.1}, {"hardness": 0.7}))
 @pytest.mark.parametrize("positives", ["mean", "in", "sum"])
 @pytest.mark.parametrize("margin", [-0.1, 0.0, 0.15])
-@pytest.mark.parametrize("more", [{}, {"debias": 0.1}, {"hardness": 0.7}])
 def test_both_directions(backend, positives, margin, more):
     dtype = torch.float32 if backend == "cpu" else torch.float64
     a, b, ids_a, ids_b = make(m=53)
@@ -106,10 +110,11 @@ def test_both_directions(backend, positives, margin, more):
     compare(ours, truth, (a, b), 1e-5 if dtype == torch.float32 else 1e-11)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(
+    ("backend", "more"), with_more({"label_smoothing": 0.3}, {"hardness": 0.7})
+)
 @pytest.mark.parametrize("positives", ["mean", "in", "sum"])
 @pytest.mark.parametrize("per_query", [False, True])
-@pytest.mark.parametrize("more", [{}, {"label_smoothing": 0.3}, {"hardness": 0.7}])
 def test_what_the_kernels_do_not_sum(backend, positives, per_query, more):
     """The scores that the margin leaves, and columns with a limit each and a scale for each row."""
     dtype = torch.float32 if backend == "cpu" else torch.float64

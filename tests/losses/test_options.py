@@ -169,7 +169,7 @@ def leaves_of(q, k, scale, options):
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("positives", ["mean", "in", "sum"])
 @pytest.mark.parametrize("symmetric", [True, False])
-@pytest.mark.parametrize(("n", "m", "d"), [(1, 3, 2), (13, 9, 5), (6, 17, 40)])
+@pytest.mark.parametrize(("n", "m", "d"), [(1, 3, 2), (9, 13, 5)])
 def test_by_ids(n, m, d, symmetric, positives, name):
     """Unequal groups, anchors without positives or without negatives, and padding."""
     q, k = unit(n, d).requires_grad_(), unit(m, d, seed=1).requires_grad_()

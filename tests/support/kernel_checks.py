@@ -13,6 +13,8 @@ from ito_kernels.similarity.spec import Needs, Problem, SideUpstream, Upstream
 from support import problems
 from support.problems import (
     CASES,
+    FP16,
+    FP32,
     OPTIONS,
     Case,
     assert_accurate,
@@ -28,13 +30,6 @@ from support.problems import (
 )
 
 reference = dispatch.load("reference")
-FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
-
-
-def spread(cases: list[Case], dtypes=(FP32, BF16, FP16)) -> list:
-    """Every case, the dtypes in turn."""
-    pairs = [(case, dtypes[i % len(dtypes)]) for i, case in enumerate(cases)]
-    return [pytest.param(*p, id=f"{p[0]}-{str(p[1])[6:]}") for p in pairs]
 
 
 # ---- the problem set

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, fields, replace
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -99,6 +100,24 @@ LIMITS = [
 ]
 CASES = [replace(c, positives="linear") if c.positives is None else c for c in SIZES]
 CASES += OPTIONS + LIMITS
+
+
+FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
+
+
+def spread(cases: list[Case], dtypes=(FP32, BF16, FP16)) -> list:
+    """Every case, the dtypes in turn."""
+    pairs = [(case, dtypes[i % len(dtypes)]) for i, case in enumerate(cases)]
+    return [pytest.param(*p, id=f"{p[0]}-{str(p[1])[6:]}") for p in pairs]
+
+
+def turned(cases: list[Case], others: list[str]) -> list:
+    """Every case with every one of the others, the dtypes in turn: neighbours have another one."""
+    return [
+        pytest.param(other, *p.values, id=f"{other}-{p.id}")
+        for i, other in enumerate(others)
+        for p in spread(cases, [(FP32, BF16, FP16)[(i + j) % 3] for j in range(3)])
+    ]
 
 
 def make(case: Case, dtype: torch.dtype, seed: int = 0) -> dict[str, Tensor | None]:
