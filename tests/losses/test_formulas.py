@@ -46,6 +46,15 @@ def test_exclude_self(positives):
     check(loss, infonce(x, y, 9.0, ids, ids, **options), [x, y])
 
 
+@pytest.mark.parametrize("given", ["query_ids", "key_ids"])
+def test_a_side_without_ids_has_its_row_numbers(given):
+    q, k = unit(6, 4).requires_grad_(), unit(6, 4, seed=1).requires_grad_()
+    ids, rows = torch.tensor([3, 1, 3, -1, 0, 5]), torch.arange(6)
+    sides = (ids, rows) if given == "query_ids" else (rows, ids)
+    loss = ik.multi_positive_infonce(q, k, 5.0, **{given: ids})
+    check(loss, infonce(q, k, 5.0, *sides), [q, k])
+
+
 def test_scale_per_row():
     q, k = unit(12, 5).requires_grad_(), unit(12, 5, seed=1).requires_grad_()
     scale = torch.linspace(1, 30, 12, dtype=torch.float64, requires_grad=True)

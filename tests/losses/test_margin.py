@@ -227,6 +227,19 @@ def test_a_pair_without_weight_sets_no_margin():
     assert ik.multi_positive_infonce(a, b, SCALE, **listed, **options) == alone
 
 
+def test_a_self_pair_that_is_left_out_sets_no_margin():
+    a, b, ids_a, ids_b = make(padded=False)
+    own = torch.arange(41).expand(2, -1).T
+    pairs = (ids_a[:, None] == ids_b[None, :]).fill_diagonal_(False).nonzero()
+    with_own, without = (
+        ik.multi_positive_infonce(
+            a, b, SCALE, positive_pairs=listed, exclude_self=True, false_negative_margin=0.0
+        )
+        for listed in (torch.cat([pairs, own]), pairs)
+    )
+    torch.testing.assert_close(with_own, without)
+
+
 def test_half_precision_meets_in_fp32():
     """Of columns whose denominators the kernels do not sum, and whose positives they do."""
     a, b, ids_a, ids_b = make()

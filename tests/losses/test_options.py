@@ -202,6 +202,15 @@ def test_paired_rows_and_one_tower(name, same):
     check(loss, oracle(q, k, scale, *ids, **options), leaves[:1] + leaves[1 + same :])
 
 
+@pytest.mark.parametrize("name", ["smoothing", "debias, hardness"])
+def test_self_pairs_of_sides_padded_differently(name):
+    q, k = unit(9, 5).requires_grad_(), unit(9, 5, seed=1).requires_grad_()
+    ids = torch.tensor([0, -1, 1, 2, 1, 0, 3, 2, -1]), torch.tensor([-1, 0, 1, 2, 1, -1, 3, 0, 2])
+    options = make(name, 9, 9, 5) | {"exclude_self": True}
+    loss = ik.multi_positive_infonce(q, k, 4.0, query_ids=ids[0], key_ids=ids[1], **options)
+    check(loss, oracle(q, k, 4.0, *ids, **options), [q, k])
+
+
 @pytest.mark.parametrize("reduction", ["none", "sum"])
 @pytest.mark.parametrize("name", ["weights", "queue ids", "debias, hardness", "smoothing"])
 def test_reductions(name, reduction):
