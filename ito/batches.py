@@ -28,7 +28,7 @@ class Batch(NamedTuple):
 
     `pictures` uint8 (V, n, 3, S, S), `places` (V, n) and `total`: where those stand among the
     pictures of all ranks, and how many these are, for the random numbers of the augmentation.
-    `ids` (C, N, L) of all items whose captions are known here, `mine` the n among these N.
+    `ids` (C, N, L) of all items whose captions are known here, `local` this rank's n among these N.
     `item` (n,): their numbers in the data set; a stream's items have none, but 63 bits of a hash.
     """
 
@@ -36,7 +36,7 @@ class Batch(NamedTuple):
     places: Tensor
     total: int
     ids: Tensor
-    mine: slice
+    local: slice
     item: Tensor
 
 
@@ -49,7 +49,7 @@ class Batches:
     full batch.
 
     `size` is the batch size of all ranks together, at most the number of items with a training
-    drawing. `batches(step)` is the rank's Batch, with the captions of the whole one.
+    drawing. `batches(step)` is the rank's Batch, with the captions of all ranks'.
     """
 
     def __init__(
@@ -76,15 +76,15 @@ class Batches:
 
     def __call__(self, step: int) -> Batch:
         rows, ids = self.choose(step)
-        mine = self.ranks.share(self.size)
-        places = torch.arange(rows.numel()).view(rows.shape)[:, mine]
+        local = self.ranks.local_slice(self.size)
+        places = torch.arange(rows.numel()).view(rows.shape)[:, local]
         # not images[rows]: 2.3 ms for 128 pictures of 64 px on one core, this 0.2
-        pictures = self.images.index_select(0, rows[:, mine].flatten().to(self.images.device))
-        item = self.image_item[rows[0, mine]]
-        return Batch(pictures.unflatten(0, places.shape), places, rows.numel(), ids, mine, item)
+        pictures = self.images.index_select(0, rows[:, local].flatten().to(self.images.device))
+        item = self.image_item[rows[0, local]]
+        return Batch(pictures.unflatten(0, places.shape), places, rows.numel(), ids, local, item)
 
     def choose(self, step: int) -> tuple[Tensor, Tensor]:
-        """The whole batch: indices into `dataset.images` (V, N), and token ids (C, N, L).
+        """The batch of all ranks: indices into `dataset.images` (V, N), and token ids (C, N, L).
 
         The columns that are padding everywhere are left out.
         """

@@ -24,7 +24,7 @@ def compile_towers(*modules: nn.Module) -> None:
 
     Compiled at first use, for sizes as they come. Numbers change by rounding.
     """
-    for module in (part for whole in modules for part in whole.modules()):
+    for module in (part for root in modules for part in root.modules()):
         if isinstance(module, Block):
             module.compile()
         elif isinstance(module, ImageEncoder):

@@ -24,9 +24,9 @@ from ito.data.augment import CROP, DRAWINGS, Augmentation
 from ito.model.encoders import DualEncoder, attention, initialise
 from ito.model.fusion import Fusion
 from ito.model.tokenizer import Tokenizer
-from ito.ranks import LOST, everyones, sum_over
+from ito.ranks import LOST, all_gather_rows, all_reduce_sum
 from ito_kernels import clip_loss, ito_loss, multi_positive_infonce, nt_xent_loss, siglip_loss
-from ito_kernels.distributed import global_rows
+from ito_kernels.distributed import global_row_numbers
 
 MAX_LOGIT_SCALE = math.log(100)
 Terms = dict[str, Tensor]
@@ -64,7 +64,7 @@ class Objective(nn.Module):
         self.config = config
 
     def texts(self, ids: Tensor, random: torch.Generator) -> Tensor:
-        """Token ids (C, N, L) of the whole batch to those that `encode` takes."""
+        """Token ids (C, N, L) of the global batch to those that `encode` takes."""
         return ids
 
     def encode(self, model: DualEncoder, patches: Tensor, ids: Tensor) -> tuple[Tensor, ...]:
@@ -187,8 +187,8 @@ class Flair(Sigmoid):
         return image[None], unit(model.text, ids), tokens.float()[None]
 
     def loss(self, image, text, tokens, *, logit_scale, step, group):
-        captions, mine = text.shape[:2]
-        items = global_rows(mine, group, text.device)
+        captions, n = text.shape[:2]
+        items = global_row_numbers(n, group, text.device)
         both = siglip_loss(
             image[0],
             text.flatten(0, 1),
@@ -198,40 +198,40 @@ class Flair(Sigmoid):
             text_ids=items.repeat(captions),
             group=group,
         )
-        every, first = everyones(text[0], group)
-        own = torch.arange(first, first + mine, device=text.device)
-        block = max(1, self.PAIRS // (len(every) + captions))
+        all_text, first = all_gather_rows(text[0], group)
+        places = torch.arange(first, first + n, device=text.device)
+        block = max(1, self.PAIRS // (len(all_text) + captions))
         total = sum(
             checkpoint(
                 self.pairs,
                 tokens[0, part],
                 text[:, part],
-                every,
-                own[part],
+                all_text,
+                places[part],
                 logit_scale,
                 use_reentrant=False,
             )
-            for part in (slice(at, at + block) for at in range(0, mine, block))
+            for part in (slice(at, at + block) for at in range(0, n, block))
         )
-        total = sum_over(total, group)
-        local = total / (captions + len(every) - 1)
+        total = all_reduce_sum(total, group)
+        local = total / (captions + len(all_text) - 1)
         both = both / captions
         terms = {"local": local, "all": both, "logit_bias": self.logit_bias}
         return (local + both) / 2, terms
 
     def pairs(
-        self, tokens: Tensor, own: Tensor, every: Tensor, place: Tensor, logit_scale: Tensor
+        self, tokens: Tensor, own: Tensor, all_text: Tensor, places: Tensor, logit_scale: Tensor
     ) -> Tensor:
         """The sum over the pairs of n images, tokens (n, T, E): their own captions (K, n, E) and
-        `every` item's first (B, E), among which theirs are at `place` (n,)."""
+        all items' first (B, E), among which theirs are at `places` (n,)."""
         captions, n = own.shape[:2]
-        queries = torch.cat([own.transpose(0, 1), every.expand(n, -1, -1)], 1)  # (n, K + B, E)
+        queries = torch.cat([own.transpose(0, 1), all_text.expand(n, -1, -1)], 1)  # (n, K + B, E)
         local = F.normalize(self.pooling(queries, tokens), dim=-1)
         scores = logit_scale * (local * queries).sum(-1) + self.logit_bias
         sign = torch.ones_like(scores)
         sign[:, :captions] = -1  # softplus(-S) for positives
         counted = torch.ones_like(scores)
-        counted[torch.arange(n, device=place.device), captions + place] = 0  # there already
+        counted[torch.arange(n, device=places.device), captions + places] = 0  # there already
         return (F.softplus(sign * scores) * counted).sum()
 
 
@@ -338,7 +338,7 @@ class Ito(Objective):
             group=group,
         )
         if own:
-            ids = global_rows(fused.shape[1], group, fused.device).repeat(len(fused))
+            ids = global_row_numbers(fused.shape[1], group, fused.device).repeat(len(fused))
             h = fused.flatten(0, 1)
             terms["fusion"] = multi_positive_infonce(
                 h,

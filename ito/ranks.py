@@ -64,7 +64,7 @@ class Ranks:
         elif kind in (RankLost, RuntimeError) and LOST in str(error):
             raise RankLost(f"rank {self.rank}: {error}") from None
 
-    def share(self, count: int) -> slice:
+    def local_slice(self, count: int) -> slice:
         """This rank's of `count` items: as even as can be, each item on one rank."""
         return slice(self.rank * count // self.size, (self.rank + 1) * count // self.size)
 
@@ -74,7 +74,7 @@ class Ranks:
             return asked
         return bool(all_reduce(torch.tensor(float(asked)), self.group, "a question to all"))
 
-    def merged(self, found: dict) -> dict:
+    def all_gather_dicts(self, found: dict) -> dict:
         """The dicts of all ranks in one, the same on all."""
         if self.group is None:
             return found
@@ -82,7 +82,7 @@ class Ranks:
         dist.all_gather_object(every, found)
         return {key: value for part in every for key, value in part.items()}
 
-    def average(self, parameters: list[Tensor]) -> None:
+    def average_grads(self, parameters: list[Tensor]) -> None:
         """Gradients become their mean over ranks, by one all-reduce."""
         if self.group is None:
             return
@@ -143,7 +143,7 @@ def all_reduce(x: Tensor, group: dist.ProcessGroup, what: str) -> Tensor:
     return x
 
 
-class _Sum(torch.autograd.Function):
+class _AllReduceSum(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor, group: dist.ProcessGroup) -> Tensor:
         ctx.group = group
@@ -154,15 +154,16 @@ class _Sum(torch.autograd.Function):
         return all_reduce(grad.clone(), ctx.group, "the gradient of a sum over ranks"), None
 
 
-def sum_over(x: Tensor, group: dist.ProcessGroup | None) -> Tensor:
-    """The sum over ranks, of which every rank makes use: its gradient is the sum of theirs."""
-    return x if group is None else _Sum.apply(x, group)
+def all_reduce_sum(x: Tensor, group: dist.ProcessGroup | None) -> Tensor:
+    """The sum over ranks, which each rank may use in its own way: in backward their gradients are
+    added up by another all-reduce."""
+    return x if group is None else _AllReduceSum.apply(x, group)
 
 
-def everyones(x: Tensor, group: dist.ProcessGroup | None) -> tuple[Tensor, int]:
+def all_gather_rows(x: Tensor, group: dist.ProcessGroup | None) -> tuple[Tensor, int]:
     """The rows of all ranks, rank after rank, and the place of this rank's first.
 
-    Numbers of rows may differ. Gradients find their way home as in `sum_over`.
+    Numbers of rows may differ. Gradients are added up over ranks, as in `all_reduce_sum`.
     """
     if group is None:
         return x, 0
@@ -172,7 +173,7 @@ def everyones(x: Tensor, group: dist.ProcessGroup | None) -> tuple[Tensor, int]:
     first = sum(counts[: dist.get_rank(group)])
     after = sum(counts) - first - len(x)
     padded = torch.cat([x.new_zeros(first, *x.shape[1:]), x, x.new_zeros(after, *x.shape[1:])])
-    return sum_over(padded, group), first
+    return all_reduce_sum(padded, group), first
 
 
 class GlobalBatchNorm(nn.BatchNorm2d):
@@ -192,10 +193,10 @@ class GlobalBatchNorm(nn.BatchNorm2d):
             return super().forward(x)
         wide = x.float()
         pixels = wide.new_tensor([x.numel() / x.shape[1]])
-        total = sum_over(torch.cat([wide.sum((0, 2, 3)), pixels]), self.group)
+        total = all_reduce_sum(torch.cat([wide.sum((0, 2, 3)), pixels]), self.group)
         mean, count = total[:-1] / total[-1], total[-1].detach()
         centred = wide - mean[:, None, None]
-        variance = sum_over(centred.square().sum((0, 2, 3)), self.group) / count
+        variance = all_reduce_sum(centred.square().sum((0, 2, 3)), self.group) / count
         with torch.no_grad():
             self.num_batches_tracked += 1
             self.running_mean.lerp_(mean, self.momentum)

@@ -84,7 +84,7 @@ def main(arguments: list[str] | None = None) -> Path:
                 step = run.train()
                 seconds = time.perf_counter() - began
                 if config.stream:
-                    data.skipped = ranks.merged(data.skipped)
+                    data.skipped = ranks.all_gather_dicts(data.skipped)
                 if ranks.leads:
                     run.finish(step, seconds)
         if step < config.steps:

@@ -116,7 +116,7 @@ class Trainer:
         loss, terms = self.backward(views, ids, step)
         if not loss.isfinite():
             raise FloatingPointError(f"the loss of step {number} is {loss.item()}")
-        self.ranks.average(self.parameters)
+        self.ranks.average_grads(self.parameters)
         norm = nn.utils.clip_grad_norm_(self.parameters, self.config.grad_clip)
         lr = self.learning_rate(number)
         for group in self.optimizer.param_groups:
@@ -167,7 +167,7 @@ class Trainer:
             batch.places.flatten(),
             batch.total,
         )
-        ids, item = ids[:, batch.mine].to(self.device), batch.item.to(self.device)
+        ids, item = ids[:, batch.local].to(self.device), batch.item.to(self.device)
         return views.unflatten(0, batch.places.shape), ids, item
 
     def backward(self, views: Tensor, ids: Tensor, step: Step) -> tuple[Tensor, Terms]:

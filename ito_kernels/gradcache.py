@@ -17,6 +17,8 @@ from torch.amp import GradScaler
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import get_device_states, set_device_states
 
+from .similarity.spec import without_autocast
+
 
 def gradcache_backward(
     encode: Callable[..., Tensor | Sequence[Tensor]],
@@ -73,7 +75,7 @@ def gradcache_backward(
     torch.clear_autocast_cache()
     found = loss(*features)
     value = found[0] if isinstance(found, tuple) else found
-    with _without_autocast(features):
+    with _all_without_autocast(features):
         (value if scaler is None else scaler.scale(value)).backward()
 
     # (features, micro-batches): a 0-d feature is one of the whole batch, and its gradient too
@@ -93,7 +95,7 @@ def gradcache_backward(
             given = [(x, piece[i]) for x, piece in zip(again, pieces, strict=True)]
             given = [(x, grad) for x, grad in given if x.requires_grad]
             if given:
-                with _without_autocast(again):
+                with _all_without_autocast(again):
                     torch.autograd.backward(*map(list, zip(*given, strict=True)))
     return tuple(_detached(x) for x in found) if isinstance(found, tuple) else found.detach()
 
@@ -105,11 +107,11 @@ def _as_tuple(features: Tensor | Sequence[Tensor]) -> tuple[Tensor, ...]:
     return tuple(features)
 
 
-def _without_autocast(tensors: Sequence[Tensor]) -> ExitStack:
+def _all_without_autocast(tensors: Sequence[Tensor]) -> ExitStack:
     """Under autocast backward would compute in its dtype also where forward was kept in fp32."""
     stack = ExitStack()
-    for kind in {x.device.type for x in tensors}:
-        stack.enter_context(torch.autocast(kind, enabled=False))
+    for device in {x.device for x in tensors}:
+        stack.enter_context(without_autocast(device))
     return stack
 
 

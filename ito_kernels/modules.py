@@ -9,7 +9,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from .distributed import whole_batch
+from .distributed import global_batch
+from .distributed.sharding import Sharding
 from .losses import (
     clip_loss,
     ito_loss,
@@ -118,10 +119,10 @@ class ClipLoss(nn.Module):
         and ranks must hold as many.
         """
         group = _default_group(self.world_size)
-        batch = whole_batch(group, image_features, text_features)
-        images, texts = batch.rows(image_features), batch.rows(text_features)
+        batch = global_batch(group, image_features, text_features)
+        images, texts = batch.all_gather_rows(image_features), batch.all_gather_rows(text_features)
         if group is not None and self.local_loss:
-            self._check_local_loss(batch.rank, batch.sizes)
+            self._check_local_loss(batch.shards)
             per_image = logit_scale * image_features @ texts.T
             per_text = logit_scale * text_features @ images.T
         else:
@@ -131,13 +132,15 @@ class ClipLoss(nn.Module):
             per_image, per_text = per_image + logit_bias, per_text + logit_bias
         return per_image, per_text
 
-    def _check_local_loss(self, rank: int, sizes: Tensor) -> None:
+    def _check_local_loss(self, shards: Sharding) -> None:
         """What `get_ground_truth` takes for granted."""
-        if self.rank != rank:
-            raise ValueError(f"rank must be that in the default group, {rank}, got {self.rank}")
-        if len(sizes.unique()) > 1:
+        if self.rank != shards.rank:
             raise ValueError(
-                f"local_loss needs as many rows on every rank, got {sizes[:, 0].tolist()}"
+                f"rank must be that in the default group, {shards.rank}, got {self.rank}"
+            )
+        if len({*shards.row.counts, *shards.col.counts}) > 1:
+            raise ValueError(
+                f"local_loss needs as many rows on every rank, got {shards.row.counts}"
             )
 
     def forward(

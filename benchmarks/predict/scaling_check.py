@@ -185,12 +185,12 @@ def plain_calls(ranks: int, alone: dist.ProcessGroup) -> dict[str, Callable[[], 
     scores = torch.zeros(ROWS[-1], ranks * ROWS[-1])
 
     def collective(kind: str, nbytes: int) -> Callable[[], dist.Work]:
-        mine, all_ranks = torch.zeros(nbytes // 4), torch.zeros(ranks * nbytes // 4)
+        local, all_ranks = torch.zeros(nbytes // 4), torch.zeros(ranks * nbytes // 4)
         out, x = {
-            "all_gather": (all_ranks, mine),
-            "reduce_scatter": (mine, all_ranks),
+            "all_gather": (all_ranks, local),
+            "reduce_scatter": (local, all_ranks),
             "all_to_all": (torch.zeros_like(all_ranks), all_ranks),
-            "all_reduce": (torch.zeros_like(mine), mine),
+            "all_reduce": (torch.zeros_like(local), local),
         }[kind]
         return lambda: COLLECTIVES[kind](out, x, dist.group.WORLD)
 

@@ -15,8 +15,8 @@ from itertools import accumulate
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
-from ito_kernels.distributed.batch import default_chunk
 from ito_kernels.distributed.chunks import GATHER_CACHE_BYTES as CACHE
+from ito_kernels.distributed.transport import default_chunk_size
 
 RESULTS = Path(__file__).parent / "results"
 ALL_RANKS = [1 << k for k in range(3, 13)]
@@ -34,7 +34,7 @@ MIB = 1 << 20
 
 
 class Walk(NamedTuple):
-    """Over all chunks of keys once: which kernels, and whether gradients of keys go home."""
+    """Over all chunks of keys once: which kernels, and whether keys get gradients."""
 
     kernels: str  # "forward", "backward" or "both"
     units: int  # matrix products of local rows × all keys × D
@@ -74,8 +74,8 @@ class Step(NamedTuple):
         return self.ranks * self.rows
 
     def chunks(self) -> list[Chunk]:
-        """An all-gather's are the same part of everyone's keys, a ring's a part of one rank's."""
-        size = self.chunk or default_chunk(self.ranks)
+        """An all-gather's are the same part of all ranks' keys, a ring's a part of one rank's."""
+        size = self.chunk or default_chunk_size(self.ranks)
         ring = self.transport == "ring"
         part = min(size if ring else -(-size // self.ranks), self.rows)
         parts = [min(part, self.rows - start) for start in range(0, self.rows, part)]
@@ -167,11 +167,11 @@ def step_seconds(step: Step, machine: Machine) -> float:
 
 
 class Work(NamedTuple):
-    """Seconds of a chunk: of its arrival, its kernels, and its gradients' way home."""
+    """Seconds of a chunk: of its arrival, its kernels, and its gradients' reduce-scatter."""
 
     arrival: float
     kernels: float
-    home: float
+    scatter: float
 
 
 def chunk_seconds(step: Step, walk: Walk, chunk: Chunk, machine: Machine) -> Work:
@@ -181,14 +181,14 @@ def chunk_seconds(step: Step, walk: Walk, chunk: Chunk, machine: Machine) -> Wor
     kernels = machine.compute(walk, step.rows, chunk.keys, step.dim, step.itemsize)
     if not chunk.travelled:
         return Work(0.0, kernels, 0.0)
-    arrival, home = (chunk.travelled * step.dim * size for size in (step.itemsize, WIDE))
+    arrival, scatter = (chunk.travelled * step.dim * size for size in (step.itemsize, WIDE))
     return Work(
-        bring(step.ranks, arrival), kernels, take(step.ranks, home) if walk.gradients else 0.0
+        bring(step.ranks, arrival), kernels, take(step.ranks, scatter) if walk.gradients else 0.0
     )
 
 
 def pipeline(work: list[Work], machine: Machine, kept: int = 0, prefetches: bool = False) -> float:
-    """Seconds of one walk. While a chunk's kernels run, the gradients of the chunk before go home
+    """Seconds of one walk. While a chunk's kernels run, the gradients of the chunk before travel
     and the chunk after arrives; nothing hides the first arrival and the last gradients.
 
     The first `kept` chunks are there already, and the one after starts to arrive when they are
@@ -198,11 +198,11 @@ def pipeline(work: list[Work], machine: Machine, kept: int = 0, prefetches: bool
     for k, (arrival, kernels, _) in enumerate(work):
         if k == kept and not (k and prefetches):
             seconds += arrival
-        transfer = work[k - 1].home if k else 0.0
+        transfer = work[k - 1].scatter if k else 0.0
         if k < last and (k >= kept or (k == kept - 1 and prefetches)):
             transfer += work[k + 1].arrival
         seconds += machine.together(kernels, transfer)
-    return seconds + work[last].home
+    return seconds + work[last].scatter
 
 
 def exchanges(step: Step, machine: Machine) -> float:
@@ -242,7 +242,7 @@ def hiding_chunk(step: Step, machine: Machine) -> int | None:
     def hides(size: int) -> bool:
         chunk = step._replace(chunk=size).chunks()[0]
         work = [chunk_seconds(step, walk, chunk, machine) for walk in LOSSES[step.loss]]
-        return all(w.kernels >= w.arrival + w.home for w in work)
+        return all(w.kernels >= w.arrival + w.scatter for w in work)
 
     return next((size for size in chunk_sizes(step) if hides(size)), None)
 

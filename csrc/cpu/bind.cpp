@@ -99,7 +99,8 @@ void bind(py::module_& m) {
       .value("bfloat16", DType::kBFloat16)
       .value("float16", DType::kFloat16);
   using Isa = const std::string&;
-  m.def("cpu_forward", [](const py::tuple& f, const py::tuple& s, const py::tuple& c, Isa isa, int n) {
+  m.def("cpu_forward", [](const py::tuple& f, const py::tuple& s, const py::tuple& c,
+                          Isa isa, int n) {
     const Problem p = problem(f);
     const Stats out = stats(s);
     const TileCache kept = cache(c);

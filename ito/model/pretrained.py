@@ -285,8 +285,8 @@ class OpenClipText(OpenClip):
 
     def forward(self, ids: Tensor) -> Tensor:
         length = ids.shape[1]  # the network's causal mask wants all of its columns
-        whole = F.pad(ids.masked_fill(ids == self.pad_id, 0), (0, self.longest - length))
-        pooled, tokens = self.network(whole)
+        padded = F.pad(ids.masked_fill(ids == self.pad_id, 0), (0, self.longest - length))
+        pooled, tokens = self.network(padded)
         tokens = tokens[:, :length] @ self.network.text_projection
         return torch.cat([pooled[:, None], tokens], 1)
 

@@ -1,17 +1,18 @@
 """The batch of all ranks: the primitive over keys that other ranks hold, in chunks.
 
-Every rank holds its rows of both towers. Keys travel chunk by chunk, the next one in flight while
-the kernels work on the current one; a rank's row statistics are complete after the last chunk, and
-those of its columns after one exchange of O(B) numbers. Backward walks over the chunks again and
-returns the gradients of the keys to their owners. Memory is O(local·D + chunk·D + B) on each rank.
+Every rank holds its rows of both towers. Keys are gathered chunk by chunk, the next one in flight
+while the kernels work on the current one. A rank's row statistics are complete after the last
+chunk, those of its columns after an all-to-all of O(B) numbers. Backward goes over the chunks
+again, and reduce-scatters the gradients of the keys. Memory is O(local·D + chunk·D + B) on each
+rank.
 
-A loss is written once, for `whole_batch`: that of all ranks or that of this process, which has the
+A loss is written once, for `global_batch`: that of all ranks or that of this process, which has the
 same interface. It needs of it
 
-- the primitive, of its rows against everyone's keys, column statistics included;
-- `sum`, of losses and counts, and `shared_sum` and `largest`, of vectors that ranks use each in
-  their own way;
-- `rows`, everyone's rows at once, for what the primitive cannot say: O(global·D).
+- the primitive, of its rows against all ranks' keys, column statistics included;
+- `all_reduce_loss`, whose result all ranks differentiate alike;
+- `all_reduce_sum` and `all_reduce_max`, whose results each rank uses in its own way;
+- `all_gather_rows`, all ranks' rows at once, for what the primitive cannot say: O(global·D).
 
 Each is adjoint to its backward for the sum over ranks of what they differentiate, which is W times
 the loss, and averaging divides by W: so is any composition of them.
@@ -31,21 +32,21 @@ from torch import Tensor
 from ..similarity import dispatch
 from ..similarity.spec import Problem
 from .agreement import same_on_every_rank
-from .batch import GlobalBatch, check_chunk_size, global_numbers, global_rows
+from .batch import GlobalBatch, check_chunk_size, global_ranges, global_row_numbers
 from .local import LocalBatch
 
 __all__ = [
     "GlobalBatch",
     "LocalBatch",
     "check_chunk_size",
-    "global_numbers",
-    "global_rows",
+    "global_batch",
+    "global_ranges",
+    "global_row_numbers",
     "same_on_every_rank",
-    "whole_batch",
 ]
 
 
-def whole_batch(
+def global_batch(
     group,
     queries: Tensor,
     keys: Tensor,
@@ -61,7 +62,7 @@ def whole_batch(
     """
     check_chunk_size(chunk_size)
     if group is None:
-        return LocalBatch((queries.size(0), keys.size(0)), query_ids, key_ids)
+        return LocalBatch(queries.size(0), keys.size(0), query_ids, key_ids)
     if dispatch.requested(backend)[0] is not None:
         dispatch.choose(Problem(queries, keys, queries.new_ones(())), backend)
     return GlobalBatch(group, queries, keys, query_ids, key_ids, chunk_size)

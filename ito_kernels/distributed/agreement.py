@@ -25,7 +25,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ..similarity.spec import autocast_enabled, is_number
-from .collectives import gathered_sizes, process_group
+from .collectives import all_gather_counts, process_group
 
 Words = list[tuple[str, str]]  # what is compared, and what it is on this rank
 
@@ -130,7 +130,7 @@ def exchanged_sizes(
         )
     _now.before_exchange = False
     words = [*_now.words, *words]
-    found = gathered_sizes(group, device, queries, keys, _digest(words))
+    found = all_gather_counts(group, device, queries, keys, _digest(words))
     if len(set(found[:, 2].tolist())) > 1:
         raise ValueError(_difference(_told(group, words)))
     _now.before_exchange = more
@@ -183,7 +183,7 @@ def _refuse(group: dist.ProcessGroup, given: Iterable, error: Exception) -> None
     devices = (x.device for x in given if isinstance(x, Tensor) and x.device.type in kinds)
     device = next(devices, torch.device(kinds[0]))
     with suppress(RuntimeError):  # where the others do not answer, this rank's own error stands
-        gathered_sizes(group, device, 0, 0, REFUSED)
+        all_gather_counts(group, device, 0, 0, REFUSED)
         _told(group, f"{type(error).__name__}: {error}")
 
 

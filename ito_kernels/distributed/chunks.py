@@ -1,13 +1,14 @@
-"""Chunks of everyone's keys: what a transport brings to every rank, and what is kept of it."""
+"""Chunks of all ranks' keys: what a transport brings to every rank, and what is kept of it."""
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
+
+from ..similarity.budget import byte_budget
 
 GATHER_CACHE_BYTES = 64 << 20
 
@@ -29,24 +30,24 @@ class Chunk(NamedTuple):
 
 
 class Transport(Protocol):
-    """How everyone's keys come by, chunk by chunk, and how their gradients go home."""
+    """All-gathers keys chunk by chunk, and reduce-scatters their gradients."""
 
-    def walk(self, keys: Tensor, kept: Sequence[Tensor] = ()) -> Iterator[Chunk]:
-        """This rank's keys and everybody else's, each once; the next chunk travels while this one
-        is used. `kept`: the keys of the first chunks, from an earlier walk."""
+    def all_gather_chunks(self, keys: Tensor, kept: Sequence[Tensor] = ()) -> Iterator[Chunk]:
+        """This rank's keys and those of all others, each once; the next chunk travels while this
+        one is used. `kept`: the keys of the first chunks, from an earlier pass over them."""
 
-    def homeward(self, sums: Tensor) -> Homeward:
-        """The way home of the gradients of one walk. `sums`: memory for those of this rank's keys,
-        as many as the largest number of keys of a rank."""
+    def reduce_scatter_grads(self, out: Tensor) -> GradReduceScatter:
+        """For one pass over the chunks. `out`: memory for the gradients of this rank's keys, as
+        many as the rank with the most keys has."""
 
 
-class Homeward(Protocol):
+class GradReduceScatter(Protocol):
     def send(self, chunk: Chunk, grads: Tensor) -> None:
-        """This rank's gradients of the chunk that the walk is at, in the dtype of the sums. They
+        """This rank's gradients of the chunk that the pass is at, in the dtype of `out`. They
         travel while the next are computed."""
 
     def result(self) -> Tensor:
-        """The sums over ranks for this rank's keys."""
+        """`out`, the sums over ranks for this rank's keys."""
 
 
 def flat(x: Tensor) -> Tensor:
@@ -78,11 +79,4 @@ class Kept:
 
 
 def gather_cache_bytes() -> int:
-    text = os.environ.get("ITO_GATHER_CACHE_BYTES", GATHER_CACHE_BYTES)
-    try:
-        budget = int(text)
-    except ValueError:
-        budget = -1
-    if budget < 0:
-        raise ValueError(f"ITO_GATHER_CACHE_BYTES must be a whole number of bytes, got {text!r}")
-    return budget
+    return byte_budget("ITO_GATHER_CACHE_BYTES", GATHER_CACHE_BYTES)

@@ -109,8 +109,18 @@ def process_group(group: object) -> dist.ProcessGroup:
     return group
 
 
-def gathered_sizes(group: dist.ProcessGroup, device: torch.device, *mine: int) -> Tensor:
-    """(ranks, len(mine)) of every rank, on the host."""
-    x = torch.tensor([mine], device=device)
-    out = x.new_empty(dist.get_world_size(group), len(mine))
-    return Started("all-gather of batch sizes", all_gather, out, x, group).wait().cpu()
+def all_gathered(what: str, x: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """x of every rank, which all have one shape: (ranks, *x.shape)."""
+    x = x[None].contiguous()
+    out = x.new_empty(dist.get_world_size(group), *x.shape[1:])
+    return Started(f"all-gather of {what}", all_gather, out, x, group).wait()
+
+
+def padded_to(length: int, x: Tensor, value: float = 0) -> Tensor:
+    """(…, k) as (…, length)."""
+    return torch.nn.functional.pad(x, (0, length - x.shape[-1]), value=value)
+
+
+def all_gather_counts(group: dist.ProcessGroup, device: torch.device, *counts: int) -> Tensor:
+    """(ranks, len(counts)), those of every rank, on the host."""
+    return all_gathered("batch sizes", torch.tensor(counts, device=device), group).cpu()

@@ -6,40 +6,49 @@ import torch
 from torch import Tensor
 
 from ..similarity.primitive import logsumexp_of, softplus_of
-from ..similarity.spec import Problem, Stats, as_autocast_problem
+from ..similarity.spec import Problem, SideUpstream, Stats, Upstream, as_autocast_problem
 
 
 class LocalBatch:
-    """What `GlobalBatch` is without a group: everyone's rows are these, and there is no one to sum
-    with. Ids may be None."""
+    """What `GlobalBatch` is without a group: its rows are all there are, and collectives give what
+    they are given. Ids may be None. The primitive takes arguments that a loss has checked: to check
+    them again takes 10 µs."""
 
     def __init__(
         self,
-        sizes: tuple[int, int],
+        query_count: int,
+        key_count: int,
         query_ids: Tensor | None = None,
         key_ids: Tensor | None = None,
     ):
-        self.sizes, self.query_ids, self.key_ids = sizes, query_ids, key_ids
-
-    def numbers(self, side: int) -> range:
-        return range(self.sizes[side])
-
-    def count(self, side: int) -> int:
-        return self.sizes[side]
+        self.query_count, self.key_count = query_count, key_count
+        self.query_ids, self.key_ids = query_ids, key_ids
 
     def with_ids(self, query_ids: Tensor, key_ids: Tensor) -> LocalBatch:
-        return LocalBatch(self.sizes, query_ids, key_ids)
+        return LocalBatch(self.query_count, self.key_count, query_ids, key_ids)
 
     def swapped(self) -> LocalBatch:
-        return LocalBatch(self.sizes[::-1], self.key_ids, self.query_ids)
+        return LocalBatch(self.key_count, self.query_count, self.key_ids, self.query_ids)
 
-    def same(self, x: Tensor) -> Tensor:
+    def local_range(self, side: str) -> range:
+        return range(self.query_count if side == "row" else self.key_count)
+
+    def global_count(self, side: str) -> int:
+        return self.query_count if side == "row" else self.key_count
+
+    def global_ids(self, side: str) -> Tensor | None:
+        return self.query_ids if side == "row" else self.key_ids
+
+    def _unchanged(self, x: Tensor) -> Tensor:
         return x
 
-    # of arguments that a loss has checked: to check them again takes 10 µs
-    logsumexp_of = staticmethod(logsumexp_of)
+    local_columns = all_gather_rows = broadcast = _unchanged
+    all_reduce_loss = all_reduce_sum = all_reduce_max = _unchanged
 
-    everyones = sum = shared_sum = largest = first = rows = mine = same
+    def all_reduce_mean(self, x: Tensor, where: Tensor) -> Tensor:
+        return torch.where(where, x, 0).sum() / where.sum().clamp(min=1)
+
+    logsumexp_of = staticmethod(logsumexp_of)
 
     def similarity_logsumexp(
         self,
@@ -53,9 +62,9 @@ class LocalBatch:
         backend: str | None = None,
         **what,
     ) -> Stats | Tensor | tuple[Tensor, Stats]:
-        """The primitive, of arguments that a loss has checked: to check them again takes 10 µs."""
         problem = as_autocast_problem(Problem(a, None if b is a else b, scale, **what))
-        return logsumexp_of(problem, row_weights, col_weights, return_stats, backend)
+        weights = Upstream(SideUpstream(*row_weights), SideUpstream(*col_weights))
+        return logsumexp_of(problem, weights, return_stats, backend)
 
     def similarity_softplus(
         self,
@@ -67,9 +76,5 @@ class LocalBatch:
         backend: str | None = None,
         **what,
     ) -> Tensor:
-        """As `similarity_logsumexp`."""
         problem = as_autocast_problem(Problem(a, None if b is a else b, scale, **what))
         return softplus_of(problem, row_weights, backend)
-
-    def mean_where(self, x: Tensor, where: Tensor) -> Tensor:
-        return torch.where(where, x, 0).sum() / where.sum().clamp(min=1)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import normalize, softplus
 
-from ..distributed import whole_batch
+from ..distributed import global_batch
 from ..losses.common import check_temperature, scale_from_temperature
 from ..losses.precision import accumulated, as_autocast, inner, without_autocast
 from ..losses.supcon import nt_xent_loss
@@ -68,7 +68,7 @@ class NTXentLoss(nn.Module):
         a, b = accumulated(as_autocast(out0)), accumulated(as_autocast(out1))
         bank = as_autocast(self.bank.to(device=a.device, dtype=out0.dtype, copy=True)).to(a.dtype)
         if out0.requires_grad:
-            self._remember(whole_batch(group, out1, out1).rows(out1.detach()))
+            self._remember(global_batch(group, out1, out1).all_gather_rows(out1.detach()))
         with without_autocast(a.device):
             stats = similarity_logsumexp(a, bank, scale, cols=False)
             negatives = stats.row_logsum + stats.row_max

@@ -18,7 +18,7 @@ from sentence_transformers.util import cos_sim, dot_score
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from ..distributed import global_rows, whole_batch
+from ..distributed import global_batch, global_row_numbers
 from ..losses.precision import accumulated, as_autocast, inner, without_autocast
 from ..similarity.spec import check_scale
 from .gathering import gathering_group
@@ -101,13 +101,13 @@ def _ranking_loss(settings, queries: Tensor, docs: list[Tensor]) -> Tensor:
         positives, everything = docs[0], torch.cat(docs)
 
         def log_sum(a: Tensor, b: Tensor, ids=(None, None), **leave_out) -> Tensor:
-            batch = whole_batch(group, a, b, *ids)
+            batch = global_batch(group, a, b, *ids)
             ids = {"row_ids": batch.query_ids, "col_ids": batch.key_ids}
             stats = batch.similarity_logsumexp(a, b, scale, cols=False, **ids, **leave_out)
             return stats.row_max + stats.row_logsum
 
         def without_own_docs() -> Tensor:
-            rows = global_rows(len(queries), group, queries.device)
+            rows = global_row_numbers(len(queries), group, queries.device)
             ids = rows, rows.repeat(len(docs))
             return log_sum(positives, everything, ids, exclude_positives=True)
 

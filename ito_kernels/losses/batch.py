@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..distributed import GlobalBatch, LocalBatch, check_chunk_size, whole_batch
+from ..distributed import GlobalBatch, LocalBatch, check_chunk_size, global_batch
 from ..similarity.spec import check_features, check_ids, check_pair, check_scale
 from .common import normalized
 from .precision import accumulated, as_autocast
@@ -101,7 +101,7 @@ class Arguments(NamedTuple):
 
     def global_batch(self) -> GlobalBatch | LocalBatch:
         """That of all ranks of the group, who meet here."""
-        return whole_batch(
+        return global_batch(
             *(self.group, self.queries, self.keys, self.query_ids, self.key_ids),
             *(self.chunk_size, self.backend),
         )

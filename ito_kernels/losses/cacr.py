@@ -62,11 +62,11 @@ def cacr_loss(
     if query_ids is None:
         query_ids = key_ids = torch.arange(len(a), device=a.device)
     with without_autocast(a.device):
-        b, key_ids = batch.rows(scores.keys), batch.rows(key_ids)
+        b, key_ids = batch.all_gather_rows(scores.keys), batch.all_gather_rows(key_ids)
         a, b = (x.masked_fill((i < 0)[:, None], 0) for x, i in ((a, query_ids), (b, key_ids)))
         k = scores.positives("row")
         negatives = (scores.candidates("row") - k).masked_fill(query_ids < 0, 0)
-        counts = (batch.sum((x > 0).sum()).clamp(min=1) for x in (k, negatives))
+        counts = (batch.all_reduce_sum((x > 0).sum()).clamp(min=1) for x in (k, negatives))
         shares = tuple((x > 0) / c.to(a.dtype) for x, c in zip((k, negatives), counts, strict=True))
 
         padded = key_ids < 0
@@ -79,7 +79,7 @@ def cacr_loss(
             return positive[0] - negative[0], (positive[1].sub_(negative[1]),)
 
         loss = panelwise_sum(panel, a, b)
-        return batch.sum(loss).to(a.dtype)
+        return batch.all_reduce_loss(loss).to(a.dtype)
 
 
 def _expected(scores: Tensor, t: float, left_out: Tensor, share: Tensor) -> tuple[Tensor, Tensor]:

@@ -17,12 +17,20 @@ from .options import Options
 FEATURES = ("image_features", "text_features")
 CLIP = Names(*FEATURES, query_ids="query_ids", key_ids="key_ids")
 SIGLIP = Names(*FEATURES, query_ids="image_ids", key_ids="text_ids", of=("images", "texts"))
-WHERE = ("group", "chunk_size", "backend")
 
 
 @same_on_every_rank(options_of=multi_positive_infonce)
 def clip_loss(
-    image_features: Tensor, text_features: Tensor, logit_scale: float | Tensor, **options
+    image_features: Tensor,
+    text_features: Tensor,
+    logit_scale: float | Tensor,
+    *,
+    query_ids: Tensor | None = None,
+    key_ids: Tensor | None = None,
+    group=None,
+    chunk_size: int | None = None,
+    backend: str | None = None,
+    **options,
 ) -> Tensor | tuple:
     """Symmetric InfoNCE of images and texts: row i of one belongs to row i of the other.
 
@@ -33,19 +41,22 @@ def clip_loss(
     Args:
         image_features, text_features: (N, D), L2-normalised.
         logit_scale: the multiplier itself, not its logarithm: a number, a 0-d or an (N,) tensor.
-        options: those of `multi_positive_infonce`; the images are its queries.
+        query_ids, key_ids, group, chunk_size, backend, options: as in `multi_positive_infonce`; the
+            images are its queries.
 
     Returns and raises as `multi_positive_infonce`. Source: Radford et al. 2021 (CLIP), fig. 3.
     """
-    ids = options.pop("query_ids", None), options.pop("key_ids", None)
-    # torch.compile of 2.11 follows no operations on sets of keys
-    where = {name: options.pop(name) for name in WHERE if name in options}
+    for name in options:
+        if name not in Options._fields:
+            raise TypeError(f"clip_loss() got an unexpected keyword argument {name!r}")
     given = check_arguments(
         image_features,
         text_features,
         logit_scale,
-        **where,
-        ids=ids,
+        group,
+        chunk_size,
+        backend,
+        ids=(query_ids, key_ids),
         names=CLIP,
         unequal=options.get("positive_pairs") is not None,
     )
@@ -113,7 +124,7 @@ def siglip_loss(
     images, texts, scale, image_ids, text_ids, *_ = given
     number = n = len(images)
     if image_ids is not None:
-        number = batch.sum((image_ids >= 0).sum()).clamp(min=1)  # padding does not count
+        number = batch.all_reduce_sum((image_ids >= 0).sum()).clamp(min=1)  # padding does not count
     weights = None
     if reduction != "none":
         weights = torch.ones(n, dtype=bias.dtype, device=images.device)

@@ -117,23 +117,23 @@ def softmax_over_negatives(scores: Scores, weights: dict[str, Tensor]) -> Tensor
         batch = scores.global_batch
         of_rows, of_cols = softplus_sums(
             scores.queries,
-            batch.rows(scores.keys),
+            batch.all_gather_rows(scores.keys),
             scores.query_ids,
-            batch.rows(scores.key_ids),
+            batch.all_gather_rows(scores.key_ids),
             scores.scale,
             log_negatives["row"],
-            batch.rows(log_negatives["col"]) if scores.symmetric else None,
+            batch.all_gather_rows(log_negatives["col"]) if scores.symmetric else None,
             scores.diagonal,
         )
         sums = {"row": of_rows}
         if scores.symmetric:  # of all ranks' columns, over these rows
-            sums["col"] = batch.mine(batch.shared_sum(of_cols))
+            sums["col"] = batch.local_columns(batch.all_reduce_sum(of_cols))
         total = 0
         for side, x in log_negatives.items():
             # also of an anchor without a positive: what is not finite shows
             shown = 0 * x.masked_fill(x == -torch.inf, 0)
             total = total + (weights[side] * sums[side] + shown).sum()
-        return batch.sum(total)
+        return batch.all_reduce_loss(total)
 
 
 def _share(scores: Scores, side: str) -> Tensor:

@@ -45,7 +45,7 @@ def uniformity_loss(
     if t.ndim:
         raise ValueError(f"t must be a number or a 0-d tensor, got shape {tuple(t.shape)}")
     scores = given.scores()
-    batch, x, n = scores.global_batch, scores.queries, scores.total_number("col")
+    batch, x, n = scores.global_batch, scores.queries, scores.global_count("col")
     if n < 2:
         raise ValueError(f"x must have at least 2 rows: uniformity is of pairs, got {n}")
     with without_autocast(x.device):
@@ -63,7 +63,7 @@ def uniformity_loss(
             backend=backend,
         )
         potential = (stats.row_max + stats.row_logsum).logsumexp(0, keepdim=True)
-        return batch.rows(potential).logsumexp(0) - math.log(n * (n - 1))
+        return batch.all_gather_rows(potential).logsumexp(0) - math.log(n * (n - 1))
 
 
 @same_on_every_rank
@@ -95,4 +95,4 @@ def alignment_loss(
     some = square != 0  # the root has no derivative at 0
     powers = torch.where(some, torch.where(some, square, 1) ** (alpha / 2), 0)
     batch = given.global_batch()
-    return batch.sum(powers.sum()) / batch.count(1)
+    return batch.all_reduce_loss(powers.sum()) / batch.global_count("col")

@@ -18,8 +18,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..distributed import GlobalBatch, LocalBatch, global_numbers, same_on_every_rank
-from ..similarity.spec import Problem, as_autocast_problem
+from ..distributed import GlobalBatch, LocalBatch, global_ranges, same_on_every_rank
+from ..similarity.spec import Problem, SideUpstream, Upstream, as_autocast_problem
 from .batch import Arguments, check_arguments
 from .margin import with_margin
 from .options import Options, check_options, placed_pairs
@@ -192,7 +192,7 @@ def infonce(given: Arguments, options: Options) -> Tensor | tuple:
     o = check_options(options, given)
     if o.positive_pairs is not None:
         n, m = len(given.queries), len(given.keys)
-        o = placed_pairs(o, *global_numbers(n, m, given.group, given.queries.device))
+        o = placed_pairs(o, *global_ranges(n, m, given.group, given.queries.device))
     batch = given.global_batch()
     given = given.with_ids_of(batch)
     if o.normalize:
@@ -216,18 +216,21 @@ def infonce(given: Arguments, options: Options) -> Tensor | tuple:
         hardest=o.return_stats,
     )
     row_weights, log_counts = _weights(o, scores, "row")
-    col_weights = None, None
+    col_weights = SideUpstream()
     if o.symmetric and given.query_ids is given.key_ids:
         col_weights, log_counts = row_weights, 2 * log_counts
     elif o.symmetric:
         col_weights, of_cols = _weights(o, scores, "col")
         log_counts = log_counts + of_cols
     found = batch.logsumexp_of(
-        as_autocast_problem(problem), row_weights, col_weights, o.return_stats, given.backend
+        as_autocast_problem(problem),
+        Upstream(row_weights, col_weights),
+        o.return_stats,
+        given.backend,
     )
     loss, stats = found if o.return_stats else (found, None)
     if o.positives == "in":
-        loss = loss + batch.sum(log_counts)
+        loss = loss + batch.all_reduce_loss(log_counts)
     if not o.return_stats:
         return loss
     with torch.no_grad():
@@ -236,23 +239,23 @@ def infonce(given: Arguments, options: Options) -> Tensor | tuple:
         return loss, _diagnostics(scores, anchors, kind)
 
 
-def _weights(o: Options, scores: Scores, side: str) -> tuple[tuple[Tensor, Tensor], Tensor | float]:
+def _weights(o: Options, scores: Scores, side: str) -> tuple[SideUpstream, Tensor | float]:
     """Of logsum and pos in the loss, relative to the maximum, where digits do not cancel, and what
     log k adds for "in". Statistics that are not finite show in the sum even with a weight of 0."""
     share = 0.5 if o.symmetric else 1.0
     if scores.query_ids is None and not o.exclude_self:  # each anchor has one positive
         n = scores.features(side).size(0)
         u = scores.scale.new_full((n,), share / n if o.reduction == "mean" else share)
-        return (u, -u), 0.0
+        return SideUpstream(u, -u), 0.0
     k = scores.positives(side)
     number = 1
     if o.reduction == "mean":
         number = scores.anchors(side)
         if o.empty == "drop":
-            number = scores.global_batch.sum((k > 0).sum()).clamp(min=1)
+            number = scores.global_batch.all_reduce_sum((k > 0).sum()).clamp(min=1)
         number = torch.as_tensor(number, dtype=k.dtype, device=k.device)
     u, several = k.clamp(max=1) * (share / number), k.clamp(min=1)
-    weights = u, -u / several if o.positives == "mean" else -u
+    weights = SideUpstream(u, -u / several if o.positives == "mean" else -u)
     return weights, (u * several.log()).sum() if o.positives == "in" else 0.0
 
 
@@ -289,7 +292,7 @@ def _by_pools(o: Options, given: Arguments, batch: GlobalBatch | LocalBatch) -> 
 def _of_one_kind(scale: Tensor, batch: GlobalBatch, queries: int) -> Tensor:
     """One for each query on all ranks or on none, which choose their collectives by it: a scale of
     shape (1,) reads as 0-d, also that of a rank with one query."""
-    per_query = batch.largest(scale.new_tensor(float(scale.ndim))) > 0
+    per_query = batch.all_reduce_max(scale.new_tensor(float(scale.ndim))) > 0
     return scale.expand(queries) if per_query else scale
 
 
@@ -377,14 +380,14 @@ def _reduced(
     if o.reduction == "none":
         return loss
     if o.reduction == "sum":
-        return batch.sum(loss.sum())
+        return batch.all_reduce_loss(loss.sum())
     weights = torch.ones_like(anchors.k) if weights is None else weights
     if o.empty == "drop":
         weights = weights.masked_fill(anchors.k <= 0, 0)
     elif ids is not None:
         weights = weights.masked_fill(ids < 0, 0)
-    number = batch.sum(weights.sum())
-    return batch.sum(loss.sum()) / torch.where(number == 0, 1, number)
+    number = batch.all_reduce_sum(weights.sum())
+    return batch.all_reduce_loss(loss.sum()) / torch.where(number == 0, 1, number)
 
 
 @torch.no_grad()
@@ -397,14 +400,14 @@ def _diagnostics(scores: Scores, anchors: dict[str, Anchors], known: str | None 
     out = dict.fromkeys(
         f"{side}_{what}" for side in ("row", "col") for what in ("loss", "lse", "accuracy")
     )
-    mean_where, rows, found = scores.global_batch.mean_where, anchors["row"], None
+    all_reduce_mean, rows, found = scores.global_batch.all_reduce_mean, anchors["row"], None
     if rows.positive is None:
         found = scores.statistics(positives=known or "linear", hardest=True)
     for side, x in anchors.items():
         out[f"{side}_loss"], out[f"{side}_lse"] = x.loss.detach(), x.log_d.detach()
         if found:
             right = found[side].max > found[side].neg_max
-            out[f"{side}_accuracy"] = mean_where(right.to(x.loss.dtype), x.k > 0)
+            out[f"{side}_accuracy"] = all_reduce_mean(right.to(x.loss.dtype), x.k > 0)
     out["hardest_negative_score"] = None
     positive = rows.positive
     if found:
@@ -413,6 +416,6 @@ def _diagnostics(scores: Scores, anchors: dict[str, Anchors], known: str | None 
         if known == "lse":  # which does not give their mean: one more forward pass
             pos = scores.logsumexp(positives="linear", cols=False).row_pos
         positive = pos / rows.k.clamp(min=1) + at.max
-        out["hardest_negative_score"] = mean_where(at.neg_max, at.neg_max != -torch.inf)
-    out["positive_score"] = mean_where(positive, rows.k > 0)
+        out["hardest_negative_score"] = all_reduce_mean(at.neg_max, at.neg_max != -torch.inf)
+    out["positive_score"] = all_reduce_mean(positive, rows.k > 0)
     return out

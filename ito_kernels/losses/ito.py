@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from ..distributed import global_rows, same_on_every_rank
+from ..distributed import global_row_numbers, same_on_every_rank
 from ..similarity.spec import check_tensor
 from .batch import Names, check_arguments
 from .common import check_choice
@@ -85,7 +85,7 @@ def ito_loss(
             raise ValueError(f"fused_views must hold at least 2 views, got {len(fused_views)}")
         h = fused_views.flatten(0, 1)
         fused = check_arguments(h, h, given.scale, *where, names=FUSED)
-    items = global_rows(views.shape[1], group, views.device)
+    items = global_row_numbers(views.shape[1], group, views.device)
 
     if denominator == "pair":
         pairs = [

@@ -29,7 +29,7 @@ def with_margin(batch: Scores, o: Options) -> Scores:
         none = torch.zeros_like(top["row"]).long(), torch.ones_like(top["col"]).long()
         batch = replace(batch, global_batch=batch.global_batch.with_ids(*none))
         norms = [accumulated(x).square().sum(1).amax().sqrt() for x in (batch.queries, batch.keys)]
-        margin = margin + 1e-5 * batch.global_batch.largest(torch.stack(norms)).prod()
+        margin = margin + 1e-5 * batch.global_batch.all_reduce_max(torch.stack(norms)).prod()
     limit = {side: torch.where(x == -torch.inf, torch.inf, x + margin) for side, x in top.items()}
     return replace(
         batch, row_limit=limit["row"], col_limit=limit["col"] if batch.symmetric else None
@@ -38,10 +38,11 @@ def with_margin(batch: Scores, o: Options) -> Scores:
 
 def _largest_positives(batch: Scores, o: Options) -> dict[str, Tensor]:
     """Their inner product with each anchor, -inf where there is none."""
-    of_all = batch.global_batch
-    a, b = accumulated(batch.queries), accumulated(of_all.rows(batch.keys))
+    global_batch = batch.global_batch
+    a, b = accumulated(batch.queries), accumulated(global_batch.all_gather_rows(batch.keys))
     if o.positive_pairs is None and batch.query_ids is not None:
-        row, col = largest(a, b, batch.query_ids, of_all.rows(batch.key_ids), batch.diagonal)
+        key_ids = global_batch.all_gather_rows(batch.key_ids)
+        row, col = largest(a, b, batch.query_ids, key_ids, batch.diagonal)
     else:
         pairs = o.positive_pairs
         if pairs is None:
@@ -55,4 +56,4 @@ def _largest_positives(batch: Scores, o: Options) -> dict[str, Tensor]:
             x.new_full((len(x),), -torch.inf).scatter_reduce(0, anchors, dot, "amax")
             for x, anchors in zip((a, b), pairs, strict=True)
         )
-    return {"row": row, "col": of_all.mine(of_all.largest(col))}
+    return {"row": row, "col": global_batch.local_columns(global_batch.all_reduce_max(col))}

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from ..distributed import global_rows, same_on_every_rank
+from ..distributed import global_row_numbers, same_on_every_rank
 from ..similarity.panelwise import row_panels
 from ..similarity.spec import check_bias, check_ids, check_pair
 from .batch import PAIRED, check_arguments
@@ -38,7 +38,7 @@ def mixup_infonce(
     Args:
         queries, keys: (N, D), L2-normalised; the keys are not mixed.
         logit_scale: the multiplier itself: a number, a 0-d tensor or an (N,) tensor.
-        partners: (N,) integers, π; with a group row numbers of the whole batch.
+        partners: (N,) integers, π; with a group row numbers of the global batch.
         mixing: λ, from 0 to 1: a number or (N,); no gradient.
         symmetric: average with the keys as anchors, whose positives are the queries that hold a
             part of them, by the same weights, normalised.
@@ -57,7 +57,7 @@ def mixup_infonce(
     else:
         mixing = check_number("mixing", mixing, 0, 1)
         share = given.scale.new_full((n,), mixing)
-    rows = global_rows(n, group, device)
+    rows = global_row_numbers(n, group, device)
     options = Options(
         positive_pairs=torch.stack([rows.repeat(2), torch.cat([rows, partners])], 1),
         positive_weights=torch.cat([share, 1 - share]),

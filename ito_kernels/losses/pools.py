@@ -59,7 +59,7 @@ class Unlisted:
 
     def __init__(self, pairs: Pairs, side: str, powers: tuple[float, ...]):
         scores, batch, row = pairs.batch, pairs.batch.global_batch, side == "row"
-        a, b = scores.features(side), batch.rows(scores.features(OTHER[side]))
+        a, b = scores.features(side), batch.all_gather_rows(scores.features(OTHER[side]))
         scale, bias = scores.scale.expand(len(scores.queries)), scores.bias(side)
         mask = Mask(
             None,
@@ -67,10 +67,10 @@ class Unlisted:
             scores.limit(side),
             pairs=pairs.codes(side),
             exclude_self=scores.exclude_self,
-            diagonal=batch.numbers(0 if row else 1).start,
+            diagonal=batch.local_range(side).start,
         )
-        scale = scale[:, None] if row else batch.rows(scale)
-        bias = None if bias is None else batch.rows(bias)
+        scale = scale[:, None] if row else batch.all_gather_rows(scale)
+        bias = None if bias is None else batch.all_gather_rows(bias)
         self.powers = powers
         self.top, self.left, self.sums = log_sums(a, b, scale, bias, mask, powers)
 

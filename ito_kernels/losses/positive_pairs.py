@@ -49,7 +49,7 @@ class Pairs:
 
     def __init__(self, batch: Scores, rows: Tensor, cols: Tensor, weights: Tensor | None):
         self.batch, self.rows, self.cols = batch, rows, cols
-        keys = batch.global_batch.rows(batch.keys)
+        keys = batch.global_batch.all_gather_rows(batch.keys)
         scale = batch.scale[rows] if batch.scale.ndim else batch.scale
         self.scores = scale * inner(take(batch.queries, rows), take(keys, cols))
         self.weights = torch.ones_like(self.scores) if weights is None else weights
@@ -62,16 +62,15 @@ class Pairs:
     def codes(self, side: str) -> Tensor:
         """Each pair as one number, in order of this rank's anchors; -1 for what has no weight and
         for the anchors of other ranks."""
-        batch, local_rows = self.batch.global_batch, self._numbers(side)
-        anchors, others, weights = self.rows + self._numbers("row").start, self.cols, self.weights
+        batch = self.batch.global_batch
+        local, first_row = batch.local_range(side), batch.local_range("row").start
+        anchors, others, weights = self.rows + first_row, self.cols, self.weights
         if side == "col":  # whose pairs are with rows of any rank
-            anchors, others, weights = (batch.rows(x) for x in (others, anchors, weights))
-        code = (anchors - local_rows.start) * self.batch.total_number(OTHER[side]) + others
-        own = (anchors >= local_rows.start) & (anchors < local_rows.stop)
-        return torch.where(own & (weights != 0), code, -1)
-
-    def _numbers(self, side: str) -> range:
-        return self.batch.global_batch.numbers(0 if side == "row" else 1)
+            anchors, others = batch.all_gather_rows(others), batch.all_gather_rows(anchors)
+            weights = batch.all_gather_rows(weights)
+        code = (anchors - local.start) * batch.global_count(OTHER[side]) + others
+        is_local = (anchors >= local.start) & (anchors < local.stop)
+        return torch.where(is_local & (weights != 0), code, -1)
 
 
 class Listed:
@@ -102,27 +101,31 @@ class Listed:
     def _scores(self, shift: Tensor) -> Tensor:
         """S - shift of each pair."""
         bias = self.pairs.batch.bias(self.side)
-        shift = shift if self.side == "row" else self.batch.rows(shift)
+        shift = shift if self.side == "row" else self.batch.all_gather_rows(shift)
         scores = self.pairs.scores - take(shift, self.anchors)
-        return scores if bias is None else scores + take(self.batch.rows(bias), self.pairs.cols)
+        if bias is None:
+            return scores
+        return scores + take(self.batch.all_gather_rows(bias), self.pairs.cols)
 
     def _all(self, x: Tensor, value: float) -> Tensor:
         """Memory for one number of each anchor: of this rank's rows, of all ranks' columns."""
         row, pairs = self.side == "row", self.pairs.batch
-        return x.new_full((len(pairs.queries) if row else pairs.total_number("col"),), value)
+        return x.new_full((len(pairs.queries) if row else self.batch.global_count("col"),), value)
 
     def _add(self, values: Tensor) -> Tensor:
         """The sum over the pairs of each of this rank's anchors."""
         total = self._all(values, 0).index_put((self.anchors,), values, accumulate=True)
-        return total if self.side == "row" else self.batch.mine(self.batch.shared_sum(total))
+        if self.side == "row":
+            return total
+        return self.batch.local_columns(self.batch.all_reduce_sum(total))
 
     def _log_sum(self, shift: Tensor, weights: Tensor) -> Tensor:
         """log Σ w·e^(S - shift) per anchor."""
         row, scores, counted = self.side == "row", self._scores(shift), weights != 0
         found = scores.detach().masked_fill(~counted, -torch.inf)
         top = self._all(scores, -torch.inf).scatter_reduce(0, self.anchors, found, "amax")
-        top = finite_shift(top if row else self.batch.largest(top))
+        top = finite_shift(top if row else self.batch.all_reduce_max(top))
         exp = torch.where(counted, scores - take(top, self.anchors), 0).exp()
         total = self._add(weights * exp)
-        own = top if row else self.batch.mine(top)
-        return torch.where(total > 0, total, 1).log() + own
+        top = top if row else self.batch.local_columns(top)
+        return torch.where(total > 0, total, 1).log() + top

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..distributed import global_rows, same_on_every_rank
+from ..distributed import global_row_numbers, same_on_every_rank
 from ..similarity.spec import check_tensor
 from .batch import Names, check_arguments
 from .infonce import infonce
@@ -54,7 +54,7 @@ def mnrl_loss(
             f" {tuple(negatives.shape)}"
         )
     keys = torch.cat([given.keys, given.another("negatives", negatives.flatten(0, -2))])
-    rows = global_rows(len(keys), group, keys.device)
+    rows = global_row_numbers(len(keys), group, keys.device)
     return infonce(given._replace(keys=keys, query_ids=rows[:n], key_ids=rows), options)
 
 
@@ -98,6 +98,6 @@ def one_to_k_loss(
     n = len(given.queries)
     if keys.ndim != 3 or len(keys) != n:
         raise ValueError(f"keys must have shape (N, K, D) with N = {n}, got {tuple(keys.shape)}")
-    rows = global_rows(n, group, keys.device)
+    rows = global_row_numbers(n, group, keys.device)
     given = given._replace(query_ids=rows, key_ids=rows.repeat_interleave(keys.shape[1]))
     return infonce(given, Options(symmetric=symmetric))

@@ -32,10 +32,7 @@ class Direction(NamedTuple):
 
     @classmethod
     def of(cls, stats: Stats, side: str) -> Direction:
-        if side == "row":
-            top, rest = stats.row_max, (stats.row_logsum, stats.row_pos, stats.row_neg_max)
-        else:
-            top, rest = stats.col_max, (stats.col_logsum, stats.col_pos, stats.col_neg_max)
+        top, *rest = stats.row if side == "row" else stats.col
         return cls(top, finite_shift(top), *rest)
 
     def log_sum(self, power: float, shift: Tensor) -> Tensor:
@@ -82,7 +79,7 @@ class Scores:
     @property
     def diagonal(self) -> int | None:
         """Among all keys, where the self pairs begin that are left out."""
-        return self.global_batch.numbers(0).start if self.exclude_self else None
+        return self.global_batch.local_range("row").start if self.exclude_self else None
 
     @property
     def directions(self) -> tuple[str, ...]:
@@ -100,9 +97,9 @@ class Scores:
     def limit(self, side: str) -> Tensor | None:
         return self.row_limit if side == "row" else self.col_limit
 
-    def total_number(self, side: str) -> int:
+    def global_count(self, side: str) -> int:
         """Of all ranks' rows on a side, padding included."""
-        return self.global_batch.count(0 if side == "row" else 1)
+        return self.global_batch.global_count(side)
 
     # ---- passes over S
 
@@ -176,7 +173,7 @@ class Scores:
         """The keys' direction with a limit for each key and a scale for each query, which no kernel
         has: the logsumexp in panels. The positives, which no limit leaves out, are a kernel's."""
         a, b, mask = self._swapped()._masked(exclude_positives=exclude_positives)
-        scale = power * self.global_batch.rows(self.scale)
+        scale = power * self.global_batch.all_gather_rows(self.scale)
         top, _, (logsum,) = log_sums(a, b, scale, None, mask, (1.0,))
         if positives is None:
             return Direction(top, finite_shift(top), logsum)
@@ -191,9 +188,9 @@ class Scores:
     def _masked(self, exclude_positives: bool = False) -> tuple[Tensor, Tensor, Mask]:
         """These queries, all ranks' keys, and which of them each query is not compared with."""
         batch, row_ids, col_ids = self.global_batch, self.query_ids, self.key_ids
-        a, b = accumulated(self.queries), accumulated(batch.rows(self.keys))
+        a, b = accumulated(self.queries), accumulated(batch.all_gather_rows(self.keys))
         if row_ids is not None:  # padding may hold anything
-            col_ids = batch.rows(col_ids)
+            col_ids = batch.all_gather_rows(col_ids)
             a, b = (x.masked_fill((i < 0)[:, None], 0) for x, i in ((a, row_ids), (b, col_ids)))
         mask = Mask(
             row_ids,
@@ -201,7 +198,7 @@ class Scores:
             self.row_limit,
             exclude_self=self.exclude_self,
             exclude_positives=exclude_positives,
-            diagonal=batch.numbers(0).start,
+            diagonal=batch.local_range("row").start,
         )
         return a, b, mask
 
@@ -219,7 +216,7 @@ class Scores:
         if side == "col" and self.query_ids is self.key_ids:
             return self.positives("row")
         ids, others = self.ids(side), self.ids(OTHER[side])
-        k = count_positives(ids, self.global_batch.everyones(others))
+        k = count_positives(ids, self.global_batch.global_ids(OTHER[side]))
         if self.exclude_self:
             k = k - ((ids == others) & (ids >= 0)).long()
         return k.to(self.scale.dtype)
@@ -236,7 +233,7 @@ class Scores:
         others = self.ids(OTHER[side])
         number = self.scale.new_full((n,), m if others is None else 0)
         if others is not None:
-            number = number + (self.global_batch.everyones(others) >= 0).sum()
+            number = number + (self.global_batch.global_ids(OTHER[side]) >= 0).sum()
         if self.exclude_self:
             number = number - (1 if others is None else (others >= 0).to(number.dtype))
         return number
@@ -246,13 +243,13 @@ class Scores:
         ids = self.ids(side)
         if ids is None:
             return self.features(side).size(0)
-        return self.global_batch.sum((ids >= 0).sum()).clamp(min=1)
+        return self.global_batch.all_reduce_sum((ids >= 0).sum()).clamp(min=1)
 
     def mean(self, side: str, losses: Tensor) -> Tensor:
         """Of one direction's anchors, padding left out."""
         ids = self.ids(side)
         where = torch.ones_like(losses, dtype=torch.bool) if ids is None else ids >= 0
-        return self.global_batch.mean_where(losses, where)
+        return self.global_batch.all_reduce_mean(losses, where)
 
     def total(self, side: str) -> tuple[Tensor, Tensor]:
         """Σ S over the candidates of each anchor and their number, in O((N + M)·D)."""
@@ -266,15 +263,15 @@ class Scores:
             x = accumulated(x)
             return x if ids is None else x.masked_fill((ids < 0)[:, None], 0)
 
-        shared_sum = self.global_batch.shared_sum
+        all_reduce_sum = self.global_batch.all_reduce_sum
         rows = self.scale.reshape(-1, 1) * clean(self.queries, self.query_ids)
         cols = clean(self.keys, self.key_ids)
         anchors, others = (rows, cols) if side == "row" else (cols, rows)
-        total = (anchors * shared_sum(others.sum(0))).sum(1)
+        total = (anchors * all_reduce_sum(others.sum(0))).sum(1)
         if self.exclude_self:
             total = total - inner(rows, cols)
         if bias is not None:
-            total = total + shared_sum(bias.sum()) - (bias if self.exclude_self else 0)
+            total = total + all_reduce_sum(bias.sum()) - (bias if self.exclude_self else 0)
         return total, self.candidates(side)
 
     def _limited_total(self, side: str, bias: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -285,8 +282,8 @@ class Scores:
         if side == "row":
             anchors = self.scale.reshape(-1, 1) * a
         else:
-            others = batch.rows(self.scale.expand(len(self.queries)))[:, None] * b
+            others = batch.all_gather_rows(self.scale.expand(len(self.queries)))[:, None] * b
         ones = others.new_ones(len(others))
-        bias = torch.zeros_like(ones) if bias is None else batch.rows(bias)
+        bias = torch.zeros_like(ones) if bias is None else batch.all_gather_rows(bias)
         sums = sums_of_rest(a, b, mask, torch.cat([others, bias[:, None], ones[:, None]], 1))
         return (anchors * sums[:, :-2]).sum(1) + sums[:, -2], sums[:, -1].detach()

@@ -58,12 +58,12 @@ def cwcl_loss(
     c = given.frozen("reference", reference, len(given.queries))
     scores = given.scores(symmetric)
     with without_autocast(c.device):
-        shared_sum = scores.global_batch.shared_sum
-        weight = 0.5 * (scores.total_number("row") + (c * shared_sum(c.sum(0))).sum(1))
+        all_reduce_sum = scores.global_batch.all_reduce_sum
+        weight = 0.5 * (scores.global_count("row") + (c * all_reduce_sum(c.sum(0))).sum(1))
 
         def target(anchors: Tensor, others: Tensor) -> Tensor:
-            weighted = c @ shared_sum(c.T @ others)  # Σ_j <c_i, c_j> other_j
-            terms = 0.5 * (anchors * (shared_sum(others.sum(0)) + weighted)).sum(1) / weight
+            weighted = c @ all_reduce_sum(c.T @ others)  # Σ_j <c_i, c_j> other_j
+            terms = 0.5 * (anchors * (all_reduce_sum(others.sum(0)) + weighted)).sum(1) / weight
             return _mean(scores, terms)
 
         scaled = scores.scale.reshape(-1, 1) * scores.queries
@@ -134,7 +134,8 @@ def soft_target_infonce(
 
 def _mean(scores: Scores, x: Tensor, side: str = "row") -> Tensor:
     """Of all ranks' anchors."""
-    return scores.global_batch.sum(x.sum(dtype=torch.float64)) / scores.total_number(side)
+    total = scores.global_batch.all_reduce_loss(x.sum(dtype=torch.float64))
+    return total / scores.global_count(side)
 
 
 def _mean_logsumexp(scores: Scores) -> tuple[Tensor, Tensor]:
@@ -144,7 +145,7 @@ def _mean_logsumexp(scores: Scores) -> tuple[Tensor, Tensor]:
     weights = {}
     for side in scores.directions:
         number = len(scores.features(side))
-        weight = scores.scale.new_full((number,), share / scores.total_number(side))
+        weight = scores.scale.new_full((number,), share / scores.global_count(side))
         weights[f"{side}_weights"] = weight, None
     logsum, stats = scores.logsumexp(cols=scores.symmetric, **weights)
     maxima = {"row": stats.row_max, "col": stats.col_max}
@@ -161,9 +162,10 @@ def _soft_scores(scores: Scores, a: Tensor, c: Tensor, e: Tensor) -> Tensor:
         with torch.no_grad():
             teacher = replace(scores, queries=c, keys=e, scale=c.new_ones(()))
             stats = teacher.logsumexp(rows=False)
-            logsum = batch.rows(stats.col_logsum) + math.log(scores.total_number("col") / share)
-            of_columns = batch.rows(stats.col_max), logsum
-    n, b = scores.total_number("row"), batch.rows(scores.keys)
+            logsum = batch.all_gather_rows(stats.col_logsum)
+            logsum = logsum + math.log(scores.global_count("col") / share)
+            of_columns = batch.all_gather_rows(stats.col_max), logsum
+    n, b = scores.global_count("row"), batch.all_gather_rows(scores.keys)
 
     def panel(dot: Tensor, rows: Tensor, a: Tensor, b: Tensor, *of_columns: Tensor) -> tuple:
         weights = dot.softmax(1).mul_(share / n)
@@ -173,5 +175,6 @@ def _soft_scores(scores: Scores, a: Tensor, c: Tensor, e: Tensor) -> Tensor:
         of_a = weights @ b
         return (of_a * a).sum(), (None, of_a, weights.T @ a, *(None for _ in of_columns))
 
-    total = panelwise_sum(panel, c, batch.rows(e), row_args=(a,), key_args=(b, *of_columns))
-    return batch.sum(total)
+    e = batch.all_gather_rows(e)
+    total = panelwise_sum(panel, c, e, row_args=(a,), key_args=(b, *of_columns))
+    return batch.all_reduce_loss(total)

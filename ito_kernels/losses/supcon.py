@@ -5,9 +5,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..distributed import global_rows, same_on_every_rank
+from ..distributed import global_row_numbers, same_on_every_rank
 from ..similarity.primitive import logsumexp_of
-from ..similarity.spec import Problem, as_autocast_problem, check_scale
+from ..similarity.spec import (
+    Problem,
+    SideUpstream,
+    Upstream,
+    as_autocast_problem,
+    check_scale,
+)
 from .batch import Names, check_arguments
 from .common import check_choice
 from .infonce import infonce
@@ -105,7 +111,7 @@ def nt_xent_loss(
         raise ValueError(f"temperature must be a number or 0-d, got shape {tuple(scale.shape)}")
     z, device = torch.cat(given[:2]), given.queries.device
     if group is not None:
-        ids = global_rows(len(z1), group, device).repeat(2)
+        ids = global_row_numbers(len(z1), group, device).repeat(2)
         given = given._replace(queries=z, keys=z, scale=scale, query_ids=ids, key_ids=ids)
         return infonce(given, Options(symmetric=False, exclude_self=True))
     ids = torch.arange(len(z1), device=device).repeat(2)
@@ -119,5 +125,5 @@ def nt_xent_loss(
         exclude_self=True,
         cols=False,
     )
-    weights = (share, -share), (None, None)
-    return logsumexp_of(as_autocast_problem(problem), *weights, False, backend)
+    weights = Upstream(SideUpstream(share, -share))
+    return logsumexp_of(as_autocast_problem(problem), weights, False, backend)

@@ -52,15 +52,15 @@ def symile_loss(
     batch = given.global_batch()
     x, y, z = (accumulated(as_autocast(v)) for v in (*given[:2], z))
     device = x.device if generator is None else generator.device
-    local_rows, n = batch.numbers(1), batch.count(1)
+    local, n = batch.local_range("col"), batch.global_count("col")
 
     def shuffled(v: Tensor) -> Tensor:
         """This rank's part of all ranks' rows in a random order, the first rank's."""
-        order = batch.first(torch.randperm(n, generator=generator, device=device).to(v.device))
-        return take(v, order[local_rows.start : local_rows.stop])
+        order = batch.broadcast(torch.randperm(n, generator=generator, device=device).to(v.device))
+        return take(v, order[local.start : local.stop])
 
     with without_autocast(x.device):
-        own, of_all = (x, y, z), [batch.rows(v) for v in (x, y, z)]
+        own, of_all = (x, y, z), [batch.all_gather_rows(v) for v in (x, y, z)]
         total = 0
         for anchor, second, third in ((0, 1, 2), (1, 0, 2), (2, 0, 1)):
             others = shuffled(of_all[second]) * shuffled(of_all[third])
@@ -77,4 +77,4 @@ def symile_loss(
             true = given.scale * inner(own[anchor], own[second] * own[third])
             negatives = stats.row_logsum + stats.row_max
             total = total + softplus(negatives - true, threshold=40).sum()
-        return batch.sum(total) / (3 * n)
+        return batch.all_reduce_loss(total) / (3 * n)

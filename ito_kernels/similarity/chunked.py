@@ -115,7 +115,7 @@ class _Panels:
         self.excludes = (
             problem.row_ids is not None or problem.exclude_self or problem.row_limit is not None
         )
-        self.bars = self.excludes or problem.exclude_positives
+        self.masks = self.excludes or problem.exclude_positives
 
     def __iter__(self) -> Iterator[tuple[slice, Tensor, Tensor, Pairs]]:
         p = self.problem
@@ -130,7 +130,7 @@ class _Panels:
 
     def allowed(self, scores: Tensor, pairs: Pairs) -> Tensor:
         """The scores with -inf where they do not count in max and logsum."""
-        return scores.masked_fill(pairs.barred, -torch.inf) if self.bars else scores
+        return scores.masked_fill(pairs.masked, -torch.inf) if self.masks else scores
 
 
 class _Side:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from .backend import Backend
+from .budget import byte_budget
 from .native import MISSING, _native
 from .spec import Grads, Needs, Problem, SideStats, Stats, Upstream
 
@@ -63,15 +64,9 @@ class Cpu(Backend):
 
     def cache_bytes(self, problem: Problem) -> int:
         """For scores that forward keeps for backward: 4 bytes each, up to the budget."""
-        text = os.environ.get("ITO_TILE_CACHE_BYTES", TILE_CACHE_BYTES)
-        try:
-            budget = int(text)
-        except ValueError:
-            budget = -1
-        if budget < 0:
-            raise ValueError(f"ITO_TILE_CACHE_BYTES must be a whole number of bytes, got {text!r}")
+        budget = byte_budget("ITO_TILE_CACHE_BYTES", TILE_CACHE_BYTES)
         # tiles are whole panels, a little larger than what they cover
-        n, m = problem.n, problem.m
+        n, m = problem.a.shape[0], problem.m
         return min(budget, 4 * (n + n // 4 + 64) * (m + m // 4 + 64))
 
     def logsumexp_forward(self, problem: Problem, cache: Tensor | None = None) -> Stats:
@@ -91,11 +86,11 @@ class Cpu(Backend):
         cache: Tensor | None = None,
     ) -> Grads:
         grads = _new_grads(problem, needs)
-        stats = Stats(*(side and SideStats(*map(_vector, side)) for side in stats))
+        stats = Stats(*(side and SideStats(*_vectors(*side)) for side in stats))
         _native.cpu_backward(
             _fields(problem),
             stats,
-            _fp32(upstream),
+            (_fp32(*upstream.row), _fp32(*upstream.col)),
             grads,
             _memory(cache),
             _isa(),
@@ -118,7 +113,7 @@ class Cpu(Backend):
         _native.cpu_both(
             _fields(problem),
             stats,
-            _fp32(upstream),
+            (_fp32(*upstream.row), _fp32(*upstream.col)),
             grads,
             (total,),
             _memory(cache),
@@ -148,8 +143,9 @@ def instruction_sets() -> list[str]:
 
 def _softplus(problem: Problem, loss: Tensor | None, u: Tensor | None, needs: Needs) -> Grads:
     grads = _new_grads(problem, needs)
-    u = None if u is None else u.float().contiguous()
-    _native.cpu_softplus(_fields(problem), (loss,), (u,), grads, _isa(), torch.get_num_threads())
+    _native.cpu_softplus(
+        _fields(problem), (loss,), _fp32(u), grads, _isa(), torch.get_num_threads()
+    )
     return grads
 
 
@@ -165,11 +161,7 @@ def _fields(p: Problem) -> tuple[Tensor | int | None, ...]:
         p.b is None,
         p.scale.ndim == 1,
         p.scale.contiguous(),
-        _vector(p.row_bias),
-        _vector(p.col_bias),
-        _vector(p.row_ids),
-        _vector(p.col_ids),
-        _vector(p.row_limit),
+        *_vectors(p.row_bias, p.col_bias, p.row_ids, p.col_ids, p.row_limit),
         POSITIVES.index(p.positives),
         p.exclude_self,
         p.exclude_positives,
@@ -184,16 +176,12 @@ def _rows(x: Tensor) -> Tensor:
     return x if x.stride(1) == 1 or x.shape[1] == 1 else x.contiguous()
 
 
-def _vector(x: Tensor | None) -> Tensor | None:
-    return None if x is None else x.contiguous()
+def _vectors(*vectors: Tensor | None) -> list[Tensor | None]:
+    return [None if x is None else x.contiguous() for x in vectors]
 
 
-def _fp32(upstream: Upstream) -> tuple[tuple[Tensor | None, ...], ...]:
-    """Both sides' vectors, dense."""
-    u, alpha, v, beta = [
-        None if x is None else x.float().contiguous() for x in (*upstream.row, *upstream.col)
-    ]
-    return (u, alpha), (v, beta)
+def _fp32(*vectors: Tensor | None) -> tuple[Tensor | None, ...]:
+    return tuple([None if x is None else x.float().contiguous() for x in vectors])
 
 
 def _memory(cache: Tensor | None) -> tuple[Tensor | None, int]:

@@ -27,10 +27,6 @@ from .triton import Triton
 REGISTRY: dict[str, Backend] = {
     backend.name: backend for backend in (Reference(), Chunked(), Cpu(), Triton(), CUDA, SIMT)
 }
-_BY_PRIORITY = sorted(
-    (backend for backend in REGISTRY.values() if backend.priority is not None),
-    key=lambda backend: -backend.priority,
-)
 
 
 class _Block:
@@ -56,10 +52,11 @@ def backends() -> dict[str, BackendStatus]:
     return {backend.name: BackendStatus(*backend.status()) for backend in ordered}
 
 
-def _automatic(problem: Problem) -> list[Backend]:
-    """The backends to choose from, in order of preference."""
-    kind = problem.a.device.type
-    return [backend for backend in _BY_PRIORITY if backend.device in (None, kind)]
+@cache
+def _automatic(device: str) -> tuple[Backend, ...]:
+    """The backends to choose from for tensors on a kind of device, in order of preference."""
+    found = [x for x in REGISTRY.values() if x.priority is not None and x.device in (None, device)]
+    return tuple(sorted(found, key=lambda backend: -backend.priority))
 
 
 @contextmanager
@@ -94,7 +91,7 @@ def choose(problem: Problem, name: str | None = None) -> Backend:
     """
     name, source = requested(name)
     if name is None:
-        for backend in _automatic(problem):
+        for backend in _automatic(problem.a.device.type):
             if backend.supports(problem)[0]:
                 return backend
             if not torch.compiler.is_compiling() and (warning := backend.missed(problem)):
@@ -114,7 +111,8 @@ def _warn_once(warning: str) -> None:
 
 
 def _chosen_here() -> str | None:
-    return next((block.name for block in reversed(_blocks.get()) if block.open), None)
+    blocks = _blocks.get()
+    return next((block.name for block in reversed(blocks) if block.open), None) if blocks else None
 
 
 # torch.compile cannot trace a ContextVar: it takes the value that the function has at compilation.
@@ -137,12 +135,13 @@ def why(problem: Problem, name: str | None = None) -> str:
     if name is not None:
         return f"asked for by {source}"
     passed = []
-    for backend in _automatic(problem):
+    choice = _automatic(problem.a.device.type)
+    for backend in choice:
         ok, reason = backend.supports(problem)
         if ok:
             break
         passed.append(f"{backend.name} cannot: {reason}")
-    names = ", ".join(backend.name for backend in _automatic(problem))
+    names = ", ".join(backend.name for backend in choice)
     return "; ".join([f"the first of {names} that can run this", *passed])
 
 

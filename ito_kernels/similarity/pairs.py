@@ -16,12 +16,12 @@ class Pairs(NamedTuple):
     positive: equal ids, not excluded.
     excluded: padding, self pairs under `exclude_self`, negatives beyond `row_limit`; the rest is
               positive or negative.
-    barred:   left out of max and logsum: `excluded`, with the positives under `exclude_positives`.
+    masked:   left out of max and logsum: `excluded`, with the positives under `exclude_positives`.
     """
 
     positive: Tensor
     excluded: Tensor
-    barred: Tensor
+    masked: Tensor
 
 
 def classify(problem: Problem, dot: Tensor, start: int = 0, stop: int | None = None) -> Pairs:

@@ -9,6 +9,7 @@ from .op import logsumexp_of, softplus_of
 from .spec import (
     Problem,
     Stats,
+    Upstream,
     check_pair,
     check_weight,
     check_weights,
@@ -101,9 +102,11 @@ def similarity_logsumexp(
         cols=cols,
         hardest=hardest,
     )
-    row_weights = check_weights("row_weights", row_weights, problem, rows, problem.n)
-    col_weights = check_weights("col_weights", col_weights, problem, cols, problem.m)
-    return logsumexp_of(problem, row_weights, col_weights, return_stats, backend)
+    weights = Upstream(
+        check_weights("row_weights", row_weights, problem, rows, problem.n),
+        check_weights("col_weights", col_weights, problem, cols, problem.m),
+    )
+    return logsumexp_of(problem, weights, return_stats, backend)
 
 
 def similarity_softplus(

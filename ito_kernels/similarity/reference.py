@@ -31,9 +31,9 @@ class Reference(Backend):
         pairs = classify(problem, dot)
 
         def reduce(dim: int) -> SideStats:
-            top = scores.masked_fill(pairs.barred, -torch.inf).amax(dim)
+            top = scores.masked_fill(pairs.masked, -torch.inf).amax(dim)
             relative = scores - finite_shift(top).unsqueeze(dim)
-            logsum = relative.exp().masked_fill(pairs.barred, 0).sum(dim).log()
+            logsum = relative.exp().masked_fill(pairs.masked, 0).sum(dim).log()
             pos = None
             if problem.positives == "linear":
                 pos = relative.masked_fill(~pairs.positive, 0).sum(dim)
@@ -63,7 +63,7 @@ class Reference(Backend):
             relative = scores - finite_shift(side.max).unsqueeze(dim)
             if grad.logsum is not None:
                 softmax = (relative - side.logsum.unsqueeze(dim)).exp()
-                weights.add_((softmax * grad.logsum.unsqueeze(dim)).masked_fill(pairs.barred, 0))
+                weights.add_((softmax * grad.logsum.unsqueeze(dim)).masked_fill(pairs.masked, 0))
             if grad.pos is not None:
                 term = grad.pos.unsqueeze(dim).expand_as(scores)
                 if problem.positives == "lse":

@@ -367,10 +367,10 @@ def check_weight(name: str, weight: object, length: int, like: Tensor) -> Tensor
 
 def check_weights(
     name: str, weights: object, problem: Problem, wanted: bool, length: int
-) -> tuple[Tensor | None, Tensor | None]:
+) -> SideUpstream:
     """The weights of one side's logsum and pos, None for none."""
     if weights is None:
-        return None, None
+        return SideUpstream()
     if not (isinstance(weights, (tuple, list)) and len(weights) == 2):
         raise TypeError(f"{name} must be a pair: a weight of logsum, one of pos or None")
     if not wanted:
@@ -381,7 +381,7 @@ def check_weights(
         if problem.positives is None:
             raise ValueError(f"{name}[1] must be None without positives")
         pos = check_weight(f"{name}[1]", pos, length, problem.a)
-    return logsum, pos
+    return SideUpstream(logsum, pos)
 
 
 def make_problem(

@@ -76,8 +76,8 @@ class Ideal:
 def simulated(work, kept, prefetches):
     """One walk on two queues, each serial: the kernels', and the network's in the order of issue.
     A gather is issued when the chunk before it begins, gradients when their chunk has ended and
-    those before them are home."""
-    kernels = network = home = 0.0
+    those before them have arrived."""
+    kernels = network = scattered = 0.0
     arrived = [0.0] * len(work)
 
     def gather(k, issued):
@@ -91,11 +91,11 @@ def simulated(work, kept, prefetches):
             gather(k, kernels)
         begin = max(kernels, arrived[k])
         if k:
-            network = home = max(network, kernels) + work[k - 1].home
+            network = scattered = max(network, kernels) + work[k - 1].scatter
         if k + 1 < len(work) and (k >= kept or (k + 1 == kept and prefetches)):
             gather(k + 1, begin)
-        kernels = max(begin + work[k].kernels, home)
-    return max(network, kernels) + work[-1].home
+        kernels = max(begin + work[k].kernels, scattered)
+    return max(network, kernels) + work[-1].scatter
 
 
 @pytest.mark.parametrize("prefetches", [False, True])
@@ -118,7 +118,7 @@ def test_overlap_hides_no_more_than_there_is():
         ]
         kernels = sum(w.kernels for _, w in work)
         again = len(work) - len(parts)  # what may be kept
-        network = sum(w.home for _, w in work) + sum(w.arrival for _, w in work[again:])
+        network = sum(w.scatter for _, w in work) + sum(w.arrival for _, w in work[again:])
         seconds = model.step_seconds(step, H100)
         everything = sum(sum(w) for _, w in work) + len(work) * H100.host
         assert max(kernels, network) <= seconds

@@ -18,7 +18,7 @@ from support.losses_on_ranks import LOSSES, QUEUE, SHARES, Model, N, batch, loca
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 import ito_kernels as ik
-from ito_kernels.distributed import GlobalBatch, global_rows
+from ito_kernels.distributed import GlobalBatch, global_row_numbers
 
 SECONDS = 5  # of the group's 240
 X = torch.arange(24.0).view(4, 6).sin()
@@ -186,7 +186,7 @@ UNLIKE = {
         "the call .* got GlobalBatch on .* and multi_positive_infonce on rank",
     ),
     "row numbers and a loss": (
-        lambda: global_rows(4, world(), X.device),
+        lambda: global_row_numbers(4, world(), X.device),
         lambda: ik.nt_xent_loss(X, Y, group=world()),
         "the call .* got row numbers on .* and nt_xent_loss on rank",
     ),
@@ -344,8 +344,8 @@ def said(call):
 @cache
 def encoded():
     """All rows' features, without gradient, and the loss of one process."""
-    everyone = Model()(*batch())
-    return [x.detach() for x in everyone], LOSSES["clip"](*everyone, torch.arange(N)).detach()
+    given = Model()(*batch())
+    return [x.detach() for x in given], LOSSES["clip"](*given, torch.arange(N)).detach()
 
 
 def right():

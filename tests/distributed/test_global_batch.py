@@ -46,8 +46,8 @@ SIZES = (1, 2, 3, 4)
 
 def exact(name, chunk_size, dtype=torch.float64, even=False, tolerance=1e-12):
     rows = local_rows(even)
-    everyone = torch.arange(N // dist.get_world_size() * dist.get_world_size()) if even else None
-    truth, grads = single(LOSSES[name], everyone, dtype)
+    all_rows = torch.arange(N // dist.get_world_size() * dist.get_world_size()) if even else None
+    truth, grads = single(LOSSES[name], all_rows, dtype)
     x, y = batch(dtype)
     model = replica(dtype)
     model.zero_grad()
@@ -98,8 +98,8 @@ def device_mesh():
     if size == 4:  # data in parallel along one dimension of a mesh: a batch for each row of it
         mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("model", "data"))
         first = dist.get_rank() // 2 * 2
-        mine = torch.cat([rows_of(SHARES[4], r) for r in (first, first + 1)])
-        truth, grads = single(LOSSES["options"], mine)
+        group_rows = torch.cat([rows_of(SHARES[4], r) for r in (first, first + 1)])
+        truth, grads = single(LOSSES["options"], group_rows)
         model = Model()
         value = LOSSES["options"](*model(x[rows], y[rows]), rows, group=mesh["data"], chunk_size=3)
         value.backward()

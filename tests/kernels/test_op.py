@@ -61,7 +61,7 @@ def test_opcheck(same, weighted, early, stats):
     torch.library.opcheck(OPS.softplus.default, call.arguments())
     plain = Problem(*(x.detach() if isinstance(x, torch.Tensor) else x for x in problem))
     call = op.Logsumexp(plain, ours, True, 0, Upstream(), Needs())
-    _, stats, cache = call.read(OPS.logsumexp(*call.arguments()))
+    _, stats, _, cache = call.read(OPS.logsumexp(*call.arguments()))
     upstream = Upstream(*(SideUpstream(x.logsum.clone(), x.pos.clone()) for x in stats))
     call = op.LogsumexpBackward(plain, ours, stats, cache, upstream, needs)
     torch.library.opcheck(OPS.logsumexp_backward.default, call.arguments())

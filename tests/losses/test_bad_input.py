@@ -5,6 +5,7 @@ import pytest
 import torch
 
 import ito_kernels as ik
+from ito_kernels.distributed.chunks import gather_cache_bytes
 
 X, Y = torch.randn(5, 3), torch.randn(5, 3)
 IDS = torch.arange(5)
@@ -125,3 +126,10 @@ def test_modules_need_an_initialised_group(module):
     loss = module(rank=1, world_size=2)
     with pytest.raises(RuntimeError, match=r"world_size=2 needs .*init_process_group"):
         loss(X, Y, torch.tensor(1.0), torch.tensor(0.0))
+
+
+@pytest.mark.parametrize("value", ["-1", "", "64MiB"])
+def test_the_cache_of_gathered_keys_is_a_number_of_bytes(value, monkeypatch):
+    monkeypatch.setenv("ITO_GATHER_CACHE_BYTES", value)
+    with pytest.raises(ValueError, match=f"ITO_GATHER_CACHE_BYTES must .* bytes, got '{value}'"):
+        gather_cache_bytes()

@@ -62,6 +62,13 @@ def test_scale_per_row():
     check(ik.multi_positive_infonce(q, k, scale), infonce(q, k, scale, ids, ids), [q, k, scale])
 
 
+def test_clip_loss_by_ids():
+    x, y = unit(9, 5).requires_grad_(), unit(7, 5, seed=1).requires_grad_()
+    ids, others = random_ids(9, 4, seed=2), random_ids(7, 4, seed=3, padded=True)
+    loss = ik.clip_loss(x, y, 10.0, query_ids=ids, key_ids=others, positives="sum")
+    check(loss, infonce(x, y, 10.0, ids, others, positives="sum"), (x, y))
+
+
 @pytest.mark.parametrize("backend", AVAILABLE)
 @pytest.mark.parametrize("scale", [0.01, 1.0, 50.0, 200.0])
 def test_clip_loss_in_fp32(scale, backend):
@@ -153,12 +160,12 @@ def test_stats(positives):
             assert stats["row_lse"][i] == -torch.inf
             continue
         torch.testing.assert_close(stats["row_lse"][i], S[i, valid].logsumexp(0))
-        mine = [j for j in valid if col_ids[j] == row_ids[i]]
+        same = [j for j in valid if col_ids[j] == row_ids[i]]
         others = [j for j in valid if col_ids[j] != row_ids[i]]
         hardest.append(S[i, others].max())
-        if mine:
-            right.append(float(S[i, mine].max() > S[i, others].max()))
-            positive.append(S[i, mine].mean())
+        if same:
+            right.append(float(S[i, same].max() > S[i, others].max()))
+            positive.append(S[i, same].mean())
     torch.testing.assert_close(stats["row_accuracy"].item(), sum(right) / len(right))
     torch.testing.assert_close(stats["positive_score"], torch.stack(positive).mean())
     torch.testing.assert_close(stats["hardest_negative_score"], torch.stack(hardest).mean())

@@ -110,11 +110,11 @@ def test_cluster_weights(with_ids, symmetric, per_row):
     def direction(S, w, a, b):
         total = 0
         for i in range(len(S)):
-            mine = [j for j in range(len(b)) if b[j] >= 0 and b[j] == a[i]]
+            same = [j for j in range(len(b)) if b[j] >= 0 and b[j] == a[i]]
             others = [j for j in range(len(b)) if b[j] >= 0 and b[j] != a[i]]
-            if mine:
-                z = S[i, mine].exp().sum() + (w[i, others] * S[i, others].exp()).sum()
-                total = total + z.log() - S[i, mine].mean()
+            if same:
+                z = S[i, same].exp().sum() + (w[i, others] * S[i, others].exp()).sum()
+                total = total + z.log() - S[i, same].mean()
         return total / (a >= 0).sum()
 
     truth = direction(S, w, *ids)
@@ -170,10 +170,10 @@ def test_cacr(monkeypatch, with_ids, t_positive, t_negative):
         if ids[0][i] < 0:
             continue
         cost = 2 - 2 * k @ q[i]
-        mine, others = ids[1] == ids[0][i], (ids[1] >= 0) & (ids[1] != ids[0][i])
-        if mine.any():
-            weights = (t_positive * cost[mine]).softmax(0)
-            attraction.append((weights * cost[mine]).sum())
+        same, others = ids[1] == ids[0][i], (ids[1] >= 0) & (ids[1] != ids[0][i])
+        if same.any():
+            weights = (t_positive * cost[same]).softmax(0)
+            attraction.append((weights * cost[same]).sum())
         if others.any():
             weights = (-t_negative * cost[others]).softmax(0)
             repulsion.append((weights * cost[others]).sum())

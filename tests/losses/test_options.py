@@ -59,10 +59,10 @@ def oracle(q, k, scale, row_ids=None, col_ids=None, **o):
 
     def direction(rows):
         losses, weight_sum = [], 0
-        mine, others = (row_ids, col_ids) if rows else (col_ids, row_ids)
+        own, others = (row_ids, col_ids) if rows else (col_ids, row_ids)
         given = o.get("query_weights" if rows else "key_weights")
-        for i in range(len(mine)):
-            if mine[i] < 0:
+        for i in range(len(own)):
+            if own[i] < 0:
                 losses.append(torch.zeros((), dtype=F64))
                 continue
             pos, w, neg = [], [], []
@@ -81,7 +81,7 @@ def oracle(q, k, scale, row_ids=None, col_ids=None, **o):
             if rows and o.get("queue") is not None:
                 ids = o.get("queue_ids")
                 for j, key in enumerate(o["queue"].detach()):
-                    if ids is None or (ids[j] >= 0 and ids[j] != mine[i]):
+                    if ids is None or (ids[j] >= 0 and ids[j] != own[i]):
                         neg.append(scale[i] * (q[i] @ key))
             if rows and o.get("hard_negatives") is not None:
                 neg += [scale[i] * (q[i] @ key) for key in o["hard_negatives"][i]]

@@ -1,6 +1,8 @@
 """What the options of `multi_positive_infonce` are given: bad input by name, padding that may hold
 anything, features that are not finite."""
 
+from functools import partial
+
 import pytest
 import torch
 from support.formulas import unit
@@ -157,3 +159,12 @@ def test_padding_may_hold_anything_beyond_the_batch_too(options):
         results.append((loss, *torch.autograd.grad(loss, leaves)))
     for clean, padded in zip(*results, strict=True):
         assert torch.equal(clean, padded)
+
+
+def test_an_unknown_option_is_told_by_the_loss_that_got_it():
+    x = torch.eye(3)
+    for name in ("clip_loss", "multi_positive_infonce"):
+        loss = getattr(ik, name)
+        for call in (loss, partial(ik.matryoshka_loss, loss, dims=[3])):
+            with pytest.raises(TypeError, match=rf"^{name}\(\) got .* argument 'bad_option'$"):
+                call(x, x, logit_scale=1.0, bad_option=1)

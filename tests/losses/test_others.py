@@ -218,10 +218,10 @@ def test_supcon_l_in():
     S = x @ x.T / 0.2
     total = 0
     for i in range(20):
-        mine = [j for j in range(20) if j != i and labels[j] == labels[i]]
-        if mine:
+        same = [j for j in range(20) if j != i and labels[j] == labels[i]]
+        if same:
             others = [j for j in range(20) if j != i]
-            total = total + S[i, others].logsumexp(0) - S[i, mine].exp().mean().log()
+            total = total + S[i, others].logsumexp(0) - S[i, same].exp().mean().log()
     check(ik.supcon_loss(x, labels, 0.2, positives="in"), total / 20, [x])
 
 

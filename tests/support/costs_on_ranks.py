@@ -107,7 +107,7 @@ def traffic():
         assert counted(count(biased, 0)) == counted(expected)
         expected = small | columns | {"keys": 2 * gathered, "gradients": returned}
         assert counted(count(decoupled, 0)) == counted(expected)
-        # everyone's rows at once, in fp32, and their ids
+        # all ranks' rows at once, in fp32, and their ids
         expected = small | {"rows": others * (width * 4 + 8), "gradients": returned}
         expected["sizes"] += 2 * (size - 1) * 8
         assert counted(count(cacr, 0)) == counted(expected)

@@ -17,17 +17,17 @@ def anchor_losses(S, row_ids, col_ids, positives="mean", exclude_self=False):
     out = []
     for i in range(len(S)):
         keys = [j for j in range(S.shape[1]) if col_ids[j] >= 0 and not (exclude_self and i == j)]
-        mine = [j for j in keys if col_ids[j] == row_ids[i]] if row_ids[i] >= 0 else []
+        same = [j for j in keys if col_ids[j] == row_ids[i]] if row_ids[i] >= 0 else []
         if row_ids[i] < 0:
             continue  # padding is no anchor
-        if not mine:
+        if not same:
             out.append(None)
             continue
-        z, s = S[i, keys].logsumexp(0), S[i, mine]
+        z, s = S[i, keys].logsumexp(0), S[i, same]
         if positives == "mean":
             out.append(z - s.mean())
         else:
-            out.append(z - s.logsumexp(0) + (math.log(len(mine)) if positives == "in" else 0))
+            out.append(z - s.logsumexp(0) + (math.log(len(same)) if positives == "in" else 0))
     return out
 
 

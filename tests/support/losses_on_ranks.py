@@ -72,13 +72,13 @@ CLUSTERS = torch.randint(3, (2, N), generator=G)
 
 
 def pairs(x, y, s, b, r, weighted=True, **o):
-    mine = torch.isin(PAIRS[:, 0], r)
-    weights = PAIR_WEIGHTS[mine] if weighted else None
+    local = torch.isin(PAIRS[:, 0], r)
+    weights = PAIR_WEIGHTS[local] if weighted else None
     return ik.clip_loss(
         x,
         y,
         s,
-        positive_pairs=PAIRS[mine],
+        positive_pairs=PAIRS[local],
         positive_weights=weights,
         key_bias=b * r.to(b.dtype).cos(),
         **o,

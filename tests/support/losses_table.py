@@ -115,7 +115,10 @@ ROWS = {
         ),
         "return_stats": infonce(f"{FORMULA}stats", return_stats=True, value=lambda found: found[0]),
     },
-    "clip_loss": {"": infonce(f"{FORMULA}clip_loss_in_fp32")},
+    "clip_loss": {
+        "": infonce(f"{FORMULA}clip_loss_in_fp32"),
+        "query_ids, key_ids": infonce(f"{FORMULA}clip_loss_by_ids", **BY_ID),
+    },
     "siglip_loss": {
         "": pair(f"{FORMULA}siglip_default_ids_are_the_diagonal", SCALE, -6.0),
         "image_ids, text_ids": pair(

@@ -75,7 +75,7 @@ def curves(data, accum_freqs: tuple[int, ...]) -> dict:
             trainer.objective.double()
             found[accum_freq][name] = [trainer.step(number) for number in range(2)]
     rank = joined().rank
-    found["merged"] = joined().merged({"same": "a", f"{rank}": "b"})
+    found["merged"] = joined().all_gather_dicts({"same": "a", f"{rank}": "b"})
     return found
 
 

@@ -360,7 +360,7 @@ def test_batches_for_the_trainer(tmp_path):
     assert first.pictures.shape == (3, 5, 3, 4, 4)
     assert first.pictures.dtype == torch.uint8
     assert torch.equal(first.pictures[0], first.pictures[2])
-    ids = first.ids[:, first.mine]
+    ids = first.ids[:, first.local]
     assert ids.shape[:2] == (2, 5)
     known = {tuple(row) for row in tokenizer(["one", "two words", "three words here"]).tolist()}
     for first, second in zip(*ids.tolist(), strict=True):

@@ -1,28 +1,31 @@
-// Packed bf16 operands. The processor multiplies pairs of bf16 that are adjacent along the depth of
-// a product, so every operand is made of such pairs ([2] below):
+// Layouts of bf16 operands. The processor multiplies pairs of bf16 that are adjacent in the summed
+// dimension of a product, so every operand is made of such pairs ([2] below):
 //
-//   columns, for scores     [j / 32][d / 2][j % 32][2]      for gradients  [d / 32][j / 2][d % 32][2]
-//   W, for the rows' grad   [j / 32][i][j % 32]             the columns'   [j / 32][i / 2][j % 32][2]
-//   rows, for gradients     [i / 32][d][i % 32]
+//   columns for scores     [j / 32][d / 2][j % 32][2]
+//   columns for gradients  [d / 32][j / 2][d % 32][2]
+//   W for dA               [j / 32][i][j % 32]
+//   W for dB               [j / 32][i / 2][j % 32][2]
+//   rows for gradients     [i / 32][d][i % 32]
 //
-// Widths and rows of a tile are multiples of 32. W is rounded to bf16 here, after everything that
-// is subtracted has been subtracted in fp32.
+// Rows of a tile and widths are multiples of 32. W is rounded to bf16 here, after all subtractions:
+// those are in fp32.
 #pragma once
 #include "cpu/isa/convert.hpp"
 #include "cpu/isa/vec_avx512.hpp"
 
 namespace {
 
-struct FormsBf16 {
+struct LayoutsBf16 {
   using Vec = Vec512;
   using Element = uint16_t;
   static constexpr const char* kArithmetic = "bf16";
   static constexpr bool kConverts = true;
-  static constexpr int kPanel = 32, kRowAlign = 32, kDepthAlign = 32;
+  static constexpr int kColPanel = 32, kRowAlign = 32, kDepthAlign = 32;
 
-  static int padded(int64_t width) { return static_cast<int>((width + 31) / 32 * 32); }
+  static int padded(int64_t n) { return static_cast<int>(ito::round_up(n, 32)); }
 
-  // 32 rows × 32 columns from (row, first) on as they are; 0 beyond the matrix and at padding.
+  // The 32 rows × 32 features from (row, first) on; 0 beyond row `end`, beyond the width and where
+  // `skip` is set.
   static void read_block(const Matrix& m, const uint8_t* skip, int64_t row, int64_t end,
                          int64_t first, uint16_t (*out)[32]) {
     const uint16_t* data = static_cast<const uint16_t*>(m.data);
@@ -53,21 +56,21 @@ struct FormsBf16 {
   }
   // Pairs of adjacent rows: out[row / 2][column][2].
   static void interleave(const uint16_t (*in)[32], uint16_t* out) {
-    const __m512i low = in_turn(0), high = in_turn(16);
+    const __m512i low = alternate(0), high = alternate(16);
     for (int r = 0; r < 32; r += 2, out += 64) {
       const __m512i a = _mm512_load_si512(in[r]), b = _mm512_load_si512(in[r + 1]);
       store(out, _mm512_permutex2var_epi16(a, low, b));
       store(out + 32, _mm512_permutex2var_epi16(a, high, b));
     }
   }
-  // The order that takes 16 numbers of each of two vectors in turn, from `first` on.
-  static __m512i in_turn(int first) {
+  // A permutation that takes one number of each of two vectors, 16 times, from number `first` on.
+  static __m512i alternate(int first) {
     alignas(64) uint16_t order[32];
     for (int i = 0; i < 32; ++i) order[i] = static_cast<uint16_t>(first + i / 2 + i % 2 * 32);
     return _mm512_load_si512(order);
   }
 
-  // Rows for gradients.
+  // The layout "rows for gradients".
   static void pack_rows_for_gradients(const Matrix& m, const uint8_t* skip, int64_t first, int rows,
                                       uint16_t* out) {
     alignas(64) uint16_t block[32][32], pairs[16 * 64];
@@ -79,9 +82,9 @@ struct FormsBf16 {
       }
   }
 
-  // Both forms of W, one after the other.
+  // Both layouts of W, one after the other.
   static void convert(const float* w, int rows, int cols, uint16_t* out) {
-    const __m512i low = in_turn(0), high = in_turn(16);
+    const __m512i low = alternate(0), high = alternate(16);
     uint16_t* by_pair = out + int64_t(rows) * cols;
     for (int64_t at = 0; at < int64_t(rows) * cols; at += 64) {
       const float* p = w + at;  // rows i and i + 1 of a panel

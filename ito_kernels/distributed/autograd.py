@@ -1,10 +1,9 @@
-"""The global batch as autograd functions: forward and backward walks over everyone's keys."""
+"""The global batch as autograd functions: forward and backward pass over all ranks' keys."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from ..similarity import op
@@ -18,57 +17,72 @@ from ..similarity.spec import (
     Stats,
     Upstream,
     accumulate_dtype,
+    without_autocast,
 )
 from .chunks import Chunk, Kept, flat
-from .collectives import Started, all_reduce, completed, gathered_sizes, reduce_scatter
-from .statistics import Columns, Side, count_pairs
+from .collectives import (
+    Started,
+    all_gather_counts,
+    all_gathered,
+    all_reduce,
+    completed,
+    padded_to,
+    reduce_scatter,
+)
+from .sharding import Sharding
+from .statistics import ColumnStats, PartialStats, count_pairs
 
-if TYPE_CHECKING:
-    from .batch import GlobalBatch
+# of a problem's fields behind its inputs
+NO_GRADIENTS = (None,) * (len(Problem._fields) - len(Grads._fields))
 
 
-class Sum(torch.autograd.Function):
+class AllReduceLoss(torch.autograd.Function):
+    """The gradient that arrives is the same on every rank: its sum over ranks takes no transfer."""
+
     @staticmethod
-    def forward(ctx, x: Tensor, whole: GlobalBatch) -> Tensor:
-        ctx.size = whole.size
-        return completed("all-reduce of a sum", all_reduce, x, whole.group)
+    def forward(ctx, x: Tensor, group: dist.ProcessGroup) -> Tensor:
+        ctx.size = dist.get_world_size(group)
+        return completed("all-reduce of a sum", all_reduce, x, group)
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple:
         return grad * ctx.size, None  # which averaging over ranks divides by
 
 
-class SharedSum(torch.autograd.Function):
+class AllReduceSum(torch.autograd.Function):
+    """Each rank has a gradient of its own, of which backward takes the sum."""
+
     @staticmethod
-    def forward(ctx, x: Tensor, whole: GlobalBatch) -> Tensor:
-        ctx.whole = whole
-        return completed("all-reduce of a shared sum", all_reduce, x, whole.group)
+    def forward(ctx, x: Tensor, group: dist.ProcessGroup) -> Tensor:
+        ctx.group = group
+        return completed("all-reduce of a sum", all_reduce, x, group)
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple:
-        what = "all-reduce of the gradient of a shared sum"
-        return completed(what, all_reduce, grad, ctx.whole.group), None
+        return completed("all-reduce of the gradient of a sum", all_reduce, grad, ctx.group), None
 
 
-class Rows(torch.autograd.Function):
+class AllGatherRows(torch.autograd.Function):
+    """(n, …) of each rank to (N, …) on all, whose gradients are reduce-scattered."""
+
     @staticmethod
-    def forward(ctx, x: Tensor, whole: GlobalBatch) -> Tensor:
-        ctx.whole, ctx.number, ctx.dtype = whole, len(x), x.dtype
-        ctx.counts = gathered_sizes(whole.group, x.device, len(x))[:, 0].tolist()
-        ctx.most = max(ctx.counts)
-        padded = torch.cat([x, x.new_zeros(ctx.most - len(x), *x.shape[1:])])
-        everyone = whole.start_gather("rows", padded).wait().view(whole.size, *padded.shape)
-        return torch.cat([rows[:n] for rows, n in zip(everyone, ctx.counts, strict=True)])
+    def forward(ctx, x: Tensor, group: dist.ProcessGroup) -> Tensor:
+        ctx.group, ctx.number, ctx.dtype = group, len(x), x.dtype
+        ctx.counts = all_gather_counts(group, x.device, len(x)).flatten().tolist()
+        ctx.max_count = max(ctx.counts)
+        padded = torch.cat([x, x.new_zeros(ctx.max_count - len(x), *x.shape[1:])])
+        found = all_gathered("rows", padded, group)
+        return torch.cat([rows[:n] for rows, n in zip(found, ctx.counts, strict=True)])
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple:
-        size, shape = ctx.whole.size, (ctx.most, *grad.shape[1:])
+        shape = (ctx.max_count, *grad.shape[1:])
         # summed in fp32, as the gradients of keys are
-        sent = grad.new_zeros(size, *shape, dtype=accumulate_dtype(grad.dtype))
-        for rows, own in zip(sent, grad.split(ctx.counts), strict=True):
-            rows[: len(own)] = own
+        sent = grad.new_zeros(len(ctx.counts), *shape, dtype=accumulate_dtype(grad.dtype))
+        for rows, part in zip(sent, grad.split(ctx.counts), strict=True):
+            rows[: len(part)] = part
         what, out = "reduce-scatter of the gradients of rows", sent.new_empty(shape)
-        out = Started(what, reduce_scatter, out, sent.flatten(0, 1), ctx.whole.group).wait()
+        out = Started(what, reduce_scatter, out, sent.flatten(0, 1), ctx.group).wait()
         return out[: ctx.number].to(ctx.dtype), None
 
 
@@ -76,29 +90,31 @@ class Logsumexp(torch.autograd.Function):
     """Problem fields of this rank's rows and keys to the statistics of both, those wanted."""
 
     @staticmethod
-    def forward(ctx, whole: GlobalBatch, module: Backend, needs: Needs, *fields):
+    def forward(ctx, shards: Sharding, module: Backend, needs: Needs, *fields):
         problem = Problem(*(x.detach() if isinstance(x, Tensor) else x for x in fields))
         if problem.col_bias is not None:
-            bias = whole.gather("key biases", problem.col_bias, whole.most_keys)
-            problem = problem._replace(col_bias=bias)
+            bias = padded_to(shards.col.max_count, problem.col_bias)
+            problem = problem._replace(col_bias=all_gathered("key biases", bias, shards.group))
         kept = Kept(any(needs))
-        rows, cols = None, Columns(whole, problem)
-        for chunk in whole.transport.walk(problem.b):
+        rows, cols = None, ColumnStats(shards, problem)
+        for chunk in shards.transport().all_gather_chunks(problem.b):
             kept.offer(chunk.keys)
-            for at, block in whole.blocks(problem, chunk):
-                with torch.autocast(block.a.device.type, enabled=False):
+            for at, block in shards.blocks(problem, chunk):
+                with without_autocast(block.a.device):
                     stats = module.logsumexp_forward(block)
-                counts = count_pairs(block) if problem.positives == "linear" else (None, None)
+                row_count = col_count = None
+                if problem.positives == "linear":
+                    row_count, col_count = count_pairs(block)
                 if problem.rows:
-                    row = Side(*stats.row, counts[0])
+                    row = PartialStats(*stats.row, row_count)
                     rows = row if rows is None else rows.merged(row)
                 if problem.cols:
-                    cols.add(chunk, at, Side(*stats.col, counts[1]))
+                    cols.add(chunk, at, PartialStats(*stats.col, col_count))
         stats = Stats(
             rows.stats if problem.rows else None,
-            cols.exchanged().stats if problem.cols else None,
+            cols.all_to_all().stats if problem.cols else None,
         )
-        ctx.whole, ctx.module, ctx.needs, ctx.kept = whole, module, needs, kept.chunks
+        ctx.shards, ctx.module, ctx.needs, ctx.kept = shards, module, needs, kept.chunks
         ctx.options = problem.options
         ctx.set_materialize_grads(False)
         maxima = (stats.row_max, stats.row_neg_max, stats.col_max, stats.col_neg_max)
@@ -111,38 +127,37 @@ class Logsumexp(torch.autograd.Function):
     def backward(ctx, *arrived):
         op.first_order_only()
         arrived = op.arrived_gradients(arrived)
-        whole, needs = ctx.whole, ctx.needs
-        nothing = (None,) * (len(Problem._fields) + 3)
+        shards, needs = ctx.shards, ctx.needs
         if all(x is None for x in arrived):
-            return nothing
+            return (None,) * (3 + len(Problem._fields))
         problem, out = op.saved_problem(ctx.saved_tensors, ctx.options)
         stats, grads = (op.present_stats(problem, iter(x)) for x in (out, arrived))
         upstream = op.upstream_of(grads)
-        # of the columns: what backward needs, of everyone
+        # of all ranks' columns: what backward needs
         sent = (stats.col_max, stats.col_logsum, stats.col_pos, *upstream.col)
         problem = problem._replace(cols=any(x is not None for x in upstream.col))
         if problem.cols:
             packed = torch.stack([x for x in sent if x is not None])
-            columns = whole.gather("column statistics", packed, whole.most_keys)
-        walk = _Gradients(whole, problem, needs)
-        for chunk in whole.transport.walk(problem.b, ctx.kept):
+            packed = padded_to(shards.col.max_count, packed)
+            columns = all_gathered("column statistics", packed, shards.group)
+        collected = _Gradients(shards, problem, needs)
+        for chunk in shards.transport().all_gather_chunks(problem.b, ctx.kept):
             if problem.cols:
-                own = columns[chunk.owners, :, chunk.part]
-                vectors = (flat(own[:, i]) for i in range(own.shape[1]))
-                everyone = [None if x is None else next(vectors) for x in sent]
-            for at, block in whole.blocks(problem, chunk):
+                part = columns[chunk.owners, :, chunk.part]
+                vectors = (flat(part[:, i]) for i in range(part.shape[1]))
+                of_chunk = [None if x is None else next(vectors) for x in sent]
+            for at, block in shards.blocks(problem, chunk):
                 block_stats, block_upstream = Stats(stats.row), Upstream(upstream.row)
                 if problem.cols:
-                    own = [None if x is None else x[at] for x in everyone]
-                    top, logsum, pos, *grad = own
+                    top, logsum, pos, *grad = (None if x is None else x[at] for x in of_chunk)
                     block_stats = block_stats._replace(col=SideStats(top, logsum, pos))
                     block_upstream = block_upstream._replace(col=SideUpstream(*grad))
-                with torch.autocast(block.a.device.type, enabled=False):
-                    walk.add(
+                with without_autocast(block.a.device):
+                    collected.add(
                         ctx.module.logsumexp_backward(block, block_stats, block_upstream, needs)
                     )
-            walk.send(chunk)
-        return (None,) * 3 + walk.result() + nothing[8:]
+            collected.send(chunk)
+        return None, None, None, *collected.result(), *NO_GRADIENTS
 
 
 class Softplus(torch.autograd.Function):
@@ -151,7 +166,7 @@ class Softplus(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx,
-        whole: GlobalBatch,
+        shards: Sharding,
         module: Backend,
         needs: Needs,
         weights: Tensor | None,
@@ -162,23 +177,23 @@ class Softplus(torch.autograd.Function):
         early = any(needs) and weights is not None and problem.a.dtype != torch.float16
         kept = Kept(any(needs) and not early)
         rows = problem.scale.new_zeros(problem.n)
-        walk = _Gradients(whole, problem, needs if early else Needs())
-        for chunk in whole.transport.walk(problem.b):
+        collected = _Gradients(shards, problem, needs if early else Needs())
+        for chunk in shards.transport().all_gather_chunks(problem.b):
             kept.offer(chunk.keys)
-            for _, block in whole.blocks(problem, chunk):
-                with torch.autocast(block.a.device.type, enabled=False):
+            for _, block in shards.blocks(problem, chunk):
+                with without_autocast(block.a.device):
                     if not early:
                         rows += module.softplus_forward(block)
                     else:
                         more, grads = module.softplus_both(block, weights, needs)
                         rows += more
-                        walk.add(grads)
+                        collected.add(grads)
             if early:
-                walk.send(chunk)
-        ctx.whole, ctx.module, ctx.needs, ctx.kept = whole, module, needs, kept.chunks
+                collected.send(chunk)
+        ctx.shards, ctx.module, ctx.needs, ctx.kept = shards, module, needs, kept.chunks
         ctx.options, ctx.early = problem.options, early
         if early:
-            ctx.save_for_backward(*walk.result())
+            ctx.save_for_backward(*collected.result())
         else:
             ctx.save_for_backward(*problem.tensors, weights)
         return rows if weights is None else (rows * weights).sum()
@@ -187,31 +202,30 @@ class Softplus(torch.autograd.Function):
     def backward(ctx, arrived: Tensor):
         op.first_order_only()
         (arrived,) = op.arrived_gradients([arrived])
-        nothing = (None,) * (len(Problem._fields) - 5)
         if ctx.early:
             grads = (None if x is None else x * arrived for x in ctx.saved_tensors)
-            return *(None,) * 4, *grads, *nothing
+            return None, None, None, None, *grads, *NO_GRADIENTS
         problem, (weights,) = op.saved_problem(ctx.saved_tensors, ctx.options)
         u = arrived if weights is None else arrived * weights
-        walk = _Gradients(ctx.whole, problem, ctx.needs)
-        for chunk in ctx.whole.transport.walk(problem.b, ctx.kept):
-            for _, block in ctx.whole.blocks(problem, chunk):
-                with torch.autocast(block.a.device.type, enabled=False):
-                    walk.add(ctx.module.softplus_backward(block, u, ctx.needs))
-            walk.send(chunk)
-        return *(None,) * 4, *walk.result(), *nothing
+        collected = _Gradients(ctx.shards, problem, ctx.needs)
+        for chunk in ctx.shards.transport().all_gather_chunks(problem.b, ctx.kept):
+            for _, block in ctx.shards.blocks(problem, chunk):
+                with without_autocast(block.a.device):
+                    collected.add(ctx.module.softplus_backward(block, u, ctx.needs))
+            collected.send(chunk)
+        return None, None, None, None, *collected.result(), *NO_GRADIENTS
 
 
 class _Gradients:
     """Collects gradients block by block in the accumulate dtype."""
 
-    def __init__(self, whole: GlobalBatch, problem: Problem, needs: Needs):
-        self.whole, self.problem, self.sums = whole, problem, Grads()
+    def __init__(self, shards: Sharding, problem: Problem, needs: Needs):
+        self.shards, self.problem, self.sums = shards, problem, Grads()
         self.keys = self.biases = None
         self.blocks = []  # gradients of keys and of their biases
         if needs.b:
-            sums = problem.scale.new_empty(whole.most_keys, problem.d)
-            self.keys = whole.transport.homeward(sums)
+            out = problem.scale.new_empty(shards.col.max_count, problem.d)
+            self.keys = shards.transport().reduce_scatter_grads(out)
         if needs.col_bias:
             self.biases = torch.empty_like(problem.col_bias)
 
@@ -235,18 +249,20 @@ class _Gradients:
         if self.biases is not None:
             self.biases[chunk.owners, chunk.part] = torch.cat(biases).view(-1, chunk.step)
 
-    def result(self) -> tuple:
-        """Of a, b, scale, row_bias and col_bias."""
+    def result(self) -> Grads:
+        """Of this rank's inputs, in their dtypes, the keys' and their biases' summed over ranks."""
         a, _, scale, row_bias, _ = self.sums
         if scale is not None and self.problem.scale.ndim == 0:
             scale = scale.sum()
         b = None if self.keys is None else self.keys.result()[: self.problem.m]
         a, b = (None if x is None else x.to(self.problem.a.dtype) for x in (a, b))
-        return a, b, scale, row_bias, None if self.biases is None else self._own_biases()
+        return Grads(a, b, scale, row_bias, self._bias_grads())
 
-    def _own_biases(self) -> Tensor:
+    def _bias_grads(self) -> Tensor | None:
+        if self.biases is None:
+            return None
         what, out = "reduce-scatter of the gradients of key biases", self.biases[:1].clone()
-        out = Started(what, reduce_scatter, out, self.biases, self.whole.group).wait()
+        out = Started(what, reduce_scatter, out, self.biases, self.shards.group).wait()
         return out[0, : self.problem.m]
 
 

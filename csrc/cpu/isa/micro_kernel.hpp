@@ -1,25 +1,25 @@
-// The part of a matrix product that stays in registers.
+// The micro-kernel of a matrix product: a block of the result that stays in registers.
 #pragma once
 #include <cstdint>
 
 namespace {
 
-// c[M][C vectors] (+)= Σ_k a(k, row) · b[k][C vectors]. A step k is one number of an operand, or a
-// pair of bf16: `Op` says how they are loaded, broadcast and multiplied.
+// c[row][C vectors] (+)= Σ_k a(row, k) · b[k][C vectors], for up to R rows. A K step is one number
+// of each operand, or a pair of bf16: `Op` says how they are loaded, broadcast and multiplied.
 template <class Op, int R, int C>
-struct Micro {
+struct MicroKernel {
   using V = typename Op::Vec;
   using Unit = typename Op::Unit;
-  static constexpr int kPanel = C * V::kWidth;
+  static constexpr int kColPanel = C * V::kWidth;
 
-  // The depth runs in chunks of `chunk` steps: one step moves `a` by AStep units, a chunk by
-  // `a_chunk`; rows are ARow units apart. `b` is contiguous.
+  // `depth` K steps. In `a`, rows are ARow units apart and steps AStep; every `chunk` steps it goes
+  // on `a_chunk` units from where the chunk began. `b` is contiguous.
   template <int M, int ARow, int AStep>
   static inline void run(int depth, int chunk, const Unit* a, int64_t a_chunk, const Unit* b,
                          float* c, bool accumulate) {
     typename V::F acc[M][C];
-    // Fetched now, needed at the end: the gradients' accumulators come from L2 or beyond.
-    for (int i = 0; i < M * kPanel; i += 16) __builtin_prefetch(c + i, 1);
+    // c is needed at the end; where it accumulates gradients it comes from L2 or beyond.
+    for (int i = 0; i < M * kColPanel; i += 16) __builtin_prefetch(c + i, 1);
 #pragma GCC unroll 16
     for (int i = 0; i < M; ++i)
 #pragma GCC unroll 4
@@ -27,15 +27,15 @@ struct Micro {
     for (int k0 = 0; k0 < depth; k0 += chunk, a += a_chunk) {
       const Unit* ak = a;
       const int steps = depth - k0 < chunk ? depth - k0 : chunk;
-      for (int k = 0; k < steps; ++k, ak += AStep, b += kPanel) {
+      for (int k = 0; k < steps; ++k, ak += AStep, b += kColPanel) {
         typename Op::Operand right[C];
 #pragma GCC unroll 4
         for (int j = 0; j < C; ++j) right[j] = Op::load(b + j * V::kWidth);
 #pragma GCC unroll 16
         for (int i = 0; i < M; ++i) {
-          // Every other row's number is broadcast by the multiply-adds themselves: one more load, one
-          // instruction less. With 41 instead of 48 for 28 multiply-adds a core whose front end
-          // serves another hyperthread reaches 78 % of its peak instead of 72.
+          // Every other row is broadcast by the multiply-adds themselves: one more load, one
+          // instruction less, 41 instead of 48 for 28 multiply-adds. A core whose front end also
+          // serves another hyperthread then reaches 78 % of its peak instead of 72.
           if (i % 2 == 0) {
 #pragma GCC unroll 4
             for (int j = 0; j < C; ++j)
@@ -52,12 +52,12 @@ struct Micro {
     for (int i = 0; i < M; ++i)
 #pragma GCC unroll 4
       for (int j = 0; j < C; ++j) {
-        float* out = c + i * kPanel + j * V::kWidth;
+        float* out = c + i * kColPanel + j * V::kWidth;
         V::store(out, accumulate ? V::add(V::load(out), acc[i][j]) : acc[i][j]);
       }
   }
 
-  // The same with exactly `rows` ≤ R rows: nothing is computed for rows that do not exist.
+  // The same for min(rows, R) rows: nothing is computed for rows that do not exist.
   template <int ARow, int AStep, int M = R>
   static inline void rows(int rows_, int depth, int chunk, const Unit* a, int64_t a_chunk,
                           const Unit* b, float* c, bool accumulate) {

@@ -1,0 +1,116 @@
+"""Which rank of a group holds which rows of the global batch, and their ids."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from itertools import pairwise
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from ..similarity.spec import Problem
+from .chunks import Chunk, Transport, flat
+from .collectives import all_gathered, padded_to
+from .transport import TRANSPORTS, default_chunk_size
+
+
+@dataclass(frozen=True, eq=False)
+class SideShards:
+    """One side of the similarity matrix, its rows (the queries) or its columns (the keys).
+
+    counts: how many each rank has. local: the numbers of this rank's among those of all ranks,
+    which follow each other in the order of ranks. ids: (n,), of this rank's. all_ids:
+    (ranks, max_count), of all ranks', padded by -1.
+    """
+
+    counts: list[int]
+    local: range
+    ids: Tensor | None = None
+    all_ids: Tensor | None = None
+
+    @classmethod
+    def of(cls, counts: list[int], rank: int) -> SideShards:
+        first = sum(counts[:rank])
+        return cls(counts, range(first, first + counts[rank]))
+
+    @property
+    def total(self) -> int:
+        return sum(self.counts)
+
+    @property
+    def max_count(self) -> int:
+        return max(self.counts)
+
+    def numbers(self, device: torch.device) -> Tensor:
+        return torch.arange(self.local.start, self.local.stop, device=device)
+
+    def with_ids(self, what: str, ids: Tensor, group: dist.ProcessGroup) -> SideShards:
+        all_ids = all_gathered(what, padded_to(self.max_count, ids, -1), group)
+        return replace(self, ids=ids, all_ids=all_ids)
+
+
+@dataclass(frozen=True, eq=False)
+class Sharding:
+    """The ranks of a group, and what each holds of the global batch."""
+
+    group: dist.ProcessGroup
+    rank: int
+    row: SideShards
+    col: SideShards
+    transport_name: str
+    chunk_size: int | None
+
+    @property
+    def size(self) -> int:
+        return len(self.row.counts)
+
+    def side(self, name: str) -> SideShards:
+        """The side of that name, 'row' or 'col'."""
+        return self.row if name == "row" else self.col
+
+    def with_ids(self, row_ids: Tensor, col_ids: Tensor) -> Sharding:
+        """The same rows with other ids. Ids that are one tensor are gathered once."""
+        row = self.row.with_ids("query ids", row_ids, self.group)
+        if col_ids is row_ids:
+            col = replace(self.col, ids=col_ids, all_ids=row.all_ids)
+        else:
+            col = self.col.with_ids("key ids", col_ids, self.group)
+        return replace(self, row=row, col=col)
+
+    def swapped(self) -> Sharding:
+        """The keys as queries and the queries as keys."""
+        return replace(self, row=self.col, col=self.row)
+
+    def transport(self) -> Transport:
+        chunk_size = self.chunk_size or default_chunk_size(self.size)
+        kind = TRANSPORTS[self.transport_name]
+        return kind(self.group, self.col.max_count, chunk_size)
+
+    def blocks(self, problem: Problem, chunk: Chunk) -> Iterator[tuple[slice, Problem]]:
+        """The problem of this rank's rows with a chunk's keys, with the range of those keys.
+        problem.col_bias: that of all ranks' keys, (ranks, max_count).
+
+        One; under `exclude_self` up to three: self pairs are with this rank's own keys alone.
+        """
+        owners, part, keys = chunk
+        ids = flat(self.col.all_ids[owners, part])
+        bias = None if problem.col_bias is None else flat(problem.col_bias[owners, part])
+        local = tuple((self.rank - owners.start + i) * chunk.step for i in (0, 1))
+        with_local = problem.exclude_self and self.rank in range(owners.start, owners.stop)
+        bounds = (0, *local, len(keys)) if with_local else (0, len(keys))
+        for low, high in pairwise(bounds):
+            if low == high:
+                continue
+            is_local = with_local and (low, high) == local
+            yield (
+                slice(low, high),
+                problem._replace(
+                    b=keys[low:high],
+                    col_bias=None if bias is None else bias[low:high],
+                    col_ids=ids[low:high],
+                    exclude_self=is_local,
+                    diagonal=-part.start if is_local else 0,
+                ),
+            )
