@@ -34,7 +34,7 @@ import torch  # noqa: F401
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGE = ROOT / "docs" / "faults.md"
-LIMIT = 300  # seconds; a test that waits for ever is one that fails
+LIMIT = 200  # seconds; a test that waits for ever is one that fails
 INTERPRETED = "TRITON "  # before tests that Triton's interpreter is to run
 
 

@@ -299,23 +299,6 @@ def test_half_the_tiles_of_a_symmetric_problem(launched, monkeypatch):
     assert visits[True][1] <= 0.67 * visits[False][1]
 
 
-def test_memory_of_the_column_statistics():
-    """O((N + M)·√processors): far below one slot per program."""
-    tile = triton_tiles.Tile(128, 128, 64, 8, 3)
-    for n, m in ((65536, 65536), (1 << 20, 1 << 20), (65536, 262144), (1000, 1 << 20)):
-        for triangle in {False, n == m}:
-            split = gpu.split(n, m, tile.m, tile.n, 132, triangle)
-            assert split.row_tiles * split.row_groups * tile.m >= n
-            assert split.col_tiles * split.col_groups * tile.n >= m
-            if n >= 65536:
-                assert max(split.row_groups, split.col_groups) <= 3 * 132**0.5
-                work = (
-                    split.row_tiles * split.col_tiles * -(-split.programs // 132) * tile.m * tile.n
-                )
-                ideal = n * m / 132 * (0.5 if triangle else 1)
-                assert work <= 1.12 * ideal, (n, m, split)
-
-
 def test_every_pair_of_groups_once():
     """The triangle's programs, by the same arithmetic as the kernel's, in fp32."""
     import numpy as np
