@@ -119,7 +119,7 @@ class Copy:
         if not self.build.exists():
             configure = [
                 *("cmake", "-S", str(self.tree), "-B", str(self.build), "-G", "Ninja"),
-                *("-DCMAKE_BUILD_TYPE=Release", "-DITO_CUDA=OFF"),
+                *("-DCMAKE_BUILD_TYPE=Release", "-DCMAKE_CXX_FLAGS_RELEASE=-O1", "-DITO_CUDA=OFF"),
                 f"-DCMAKE_LIBRARY_OUTPUT_DIRECTORY={self.tree / 'ito_kernels'}",
                 f"-DPython_EXECUTABLE={sys.executable}",
                 f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
