@@ -107,6 +107,17 @@ def test_bits(count, same, threads):
             assert all(torch.equal(x, y) for x, y in zip(first, again, strict=True))
 
 
+@pytest.mark.parametrize("same", [False, True])
+def test_gradients_of_several_threads(same, threads):
+    """Whose parts are added up: of the scale, of both biases and of the keys."""
+    threads(3)
+    check_logsumexp(
+        "cpu",
+        Case(700, 700, 40, same=same, biases=True, ids="groups", positives="lse"),
+        torch.float32,
+    )
+
+
 def test_threads_may_change_between_forward_and_backward(threads):
     """A cache that was written with other tiles is not read."""
     problem = clip(700, 40)

@@ -1,5 +1,5 @@
 """The drop-ins that need no package but torch: `ClipLoss` and `SigLipLoss` as open_clip's training
-code and its subclasses use them, and lightly's `NTXentLoss`. test_losses_integrations.py compares
+code and its subclasses use them, and lightly's `NTXentLoss`. test_integrations.py compares
 with the packages themselves."""
 
 import inspect
@@ -230,6 +230,14 @@ def test_temperatures_that_lightly_is_not_given(temperature, message):
 def test_sizes_that_lightly_is_not_given(size):
     with pytest.raises(ValueError, match=r"memory_bank_size must be 0 or \(rows, D\)"):
         lightly.NTXentLoss(memory_bank_size=size)
+
+
+def test_a_memory_bank_as_lightly_s_starts_over_where_it_ends():
+    loss = lightly.NTXentLoss(0.5, (5, 4))
+    first, second, third = (unit(3, 4, seed=i, dtype=torch.float32) for i in range(3))
+    for keys in (first, second, third):
+        loss(torch.randn(3, 4, requires_grad=True), keys)
+    torch.testing.assert_close(loss.bank, torch.cat([third, second[:2]]))
 
 
 @pytest.mark.parametrize("size", [0, (0,), (0, 5), (7, 5)])

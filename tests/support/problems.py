@@ -87,6 +87,7 @@ OPTIONS = [
     Case(65, 130, 24, scale=0.01, positives="linear"),
     Case(65, 130, 24, scale=200.0, positives="linear"),
     Case(65, 130, 24, scale=200.0, ids="groups", positives="lse"),
+    Case(130, 130, 24, same=True, biases=True, ids="groups", positives="lse"),  # not symmetric
     Case(300, 300, 512, scale=100.0, ids="groups", positives="linear", exclude_self=True),
 ]
 LIMITS = [
