@@ -21,6 +21,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import traceback
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -79,17 +80,23 @@ class Copy:
         sys.stdout.flush()
         child = os.fork()
         if child == 0:
-            os.setsid()
-            os.chdir(self.tree)
-            sys.path[0] = str(self.tree)
-            path = filter(None, [sys.path[0], os.environ.get("PYTHONPATH")])
-            os.environ |= {"PYTHONPATH": os.pathsep.join(path)} | environment
-            file = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-            os.dup2(file, 1)
-            os.dup2(file, 2)
-            code = call()
-            sys.stdout.flush()
-            os._exit(code)
+            code = 70
+            try:
+                os.setsid()
+                file = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+                os.dup2(file, 1)
+                os.dup2(file, 2)
+                os.chdir(self.tree)
+                sys.path[0] = str(self.tree)
+                path = filter(None, [sys.path[0], os.environ.get("PYTHONPATH")])
+                os.environ |= {"PYTHONPATH": os.pathsep.join(path)} | environment
+                code = call()
+            except BaseException:
+                traceback.print_exc()
+            finally:  # whatever happens: the parent's work is not the child's
+                sys.stdout.flush()
+                sys.stderr.flush()
+                os._exit(code)
         end = time.monotonic() + LIMIT
         while not (done := os.waitpid(child, os.WNOHANG))[0] and time.monotonic() < end:
             time.sleep(0.1)
