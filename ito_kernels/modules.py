@@ -68,9 +68,9 @@ class ClipLoss(nn.Module):
     attributes.
 
     With `world_size` > 1 the batch is that of all ranks of the default group, and gradients are
-    always the exact gradients of the global loss. `forward` forms no logits. `local_loss`,
-    `cache_labels` and `rank` affect only `get_logits` and `get_ground_truth`, which subclasses may
-    call. `gather_with_grad` has no effect.
+    those of one process on that batch, after averaging over ranks. `forward` forms no logits.
+    `local_loss`, `cache_labels` and `rank` affect only `get_logits` and `get_ground_truth`, which
+    subclasses may call. `gather_with_grad` has no effect.
 
     `logit_bias` is one number for all scores. It does not change a softmax and gets a gradient of
     0, so that DistributedDataParallel finds no unused parameter.

@@ -66,12 +66,11 @@ class Backend:
         with_stats: bool,
         upstream: Upstream,
         needs: Needs,
-        cache: Tensor | None = None,
     ) -> tuple[Tensor, Stats, Grads]:
         """The weighted sum, the statistics if wanted and the gradients, for an upstream gradient
         that is known before."""
-        stats = self.logsumexp_forward(problem, cache)
-        grads = self.logsumexp_backward(problem, stats, upstream, needs, cache)
+        stats = self.logsumexp_forward(problem)
+        grads = self.logsumexp_backward(problem, stats, upstream, needs)
         return weighted_sum(stats, upstream), stats if with_stats else Stats(), grads
 
     def softplus_forward(self, problem: Problem) -> Tensor:

@@ -9,8 +9,6 @@ Environment: ITO_CPU_ISA forces an instruction set, one of `instruction_sets()`.
 
 from __future__ import annotations
 
-import os
-
 import torch
 from torch import Tensor
 
@@ -60,7 +58,7 @@ class Cpu(Backend):
         return f"ito_kernels runs without its CPU kernels, several times slower: {MISSING}"
 
     def describe(self, problem: Problem) -> str:
-        return _native.cpu_describe(_fields(problem), _isa(), torch.get_num_threads())
+        return _native.cpu_describe(_fields(problem), torch.get_num_threads())
 
     def cache_bytes(self, problem: Problem) -> int:
         """For scores that forward keeps for backward: 4 bytes each, up to the budget."""
@@ -72,9 +70,7 @@ class Cpu(Backend):
     def logsumexp_forward(self, problem: Problem, cache: Tensor | None = None) -> Stats:
         """With a `cache` of any size, keeps there as many scores as fit."""
         stats = problem.new_stats()
-        _native.cpu_forward(
-            _fields(problem), stats, _memory(cache), _isa(), torch.get_num_threads()
-        )
+        _native.cpu_forward(_fields(problem), stats, _memory(cache), torch.get_num_threads())
         return stats
 
     def logsumexp_backward(
@@ -93,7 +89,6 @@ class Cpu(Backend):
             (_fp32(*upstream.row), _fp32(*upstream.col)),
             grads,
             _memory(cache),
-            _isa(),
             torch.get_num_threads(),
         )
         return grads
@@ -104,10 +99,9 @@ class Cpu(Backend):
         with_stats: bool,
         upstream: Upstream,
         needs: Needs,
-        cache: Tensor | None = None,
     ) -> tuple[Tensor, Stats, Grads]:
         """In one call, and for rows only (but of a self-similarity) in one pass: a panel's scores
-        are computed once if they fit into `cache`, 3 matrix products instead of 4."""
+        are computed once if they fit into `cache_bytes`, 3 matrix products instead of 4."""
         total, grads = problem.scale.new_empty(()), _new_grads(problem, needs)
         stats = problem.new_stats() if with_stats else Stats()
         _native.cpu_both(
@@ -116,8 +110,7 @@ class Cpu(Backend):
             (_fp32(*upstream.row), _fp32(*upstream.col)),
             grads,
             (total,),
-            _memory(cache),
-            _isa(),
+            self.cache_bytes(problem),
             torch.get_num_threads(),
         )
         return total, stats, grads
@@ -143,9 +136,7 @@ def instruction_sets() -> list[str]:
 
 def _softplus(problem: Problem, loss: Tensor | None, u: Tensor | None, needs: Needs) -> Grads:
     grads = _new_grads(problem, needs)
-    _native.cpu_softplus(
-        _fields(problem), (loss,), _fp32(u), grads, _isa(), torch.get_num_threads()
-    )
+    _native.cpu_softplus(_fields(problem), (loss,), _fp32(u), grads, torch.get_num_threads())
     return grads
 
 
@@ -193,11 +184,7 @@ def _new_grads(problem: Problem, needs: Needs) -> Grads:
     return Grads(
         problem.a.new_empty(n, d) if needs.a else None,
         problem.a.new_empty(m, d) if needs.b else None,
-        like.new_empty(n) if needs.scale else None,
+        like.new_empty(like.shape) if needs.scale else None,
         like.new_empty(n) if needs.row_bias else None,
         like.new_empty(m) if needs.col_bias else None,
     )
-
-
-def _isa() -> str:
-    return os.environ.get("ITO_CPU_ISA", "")

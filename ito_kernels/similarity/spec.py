@@ -11,7 +11,7 @@ Pairs (i, j) fall into three kinds:
 - *positive*: equal ids; without ids, j = i + diagonal.
 - *negative*: the rest.
 
-All validation of the primitive's arguments, and all of its error texts, are in this file.
+The checks of the primitive's tensors and numbers, and their error texts, are in this file.
 """
 
 from __future__ import annotations
@@ -88,6 +88,10 @@ class Problem(NamedTuple):
             self.cols,
             self.hardest,
         )
+
+    def scale_grad(self, rows: Tensor | None) -> Tensor | None:
+        """The gradient of the scale, from every row's part of it."""
+        return rows if rows is None or self.scale.ndim else rows.sum()
 
     def new_stats(self) -> Stats:
         """Memory for the statistics that are asked for."""
@@ -173,7 +177,7 @@ class Grads(NamedTuple):
     """The gradients, None where not wanted.
 
     a, b: in the dtype of the features; `a` holds both sides' where b is None.
-    scale: (N,), per row also for a 0-d scale. scale and the biases: accumulate dtype.
+    scale: in the shape of the scale. scale and the biases: accumulate dtype.
     """
 
     a: Tensor | None = None

@@ -6,8 +6,9 @@ a bounded workspace, panel by panel, and the vendor's matrix product computes WÂ
 accumulation: 4 matrix products in all. For a symmetric S half of the tiles are computed: 2 matrix
 products in all.
 
-Nothing synchronises with the device, and there are no atomics: the same inputs give the same bits,
-and calls can be captured in a CUDA graph.
+No atomics are used and sums have a fixed order, so on one device the same inputs should give the
+same bits. Nothing synchronises with the device, so that calls can be captured in a CUDA graph. Both
+are by design: no GPU has run this yet.
 
 With ITO_TRITON_AUTOTUNE=1 in the environment, the first call for a kernel, dtype and size (rounded
 up to powers of two) times a few tiles similar to the table's and keeps the fastest. That call
