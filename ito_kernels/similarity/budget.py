@@ -1,4 +1,4 @@
-"""Memory budgets that are set by environment variables."""
+"""Memory budgets from environment variables."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ import os
 
 
 def byte_budget(variable: str, default: int) -> int:
-    """The value of an environment variable in bytes, `default` if it is not set.
+    """The number of bytes in an environment variable, `default` where it is not set.
 
-    Raises ValueError unless it is a whole number of 0 or more.
+    Raises ValueError for what is no whole number, and for a negative one.
     """
     text = os.environ.get(variable, default)
     try:

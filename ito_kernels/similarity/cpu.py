@@ -1,8 +1,9 @@
 """Native kernels for CPU tensors: fp32, bf16 and fp16 features, accumulated in fp32.
 
-Tiles of S stay in the processor's cache and are reduced there; backward computes them again, or
-reads those that forward kept (`ITO_TILE_CACHE_BYTES`, 64 MiB by default). Threads are PyTorch's
-own: as many as `torch.get_num_threads()`. The same number of threads gives the same bits.
+Tiles of S are reduced while they are in the processor's cache. The backward pass computes them
+again, or reads those that the forward pass kept: up to ITO_TILE_CACHE_BYTES, 64 MiB by default. The
+kernels run on PyTorch's OpenMP threads, `torch.get_num_threads()` of them. With the same number of
+threads the results are the same bit for bit.
 
 Environment: ITO_CPU_ISA forces an instruction set, one of `instruction_sets()`.
 """
@@ -17,7 +18,7 @@ from .budget import byte_budget
 from .native import MISSING, _native
 from .spec import Grads, Needs, Problem, SideStats, Stats, Upstream
 
-# in the order of problem.hpp's enumerations
+# in the order of the enumerations in problem.hpp and base.hpp
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 POSITIVES = (None, "linear", "lse")
 
@@ -61,14 +62,14 @@ class Cpu(Backend):
         return _native.cpu_describe(_fields(problem), torch.get_num_threads())
 
     def cache_bytes(self, problem: Problem) -> int:
-        """For scores that forward keeps for backward: 4 bytes each, up to the budget."""
+        """Memory to keep scores for backward, 4 bytes each, up to ITO_TILE_CACHE_BYTES."""
         budget = byte_budget("ITO_TILE_CACHE_BYTES", TILE_CACHE_BYTES)
-        # tiles are whole panels, a little larger than what they cover
+        # tiles are rounded up to whole panels
         n, m = problem.a.shape[0], problem.m
         return min(budget, 4 * (n + n // 4 + 64) * (m + m // 4 + 64))
 
     def logsumexp_forward(self, problem: Problem, cache: Tensor | None = None) -> Stats:
-        """With a `cache` of any size, keeps there as many scores as fit."""
+        """Keeps as many scores in `cache` as fit."""
         stats = problem.new_stats()
         _native.cpu_forward(_fields(problem), stats, _memory(cache), torch.get_num_threads())
         return stats
@@ -100,8 +101,9 @@ class Cpu(Backend):
         upstream: Upstream,
         needs: Needs,
     ) -> tuple[Tensor, Stats, Grads]:
-        """In one call, and for rows only (but of a self-similarity) in one pass: a panel's scores
-        are computed once if they fit into `cache_bytes`, 3 matrix products instead of 4."""
+        """One native call. Without column statistics (and if a and b differ) it is one pass over
+        the tiles: scores that fit into the cache are computed once, which makes 3 matrix products
+        instead of 4."""
         total, grads = problem.scale.new_empty(()), _new_grads(problem, needs)
         stats = problem.new_stats() if with_stats else Stats()
         _native.cpu_both(
@@ -124,13 +126,12 @@ class Cpu(Backend):
         return _softplus(problem, None, u, needs)
 
     def softplus_both(self, problem: Problem, u: Tensor, needs: Needs) -> tuple[Tensor, Grads]:
-        """3 matrix products."""
         loss = problem.scale.new_empty(problem.n)
         return loss, _softplus(problem, loss, u, needs)
 
 
 def instruction_sets() -> list[str]:
-    """The instruction sets that the kernels were built for and this processor has, best first."""
+    """The instruction sets that can run here, best first."""
     return [] if _native is None else _native.cpu_instruction_sets()
 
 
@@ -141,7 +142,7 @@ def _softplus(problem: Problem, loss: Tensor | None, u: Tensor | None, needs: Ne
 
 
 def _fields(p: Problem) -> tuple[Tensor | int | None, ...]:
-    """What bind.cpp reads, in its order: rows with adjacent elements, dense vectors."""
+    """The problem as the tuple that bind.cpp reads, with adjacent elements in rows and vectors."""
     a = _rows(p.a)
     b = a if p.b is None else _rows(p.b)
     return (
