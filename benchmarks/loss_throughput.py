@@ -1,4 +1,4 @@
-"""Speed, memory and error of every contrastive loss, by everyone who can compute it here.
+"""Speed, memory and error of the contrastive losses, for each backend and package installed here.
 
     python benchmarks/loss_throughput.py            N = 4096 and 8192, fp32 and bf16
     python benchmarks/loss_throughput.py --device cuda    N = 8192 and 32768

@@ -1,7 +1,7 @@
-"""`python -m ito.evaluate RUN`: what a run's model knows about held-out pictures, or any others.
+"""`python -m ito.evaluate RUN`: evaluate a run's model on its held-out images or on other data.
 
-Retrieval, zero-shot with prompt ensembles, linear probe and k nearest neighbours, the modality gap,
-uniformity and alignment, and how evenly languages find the same things.
+Retrieval, zero-shot classification with prompt ensembles, linear probe and k nearest neighbours,
+the modality gap, uniformity and alignment, and the difference of ranks between languages.
 """
 
 import argparse
@@ -21,25 +21,29 @@ from ito.source import choose_data, open_dataset
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m ito.evaluate", description=__doc__)
-    parser.add_argument("run", type=Path, help="a run folder")
+    parser.add_argument("run", type=Path, help="run folder")
     parser.add_argument(
-        "--data", metavar="PATH", help="score every picture of this data set, not the held-out ones"
+        "--data", metavar="PATH", help="evaluate on all images of this data set instead"
     )
-    parser.add_argument("--split", action="append", help=f"score this one ({ALL}: every picture)")
+    parser.add_argument(
+        "--split", action="append", help=f"split to evaluate; may be repeated; {ALL}: all images"
+    )
     parser.add_argument(
         "--prompts",
         nargs="+",
         default=PROMPTS,
         metavar="TEXT",
-        help="of the ensembles; {} is filled",
+        help="prompts of the zero-shot ensembles; {} stands for the class name",
     )
-    parser.add_argument("--cache", type=Path, help="where prepared data lives (~/.cache/ito)")
+    parser.add_argument(
+        "--cache", type=Path, help="folder of prepared data (default: ~/.cache/ito)"
+    )
     parser.add_argument("--json", type=Path, help="also write the scores to this file")
     parser.add_argument(
         "--clip-benchmark",
         type=Path,
         metavar="FOLDER",
-        help="also write a file per split and task, as clip_benchmark does",
+        help="also write one file per split and task, in clip_benchmark's format",
     )
     add_options(parser, only="data")
     with user_errors():

@@ -1,7 +1,7 @@
 """The processes of `torchrun` that train one model together, and what they tell each other.
 
 Every rank holds the whole data and the whole model, and takes its slice of each batch. Gradients
-are averaged by one all-reduce: what `ito_kernels` calls the global batch is exact under that.
+are averaged by one all-reduce, as the global batch of `ito_kernels` needs it.
 """
 
 import os

@@ -1,4 +1,4 @@
-"""Gradient caching: the exact gradient of a large batch in the memory of a small one.
+"""Gradient caching: the gradient of a large batch in the memory of a small one.
 
 A contrastive loss needs the features of the whole batch at once, but not the activations of the
 encoders. So: encode micro-batches without activations, differentiate the loss by the features,

@@ -64,9 +64,9 @@ class ClipLoss(nn.Module):
     """`clip_loss` in place of open_clip's `ClipLoss`: same constructor, call and attributes.
 
     With `world_size` > 1 the batch is that of all ranks of the default group, and gradients are
-    always the exact global ones. `local_loss`, `cache_labels` and `rank` are for subclasses, which
-    may call `get_logits` and `get_ground_truth`; `forward` does not, it forms no logits.
-    `gather_with_grad` changes nothing.
+    those of one process on that batch, after averaging. `local_loss`, `cache_labels` and `rank`
+    are for subclasses, which may call `get_logits` and `get_ground_truth`; `forward` does not, it
+    forms no logits. `gather_with_grad` changes nothing.
 
     `logit_bias` is one number for all scores: it does not change a softmax, and gets a gradient of
     0, which DistributedDataParallel waits for.

@@ -1,12 +1,14 @@
 """The GPU kernels' machine code, without a GPU: resources, instructions, bank conflicts, times.
 
     python benchmarks/predict/gpu_static.py [--only cuda] [--arch sm_90] [--out FILE]
-                                            [--docs FOLDER]
+                                            [--page docs/gpu-static.md]
 
-Compiles every Triton kernel for sm_80, sm_90, sm_100 and gfx942 (gpu_static_triton.py) and every
-CUDA kernel for what wheels are built for (gpu_static_cuda.py), and fails on a spill, where matrix
-instructions are missing, or on a bank conflict. The times are predictions from instruction counts
-and published rates (gpu_static_code.py): nothing here has run on a GPU.
+Compiles variants of the Triton kernels for sm_80, sm_90, sm_100 and gfx942 (gpu_static_triton.py:
+the plain CLIP and SigLIP losses and some with many options) and the CUDA kernels for what wheels
+are built for (gpu_static_cuda.py), and fails on a spill, where matrix instructions are missing, or
+on a bank conflict. Other variants of the Triton kernels do spill (docs/gpu-static.md). The times
+are predictions from instruction counts and published rates (gpu_static_code.py): nothing here has
+run on a GPU.
 """
 
 from __future__ import annotations
@@ -103,13 +105,14 @@ def prediction_table(predictions: list[dict]) -> list[str]:
     return lines
 
 
-def write_generated(file: Path, *parts: list[str] | str) -> None:
+def write_page(page: Path, versions: dict[str, str], table: list[str]) -> None:
     """Replaces what stands between the marks of a Markdown file."""
     start, end = "<!-- generated -->", "<!-- end -->"
-    before, rest = file.read_text().split(start)
+    before, rest = page.read_text().split(start)
     after = rest.split(end)[1]
-    text = "\n\n".join(x if isinstance(x, str) else "\n".join(x) for x in parts)
-    file.write_text(f"{before}{start}\n{text}\n{end}{after}")
+    compilers = "; ".join(f"{name}: {version}" for name, version in versions.items())
+    lines = [start, f"Compiled with {compilers}.", "", *table, end]
+    page.write_text(before + "\n".join(lines) + after)
 
 
 def main() -> None:
@@ -118,11 +121,11 @@ def main() -> None:
     parser.add_argument("--only", choices=("triton", "cuda"), action="append")
     parser.add_argument("--arch", choices=archs, action="append")
     parser.add_argument("--jobs", type=int, default=len(os.sched_getaffinity(0)))
-    parser.add_argument("--out", type=Path, help="JSON")
-    parser.add_argument("--docs", type=Path, help="the folder of gpu-static.md and cuda.md")
+    parser.add_argument("--out", type=Path, help="JSON file with all that was read and predicted")
+    parser.add_argument("--page", type=Path, help="Markdown file whose prediction table to replace")
     options = parser.parse_args()
-    if options.docs and (options.only or options.arch):
-        parser.error("--docs needs all kernels and architectures")
+    if options.page and (options.only or options.arch):
+        parser.error("--page needs all kernels and architectures")
     options.only, options.arch = options.only or ["triton", "cuda"], options.arch or [*archs]
     if "cuda" in options.only:
         if not shutil.which("nvcc"):
@@ -146,30 +149,10 @@ def main() -> None:
     )
     if options.out:
         options.out.write_text(json.dumps(result, indent=1) + "\n")
-    if options.docs:
-        write_docs(options.docs, result)
+    if options.page:
+        write_page(options.page, result["versions"], prediction_table(result["predictions"]))
     if wrong:
         sys.exit("\n".join(["failed:", *wrong]))
-
-
-def write_docs(folder: Path, result: dict) -> None:
-    machine_code = "### Machine code"
-    write_generated(
-        folder / "gpu-static.md",
-        "; ".join(f"{name}: {version}" for name, version in result["versions"].items()),
-        machine_code,
-        triton.table(result["kernels"]["triton"]),
-        "### Prediction",
-        prediction_table(result["predictions"]),
-    )
-    write_generated(
-        folder / "cuda.md",
-        result["versions"]["cuda"],
-        machine_code,
-        cuda.table(result["kernels"]["cuda"]),
-        "### Bank conflicts",
-        cuda.bank_table(result["banks"]),
-    )
 
 
 if __name__ == "__main__":

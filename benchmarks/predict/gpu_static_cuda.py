@@ -9,14 +9,13 @@ from collections import Counter
 from pathlib import Path
 
 import torch
-from gpu_static_code import family, functions, loops, programs, run_tool
+from gpu_static_code import family, functions, loops, run_tool
 
 import ito_kernels
 from ito_kernels.similarity import cuda
 
 CSRC = Path(__file__).parents[2] / "csrc"
 ARCHS = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120")
-SHOWN = ("sm_80", "sm_90")  # in the docs; the others are in the JSON
 SOURCES = ("forward.cu", "panel.cu", "gradient.cu")
 # {loss: (part, kernel, bytes written for a score)}
 PARTS = {
@@ -120,43 +119,6 @@ def bank_use() -> list[dict]:
                        | {"instruction": instruction, "count": instructions, "passes": passes}
                       )  # fmt: skip
     return out
-
-
-def table(rows: list[dict]) -> list[str]:
-    """Markdown."""
-    lines = [
-        "| target | kernel | arithmetic | tile | warps | regs | spills | shared KiB | blocks/SM"
-        " | matrix/step | other/step | special/tile | other/tile |",
-        "|---|---|---|---|---|---|---|---|---|---|---|---|---|",
-    ]
-    for r in rows:
-        if r["arch"] not in SHOWN:
-            continue
-        m, n, k, warps, _ = r["tile"]
-        step = Counter(r.get("per_step", {}))
-        per_tile = "| – | –"
-        if "gradient" not in r["kernel"]:  # there a step is a tile
-            tile = Counter(r["per_tile"])
-            per_tile = f"| {tile['special']} | {sum(tile.values()) - tile['special']}"
-        lines.append(
-            f"| {r['arch']} | {r['kernel']} | {r['arithmetic']} | {m}×{n}×{k} | {warps}"
-            f" | {r['registers']} | {r['spills']} | {r['shared'] / 1024:.0f} | {programs(r)}"
-            f" | {step['HMMA']} | {sum(step.values()) - step['HMMA']} {per_tile} |"
-        )
-    return lines
-
-
-def bank_table(banks: list[dict]) -> list[str]:
-    """Markdown."""
-    return [
-        "| dtype | D | place | instruction | executed | passes | fewest possible |",
-        "|---|---|---|---|---|---|---|",
-        *(
-            f"| {b['dtype']} | {b['d']} | {b['place']} | {b['instruction']} | {b['count']:,}"
-            f" | {b['passes']:,} | {b['least']:,} |"
-            for b in banks
-        ),
-    ]
 
 
 def versions() -> str:

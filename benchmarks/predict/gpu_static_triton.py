@@ -1,5 +1,5 @@
-"""The Triton kernels for `gpu_static.py`: every kernel × arithmetic of the tile table, compiled for
-sm_80, sm_90, sm_100 and gfx942."""
+"""The Triton kernels for `gpu_static.py`: each kernel and arithmetic of the tile table, in a few
+variants, compiled for sm_80, sm_90, sm_100 and gfx942."""
 
 import os
 import re
@@ -11,7 +11,7 @@ if os.environ.get("TRITON_INTERPRET"):
     sys.exit("unset TRITON_INTERPRET: interpreted kernels cannot be compiled")
 
 import triton
-from gpu_static_code import MATRIX, family, functions, loops, programs, run_tool
+from gpu_static_code import MATRIX, family, functions, loops, run_tool
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
@@ -197,28 +197,6 @@ def count(code: list, labels: dict) -> dict:
         out["per_step"] = dict(per_step)
         out["per_tile"] = dict(per_tile - Counter(family(code[at][0]) for at in rare))
     return out
-
-
-def table(rows: list[dict]) -> list[str]:
-    """Markdown."""
-    lines = [
-        "| target | arithmetic | kernel | tile | warps | regs | spills | shared KiB | programs/SM"
-        " | matrix | special/tile | other/tile |",
-        "|---|---|---|---|---|---|---|---|---|---|---|---|",
-    ]
-    for r in rows:
-        m, n, k, warps, _ = r["tile"]
-        counts = "| – | –"
-        if r["kernel"] in ("forward clip", "panel clip", "panel siglip"):
-            tile = Counter(r["per_tile"])
-            counts = f"| {tile['special']} | {sum(tile.values()) - tile['special']}"
-        fit = f"{programs(r)}" + (" waves/SIMD" if r["arch"].startswith("gfx") else "")
-        lines.append(
-            f"| {r['arch']} | {r['arithmetic']} | {r['kernel']} | {m}×{n}×{k} | {warps}"
-            f" | {r['registers']} | {r['spills']} | {r['shared'] / 1024:.0f} | {fit}"
-            f" | {r['matrix_instructions']} {counts} |"
-        )
-    return lines
 
 
 def versions() -> str:

@@ -1,6 +1,7 @@
 // Gradients of the logsumexp, and softplus with its gradients: from each tile W = ∂L/∂S, then the
 // products of W with the features.
 #include <algorithm>
+#include <numeric>
 #include <thread>
 
 #include "cpu/call.hpp"
@@ -108,13 +109,13 @@ void Call::in_turn(int64_t col_block, int turn, Work work) {
 
 void Call::start_row_gradients(int64_t row_block) {
   const int64_t first = plan_.rows.begin(row_block), n = plan_.rows.size(row_block);
-  if (grads_.scale) std::fill_n(grads_.scale + first, n, 0.0f);
+  if (scale_rows_) std::fill_n(scale_rows_ + first, n, 0.0f);
   if (grads_.row_bias) std::fill_n(grads_.row_bias + first, n, 0.0f);
 }
 
 GradientSums Call::gradient_sums(const Workspace& ws, const TileIndex& at) const {
   const int64_t i = plan_.rows.begin(at.row_block), j = plan_.cols.begin(at.col_block);
-  return {from(grads_.scale, i), from(grads_.row_bias, i), from(ws.col_bias, j)};
+  return {from(scale_rows_, i), from(grads_.row_bias, i), from(ws.col_bias, j)};
 }
 
 void Call::add_products(Workspace& ws, const Tile& t, const TileIndex& at) {
@@ -143,6 +144,12 @@ void Call::finish_row_gradients(const Workspace& ws, int64_t row_block) {
   else
     k_.store_rows(ws.da, stride, n, {grads_.a, p_.a.rows, p_.a.width, p_.a.width, p_.a.dtype},
                   first);
+}
+
+void Call::finish_scale_gradient() {
+  if (!grads_.scale || p_.scale_per_row) return;
+  *grads_.scale = static_cast<float>(
+      std::accumulate(scale_rows_, scale_rows_ + p_.a.rows, 0.0));
 }
 
 void Call::finish_col_gradients() {
@@ -218,6 +225,7 @@ void Call::backward(const Stats& stats, const Upstream& up, TileCache cache, boo
       finish_row_gradients(ws, b);
     }
   });
+  finish_scale_gradient();
   finish_col_gradients();
 }
 
@@ -240,7 +248,9 @@ void Call::softplus(float* loss, const float* u) {
       if (u) finish_row_gradients(ws, b);
     }
   });
-  if (u) finish_col_gradients();
+  if (!u) return;
+  finish_scale_gradient();
+  finish_col_gradients();
 }
 
 void logsumexp_backward(const Problem& p, const Stats& stats, const Upstream& up,
@@ -253,7 +263,7 @@ void logsumexp_backward(const Problem& p, const Stats& stats, const Upstream& up
 }
 
 void logsumexp_both(const Problem& p, Stats stats, const Upstream& up, const Grads& grads,
-                    float* total, TileCache cache, const Run& run) {
+                    float* total, int64_t cache_bytes, const Run& run) {
   Call::Wants wants;
   wants.keys = p.row_ids || p.exclude_self || p.exclude_positives || p.row_limit || p.hardest ||
                p.positives != Positives::kNone;
@@ -270,6 +280,7 @@ void logsumexp_both(const Problem& p, Stats stats, const Upstream& up, const Gra
     if (p.cols) stats.col = stats_in(cols, m, positives);
   }
   Call call(p, run, wants, grads);
+  const TileCache cache = call.new_cache(cache_bytes);
   if (!one_pass) call.forward(stats, cache);
   call.backward(stats, up, cache, one_pass);
   *total = static_cast<float>(

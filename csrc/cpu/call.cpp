@@ -61,6 +61,8 @@ Call::Call(const Problem& problem, const Run& run, Wants wants, const Grads& gra
       workspaces_(plan_.threads) {
   for (int64_t i = 0; i < p_.a.rows; ++i) scale_[i] = p_.scale[p_.scale_per_row ? i : 0];
   for (Workspace& ws : workspaces_) allocate(ws);
+  if (grads_.scale)
+    scale_rows_ = p_.scale_per_row ? grads_.scale : arena_.get<float>(p_.a.rows);
 }
 
 Call::~Call() {
@@ -119,11 +121,14 @@ void Call::pack_rows(Workspace& ws, int64_t row_block) const {
                static_cast<int>(plan_.rows.size(row_block)), ws.a);
 }
 
+TileCache Call::new_cache(int64_t bytes) { return {arena_.get<char>(bytes), bytes}; }
+
 Tile Call::tile(const Workspace& ws, const TileIndex& at) const {
   const int64_t i = plan_.rows.begin(at.row_block), j = plan_.cols.begin(at.col_block);
   Tile t;
   t.rows = static_cast<int>(plan_.rows.size(at.row_block));
   t.cols = static_cast<int>(round_up(plan_.cols.size(at.col_block), k_.col_panel));
+  t.real_cols = static_cast<int>(plan_.cols.size(at.col_block));
   t.width = static_cast<int>(p_.a.width);
   t.a = ws.a;
   t.b = b_scores_ + j * width_ * k_.element;

@@ -23,6 +23,7 @@ class Call {
   Call(const Problem&, const Run&, Wants, const Grads& = {});
   ~Call();
 
+  TileCache new_cache(int64_t bytes);  // that lives as long as the call
   void forward(const Stats&, TileCache);
   void backward(const Stats&, const Upstream&, TileCache, bool one_pass);
   void softplus(float* loss, const float* u);
@@ -87,6 +88,7 @@ class Call {
   void add_products(Workspace&, const Tile&, const TileIndex&);
   void finish_row_gradients(const Workspace&, int64_t row_block);
   void finish_col_gradients();
+  void finish_scale_gradient();
   template <class Work>
   void in_turn(int64_t col_block, int turn, Work work);
 
@@ -105,6 +107,7 @@ class Call {
   std::vector<Workspace> workspaces_;              // one for each thread
   char *b_scores_ = nullptr, *b_grad_ = nullptr;  // packed columns, for either kind of product
   float* acc_ = nullptr;                          // the columns' gradient
+  float* scale_rows_ = nullptr;                   // every row's part of the scale's gradient
   std::unique_ptr<const Turns> turns_;
   std::unique_ptr<std::atomic<int>[]> next_turn_;  // at each column block
   float* cache_ = nullptr;

@@ -17,7 +17,8 @@ constexpr int64_t kSlack = 64;
 // One tile of scores, `rows` × `cols`; the columns are rounded up to whole column panels. Per-row
 // and per-column arrays start at the tile.
 struct Tile {
-  int rows = 0, cols = 0, width = 0;
+  int rows = 0, cols = 0, width = 0;      // cols: whole panels
+  int real_cols = 0;                      // columns that exist
   const void *a = nullptr, *b = nullptr;  // packed rows, packed columns
   float* dots = nullptr;                  // inner products
   bool have_dots = false;                 // they are there already: the forward pass kept them

@@ -113,7 +113,7 @@ def render(svg: str, size: int) -> bytes:
 def rasterize(svg: str, size: int) -> bytes:
     from resvg_py import svg_to_bytes
 
-    # no system fonts: nothing in the sets is text, and the same bits come out everywhere
+    # without system fonts, which differ between machines: nothing in the sets is text
     return svg_to_bytes(svg_string=svg, width=size, height=size, skip_system_fonts=True)
 
 

@@ -126,7 +126,7 @@ class Logsumexp(torch.autograd.Function):
     @staticmethod
     def backward(ctx, *arrived):
         op.first_order_only()
-        arrived = op.arrived_gradients(arrived)
+        arrived = op.readable_gradients(arrived)
         shards, needs = ctx.shards, ctx.needs
         if all(x is None for x in arrived):
             return (None,) * (3 + len(Problem._fields))
@@ -201,7 +201,7 @@ class Softplus(torch.autograd.Function):
     @staticmethod
     def backward(ctx, arrived: Tensor):
         op.first_order_only()
-        (arrived,) = op.arrived_gradients([arrived])
+        (arrived,) = op.readable_gradients([arrived])
         if ctx.early:
             grads = (None if x is None else x * arrived for x in ctx.saved_tensors)
             return None, None, None, None, *grads, *NO_GRADIENTS
@@ -252,8 +252,6 @@ class _Gradients:
     def result(self) -> Grads:
         """Of this rank's inputs, in their dtypes, the keys' and their biases' summed over ranks."""
         a, _, scale, row_bias, _ = self.sums
-        if scale is not None and self.problem.scale.ndim == 0:
-            scale = scale.sum()
         b = None if self.keys is None else self.keys.result()[: self.problem.m]
         a, b = (None if x is None else x.to(self.problem.a.dtype) for x in (a, b))
         return Grads(a, b, scale, row_bias, self._bias_grads())

@@ -211,4 +211,4 @@ class _Gradients:
     def grads(self) -> Grads:
         dtype = self.problem.a.dtype
         a, b = (None if x is None else x.to(dtype) for x in (self.sums.a, self.sums.b))
-        return self.sums._replace(a=a, b=b)
+        return self.sums._replace(a=a, b=b, scale=self.problem.scale_grad(self.sums.scale))

@@ -6,7 +6,8 @@ precision a fused kernel keeps rows of the gradient in registers, once per side.
 by panel into a bounded workspace, and the vendor's matrix product does W·B and Wᵀ·A with fp32
 accumulation: 4 matrix products in all. Where S is symmetric, half of its tiles are computed.
 
-Nothing waits for the device and no atomics are used: the same inputs give the same bits.
+No atomics are used and sums have a fixed order, so the same inputs should give the same bits on a
+device; no GPU has run this yet. Nothing waits for the device.
 """
 
 from __future__ import annotations

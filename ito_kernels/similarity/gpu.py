@@ -13,7 +13,7 @@ from torch import Tensor
 
 from .spec import Grads, Needs, Problem, SideStats, SideUpstream, Stats, Upstream
 
-PANEL_BYTES = 256 << 20  # of one W panel: docs/gpu-static.md has the traffic at other sizes
+PANEL_BYTES = 256 << 20  # of one W panel: docs/gpu-static.md
 # fp16 W is multiplied up to this: 4 terms of it stay below 65,504, and a softmax entry of 1/N keeps
 # its 11 bits down to 1e-8
 FP16_TOP = 4096.0
@@ -292,7 +292,7 @@ def fused_gradients(
     if call.symmetric:
         out = run(call, False, Needs(a=needs.a, scale=needs.scale))
         scale = None if out.scale_sums is None else out.scale_sums * 0.5
-        return Grads(_rounded(out.grad, dtype, norm), None, scale)
+        return Grads(_rounded(out.grad, dtype, norm), None, call.problem.scale_grad(scale))
     together = needs.a and same  # both sides' gradients meet in one tensor
     row = run(call, False, Needs(a=needs.a, scale=needs.scale, row_bias=needs.row_bias))
     col = run(call.exchanged(), True, Needs(a=needs.b or together, row_bias=needs.col_bias))
@@ -302,7 +302,7 @@ def fused_gradients(
     return Grads(
         _rounded(grad_a, dtype, norm),
         _rounded(grad_b, dtype, norm),
-        row.scale_sums,
+        call.problem.scale_grad(row.scale_sums),
         row.row_sums,
         col.row_sums,
     )
@@ -376,8 +376,9 @@ def panel_gradients(
                 accumulate(grad_b[cols], weights.T, op.a[rows])
 
     dtype = p.a.dtype
+    grad_a = _rounded(grad_a, dtype, call.norm)
     grad_b = None if p.b is None else _rounded(grad_b, dtype, call.norm)
-    return Grads(_rounded(grad_a, dtype, call.norm), grad_b, scale, row_bias, col_bias)
+    return Grads(grad_a, grad_b, p.scale_grad(scale), row_bias, col_bias)
 
 
 def _rounded(x: Tensor | None, dtype: torch.dtype, norm: Tensor | None) -> Tensor | None:

@@ -6,7 +6,7 @@ from importlib.util import find_spec
 
 # What the structures of a call hold: csrc/bindings.cpp has the same number. An older module would
 # read them wrongly, as after an update of an editable install that was not built again.
-INTERFACE = 2
+INTERFACE = 3
 
 MISSING = ""  # why there is no native module
 try:

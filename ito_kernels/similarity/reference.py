@@ -118,7 +118,7 @@ def _gradients(problem: Problem, dot: Tensor, weights: Tensor, needs: Needs) -> 
     return Grads(
         grad_a,
         grad_b,
-        (weights * dot).sum(1) if needs.scale else None,
+        problem.scale_grad((weights * dot).sum(1) if needs.scale else None),
         weights.sum(1) if needs.row_bias else None,
         weights.sum(0) if needs.col_bias else None,
     )

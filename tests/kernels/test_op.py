@@ -56,17 +56,17 @@ def test_opcheck(same, weighted, early, stats):
     now = needs if weighted and early else Needs()
     ours = dispatch.load(backend)
     call = op.Logsumexp(problem, ours, stats, 0, weights, now)
-    torch.library.opcheck(OPS.logsumexp.default, call.arguments())
+    torch.library.opcheck(OPS.similarity_logsumexp.default, call.arguments())
     call = op.Softplus(problem, ours, weights.row.logsum, now)
-    torch.library.opcheck(OPS.softplus.default, call.arguments())
+    torch.library.opcheck(OPS.similarity_softplus.default, call.arguments())
     plain = Problem(*(x.detach() if isinstance(x, torch.Tensor) else x for x in problem))
     call = op.Logsumexp(plain, ours, True, 0, Upstream(), Needs())
-    _, stats, _, cache = call.read(OPS.logsumexp(*call.arguments()))
+    _, stats, _, cache = call.read(OPS.similarity_logsumexp(*call.arguments()))
     upstream = Upstream(*(SideUpstream(x.logsum.clone(), x.pos.clone()) for x in stats))
     call = op.LogsumexpBackward(plain, ours, stats, cache, upstream, needs)
-    torch.library.opcheck(OPS.logsumexp_backward.default, call.arguments())
+    torch.library.opcheck(OPS.similarity_logsumexp_backward.default, call.arguments())
     call = op.SoftplusBackward(plain, ours, stats.row_max, needs)
-    torch.library.opcheck(OPS.softplus_backward.default, call.arguments())
+    torch.library.opcheck(OPS.similarity_softplus_backward.default, call.arguments())
 
 
 @pytest.mark.parametrize("backend", ["reference", "chunked"])
@@ -264,7 +264,7 @@ def test_who_watches_sees_the_operators(backend):
         assert direct is dispatched is None or torch.equal(direct, dispatched)
     assert {
         f"ito_kernels::{name}{suffix}"
-        for name in ("logsumexp", "softplus")
+        for name in ("similarity_logsumexp", "similarity_softplus")
         for suffix in ("", "_backward")
     } <= names.seen
 

@@ -103,13 +103,15 @@ struct GemmFma {
       }
   }
 
-  // Column panel `panel`, in both layouts; rows of the matrix that do not exist become 0. In the
-  // layout for gradients panels are `grad_panel` apart; null if it is not wanted.
+  // Column panel `panel`, in both layouts. In that for scores rows of the matrix that do not exist
+  // become 0; in that for gradients they are not read, and stay as they are. There panels are
+  // `grad_panel` apart; null if it is not wanted.
   static void pack_cols(const Matrix& m, const uint8_t* skip, int64_t panel, float* scores,
                         float* grad, int64_t grad_panel) {
     alignas(64) float part[kColPanel * kChunk];
     static_assert(kChunk % kColPanel == 0, "a chunk is whole panels of d");
     const int64_t first = panel * kColPanel;
+    const int real = m.rows - first < kColPanel ? static_cast<int>(m.rows - first) : kColPanel;
     int64_t ld;
     scores += first * m.width;
     for (int d = 0; d < m.width; d += kChunk) {
@@ -120,7 +122,7 @@ struct GemmFma {
       for (int k = 0; grad && k < count; k += kColPanel) {
         float* to = grad + (d + k) / kColPanel * grad_panel + first * kColPanel;
         const int used = count - k < kColPanel ? count - k : kColPanel;
-        for (int j = 0; j < kColPanel; ++j, to += kColPanel) {
+        for (int j = 0; j < real; ++j, to += kColPanel) {
           const float* from = in + j * ld + k;
           if (used == kColPanel)
             for (int c = 0; c < C; ++c) V::store(to + c * V::kWidth, V::load(from + c * V::kWidth));

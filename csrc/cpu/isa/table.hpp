@@ -39,7 +39,8 @@ struct Table {
       if (p.u) G::convert(t.scores, rows(t), t.cols, static_cast<E*>(t.operand));
   }
   static void grad_rows(const Tile& t, const void* b, int64_t b_panel, float* da, bool add) {
-    G::grad_rows(operand(t), static_cast<const E*>(b), b_panel, da, rows(t), t.cols, width(t), add);
+    const int cols = G::kConverts ? t.cols : t.real_cols;  // bf16 is multiplied in pairs and more
+    G::grad_rows(operand(t), static_cast<const E*>(b), b_panel, da, rows(t), cols, width(t), add);
   }
   static void grad_cols(const Tile& t, const void* a, float* dbt, bool add) {
     G::grad_cols(operand(t), static_cast<const E*>(a), dbt, rows(t), t.cols, width(t), add);

@@ -5,8 +5,9 @@ keeps rows of the gradient in registers, once per side. For larger D, W goes pan
 bounded workspace, and the vendor's matrix product does W·B and Wᵀ·A with fp32 accumulation: 4
 matrix products in all. Where S is symmetric, half of its tiles are computed: 2 products in all.
 
-Nothing waits for the device and no atomics are used: the same inputs give the same bits, and calls
-can be captured in a CUDA graph.
+No atomics are used and sums have a fixed order, so on one device the same inputs should give the
+same bits. Nothing waits for the device, so that calls can be captured in a CUDA graph. Both are by
+design: no GPU has run this yet.
 
 Environment: ITO_TRITON_AUTOTUNE=1 times a few tiles around the table's and keeps the fastest, once
 for each kernel, dtype and size up to the next power of two. That first call waits for the device,

@@ -1,7 +1,8 @@
 """Tile shapes of the Triton kernels for each architecture, and the size of W panels.
 
-Chosen from machine code, not from timings: `benchmarks/predict/gpu_static.py` compiles every entry,
-fails on a spill and predicts the time; docs/gpu-static.md has its table.
+Chosen from machine code, not from timings: `benchmarks/predict/gpu_static.py` compiles entries
+in a few variants, fails if one of these spills, and predicts the time. docs/gpu-static.md names
+other variants that spill.
 """
 
 from __future__ import annotations
