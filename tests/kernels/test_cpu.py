@@ -310,6 +310,24 @@ def test_threads_are_those_of_pytorch():
     assert "3 of 3 threads (PyTorch's OpenMP team)" in "".join(explained)
 
 
+FEW_THREADS = """
+import torch
+import ito_kernels as ik
+x, y = (torch.randn(900, 64, requires_grad=True) for _ in range(2))
+for count in (1, 3):
+    torch.set_num_threads(count)
+    ik.clip_loss(x, y, 0.1).backward()
+    print(x.grad.norm().item())
+    x.grad = y.grad = None
+"""
+
+
+def test_openmp_may_give_fewer_threads_than_are_asked_for():
+    """As at its limit, and inside of another parallel region: all of the work is done."""
+    one, three = map(float, printed(FEW_THREADS, OMP_THREAD_LIMIT="1"))
+    assert three == pytest.approx(one, rel=1e-4)
+
+
 @pytest.mark.skipif(not shutil.which("c++"), reason="needs a C++ compiler")
 def test_own_threads_carry_exceptions(tmp_path):
     """Without PyTorch in the process the engine starts threads of its own."""

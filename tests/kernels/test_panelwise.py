@@ -170,7 +170,7 @@ import torch
 import ito_kernels as ik
 from support.memory import growth
 
-n, d = 4096, 32
+n, d = 6144, 32
 q, k = (torch.randn(n, d).requires_grad_() for _ in range(2))
 target, bias = torch.arange(n), torch.zeros(n, requires_grad=True)
 
@@ -189,9 +189,9 @@ print(growth(lambda: run(n)))
 
 @linux
 def test_memory_is_that_of_a_panel():
-    """4096 x 4096 scores are 64 MiB in fp32, and their gradient as much again."""
+    """6144 x 6144 scores are 144 MiB in fp32, and their gradient as much again."""
     (grown,) = printed(MEMORY)
-    assert float(grown) < 50
+    assert float(grown) < 110
 
 
 @pytest.mark.parametrize(("panel_bytes", "rows"), [(1, 1), (3 * 5 * 4, 3), (10**9, 7)])

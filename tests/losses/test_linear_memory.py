@@ -82,11 +82,11 @@ def grown(backend: str, n: int, names: list[str], **environment: str) -> dict[st
 @linux
 @pytest.mark.parametrize("backend", KERNELS)
 def test_peak_memory(backend):
-    """A fraction of one dense fp32 matrix, 100 MiB; without the tiles that the kernels keep. What
+    """A fraction of one dense fp32 matrix, 144 MiB; without the tiles that the kernels keep. What
     needs more than the primitive is the same on both backends."""
     names = LOSSES if backend == KERNELS[-1] else LOSSES[:4]
-    found = grown(backend, 5120, names, ITO_TILE_CACHE_BYTES="0")
-    assert max(found.values()) < 70, found
+    found = grown(backend, 6144, names, ITO_TILE_CACHE_BYTES="0")
+    assert max(found.values()) < 100, found
 
 
 @linux
