@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from ito.files import write_atomically
+from ito.files import require_file, write_atomically
 
 KEPT = 2  # one to continue from, and one before it
 
@@ -34,7 +34,12 @@ def save_checkpoint(folder: Path, step: int, state: dict) -> None:
     """`state` after `step` steps; the newest KEPT stay."""
     path = folder / f"step_{step:07d}.pt"
     with write_atomically(path) as temporary, temporary.open("wb") as file:
-        torch.save(state | {"step": step}, file)
+        try:
+            torch.save(state | {"step": step}, file)
+        except RuntimeError as error:  # torch's own; a full disk's OSError is its context
+            if isinstance(error.__context__, OSError):
+                raise error.__context__ from None
+            raise
     for old in list(checkpoints(folder, strict=False).values())[:-KEPT]:
         old.unlink()
 
@@ -51,6 +56,7 @@ def load_checkpoint(folder: Path) -> dict:
     *earlier, (step, path) = found.items()
     start = earlier[-1][1].name if earlier else "step 0"
     advice = f"remove it, and --resume continues from {start}"
+    require_file(path)
     try:
         with zipfile.ZipFile(path) as archive:
             part = archive.testzip()

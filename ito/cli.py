@@ -5,8 +5,11 @@ import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 from PIL import Image
+
+from ito.files import follow_links
 
 USER_ERRORS = (ValueError, OSError, ImportError)
 
@@ -35,6 +38,15 @@ def reason(error: Exception) -> str:
     if isinstance(error, OSError) and error.errno is not None:
         return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
     return str(error)
+
+
+def output_path(option: str, path: Path) -> Path:
+    """`path`, to be written. Raises OSError naming the option if its links form a loop."""
+    try:
+        follow_links(path)
+    except OSError as error:
+        raise OSError(f"{option} {reason(error)}") from error
+    return path
 
 
 def shown(text: str, limit: int = 300) -> str:

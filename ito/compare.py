@@ -14,9 +14,9 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-from ito.cli import user_errors
+from ito.cli import output_path, user_errors
 from ito.config import Config, add_options, from_options
-from ito.files import write_text
+from ito.files import read_text, write_text
 from ito.run import RunFolder, locked
 from ito.scoring.comparison import write_comparison
 
@@ -91,6 +91,7 @@ def main(arguments: list[str] | None = None) -> Path:
         options = parser.parse_args(arguments)
         if options.jobs < 1:
             raise ValueError(f"--jobs must be at least 1, got {options.jobs}")
+        output_path("--out", options.out)
         if not options.report_only:
             runs = plan(options)
             options.out.mkdir(parents=True, exist_ok=True)
@@ -160,7 +161,7 @@ def train(run: Run, out: Path, threads: int | None, environment: dict) -> str:
     call(
         [sys.executable, "-m", "ito.evaluate", str(folder), "--json", str(scores)], log, environment
     )
-    peak = json.loads(cost.read_text(encoding="utf-8"))["peak_bytes"]
+    peak = json.loads(read_text(cost))["peak_bytes"]
     return f"{run.name}: {run.config.steps} steps, {peak / 2**20:.0f} MiB at most"
 
 

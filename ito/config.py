@@ -9,7 +9,7 @@ from pathlib import Path
 
 from ito.data.augment import DRAWINGS, Augmentation
 from ito.data.pictures import MAX_PIXELS
-from ito.files import write_text
+from ito.files import read_text, write_text
 from ito.model.fusion import READOUTS
 from ito.model.pretrained import IMAGE, OURS, TEXT, image_size, split
 from ito.objectives import OBJECTIVES, OPTIONS, objective_class, own_parts
@@ -286,7 +286,7 @@ class Config:
     @classmethod
     def load(cls, path: Path) -> "Config":
         try:
-            values = json.loads(path.read_text(encoding="utf-8"))
+            values = json.loads(read_text(path))
             drawn = {
                 name: tuple(value) if isinstance(value, list) else value
                 for name, value in values.pop("augmentation").items()

@@ -1,8 +1,10 @@
 """The folder of a run: what it holds, who writes it, its log, what an error leaves of it."""
 
+import errno
 import hashlib
 import json
 import os
+import signal
 import socket
 import stat
 from collections.abc import Iterator
@@ -16,8 +18,15 @@ from ito.checkpoint import checkpoints
 from ito.cli import reason
 from ito.config import Config
 from ito.data.dataset import Dataset
-from ito.data.records import irregular
-from ito.files import naming, undamaged, write_atomically, write_text
+from ito.files import (
+    TEMPORARY,
+    naming,
+    read_text,
+    require_file,
+    undamaged,
+    write_atomically,
+    write_text,
+)
 from ito.ranks import RankLost
 
 try:
@@ -60,7 +69,7 @@ class RunFolder:
     def read_environment(self) -> dict:
         """What the numbers depend on beside the configuration, as the run began."""
         with undamaged(self.environment):
-            found = dict(json.loads(self.environment.read_text(encoding="utf-8")))
+            found = dict(json.loads(read_text(self.environment)))
             return found | ({"sha256": dict(found["sha256"])} if "sha256" in found else {})
 
     def log(self) -> "Log":
@@ -107,7 +116,17 @@ def open_lock(path: Path, _flags: int) -> int:
     """Opened to read and write, made if it is missing; a link is refused, a pipe not waited for."""
     options = ("O_CLOEXEC", "O_NOFOLLOW", "O_NONBLOCK", "O_BINARY")  # Windows has the last alone
     flags = sum(getattr(os, name, 0) for name in options)
-    return os.open(path, os.O_RDWR | os.O_CREAT | flags, 0o666)
+    try:
+        return os.open(path, os.O_RDWR | os.O_CREAT | flags, 0o666)
+    except OSError as error:
+        folder = os.path.dirname(path)
+        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS) and not writable(folder):
+            raise OSError(f"{folder} is not writable: {error.strerror}") from error
+        raise
+
+
+def writable(folder: str) -> bool:
+    return os.access(folder, os.W_OK, effective_ids=os.access in os.supports_effective_ids)
 
 
 def let_go() -> None:
@@ -121,45 +140,84 @@ if hasattr(os, "register_at_fork"):
 
 
 def refuse_used(run: Path) -> None:
-    """Raises FileExistsError; a folder that holds no more than its lock is as good as new."""
-    lock = RunFolder(run).lock
-    if run.exists() and (not run.is_dir() or any(path != lock for path in run.iterdir())):
+    """Raises FileExistsError if `run` is no folder, or holds more than a lock.
+
+    Temporary files do not count: a run that was killed before it had a config.json left them.
+    """
+    if run.is_dir():
+        found = (path.name for path in run.iterdir())
+        used = any(name != ".lock" and not TEMPORARY.fullmatch(name) for name in found)
+    else:
+        used = run.exists()
+    if used:
         raise FileExistsError(f"{run} exists; name another --out, or continue it with --resume")
 
 
 @contextmanager
 def created(run: Path, named: bool) -> Iterator[None]:
-    """Make the folder and lock it; it may be there already, empty, only if the user named it."""
+    """Make the folder and lock it; it may exist already, unused, only if the user named it."""
     try:
         run.mkdir(parents=True, exist_ok=named)
     except OSError as error:
         raise OSError(f"--out: cannot create {run}: {error.strerror}") from error
     with locked(run):
         refuse_used(run)
+        for path in run.glob(".*.tmp"):
+            path.unlink()
         yield
 
 
 def clean(folder: Path) -> None:
-    """Remove what a writer of checkpoints that was killed has left; under the lock it is no one's.
+    """Remove the temporary files of a killed process from what is written under the lock alone.
 
-    Other folders may be written by commands that need no lock.
+    Commands that need no lock may be writing elsewhere in the run folder.
     """
-    for path in RunFolder(folder).checkpoints.glob(".*.tmp"):
+    run = RunFolder(folder)
+    for path in (*run.checkpoints.glob(".*.tmp"), *run.model.glob(".*.tmp")):
         path.unlink()
 
 
 @contextmanager
 def resumable(folder: Path) -> Iterator[None]:
-    """An OSError of the body also says from where the run can go on."""
+    """An OSError of the body also says from where the run can be continued."""
     try:
         yield
     except RankLost:
         raise
     except OSError as error:
-        step = max(checkpoints(RunFolder(folder).checkpoints, strict=False), default=None)
-        what = "no checkpoint yet" if step is None else f"the checkpoint of step {step} is kept"
-        resume = f"python -m ito.train --resume {folder}"
-        raise OSError(f"{reason(error)} ({what}; continue with: {resume})") from error
+        raise OSError(f"{reason(error)} ({kept(folder)})") from error
+
+
+class Stopped(SystemExit):
+    """The process is asked to end."""
+
+
+@contextmanager
+def stoppable(folder: Path) -> Iterator[None]:
+    """Ctrl-C or SIGTERM ends the body, and the process, with a line that says what is kept."""
+
+    def stop(number: int, _) -> None:
+        raise Stopped(128 + number)
+
+    before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    except Stopped:
+        print(f"stopped    {kept(folder)}")
+        raise
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def kept(folder: Path) -> str:
+    """What a run that has ended early can be continued from, and the command for it."""
+    run = RunFolder(folder)
+    step = max(checkpoints(run.checkpoints, strict=False), default=None)
+    if step is None and not run.config.exists():
+        return "nothing is written yet"
+    what = "no checkpoint yet" if step is None else f"the checkpoint of step {step} is kept"
+    return f"{what}; continue with: python -m ito.train --resume {folder}"
 
 
 # --- its log ---
@@ -186,9 +244,9 @@ class Log:
         self.count += kind != "stream"
 
     def read(self, kind: str | None = None) -> list[dict]:
-        """The records, of one kind. Raises ValueError naming a line that cannot be read."""
+        """The records, of one kind or all. Raises ValueError naming a line that cannot be read."""
         records = []
-        for number, line in enumerate(self.path.read_bytes().splitlines(), 1):
+        for number, line in enumerate(require_file(self.path).read_bytes().splitlines(), 1):
             with undamaged(Path(f"{self.path}:{number}")):
                 record = json.loads(line)
                 if kind in (None, record["kind"]):
@@ -200,10 +258,8 @@ class Log:
 
         wanted: the `count` at that step, if it is known. Raises ValueError if it is no file.
         """
-        if self.path.exists() and (found := irregular(self.path)):
-            raise ValueError(f"{self.path} is {found}, not a file")
         amiss, kept = [], []
-        text = self.path.read_bytes() if self.path.exists() else b""
+        text = require_file(self.path).read_bytes() if self.path.exists() else b""
         *lines, rest = text.split(b"\n")
         for number, line in enumerate(lines, 1):
             try:

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from PIL import Image
 
-from ito.cli import shown, user_errors
+from ito.cli import output_path, shown, user_errors
 from ito.config import add_options
 from ito.data.dataset import report_skipped
 from ito.files import write_atomically
@@ -64,7 +64,7 @@ def main(arguments: list[str] | None = None) -> None:
             raise ValueError(f"-k must be at least 1, got {options.k}")
         if options.serve is None and not options.queries:
             raise ValueError("nothing to search for: name a text or a picture's file, or --serve")
-        out = options.out or RunFolder(options.run).contact_sheet
+        out = output_path("--out", options.out or RunFolder(options.run).contact_sheet)
         if out.is_dir():
             raise ValueError(f"--out {out} is a folder: name a file for the contact sheet")
         if options.serve is not None:

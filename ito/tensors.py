@@ -8,6 +8,8 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save
 
+from ito.files import require_file
+
 
 def checksum(weights: dict[str, torch.Tensor]) -> str:
     """SHA-256 of names and values, in the order of the names."""
@@ -35,7 +37,7 @@ def save_tensors(tensors: dict[str, torch.Tensor], **sums: str) -> bytes:
 
 def load_tensors(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
     """The tensors, and the checksums if there are any. Raises WrongChecksum."""
-    with safe_open(path, "pt") as file:
+    with safe_open(require_file(path), "pt") as file:
         sums = json.loads((file.metadata() or {}).get("sha256", "{}"))
     tensors = load_file(path)
     verify(checksum(tensors), sums.get("tensors"))

@@ -18,10 +18,10 @@ import torch
 from tqdm import tqdm
 
 from ito.checkpoint import checkpoints, load_checkpoint, save_checkpoint
-from ito.cli import user_errors
+from ito.cli import output_path, user_errors
 from ito.compiled import choose_compile, compile_towers
 from ito.config import Config, add_options, from_options
-from ito.data.dataset import Dataset, report_skipped
+from ito.data.dataset import Dataset, report_repeated, report_skipped
 from ito.data.records import Skipped
 from ito.files import undamaged, write_text
 from ito.model.exported import export, load, saved_tokenizer
@@ -40,6 +40,7 @@ from ito.run import (
     locked,
     refuse_used,
     resumable,
+    stoppable,
 )
 from ito.scoring.evaluation import evaluate
 from ito.scoring.report_page import write_report
@@ -66,10 +67,13 @@ def main(arguments: list[str] | None = None) -> Path:
                         clean(folder)
                 else:
                     folder = options.out or Path("runs") / datetime.now().strftime("%Y%m%d-%H%M%S")
+                    output_path("--out", folder)
                     config = from_options(options)
                     if ranks.leads:
                         with locked(folder) if RunFolder(folder).lock.exists() else nullcontext():
                             refuse_used(folder)
+            if ranks.leads:
+                lock.enter_context(stoppable(folder))
             scored, data = ranks.leader_first(
                 lambda: open_data(config, options.cache, options.workers, ranks)
             )
@@ -203,12 +207,14 @@ class Run:
             print(f"val        {config.val_data}: {dataset.describe()}")
         if dataset.skipped:
             print(report_skipped(dataset.skipped))
+        if repeated := report_repeated(dataset):
+            print(repeated)
         for name, value in machine.items():
             print(f"{name:10} {value}")
         pretrained = load(config.pretrained) if config.pretrained and not state else None
         read = [caption for names in dataset.captions for caption in names]
         if state:
-            self.tokenizer = saved_tokenizer(state, self.files.model)
+            self.tokenizer = saved_tokenizer(state, self.files)
         elif pretrained:
             self.tokenizer = pretrained.tokenizer
             print(f"pretrained {config.pretrained}, step {pretrained.step}")

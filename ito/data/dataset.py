@@ -6,6 +6,7 @@ gigabyte, and an epoch touches no file. What does not fit is streamed: ito/strea
 
 import hashlib
 import itertools
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -90,7 +91,8 @@ def load_dataset(
     """Read everything that `ito.data.records.open_shards` finds at `path`, and decode its pictures.
 
     If no record names a split, 10 % of the items (at least one), by hash of item and `split_seed`,
-    are "heldout"; without a seed all are "val". If some do, a record that names none is "train".
+    are "heldout"; items that share a picture, to the pixel, are on the same side. Without a seed
+    all are "val". If some records name a split, one that names none is "train".
     Pictures are centred squares of `image_size` pixels on white. The order is the source's,
     whatever the number of `workers`. `options` are those of `open_shards`.
 
@@ -118,7 +120,8 @@ def load_dataset(
     elif split_seed is None:
         split = ["val"] * len(kept)
     else:
-        held = held_out(list(index), split_seed)
+        groups = groups_by_picture(images, [index[r.item] for r in kept], list(index))
+        held = held_out(groups, split_seed)
         split = ["heldout" if r.item in held else "train" for r in kept]
     return Dataset(
         images=images,
@@ -158,7 +161,8 @@ def decode_all(
         shown.setdefault((r.image, r.item, r.split), r)
     images = torch.empty(len(shown), 3, size, size, dtype=torch.uint8)
     kept, bad = [], {}
-    with ThreadPoolExecutor(workers or cpu_count()) as pool:
+    pool = ThreadPoolExecutor(workers or cpu_count())
+    try:
         pictures = pool.map(lambda r: decode(r.image, size, max_pixels), shown.values())
         for r, picture in zip(shown.values(), pictures, strict=True):
             if isinstance(picture, str):
@@ -166,14 +170,69 @@ def decode_all(
             else:
                 images[len(kept)] = torch.from_numpy(picture).permute(2, 0, 1)
                 kept.append(r)
+    finally:
+        pool.shutdown(cancel_futures=True)  # Ctrl-C does not wait for the pictures that are left
     skipped = [Skipped(r.where, bad[r.image]) for r in records if r.image in bad]
     return images[: len(kept)], kept, skipped
 
 
-def held_out(items: list[str], seed: int) -> set[str]:
-    """The 10 % of the items, at least one of two, with the lowest hash."""
-    order = sorted(items, key=lambda item: hashlib.sha256(f"{seed}:{item}".encode()).digest())
-    return set(order[: max(len(items) // 10, min(1, len(items) - 1))])
+def groups_by_picture(
+    images: torch.Tensor, image_item: list[int], items: list[str]
+) -> list[list[str]]:
+    """The items in groups: two that share a picture, equal to the pixel, are in the same group."""
+    parent = list(range(len(items)))  # union-find
+
+    def root(n: int) -> int:
+        while parent[n] != n:
+            parent[n] = n = parent[parent[n]]
+        return n
+
+    first: dict[bytes, int] = {}
+    for hashed, item in zip(picture_hashes(images), image_item, strict=True):
+        parent[root(item)] = root(first.setdefault(hashed, item))
+    groups: dict[int, list[str]] = {}
+    for n, item in enumerate(items):
+        groups.setdefault(root(n), []).append(item)
+    return list(groups.values())
+
+
+def picture_hashes(images: torch.Tensor) -> list[bytes]:
+    return [hashlib.sha256(picture.numpy()).digest() for picture in images]
+
+
+def held_out(groups: list[list[str]], seed: int) -> set[str]:
+    """10 % of the items, at least one of two: the groups with the lowest hash that fit into that.
+
+    If none fits, the smallest group, unless it is the only one.
+    """
+
+    def lowest_hash(group: list[str]) -> bytes:
+        return min(hashlib.sha256(f"{seed}:{item}".encode()).digest() for item in group)
+
+    count = sum(map(len, groups))
+    wanted = max(count // 10, min(1, count - 1))
+    order = sorted(groups, key=lowest_hash)
+    held: set[str] = set()
+    for group in order:
+        if len(held) + len(group) <= wanted:
+            held.update(group)
+    return held or set(min(order, key=len) if len(order) > 1 else ())
+
+
+def report_repeated(dataset: Dataset) -> str:
+    """How many held-out pictures are training pictures too, to the pixel; nothing if none is."""
+    hashes = picture_hashes(dataset.images)
+    trained = {x for x, split in zip(hashes, dataset.split, strict=True) if split == "train"}
+    repeated = Counter(
+        split
+        for x, split in zip(hashes, dataset.split, strict=True)
+        if split != "train" and x in trained
+    )
+    return "\n".join(
+        f"warning    {count} of {dataset.split.count(split)} pictures of {split} are training "
+        "pictures too: what is scored on them is memory"
+        for split, count in repeated.items()
+    )
 
 
 def report_skipped(skipped: list[Skipped], limit: int = 10) -> str:

@@ -11,8 +11,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from ito.data.records import irregular
 from ito.data.shards import Member
+from ito.files import irregular
 
 # Pillow's MAX_IMAGE_PIXELS, from which it warns of bombs; it opens none of more than twice as many.
 # So many take, in each thread that decodes, 0.1 GB (PNG of a palette), 0.35 (PNG, TIFF of colours;

@@ -9,7 +9,7 @@ import io
 import itertools
 import json
 import os
-import stat
+import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -17,16 +17,11 @@ from pathlib import Path
 from typing import NamedTuple
 
 from ito.data.shards import Member, Sample, expand, read_samples
+from ito.files import follow_links, irregular, require_file
 
 PICTURES = ("bmp", "gif", "jpeg", "jpg", "png", "tif", "tiff", "webp")
 ROWS = 1000  # of a table, to a shard
-KINDS = {
-    stat.S_IFDIR: "a folder",
-    stat.S_IFIFO: "a named pipe",
-    stat.S_IFSOCK: "a socket",
-    stat.S_IFCHR: "a device",
-    stat.S_IFBLK: "a device",
-}
+WANTED = "want a folder with captions.jsonl or tars, a CSV, or a tar pattern"
 
 
 @dataclass
@@ -88,9 +83,15 @@ def open_shards(
         if missing := [str(tar) for tar in tars if not tar.is_file()]:
             raise FileNotFoundError(f"no data at {', '.join(missing[:3])} ({len(missing)} missing)")
         folder = os.path.commonpath([tar.parent for tar in tars])  # items know no more of the path
-        root = path.resolve() if untrusted_data and path.is_dir() else None
+        root = follow_links(path) if untrusted_data and path.is_dir() else None
         return [partial(read_tar, tar, str(tar.relative_to(folder)), root) for tar in tars]
-    root = (path if path.is_dir() else path.parent).resolve() if untrusted_data else None
+    folder = path if path.is_dir() else path.parent
+    root = follow_links(folder) if untrusted_data else None
+    if root and re.fullmatch("/dev|/dev/fd|/proc/.*", str(root)):  # <(a program) is /dev/fd/63
+        raise ValueError(
+            f"{path} lies in no folder of pictures, which --untrusted-data needs: "
+            "write the CSV to a file next to them"
+        )
     if path.is_dir():
         source = path / "captions.jsonl"
         if root and leads_out(source, root):
@@ -98,12 +99,12 @@ def open_shards(
         rows = read_jsonl(source)
     elif path.suffix == ".jsonl":
         raise ValueError(f"{path}: name the folder that holds captions.jsonl, not the file")
+    elif path.suffix[1:].lower() in PICTURES:
+        raise ValueError(f"{path} is one picture: {WANTED}")
     elif path.exists():
         rows = read_csv(path, csv_separator, csv_img_key, csv_caption_key)
     else:
-        raise FileNotFoundError(
-            f"no data at {path}: want a folder with captions.jsonl or tars, a CSV, or a tar pattern"
-        )
+        raise FileNotFoundError(f"no data at {path}: {WANTED}")
     checked = [check(r, root) if isinstance(r, Record) else r for r in rows]
     return [partial(iter, checked[at : at + ROWS]) for at in range(0, len(checked), ROWS)]
 
@@ -127,15 +128,6 @@ def check(record: Record, root: Path | None = None) -> Record | Skipped:
 def leads_out(path: Path, root: Path) -> bool:
     """Whether a path, its links followed, is outside the resolved folder `root`."""
     return "\0" in str(path) or not Path(os.path.realpath(path)).is_relative_to(root)
-
-
-def irregular(path: Path) -> str:
-    """What it is instead of a file, "a named pipe", an empty text if it is one. Raises OSError.
-
-    To open a named pipe waits for ever, to read a device may not end.
-    """
-    mode = path.stat().st_mode
-    return "" if stat.S_ISREG(mode) else KINDS.get(stat.S_IFMT(mode), "something else")
 
 
 # --- tars ---
@@ -292,15 +284,15 @@ def read_row(lines: list[str], at: int, separator: str) -> tuple[int, list[str]]
 
 def read_text(source: Path, pipe: bool = False) -> str:
     """Of a file, or with `pipe` of one that another program writes while it is read."""
-    found = irregular(source)
-    if found and not (pipe and found == "a named pipe"):
-        raise ValueError(f"{source} is {found}, not a file")
+    if not (pipe and irregular(source) == "a named pipe"):
+        require_file(source)
     data = source.read_bytes()
     try:
         return data.decode("utf-8-sig")  # spreadsheets write a byte order mark
     except UnicodeDecodeError as error:
         row = data.count(b"\n", 0, error.start) + 1
-        raise ValueError(f"{source}:{row}: not UTF-8: {error}") from None
+        hint = f"; {WANTED}" if pipe else ""
+        raise ValueError(f"{source}:{row}: not UTF-8: {error.reason}{hint}") from None
 
 
 def cpu_count() -> int:

@@ -17,7 +17,7 @@ from PIL import Image
 from tokenizers import Tokenizer as BPE
 
 from ito.data.pictures import MAX_PIXELS, Refused, decode, square
-from ito.files import naming, undamaged, write_atomically
+from ito.files import FileError, naming, read_text, require_file, undamaged, write_atomically
 from ito.model.embed import embed_images, embed_texts
 from ito.model.encoders import DualEncoder
 from ito.model.tokenizer import Tokenizer
@@ -122,7 +122,7 @@ def load(run: str | Path, device: str | torch.device = "cpu") -> Encoder:
             "first checkpoint, and `python -m ito.export RUN` from its newest one"
         )
     with undamaged(folder / ABOUT) as path:
-        about = json.loads(path.read_text(encoding="utf-8"))
+        about = json.loads(read_text(path))
         model = DualEncoder(**about["architecture"])
         load_size, step = about["load_size"], about["step"]
     with undamaged(folder / WEIGHTS) as path:
@@ -130,15 +130,30 @@ def load(run: str | Path, device: str | torch.device = "cpu") -> Encoder:
         model.load_state_dict(weights)
     model.to(device, memory_format=torch.channels_last).eval().requires_grad_(False)
     with undamaged(folder / TOKENS) as path:
-        verify(hashlib.sha256(path.read_bytes()).hexdigest(), sums.get("tokenizer"))
+        verify(hashlib.sha256(require_file(path).read_bytes()).hexdigest(), sums.get("tokenizer"))
         tokenizer = Tokenizer.load(path)
+        require_fit(tokenizer, model.architecture, path)
     return Encoder(model, tokenizer, load_size, step)
 
 
-def saved_tokenizer(state: dict, exported: Path) -> Tokenizer:
-    """That of a checkpoint; older ones have it with the exported model alone, where nothing checks
-    it. Raises ValueError naming a file that is damaged."""
-    if "tokenizer" in state:
-        return Tokenizer(BPE.from_str(state["tokenizer"]))
-    with undamaged(exported / TOKENS) as path:
-        return Tokenizer.load(path)
+def saved_tokenizer(state: dict, run: RunFolder) -> Tokenizer:
+    """The tokenizer of a checkpoint.
+
+    Checkpoints of older versions hold none: theirs is the exported model's, `model/tokenizer.json`,
+    which has no checksum there.
+
+    Raises ValueError naming the file if it is damaged, or does not fit the checkpoint's model.
+    """
+    inside = "tokenizer" in state
+    with undamaged(run.checkpoints if inside else run.model / TOKENS) as path:
+        tokenizer = Tokenizer(BPE.from_str(state["tokenizer"])) if inside else Tokenizer.load(path)
+        require_fit(tokenizer, state["architecture"], path)
+    return tokenizer
+
+
+def require_fit(tokenizer: Tokenizer, architecture: dict, path: Path) -> None:
+    """Raises FileError where the token ids are not those of the model's embedding."""
+    for name in ("vocab_size", "context_length"):
+        found, wanted = getattr(tokenizer, name), architecture[name]
+        if found != wanted:
+            raise FileError(f"{path} is of another model: {name} {found}, want {wanted}")

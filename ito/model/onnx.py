@@ -56,7 +56,8 @@ def export_onnx(model: DualEncoder, out: Path) -> list[Path]:
     missing = [name for name in PACKAGES if importlib.util.find_spec(name) is None]
     if missing:
         raise ImportError(
-            f"--onnx needs {', '.join(missing)}, not installed here: pip install ito_kernels[onnx]"
+            f"--onnx needs {', '.join(missing)}, not installed here: "
+            "pip install 'ito_kernels[onnx]'"
         )
     model = model.cpu().eval()
     size, length = model.image.image_size, model.text.context_length

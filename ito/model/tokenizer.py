@@ -7,6 +7,8 @@ import torch
 from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from tokenizers import Tokenizer as BPE
 
+from ito.files import read_text
+
 PAD, BOS, EOT = "<pad>", "<bos>", "<eot>"
 # Bytes of the longest token: training sees longer words in pieces, since its time grows with the
 # square of a word's length (one of 100,000 letters: 7 s; in pieces 0.01). It bounds texts as well:
@@ -80,7 +82,7 @@ class Tokenizer:
 
     @classmethod
     def load(cls, path: str | Path) -> "Tokenizer":
-        return cls(BPE.from_str(Path(path).read_text(encoding="utf-8")))
+        return cls(BPE.from_str(read_text(Path(path))))
 
     def __call__(self, texts: list[str]) -> torch.Tensor:
         if isinstance(texts, str):

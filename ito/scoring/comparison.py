@@ -20,7 +20,7 @@ import torch
 from ito.config import Config
 from ito.data.augment import Augmentation
 from ito.data.dataset import Dataset
-from ito.files import write_atomically, write_text
+from ito.files import read_text, write_atomically, write_text
 from ito.model.exported import WEIGHTS, load
 from ito.objectives import OPTIONS
 from ito.run import RunFolder
@@ -62,8 +62,8 @@ class Result:
             run.read_environment(),
             log.read("train"),
             log.read("eval"),
-            json.loads(run.evaluation.read_text(encoding="utf-8")),
-            json.loads(run.cost.read_text(encoding="utf-8"))["peak_bytes"],
+            json.loads(read_text(run.evaluation)),
+            json.loads(read_text(run.cost))["peak_bytes"],
         )
 
     @property
@@ -160,7 +160,7 @@ def check_equal(runs: list[Result]) -> None:
 def measured(folders: dict[str, Path], out: Path, cache: Path | None) -> dict[str, StepCost]:
     """`step_costs`, kept in `out` for the next report of the same arms."""
     path = out / "step_costs.json"
-    known = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    known = json.loads(read_text(path)) if path.exists() else {}
     fields = {field.name for field in dataclasses.fields(StepCost)}
     if known.keys() != folders.keys() or any(cost.keys() != fields for cost in known.values()):
         print(f"timing steps of {', '.join(folders)}", flush=True)
@@ -464,7 +464,7 @@ def pyplot():
         import matplotlib
     except ImportError:
         raise ImportError(
-            "a comparison draws with matplotlib: pip install ito_kernels[compare]"
+            "a comparison draws with matplotlib: pip install 'ito_kernels[compare]'"
         ) from None
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt

@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 
 from ito.data.dataset import Dataset
-from ito.files import undamaged, write_text
+from ito.files import read_text, undamaged, write_text
 from ito.model.exported import Encoder
 from ito.run import RunFolder
 from ito.scoring import charts
@@ -94,7 +94,7 @@ def write_report(run: Path, encoder: Encoder, dataset: Dataset, project: str = "
     for title, path in (("Configuration", files.config), ("Environment", files.environment)):
         if path.exists():
             with undamaged(path):
-                parts.append(settings(title, json.loads(path.read_text(encoding="utf-8"))))
+                parts.append(settings(title, json.loads(read_text(path))))
     page = (
         '<!doctype html><html lang="en"><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
