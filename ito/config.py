@@ -12,7 +12,7 @@ from ito.data.pictures import MAX_PIXELS
 from ito.files import read_text, write_text
 from ito.model.fusion import READOUTS
 from ito.model.pretrained import IMAGE, OURS, TEXT, image_size, split
-from ito.objectives import OBJECTIVES, OPTIONS, objective_class, own_parts
+from ito.objectives import OBJECTIVES, OPTIONS, objective_class, user_file
 from ito.recipes import EMOJI_FULL, EMOJI_SMALL, PRESETS
 
 
@@ -26,9 +26,9 @@ def option(
     most=None,
     kind: type | None = None,
 ):
-    """A field with its command-line option; `least` and `most` bound a number, ends included.
+    """A field with its command-line option. A number must be between `least` and `most`, inclusive.
 
-    kind: of the value, where the default is None: the objective's own.
+    kind: the type of the value, where the default is None.
     """
     metadata = {
         "group": group,
@@ -42,9 +42,9 @@ def option(
 
 @dataclass(frozen=True)
 class Config:
-    """Everything that decides a run, except the machine. The intervals leave its numbers alone.
+    """Everything that decides the numbers of a run, except the machine. Intervals change none.
 
-    Raises ValueError naming the option, what it got and what it wanted.
+    Raises ValueError naming the option, its value and what is allowed.
     """
 
     train_data: str = option(
@@ -53,29 +53,29 @@ class Config:
         "a folder with captions.jsonl, an open_clip CSV, WebDataset tars, or emoji-small or "
         "emoji-full (both prepared on first use)",
     )
-    csv_separator: str = option("\t", "data", "of an open_clip CSV")
-    csv_img_key: str = option("filepath", "data", "its column of picture paths")
-    csv_caption_key: str = option("title", "data", "its column of captions")
+    csv_separator: str = option("\t", "data", "separator of an open_clip CSV")
+    csv_img_key: str = option("filepath", "data", "the CSV's column of picture paths")
+    csv_caption_key: str = option("title", "data", "the CSV's column of captions")
     max_pixels: int = option(
         MAX_PIXELS,
         "data",
-        "a picture of more is skipped; a JPEG's are those that it is decoded to",
+        "pictures with more are skipped; of a JPEG, the pixels that it is decoded to count",
         least=1,
         most=2 * MAX_PIXELS,  # Pillow opens no larger one
     )
     untrusted_data: bool = option(
-        False, "data", "skip pictures whose path, links followed, leads out of the data's folder"
+        False, "data", "skip pictures whose path leads out of the data's folder, links followed"
     )
-    split_seed: int = option(0, "data", "draws the held-out items where the data names no split")
+    split_seed: int = option(0, "data", "chooses the held-out items if the data names no splits")
 
     stream: bool = option(
-        False, "streaming", "read --train-data while training, and not into memory; see --val-data"
+        False, "streaming", "read --train-data while training, not into memory; needs --val-data"
     )
     val_data: str | None = option(
-        None, "streaming", "what a streamed run is scored on, held in memory", kind=str
+        None, "streaming", "the data that a streamed run is scored on, held in memory", kind=str
     )
     tokenizer_captions: int = option(
-        100_000, "streaming", "the first ones of a stream, that its BPE is trained on", least=1
+        100_000, "streaming", "how many of a stream's first captions train its BPE", least=1
     )
 
     objective: str = option(
@@ -87,7 +87,7 @@ class Config:
     views: int = option(
         None,
         "objective",
-        "V, augmented drawings of an item per step (ito 2, slip 3, else 1; ito alone takes others)",
+        "V, augmented views of an item per step (ito 2, slip 3, else 1; only ito takes others)",
         least=1,
         kind=int,
     )
@@ -98,7 +98,10 @@ class Config:
         2.0, "objective", "ito: weight of the fusion term; 0 switches it off", least=0
     )
     lambda_schedule: str = option(
-        "constant", "objective", "ito: how it falls to 0", ("constant", "linear", "cosine")
+        "constant",
+        "objective",
+        "ito: how the fusion term's weight falls to 0",
+        ("constant", "linear", "cosine"),
     )
     denominator: str = option(
         "pair",
@@ -107,20 +110,21 @@ class Config:
         ("pair", "pooled"),
     )
     fusion_depth: int = option(2, "objective", "ito: blocks of the fusion module", least=1)
-    fusion_readout: str = option("cls", "objective", "ito: what of it is read out", READOUTS)
+    fusion_readout: str = option("cls", "objective", "ito: the fusion module's output", READOUTS)
     fusion_scale: str = option(
         "shared", "objective", "ito: the logit scale of the fusion term", ("shared", "own")
     )
     fusion_stop_gradient: str = option(
         "none",
         "objective",
-        "ito: whose tokens the fusion term does not train",
+        "ito: the towers that get no gradient from the fusion term",
         ("none", "image", "text", "both"),
     )
     fusion_text: str = option(
         "caption",
         "objective",
-        "ito: fused with its caption, with that of another item (another for each view), or alone",
+        "ito: each view is fused with its caption, with one of another item (not the same for two "
+        "views), or without text",
         ("caption", "shuffled", "dropped"),
     )
 
@@ -133,7 +137,7 @@ class Config:
     load_size: int = option(
         None,
         "model",
-        "pixels per side of the pictures held in memory (64; with a pretrained image encoder "
+        "pixels per side of the pictures in memory (64; with a pretrained image encoder "
         "--image-size)",
         least=1,
         kind=int,
@@ -141,29 +145,29 @@ class Config:
     image_size: int = option(
         None,
         "model",
-        "pixels per side that the image tower sees (32; a pretrained image encoder's own)",
+        "pixels per side that the image tower sees (32; or as an image encoder was pretrained)",
         least=8,
         kind=int,
     )
-    vocab_size: int = option(1500, "model", "of the BPE trained on the training captions")
-    context_length: int = option(16, "model", "longest caption in tokens, the ends included")
-    width: int = option(128, "model", "of the towers and of the joint embedding", least=1)
+    vocab_size: int = option(1500, "model", "size of the BPE, trained on the training captions")
+    context_length: int = option(16, "model", "longest caption in tokens, with start and end token")
+    width: int = option(128, "model", "width of the towers and of the joint embedding", least=1)
     heads: int = option(4, "model", "attention heads", least=1)
     image_width: int | None = option(
-        None, "model", "of the image tower, where it differs (--width)", least=1, kind=int
+        None, "model", "width of the image tower, if it differs (--width)", least=1, kind=int
     )
     image_heads: int | None = option(
-        None, "model", "of the image tower, where they differ (--heads)", least=1, kind=int
+        None, "model", "heads of the image tower, if they differ (--heads)", least=1, kind=int
     )
     patch_size: int | None = option(
-        None, "model", "ViT's patches in place of the convolutions (none)", least=1, kind=int
+        None, "model", "a ViT's patches instead of the convolutions (none)", least=1, kind=int
     )
     image_depth: int = option(1, "model", "transformer blocks of the image tower", least=1)
     text_depth: int = option(3, "model", "transformer blocks of the text tower", least=1)
     pretrained: str | None = option(
         None,
         "model",
-        "a run whose exported towers and tokenizer to start from (random weights)",
+        "a run whose exported towers and tokenizer are the start (random weights)",
         kind=str,
     )
     locked: str = option(
@@ -177,31 +181,31 @@ class Config:
     accum_freq: int = option(
         1,
         "optimisation",
-        "micro-batches that a rank's share comes in: less memory, the same gradient",
+        "micro-batches per rank and step: less memory, the same gradient",
         least=1,
     )
     lr: float = option(7e-4, "optimisation", "peak learning rate of AdamW", least=1e-9)
-    weight_decay: float = option(1.0, "optimisation", "on matrices only", least=0)
+    weight_decay: float = option(1.0, "optimisation", "weight decay of the matrices", least=0)
     warmup: float = option(
-        0.05, "optimisation", "share of the steps; a cosine to 0 follows", least=0, most=1
+        0.05, "optimisation", "warm-up as a share of the steps; then cosine to 0", least=0, most=1
     )
     grad_clip: float = option(1.0, "optimisation", "largest norm of the gradient", least=1e-9)
     seed: int = option(
-        0, "optimisation", "of weights, data order and augmentation", least=0, most=2**63 - 1
+        0, "optimisation", "seed of weights, data order, augmentation", least=0, most=2**63 - 1
     )
 
-    log_every: int = option(10, "intervals", "steps", least=1)
-    eval_every: int = option(500, "intervals", "steps", least=1)
-    checkpoint_every: int = option(250, "intervals", "steps", least=1)
+    log_every: int = option(10, "intervals", "steps between log lines", least=1)
+    eval_every: int = option(500, "intervals", "steps between evaluations", least=1)
+    checkpoint_every: int = option(250, "intervals", "steps between checkpoints", least=1)
 
-    augmentation: Augmentation | None = None  # the objective's own
+    augmentation: Augmentation | None = None  # None: the objective's default
 
     def __post_init__(self):
         kind = objective_class(self.objective)
         for name in ("views", "captions", "augmentation"):
             if getattr(self, name) is None:
                 object.__setattr__(self, name, getattr(kind, name))
-        self.settle_encoders()
+        self.set_encoder_sizes()
         refuse_unfit(self.objective, [n for n in OPTIONS if self.differs(n)])
         if kind.fixed and self.augmentation != kind.augmentation:
             refuse_unfit(self.objective, ["augmentation"])
@@ -210,7 +214,9 @@ class Config:
             if value is None:
                 continue
             least, most = item.metadata.get("bounds", (None, None))
-            if least is not None and not value >= least:  # not <: NaN is refused too
+            if (
+                least is not None and not value >= least
+            ):  # also true for NaN, as value < least is not
                 raise ValueError(f"{item.name} must be at least {least}, got {value}")
             if most is not None and not value <= most:
                 raise ValueError(f"{item.name} must be at most {most}, got {value}")
@@ -218,7 +224,7 @@ class Config:
                 raise ValueError(f"{item.name} must be finite, got {value}")
         if self.stream != (self.val_data is not None):
             raise ValueError(
-                "--stream and --val-data go together: what is streamed is not held to be scored, "
+                "--stream and --val-data go together: streamed data are not held to be scored, "
                 f"got stream={self.stream}, val_data={self.val_data}"
             )
         if len(self.csv_separator) != 1:
@@ -228,7 +234,7 @@ class Config:
             )
         if self.load_size > 2 * self.image_size:
             raise ValueError(
-                f"load_size must be at most twice image_size = {self.image_size}, or sampling "
+                f"load_size must be at most twice image_size = {self.image_size}, because sampling "
                 f"would alias; got {self.load_size}"
             )
         if self.objective == "ito" and self.lambda_fusion > 0 and self.views < 2:
@@ -237,21 +243,21 @@ class Config:
                 "or set lambda_fusion to 0"
             )
 
-    def settle_encoders(self) -> None:
-        """The sizes that depend on the encoders; what does not fit them is refused."""
+    def set_encoder_sizes(self) -> None:
+        """Set the sizes that depend on the encoders.
+
+        Raises ValueError for options that do not fit them.
+        """
         chosen = {"image": self.image_encoder, "text": self.text_encoder}
-        unfit = (
+        of_our_towers = (
             ("image_width", "image_heads", "image_depth", "patch_size"),
-            (
-                "text_depth",
-                "vocab_size",
-            ),
+            ("text_depth", "vocab_size"),
         )
-        for (tower, encoder), own in zip(chosen.items(), unfit, strict=True):
+        for (tower, encoder), names in zip(chosen.items(), of_our_towers, strict=True):
             if encoder == OURS:
                 continue
             split(f"{tower}_encoder", encoder, IMAGE if tower == "image" else TEXT)
-            if given := [name for name in own if self.differs(name)]:
+            if given := [name for name in names if self.differs(name)]:
                 raise ValueError(f"--{tower}-encoder {encoder} does not take {', '.join(given)}")
         if self.image_size is None:
             ours = self.image_encoder == OURS
@@ -268,13 +274,13 @@ class Config:
                 )
         if self.locked == "both" and OURS in chosen.values():
             raise ValueError(
-                "--lock-image and --lock-text together train the projections of pretrained "
-                f"encoders alone, got image_encoder={self.image_encoder}, "
+                "--lock-image and --lock-text together train only the projections of pretrained "
+                f"encoders, got image_encoder={self.image_encoder}, "
                 f"text_encoder={self.text_encoder}"
             )
 
     def differs(self, name: str) -> bool:
-        """Whether an option has another value than it has by default with this objective."""
+        """Whether an option differs from its default with this objective."""
         default = getattr(
             objective_class(self.objective), name, type(self).__dataclass_fields__[name].default
         )
@@ -296,7 +302,7 @@ class Config:
             raise ValueError(f"{path} is not the configuration of a run: {error}") from None
 
     def flat(self) -> dict:
-        """Every value by its option's name, those of the augmentation among them."""
+        """Every value by its option's name, those of the augmentation included."""
         values = vars(self) | vars(self.augmentation)
         del values["augmentation"]
         return values
@@ -327,10 +333,10 @@ class Lock(argparse.Action):
 def add_options(
     parser: argparse.ArgumentParser, only: str | None = None, hidden: tuple[str, ...] = ()
 ) -> None:
-    """One option per field, in the groups that the fields name.
+    """Add one option per field of `Config`, in the groups that the fields name.
 
-    With `only`, that group's alone, for a command whose defaults are a run's configuration.
-    Help does not show what is `hidden`, for a command that refuses it with a reason.
+    only: add this group only, for a command whose defaults are a run's configuration.
+    hidden: options that help does not show, for a command that refuses them with a reason.
     """
     groups: dict[str, argparse._ArgumentGroup] = {}
 
@@ -384,10 +390,11 @@ def add_options(
 
 
 def from_options(options: argparse.Namespace, base: Config | None = None) -> Config:
-    """The configuration of parsed options. What was not given is `base`'s; without one, that of
-    `--preset`, the objective's or the default.
+    """The configuration of parsed options.
 
-    A path becomes absolute: the configuration is read again in other working directories.
+    Options that were not given are taken from `base`, if there is one; else from `--preset`, the
+    objective or the defaults. Paths become absolute, because the configuration may be read again in
+    another working directory.
     """
     given = {
         name: tuple(value) if isinstance(value, list) else value
@@ -396,8 +403,8 @@ def from_options(options: argparse.Namespace, base: Config | None = None) -> Con
     for name in ("train_data", "val_data", "pretrained"):
         if given.get(name, EMOJI_SMALL) not in (None, EMOJI_SMALL, EMOJI_FULL):
             given[name] = str(Path(given[name]).absolute())
-    if own := own_parts(given.get("objective", Config.objective)):
-        given["objective"] = f"{own[0].absolute()}:{own[1]}"
+    if parts := user_file(given.get("objective", Config.objective)):
+        given["objective"] = f"{parts[0].absolute()}:{parts[1]}"
     for name in ("image_encoder", "text_encoder"):
         kind, _, folder = given.get(name, OURS).partition(":")
         prefix = "local-dir:" if folder.startswith("local-dir:") else ""

@@ -1,7 +1,7 @@
-"""`python -m ito.evaluate RUN`: what a run's model knows about held-out pictures, or any others.
+"""`python -m ito.evaluate RUN`: score a run's model on its held-out pictures, or on other data.
 
-Retrieval, zero-shot with prompt ensembles, linear probe and k nearest neighbours, the modality gap,
-uniformity and alignment, and how evenly languages find the same things.
+Retrieval, zero-shot classification with prompt ensembles, linear probe and k nearest neighbours,
+the modality gap, uniformity and alignment, and how evenly languages retrieve the same pictures.
 """
 
 import argparse
@@ -23,15 +23,17 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m ito.evaluate", description=__doc__)
     parser.add_argument("run", type=Path, help="a run folder")
     parser.add_argument(
-        "--data", metavar="PATH", help="score every picture of this data set, not the held-out ones"
+        "--data", metavar="PATH", help="score all pictures of this data set instead"
     )
-    parser.add_argument("--split", action="append", help=f"score this one ({ALL}: every picture)")
+    parser.add_argument(
+        "--split", action="append", help=f"score this split ({ALL}: all pictures); may be repeated"
+    )
     parser.add_argument(
         "--prompts",
         nargs="+",
         default=PROMPTS,
         metavar="TEXT",
-        help="of the ensembles; {} is filled",
+        help="prompts of the ensembles; {} stands for the name",
     )
     parser.add_argument("--cache", type=Path, help="where prepared data lives (~/.cache/ito)")
     parser.add_argument("--json", type=Path, help="also write the scores to this file")
@@ -48,7 +50,7 @@ def main(arguments: list[str] | None = None) -> None:
             raise ValueError(f"--prompts must hold {{}} for the name, got {bad[0]!r}")
         for name, file in (("json", options.json), ("clip-benchmark", options.clip_benchmark)):
             if file and not output_path(f"--{name}", file).parent.is_dir():
-                raise ValueError(f"--{name} {file}: {file.parent} is no folder")
+                raise ValueError(f"--{name} {file}: {file.parent} is not a folder")
         if options.json and options.json.is_dir():
             raise ValueError(f"--json {options.json} is a folder: name a file for the scores")
         encoder = load(options.run)

@@ -1,6 +1,6 @@
-"""`python -m ito.export RUN`: the dual encoder of a run's newest checkpoint, for use elsewhere.
+"""`python -m ito.export RUN`: export the dual encoder of a run's newest checkpoint.
 
-Written as `ito.load` reads it, and on request as an ONNX pair and for open_clip.
+Written in the format of `ito.load`, and on request as two ONNX files and for open_clip.
 """
 
 import argparse
@@ -26,7 +26,7 @@ def main(arguments: list[str] | None = None) -> None:
         "--open-clip",
         type=Path,
         metavar="FOLDER",
-        help='also a folder for open_clip\'s "local-dir:FOLDER"; of runs with --patch-size',
+        help='also a folder for open_clip\'s "local-dir:FOLDER"; for runs with --patch-size',
     )
     with user_errors():
         options = parser.parse_args(arguments)

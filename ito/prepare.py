@@ -1,7 +1,7 @@
-"""Write a set of emoji drawings with captions, in the formats that users bring.
+"""Prepare a data set of emoji drawings with captions, in the formats that the trainer reads.
 
-emoji: up to 14 styles, names in 28 languages; fetched by npm, drawn in about a minute. emoji-small:
-two styles, from pip packages; the default of `python -m ito.train`.
+emoji: up to 14 styles, names in 28 languages; downloaded with npm, drawn in about a minute.
+emoji-small: two styles, from pip packages; the default of `python -m ito.train`.
 """
 
 import argparse
@@ -17,9 +17,9 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m ito.prepare", description=__doc__)
     parser.add_argument("name", choices=["emoji", "emoji-small"], help="the set to prepare")
     parser.add_argument("--out", type=Path, help="folder to write (default: in the cache)")
-    parser.add_argument("--size", type=int, help=f"of emoji: pixels per side ({emoji_full.SIZE})")
+    parser.add_argument("--size", type=int, help=f"emoji: pixels per side ({emoji_full.SIZE})")
     parser.add_argument(
-        "--permissive-only", action="store_true", help="of emoji: no share-alike licence"
+        "--permissive-only", action="store_true", help="emoji: leave out share-alike licences"
     )
     with user_errors():
         options = parser.parse_args(arguments)

@@ -1,7 +1,7 @@
-"""`python -m ito.report RUN` writes the run's `report.html` anew.
+"""`python -m ito.report RUN` writes the run's `report.html` again.
 
-Scores, curves, a map of both modalities, what the model finds and what it takes for what, the
-configuration and the machine. It asks for nothing over the network.
+Scores, curves, a map of both modalities, search results, the worst mistakes, the configuration and
+the machine. The page loads nothing over the network.
 """
 
 import argparse
@@ -18,7 +18,9 @@ from ito.source import choose_data, open_dataset
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m ito.report", description=__doc__)
     parser.add_argument("run", type=Path, help="a run folder")
-    parser.add_argument("--map", choices=PROJECTIONS, default="pca", help="of the embeddings (pca)")
+    parser.add_argument(
+        "--map", choices=PROJECTIONS, default="pca", help="projection of the embeddings (pca)"
+    )
     parser.add_argument("--cache", type=Path, help="where prepared data lives (~/.cache/ito)")
     add_options(parser, only="data")
     with user_errors():

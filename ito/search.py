@@ -1,7 +1,7 @@
-"""`python -m ito.search RUN "a red flag" photo.png`: the pictures that a run's model finds.
+"""`python -m ito.search RUN "a red flag" photo.png`: search pictures with a run's model.
 
 Prints the best matches of every query, a text or a picture, and writes them as a contact sheet.
-`--serve` opens a page to type into instead, on this machine alone (ito/scoring/search_page.py).
+`--serve` opens a search page instead, on this machine only (ito/scoring/search_page.py).
 """
 
 import argparse
@@ -21,15 +21,15 @@ from ito.scoring.contact_sheet import contact_sheet
 from ito.scoring.index import Index
 from ito.source import choose_data, open_dataset
 
-LONGEST_PATH = 4096  # Linux's PATH_MAX: a longer query is a text, whatever its end
+LONGEST_PATH = 4096  # Linux's PATH_MAX: a longer query is a text, even if it ends in .png
 
 
 def embed(encoder: Encoder, query: str) -> torch.Tensor:
-    """(1, E) of a picture, where the query names a file, or of the text that it is.
+    """The embedding (1, E) of the query: of a picture if it names a file, else of a text.
 
-    Raises ValueError naming a picture that does not exist or cannot be read.
+    Raises ValueError if the picture does not exist or cannot be read.
     """
-    # not Path.is_file, which raises where a text is too long for a file's name
+    # Path.is_file would raise for a text that is too long to be a file's name.
     named = os.path.isfile(query) or Path(query).suffix.lower() in Image.registered_extensions()
     if named and len(query) <= LONGEST_PATH:
         try:
@@ -46,7 +46,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("run", type=Path, help="a run folder")
     parser.add_argument("queries", nargs="*", metavar="QUERY", help="a text, or a picture's file")
     parser.add_argument("-k", type=int, default=8, help="matches per query (8)")
-    parser.add_argument("--data", metavar="PATH", help="search this data set, not the run's")
+    parser.add_argument("--data", metavar="PATH", help="search this data set instead of the run's")
     parser.add_argument("--out", type=Path, help="the contact sheet, a PNG (RUN/search.png)")
     parser.add_argument(
         "--serve",
@@ -69,7 +69,7 @@ def main(arguments: list[str] | None = None) -> None:
             raise ValueError(f"--out {out} is a folder: name a file for the contact sheet")
         if options.serve is not None:
             from ito.scoring.search_page import (
-                serve,  # before the work, so that a missing package is told at once
+                serve,  # imported before the work, so that a missing package is reported at once
             )
         options.split = None
         encoder = load(options.run)

@@ -210,7 +210,7 @@ def test_a_step_that_cannot_be_is_refused(copy, capsys):
     newest = copy / "checkpoints" / "step_0000006.pt"
     renamed = newest.rename(newest.with_name("step_0000009.pt"))
     said = refused(train, "--resume", copy, capsys=capsys)
-    assert f"{renamed} holds step 6, which is not its name's: remove it" in said
+    assert f"{renamed} holds step 6, which is not the step of its name: remove it" in said
     state = torch.load(renamed, weights_only=True)
     torch.save(state | {"step": -6}, newest)
     renamed.unlink()
@@ -242,8 +242,8 @@ def test_a_log_that_has_lost_lines_is_told(tmp_path):
 
     assert rewound(b"".join(lines)) == ([], [1, 2, 3, 4, 5, 6])
     assert rewound(b"".join(lines), 3, 3) == ([], [1, 2, 3])
-    short = "up to step 6 it has 5 records, where 6 were written: curves and report are those of "
-    short += "what is left"
+    short = "up to step 6 it has 5 records, but 6 were written: curves and report show those that "
+    short += "it has"
     assert rewound(b"".join(lines[:2] + lines[3:])) == ([short], [1, 2, 4, 5, 6])
     cut = "line 6 is cut off and dropped"
     assert rewound(b"".join(lines[:6])[:-4]) == ([cut, short], [1, 2, 3, 4, 5])
@@ -261,10 +261,10 @@ def test_resuming_tells_what_the_log_has_lost(copy, capsys):
     train.main(["--resume", str(copy)])
     said = capsys.readouterr().out
     assert f"warning    {copy}/metrics.jsonl: line 8 is cut off and dropped" in said
-    assert "up to step 6 it has 7 records, where 9 were written" in said
+    assert "up to step 6 it has 7 records, but 9 were written" in said
     (copy / "metrics.jsonl").unlink()
     train.main(["--resume", str(copy)])
-    assert "it has 0 records, where 9 were written" in capsys.readouterr().out
+    assert "it has 0 records, but 9 were written" in capsys.readouterr().out
 
 
 def test_data_that_changed_since_the_run_began_is_told(data, copy, tmp_path, capsys):

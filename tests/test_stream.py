@@ -382,8 +382,8 @@ def test_ranks_have_places_of_their_own_in_the_batch(tmp_path):
     for ranks.rank in range(2):
         stream = Stream(shards, 4, 5, rank=ranks.rank, world_size=2)
         batch = StreamBatches(stream, tokenizer, Config(views=3), ranks, CPU)(0)
-        assert batch.total == 30
-        seen += batch.places.flatten().tolist()
+        assert batch.count == 30
+        seen += batch.positions.flatten().tolist()
     assert sorted(seen) == list(range(30))
 
 

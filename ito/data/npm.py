@@ -1,6 +1,6 @@
-"""Data packages from the npm registry, by npm itself: its registry, proxy and login are the user's.
+"""Downloads data packages with npm, so that the user's registry, proxy and login are used.
 
-Only the tarballs are fetched; nothing is installed and no script of theirs runs.
+Only the tarballs are fetched; nothing is installed, and no script of a package runs.
 """
 
 import base64
@@ -13,9 +13,9 @@ from pathlib import Path
 
 
 def fetch(packages: list[tuple[str, str]], folder: Path) -> dict[str, Path]:
-    """Tarballs of `packages`, pairs of `name@version` and base64 SHA-512, as paths by their name.
+    """Paths of tarballs by package name; `packages` are pairs of `name@version` and base64 SHA-512.
 
-    What `folder` holds already is used. Every file's hash is checked, every time.
+    Tarballs that `folder` already holds are not fetched. All hashes are checked every time.
 
     Raises OSError if there is no npm or it fails, ValueError if a fetched file has another hash.
     """

@@ -1,7 +1,7 @@
-"""Where pictures and captions come from: a reader for each format, one record for all.
+"""Reads data sets of several formats as records of a picture and its captions.
 
-A source is a list of shards, so that a set that does not fit in memory can be read a shard at a
-time: the tars of a WebDataset, or a thousand rows of a table.
+A source is a list of shards, so that a data set that does not fit into memory can be read shard by
+shard: the tars of a WebDataset, or a thousand rows of a table.
 """
 
 import csv
@@ -20,13 +20,13 @@ from ito.data.shards import Member, Sample, expand, read_samples
 from ito.files import follow_links, irregular, require_file
 
 PICTURES = ("bmp", "gif", "jpeg", "jpg", "png", "tif", "tiff", "webp")
-ROWS = 1000  # of a table, to a shard
+ROWS = 1000  # of a table, per shard
 WANTED = "want a folder with captions.jsonl or tars, a CSV, or a tar pattern"
 
 
 @dataclass
 class Record:
-    """A picture, where it is, with its captions."""
+    """The place of a picture, and its captions."""
 
     where: str
     image: Path | Member
@@ -40,7 +40,7 @@ class Record:
 
 
 class Skipped(NamedTuple):
-    """A record that is left out: where it stands, and why."""
+    """A record that is left out: its place (file and row), and the reason."""
 
     where: str
     reason: str
@@ -59,21 +59,23 @@ def open_shards(
 ) -> list[Shard]:
     """The shards of a folder with `captions.jsonl`, of an open_clip CSV, or of WebDataset tars.
 
-    `captions.jsonl` has one object per line: `image` (relative to the folder), `captions` (a list)
-    or `caption`, and optionally `item` (rows with the same one show the same thing; default: the
-    image's path), `split`, `style`, `group`, `subgroup`, `translations`. The CSV's options are
-    open_clip's; its paths are relative to the working directory, as there, or to the CSV. Tars are
-    a folder of them, one, or a pattern, `shard-{00000..00012}.tar`; a sample's captions are its
-    `.json`'s, which has the fields of a line of `captions.jsonl`, or its `.txt`; its item is by
-    default its name with the tar's, and the folders that tell the tars apart.
+    - `captions.jsonl` has one object per line: `image` (relative to the folder), `captions` (a
+      list) or `caption`, and optionally `item` (lines with the same one show the same thing;
+      default: the image's path), `split`, `style`, `group`, `subgroup`, `translations`.
+    - The CSV has open_clip's options. Its paths are relative to the CSV or, as in open_clip, to the
+      working directory.
+    - Tars are given as a folder, as one file, or as a pattern, `shard-{00000..00012}.tar`. The
+      captions of a sample are in its `.json`, with the fields of a line of `captions.jsonl`, or in
+      its `.txt`. By default its item is the path of the tar, from the folder that all tars share,
+      and the sample's name.
 
-    Paths of pictures may lead anywhere, unless `untrusted_data`: then a picture, or a tar of a
-    folder, that is outside the folder that was named, or the CSV's, is skipped; links are followed
-    first. A tar's links and names never lead to files. Of what is no regular file, a named pipe
-    alone is read, and only where it is the CSV.
+    Paths of pictures may lead anywhere, unless `untrusted_data`. Then a picture, or a tar of a
+    folder, is skipped if it lies outside the given folder, or that of the CSV, after links are
+    followed. Links and names inside a tar never lead to files. Only regular files are read; but the
+    CSV may be a named pipe.
 
-    Raises FileNotFoundError if there is no such file, and ValueError naming file and row where a
-    line of `captions.jsonl` is malformed. In a tar or a CSV that skips the record.
+    Raises FileNotFoundError if there is no such file, and ValueError naming file and row if a line
+    of `captions.jsonl` is malformed. Malformed samples of a tar and rows of a CSV are skipped.
     """
     path = Path(path)
     if path.suffix == ".tar" or (path.is_dir() and not (path / "captions.jsonl").exists()):
@@ -82,20 +84,21 @@ def open_shards(
             raise FileNotFoundError(f"{path} holds no captions.jsonl and no .tar")
         if missing := [str(tar) for tar in tars if not tar.is_file()]:
             raise FileNotFoundError(f"no data at {', '.join(missing[:3])} ({len(missing)} missing)")
-        folder = os.path.commonpath([tar.parent for tar in tars])  # items know no more of the path
+        # Items are named by the path below this folder, so that they do not depend on where it is.
+        folder = os.path.commonpath([tar.parent for tar in tars])
         root = follow_links(path) if untrusted_data and path.is_dir() else None
         return [partial(read_tar, tar, str(tar.relative_to(folder)), root) for tar in tars]
     folder = path if path.is_dir() else path.parent
     root = follow_links(folder) if untrusted_data else None
     if root and re.fullmatch("/dev|/dev/fd|/proc/.*", str(root)):  # <(a program) is /dev/fd/63
         raise ValueError(
-            f"{path} lies in no folder of pictures, which --untrusted-data needs: "
-            "write the CSV to a file next to them"
+            f"{path} lies in no folder of pictures, as --untrusted-data needs: "
+            "write the CSV to a file next to the pictures"
         )
     if path.is_dir():
         source = path / "captions.jsonl"
         if root and leads_out(source, root):
-            raise ValueError(f"{source} leads out of the folder, which --untrusted-data refuses")
+            raise ValueError(f"{source} leads out of the folder, which --untrusted-data forbids")
         rows = read_jsonl(source)
     elif path.suffix == ".jsonl":
         raise ValueError(f"{path}: name the folder that holds captions.jsonl, not the file")
@@ -110,7 +113,7 @@ def open_shards(
 
 
 def check(record: Record, root: Path | None = None) -> Record | Skipped:
-    """The record, or why its texts are of no use, or its picture is none under `root`."""
+    """The record; or the reason to skip it, if its texts or the path of its picture are bad."""
     if not record.captions:
         return Skipped(record.where, "empty caption")
     about = [record.item, record.split, record.style, record.group, record.subgroup]
@@ -126,7 +129,7 @@ def check(record: Record, root: Path | None = None) -> Record | Skipped:
 
 
 def leads_out(path: Path, root: Path) -> bool:
-    """Whether a path, its links followed, is outside the resolved folder `root`."""
+    """Whether a path, after its links are followed, is outside the folder `root`."""
     return "\0" in str(path) or not Path(os.path.realpath(path)).is_relative_to(root)
 
 
@@ -148,7 +151,7 @@ def read_tar(tar: Path, name: str, root: Path | None) -> Iterator[Record | Skipp
             seen.add(sample.key)
             try:
                 yield from_sample(sample, where, f"{name}/{sample.key}")
-            except (ValueError, RecursionError) as error:  # not JSON, UTF-8, the fields we know
+            except (ValueError, RecursionError) as error:  # not JSON, not UTF-8, wrong fields
                 yield Skipped(where, str(error))
     except ValueError as error:
         yield Skipped(str(tar), str(error))
@@ -196,14 +199,14 @@ def parse(line: str, where: str, folder: Path) -> Record:
 
 
 def from_fields(fields: dict, where: str, image: Path | Member, name: str) -> Record:
-    """The record of one JSON object; its item is the image's name unless it says otherwise.
+    """The record of a JSON object. Its item is the image's name by default.
 
-    Raises ValueError naming the field that is malformed.
+    Raises ValueError naming the malformed field.
     """
     translations = fields.get("translations") or {}
     if not isinstance(translations, dict):
         raise ValueError(f"translations must be an object, got {translations!r}")
-    if "/" in (text(fields, "split") or ""):  # it begins the scores' names, "val/i2t/R@1"
+    if "/" in (text(fields, "split") or ""):  # names of scores begin with it: "val/i2t/R@1"
         raise ValueError(f"split must be a name without /, got {fields['split']!r}")
     return Record(
         where,
@@ -223,7 +226,7 @@ def text(fields: dict, name: str) -> str | None:
 
 
 def texts(value) -> list[str]:
-    """One text, several, or null, without the empty ones."""
+    """A text, a list of texts, or null, as a list without empty texts."""
     value = [value] if isinstance(value, str) else value or []
     if not isinstance(value, list) or not all(isinstance(text, str) for text in value):
         raise ValueError(f"captions must be a text or a list of texts, got {value!r}")
@@ -260,7 +263,7 @@ def read_csv(
             after, row = read_row(lines, at, separator)
             if any(is_row(line) for line in lines[at + 1 : after]):
                 raise csv.Error(f"its quote is closed in line {after} only, with rows between")
-        except csv.Error as error:  # this line alone is lost, not all up to the next quote
+        except csv.Error as error:  # skip this line only, not all lines up to the next quote
             records.append(Skipped(where, f"not CSV: {error}"))
             after = at + 1
             continue
@@ -283,7 +286,7 @@ def read_row(lines: list[str], at: int, separator: str) -> tuple[int, list[str]]
 
 
 def read_text(source: Path, pipe: bool = False) -> str:
-    """Of a file, or with `pipe` of one that another program writes while it is read."""
+    """The text of a regular file, or with `pipe` also of a named pipe."""
     if not (pipe and irregular(source) == "a named pipe"):
         require_file(source)
     data = source.read_bytes()
@@ -296,5 +299,5 @@ def read_text(source: Path, pipe: bool = False) -> str:
 
 
 def cpu_count() -> int:
-    """The processors that this process may use."""
+    """The number of processors that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()

@@ -1,4 +1,4 @@
-"""The pictures of one split and the names of what they show, as a model embeds them."""
+"""Embeddings of one split's pictures, and of the names of its items."""
 
 from ito.cli import shown
 from ito.data.dataset import Dataset
@@ -7,9 +7,9 @@ from ito.model.exported import Encoder
 
 
 class EmbeddedSplit:
-    """One split, embedded: its pictures, the items that they show, and each item's first caption.
+    """Embeddings of one split: of its pictures, and of each item's first caption.
 
-    `item` (N,) is a place in `items` (n,), which are indices into the data set.
+    `items` (n,) are indices into the data set; `item` (N,) is the index into `items` per picture.
     """
 
     def __init__(self, split: str, encoder: Encoder, dataset: Dataset):

@@ -1,7 +1,7 @@
-"""`report.html` of a run, one self-contained file.
+"""`report.html` of a run, a self-contained file.
 
-Scores, curves, a map of both modalities, what the model finds and what it takes for what, the
-configuration and the machine. It asks for nothing over the network.
+Scores, curves, a map of both modalities, search results, the worst mistakes, the configuration and
+the machine. The page loads nothing over the network.
 """
 
 import base64
@@ -24,8 +24,8 @@ from ito.scoring.projections import PROJECTIONS
 from ito.scoring.scores import DIRECTIONS, sections
 
 QUERIES, SHOWN, MISTAKES = 8, 6, 12
-MAPPED = 300  # pairs in the map: more hide each other
-# logged at every step and no term of the loss, with what ends in these words
+MAPPED = 300  # pairs in the map: more would hide each other
+# names, and endings of names, that are logged at every step but are no terms of the loss
 NOT_LOSSES = ("kind", "step", "logit_scale", "logit_bias", "grad_norm", "lr")
 NOT_LOSS_UNITS = ("seconds", "_per_second", "_norm", "_share", "_mib", "_ms")
 STYLE = """
@@ -65,7 +65,7 @@ figure { margin: 0; min-width: 0; font-size: 11px; line-height: 1.3; }
 def write_report(run: Path, encoder: Encoder, dataset: Dataset, project: str = "pca") -> Path:
     """Write the run's report from the logged metrics, the configuration and the exported model.
 
-    `project` chooses the map, "pca" or "umap" (of the package umap-learn).
+    `project` is the projection of the map, "pca" or "umap" (package umap-learn).
     """
     files = RunFolder(run)
     records = files.log().read()

@@ -1,8 +1,8 @@
-"""The page of `python -m ito.search RUN --serve`: a text box, and pictures to click for their like.
+"""The page of `python -m ito.search RUN --serve`: search by text, or by clicking on a picture.
 
-Plain HTML from one request, no script. It listens on 127.0.0.1 only and answers no other host name,
-so that no page of the web can read it through the browser. It reads no request's body; lines and
-headers of more than 64 kB, and queries of more than QUERY characters, are refused.
+Plain HTML without scripts. The server listens on 127.0.0.1 only and answers no other host name, so
+that no web page can read it through the browser. It reads no request body. Request lines and
+headers above 64 kB, and queries above QUERY characters, are refused.
 """
 
 import html
@@ -58,7 +58,7 @@ def application(index: Index) -> Starlette:
     count = len(index.dataset.images)
 
     def number(text: str) -> int | None:
-        """A picture's, if it is one; int raises at thousands of digits."""
+        """The number of a picture, or None; `int` raises at thousands of digits."""
         return int(text) if text.isdecimal() and len(text) < 20 and int(text) < count else None
 
     def home(request: Request) -> Response:
@@ -116,20 +116,20 @@ def tiles(index: Index, query: torch.Tensor) -> str:
 
 
 def serve(index: Index, port: int) -> None:
-    """Serve until interrupted, then exit with 143 after SIGTERM, as a shell has it.
+    """Serve until interrupted; exits with status 143 after SIGTERM, as usual in a shell.
 
-    Raises OSError naming --serve if the port cannot be had.
+    Raises OSError naming --serve if the port is not available.
     """
     listener = socket.socket()
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         listener.bind(("127.0.0.1", port))
-        listener.listen()  # from here on connections wait for the server, none is refused
+        listener.listen()  # from now on connections wait for the server instead of being refused
     except (OSError, OverflowError) as error:
         reason = error.strerror if isinstance(error, OSError) else "must be in [0, 65535]"
         raise OSError(f"--serve {port}: {reason}") from None
     print(f"http://127.0.0.1:{listener.getsockname()[1]} (Ctrl-C ends it)", flush=True)
-    # h11 bounds a request's head; httptools, where it is installed, does not
+    # h11 limits the size of a request's headers; httptools, which uvicorn prefers, does not
     config = uvicorn.Config(application(index), log_level="warning", http="h11")
     signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
-    uvicorn.Server(config).run([listener])  # catches signals, ends, and raises them again
+    uvicorn.Server(config).run([listener])  # on a signal it ends, and raises the signal again
