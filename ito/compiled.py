@@ -6,14 +6,14 @@ from torch import nn
 from ito.model.encoders import Block, ImageEncoder
 
 
-def choose_compile(wanted: bool, device: torch.device) -> tuple[bool, str]:
+def choose_compile(requested: bool, device: torch.device) -> tuple[bool, str]:
     """Whether to compile, and the reason in words. Towers are compiled only on request.
 
     A step of the default run, in bf16 on a Sapphire Rapids CPU, measured in turns on two busy
     cores: 278 ms, compiled 276 (on quiet cores, with a shorter text tower, 153 and 160). Compiling
     takes 20 to 60 s of processor time.
     """
-    if wanted:
+    if requested:
         return True, "asked for"
     if device.type == "cuda":
         return False, "not measured on a GPU; --compile asks for it"

@@ -61,7 +61,7 @@ class Config:
         "data",
         "pictures with more are skipped; of a JPEG, the pixels that it is decoded to count",
         least=1,
-        most=2 * MAX_PIXELS,  # Pillow opens no larger one
+        most=2 * MAX_PIXELS,  # Pillow opens no larger picture
     )
     untrusted_data: bool = option(
         False, "data", "skip pictures whose path leads out of the data's folder, links followed"
@@ -81,7 +81,7 @@ class Config:
     objective: str = option(
         "ito",
         "objective",
-        f"what is trained: {', '.join(OBJECTIVES)}, or FILE.py:NAME, a function or torch.nn.Module "
+        f"the loss: {', '.join(OBJECTIVES)}, or FILE.py:NAME, a function or torch.nn.Module "
         "class of your own (image, text, logit_scale, *, item, step, generator, group)",
     )
     views: int = option(
@@ -214,9 +214,8 @@ class Config:
             if value is None:
                 continue
             least, most = item.metadata.get("bounds", (None, None))
-            if (
-                least is not None and not value >= least
-            ):  # also true for NaN, as value < least is not
+            # `not value >= least` also refuses NaN
+            if least is not None and not value >= least:
                 raise ValueError(f"{item.name} must be at least {least}, got {value}")
             if most is not None and not value <= most:
                 raise ValueError(f"{item.name} must be at most {most}, got {value}")

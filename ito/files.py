@@ -20,17 +20,17 @@ KINDS = {
 
 
 def irregular(path: Path) -> str:
-    """What `path` is if it is no regular file, for example "a named pipe"; "" if it is one.
+    """What `path` is if it is not a regular file, for example "a named pipe"; "" if it is one.
 
-    Raises OSError. Check before opening: to open a named pipe can wait for ever, and a device may
-    have no end.
+    Check before opening: opening a named pipe can block for ever, and a device may have no end.
+    Raises OSError.
     """
     mode = path.stat().st_mode
     return "" if stat.S_ISREG(mode) else KINDS.get(stat.S_IFMT(mode), "something else")
 
 
 class FileError(ValueError):
-    """An error that names its file already."""
+    """A ValueError whose message names its file."""
 
 
 def require_file(path: Path) -> Path:
@@ -62,7 +62,7 @@ def follow_links(path: Path) -> Path:
 
 @contextmanager
 def naming(path: Path, temporary: Path | None = None) -> Iterator[None]:
-    """An OSError that names no file, or the temporary one, names `path`: a full disk names none."""
+    """Makes an OSError name `path` if it names no file, as on a full disk, or the temporary one."""
     try:
         yield
     except OSError as error:
@@ -87,7 +87,9 @@ def write_atomically(path: Path) -> Iterator[Path]:
             yield target
         return
     target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = target.with_name(f".{secrets.token_hex(6)}.tmp")  # a name may be as long as can be
+    temporary = target.with_name(
+        f".{secrets.token_hex(6)}.tmp"
+    )  # not longer than `path`'s own, which may have the greatest length
     with naming(path, temporary):
         try:
             yield temporary

@@ -99,7 +99,7 @@ def locked(folder: Path) -> Iterator[None]:
             raise BlockingIOError(
                 f"{folder} is in use by {holder}: wait until it ends, or name another folder"
             ) from None
-        except (AttributeError, OSError) as error:  # Windows; a file system without locks
+        except (AttributeError, OSError) as error:  # Windows, or a file system without locks
             why = reason(error) if fcntl else "not on this system"
             print(f"warning    {folder} cannot be locked ({why}): run one process in it at a time")
         with naming(path):
@@ -143,9 +143,10 @@ if hasattr(os, "register_at_fork"):
 
 
 def refuse_used(run: Path) -> None:
-    """Raises FileExistsError if `run` is no folder, or holds more than a lock.
+    """Raises FileExistsError if `run` is not a folder, or holds files of a run.
 
-    Temporary files do not count: a run that was killed before it had a config.json left them.
+    The lock and temporary files do not count: a run that was killed before it had written its
+    config.json leaves them.
     """
     if run.is_dir():
         found = (path.name for path in run.iterdir())
@@ -183,7 +184,7 @@ def remove_temporary_files(folder: Path) -> None:
 
 @contextmanager
 def resumable(folder: Path) -> Iterator[None]:
-    """An OSError of the body also says from where the run can be continued."""
+    """Adds to an OSError of the body how the run can be continued."""
     try:
         yield
     except RankLost:
@@ -215,7 +216,7 @@ def stoppable(folder: Path) -> Iterator[None]:
 
 
 def kept(folder: Path) -> str:
-    """What a run that has ended early can be continued from, and the command for it."""
+    """The checkpoint that a run can be continued from, and the command, in words."""
     run = RunFolder(folder)
     step = max(checkpoints(run.checkpoints, strict=False), default=None)
     if step is None and not run.config.exists():
@@ -238,7 +239,7 @@ class Log:
         self.path, self.count = path, 0
 
     def start(self) -> None:
-        """Make it empty: a run that was killed before its first checkpoint may have logged."""
+        """Create or empty the file; a run that was killed before its first checkpoint has a log."""
         write_text(self.path, "")
 
     def write(self, kind: str, step: int, values: dict[str, float]) -> None:

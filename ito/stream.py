@@ -76,7 +76,7 @@ class Stream:
     ):
         if len(shards) < world_size:
             raise ValueError(
-                f"want at least one shard for each of {world_size} ranks, got {len(shards)}"
+                f"expected at least one shard for each of {world_size} ranks, got {len(shards)}"
             )
         self.shards, self.batch_size = shards, batch_size
         self.decoder = Decoder(image_size, max_pixels)

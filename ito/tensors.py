@@ -24,8 +24,8 @@ class WrongChecksum(ValueError):
     """The file can be read, but its content is not what was written."""
 
 
-def verify(found: str, wanted: str | None) -> None:
-    if wanted not in (found, None):
+def verify(found: str, expected: str | None) -> None:
+    if expected not in (found, None):
         raise WrongChecksum
 
 

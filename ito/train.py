@@ -202,7 +202,7 @@ HASHED_CAPTIONS = 10_000  # of a stream, to find out whether it has changed
 class Run:
     """One training run: set up, from its newest checkpoint or from scratch, trained, finished.
 
-    Every rank computes. Rank 0 alone evaluates, on `eval_data`, and writes.
+    Every rank trains. Only rank 0 evaluates, on `eval_data`, and writes files.
 
     Raises ValueError or OSError for whatever does not fit, before anything is written.
     """

@@ -23,7 +23,7 @@ from ito_kernels.gradcache import gradcache_backward
 class Trainer:
     """The model, the objective, the optimizer, and one training step.
 
-    A step depends on the state and on its number alone. Ranks and micro-batches change its result
+    A step depends only on the state and on its number. Ranks and micro-batches change its result
     by rounding only: each rank takes its slice of the same batch, with the same random numbers.
 
     On a CPU a thread prepares the next batch while a step computes. On a GPU it does not: a second

@@ -165,7 +165,7 @@ GOOD = {"image": "a.png", "caption": "a"}
         ('{"image": "a.png", ', r"captions.jsonl:2: not JSON"),
         ("[" * 100_000, r"captions.jsonl:2: not JSON: .*recursion"),
         (f'{{"item": {"9" * 5000}}}', r"captions.jsonl:2: not JSON: Exceeds the limit"),
-        ("[1, 2]", r"captions.jsonl:2: want a JSON object, got \[1, 2\]"),
+        ("[1, 2]", r"captions.jsonl:2: expected a JSON object, got \[1, 2\]"),
         ({"file": "a.png", "caption": "a"}, r"captions.jsonl:2: names no image.*'file'"),
         ({"image": 3, "caption": "a"}, r"captions.jsonl:2: image must be a text, got 3"),
         ({"image": "a.png", "text": "a"}, r"captions.jsonl:2: has no captions.*'text'"),
@@ -336,7 +336,7 @@ def test_held_out_pictures_that_are_trained_on_are_counted(tmp_path):
 @pytest.mark.parametrize("name", ["a.png", "a.JPG", "a.csv", "a"])
 def test_a_picture_in_the_place_of_a_data_set_is_told(tmp_path, name):
     Image.new("RGB", (8, 8)).save(tmp_path / name, "PNG")
-    with pytest.raises(ValueError, match=rf"^{tmp_path}/{name}.*want a folder with") as error:
+    with pytest.raises(ValueError, match=rf"^{tmp_path}/{name}.*expected a folder with") as error:
         load_dataset(tmp_path / name, 4)
     assert ("is one picture" in str(error.value)) == (name in ("a.png", "a.JPG"))
     assert "\n" not in str(error.value)

@@ -519,7 +519,7 @@ def test_a_tokenizer_of_another_model_is_named(older, copy, capsys):
     path = tokens if older else copy / "checkpoints"
     for command in ((train, "--resume", copy), (export, copy)):
         said = refused(*command, capsys=capsys)
-        assert said == f"error: {path} is of another model: vocab_size 259, want 300"
+        assert said == f"error: {path} is of another model: vocab_size 259, expected 300"
     if not older:
         torch.save(state | {"tokenizer": "{"}, newest)
         assert f"{path} is damaged" in refused(export, copy, capsys=capsys)

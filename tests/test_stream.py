@@ -152,7 +152,7 @@ def test_bad_samples_are_skipped_and_named(tmp_path):
         "a.tar:blank": "empty caption",
         "a.tar:json": "Expecting",
         "a.tar:deep": "recursion",
-        "a.tar:list": "want a JSON object, got [1]",
+        "a.tar:list": "expected a JSON object, got [1]",
         "a.tar:field": "split must be a text, got 3",
         "a.tar:latin": "can't decode",
         "a.tar:broken": "of no known format",

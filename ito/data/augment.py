@@ -52,7 +52,7 @@ class Augmentation:
             if not all(0 <= v < math.inf for v in several):
                 raise ValueError(f"{name} must be finite and not negative, got {value}")
             if name.endswith("_p") and value > 1:
-                raise ValueError(f"{name} is a probability: want at most 1, got {value}")
+                raise ValueError(f"{name} is a probability: expected at most 1, got {value}")
         for name in ("scale", "ratio", "blur_sigma"):
             low, high = getattr(self, name)
             if not 0 < low <= high:
@@ -92,7 +92,7 @@ def augment(
     without aliasing down to half the size.
 
     `positions` (B,) are those of the pictures in a global batch of `count`. A picture gets the same
-    view as if the whole global batch were given, so the number of ranks changes nothing.
+    view as if the complete global batch were given, so the number of ranks changes nothing.
 
     Raises ValueError if S is more than twice `out_size`.
     """

@@ -210,12 +210,12 @@ def held_out(groups: list[list[str]], seed: int) -> set[str]:
     def lowest_hash(group: list[str]) -> bytes:
         return min(hashlib.sha256(f"{seed}:{item}".encode()).digest() for item in group)
 
-    count = sum(map(len, groups))
-    wanted = max(count // 10, min(1, count - 1))
+    items = sum(map(len, groups))
+    count = max(items // 10, min(1, items - 1))
     order = sorted(groups, key=lowest_hash)
     held: set[str] = set()
     for group in order:
-        if len(held) + len(group) <= wanted:
+        if len(held) + len(group) <= count:
             held.update(group)
     return held or set(min(order, key=len) if len(order) > 1 else ())
 

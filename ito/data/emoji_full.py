@@ -37,9 +37,8 @@ HELDOUT_CONCEPT = 0.14  # share of the families
 HELDOUT_STYLES = ("noto", "noto-v1")
 HUES = "red|orange|yellow|green|blue|purple|brown|pink"
 COLOURED_FLAGS = ("rainbow flag", "transgender flag")  # in addition to those of places
-HOLLOW = {
-    "openmoji-black": ("black cat", "black small square")
-}  # drawn as outlines, like the white ones
+# black things that are drawn as outlines, like the white ones
+HOLLOW = {"openmoji-black": ("black cat", "black small square")}
 HUE, COLOUR = rf"\b({HUES})\b", rf"\b(light blue|{HUES}|black|white|grey)\b"
 PUBLISHED = ("captions", "keywords", "translations", "group", "subgroup")
 
@@ -141,7 +140,7 @@ def draw_one(drawing: str | bytes, bordered: bool, size: int) -> bytes:
     return render(drawing, size) if bordered else rasterize(drawing, size)
 
 
-# --- what is left out ---
+# --- exclusions ---
 
 
 def drop_colourless(drawings: dict, concepts: dict, excluded: Counter) -> None:

@@ -128,7 +128,7 @@ DIRECTION = (
 
 
 def members(tarball: Path, pattern: str) -> dict[str, bytes]:
-    """Files of an npm tarball whose path in the package matches the whole pattern."""
+    """Files of an npm tarball whose path in the package matches the pattern."""
     with tarfile.open(tarball) as tar:
         return {
             name: tar.extractfile(member).read()

@@ -21,7 +21,7 @@ from ito.files import follow_links, irregular, require_file
 
 PICTURES = ("bmp", "gif", "jpeg", "jpg", "png", "tif", "tiff", "webp")
 ROWS = 1000  # of a table, per shard
-WANTED = "want a folder with captions.jsonl or tars, a CSV, or a tar pattern"
+EXPECTED = "expected a folder with captions.jsonl or tars, a CSV, or a tar pattern"
 
 
 @dataclass
@@ -103,11 +103,11 @@ def open_shards(
     elif path.suffix == ".jsonl":
         raise ValueError(f"{path}: name the folder that holds captions.jsonl, not the file")
     elif path.suffix[1:].lower() in PICTURES:
-        raise ValueError(f"{path} is one picture: {WANTED}")
+        raise ValueError(f"{path} is one picture: {EXPECTED}")
     elif path.exists():
         rows = read_csv(path, csv_separator, csv_img_key, csv_caption_key)
     else:
-        raise FileNotFoundError(f"no data at {path}: {WANTED}")
+        raise FileNotFoundError(f"no data at {path}: {EXPECTED}")
     checked = [check(r, root) if isinstance(r, Record) else r for r in rows]
     return [partial(iter, checked[at : at + ROWS]) for at in range(0, len(checked), ROWS)]
 
@@ -165,7 +165,7 @@ def from_sample(sample: Sample, where: str, name: str) -> Record | Skipped:
         )
     fields = json.loads(sample.contents.get("json", b"{}"))
     if not isinstance(fields, dict):
-        raise ValueError(f"want a JSON object, got {str(fields)[:60]}")
+        raise ValueError(f"expected a JSON object, got {str(fields)[:60]}")
     record = from_fields(fields, where, sample.members[pictures[0]], name)
     if not record.captions and "txt" in sample.contents:
         record.captions = texts(sample.contents["txt"].decode())
@@ -187,7 +187,7 @@ def parse(line: str, where: str, folder: Path) -> Record:
         raise ValueError(f"{where}: not JSON: {error}") from None
     try:
         if not isinstance(fields, dict):
-            raise ValueError(f"want a JSON object, got {line.strip()[:60]}")
+            raise ValueError(f"expected a JSON object, got {line.strip()[:60]}")
         image = text(fields, "image")
         if image is None:
             raise ValueError(f"names no image; its fields are {list(fields)}")
@@ -271,8 +271,8 @@ def read_csv(
             continue
         row += [""] * (len(columns) - len(row))
         name = row[img]
-        beside = source.parent / name
-        path = beside if beside.exists() else Path(name)
+        next_to_csv = source.parent / name
+        path = next_to_csv if next_to_csv.exists() else Path(name)
         records.append(Record(where, path, name, texts(row[caption]), {}, None, None, None, None))
     return records
 
@@ -294,7 +294,7 @@ def read_text(source: Path, pipe: bool = False) -> str:
         return data.decode("utf-8-sig")  # spreadsheets write a byte order mark
     except UnicodeDecodeError as error:
         row = data.count(b"\n", 0, error.start) + 1
-        hint = f"; {WANTED}" if pipe else ""
+        hint = f"; {EXPECTED}" if pipe else ""
         raise ValueError(f"{source}:{row}: not UTF-8: {error.reason}{hint}") from None
 
 

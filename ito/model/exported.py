@@ -154,6 +154,6 @@ def saved_tokenizer(state: dict, run: RunFolder) -> Tokenizer:
 def require_fit(tokenizer: Tokenizer, architecture: dict, path: Path) -> None:
     """Raises FileError if the tokenizer's sizes are not those of the text tower."""
     for name in ("vocab_size", "context_length"):
-        found, wanted = getattr(tokenizer, name), architecture[name]
-        if found != wanted:
-            raise FileError(f"{path} is of another model: {name} {found}, want {wanted}")
+        found, expected = getattr(tokenizer, name), architecture[name]
+        if found != expected:
+            raise FileError(f"{path} is of another model: {name} {found}, expected {expected}")

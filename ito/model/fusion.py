@@ -35,7 +35,7 @@ class Fusion(nn.Module):
     Args:
         grid: side of the image's patch grid; width: the joint width E; depth, heads of the blocks.
         readout: ``cls`` (position 0, the image's CLS), ``mean`` (over all real tokens) or ``token``
-            (a learned token of its own, put at position 0).
+            (an additional learned token, at position 0).
     """
 
     def __init__(self, grid: int, width: int, depth: int = 2, heads: int = 4, readout: str = "cls"):

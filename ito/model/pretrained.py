@@ -105,7 +105,7 @@ class Timm(nn.Module):
         if patches.shape[-1] != pooled.shape[-1]:
             raise ValueError(
                 f"timm:{self.network.default_cfg['architecture']} pools {patches.shape[-1]} "
-                f"channels to {pooled.shape[-1]}; want a model that keeps their number"
+                f"channels to {pooled.shape[-1]}; expected a model that keeps their number"
             )
         return torch.cat([pooled[:, None], patches], 1)
 
@@ -201,7 +201,9 @@ class OpenClip(nn.Module):
             pictures = open_clip.get_pretrained_cfg(model, weights)
             if not pictures:
                 known = ", ".join(open_clip.list_pretrained_tags_by_model(model))
-                raise ValueError(f"open_clip:{name}: want {model}/WEIGHTS, of {known or 'none'}")
+                raise ValueError(
+                    f"open_clip:{name}: expected {model}/WEIGHTS, of {known or 'none'}"
+                )
             # as the weights need it; open_clip only warns if the model's name says otherwise
             config = config | {"quick_gelu": pictures.get("quick_gelu", False)}
         config = {key: value for key, value in config.items() if key != "custom_text"}
@@ -235,7 +237,7 @@ class OpenClipImage(OpenClip):
         self.mean, self.std = mean, std
         self.network = self.build(config).visual
         if getattr(self.network, "proj", None) is None:
-            raise ValueError("open_clip: want a CLIP with a ViT; timm:NAME takes timm's models")
+            raise ValueError("open_clip: expected a CLIP with a ViT; timm:NAME takes timm's models")
         self.network.output_tokens = True
 
     def load(self, name: str) -> None:
@@ -251,7 +253,7 @@ class OpenClipText(OpenClip):
         super().__init__()
         others = config["text_cfg"].keys() & {"hf_model_name", "hf_tokenizer_name", "embed_cls"}
         if others:
-            raise ValueError(f"open_clip: want CLIP's own text tower, got one with {others}")
+            raise ValueError(f"open_clip: expected CLIP's own text tower, got one with {others}")
         self.network = self.build(config).text
         self.network.output_tokens = True
         self.longest, self.pad_id = self.network.context_length, self.network.vocab_size
@@ -405,35 +407,35 @@ class PretrainedText(PretrainedTower):
 # --- by their options ---
 
 
-def split(option: str, wanted: str, kinds: dict) -> tuple[str, str]:
+def split(option: str, encoder: str, kinds: dict) -> tuple[str, str]:
     """The key in `kinds` and the NAME of `timm:NAME`. Raises ValueError listing the choices."""
-    kind, colon, name = wanted.partition(":")
+    kind, colon, name = encoder.partition(":")
     named = kind in ("timm", "hf", "open_clip")
     if kind not in kinds or named != bool(name) or (colon and not named):
         known = [
             OURS,
             *(k if k in ("efficientnet-lite0", "minilm") else f"{k}:NAME" for k in kinds),
         ]
-        raise ValueError(f"{option} must be one of {', '.join(known)}, got {wanted!r}")
+        raise ValueError(f"{option} must be one of {', '.join(known)}, got {encoder!r}")
     return kind, name
 
 
 @contextmanager
-def naming(option: str, wanted: str) -> Iterator[None]:
+def naming(option: str, encoder: str) -> Iterator[None]:
     """Turns errors of unknown models, and of weights that are missing or do not fit, into
     ValueErrors that name the option."""
     try:
         yield
     except RuntimeError as error:
-        raise ValueError(f"{option} {wanted}: {error}") from error
+        raise ValueError(f"{option} {encoder}: {error}") from error
 
 
-def describe(option: str, wanted: str, kinds: dict) -> dict | None:
+def describe(option: str, encoder: str, kinds: dict) -> dict | None:
     """The JSON description of an encoder; None for a tower of `ito.model.encoders`."""
-    if wanted == OURS:
+    if encoder == OURS:
         return None
-    kind, name = split(option, wanted, kinds)
-    with naming(option, wanted):
+    kind, name = split(option, encoder, kinds)
+    with naming(option, encoder):
         return {"name": kind} | kinds[kind].describe(name)
 
 
@@ -445,9 +447,9 @@ def encoders(config) -> dict[str, dict | None]:
     }
 
 
-def image_size(wanted: str) -> int:
+def image_size(encoder: str) -> int:
     """Pixels per side that an image encoder was pretrained with."""
-    about = describe("image_encoder", wanted, IMAGE)
+    about = describe("image_encoder", encoder, IMAGE)
     if "image_size" in about:
         return about["image_size"]
     return about["config"]["vision_cfg"]["image_size"]
@@ -456,10 +458,10 @@ def image_size(wanted: str) -> int:
 def load_weights(model: nn.Module, config) -> None:
     """Load the pretrained weights into the bodies, in place."""
     for tower, option, kinds in (("image", "image_encoder", IMAGE), ("text", "text_encoder", TEXT)):
-        wanted = getattr(config, option)
-        if wanted != OURS:
-            with naming(option, wanted):
-                getattr(model, tower).body.load(split(option, wanted, kinds)[1])
+        encoder = getattr(config, option)
+        if encoder != OURS:
+            with naming(option, encoder):
+                getattr(model, tower).body.load(split(option, encoder, kinds)[1])
 
 
 def load_tokenizer(config) -> Tokenizer:

@@ -253,7 +253,7 @@ def probes(arms: dict[str, list[Result]]) -> str:
         ("k-NN, concepts", "knn/concepts/top1", percent),
         ("linear probe, subgroups", "linear_probe/subgroups/top1", percent),
         ("zero-shot, prompt ensemble", "zero_shot/names/ensemble", percent),
-        ("modality told apart", "modality/classifier", percent),
+        ("modality classifier", "modality/classifier", percent),
         ("uniformity, images", "geometry/uniformity_images", plain),
         ("uniformity, names", "geometry/uniformity_texts", plain),
         ("alignment", "geometry/alignment", plain),
@@ -288,7 +288,7 @@ def equal_time(arms: dict[str, list[Result]], costs: dict[str, StepCost]) -> str
         )
     table = rows(["objective", "steps by then", "R@1", "gap"], lines)
     return (
-        f"After {budget:.0f} s of steps, when the quickest has ended: from the same runs' curves "
+        f"After {budget:.0f} s of steps, when the fastest has ended: from the same runs' curves "
         "and the cost of a step (below). The learning rate of the slower ones has not come down "
         f"yet, which is to their disadvantage.\n\n{table}"
     )
@@ -340,7 +340,7 @@ def matched_gap(arms: dict[str, list[Result]]) -> str:
     return (
         f"{text}\n\nWhen the alignment loss in training (the mean of ten logged batches) first "
         f"reaches {loss:.2f}, for the objectives that have that loss. Pictures under mild "
-        f"augmentation reach it sooner than they reach the same R@1.\n\n{by_loss}"
+        f"augmentation reach this loss sooner than the same R@1.\n\n{by_loss}"
     )
 
 
@@ -376,7 +376,7 @@ def reached(curve: list[tuple[float, float]], target: float) -> float:
 
 
 def cost_table(arms: dict[str, list[Result]], costs: dict[str, StepCost]) -> str:
-    quickest = min(cost.seconds for cost in costs.values())
+    fastest = min(cost.seconds for cost in costs.values())
     lines = []
     for arm, runs in arms.items():
         cost = costs[arm]
@@ -385,20 +385,20 @@ def cost_table(arms: dict[str, list[Result]], costs: dict[str, StepCost]) -> str
             [
                 arm,
                 f"{1000 * cost.seconds:.0f}",
-                f"{cost.seconds / quickest:.2f}",
+                f"{cost.seconds / fastest:.2f}",
                 percent(cost.input / cost.seconds),
                 f"{1000 * cost.loader:.1f}",
                 f"{max(r.peak_bytes for r in runs) / 2**20:.0f}",
                 f"{weights.stat().st_size / 2**20:.1f}",
             ]
         )
-    header = ["objective", "ms a step", "× the quickest", "waiting for its batch, %"]
-    header += ["batch prepared beside it, ms", "peak memory, MiB", "exported model, MiB"]
+    header = ["objective", "ms per step", "× the fastest", "waiting for its batch, %"]
+    header += ["preparing the next batch, ms", "peak memory, MiB", "exported model, MiB"]
     return rows(header, lines) + (
-        "\n\nSteps are timed by turns in one process; a thread prepares the next batch while one "
-        "computes. The exported model is the two towers alone, "
-        "the same for every objective: so is the cost of inference. Memory is the process's, "
-        "pictures and evaluation included."
+        "\n\nSteps are timed in turns in one process; a thread prepares the next batch while one "
+        "computes. The exported model has the two towers only, "
+        "so it and the cost of inference are the same for all objectives. Memory is that of the "
+        "process, with data and evaluation."
     )
 
 

@@ -88,10 +88,10 @@ def application(index: Index) -> Starlette:
         )
 
     def picture(request: Request) -> Response:
-        wanted = request.path_params["number"]
-        found = number(wanted)
+        asked = request.path_params["number"]
+        found = number(asked)
         if found is None:
-            message = f"picture must be in [0, {count}), got {shown(wanted)}"
+            message = f"picture must be in [0, {count}), got {shown(asked)}"
             return PlainTextResponse(message, 404)
         buffer = io.BytesIO()
         pixels = index.dataset.images[found].permute(1, 2, 0).numpy()
