@@ -1,8 +1,8 @@
-"""`python -m ito.compare`: train objectives on equal budgets with several seeds, and compare them.
+"""`python -m ito.compare`: train several objectives on equal budgets and seeds, and compare them.
 
-Every run is a separate `python -m ito.train` with the same data, towers, batches and steps; only
-the objective differs. The same command continues a comparison: finished runs are kept, and
-interrupted ones are resumed. At the end it writes `comparison.md` and its pictures.
+Each run is one `python -m ito.train` with the same data, towers, batches and steps; only the
+objective differs. Give the same command again to continue: finished runs are kept and interrupted
+runs are resumed. At the end it writes `comparison.md` and its plots.
 """
 
 import argparse
@@ -71,7 +71,10 @@ def main(arguments: list[str] | None = None) -> Path:
     )
     group = parser.add_argument_group("comparison")
     group.add_argument(
-        "--out", type=Path, default=Path("runs/compare"), help="its folder (runs/compare)"
+        "--out",
+        type=Path,
+        default=Path("runs/compare"),
+        help="output folder (default: runs/compare)",
     )
     group.add_argument(
         "--arms",
@@ -79,17 +82,21 @@ def main(arguments: list[str] | None = None) -> Path:
         choices=tuple(ARMS),
         default=list(MAIN),
         metavar="ARM",
-        help=f"the arms to train, of {', '.join(ARMS)} ({' '.join(MAIN)})",
+        help=f"runs to train, from {', '.join(ARMS)} (default: {' '.join(MAIN)})",
     )
     group.add_argument(
-        "--seeds", nargs="+", type=int, default=[0, 1, 2], help="seeds of each arm (0 1 2)"
+        "--seeds", nargs="+", type=int, default=[0, 1, 2], help="seeds (default: 0 1 2)"
     )
     group.add_argument(
-        "--jobs", type=int, default=1, help="runs at a time (1); measured costs depend on it"
+        "--jobs", type=int, default=1, help="runs at a time, which slows each (default: 1)"
     )
-    group.add_argument("--threads", type=int, help="threads of each run (PyTorch's choice)")
-    group.add_argument("--cache", type=Path, help="where prepared data lives (~/.cache/ito)")
-    group.add_argument("--report-only", action="store_true", help="report the existing runs only")
+    group.add_argument(
+        "--threads", type=int, help="CPU threads per run (default: PyTorch's choice)"
+    )
+    group.add_argument("--cache", type=Path, help="folder of prepared data (default: ~/.cache/ito)")
+    group.add_argument(
+        "--report-only", action="store_true", help="train nothing; report the runs that exist"
+    )
     add_options(parser, hidden=DECIDED)
     with user_errors():
         options = parser.parse_args(arguments)

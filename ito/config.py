@@ -40,6 +40,20 @@ def option(
     return field(default=default, metadata=metadata)
 
 
+AUGMENTATIONS = {
+    "scale": "range of the crop's area relative to the image's; above 1: shrunk, on white",
+    "ratio": "range of the crop's aspect ratio, width / height",
+    "jitter": "strength of color jitter: brightness, contrast, saturation, hue",
+    "jitter_p": "probability of color jitter",
+    "gray_p": "probability of grayscale",
+    "blur_p": "probability of Gaussian blur",
+    "blur_sigma": "range of the blur's sigma, in pixels of a 224 px image",
+    "flip_p": "probability of a horizontal flip",
+    "warp": "strength of a smooth warp, relative to half a side; 0: none",
+    "stroke_p": "probability of dark outlines on edges",
+}
+
+
 @dataclass(frozen=True)
 class Config:
     """Everything that decides the numbers of a run, except the machine. Intervals change none.
@@ -50,94 +64,107 @@ class Config:
     train_data: str = option(
         EMOJI_SMALL,
         "data",
-        "a folder with captions.jsonl, an open_clip CSV, WebDataset tars, or emoji-small or "
-        "emoji-full (both prepared on first use)",
+        "training data: a folder with captions.jsonl, an open_clip CSV, WebDataset tars, or a set "
+        "prepared on first use: emoji-small or emoji-full",
     )
-    csv_separator: str = option("\t", "data", "separator of an open_clip CSV")
-    csv_img_key: str = option("filepath", "data", "the CSV's column of picture paths")
-    csv_caption_key: str = option("title", "data", "the CSV's column of captions")
+    csv_separator: str = option("\t", "data", "column separator of an open_clip CSV")
+    csv_img_key: str = option("filepath", "data", "CSV column with the image paths")
+    csv_caption_key: str = option("title", "data", "CSV column with the captions")
     max_pixels: int = option(
         MAX_PIXELS,
         "data",
-        "pictures with more are skipped; of a JPEG, the pixels that it is decoded to count",
+        "skip images with more pixels than this; for a JPEG, after reduced-size decoding",
         least=1,
         most=2 * MAX_PIXELS,  # Pillow opens no larger picture
     )
     untrusted_data: bool = option(
-        False, "data", "skip pictures whose path leads out of the data's folder, links followed"
+        False, "data", "skip images whose path, with links resolved, is outside the data folder"
     )
-    split_seed: int = option(0, "data", "chooses the held-out items if the data names no splits")
+    split_seed: int = option(0, "data", "seed of the held-out split, if the data has none")
 
     stream: bool = option(
-        False, "streaming", "read --train-data while training, not into memory; needs --val-data"
+        False, "streaming", "read --train-data from disk while training; needs --val-data"
     )
     val_data: str | None = option(
-        None, "streaming", "the data that a streamed run is scored on, held in memory", kind=str
+        None, "streaming", "evaluation data of a streamed run, loaded into memory", kind=str
     )
     tokenizer_captions: int = option(
-        100_000, "streaming", "how many of a stream's first captions train its BPE", least=1
+        100_000, "streaming", "number of captions at the start that train the BPE", least=1
     )
 
     objective: str = option(
         "ito",
         "objective",
-        f"the loss: {', '.join(OBJECTIVES)}, or FILE.py:NAME, a function or torch.nn.Module "
-        "class of your own (image, text, logit_scale, *, item, step, generator, group)",
+        f"training objective: {', '.join(OBJECTIVES)}, or FILE.py:NAME for your own function or "
+        "torch.nn.Module class, called as (image, text, logit_scale, *, item, step, generator, "
+        "group)",
     )
     views: int = option(
         None,
         "objective",
-        "V, augmented views of an item per step (ito 2, slip 3, else 1; only ito takes others)",
+        "augmented views per item and step (default: ito 2, slip 3, others 1; only ito accepts "
+        "other values)",
         least=1,
         kind=int,
     )
     captions: int = option(
-        None, "objective", "C, captions of an item per step (flair 2, else 1)", least=1, kind=int
+        None,
+        "objective",
+        "captions per item and step (default: flair 2, others 1)",
+        least=1,
+        kind=int,
     )
     lambda_fusion: float = option(
-        2.0, "objective", "ito: weight of the fusion term; 0 switches it off", least=0
+        2.0, "objective", "ito: weight of the fusion loss; 0 disables it", least=0
     )
     lambda_schedule: str = option(
         "constant",
         "objective",
-        "ito: how the fusion term's weight falls to 0",
+        "ito: schedule of that weight; linear and cosine decay to 0",
         ("constant", "linear", "cosine"),
     )
     denominator: str = option(
         "pair",
         "objective",
-        "ito: one softmax per view-caption pair, or one for all",
+        "ito: one softmax per view-caption pair, or one over all of them",
         ("pair", "pooled"),
     )
-    fusion_depth: int = option(2, "objective", "ito: blocks of the fusion module", least=1)
-    fusion_readout: str = option("cls", "objective", "ito: the fusion module's output", READOUTS)
+    fusion_depth: int = option(
+        2, "objective", "ito: transformer blocks of the fusion module", least=1
+    )
+    fusion_readout: str = option(
+        "cls", "objective", "ito: pooling of the fusion module's output", READOUTS
+    )
     fusion_scale: str = option(
-        "shared", "objective", "ito: the logit scale of the fusion term", ("shared", "own")
+        "shared", "objective", "ito: logit scale of the fusion loss", ("shared", "own")
     )
     fusion_stop_gradient: str = option(
         "none",
         "objective",
-        "ito: the towers that get no gradient from the fusion term",
+        "ito: towers that get no gradient from the fusion loss",
         ("none", "image", "text", "both"),
     )
     fusion_text: str = option(
         "caption",
         "objective",
-        "ito: each view is fused with its caption, with one of another item (not the same for two "
-        "views), or without text",
+        "ito: text that images are fused with: their caption, another item's (a different one for "
+        "each view), or none",
         ("caption", "shuffled", "dropped"),
     )
 
     image_encoder: str = option(
         OURS,
         "model",
-        "efficientnet-lite0, timm:NAME or open_clip:NAME, pretrained (see ito/model/pretrained.py)",
+        "ours, or a pretrained one: efficientnet-lite0, timm:NAME or open_clip:NAME (see "
+        "ito/model/pretrained.py)",
     )
-    text_encoder: str = option(OURS, "model", "minilm, hf:NAME or open_clip:NAME, pretrained")
+    text_encoder: str = option(
+        OURS, "model", "ours, or a pretrained one: minilm, hf:NAME or open_clip:NAME"
+    )
     load_size: int = option(
         None,
         "model",
-        "pixels per side of the pictures in memory (64; with a pretrained image encoder "
+        "side in pixels of the images in memory (default: 64; with a pretrained image encoder, "
         "--image-size)",
         least=1,
         kind=int,
@@ -145,56 +172,66 @@ class Config:
     image_size: int = option(
         None,
         "model",
-        "pixels per side that the image tower sees (32; or as an image encoder was pretrained)",
+        "side in pixels of the image tower's input (default: 32; a pretrained encoder's own size)",
         least=8,
         kind=int,
     )
-    vocab_size: int = option(1500, "model", "size of the BPE, trained on the training captions")
-    context_length: int = option(16, "model", "longest caption in tokens, with start and end token")
-    width: int = option(128, "model", "width of the towers and of the joint embedding", least=1)
+    vocab_size: int = option(
+        1500, "model", "vocabulary size of the BPE trained on the training captions"
+    )
+    context_length: int = option(
+        16, "model", "maximum caption length in tokens, with start and end token"
+    )
+    width: int = option(128, "model", "width of both towers and of the embedding", least=1)
     heads: int = option(4, "model", "attention heads", least=1)
     image_width: int | None = option(
-        None, "model", "width of the image tower, if it differs (--width)", least=1, kind=int
+        None, "model", "width of the image tower (default: --width)", least=1, kind=int
     )
     image_heads: int | None = option(
-        None, "model", "heads of the image tower, if they differ (--heads)", least=1, kind=int
+        None, "model", "attention heads of the image tower (default: --heads)", least=1, kind=int
     )
     patch_size: int | None = option(
-        None, "model", "a ViT's patches instead of the convolutions (none)", least=1, kind=int
+        None,
+        "model",
+        "ViT patch size; replaces the convolutional stem (default: none)",
+        least=1,
+        kind=int,
     )
     image_depth: int = option(1, "model", "transformer blocks of the image tower", least=1)
     text_depth: int = option(3, "model", "transformer blocks of the text tower", least=1)
     pretrained: str | None = option(
         None,
         "model",
-        "a run whose exported towers and tokenizer are the start (random weights)",
+        "run folder whose exported towers and tokenizer to start from (default: random weights)",
         kind=str,
     )
     locked: str = option(
-        "none", "model", "the tower that is not trained (LiT)", ("none", "image", "text", "both")
+        "none", "model", "towers that are not trained (LiT)", ("none", "image", "text", "both")
     )
 
     steps: int = option(2000, "optimisation", "optimizer steps", least=1)
-    batch_size: int = option(
-        64, "optimisation", "distinct items per step, on all ranks together", least=2
-    )
+    batch_size: int = option(64, "optimisation", "distinct items per step, over all ranks", least=2)
     accum_freq: int = option(
         1,
         "optimisation",
-        "micro-batches per rank and step: less memory, the same gradient",
+        "micro-batches per rank and step: less memory, the same gradient up to rounding",
         least=1,
     )
     lr: float = option(7e-4, "optimisation", "peak learning rate of AdamW", least=1e-9)
-    weight_decay: float = option(1.0, "optimisation", "weight decay of the matrices", least=0)
+    weight_decay: float = option(1.0, "optimisation", "weight decay, on matrices only", least=0)
     warmup: float = option(
-        0.05, "optimisation", "warm-up as a share of the steps; then cosine to 0", least=0, most=1
+        0.05,
+        "optimisation",
+        "warm-up, as a fraction of the steps; then cosine decay to 0",
+        least=0,
+        most=1,
     )
-    grad_clip: float = option(1.0, "optimisation", "largest norm of the gradient", least=1e-9)
+    grad_clip: float = option(1.0, "optimisation", "maximum gradient norm", least=1e-9)
     seed: int = option(
-        0, "optimisation", "seed of weights, data order, augmentation", least=0, most=2**63 - 1
+        0, "optimisation", "seed of weights, data order and augmentation", least=0, most=2**63 - 1
     )
 
-    log_every: int = option(10, "intervals", "steps between log lines", least=1)
+    log_every: int = option(10, "intervals", "steps between log entries", least=1)
     eval_every: int = option(500, "intervals", "steps between evaluations", least=1)
     checkpoint_every: int = option(250, "intervals", "steps between checkpoints", least=1)
 
@@ -342,8 +379,9 @@ def add_options(
     def add(name: str, default, group: str, help: str, choices=None, kind=None) -> None:
         if group not in groups:
             groups[group] = parser.add_argument_group(group)
-        shown = "the run's" if only else repr(default) if isinstance(default, str) else default
-        help = help if default is None else f"{help} ({shown})".strip()
+        shown = " ".join(map(str, default)) if isinstance(default, tuple) else default
+        shown = "the run's" if only else "a tab" if shown == "\t" else shown
+        help = help if default is None or default is False else f"{help} (default: {shown})"
         help = argparse.SUPPRESS if name in hidden else help
         flag = f"--{name.replace('_', '-')}"
         if isinstance(default, bool):
@@ -382,10 +420,11 @@ def add_options(
                 nargs=0,
                 const=tower,
                 default=argparse.SUPPRESS,
-                help=f"the {tower} tower keeps the weights of --pretrained or of its encoder (LiT)",
+                help=f"do not train the {tower} tower: keep the weights of --pretrained or of its "
+                "encoder (LiT)",
             )
         for name, default in vars(Config().augmentation).items():
-            add(name, default, "augmentation", "see ito/data/augment.py")
+            add(name, default, "augmentation", AUGMENTATIONS[name])
 
 
 def from_options(options: argparse.Namespace, base: Config | None = None) -> Config:

@@ -1,7 +1,7 @@
-"""`python -m ito.evaluate RUN`: score a run's model on its held-out pictures, or on other data.
+"""`python -m ito.evaluate RUN`: evaluate a run's model on its held-out images or on other data.
 
 Retrieval, zero-shot classification with prompt ensembles, linear probe and k nearest neighbours,
-the modality gap, uniformity and alignment, and how evenly languages retrieve the same pictures.
+the modality gap, uniformity and alignment, and the difference of ranks between languages.
 """
 
 import argparse
@@ -21,27 +21,29 @@ from ito.source import choose_data, open_dataset
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m ito.evaluate", description=__doc__)
-    parser.add_argument("run", type=Path, help="a run folder")
+    parser.add_argument("run", type=Path, help="run folder")
     parser.add_argument(
-        "--data", metavar="PATH", help="score all pictures of this data set instead"
+        "--data", metavar="PATH", help="evaluate on all images of this data set instead"
     )
     parser.add_argument(
-        "--split", action="append", help=f"score this split ({ALL}: all pictures); may be repeated"
+        "--split", action="append", help=f"split to evaluate; may be repeated; {ALL}: all images"
     )
     parser.add_argument(
         "--prompts",
         nargs="+",
         default=PROMPTS,
         metavar="TEXT",
-        help="prompts of the ensembles; {} stands for the name",
+        help="prompts of the zero-shot ensembles; {} stands for the class name",
     )
-    parser.add_argument("--cache", type=Path, help="where prepared data lives (~/.cache/ito)")
+    parser.add_argument(
+        "--cache", type=Path, help="folder of prepared data (default: ~/.cache/ito)"
+    )
     parser.add_argument("--json", type=Path, help="also write the scores to this file")
     parser.add_argument(
         "--clip-benchmark",
         type=Path,
         metavar="FOLDER",
-        help="also write a file per split and task, as clip_benchmark does",
+        help="also write one file per split and task, in clip_benchmark's format",
     )
     add_options(parser, only="data")
     with user_errors():

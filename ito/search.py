@@ -1,7 +1,7 @@
-"""`python -m ito.search RUN "a red flag" photo.png`: search pictures with a run's model.
+"""`python -m ito.search RUN "a red flag" photo.png`: search a data set with a run's model.
 
-Prints the best matches of every query, a text or a picture, and writes them as a contact sheet.
-`--serve` opens a search page instead, on this machine only (ito/scoring/search_page.py).
+Prints the best matches of each query (a text or an image file) and writes them as a contact sheet.
+`--serve` starts a local web page for searching instead (ito/scoring/search_page.py).
 """
 
 import argparse
@@ -43,20 +43,22 @@ def embed(encoder: Encoder, query: str) -> torch.Tensor:
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m ito.search", description=__doc__)
-    parser.add_argument("run", type=Path, help="a run folder")
-    parser.add_argument("queries", nargs="*", metavar="QUERY", help="a text, or a picture's file")
-    parser.add_argument("-k", type=int, default=8, help="matches per query (8)")
-    parser.add_argument("--data", metavar="PATH", help="search this data set instead of the run's")
-    parser.add_argument("--out", type=Path, help="the contact sheet, a PNG (RUN/search.png)")
+    parser.add_argument("run", type=Path, help="run folder")
+    parser.add_argument("queries", nargs="*", metavar="QUERY", help="a text or an image file")
+    parser.add_argument("-k", type=int, default=8, help="matches per query (default: 8)")
+    parser.add_argument("--data", metavar="PATH", help="data set to search (default: the run's)")
+    parser.add_argument("--out", type=Path, help="contact sheet, a PNG (default: RUN/search.png)")
     parser.add_argument(
         "--serve",
         type=int,
         nargs="?",
         const=8765,
         metavar="PORT",
-        help="open a page on 127.0.0.1 instead (8765; 0: any free port)",
+        help="serve a search page on 127.0.0.1 (default port: 8765; 0: any free port)",
     )
-    parser.add_argument("--cache", type=Path, help="where prepared data lives (~/.cache/ito)")
+    parser.add_argument(
+        "--cache", type=Path, help="folder of prepared data (default: ~/.cache/ito)"
+    )
     add_options(parser, only="data")
     with user_errors():
         options = parser.parse_intermixed_args(arguments)

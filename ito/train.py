@@ -1,4 +1,4 @@
-"""Train ITO: align several views and captions of an item, and fuse them during training only.
+"""Train a dual encoder of images and texts, by default with the ITO objective.
 
 Without arguments: prepares the small emoji set on first use, trains on it, evaluates on held-out
 drawings, exports the dual encoder and writes a report.
@@ -108,30 +108,34 @@ def new_folder(options: argparse.Namespace) -> Path:
 
 def run_options(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("run")
-    group.add_argument("--out", type=Path, help="run folder to create (runs/DATE-TIME)")
+    group.add_argument("--out", type=Path, help="run folder to create (default: runs/DATE-TIME)")
     group.add_argument("--resume", type=Path, metavar="RUN", help="continue a run to its end")
     group.add_argument(
         "--preset",
         choices=tuple(PRESETS),
-        help="values of options that are not given: the defaults, the full emoji set, or the "
-        "paper's recipes for your own --train-data (emoji-small)",
+        help="values of options that are not given: of the default run, the full emoji set, or the "
+        "ITO paper's recipes for your own --train-data (default: emoji-small)",
     )
-    group.add_argument("--cache", type=Path, help="where prepared data lives (~/.cache/ito)")
+    group.add_argument("--cache", type=Path, help="folder of prepared data (default: ~/.cache/ito)")
     group.add_argument(
-        "--workers", type=int, default=1, metavar="N", help="processes that read a --stream (1)"
+        "--workers",
+        type=int,
+        default=1,
+        metavar="N",
+        help="processes that read --stream data (default: 1)",
     )
     group.add_argument(
         "--precision",
         choices=("auto", "bf16", "fp32"),
         default="auto",
-        help="dtype of the towers; auto: bf16 if the processor multiplies it natively (auto)",
+        help="dtype of the towers; auto takes bf16 where the hardware supports it (default: auto)",
     )
     group.add_argument(
-        "--compile", action="store_true", help="compile the towers with torch.compile (no)"
+        "--compile", action="store_true", help="compile the towers with torch.compile"
     )
-    group.add_argument("--device", help="cpu, cuda, cuda:1, ... (a GPU if there is one)")
+    group.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: a GPU if there is one)")
     group.add_argument(
-        "--threads", type=thread_count, metavar="N", help="CPU threads (PyTorch's choice)"
+        "--threads", type=thread_count, metavar="N", help="CPU threads (default: PyTorch's choice)"
     )
 
 

@@ -1,4 +1,4 @@
-"""Contrastive losses that never form the B × B logits."""
+"""Contrastive losses with memory linear in the batch size."""
 
 from .losses import (
     alignment_loss,

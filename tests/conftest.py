@@ -1,41 +1,9 @@
-import json
-
 import pytest
 import torch
+
+pytest.register_assert_rewrite("support")
 
 
 @pytest.fixture(autouse=True)
 def seed():
     torch.manual_seed(0)
-
-
-@pytest.fixture(scope="session")
-def data(tmp_path_factory):
-    from tiny_set import write_set
-
-    return write_set(tmp_path_factory.mktemp("data"), items=40)
-
-
-@pytest.fixture(scope="session")
-def finished(data, tmp_path_factory):
-    """A run of 6 steps with checkpoints at 3 and 6."""
-    from tiny_set import QUICK
-
-    from ito import train
-
-    run = tmp_path_factory.mktemp("runs") / "run"
-    arguments = ["--train-data", str(data), "--out", str(run), "--checkpoint-every", "3", *QUICK]
-    return train.main(arguments)
-
-
-@pytest.fixture(scope="session")
-def prepared(tmp_path_factory):
-    """The small emoji set."""
-    from ito.data import emoji_small
-
-    return emoji_small.prepare_emoji_small(tmp_path_factory.mktemp("data") / "set")
-
-
-@pytest.fixture(scope="session")
-def records(prepared):
-    return [json.loads(line) for line in (prepared / "captions.jsonl").open(encoding="utf-8")]

@@ -1,12 +1,14 @@
 """The GPU kernels' machine code, without a GPU: resources, instructions, bank conflicts, times.
 
     python benchmarks/predict/gpu_static.py [--only cuda] [--arch sm_90] [--out FILE]
-                                            [--docs FOLDER]
+                                            [--page docs/gpu-static.md]
 
-Compiles every Triton kernel for sm_80, sm_90, sm_100 and gfx942 (gpu_static_triton.py) and every
-CUDA kernel for what wheels are built for (gpu_static_cuda.py), and fails on a spill, where matrix
-instructions are missing, or on a bank conflict. The times are predictions from instruction counts
-and published rates (gpu_static_code.py): nothing here has run on a GPU.
+Compiles variants of the Triton kernels for sm_80, sm_90, sm_100 and gfx942 (gpu_static_triton.py:
+the plain CLIP and SigLIP losses and some with many options) and the CUDA kernels for what wheels
+are built for (gpu_static_cuda.py), and fails on a spill, where matrix instructions are missing, or
+on a bank conflict. Other variants of the Triton kernels do spill (docs/gpu-static.md). The times
+are predictions from instruction counts and published rates (gpu_static_code.py): nothing here has
+run on a GPU.
 """
 
 from __future__ import annotations
@@ -25,7 +27,7 @@ import gpu_static_triton as triton
 
 
 def work(options: argparse.Namespace) -> list[tuple]:
-    """(function, arguments) of every compilation."""
+    """The compilations as tuples (function, *arguments)."""
     out = []
     if "triton" in options.only:
         out += [
@@ -46,14 +48,14 @@ def work(options: argparse.Namespace) -> list[tuple]:
 
 
 def compiled(options: argparse.Namespace) -> tuple[dict[str, list[dict]], list[str]]:
-    """The kernels, by what they are written in, and what is wrong with them."""
-    rows, wrong = {"triton": [], "cuda": []}, []
+    """Run all compilations. Returns the rows of the kernels by backend, and the failures."""
+    rows, failures = {"triton": [], "cuda": []}, []
     with ProcessPoolExecutor(options.jobs) as pool:
         futures = [(item, pool.submit(*item)) for item in work(options)]
         for (function, *_), future in futures:
             source = "triton" if function is triton.compile_one else "cuda"
-            found = future.result()
-            for r in found if isinstance(found, list) else [found]:
+            results = future.result()
+            for r in results if isinstance(results, list) else [results]:
                 rows[source].append(r)
                 name = f"{source} {r['arch']} {r['arithmetic']} {r['kernel']}"
                 m, n, k, warps, stages = r["tile"]
@@ -64,28 +66,28 @@ def compiled(options: argparse.Namespace) -> tuple[dict[str, list[dict]], list[s
                     flush=True,
                 )
                 if r["spills"]:
-                    wrong.append(f"{name}: spills")
+                    failures.append(f"{name}: spills")
                 if r["arithmetic"] != "ieee" and not r["matrix_instructions"]:
-                    wrong.append(f"{name}: no matrix instruction")
-    return rows, wrong
+                    failures.append(f"{name}: no matrix instruction")
+    return rows, failures
 
 
 def predictions(rows: dict[str, list[dict]]) -> list[dict]:
-    """In bf16. Of the CUDA kernels for the A100 only: Hopper reaches its published rate by wgmma,
-    which they do not use."""
+    """Predicted times in bf16. For the CUDA kernels only on the A100: Hopper reaches its published
+    rate only with wgmma instructions, which they do not use."""
     half = [r for r in rows["triton"] if r["arithmetic"] == "half"]
     bf16 = [r for r in rows["cuda"] if r["arithmetic"] == "bf16"]
     parts = (("triton", half, triton.PARTS, code.CHIPS), ("cuda", bf16, cuda.PARTS, ("A100 SXM",)))
     out = [
         {"kernels": source} | p
-        for source, found, losses, chips in parts
-        for p in code.predict(found, losses, chips)
+        for source, results, losses, chips in parts
+        for p in code.predict(results, losses, chips)
     ]
     return sorted(out, key=lambda p: (p["loss"], list(code.CHIPS).index(p["chip"]), p["n"], p["d"]))
 
 
 def prediction_table(predictions: list[dict]) -> list[str]:
-    """Markdown."""
+    """The predictions as a Markdown table."""
     lines = [
         "| loss | chip | N | D | kernels | forward ms | limit | W panels ms | limit"
         " | vendor products ms | total ms | all overlapped ms | GEMM units"
@@ -103,13 +105,14 @@ def prediction_table(predictions: list[dict]) -> list[str]:
     return lines
 
 
-def write_generated(file: Path, *parts: list[str] | str) -> None:
+def write_page(page: Path, versions: dict[str, str], table: list[str]) -> None:
     """Replaces what stands between the marks of a Markdown file."""
     start, end = "<!-- generated -->", "<!-- end -->"
-    before, rest = file.read_text().split(start)
+    before, rest = page.read_text().split(start)
     after = rest.split(end)[1]
-    text = "\n\n".join(x if isinstance(x, str) else "\n".join(x) for x in parts)
-    file.write_text(f"{before}{start}\n{text}\n{end}{after}")
+    compilers = "; ".join(f"{name}: {version}" for name, version in versions.items())
+    lines = [start, f"Compiled with {compilers}.", "", *table, end]
+    page.write_text(before + "\n".join(lines) + after)
 
 
 def main() -> None:
@@ -118,21 +121,21 @@ def main() -> None:
     parser.add_argument("--only", choices=("triton", "cuda"), action="append")
     parser.add_argument("--arch", choices=archs, action="append")
     parser.add_argument("--jobs", type=int, default=len(os.sched_getaffinity(0)))
-    parser.add_argument("--out", type=Path, help="JSON")
-    parser.add_argument("--docs", type=Path, help="the folder of gpu-static.md and cuda.md")
+    parser.add_argument("--out", type=Path, help="JSON file with all that was read and predicted")
+    parser.add_argument("--page", type=Path, help="Markdown file whose prediction table to replace")
     options = parser.parse_args()
-    if options.docs and (options.only or options.arch):
-        parser.error("--docs needs all kernels and architectures")
+    if options.page and (options.only or options.arch):
+        parser.error("--page needs all kernels and architectures")
     options.only, options.arch = options.only or ["triton", "cuda"], options.arch or [*archs]
     if "cuda" in options.only:
         if not shutil.which("nvcc"):
             sys.exit("there is no nvcc on the PATH; --only triton needs none")
         if missing := cuda.cuda.SIMT.missing():
-            sys.exit(f"the emulator is not there: {missing}")
+            sys.exit(f"the emulator is not available: {missing}")
 
-    rows, wrong = compiled(options)
+    rows, failures = compiled(options)
     banks = cuda.bank_use() if "cuda" in options.only else []
-    wrong += [f"bank conflict: {b}" for b in banks if b["passes"] != b["least"]]
+    failures += [f"bank conflict: {b}" for b in banks if b["passes"] != b["least"]]
     result = {
         "chips": {name: chip._asdict() for name, chip in code.CHIPS.items()},
         "vendor_share": code.VENDOR_SHARE,
@@ -146,30 +149,10 @@ def main() -> None:
     )
     if options.out:
         options.out.write_text(json.dumps(result, indent=1) + "\n")
-    if options.docs:
-        write_docs(options.docs, result)
-    if wrong:
-        sys.exit("\n".join(["failed:", *wrong]))
-
-
-def write_docs(folder: Path, result: dict) -> None:
-    machine_code = "### Machine code"
-    write_generated(
-        folder / "gpu-static.md",
-        "; ".join(f"{name}: {version}" for name, version in result["versions"].items()),
-        machine_code,
-        triton.table(result["kernels"]["triton"]),
-        "### Prediction",
-        prediction_table(result["predictions"]),
-    )
-    write_generated(
-        folder / "cuda.md",
-        result["versions"]["cuda"],
-        machine_code,
-        cuda.table(result["kernels"]["cuda"]),
-        "### Bank conflicts",
-        cuda.bank_table(result["banks"]),
-    )
+    if options.page:
+        write_page(options.page, result["versions"], prediction_table(result["predictions"]))
+    if failures:
+        sys.exit("\n".join(["failed:", *failures]))
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
-"""Prints what a loss's step on the batch of many GPUs is predicted to take, and draws it.
+"""Predicts the time of a loss's step on many GPUs: prints the table and draws the picture.
 
     python benchmarks/predict/scaling.py [--gpu h100] [--dim 512] [--loss clip] [--out FOLDER]
     python benchmarks/predict/scaling.py --measure     runs the loss on gloo instead, and compares
 
-`scaling_model.py` holds the model, `scaling_check.py` what it is held against on this machine.
+`scaling_model.py` has the model, `scaling_check.py` the comparison with gloo on this machine.
 
 Columns. rows: of each GPU. compute: the kernels alone. step: with the chunk size beside it, the
 smallest that is within 2 % of the best. hides from: the smallest whose kernels take as long as its
@@ -45,10 +45,12 @@ from scaling_plot import draw
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--gpu", choices=NETWORKS, default="h100")
-    parser.add_argument("--dim", type=int, default=512, help="from 256 on: the kernels' table")
+    parser.add_argument("--dim", type=int, default=512, help="embedding width, at least 256")
     parser.add_argument("--loss", choices=LOSSES, default="clip")
-    parser.add_argument("--out", type=Path, default=RESULTS, help="folder")
-    parser.add_argument("--measure", action="store_true", help="on gloo, with W = 1, 2, 4")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="output folder")
+    parser.add_argument(
+        "--measure", action="store_true", help="check the model on gloo with 1, 2 and 4 processes"
+    )
     options = parser.parse_args()
     if options.dim < 256:
         parser.error(f"--dim must be at least 256, got {options.dim}")

@@ -1,16 +1,16 @@
+// Gradients of the logsumexp, and softplus with its gradients: from each tile W = ∂L/∂S, then the
+// products of W with the features.
 #include <algorithm>
-#include <cstring>
-#include <limits>
+#include <numeric>
 #include <thread>
 
 #include "cpu/call.hpp"
+#include "cpu/threads.hpp"
 
 namespace ito::cpu {
 namespace {
 
-constexpr float kInf = std::numeric_limits<float>::infinity();
-
-// Σ weight · value, without those of weight 0 and value -inf: there is nothing to sum.
+// Σ weight · value. A weight of 0 for a value of -inf adds nothing.
 double weighted(const float* weight, const float* value, int64_t n) {
   double total = 0;
   for (int64_t i = 0; weight && i < n; ++i)
@@ -24,39 +24,60 @@ inline void relax() {
 #endif
 }
 
+template <class T>
+T* from(T* p, int64_t first) {
+  return p ? p + first : nullptr;
+}
+SideStats from(const SideStats& s, int64_t first) {
+  return {from(s.max, first), from(s.logsum, first), from(s.pos, first), nullptr};
+}
+SideUpstream from(const SideUpstream& up, int64_t first) {
+  return {from(up.logsum, first), from(up.pos, first)};
+}
+
+// The same over the memory of a vector.
+SideStats stats_in(std::vector<float>& memory, int64_t n, bool positives) {
+  memory.resize(3 * n);
+  float* const max = memory.data();
+  return {max, max + n, positives ? max + 2 * n : nullptr, nullptr};
+}
+
 }  // namespace
 
-Side Call::SideVectors::at(int64_t i) const {
-  const auto from = [i](const std::vector<float>& v) { return v.empty() ? nullptr : v.data() + i; };
-  return {from(shift), from(logsum), from(factor), from(pos), from(pos_factor)};
+BackwardSide Call::SideVectors::from(int64_t first) const {
+  const auto at = [first](const std::vector<float>& v) {
+    return v.empty() ? nullptr : v.data() + first;
+  };
+  return {at(shift), at(logsum), at(factor), at(pos), at(pos_factor)};
 }
 
 void Call::SideVectors::reserve(int64_t n) {
-  for (std::vector<float>* v : {&shift, &logsum, &factor, &pos, &pos_factor}) v->reserve(n + kSlack);
+  for (std::vector<float>* v : {&shift, &logsum, &factor, &pos, &pos_factor})
+    v->reserve(n + kSlack);
 }
 
-// Where nothing is allowed the factor is 0 and logsum +inf: every exponential of it is 0.
-void Call::fill(SideVectors& out, const SideStats& stats, const SideUpstream& up, int64_t n) {
+// A row that allows no pair gets factor 0 and logsum +inf: every exp(S - shift - logsum) is 0.
+void Call::SideVectors::fill(const SideStats& stats, const SideUpstream& up, int64_t n) {
   const float *const u = up.logsum, *const alpha = up.pos;
   if (!u && !alpha) return;
   const auto make = [n](std::vector<float>& v, float beyond) { v.assign(n + kSlack, beyond); };
-  make(out.shift, 0);
-  make(out.logsum, kInf);
-  if (u) make(out.factor, 0);
-  if (alpha) make(out.pos_factor, 0);
-  if (alpha && stats.pos) make(out.pos, 0);
+  make(shift, 0);
+  make(logsum, kInf);
+  if (u) make(factor, 0);
+  if (alpha) make(pos_factor, 0);
+  if (alpha && stats.pos) make(pos, 0);
   for (int64_t i = 0; i < n; ++i) {
     const bool empty = stats.max[i] == -kInf && stats.logsum[i] == -kInf;
-    out.shift[i] = stats.max[i] == -kInf ? 0 : stats.max[i];
-    if (!empty) out.logsum[i] = stats.logsum[i];
-    if (u && !empty) out.factor[i] = u[i];
-    if (alpha) out.pos_factor[i] = alpha[i];
-    if (alpha && stats.pos) out.pos[i] = stats.pos[i];
+    shift[i] = stats.max[i] == -kInf ? 0 : stats.max[i];
+    if (!empty) logsum[i] = stats.logsum[i];
+    if (u && !empty) factor[i] = u[i];
+    if (alpha) pos_factor[i] = alpha[i];
+    if (alpha && stats.pos) pos[i] = stats.pos[i];
   }
 }
 
-// S and its statistics are symmetric, so the gradient of both sides together is that of W + Wᵀ:
-// the same vectors stand on both sides, the rows' and columns' upstream gradients added.
+// S and its statistics are symmetric. The gradient of both sides together is that of W + Wᵀ: the
+// same vectors on both sides, with the rows' and the columns' upstream gradients added.
 void Call::symmetric_sides(const Stats& stats, const Upstream& up, SideVectors& row,
                            SideVectors& col) const {
   const int64_t n = p_.a.rows;
@@ -69,54 +90,66 @@ void Call::symmetric_sides(const Stats& stats, const Upstream& up, SideVectors& 
   std::vector<float> u, alpha;
   const SideUpstream both = {sum(up.row.logsum, up.col.logsum, u),
                              sum(up.row.pos, up.col.pos, alpha)};
-  fill(row, p_.rows ? stats.row : stats.col, both, n);
+  row.fill(p_.rows ? stats.row : stats.col, both, n);
   col = row;
 }
 
-// The first in turn finds an accumulator that nobody has cleared.
+// Calls work(add) when it is the tile's turn. The first in turn finds an accumulator that nobody
+// has cleared: it replaces what is there.
 template <class Work>
-void Call::in_turn(int64_t column, int turn, Work work) {
-  std::atomic<int>& taken = taken_[column];
-  for (int spins = 0; taken.load(std::memory_order_acquire) != turn; ++spins) {
+void Call::in_turn(int64_t col_block, int turn, Work work) {
+  std::atomic<int>& now = next_turn_[col_block];
+  for (int spins = 0; now.load(std::memory_order_acquire) != turn; ++spins) {
     relax();
     if (spins > 4096) std::this_thread::yield();  // another process has the other thread's core
   }
   work(turn > 0);
-  taken.store(turn + 1, std::memory_order_release);
+  now.store(turn + 1, std::memory_order_release);
 }
 
-void Call::start_row_gradients(int64_t row) {
-  const int64_t first = plan_.rows.begin(row), n = plan_.rows.size(row);
-  if (grads_.scale) std::fill_n(grads_.scale + first, n, 0.0f);
+void Call::start_row_gradients(int64_t row_block) {
+  const int64_t first = plan_.rows.begin(row_block), n = plan_.rows.size(row_block);
+  if (scale_rows_) std::fill_n(scale_rows_ + first, n, 0.0f);
   if (grads_.row_bias) std::fill_n(grads_.row_bias + first, n, 0.0f);
 }
 
-void Call::add_products(Lane& lane, const Tile& t, int64_t row, int64_t at) {
-  const int64_t step = plan_.step(row, at);
-  const int64_t column = plan_.column(row, step), j = plan_.cols.begin(column);
-  if (row_products()) {
-    count_product(lane, row, step);
-    k_.grad_rows(t, b_grad_ + j * k_.panel * k_.element, columns_ * k_.panel, lane.da, at > 0);
-  }
-  if (!col_products() || plan_.both_sides(step)) return;
-  count_product(lane, row, step);
-  in_turn(column, turns_->of(row, step),
-          [&](bool add) { k_.grad_cols(t, lane.a, acc_ + j * width_, add); });
+GradientSums Call::gradient_sums(const Workspace& ws, const TileIndex& at) const {
+  const int64_t i = plan_.rows.begin(at.row_block), j = plan_.cols.begin(at.col_block);
+  return {from(scale_rows_, i), from(grads_.row_bias, i), from(ws.col_bias, j)};
 }
 
-void Call::finish_row_gradients(const Lane& lane, int64_t row) {
+void Call::add_products(Workspace& ws, const Tile& t, const TileIndex& at) {
+  const int64_t j = plan_.cols.begin(at.col_block);
+  if (row_products()) {
+    ws.flops += product_flops(at);
+    k_.grad_rows(t, b_grad_ + j * k_.col_panel * k_.element, columns_ * k_.col_panel, ws.da,
+                 !at.first);
+  }
+  if (!col_products() || plan_.both_sides(at)) return;
+  ws.flops += product_flops(at);
+  in_turn(at.col_block, turns_->of(at),
+          [&](bool add) { k_.grad_cols(t, ws.a, acc_ + j * width_, add); });
+}
+
+void Call::finish_row_gradients(const Workspace& ws, int64_t row_block) {
   if (!row_products()) return;
-  const int n = static_cast<int>(plan_.rows.size(row));
+  const int n = static_cast<int>(plan_.rows.size(row_block));
   const int stride = static_cast<int>(round_up(n, k_.row_align));
   const int width = static_cast<int>(p_.a.width), packed = static_cast<int>(width_);
-  const int64_t first = plan_.rows.begin(row);
-  if (p_.self)  // both sides' gradient is rounded once: it is added up in fp32
-    in_turn(row, turns_->of_rows(row), [&](bool add) {
-      k_.fold_rows(lane.da, stride, n, width, acc_ + first * width_, packed, add);
+  const int64_t first = plan_.rows.begin(row_block);
+  if (p_.self)  // both sides' gradients are added in fp32 and rounded once
+    in_turn(row_block, turns_->of_rows(row_block), [&](bool add) {
+      k_.fold_rows(ws.da, stride, n, width, acc_ + first * width_, packed, add);
     });
   else
-    k_.store_rows(lane.da, stride, n, {grads_.a, p_.a.rows, p_.a.width, p_.a.width, p_.a.dtype},
+    k_.store_rows(ws.da, stride, n, {grads_.a, p_.a.rows, p_.a.width, p_.a.width, p_.a.dtype},
                   first);
+}
+
+void Call::finish_scale_gradient() {
+  if (!grads_.scale || p_.scale_per_row) return;
+  *grads_.scale = static_cast<float>(
+      std::accumulate(scale_rows_, scale_rows_ + p_.a.rows, 0.0));
 }
 
 void Call::finish_col_gradients() {
@@ -125,14 +158,14 @@ void Call::finish_col_gradients() {
   arena_.release(b_grad_);
   void* out = p_.self ? grads_.a : grads_.b;
   const Matrix to = {out, p_.b.rows, p_.b.width, p_.b.width, p_.b.dtype};
-  parallel([&](int thread) {
-    for (int64_t panel = thread; out && panel < columns_ / k_.panel; panel += plan_.threads)
-      k_.store_cols(acc_ + panel * k_.panel * width_, to, panel);
+  run_parallel(plan_.threads, [&](int thread) {
+    for (int64_t panel = thread; out && panel < columns_ / k_.col_panel; panel += plan_.threads)
+      k_.store_cols(acc_ + panel * k_.col_panel * width_, to, panel);
     if (!grads_.col_bias) return;
-    const int64_t m = p_.b.rows, share = (m + plan_.threads - 1) / plan_.threads;
+    const int64_t m = p_.b.rows, share = ceil_div(m, plan_.threads);
     for (int64_t j = thread * share; j < std::min(m, (thread + 1) * share); ++j) {
       grads_.col_bias[j] = 0;
-      for (const Lane& lane : lanes_) grads_.col_bias[j] += lane.col_sum[j];
+      for (const Workspace& ws : workspaces_) grads_.col_bias[j] += ws.col_bias[j];
     }
   });
 }
@@ -142,17 +175,17 @@ void Call::start_gradients() {
   prefer_huge_pages(grads_.a, p_.a.rows * bytes);
   prefer_huge_pages(grads_.b, p_.b.rows * bytes);
   turns_ = std::make_unique<Turns>(plan_);
-  taken_ = std::make_unique<std::atomic<int>[]>(plan_.cols.count);
-  for (int64_t j = 0; j < plan_.cols.count; ++j) taken_[j] = 0;
+  next_turn_ = std::make_unique<std::atomic<int>[]>(plan_.cols.count);
+  for (int64_t j = 0; j < plan_.cols.count; ++j) next_turn_[j] = 0;
   pack_columns();
-  // Where every score was kept, nobody reads the columns' form for scores again: for small batches
-  // a quarter of the memory that has to come back into the cache.
-  const bool unread = cached_steps_ == plan_.steps() && !cache_per_thread_;
+  // Where every tile was kept, nobody reads the columns packed for scores again, and their gradient
+  // takes their place. For small batches that is a quarter less memory to bring into the cache.
+  const bool unread = cached_tiles_ == plan_.tiles() && !cache_per_thread_;
   if (col_products())
     acc_ = unread && k_.element == sizeof(float) ? reinterpret_cast<float*>(b_scores_)
                                                  : arena_.get<float>(columns_ * width_);
   if (!grads_.col_bias) return;
-  for (const Lane& lane : lanes_) std::fill_n(lane.col_sum, columns_, 0.0f);
+  for (const Workspace& ws : workspaces_) std::fill_n(ws.col_bias, columns_, 0.0f);
 }
 
 void Call::backward(const Stats& stats, const Upstream& up, TileCache cache, bool one_pass) {
@@ -160,49 +193,39 @@ void Call::backward(const Stats& stats, const Upstream& up, TileCache cache, boo
   if (!one_pass && plan_.half) {
     symmetric_sides(stats, up, row_side, col_side);
   } else if (!one_pass) {
-    if (p_.rows) fill(row_side, stats.row, up.row, p_.a.rows);
-    if (p_.cols) fill(col_side, stats.col, up.col, p_.b.rows);
+    if (p_.rows) row_side.fill(stats.row, up.row, p_.a.rows);
+    if (p_.cols) col_side.fill(stats.col, up.col, p_.b.rows);
   }
   open_cache(cache, one_pass, one_pass);
   start_gradients();
-  parallel([&](int thread) {
-    Lane& lane = lanes_[thread];
-    if (one_pass) reset(lane.col, columns_);
-    for (int64_t row = thread; row < plan_.rows.count; row += plan_.threads) {
-      pack_rows(lane, row);
-      start_row_gradients(row);
-      const int64_t first = plan_.rows.begin(row);
+  run_parallel(plan_.threads, [&](int thread) {
+    Workspace& ws = workspaces_[thread];
+    if (one_pass) reset(ws.col, columns_);
+    for (int64_t b = thread; b < plan_.rows.count; b += plan_.threads) {
+      const int64_t first = plan_.rows.begin(b);
+      pack_rows(ws, b);
+      start_row_gradients(b);
       if (one_pass) {
-        forward_rows(lane, row, stats, true);
-        const SideStats& s = stats.row;
-        fill(lane.own,
-             {s.max + first, s.logsum + first, s.pos ? s.pos + first : nullptr, nullptr},
-             {up.row.logsum ? up.row.logsum + first : nullptr,
-              up.row.pos ? up.row.pos + first : nullptr},
-             plan_.rows.size(row));
+        forward_row_block(ws, b, stats);
+        ws.row_side.fill(from(stats.row, first), from(up.row, first), plan_.rows.size(b));
       }
-      for (int64_t at = 0; at < plan_.steps(row); ++at) {
-        const int64_t step = plan_.step(row, at);
-        Tile t = tile(lane, row, step);
-        t.have_dots = use_cache(t, row, step);
-        if (!t.have_dots) count_product(lane, row, step);
-        const int64_t j = plan_.cols.begin(plan_.column(row, step));
-        BackwardTile b;
-        b.row = one_pass ? lane.own.at(0) : row_side.at(first);
-        b.col = col_side.at(j);
-        b.lse = p_.positives == Positives::kLse;
-        b.scale = grads_.scale ? grads_.scale + first : nullptr;
-        // Σ W·dot over both halves of a symmetric W + Wᵀ counts every pair twice, and a tile off
-        // the diagonal stands for two.
-        b.scale_part = plan_.both_sides(step) ? 0.5f : 1.0f;
-        b.row_sum = grads_.row_bias ? grads_.row_bias + first : nullptr;
-        b.col_sum = lane.col_sum ? lane.col_sum + j : nullptr;
-        k_.weights(t, b);
-        add_products(lane, t, row, at);
-      }
-      finish_row_gradients(lane, row);
+      for_each_tile(ws, b, [&](Tile& t, const TileIndex& at) {
+        t.have_dots = use_cache(t, at);
+        BackwardTile w;
+        w.row = one_pass ? ws.row_side.from(0) : row_side.from(first);
+        w.col = col_side.from(plan_.cols.begin(at.col_block));
+        w.lse = p_.positives == Positives::kLse;
+        w.sums = gradient_sums(ws, at);
+        // Of a symmetric problem the tile holds W + Wᵀ. Off the diagonal it stands for two tiles;
+        // on it, it counts every pair twice.
+        w.scale_part = plan_.both_sides(at) ? 0.5f : 1.0f;
+        k_.weights(t, w);
+        add_products(ws, t, at);
+      });
+      finish_row_gradients(ws, b);
     }
   });
+  finish_scale_gradient();
   finish_col_gradients();
 }
 
@@ -211,31 +234,23 @@ void Call::softplus(float* loss, const float* u) {
     start_gradients();
   else
     pack_columns();
-  parallel([&](int thread) {
-    Lane& lane = lanes_[thread];
-    for (int64_t row = thread; row < plan_.rows.count; row += plan_.threads) {
-      pack_rows(lane, row);
-      const int64_t first = plan_.rows.begin(row);
-      if (loss) std::fill_n(loss + first, plan_.rows.size(row), 0.0f);
-      if (u) start_row_gradients(row);
-      for (int64_t at = 0; at < plan_.steps(row); ++at) {
-        const int64_t step = plan_.step(row, at);
-        const Tile t = tile(lane, row, step);
-        count_product(lane, row, step);
-        const int64_t j = plan_.cols.begin(plan_.column(row, step));
-        SoftplusTile s;
-        s.u = u ? u + first : nullptr;
-        s.row_loss = loss ? loss + first : nullptr;
-        s.scale = grads_.scale ? grads_.scale + first : nullptr;
-        s.row_sum = grads_.row_bias ? grads_.row_bias + first : nullptr;
-        s.col_sum = lane.col_sum ? lane.col_sum + j : nullptr;
-        k_.softplus(t, s);
-        if (u) add_products(lane, t, row, at);
-      }
-      if (u) finish_row_gradients(lane, row);
+  run_parallel(plan_.threads, [&](int thread) {
+    Workspace& ws = workspaces_[thread];
+    for (int64_t b = thread; b < plan_.rows.count; b += plan_.threads) {
+      const int64_t first = plan_.rows.begin(b);
+      pack_rows(ws, b);
+      if (loss) std::fill_n(loss + first, plan_.rows.size(b), 0.0f);
+      if (u) start_row_gradients(b);
+      for_each_tile(ws, b, [&](Tile& t, const TileIndex& at) {
+        k_.softplus(t, {from(u, first), from(loss, first), gradient_sums(ws, at)});
+        if (u) add_products(ws, t, at);
+      });
+      if (u) finish_row_gradients(ws, b);
     }
   });
-  if (u) finish_col_gradients();
+  if (!u) return;
+  finish_scale_gradient();
+  finish_col_gradients();
 }
 
 void logsumexp_backward(const Problem& p, const Stats& stats, const Upstream& up,
@@ -243,31 +258,29 @@ void logsumexp_backward(const Problem& p, const Stats& stats, const Upstream& up
   Call::Wants wants;
   wants.keys = p.row_ids || p.exclude_self || p.exclude_positives || p.row_limit || up.row.pos ||
                up.col.pos;
-  wants.gradients = true;
-  wants.symmetry = true;
+  wants.gradients = wants.symmetry = true;
   Call(p, run, wants, grads).backward(stats, up, cache, false);
 }
 
 void logsumexp_both(const Problem& p, Stats stats, const Upstream& up, const Grads& grads,
-                    float* total, TileCache cache, const Run& run) {
+                    float* total, int64_t cache_bytes, const Run& run) {
   Call::Wants wants;
   wants.keys = p.row_ids || p.exclude_self || p.exclude_positives || p.row_limit || p.hardest ||
                p.positives != Positives::kNone;
   wants.statistics = wants.gradients = true;
-  // Columns need every row first, and half of the tiles twice are less than all of them once.
+  // Columns need every row first. Of a symmetric problem, half of the tiles twice are less than all
+  // of them once.
   const bool one_pass = !p.cols && !p.self;
   wants.symmetry = !one_pass;
   const int64_t n = p.a.rows, m = p.b.rows;
-  std::vector<float> own;  // backward reads them even where the caller does not want them
+  std::vector<float> rows, cols;  // backward reads statistics even where the caller wants none
   if (!stats.row.logsum && !stats.col.logsum) {
-    own.resize(3 * (n + m));
-    const bool pos = p.positives != Positives::kNone;
-    float* const at = own.data();
-    if (p.rows) stats.row = {at, at + n, pos ? at + 2 * n : nullptr, nullptr};
-    float* const col = at + 3 * n;
-    if (p.cols) stats.col = {col, col + m, pos ? col + 2 * m : nullptr, nullptr};
+    const bool positives = p.positives != Positives::kNone;
+    if (p.rows) stats.row = stats_in(rows, n, positives);
+    if (p.cols) stats.col = stats_in(cols, m, positives);
   }
   Call call(p, run, wants, grads);
+  const TileCache cache = call.new_cache(cache_bytes);
   if (!one_pass) call.forward(stats, cache);
   call.backward(stats, up, cache, one_pass);
   *total = static_cast<float>(

@@ -4,6 +4,8 @@
 
 #include <pybind11/stl.h>
 
+#include <cstdlib>
+
 #include "cpu/engine.hpp"
 #include "cpu/isa.hpp"
 #include "cpu/threads.hpp"
@@ -87,8 +89,9 @@ float* vector(const py::tuple& values) {  // (tensor,)
   return Fields(values).pointer<float>();
 }
 
-Run run(const std::string& isa, int threads, const Problem& p) {
-  return {&kernels(isa, p.a.dtype), threads};
+Run run(int threads, const Problem& p) {
+  const char* const isa = std::getenv("ITO_CPU_ISA");  // a lookup in os.environ takes 1 µs
+  return {&kernels(isa ? isa : "", p.a.dtype), threads};
 }
 
 }  // namespace
@@ -98,58 +101,55 @@ void bind(py::module_& m) {
       .value("float32", DType::kFloat32)
       .value("bfloat16", DType::kBFloat16)
       .value("float16", DType::kFloat16);
-  using Isa = const std::string&;
-  m.def("cpu_forward", [](const py::tuple& f, const py::tuple& s, const py::tuple& c, Isa isa, int n) {
+  m.def("cpu_forward", [](const py::tuple& f, const py::tuple& s, const py::tuple& c, int n) {
     const Problem p = problem(f);
     const Stats out = stats(s);
     const TileCache kept = cache(c);
-    const Run how = run(isa, n, p);
+    const Run how = run(n, p);
     const py::gil_scoped_release release;
     logsumexp_forward(p, out, kept, how);
   });
   m.def("cpu_backward", [](const py::tuple& f, const py::tuple& s, const py::tuple& u,
-                           const py::tuple& g, const py::tuple& c, Isa isa, int n) {
+                           const py::tuple& g, const py::tuple& c, int n) {
     const Problem p = problem(f);
     const Stats statistics = stats(s);
     const Upstream up = upstream(u);
     const Grads out = grads(g);
     const TileCache kept = cache(c);
-    const Run how = run(isa, n, p);
+    const Run how = run(n, p);
     const py::gil_scoped_release release;
     logsumexp_backward(p, statistics, up, out, kept, how);
   });
   m.def("cpu_both", [](const py::tuple& f, const py::tuple& s, const py::tuple& u,
-                       const py::tuple& g, const py::tuple& total, const py::tuple& c,
-                       Isa isa, int n) {
+                       const py::tuple& g, const py::tuple& total, int64_t cache_bytes, int n) {
     const Problem p = problem(f);
     const Stats statistics = stats(s);
     const Upstream up = upstream(u);
     const Grads out = grads(g);
-    const TileCache kept = cache(c);
     float* const sum = vector(total);
-    const Run how = run(isa, n, p);
+    const Run how = run(n, p);
     const py::gil_scoped_release release;
-    logsumexp_both(p, statistics, up, out, sum, kept, how);
+    logsumexp_both(p, statistics, up, out, sum, cache_bytes, how);
   });
   m.def("cpu_softplus", [](const py::tuple& f, const py::tuple& loss, const py::tuple& u,
-                           const py::tuple& g, Isa isa, int n) {
+                           const py::tuple& g, int n) {
     const Problem p = problem(f);
     const Grads out = grads(g);
     float *const sums = vector(loss), *const upstream = vector(u);
-    const Run how = run(isa, n, p);
+    const Run how = run(n, p);
     const py::gil_scoped_release release;
     softplus(p, sums, upstream, out, how);
   });
-  m.def("cpu_describe", [](const py::tuple& f, Isa isa, int n) {
+  m.def("cpu_describe", [](const py::tuple& f, int n) {
     const Problem p = problem(f);
-    return describe(p, run(isa, n, p));
+    return describe(p, run(n, p));
   });
   m.def("cpu_instruction_sets", &instruction_sets);
   m.def("gemm_flops", &gemm_flops);
   m.def("cpu_thread_provider", &thread_provider);
   // How many floating-point operations `rounds` of independent multiply-adds are, on each thread:
   // timed by the caller, they are the peak that the products are compared with.
-  m.def("cpu_peak", [](int64_t rounds, DType dtype, Isa isa, int n) {
+  m.def("cpu_peak", [](int64_t rounds, DType dtype, const std::string& isa, int n) {
     const Kernels& k = kernels(isa, dtype);
     std::vector<double> operations(n);
     const py::gil_scoped_release release;

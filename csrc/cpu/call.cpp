@@ -2,7 +2,6 @@
 
 #include <algorithm>
 #include <cstring>
-#include <limits>
 
 #include "cpu/info.hpp"
 #include "cpu/threads.hpp"
@@ -10,17 +9,15 @@
 namespace ito::cpu {
 namespace {
 
-constexpr float kInf = std::numeric_limits<float>::infinity();
+std::atomic<int64_t> total_flops{0};
 
-std::atomic<int64_t> product_flops{0};
-
-// Asked once: a virtual machine traps the instruction that tells: 13 µs.
+// Asked once: in a virtual machine the question traps and takes 13 µs.
 int64_t l2_bytes() {
   static const int64_t bytes = info().l2_bytes;
   return bytes;
 }
 
-// One tile serves both of its sides.
+// S equals its transpose, biases and ids included.
 bool symmetric(const Problem& p) {
   if (!p.self || p.scale_per_row || p.row_bias || p.col_bias || p.row_limit || p.diagonal != 0)
     return false;
@@ -28,7 +25,7 @@ bool symmetric(const Problem& p) {
          (p.row_ids && p.col_ids && std::equal(p.row_ids, p.row_ids + p.a.rows, p.col_ids));
 }
 
-// What is added to the scores of a row or column: its bias, -inf at padding and beyond the end.
+// What is added to the scores of a row or column: its bias; -inf at padding and beyond the end.
 std::vector<float> additive(const float* bias, const int64_t* ids, int64_t n) {
   std::vector<float> out(n + kSlack, -kInf);
   for (int64_t i = 0; i < n; ++i)
@@ -36,10 +33,10 @@ std::vector<float> additive(const float* bias, const int64_t* ids, int64_t n) {
   return out;
 }
 
-// The geometry that a cache was written with. Another number of threads or instruction set cuts
-// tiles differently: such a cache is not read, the scores are computed again.
+// How the tiles of a cache were cut. Another number of threads or another instruction set cuts them
+// differently: such a cache is not read, the inner products are computed again.
 struct CacheHeader {
-  int64_t rows, cols, threads, half, panel, row_align;
+  int64_t row_blocks, col_blocks, threads, half, col_panel, row_align;
   const Kernels* kernels;
   int64_t magic;
 };
@@ -55,92 +52,98 @@ Call::Call(const Problem& problem, const Run& run, Wants wants, const Grads& gra
       plan_(make_plan(p_, k_, run.threads, l2_bytes(), wants.symmetry && symmetric(p_))),
       keys_(wants.keys ? std::make_unique<Keys>(p_, plan_) : nullptr),
       width_(round_up(p_.a.width, k_.width_align)),
-      columns_(round_up(p_.b.rows, k_.panel)),
-      rows_(static_cast<int>(round_up(plan_.rows.largest(), 32))),
-      cols_(static_cast<int>(round_up(plan_.cols.largest(), k_.panel))),
+      columns_(round_up(p_.b.rows, k_.col_panel)),
+      rows_(static_cast<int>(round_up(plan_.rows.largest(), 2 * kVector))),  // any row_align
+      cols_(static_cast<int>(round_up(plan_.cols.largest(), k_.col_panel))),
       scale_(p_.a.rows + kSlack),
       row_add_(additive(p_.row_bias, p_.row_ids, p_.a.rows)),
       col_add_(additive(p_.col_bias, p_.col_ids, p_.b.rows)),
-      lanes_(plan_.threads) {
+      workspaces_(plan_.threads) {
   for (int64_t i = 0; i < p_.a.rows; ++i) scale_[i] = p_.scale[p_.scale_per_row ? i : 0];
-  for (Lane& lane : lanes_) make_lane(lane);
+  for (Workspace& ws : workspaces_) allocate(ws);
+  if (grads_.scale)
+    scale_rows_ = p_.scale_per_row ? grads_.scale : arena_.get<float>(p_.a.rows);
 }
 
 Call::~Call() {
-  for (const Lane& lane : lanes_) product_flops += lane.flops;
+  for (const Workspace& ws : workspaces_) total_flops += ws.flops;
 }
 
-int64_t gemm_flops() { return product_flops; }
+int64_t gemm_flops() { return total_flops; }
 
-void Call::parallel(const std::function<void(int)>& work) const {
-  run_parallel(plan_.threads, work);
+RunningStats Call::running_stats(int64_t n, bool positives, bool negatives) {
+  RunningStats r;
+  r.max = arena_.get<float>(n);
+  r.sum = arena_.get<float>(n);
+  if (positives) r.pos = arena_.get<float>(n);
+  if (positives) r.pos_sum = arena_.get<float>(n);
+  if (negatives) r.neg_max = arena_.get<float>(n);
+  return r;
 }
 
-void Call::make_lane(Lane& lane) {
+void Call::allocate(Workspace& ws) {
   const int64_t area = int64_t(rows_) * cols_;
-  lane.a = arena_.get<char>(round_up(rows_, k_.row_panel) * width_ * k_.element * k_.row_forms);
-  lane.scores = arena_.get<float>(area);
-  lane.scratch = arena_.get<float>(kScratch * (int64_t(rows_) + cols_));
+  ws.a = arena_.get<char>(round_up(rows_, k_.row_panel) * width_ * k_.element * k_.row_layouts);
+  ws.scores = arena_.get<float>(area);
+  ws.scratch = arena_.get<float>(kScratch * (int64_t(rows_) + cols_));
   if (wants_.statistics) {
-    lane.dots = arena_.get<float>(area);
-    for (float** x : {&lane.row.max, &lane.row.sum, &lane.row.pos, &lane.row.aux, &lane.row.neg})
-      *x = arena_.get<float>(rows_ + kSlack);
-    lane.col.max = arena_.get<float>(columns_);
-    lane.col.sum = arena_.get<float>(columns_);
-    if (p_.hardest) lane.col.neg = arena_.get<float>(columns_);
-    if (plan_.half) lane.unread = arena_.get<float>(5 * int64_t(cols_));
-    if (p_.positives != Positives::kNone) {
-      lane.col.pos = arena_.get<float>(columns_);
-      lane.col.aux = arena_.get<float>(columns_);
-    }
+    const bool positives = p_.positives != Positives::kNone;
+    ws.dots = arena_.get<float>(area);
+    ws.row = running_stats(rows_ + kSlack, positives, p_.hardest);
+    ws.col = running_stats(columns_, positives, p_.hardest);
+    if (plan_.half) ws.unread = running_stats(cols_, positives, p_.hardest);
   }
   if (!wants_.gradients) return;
-  lane.own.reserve(rows_);
-  lane.operand = arena_.get<char>(area * k_.operand_bytes);
-  if (row_products()) lane.da = arena_.get<float>(rows_ * round_up(p_.a.width, k_.panel));
-  if (grads_.col_bias) lane.col_sum = arena_.get<float>(columns_);
+  ws.row_side.reserve(rows_);
+  ws.operand = arena_.get<char>(area * k_.operand_bytes);
+  if (row_products()) ws.da = arena_.get<float>(rows_ * round_up(p_.a.width, k_.col_panel));
+  if (grads_.col_bias) ws.col_bias = arena_.get<float>(columns_);
 }
 
 void Call::pack_columns() {
   if (b_scores_) return;  // by the forward pass of this call
   b_scores_ = arena_.get<char>(columns_ * width_ * k_.element);
-  const int64_t grad_panel = columns_ * k_.panel;
+  const int64_t grad_panel = columns_ * k_.col_panel;  // elements
   if (wants_.gradients && row_products())
-    b_grad_ = arena_.get<char>(grad_panel * round_up(p_.a.width, k_.panel) / k_.panel * k_.element);
+    b_grad_ = arena_.get<char>(grad_panel * ceil_div(p_.a.width, k_.col_panel) * k_.element);
   const uint8_t* skip = keys_ && !keys_->col_skip.empty() ? keys_->col_skip.data() : nullptr;
-  parallel([&](int thread) {
-    for (int64_t panel = thread; panel < columns_ / k_.panel; panel += plan_.threads)
+  run_parallel(plan_.threads, [&](int thread) {
+    for (int64_t panel = thread; panel < columns_ / k_.col_panel; panel += plan_.threads)
       k_.pack_cols(p_.b, skip, panel, b_scores_, b_grad_, grad_panel);
   });
 }
 
-void Call::pack_rows(Lane& lane, int64_t row) const {
-  if (lane.packed == row) return;  // a thread's only block, by the forward pass of this call
-  lane.packed = row;
+void Call::pack_rows(Workspace& ws, int64_t row_block) const {
+  if (ws.packed == row_block) return;  // the thread's only row block, by this call's forward pass
+  ws.packed = row_block;
   const uint8_t* skip = keys_ && !keys_->row_skip.empty() ? keys_->row_skip.data() : nullptr;
-  k_.pack_rows(p_.a, skip, plan_.rows.begin(row), static_cast<int>(plan_.rows.size(row)), lane.a);
+  k_.pack_rows(p_.a, skip, plan_.rows.begin(row_block),
+               static_cast<int>(plan_.rows.size(row_block)), ws.a);
 }
 
-Tile Call::tile(const Lane& lane, int64_t row, int64_t step) const {
-  const int64_t column = plan_.column(row, step);
-  const int64_t i = plan_.rows.begin(row), j = plan_.cols.begin(column);
+TileCache Call::new_cache(int64_t bytes) { return {arena_.get<char>(bytes), bytes}; }
+
+Tile Call::tile(const Workspace& ws, const TileIndex& at) const {
+  const int64_t i = plan_.rows.begin(at.row_block), j = plan_.cols.begin(at.col_block);
   Tile t;
-  t.rows = static_cast<int>(plan_.rows.size(row));
-  t.cols = static_cast<int>(round_up(plan_.cols.size(column), k_.panel));
+  t.rows = static_cast<int>(plan_.rows.size(at.row_block));
+  t.cols = static_cast<int>(round_up(plan_.cols.size(at.col_block), k_.col_panel));
+  t.real_cols = static_cast<int>(plan_.cols.size(at.col_block));
   t.width = static_cast<int>(p_.a.width);
-  t.a = lane.a;
+  t.a = ws.a;
   t.b = b_scores_ + j * width_ * k_.element;
-  t.scores = t.dots = lane.scores;
-  t.operand = lane.operand;
-  t.scratch = lane.scratch;
+  t.scores = t.dots = ws.scores;
+  t.operand = ws.operand;
+  t.scratch = ws.scratch;
   t.scale = scale_.data() + i;
   t.row_add = row_add_.data() + i;
   t.col_add = col_add_.data() + j;
   if (!keys_) return t;
-  t.exclude_self = p_.exclude_self && crosses_diagonal(plan_, row, column, p_.diagonal);
+  t.exclude_self =
+      p_.exclude_self && crosses_diagonal(plan_, at.row_block, at.col_block, p_.diagonal);
   t.exclude_positives = p_.exclude_positives;
   if (p_.row_limit) t.row_limit = p_.row_limit + i;
-  t.plain = !t.exclude_self && !t.row_limit && !keys_->positives(row, column);
+  t.plain = !t.exclude_self && !t.row_limit && !keys_->positives(at.row_block, at.col_block);
   t.row_keys = keys_->row_keys.data() + i;
   t.col_keys = keys_->col_keys.data() + j;
   t.self_column = i + p_.diagonal - j;
@@ -149,32 +152,32 @@ Tile Call::tile(const Lane& lane, int64_t row, int64_t step) const {
 
 void Call::open_cache(TileCache cache, bool write, bool per_thread) {
   cache_per_thread_ = per_thread;
-  const int64_t area = round_up(plan_.rows.largest(), k_.row_align) * cols_;
   const int64_t owners = per_thread ? plan_.threads : plan_.rows.count;
   const int64_t room = cache.bytes - static_cast<int64_t>(sizeof(CacheHeader));
-  cached_steps_ = std::min<int64_t>(plan_.steps(), room / (owners * area * int64_t(sizeof(float))));
-  if (!cache.data || cached_steps_ <= 0) {
-    cached_steps_ = 0;
+  const int64_t tile_bytes = cached_tile_size() * static_cast<int64_t>(sizeof(float));
+  cached_tiles_ = std::min<int64_t>(plan_.tiles(), room / (owners * tile_bytes));
+  if (!cache.data || cached_tiles_ <= 0) {
+    cached_tiles_ = 0;
     // fresh memory may hold the header of an earlier call: backward must not believe it
     if (write && room >= 0) std::memset(cache.data, 0, sizeof(CacheHeader));
     return;
   }
   cache_ = static_cast<float*>(cache.data) + sizeof(CacheHeader) / sizeof(float);
-  const CacheHeader mine = {plan_.rows.count, plan_.cols.count, plan_.threads, plan_.half,
-                            k_.panel,         k_.row_align,     &k_,           0x6974636b};
+  const CacheHeader header = {plan_.rows.count, plan_.cols.count, plan_.threads, plan_.half,
+                              k_.col_panel,     k_.row_align,     &k_,           0x6974636b};
   if (write) {
     prefer_huge_pages(cache.data, cache.bytes);
-    std::memcpy(cache.data, &mine, sizeof mine);
-  } else if (std::memcmp(cache.data, &mine, sizeof mine) != 0) {
-    cached_steps_ = 0;
+    std::memcpy(cache.data, &header, sizeof header);
+  } else if (std::memcmp(cache.data, &header, sizeof header) != 0) {
+    cached_tiles_ = 0;
   }
 }
 
-bool Call::use_cache(Tile& t, int64_t row, int64_t step) const {
-  if (step >= cached_steps_) return false;
-  const int64_t owner = cache_per_thread_ ? row % plan_.threads : row;
-  const int64_t area = round_up(plan_.rows.largest(), k_.row_align) * cols_;
-  t.dots = cache_ + (owner * cached_steps_ + step) * area;
+// Points t.dots at the tile's place in the cache, if it has one.
+bool Call::use_cache(Tile& t, const TileIndex& at) const {
+  if (at.offset >= cached_tiles_) return false;
+  const int64_t owner = cache_per_thread_ ? at.row_block % plan_.threads : at.row_block;
+  t.dots = cache_ + (owner * cached_tiles_ + at.offset) * cached_tile_size();
   return true;
 }
 

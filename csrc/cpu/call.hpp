@@ -1,7 +1,6 @@
 // One call of the engine: what its threads share and what each of them owns.
 #pragma once
 #include <atomic>
-#include <functional>
 #include <memory>
 #include <vector>
 
@@ -12,74 +11,86 @@
 
 namespace ito::cpu {
 
-inline int64_t round_up(int64_t a, int64_t b) { return (a + b - 1) / b * b; }
-
-// `n` values and then some more, because tiles read and write whole vectors.
-constexpr int64_t kSlack = 64;
-
 class Call {
  public:
-  // What of a tile's work this call does; decides which memory is needed.
+  // What a call does; decides which memory it needs.
   struct Wants {
     bool keys = false;        // positives or self pairs matter
     bool statistics = false;  // of the logsumexp
     bool gradients = false;
-    bool symmetry = false;    // half of the tiles, if the problem is symmetric
+    bool symmetry = false;  // half of the tiles, if the problem is symmetric
   };
   Call(const Problem&, const Run&, Wants, const Grads& = {});
   ~Call();
 
+  TileCache new_cache(int64_t bytes);  // that lives as long as the call
   void forward(const Stats&, TileCache);
   void backward(const Stats&, const Upstream&, TileCache, bool one_pass);
   void softplus(float* loss, const float* u);
 
  private:
-  // A side's statistics and upstream gradient as tiles want them; empty where absent.
+  // The memory of a BackwardSide; vectors that are not wanted are empty.
   struct SideVectors {
     std::vector<float> shift, logsum, factor, pos, pos_factor;
     void reserve(int64_t n);
-    Side at(int64_t i) const;
+    void fill(const SideStats&, const SideUpstream&, int64_t n);
+    BackwardSide from(int64_t first) const;
   };
-  struct Lane {  // of one thread; its memory exists before threads start, which must not throw
+  // The memory of one thread. It exists before threads start: they must not throw.
+  struct Workspace {
     void *a = nullptr, *operand = nullptr;
     float *scores = nullptr, *dots = nullptr, *da = nullptr, *scratch = nullptr;
-    Running row, col;
-    float *col_sum = nullptr, *unread = nullptr;
-    SideVectors own;
+    RunningStats row;     // of the row block in work
+    RunningStats col;     // of all columns, over the thread's row blocks
+    RunningStats unread;  // of a column block
+    float* col_bias = nullptr;
+    SideVectors row_side;
     int64_t packed = -1;  // the row block that `a` holds
     int64_t flops = 0;
   };
 
   // call.cpp
-  void parallel(const std::function<void(int)>& work) const;
-  void make_lane(Lane&);
+  RunningStats running_stats(int64_t n, bool positives, bool negatives);
+  void allocate(Workspace&);
   void pack_columns();
-  void pack_rows(Lane&, int64_t row) const;
-  Tile tile(const Lane&, int64_t row, int64_t step) const;
-  void count_product(Lane& lane, int64_t row, int64_t step) const {
-    lane.flops += 2 * plan_.rows.size(row) * plan_.cols.size(plan_.column(row, step)) * p_.a.width;
+  void pack_rows(Workspace&, int64_t row_block) const;
+  Tile tile(const Workspace&, const TileIndex&) const;
+  int64_t product_flops(const TileIndex& at) const {
+    return 2 * plan_.rows.size(at.row_block) * plan_.cols.size(at.col_block) * p_.a.width;
   }
+  int64_t cached_tile_size() const { return round_up(plan_.rows.largest(), k_.row_align) * cols_; }
   void open_cache(TileCache, bool write, bool per_thread);
-  bool use_cache(Tile&, int64_t row, int64_t step) const;
+  bool use_cache(Tile&, const TileIndex&) const;
+
+  // Calls work(tile, index) for every tile of a row block, in the plan's order.
+  template <class Work>
+  void for_each_tile(Workspace& ws, int64_t row_block, Work work) const {
+    for (int64_t n = 0; n < plan_.tiles(row_block); ++n) {
+      const TileIndex at = plan_.tile(row_block, n);
+      Tile t = tile(ws, at);
+      work(t, at);
+      if (!t.have_dots) ws.flops += product_flops(at);
+    }
+  }
 
   // forward.cpp
-  void forward_rows(Lane&, int64_t row, const Stats&, bool fill_cache);
-  void reset(const Running&, int64_t n) const;
+  void forward_row_block(Workspace&, int64_t row_block, const Stats&);
+  void reset(const RunningStats&, int64_t n) const;
   void finish_columns(const SideStats&);
 
   // backward.cpp
-  bool any_sums() const { return grads_.scale || grads_.row_bias || grads_.col_bias; }
   bool row_products() const { return grads_.a; }
   bool col_products() const { return grads_.b || (grads_.a && p_.self); }
-  static void fill(SideVectors&, const SideStats&, const SideUpstream&, int64_t n);
   void symmetric_sides(const Stats&, const Upstream&, SideVectors& row, SideVectors& col) const;
   void start_gradients();
-  void start_row_gradients(int64_t row);
-  void add_products(Lane&, const Tile&, int64_t row, int64_t at);
-  void finish_row_gradients(const Lane&, int64_t row);
+  void start_row_gradients(int64_t row_block);
+  GradientSums gradient_sums(const Workspace&, const TileIndex&) const;
+  void add_products(Workspace&, const Tile&, const TileIndex&);
+  void finish_row_gradients(const Workspace&, int64_t row_block);
   void finish_col_gradients();
+  void finish_scale_gradient();
   template <class Work>
-  void in_turn(int64_t column, int turn, Work work);
+  void in_turn(int64_t col_block, int turn, Work work);
 
   const Problem& p_;
   const Kernels& k_;
@@ -89,17 +100,18 @@ class Call {
   const std::unique_ptr<const Keys> keys_;  // null if no pair is special
   const int64_t width_;                     // of packed features
   const int64_t columns_;                   // of packed columns
-  const int rows_, cols_;                   // capacity of a tile
+  const int rows_, cols_;                   // of the largest tile
   std::vector<float> scale_, row_add_, col_add_;
 
   Arena arena_;
-  std::vector<Lane> lanes_;
+  std::vector<Workspace> workspaces_;              // one for each thread
   char *b_scores_ = nullptr, *b_grad_ = nullptr;  // packed columns, for either kind of product
   float* acc_ = nullptr;                          // the columns' gradient
+  float* scale_rows_ = nullptr;                   // every row's part of the scale's gradient
   std::unique_ptr<const Turns> turns_;
-  std::unique_ptr<std::atomic<int>[]> taken_;  // turns taken at each column block
+  std::unique_ptr<std::atomic<int>[]> next_turn_;  // at each column block
   float* cache_ = nullptr;
-  int64_t cached_steps_ = 0;  // of each row block: its first ones
+  int64_t cached_tiles_ = 0;  // of each row block: those of the smallest offsets
   bool cache_per_thread_ = false;
 };
 

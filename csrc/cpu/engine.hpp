@@ -15,21 +15,23 @@ struct Run {
 // Writes the statistics that are not null. With a cache, keeps there as many inner products as fit.
 void logsumexp_forward(const Problem&, const Stats&, TileCache, const Run&);
 
-// Adds nothing to what `grads` points to: overwrites it. `cache` is what the forward pass filled.
+// Overwrites what `grads` points to. The cache is what the forward pass filled.
 void logsumexp_backward(const Problem&, const Stats&, const Upstream&, const Grads&, TileCache,
                         const Run&);
 
-// Both, where the upstream gradient is known in advance, and Σ u·logsum + α·pos + v·logsum + β·pos.
-// The statistics may be null: the caller does not want them. A rows-only problem takes one pass: a
-// panel's statistics are complete before its gradient is taken, so its scores are computed once if
-// they fit into the cache.
+// Forward and backward, where the upstream gradient is known in advance. `total` gets Σ u·logsum +
+// α·pos over the rows + Σ v·logsum + β·pos over the columns, with (u, α), (v, β) the upstream
+// gradients. Null statistics are not wanted. A problem of rows only takes one pass: a row block's
+// statistics are complete before its gradient is taken, so that its scores are computed once if
+// they fit into `cache_bytes` of memory, which the call takes and gives back.
 void logsumexp_both(const Problem&, Stats, const Upstream&, const Grads&, float* total,
-                    TileCache, const Run&);
+                    int64_t cache_bytes, const Run&);
 
-// Row sums (if `loss` is not null) and, with the upstream gradient `u`, gradients, in one pass.
+// Row sums (unless `loss` is null) and gradients (unless the upstream gradient `u` is null), in one
+// pass.
 void softplus(const Problem&, float* loss, const float* u, const Grads&, const Run&);
 
-// Floating-point operations of all matrix products so far: what was really computed.
+// Floating-point operations of all matrix products that were computed so far.
 int64_t gemm_flops();
 
 // Tile shape, threads and instruction set, in words.

@@ -1,6 +1,7 @@
 #include "cpu/isa.hpp"
 
 #include <algorithm>
+#include <iterator>
 #include <stdexcept>
 
 #include "cpu/info.hpp"
@@ -62,21 +63,29 @@ bool runs(const Set& set) {
   });
 }
 
+const std::vector<Set>& runnable() {
+  static const std::vector<Set> found = [] {
+    std::vector<Set> out;
+    std::copy_if(sets().begin(), sets().end(), std::back_inserter(out), runs);
+    return out;
+  }();
+  return found;
+}
+
 }  // namespace
 
 std::vector<std::string> instruction_sets() {
   std::vector<std::string> out;
-  for (const Set& set : sets())
-    if (runs(set)) out.push_back(set.name);
+  for (const Set& set : runnable()) out.push_back(set.name);
   return out;
 }
 
 const Kernels& kernels(const std::string& name, DType dtype) {
   std::string known;
-  for (const Set& set : sets()) {
-    if (runs(set) && (name.empty() || name == set.name))
+  for (const Set& set : runnable()) {
+    if (name.empty() || name == set.name)
       return dtype == DType::kBFloat16 && set.bf16 ? *set.bf16 : *set.fp32;
-    if (runs(set)) known += (known.empty() ? "" : ", ") + std::string(set.name);
+    known += (known.empty() ? "" : ", ") + std::string(set.name);
   }
   throw std::invalid_argument("ITO_CPU_ISA must be one of " + known + ", got " + name);
 }

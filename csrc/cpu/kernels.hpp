@@ -7,74 +7,88 @@
 
 namespace ito::cpu {
 
-// One tile of scores: `rows` × `cols`, the columns rounded up to whole panels. Per-row and
-// per-column arrays start at the tile and may be read up to a multiple of 16 elements.
+// Per-row and per-column arrays of a tile may be read and written up to a multiple of this many
+// elements: the widest vector.
+constexpr int kVector = 16;
+// Arrays over all rows or columns have this many elements more: the last tile may hold columns up
+// to a whole column panel.
+constexpr int64_t kSlack = 64;
+
+// One tile of scores, `rows` × `cols`; the columns are rounded up to whole column panels. Per-row
+// and per-column arrays start at the tile.
 struct Tile {
-  int rows = 0, cols = 0, width = 0;
+  int rows = 0, cols = 0, width = 0;      // cols: whole panels
+  int real_cols = 0;                      // columns that exist
   const void *a = nullptr, *b = nullptr;  // packed rows, packed columns
-  float* dots = nullptr;                  // the inner products: computed, or kept from before
-  bool have_dots = false;
-  float* scores = nullptr;  // S, later W; may be `dots`, which is then overwritten
-  void* operand = nullptr;   // W rounded for the gradient products, where they are not in fp32
-  float* scratch = nullptr;  // kScratch floats per row, and per column
+  float* dots = nullptr;                  // inner products
+  bool have_dots = false;                 // they are there already: the forward pass kept them
+  float* scores = nullptr;   // S, later W = ∂L/∂S; may be `dots`, which is then overwritten
+  void* operand = nullptr;   // W as the gradients' products take it; unused where that is fp32
+  float* scratch = nullptr;  // kScratch floats for each row and for each column
   const float *scale = nullptr, *row_add = nullptr, *col_add = nullptr;  // -inf at padding
 
-  // Pairs: positive where the keys are equal; the self pair of row i is column i + self_column.
-  // A tile is plain if none of this touches it: no positives in it, nothing excluded.
+  // No positives in the tile and nothing excluded: the members below are not read.
   bool plain = true;
-  const int32_t *row_keys = nullptr, *col_keys = nullptr;
-  const float* row_limit = nullptr;  // null: none
-  int64_t self_column = 0;
+  const int32_t *row_keys = nullptr, *col_keys = nullptr;  // equal keys: a positive pair
+  const float* row_limit = nullptr;                        // null: none
+  int64_t self_column = 0;  // the self pair of row i is in column i + self_column
   bool exclude_self = false, exclude_positives = false;
 };
 
-// Statistics that run over tiles. pos, aux: for "linear" the sum of the positives' scores and
-// their number, for "lse" their maximum and the sum of their exponentials.
-struct Running {
-  float *max = nullptr, *sum = nullptr, *pos = nullptr, *aux = nullptr, *neg = nullptr;
+// Statistics of rows or columns while tiles are added to them. A null pointer: not wanted.
+struct RunningStats {
+  float *max = nullptr, *sum = nullptr;  // Σ exp(S - max)
+  // "linear": the sum of the positives' scores, and their number. "lse": the positives' maximum,
+  // and their Σ exp(S - maximum).
+  float *pos = nullptr, *pos_sum = nullptr;
+  float* neg_max = nullptr;
 };
 
 struct ForwardTile {
   Positives positives = Positives::kNone;
   bool hardest = false;
-  Running row, col;
+  RunningStats row, col;
 };
 
-// One side of the upstream gradient. Where nothing is allowed: factor 0, logsum +inf.
-struct Side {
-  const float *shift = nullptr, *logsum = nullptr, *factor = nullptr;      // null: side not wanted
-  const float *pos = nullptr, *pos_factor = nullptr;  // pos for "lse"; null: no gradient
+// One side of the backward pass: statistics, and the upstream gradients `factor` of logsum and
+// `pos_factor` of pos. Where a row or column allows no pair, factor is 0 and logsum +inf.
+struct BackwardSide {
+  const float *shift = nullptr, *logsum = nullptr, *factor = nullptr;  // null factor: no gradient
+  const float *pos = nullptr, *pos_factor = nullptr;                   // pos is read for "lse"
+};
+
+// Sums of W over a tile, added to what is there; null where not wanted. `scale` gets Σ_j W·dot.
+struct GradientSums {
+  float *scale = nullptr, *row = nullptr, *col = nullptr;
 };
 
 struct BackwardTile {
-  Side row, col;
-  bool lse = false;          // the kind of the positives
-  // Sums over the tile, added to; null where not wanted. `scale` takes `scale_part`·Σ W·dot.
-  float *scale = nullptr, *row_sum = nullptr, *col_sum = nullptr;
-  float scale_part = 1;
+  BackwardSide row, col;
+  bool lse = false;  // the kind of the positives
+  GradientSums sums;
+  float scale_part = 1;  // of Σ_j W·dot, what sums.scale gets
 };
 
 struct SoftplusTile {
-  const float* u = nullptr;  // null: forward only
+  const float* u = nullptr;   // upstream gradient; null: forward only
   float* row_loss = nullptr;  // added to; null where not wanted
-  float *scale = nullptr, *row_sum = nullptr, *col_sum = nullptr;
-  float scale_part = 1;
+  GradientSums sums;
 };
 
 constexpr int kScratch = 96;
 
+// Packed sizes are in elements, rows × width, each rounded up as below. Layouts: gemm_fma.hpp.
 struct Kernels {
   const char* name;
-  const char* arithmetic;   // of the matrix products: "fp32" or "bf16"
-  int element;              // bytes of a packed element
-  int panel;                // columns of a panel
-  int row_panel;            // rows of a panel of packed rows
-  int row_align;            // a tile holds a multiple of this many rows ...
-  int width_align;          // ... and packed features a multiple of this width
-  int row_forms;            // packed rows come in this many forms, one after the other
-  int operand_bytes;        // of Tile::operand, for each score; 0 where W is used as it is
+  const char* arithmetic;  // of the matrix products: "fp32" or "bf16"
+  int element;             // bytes of a packed element
+  int col_panel;           // columns of a packed column panel, and of the micro-kernel's result
+  int row_panel;           // rows of a packed row panel, and of the micro-kernel's result
+  int row_align;           // a tile's rows are stored up to a multiple of this ...
+  int width_align;         // ... and packed features up to a multiple of this width
+  int row_layouts;         // packed rows come in this many layouts, one after the other
+  int operand_bytes;       // of Tile::operand, for each score; 0 where W is used as it is
 
-  // Packed sizes in elements are rows·width, rounded up as above. See gemm_fma.hpp.
   void (*pack_rows)(const Matrix&, const uint8_t* skip, int64_t first, int rows, void* out);
   void (*pack_cols)(const Matrix&, const uint8_t* skip, int64_t panel, void* scores, void* grad,
                     int64_t grad_panel);
@@ -89,11 +103,12 @@ struct Kernels {
   // dBᵀ (+)= dAᵀ, for a self-similarity; `acc_width` is the packed width
   void (*fold_rows)(const float* da, int stride, int rows, int width, float* dbt, int acc_width,
                     bool add);
-  // `rounds` of independent multiply-adds; returns how many floating-point operations they are.
+  // Runs `rounds` of independent multiply-adds; returns how many floating-point operations they
+  // are.
   double (*peak)(int64_t rounds);
 };
 
-// One for each instruction set that was compiled. Whether the processor has it is asked elsewhere.
+// One for each instruction set that was compiled. isa.hpp says which the processor runs.
 extern const Kernels kScalar, kAvx2, kAvx512, kAvx512Bf16, kAmxBf16, kNeon;
 
 }  // namespace ito::cpu

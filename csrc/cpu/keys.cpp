@@ -7,7 +7,6 @@ namespace ito::cpu {
 namespace {
 
 constexpr int32_t kNoRow = -1, kNoColumn = -2;
-constexpr int64_t kSlack = 64;  // tiles read whole vectors
 
 using Entry = std::pair<int64_t, int32_t>;  // id, position
 
@@ -34,7 +33,7 @@ std::vector<int32_t> block_of(const Blocks& blocks) {
   return out;
 }
 
-// The blocks, each once, of the entries [first, last), which are in order of position.
+// The blocks of the entries [first, last), each once. The entries are in order of position.
 void distinct_blocks(const Entry* first, const Entry* last, const std::vector<int32_t>& block,
                      std::vector<int32_t>& out) {
   out.clear();
@@ -48,7 +47,7 @@ Keys::Keys(const Problem& p, const Plan& plan)
     : row_keys(p.a.rows + kSlack, kNoRow),
       col_keys(p.b.rows + kSlack, kNoColumn),
       col_blocks_(plan.cols.count),
-      touched_(plan.rows.count * plan.cols.count, 0) {
+      has_positives_(plan.rows.count * plan.cols.count, 0) {
   if (p.row_ids)
     from_ids(p, plan);
   else
@@ -73,7 +72,7 @@ void Keys::from_ids(const Problem& p, const Plan& plan) {
     distinct_blocks(r_first, r, row_block, in_rows);
     distinct_blocks(c_first, c, col_block, in_cols);
     for (const int32_t i : in_rows)
-      for (const int32_t j : in_cols) touched_[i * col_blocks_ + j] = 1;
+      for (const int32_t j : in_cols) has_positives_[i * col_blocks_ + j] = 1;
   }
 }
 
@@ -85,7 +84,7 @@ void Keys::from_diagonal(const Problem& p, const Plan& plan) {
   }
   for (int64_t i = 0; i < plan.rows.count; ++i)
     for (int64_t j = 0; j < plan.cols.count; ++j)
-      touched_[i * col_blocks_ + j] = crosses_diagonal(plan, i, j, p.diagonal);
+      has_positives_[i * col_blocks_ + j] = crosses_diagonal(plan, i, j, p.diagonal);
 }
 
 bool crosses_diagonal(const Plan& plan, int64_t row_block, int64_t col_block, int64_t diagonal) {

@@ -7,15 +7,15 @@
 
 namespace ito::cpu {
 
-// Row i and column j are positive where row_keys[i] == col_keys[j]. Padded rows and columns, and
-// the entries beyond the end, have keys that are equal to none.
+// Row i and column j are a positive pair where row_keys[i] == col_keys[j]. The keys of padding, and
+// those beyond the end, equal no other key.
 struct Keys {
   std::vector<int32_t> row_keys, col_keys;
   std::vector<uint8_t> row_skip, col_skip;  // padding; empty if there is none
 
   Keys(const Problem& problem, const Plan& plan);
   bool positives(int64_t row_block, int64_t col_block) const {
-    return touched_[row_block * col_blocks_ + col_block] != 0;
+    return has_positives_[row_block * col_blocks_ + col_block] != 0;
   }
 
  private:
@@ -23,7 +23,7 @@ struct Keys {
   void from_diagonal(const Problem& problem, const Plan& plan);
 
   int64_t col_blocks_;
-  std::vector<uint8_t> touched_;
+  std::vector<uint8_t> has_positives_;
 };
 
 // Does the diagonal j = i + diagonal cross the tile?

@@ -4,6 +4,8 @@
 #include <mutex>
 #include <new>
 
+#include "base.hpp"
+
 #if defined(__linux__)
 #include <sys/mman.h>
 #endif
@@ -11,7 +13,7 @@
 namespace ito::cpu {
 namespace {
 
-constexpr size_t kKept = size_t(8) << 20;    // enough for the small batches, where it matters
+constexpr size_t kKept = size_t(8) << 20;  // enough for small batches, where it matters
 constexpr size_t kHuge = size_t(2) << 20;
 
 std::mutex kept_mutex;
@@ -19,12 +21,12 @@ void* kept_block = nullptr;  // the block that no Arena is using
 
 void* map(size_t bytes) {
 #if defined(__linux__)
-  // A whole number of huge pages, aligned: what is too much at the ends is unmapped again.
+  // Aligned to a huge page: what is too much at the ends is unmapped again.
   void* raw = mmap(nullptr, bytes + kHuge, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1,
                    0);
   if (raw == MAP_FAILED) throw std::bad_alloc();
   const uintptr_t begin = reinterpret_cast<uintptr_t>(raw);
-  const uintptr_t data = (begin + kHuge - 1) / kHuge * kHuge;
+  const uintptr_t data = round_up(begin, kHuge);
   if (data > begin) munmap(raw, data - begin);
   if (begin + kHuge > data) munmap(reinterpret_cast<void*>(data + bytes), begin + kHuge - data);
   madvise(reinterpret_cast<void*>(data), bytes, MADV_HUGEPAGE);
@@ -63,13 +65,13 @@ Arena::~Arena() {
 }
 
 void* Arena::allocate(size_t bytes) {
-  bytes = (bytes + 63) / 64 * 64;
+  bytes = round_up(bytes, size_t(64));
   if (used_ + bytes <= kKept) {
     void* p = static_cast<char*>(kept_) + used_;
     used_ += bytes;
     return p;
   }
-  bytes = (bytes + 4095) / 4096 * 4096;
+  bytes = round_up(bytes, size_t(4096));
   mapped_.push_back({map(bytes), bytes});
   return mapped_.back().data;
 }
@@ -86,7 +88,7 @@ void Arena::release(const void* p) {
 
 void prefer_huge_pages(void* data, size_t bytes) {
 #if defined(__linux__)
-  const uintptr_t begin = (reinterpret_cast<uintptr_t>(data) + kHuge - 1) / kHuge * kHuge;
+  const uintptr_t begin = round_up(reinterpret_cast<uintptr_t>(data), kHuge);
   const uintptr_t end = (reinterpret_cast<uintptr_t>(data) + bytes) / kHuge * kHuge;
   if (data && begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
 #else

@@ -1,12 +1,14 @@
-// What a caller asks of the CPU engine: raw pointers and sizes, no torch. The meaning of every
-// field is that of ito_kernels/similarity/spec.py; absent tensors are null pointers.
+// What a caller asks of the CPU engine: raw pointers and sizes, no torch. Every field means what
+// its namesake in ito_kernels/similarity/spec.py means. An absent tensor is a null pointer.
 #pragma once
 #include <cstdint>
+
+#include "base.hpp"
 
 namespace ito::cpu {
 
 enum class DType : int { kFloat32, kBFloat16, kFloat16 };
-enum class Positives : int { kNone, kLinear, kLse };
+using ito::Positives;
 
 // Features: the elements of a row are adjacent, rows are `stride` elements apart.
 struct Matrix {
@@ -17,7 +19,7 @@ struct Matrix {
 
 struct Problem {
   Matrix a, b;                   // the same matrix twice where `self`
-  bool self = false;             // the gradient of `a` holds both sides'
+  bool self = false;             // the gradient of `a` is then that of both sides
   const float* scale = nullptr;  // one value, or one for each row
   bool scale_per_row = false;
   const float *row_bias = nullptr, *col_bias = nullptr;
@@ -38,7 +40,7 @@ struct Stats {
   SideStats row, col;
 };
 
-// What arrives at one side's logsum and pos.
+// The upstream gradient of one side's logsum and pos.
 struct SideUpstream {
   const float *logsum = nullptr, *pos = nullptr;
 };
@@ -53,7 +55,7 @@ struct Grads {
   float *scale = nullptr, *row_bias = nullptr, *col_bias = nullptr;
 };
 
-// Memory of the caller for scores that the forward pass keeps for the backward pass.
+// The caller's memory for inner products that the forward pass keeps for the backward pass.
 struct TileCache {
   void* data = nullptr;
   int64_t bytes = 0;

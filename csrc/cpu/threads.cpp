@@ -16,10 +16,10 @@
 namespace ito::cpu {
 namespace {
 
-// A second pool of threads would compete with PyTorch's, whose idle workers spin for milliseconds
-// on the same cores. So the OpenMP runtime that libtorch_cpu itself was linked with is asked for
-// its team, through the entry points that compilers generate calls to. Linking with OpenMP would
-// not do: PyTorch's wheels bring their own copy, under a name that varies.
+// PyTorch's own team of OpenMP threads. A second pool would compete with it: its idle workers spin
+// on the same cores for milliseconds. The OpenMP runtime is looked up in libtorch_cpu, and its team
+// started through the entry points that compilers generate calls to. Linking with OpenMP would give
+// another runtime: PyTorch's wheels bring their own copy, under a name that varies.
 struct OpenMP {
   void (*parallel)(void (*)(void*), void*, unsigned, unsigned) = nullptr;
   int (*thread)() = nullptr;
@@ -56,6 +56,7 @@ const OpenMP& openmp() {
   return instance;
 }
 
+// While it lives, this thread's subnormal numbers are 0.
 class FlushSubnormals {
  public:
 #if defined(__x86_64__)
@@ -77,7 +78,8 @@ class FlushSubnormals {
 };
 
 struct Job {
-  Job(int threads, const std::function<void(int)>& what) : n(threads), work(what), failed(threads) {}
+  Job(int threads, const std::function<void(int)>& what)
+      : n(threads), work(what), failed(threads) {}
 
   void run(int index) {
     const FlushSubnormals flush;
@@ -106,7 +108,7 @@ void openmp_body(void* data) {
     job.short_of_threads = true;
 }
 
-// Nobody starts before all threads exist: they may wait for each other.
+// No thread starts the work before all of them exist: they may wait for each other.
 void on_own_threads(Job& job) {
   std::promise<bool> all_there;
   const std::shared_future<bool> start = all_there.get_future().share();
@@ -132,14 +134,14 @@ void on_own_threads(Job& job) {
 }  // namespace
 
 void run_parallel(int n, const std::function<void(int)>& work) {
-  Job job(n, work);
   if (n == 1) {
-    job.run(0);
-  } else {
-    if (openmp().parallel) openmp().parallel(openmp_body, &job, static_cast<unsigned>(n), 0);
-    // inside another parallel region, or at its limit, OpenMP gives fewer threads
-    if (!openmp().parallel || job.short_of_threads) on_own_threads(job);
+    const FlushSubnormals flush;
+    return work(0);
   }
+  Job job(n, work);
+  if (openmp().parallel) openmp().parallel(openmp_body, &job, static_cast<unsigned>(n), 0);
+  // inside another parallel region, or at its limit, OpenMP gives fewer threads
+  if (!openmp().parallel || job.short_of_threads) on_own_threads(job);
   job.rethrow();
 }
 

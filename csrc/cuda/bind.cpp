@@ -13,7 +13,8 @@ namespace py = pybind11;
 namespace ito::ITO_GPU {
 namespace {
 
-// Fills the structs of problem.hpp, in the order of their namesakes in cuda_structs.py.
+// Fills the structs of problem.hpp. Members come in the order of
+// ito_kernels/similarity/cuda_structs.py.
 class Reader {
  public:
   explicit Reader(const py::tuple& values) : fields_(values) {}
@@ -39,10 +40,9 @@ class Reader {
     to = fields_.as<T>();
   }
   template <class T>
-  void read(Global<T>& to) {  // an address and bytes; of features the last chunk may be in part
+  void read(Global<T>& to) {  // an address and bytes; the last chunk of features may be incomplete
     T* const data = fields_.pointer<T>();
-    const auto size = static_cast<int64_t>(sizeof(T));
-    to = {data, (fields_.number() + size - 1) / size};
+    to = {data, ceil_div(fields_.number(), static_cast<int64_t>(sizeof(T)))};
   }
   void read(Side& s) {
     all(s.features, s.stride, s.length, s.bias, s.ids, s.limit, s.factors, s.alpha, s.pos);
@@ -74,7 +74,7 @@ void define(py::module_& m, const char* name, void (*kernel)(const Parameters&, 
 
 void bind(py::module_ m) {
   m.attr("TILE") = kTile;
-  m.attr("FIELDS") = kFields;
+  m.attr("FIELDS") = static_cast<int>(kFields);
   m.attr("SLOTS") = kSlots;
   m.attr("WARP_ROWS") = kWarpRows;
   m.attr("WARP_COLS") = kWarpCols;

@@ -1,40 +1,39 @@
 // Row and column statistics in one pass over the scores, and their merge.
 //
-// A thread keeps the statistics of its rows, over its own columns, in registers until a row tile
-// ends. Statistics of columns are brought up to date after each tile in the warp's own slot. No two
-// warps write to the same place, so there are no atomics, and no barrier in the epilogue.
+// A thread keeps the statistics of its rows, over its own columns, in registers until a row of
+// tiles ends. Statistics of columns are updated after each tile, in the warp's own slot in global
+// memory. No two warps write to the same place: there are no atomics, and no barrier in the
+// epilogue.
 #include "cuda/tile.cuh"
 
 namespace ito::ITO_GPU {
 namespace {
 
-// Inner products become scores. Beyond a limit they are -inf, as padding is, so that tiles without
-// positives need no masks there either. Limits are loaded for each tile: registers are scarce.
+// Inner products become scores. Beyond a limit they are -inf like padding, so that a tile without
+// positives needs no masks. Limits are loaded again for each tile: registers are scarce.
 template <bool kLimited>
-__device__ __forceinline__ void score(const Scores& p, Scored& s, const Row (&rows)[kRows],
+__device__ __forceinline__ void score(const Scores& p, Fragment& s, const Row (&rows)[kRows],
                                       const Cols& cols, int row, int col) {
 #pragma unroll
   for (int r = 0; r < kRows; ++r) {
-    const float limit = kLimited ? limit_of(p.row, row + r * 8) : kInfinity;
+    const float limit = kLimited ? limit_of(p.row, row + r * 8) : kInf;
 #pragma unroll
     for (int j = 0; j < kCols; ++j) {
       const float dot = at(s, r, j);
       at(s, r, j) = fmaf(dot, rows[r].scale, cols.added[j]) + rows[r].added;
       if (kLimited && dot > limit &&
           !(p.row.ids ? rows[r].id == cols.id[j] : rows[r].partner == col_of(col, j)))
-        at(s, r, j) = -kInfinity;
+        at(s, r, j) = -kInf;
     }
   }
 }
-__device__ __forceinline__ void score(const Scores& p, Scored& s, const Row (&rows)[kRows],
+__device__ __forceinline__ void score(const Scores& p, Fragment& s, const Row (&rows)[kRows],
                                       const Cols& cols, int row, int col) {
   if (p.row.limit)
     score<true>(p, s, rows, cols, row, col);
   else
     score<false>(p, s, rows, cols, row, col);
 }
-
-enum Field { kMax = 0, kPos = 2, kNeg = 4 };  // max and sum, pos, neg_max
 
 static_assert(kWarpRows == kSlots && kWarpCols * 2 == kSlots);
 
@@ -48,7 +47,7 @@ class Statistics {
         col_slot_(f.col_slots, row_group * kSlots + place_.warp_row,
                   f.split.row_groups * kSlots, f.scores.col.length),
         with_rows_(bool(f.row_slots)),
-        // under `triangle` the diagonal's columns are its rows
+        // under `triangle` the columns of a group on the diagonal are its rows
         with_cols_(f.col_slots && !(f.split.triangle && row_group == col_group)) {}
 
   __device__ __forceinline__ void begin(int row0) {
@@ -57,16 +56,16 @@ class Statistics {
       rows_[r] = Row(p_, row0 + place_.row(r));
       lse_[r] = {};
       pos_[r] = no_positives(p_.positives);
-      neg_[r] = -kInfinity;
+      neg_[r] = -kInf;
     }
   }
 
-  __device__ __forceinline__ void tile(Scored& s, int row0, int col0) {
+  __device__ __forceinline__ void tile(Fragment& s, int row0, int col0) {
     const int col = col0 + place_.col();
     const Cols cols(p_.col, col);
     score(p_, s, rows_, cols, row0 + place_.row(0), col);
     Pair col_pos[2] = {no_positives(p_.positives), no_positives(p_.positives)};
-    float col_neg[2] = {-kInfinity, -kInfinity};
+    float col_neg[2] = {-kInf, -kInf};
     const bool masked = special(p_, rows_, cols, col0 + place_.first_col(), kTile / kWarpCols);
     if (masked) mask(s, col, cols, col_pos, col_neg);
     if (with_rows_) add_to_rows(s, masked);
@@ -78,7 +77,7 @@ class Statistics {
     if (!with_rows_) return;
 #pragma unroll
     for (int r = 0; r < kRows; ++r) {
-      // pairs of lanes, so that rows have as many slots as columns: `triangle` shares them
+      // two lanes share a slot, so that rows have as many slots as columns: `triangle` needs that
       lse_[r].merge({gpu::shuffle_xor(lse_[r].max, 1), gpu::shuffle_xor(lse_[r].sum, 1)});
       pos_[r] = merged(p_.positives, pos_[r],
                        {gpu::shuffle_xor(pos_[r].x, 1), gpu::shuffle_xor(pos_[r].y, 1)});
@@ -87,19 +86,19 @@ class Statistics {
       if (place_.member % 2 == 0 && row < p_.row.length) {
         row_slot_.store_pair(kMax, row, {lse_[r].max, lse_[r].sum});
         if (p_.positives != Positives::kNone) row_slot_.store_pair(kPos, row, pos_[r]);
-        if (p_.hardest) row_slot_.store(kNeg, row, neg_[r]);
+        if (p_.hardest) row_slot_.store(kNegMax, row, neg_[r]);
       }
     }
   }
 
  private:
-  // Adds the positives and the largest negative; takes out of `s` what is not allowed.
-  __device__ __forceinline__ void mask(Scored& s, int col, const Cols& cols,
+  // Adds to the positives and the largest negative. What is excluded becomes -inf in `s`.
+  __device__ __forceinline__ void mask(Fragment& s, int col, const Cols& cols,
                                        Pair (&col_pos)[2], float (&col_neg)[2]) {
 #pragma unroll
     for (int j = 0; j < kCols; ++j) {
       Pair pos = no_positives(p_.positives);
-      float neg = -kInfinity;
+      float neg = -kInf;
 #pragma unroll
       for (int r = 0; r < kRows; ++r) {
         float& x = at(s, r, j);
@@ -112,7 +111,7 @@ class Statistics {
           neg = fmaxf(neg, x);
         }
         if (kind == Kind::kExcluded || (kind == Kind::kPositive && p_.exclude_positives))
-          x = -kInfinity;
+          x = -kInf;
       }
 #pragma unroll
       for (int lane = 4; lane <= 16; lane *= 2) {
@@ -127,10 +126,10 @@ class Statistics {
     }
   }
 
-  __device__ __forceinline__ void add_to_rows(Scored& s, bool masked) {
+  __device__ __forceinline__ void add_to_rows(Fragment& s, bool masked) {
 #pragma unroll
     for (int r = 0; r < kRows; ++r) {
-      float top = -kInfinity;
+      float top = -kInf;
 #pragma unroll
       for (int j = 0; j < kCols; ++j) top = fmaxf(top, at(s, r, j));
       if (!masked) neg_[r] = fmaxf(neg_[r], top);
@@ -142,7 +141,7 @@ class Statistics {
     }
   }
 
-  __device__ __forceinline__ void add_to_cols(Scored& s, bool masked, int first,
+  __device__ __forceinline__ void add_to_cols(Fragment& s, bool masked, int first,
                                               const Pair (&pos)[2], const float (&neg)[2]) {
     float top[kCols], sum[kCols];
 #pragma unroll
@@ -179,7 +178,7 @@ class Statistics {
       }
       if (p_.hardest) {
         const float here = masked ? neg[e] : own[e];
-        col_slot_.store(kNeg, col, started_ ? fmaxf(here, col_slot_.load(kNeg, col)) : here);
+        col_slot_.store(kNegMax, col, started_ ? fmaxf(here, col_slot_.load(kNegMax, col)) : here);
       }
     }
   }
@@ -188,7 +187,7 @@ class Statistics {
   Place place_;
   Slot row_slot_, col_slot_;
   bool with_rows_, with_cols_;
-  bool started_ = false;  // a row tile is done: the columns' slots are written
+  bool started_ = false;  // a row of tiles is done: the columns' slots are written
   Row rows_[kRows];
   LogSum lse_[kRows];
   Pair pos_[kRows];
@@ -211,7 +210,7 @@ class SoftplusSums {
     }
   }
 
-  __device__ __forceinline__ void tile(Scored& s, int row0, int col0) {
+  __device__ __forceinline__ void tile(Fragment& s, int row0, int col0) {
     const int col = col0 + place_.col();
     const Cols cols(p_.col, col);
     score(p_, s, rows_, cols, row0 + place_.row(0), col);
@@ -223,7 +222,7 @@ class SoftplusSums {
           float& x = at(s, r, j);
           const Kind kind = kind_of(p_, rows_[r], col_of(col, j), cols.id[j]);
           if (kind == Kind::kPositive) x = -x;
-          if (kind == Kind::kExcluded) x = -kInfinity;
+          if (kind == Kind::kExcluded) x = -kInf;
         }
     }
 #pragma unroll
@@ -255,7 +254,7 @@ __global__ void __launch_bounds__(kThreads) forward_kernel(const __grid_constant
   const Region all{0, p.scores.row.length, 0, p.scores.col.length};
   const Region region = region_of(p.split, all, row_group, col_group);
   Epilogue epilogue(p, row_group, col_group);
-  walk<Arithmetic>(p.scores, region, epilogue);
+  for_each_tile<Arithmetic>(p.scores, region, epilogue);
 }
 
 constexpr int kMergeThreads = 128;
@@ -266,14 +265,14 @@ __global__ void __launch_bounds__(kMergeThreads) merge_kernel(const __grid_const
   const int64_t field = static_cast<int64_t>(p.count) * p.length;
   LogSum lse;
   Pair pos = no_positives(p.positives);
-  float neg = -kInfinity;
+  float neg = -kInf;
   int64_t at = i;
   for (int slot = 0; slot < p.count; ++slot, at += p.length) {
-    lse.merge({p.slots.load(at + kMax * field), p.slots.load(at + (kMax + 1) * field)});
+    lse.merge({p.slots.load(at + kMax * field), p.slots.load(at + kSum * field)});
     if (p.pos)
       pos = merged(p.positives, pos,
-                   {p.slots.load(at + kPos * field), p.slots.load(at + (kPos + 1) * field)});
-    if (p.neg_max) neg = fmaxf(neg, p.slots.load(at + kNeg * field));
+                   {p.slots.load(at + kPos * field), p.slots.load(at + kPosSum * field)});
+    if (p.neg_max) neg = fmaxf(neg, p.slots.load(at + kNegMax * field));
   }
   const float shift = finite(lse.max);
   p.max.store(i, lse.max);
@@ -311,7 +310,7 @@ void forward(const Forward& p, gpu::Stream stream) {
 }
 
 void merge(const Merge& p, gpu::Stream stream) {
-  const int64_t blocks = (int64_t{p.length} + kMergeThreads - 1) / kMergeThreads;
+  const int64_t blocks = ceil_div(int64_t{p.length}, kMergeThreads);
   gpu::launch("merge_kernel", merge_kernel, blocks, kMergeThreads, 0, stream, p);
 }
 

@@ -1,5 +1,6 @@
 // Tensors as kernel arguments, for the kernels and for what launches them.
 #pragma once
+#include "base.hpp"
 #ifdef ITO_SIMT
 #include "simt/device.hpp"
 #define ITO_GPU emulated  // the namespace of the kernels

@@ -1,5 +1,5 @@
-// The gradient of one side for small D: rows of it stay in registers, and W goes from the registers
-// in which the scores' product left it into those that the gradient's product reads.
+// The gradient of one side for small D. Its rows stay in registers. W stays in registers too: what
+// the product for the scores leaves there is what the product for the gradient reads.
 #include "cuda/tile.cuh"
 #include "cuda/weights.cuh"
 
@@ -10,7 +10,7 @@ constexpr int kGradientThreads = kGradientRows / 16 * 32;  // a warp for 16 rows
 constexpr int kGradientCols = 4 * kCols;
 constexpr int kGradientStages = 2;
 
-// 8 rows at the same chunk meet all 32 banks: a row has at least 8 chunks.
+// Eight rows at the same chunk lie in different banks, all 32: a row has at least 8 chunks.
 template <int kWidth>
 __device__ __forceinline__ int swizzled_row(int row, int chunk) {
   return row * (kWidth / 8) + (chunk ^ (row & 7));
@@ -39,7 +39,7 @@ __global__ void __launch_bounds__(kGradientThreads, 2)
   const int thread = threadIdx.x, lane = thread % 32, group = lane / 4, member = lane % 4;
   const int warp_row = thread / 32 * 16, row0 = blockIdx.x * kGradientRows + warp_row;
   const Shared own = gpu::shared_memory(), stages = own + kGradientRows * kWidth / 8;
-  const int tiles = (q.col.length + kGradientCols - 1) / kGradientCols;
+  const int tiles = ceil_div(q.col.length, kGradientCols);
   const auto load = [&](int tile) {
     if (tile < tiles)
       load_rows<kWidth, kGradientCols>(stages + tile % kGradientStages * kStage, q.col,
@@ -109,7 +109,7 @@ __global__ void __launch_bounds__(kGradientThreads, 2)
       }
     }
 
-    // Scores of 16 columns, as the product left them, are the left operand of depth 16.
+    // W of 16 columns, as the product left it, is the left operand of a product of depth 16.
 #pragma unroll
     for (int j = 0; j < kCols / 2; j += 2) {
       const uint32_t w[4] = {Arithmetic::pack(s[j][0], s[j][1]), Arithmetic::pack(s[j][2], s[j][3]),
@@ -143,7 +143,7 @@ __global__ void __launch_bounds__(kGradientThreads, 2)
 
 template <class Arithmetic, int kWidth>
 void start(const Gradient& p, gpu::Stream stream) {
-  const int64_t blocks = (int64_t{p.scores.row.length} + kGradientRows - 1) / kGradientRows;
+  const int64_t blocks = ceil_div(int64_t{p.scores.row.length}, kGradientRows);
   gpu::launch("gradient_kernel",
               p.scores.softplus ? gradient_kernel<Arithmetic, kWidth, true>
                                 : gradient_kernel<Arithmetic, kWidth, false>,
@@ -153,7 +153,7 @@ void start(const Gradient& p, gpu::Stream stream) {
 
 template <class Arithmetic>
 void start(const Gradient& p, gpu::Stream stream) {
-  if (p.scores.row_bytes <= kGradientWidth)  // half the width, of halves
+  if (p.scores.row_bytes <= kGradientWidth)  // 2 bytes each: at most half the width
     start<Arithmetic, kGradientWidth / 2>(p, stream);
   else
     start<Arithmetic, kGradientWidth>(p, stream);

@@ -1,4 +1,5 @@
-// A panel of scale·W in the features' dtype, for the vendor's matrix products W·B and Wᵀ·A.
+// A panel of scale·W, W = ∂L/∂S, in the features' dtype: the vendor's matrix product does W·B and
+// Wᵀ·A with it.
 #include "cuda/tile.cuh"
 #include "cuda/weights.cuh"
 
@@ -29,7 +30,7 @@ class Writer {
     }
   }
 
-  __device__ __forceinline__ void tile(Scored& s, int row0, int col0) {
+  __device__ __forceinline__ void tile(Fragment& s, int row0, int col0) {
     const Cols cols(p_.col, col0 + place_.col());
     if (special(p_, rows_, cols, col0 + place_.first_col(), kTile / kWarpCols,
                 bool(p_.row.limit)))
@@ -54,7 +55,7 @@ class Writer {
  private:
   // Inner products become W.
   template <bool kMasked>
-  __device__ __forceinline__ void weigh(Scored& s, int row0, int first, const Cols& cols) {
+  __device__ __forceinline__ void weigh(Fragment& s, int row0, int first, const Cols& cols) {
 #pragma unroll
     for (int j = 0; j < kCols; ++j) {
       const int index = col_of(first, j);
@@ -76,7 +77,7 @@ class Writer {
     }
   }
 
-  __device__ __forceinline__ void sum_columns(Scored& s, int first) {
+  __device__ __forceinline__ void sum_columns(Fragment& s, int first) {
     float col_sum[kCols];
 #pragma unroll
     for (int j = 0; j < kCols; ++j) {
@@ -92,10 +93,10 @@ class Writer {
     }
   }
 
-  // Whole 32-byte sectors at a time. The four lanes of a row hold 8 bytes each of 8 floats, but 4
-  // of 8 halves: there pairs of lanes exchange a word, so that one holds half of the first 8
-  // columns and the other half of the next.
-  __device__ __forceinline__ void store(Scored& s, int row0, int col0) {
+  // Stores whole 32-byte sectors. Four lanes hold 8 columns of a row: 8 bytes each in floats, but 4
+  // in halves. There two lanes exchange a word: one then has 4 of these columns, the other 4 of the
+  // next 8.
+  __device__ __forceinline__ void store(Fragment& s, int row0, int col0) {
     const int64_t row = row0 - panel_.first_row, col = col0 - panel_.first_col + place_.first_col();
 #pragma unroll
     for (int r = 0; r < kRows; ++r) {
@@ -137,7 +138,7 @@ __global__ void __launch_bounds__(kThreads) panel_kernel(const __grid_constant__
   const Region all{p.first_row, p.last_row, p.first_col, p.last_col};
   const Region region = region_of(p.split, all, row_group, col_group);
   Writer<Arithmetic, kSoftplus> epilogue(p, row_group, col_group);
-  walk<Arithmetic>(p.scores, region, epilogue);
+  for_each_tile<Arithmetic>(p.scores, region, epilogue);
 }
 
 template <class Arithmetic>

@@ -1,5 +1,6 @@
-// What the kernels are asked for. Scores are S = scale_i·<a_i, b_j> + row_bias_i + col_bias_j, the
-// kinds of pairs those of ito_kernels/similarity/spec.py; absent tensors have no address.
+// What the kernels are asked for. Scores are S = scale_i·<a_i, b_j> + row_bias_i + col_bias_j.
+// Which pairs are positive or excluded is written in ito_kernels/similarity/spec.py. An absent
+// tensor has a null address.
 #pragma once
 #include <string>
 
@@ -9,12 +10,12 @@ namespace ito::ITO_GPU {
 
 using gpu::Chunk;
 using gpu::Global;
+using ito::Positives;
 
-// bf16 and fp16; fp32 by one product of numbers rounded to tf32, or by three products of a large
+// bf16 and fp16. fp32 by one product of numbers rounded to tf32; or by three products of a large
 // and a small part of each number, which keep fp32's accuracy.
 enum class Arithmetic { kBf16, kF16, kTf32, kTf32x3 };
 
-enum class Positives { kNone, kLinear, kLse };
 enum class ScaleOf { kAll, kRow, kCol };
 
 struct alignas(8) Pair {
@@ -28,11 +29,11 @@ struct Side {
   int length = 0;
   Global<const float> bias;
   Global<const int32_t> ids;  // negative: padding
-  // Negatives with a larger <a, b> are left out. Of one side at most: forward and panels read the
-  // rows', where the problem is transposed it is the columns'.
+  // Negatives with a larger <a, b> are left out. One side has limits at most: the rows, or where
+  // the problem is transposed the columns. Forward and panels are never transposed.
   Global<const float> limit;
-  // Backward: upstream · softmax = factor · e^(S - shift) as (shift, factor); the upstream of pos,
-  // and pos. For softplus the factor is the upstream gradient.
+  // Backward: (shift, factor), where upstream · softmax = factor · e^(S - shift). For softplus the
+  // factor is the upstream gradient. `alpha` is the upstream gradient of pos.
   Global<const Pair> factors;
   Global<const float> alpha, pos;
 };
@@ -46,12 +47,13 @@ struct Scores {
   Positives positives = Positives::kNone;
   bool exclude_self = false, exclude_positives = false, hardest = false;
   bool softplus = false;
-  bool positives_matter = false;  // for anything
+  bool positives_matter = false;  // something depends on which pairs are positive
   int64_t diagonal = 0;
 };
 
-// The tiles of a region, `row_tiles` × `col_tiles` to a block, as row_groups × col_groups blocks;
-// of a symmetric matrix only those with row group ≤ column group.
+// How tiles are shared out: a block computes a group of row_tiles × col_tiles tiles, and there are
+// row_groups × col_groups groups. `triangle`, for a symmetric matrix: row group ≤ column group
+// only.
 struct Split {
   int row_tiles = 0, col_tiles = 0, row_groups = 0, col_groups = 0;
   bool triangle = false;
@@ -60,17 +62,21 @@ struct Split {
 constexpr int kTile = 128;                   // rows and columns
 constexpr int kWarpRows = 4, kWarpCols = 2;  // the warps of a block that share them
 
-// Statistics in slots, [field][slot][row or column]: kSlots for each group of the other side, so
-// that nothing is written twice. Fields: max, sum, the positives' two numbers, the largest
-// negative. Of softplus the row sum alone, kWarpCols slots for each group.
-constexpr int kFields = 5, kSlots = 4;
+// The statistics of one row or column: the maximum and Σ e^(S - max); of the positives Σ S and
+// their number, or the maximum and Σ e^(S - maximum); the largest negative.
+enum Field { kMax, kSum, kPos, kPosSum, kNegMax, kFields };
+
+// Partial statistics, [field][slot][row or column]. There are kSlots slots for each group of the
+// other side: no two warps write to the same place. Of softplus there is the row sum alone, in
+// kWarpCols slots for each column group.
+constexpr int kSlots = 4;
 struct Forward {
   Scores scores;
   Split split;
   Global<float> row_slots, col_slots;  // the same ones under `triangle`
 };
 
-// One side's slots, merged in their order.
+// Merges one side's slots, in their order.
 struct Merge {
   Global<const float> slots;
   int length = 0, count = 0;
@@ -82,9 +88,10 @@ struct alignas(8) TwoWords {
   uint32_t x, y;
 };
 
-// scale·W / norm for rows [first_row, last_row) and columns likewise, in the features' dtype, edge
-// tiles in full; W = ∂L/∂S. Of the unrounded W the sums Σ_j W·<a, b> and Σ_j W, kWarpCols slots for
-// each column group, and Σ_i W, kWarpRows for each row group. Any of them may be absent.
+// A panel of scale·W / norm, W = ∂L/∂S, in the features' dtype: rows [first_row, last_row), columns
+// [first_col, last_col). Tiles at the edges are written in full. And sums of W before it is
+// rounded: Σ_j W·<a, b> and Σ_j W in kWarpCols slots for each column group, Σ_i W in kWarpRows
+// slots for each row group. Any output may be absent.
 struct Panel {
   Scores scores;
   Split split;
@@ -95,7 +102,7 @@ struct Panel {
   Global<float> scale_sums, row_sums, col_sums;
 };
 
-// scale·W·B / norm for small D, (rows, stride) in fp32, and the same sums over rows.
+// scale·W·B / norm for small D, (rows, stride) in fp32, and Σ_j W·<a, b> and Σ_j W of each row.
 struct Gradient {
   Scores scores;
   Global<const float> norm;

@@ -26,8 +26,8 @@ __device__ __forceinline__ Shared shared_memory() {
 
 __device__ __forceinline__ void barrier() { __syncthreads(); }
 
-// 16 bytes, of which the last 16 - `bytes` become 0 instead. Past L1: no other warp of the
-// processor wants them.
+// Copies `bytes` bytes and fills up to 16 with 0. Not through L1: no other warp of the
+// multiprocessor reads them.
 __device__ __forceinline__ void cp_async(Shared to, int i, Global<const Chunk> from, int64_t j,
                                          int bytes) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to.address + i * 16),
@@ -37,7 +37,7 @@ __device__ __forceinline__ void cp_async(Shared to, int i, Global<const Chunk> f
 __device__ __forceinline__ void cp_async_commit() {
   asm volatile("cp.async.commit_group;" ::: "memory");
 }
-// All groups of this thread but the last `kGroupsLeft`.
+// Waits for all groups of this thread's copies but the last `kGroupsLeft`.
 template <int kGroupsLeft>
 __device__ __forceinline__ void cp_async_wait() {
   asm volatile("cp.async.wait_group %0;" ::"n"(kGroupsLeft) : "memory");

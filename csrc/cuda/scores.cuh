@@ -5,14 +5,13 @@
 
 namespace ito::ITO_GPU {
 
-constexpr float kInfinity = INFINITY;
 constexpr float kLog2e = 1.4426950408889634f;
 
-// 0 for -inf: nothing allowed, and -inf - -inf would be NaN.
-__device__ __forceinline__ float finite(float x) { return x == -kInfinity ? 0.0f : x; }
+// 0 in place of -inf, the maximum where no pair is allowed: -inf - -inf would be NaN.
+__device__ __forceinline__ float finite(float x) { return x == -kInf ? 0.0f : x; }
 
-// e^(x - shift). For fp32 features x - shift is rounded first, so that e^0 is 1; else one FMA, of
-// which the error of |x|·2^-24 is far below that of the score.
+// e^(x - shift). For fp32 features x - shift is rounded first, so that e^0 is 1. Else it is one
+// FMA: its error, |x|·2^-24, is far below that of a score of half-precision features.
 template <bool kExact>
 __device__ __forceinline__ float exp_of(float x, float shift) {
   return gpu::exp2_fast(kExact ? (x - shift) * kLog2e : fmaf(x, kLog2e, -shift * kLog2e));
@@ -37,7 +36,7 @@ __device__ __forceinline__ float softplus(float s) {
 
 // Σ e^x as a maximum and the sum relative to it.
 struct LogSum {
-  float max = -kInfinity, sum = 0.0f;
+  float max = -kInf, sum = 0.0f;
 
   __device__ void merge(LogSum other) {
     const float top = fmaxf(max, other.max), shift = finite(top);
@@ -48,7 +47,7 @@ struct LogSum {
 
 // The positives' statistics in two numbers: Σ S and their count, or Σ e^S.
 __device__ __forceinline__ Pair no_positives(Positives kind) {
-  return {kind == Positives::kLse ? -kInfinity : 0.0f, 0.0f};
+  return {kind == Positives::kLse ? -kInf : 0.0f, 0.0f};
 }
 __device__ __forceinline__ Pair merged(Positives kind, Pair a, Pair b) {
   if (kind != Positives::kLse) return {a.x + b.x, a.y + b.y};
@@ -57,10 +56,10 @@ __device__ __forceinline__ Pair merged(Positives kind, Pair a, Pair b) {
   return {sum.max, sum.sum};
 }
 
-// A row as its scores need it. Padding and what is beyond the end gets -inf added, so that plain
-// negatives need no masks: e^-inf is 0. Ids there are -1 for rows and -2 for columns: never equal.
+// What a row's scores need. Padding and rows beyond the end have -inf added: e^-inf is 0, so that
+// plain negatives need no masks. Their ids are -1, and -2 for columns: never equal.
 struct Row {
-  float added = -kInfinity, scale = 0.0f;
+  float added = -kInf, scale = 0.0f;
   int id = -1;
   int partner = -1;  // the column of its self pair; without ids also of its positive
 
@@ -80,8 +79,8 @@ struct Row {
   }
 };
 
-// The columns of a thread's scores, as mma leaves them: pairs of them, 8 apart. Loaded for every
-// tile, so without a branch for each.
+// The columns of a thread's scores. mma leaves two neighbours every 8 columns. Loaded for every
+// tile: the branches are around the loops, not in them.
 constexpr int kCols = 16;
 __device__ __forceinline__ int col_of(int first, int j) { return first + j / 2 * 8 + j % 2; }
 
@@ -92,7 +91,7 @@ struct Cols {
   __device__ __forceinline__ Cols(const Side& side, int first) {
 #pragma unroll
     for (int j = 0; j < kCols; ++j) {
-      added[j] = col_of(first, j) < side.length ? 0.0f : -kInfinity;
+      added[j] = col_of(first, j) < side.length ? 0.0f : -kInf;
       id[j] = -2;
     }
     if (side.bias) {
@@ -105,7 +104,7 @@ struct Cols {
       for (int j = 0; j < kCols; ++j) {
         const int given = col_of(first, j) < side.length ? side.ids.load(col_of(first, j)) : -1;
         id[j] = given < 0 ? -2 : given;
-        added[j] = given < 0 ? -kInfinity : added[j];
+        added[j] = given < 0 ? -kInf : added[j];
       }
     }
   }
@@ -120,7 +119,7 @@ __device__ __forceinline__ Kind kind_of(const Scores& p, const Row& row, int col
 }
 
 __device__ __forceinline__ float limit_of(const Side& side, int index) {
-  return side.limit ? side.limit.load(min(index, side.length - 1)) : kInfinity;
+  return side.limit ? side.limit.load(min(index, side.length - 1)) : kInf;
 }
 
 // The same for an inner product under a limit.
@@ -130,8 +129,8 @@ __device__ __forceinline__ Kind kind_of(const Scores& p, const Row& row, int col
   return kind == Kind::kNegative && dot > limit ? Kind::kExcluded : kind;
 }
 
-// Whether a warp's scores, of these rows and `width` columns from `col0`, hold more than negatives,
-// or may where they are `limited`. Most tiles do not, and take a path without masks.
+// Whether a warp's scores, of these rows and `width` columns from `col0`, need masks: some pair is
+// positive or excluded, or may be where they are `limited`. Most tiles do not.
 template <int kRowCount>
 __device__ __forceinline__ bool special(const Scores& p, const Row (&rows)[kRowCount],
                                         const Cols& cols, int col0, int width,
@@ -151,7 +150,7 @@ __device__ __forceinline__ bool special(const Scores& p, const Row (&rows)[kRowC
   return gpu::any(found);
 }
 
-// One slot of one side.
+// One slot of one side; see Forward. The fields of a pair are adjacent.
 struct Slot {
   Global<float> data;
   int64_t field, first;
@@ -173,8 +172,8 @@ __device__ __forceinline__ float sum_of_members(float x) {
   return x + gpu::shuffle_xor(x, 2);
 }
 
-// What 16 columns of the eight lanes that share them reduce to: each lane gets its own two columns,
-// 2·group and the next, as v[0] and v[1], by 14 shuffles instead of 48.
+// Eight lanes share 16 columns. Reduces over these lanes; lane `group` gets the results of columns
+// 2·group and 2·group + 1 as v[0] and v[1], by 14 shuffles instead of 48.
 template <int kHalf = 8, class Op>
 __device__ __forceinline__ void reduce_columns(float (&v)[kCols], Op op) {
   const bool upper = threadIdx.x % 32 & (kHalf * 2);
@@ -186,7 +185,7 @@ __device__ __forceinline__ void reduce_columns(float (&v)[kCols], Op op) {
   if constexpr (kHalf > 2) reduce_columns<kHalf / 2>(v, op);
 }
 
-// The way back: every lane gets the results of all 16 columns.
+// The reverse: every lane gets the results of all 16 columns.
 template <int kHalf = 2>
 __device__ __forceinline__ void spread_columns(float (&v)[kCols]) {
   const bool upper = threadIdx.x % 32 & (kHalf * 2);

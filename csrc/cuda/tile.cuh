@@ -1,8 +1,8 @@
 // Tiles of inner products: global memory → cp.async → shared memory → ldmatrix → mma → registers.
 //
-// A block of 8 warps computes 128 × 128 scores, a warp 32 × 64 of them. One step is 64 bytes of
-// each feature vector: 32 halves or 16 floats. As ldmatrix and mma see them, 16 bytes of floats are
-// laid out like 16 bytes of halves, so all arithmetics share everything but the product itself.
+// A block of 8 warps computes a tile of 128 × 128 scores, a warp 32 × 64 of them. One K step is 64
+// bytes of each feature vector: 32 halves or 16 floats. To ldmatrix and mma 16 bytes of floats look
+// like 16 bytes of halves, so all arithmetics share everything but the product itself.
 #pragma once
 #include "cuda/scores.cuh"
 
@@ -12,20 +12,20 @@ using gpu::Shared;
 
 constexpr int kThreads = 32 * kWarpRows * kWarpCols;
 constexpr int kStepChunks = 4;
-constexpr int kStages = 4;  // three steps under way hide the latency; 64 KiB fit every sm_8x twice
+constexpr int kStages = 4;  // three K steps under way hide the latency, in 64 KiB of shared memory
 constexpr int kStageChunks = 2 * kTile * kStepChunks;
 constexpr int kTileShared = kStages * kStageChunks * 16;
 
-// A thread's scores: r counts its rows, 8 apart, and j its columns.
+// A thread's scores, as mma leaves them: r counts its rows, which are 8 apart, j its columns.
 constexpr int kRows = 4;
-using Scored = float[kRows / 2][kCols / 2][4];
-__device__ __forceinline__ float& at(Scored& s, int r, int j) {
+using Fragment = float[kRows / 2][kCols / 2][4];
+__device__ __forceinline__ float& at(Fragment& s, int r, int j) {
   return s[r / 2][j / 2][r % 2 * 2 + j % 2];
 }
 
-// Where a thread's scores are in its block's tile.
+// Where a thread's scores are in the block's tile. The four lanes of a group share rows.
 struct Place {
-  int warp_row, warp_col, group, member;
+  int warp_row, warp_col, group, member;  // the PTX manual's groupID and threadID_in_group
   __device__ Place() {
     const int thread = threadIdx.x, warp = thread / 32;
     warp_row = warp / kWarpCols;
@@ -38,7 +38,7 @@ struct Place {
   __device__ int col() const { return first_col() + member * 2; }              // of the thread
 };
 
-// ---- arithmetic: a 16 × 8 product of one step's half, 32 bytes of each vector
+// ---- arithmetic: a 16 × 8 product over half a K step, 32 bytes of each feature vector
 
 struct Bf16 {
   static constexpr bool kHalf = true;
@@ -91,8 +91,8 @@ struct Tf32x3 {
                                large_part(a[3])};
     const uint32_t small[4] = {small_part(a[0]), small_part(a[1]), small_part(a[2]),
                                small_part(a[3])};
-    // Tensor cores cut off what they add to; over a long vector that drifts. So they start from 0
-    // each time, and the sum is rounded to nearest outside.
+    // Tensor cores cut off the low bits of what they add to; over a long vector that drifts. So
+    // they start from 0 each time, and the sum is rounded to nearest outside.
     float part[4] = {};
     gpu::mma_tf32(part, small, large_part(b0), large_part(b1));
     gpu::mma_tf32(part, large, small_part(b0), small_part(b1));
@@ -103,12 +103,12 @@ struct Tf32x3 {
 
 // ---- tiles
 
-// The place of a chunk in a stage: eight consecutive rows, at the same chunk, meet all 32 banks.
+// The place of a chunk in a stage. Eight consecutive rows at the same chunk lie in all 32 banks.
 __device__ __forceinline__ int swizzled(int row, int chunk) {
   return row * kStepChunks + (chunk ^ (row >> 1 & 3));
 }
 
-// One step of 128 feature vectors; 0 beyond their end and the side's.
+// One K step of 128 feature vectors; 0 beyond the end of a vector and beyond the last one.
 __device__ __forceinline__ void load_step(Shared to, const Side& side, int first, int step,
                                           int row_bytes) {
   const int chunk = threadIdx.x % kStepChunks, k = step * kStepChunks + chunk;
@@ -123,7 +123,7 @@ __device__ __forceinline__ void load_step(Shared to, const Side& side, int first
 }
 
 template <class Arithmetic>
-__device__ __forceinline__ void multiply_step(Scored& s, Shared stage, const Place& place) {
+__device__ __forceinline__ void multiply_step(Fragment& s, Shared stage, const Place& place) {
   const int lane = threadIdx.x % 32;
   const int row = place.row(0) - place.group, col = kTile + place.first_col();
 #pragma unroll Arithmetic::kUnrolled
@@ -150,13 +150,14 @@ struct Region {
   int first_row, last_row, first_col, last_col;
 };
 
-// Gives the inner products of a region to `epilogue`, tile by tile, row tile by row tile. The next
-// tile's first steps are under way while a tile is in the epilogue.
+// Computes the inner products of a region, one row of tiles after another, and gives each tile to
+// `epilogue`. Meanwhile the first K steps of the next tile are under way.
 template <class Arithmetic, class Epilogue>
-__device__ __forceinline__ void walk(const Scores& p, const Region& region, Epilogue& epilogue) {
+__device__ __forceinline__ void for_each_tile(const Scores& p, const Region& region,
+                                              Epilogue& epilogue) {
   const Shared memory = gpu::shared_memory();
   const Place place;
-  const int steps = (p.row_bytes + kStepChunks * 16 - 1) / (kStepChunks * 16);
+  const int steps = ceil_div(p.row_bytes, kStepChunks * 16);
   int row = region.first_row, col = region.first_col, step = 0;  // the next to load
   const auto load = [&](int stage) {
     if (row < region.last_row) {
@@ -179,10 +180,10 @@ __device__ __forceinline__ void walk(const Scores& p, const Region& region, Epil
   for (int row0 = region.first_row; row0 < region.last_row; row0 += kTile) {
     epilogue.begin(row0);
     for (int col0 = region.first_col; col0 < region.last_col; col0 += kTile) {
-      Scored s = {};
+      Fragment s = {};
       for (int i = 0; i < steps; ++i) {
         gpu::cp_async_wait<kStages - 2>();
-        gpu::barrier();  // this step is everybody's to read, and the last one's place free
+        gpu::barrier();  // all threads may read this step, and none reads the stage before it
         load((stage + kStages - 1) % kStages);
         multiply_step<Arithmetic>(s, memory + stage * kStageChunks, place);
         stage = (stage + 1) % kStages;
@@ -193,8 +194,8 @@ __device__ __forceinline__ void walk(const Scores& p, const Region& region, Epil
   }
 }
 
-// The region of a block. Neighbouring blocks walk the same columns together, so that these come
-// from L2.
+// The region of a block. Neighbouring blocks go through the same columns at the same time: these
+// come from L2.
 __device__ __forceinline__ Region region_of(const Split& split, const Region& all, int& row_group,
                                             int& col_group) {
   const int block = blockIdx.x;

@@ -1,11 +1,11 @@
-// W = ∂L/∂S, from a score and what came back to the statistics of its row and column.
+// W = ∂L/∂S, from a score and the upstream gradients of its row's and column's statistics.
 #pragma once
 #include "cuda/scores.cuh"
 
 namespace ito::ITO_GPU {
 
-// upstream · softmax = factor · e^(S - shift). Beyond the end those of the last row or column: the
-// scores there are -inf, and 0 their exponentials.
+// upstream · softmax = factor · e^(S - shift). Beyond the end it is that of the last row or column:
+// scores are -inf there, so their exponentials are 0.
 struct Factor {
   float shift = 0.0f, factor = 0.0f;
 
@@ -18,7 +18,7 @@ struct Factor {
   }
 };
 
-// The positives' part. It is added in fp32, before W is rounded: near convergence it and the
+// The positives' part of W. It is added in fp32, before W is rounded: near convergence it and the
 // softmax cancel, and bf16 would keep nothing of the difference.
 __device__ __forceinline__ float positive_weight(const Scores& p, float s, float row_shift,
                                                  float col_shift, int row, int col) {

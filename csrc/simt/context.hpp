@@ -1,4 +1,4 @@
-// Stacks of their own for the emulated threads, and the switch from one to another.
+// A stack for each emulated thread, and the switch from one to another.
 #pragma once
 #include <algorithm>
 #include <cstddef>
@@ -12,8 +12,8 @@ namespace simt {
 
 #if defined(__x86_64__) || defined(__aarch64__)
 
-// Saves the registers that a function must preserve and exchanges the stacks: 4 ns, where
-// swapcontext, with its system call for the signal mask, takes 420. A warp's instruction is 32.
+// Saves the registers that a function must preserve and changes the stack: 4 ns. swapcontext takes
+// 420, for its system call about signals, and one instruction of a warp is 32 switches.
 extern "C" void ito_simt_switch(void** from, void* to);
 
 struct Context {

@@ -10,7 +10,7 @@
 #else
 #define SYMBOL "ito_simt_switch"
 #endif
-// Ends in a jump: a return would not go where the processor expects one to, and take five times as
+// Ends in a jump. A return would go where the processor does not predict it, and take five times as
 // long.
 #if defined(__x86_64__)
 asm(".text\n.globl " SYMBOL "\n" SYMBOL ":\n"

@@ -1,18 +1,17 @@
-// CUDA's execution model on a CPU, as far as csrc/cuda uses it, so that the kernels' own source
-// runs in the tests and what a GPU would leave to chance is an error with a thread and a line.
+// CUDA's execution model on a CPU, as far as csrc/cuda uses it. The kernels' own source runs in the
+// tests, and a fault that a GPU may or may not show is an error here, with its thread and line.
 //
 // Every CUDA thread is a fiber. Blocks run one after another. A warp runs until all of its lanes
-// wait at a barrier; which warp is next is drawn from a seeded generator. Lanes switch where an
-// instruction of the warp (shuffle, vote, ldmatrix, mma) needs all of them; the last to arrive does
-// the work.
+// wait at a barrier; a seeded generator draws the next warp. At an instruction of the whole warp
+// (shuffle, vote, ldmatrix, mma) each lane waits for the others; the last to arrive does the work.
 //
 // Shared memory is touched by cp.async and ldmatrix only, so its state is kept for each 16 bytes:
 // - it starts as NaN, and reading what was never written is an error;
 // - cp.async lands at its wait, never before, and until then reading or writing there is an error;
 // - two threads at the same place without a barrier between them, one of them writing, is a race,
 //   whatever the order in which they happen to run.
-// Barriers and warp instructions that not all threads reach, or reach at different lines, and
-// accesses outside of shared memory or of the tensors are errors too.
+// Also errors: a barrier or warp instruction that not all threads reach, or reach at different
+// lines; and access outside of shared memory or of the tensors.
 #pragma once
 #include <cstddef>
 #include <cstdint>
@@ -40,7 +39,7 @@ struct Where {
 };
 
 constexpr int kWarp = 32;
-constexpr int kChunk = 16;  // bytes: what one lane copies, or gives the address of, at a time
+constexpr int kChunk = 16;  // bytes of one cp.async, and of what a lane points ldmatrix to
 
 // An instruction's passes over the 32 banks of shared memory, and how many it needs at least.
 struct BankUse {

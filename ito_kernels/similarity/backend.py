@@ -1,4 +1,4 @@
-"""What a backend is: the protocol that the dispatcher knows."""
+"""The interface of a backend."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from .spec import Grads, Needs, Problem, SideStats, SideUpstream, Stats, Upstrea
 
 
 class Backend:
-    """Computes the primitive. A new one is a file and an entry of `dispatch.REGISTRY`.
+    """Computes the primitive. To add one, write a subclass and enter it in `dispatch.REGISTRY`.
 
-    name: how it is asked for.
-    priority: of those that are chosen automatically the largest that can run goes first; None: runs
-        only where it is asked for by name.
-    device: the kind of device ("cpu", "cuda") whose tensors it is chosen for; None: any.
-    native: whether it is part of the native module.
+    name: the name by which users ask for it.
+    priority: the automatic choice takes the backend with the largest priority that supports the
+        problem. None: never chosen automatically.
+    device: the device type ("cpu", "cuda") whose tensors it may be chosen for; None: any.
+    native: whether it needs the compiled module.
     """
 
     name: ClassVar[str]
@@ -27,23 +27,23 @@ class Backend:
     native: ClassVar[bool] = False
 
     def status(self) -> tuple[bool, str]:
-        """Whether anything can run on this machine; what, or why not."""
+        """Whether the backend can run on this machine, and a description or the reason."""
         raise NotImplementedError
 
     def supports(self, problem: Problem) -> tuple[bool, str]:
-        """Whether `problem` can run, and why not."""
+        """Whether the backend can compute `problem`, and the reason if it cannot."""
         raise NotImplementedError
 
     def missed(self, problem: Problem) -> str:
-        """A warning, if `problem` would run here and faster were the installation complete."""
+        """A warning if the installation lacks a part that would compute `problem` faster."""
         return ""
 
     def describe(self, problem: Problem) -> str:
-        """Tile shapes and the like, in words."""
+        """Tile shapes and other choices for `problem`, as text."""
         raise NotImplementedError
 
     def cache_bytes(self, problem: Problem) -> int:
-        """Memory worth having for what forward keeps for backward. 0: no `cache` is given."""
+        """Bytes of memory that the forward pass can use to keep scores for backward; 0 for none."""
         return 0
 
     def logsumexp_forward(self, problem: Problem, cache: Tensor | None = None) -> Stats:
@@ -57,7 +57,7 @@ class Backend:
         needs: Needs,
         cache: Tensor | None = None,
     ) -> Grads:
-        """`cache`: what forward filled."""
+        """cache: the memory that the forward pass filled."""
         raise NotImplementedError
 
     def logsumexp_both(
@@ -66,12 +66,11 @@ class Backend:
         with_stats: bool,
         upstream: Upstream,
         needs: Needs,
-        cache: Tensor | None = None,
     ) -> tuple[Tensor, Stats, Grads]:
-        """The weighted sum, the statistics if wanted and the gradients, for an upstream gradient
-        that is known before."""
-        stats = self.logsumexp_forward(problem, cache)
-        grads = self.logsumexp_backward(problem, stats, upstream, needs, cache)
+        """The weighted sum of the statistics, the statistics themselves if `with_stats`, and the
+        gradients. The weights are the upstream gradient, which is known in advance."""
+        stats = self.logsumexp_forward(problem)
+        grads = self.logsumexp_backward(problem, stats, upstream, needs)
         return weighted_sum(stats, upstream), stats if with_stats else Stats(), grads
 
     def softplus_forward(self, problem: Problem) -> Tensor:
@@ -81,14 +80,16 @@ class Backend:
         raise NotImplementedError
 
     def softplus_both(self, problem: Problem, u: Tensor, needs: Needs) -> tuple[Tensor, Grads]:
-        """The row sums and the gradients, for an upstream gradient `u` that is known before."""
+        """The row sums, and the gradients for an upstream gradient `u` known in advance."""
         return self.softplus_forward(problem), self.softplus_backward(problem, u, needs)
 
 
 def weighted_sum(stats: Stats, weights: Upstream) -> Tensor | None:
-    """The weighted sum of the statistics, None without weights. Where the weight is 0, a statistic
-    of -inf counts as 0: there was nothing to sum. Anything else that is not finite makes the total
-    so."""
+    """The weighted sum of the statistics; None without weights.
+
+    A statistic of -inf, which is a sum over nothing, counts as 0 where its weight is 0. Any other
+    value that is not finite makes the total not finite.
+    """
 
     def weighted(weight: Tensor, x: Tensor) -> Tensor:
         return weight * torch.where((weight == 0) & (x == -math.inf), 0, x)

@@ -1,4 +1,4 @@
-"""Budgets of memory, which the environment sets."""
+"""Memory budgets from environment variables."""
 
 from __future__ import annotations
 

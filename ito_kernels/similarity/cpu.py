@@ -1,15 +1,14 @@
 """Native kernels for CPU tensors: fp32, bf16 and fp16 features, accumulated in fp32.
 
-Tiles of S stay in the processor's cache and are reduced there; backward computes them again, or
-reads those that forward kept (`ITO_TILE_CACHE_BYTES`, 64 MiB by default). Threads are PyTorch's
-own: as many as `torch.get_num_threads()`. The same number of threads gives the same bits.
+Tiles of S are reduced while they are in the processor's cache. The backward pass computes them
+again, or reads those that the forward pass kept: up to ITO_TILE_CACHE_BYTES, 64 MiB by default. The
+kernels run on PyTorch's OpenMP threads, `torch.get_num_threads()` of them. With the same number of
+threads the results are the same bit for bit.
 
 Environment: ITO_CPU_ISA forces an instruction set, one of `instruction_sets()`.
 """
 
 from __future__ import annotations
-
-import os
 
 import torch
 from torch import Tensor
@@ -19,7 +18,7 @@ from .budget import byte_budget
 from .native import MISSING, _native
 from .spec import Grads, Needs, Problem, SideStats, Stats, Upstream
 
-# in the order of problem.hpp's enumerations
+# in the order of the enumerations in problem.hpp and base.hpp
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 POSITIVES = (None, "linear", "lse")
 
@@ -60,21 +59,19 @@ class Cpu(Backend):
         return f"ito_kernels runs without its CPU kernels, several times slower: {MISSING}"
 
     def describe(self, problem: Problem) -> str:
-        return _native.cpu_describe(_fields(problem), _isa(), torch.get_num_threads())
+        return _native.cpu_describe(_fields(problem), torch.get_num_threads())
 
     def cache_bytes(self, problem: Problem) -> int:
-        """For scores that forward keeps for backward: 4 bytes each, up to the budget."""
+        """Memory to keep scores for backward, 4 bytes each, up to ITO_TILE_CACHE_BYTES."""
         budget = byte_budget("ITO_TILE_CACHE_BYTES", TILE_CACHE_BYTES)
-        # tiles are whole panels, a little larger than what they cover
+        # tiles are rounded up to whole panels
         n, m = problem.a.shape[0], problem.m
         return min(budget, 4 * (n + n // 4 + 64) * (m + m // 4 + 64))
 
     def logsumexp_forward(self, problem: Problem, cache: Tensor | None = None) -> Stats:
-        """With a `cache` of any size, keeps there as many scores as fit."""
+        """Keeps as many scores in `cache` as fit."""
         stats = problem.new_stats()
-        _native.cpu_forward(
-            _fields(problem), stats, _memory(cache), _isa(), torch.get_num_threads()
-        )
+        _native.cpu_forward(_fields(problem), stats, _memory(cache), torch.get_num_threads())
         return stats
 
     def logsumexp_backward(
@@ -93,7 +90,6 @@ class Cpu(Backend):
             (_fp32(*upstream.row), _fp32(*upstream.col)),
             grads,
             _memory(cache),
-            _isa(),
             torch.get_num_threads(),
         )
         return grads
@@ -104,10 +100,10 @@ class Cpu(Backend):
         with_stats: bool,
         upstream: Upstream,
         needs: Needs,
-        cache: Tensor | None = None,
     ) -> tuple[Tensor, Stats, Grads]:
-        """In one call, and for rows only (but of a self-similarity) in one pass: a panel's scores
-        are computed once if they fit into `cache`, 3 matrix products instead of 4."""
+        """One native call. Without column statistics (and if a and b differ) it is one pass over
+        the tiles: scores that fit into the cache are computed once, which makes 3 matrix products
+        instead of 4."""
         total, grads = problem.scale.new_empty(()), _new_grads(problem, needs)
         stats = problem.new_stats() if with_stats else Stats()
         _native.cpu_both(
@@ -116,8 +112,7 @@ class Cpu(Backend):
             (_fp32(*upstream.row), _fp32(*upstream.col)),
             grads,
             (total,),
-            _memory(cache),
-            _isa(),
+            self.cache_bytes(problem),
             torch.get_num_threads(),
         )
         return total, stats, grads
@@ -131,26 +126,23 @@ class Cpu(Backend):
         return _softplus(problem, None, u, needs)
 
     def softplus_both(self, problem: Problem, u: Tensor, needs: Needs) -> tuple[Tensor, Grads]:
-        """3 matrix products."""
         loss = problem.scale.new_empty(problem.n)
         return loss, _softplus(problem, loss, u, needs)
 
 
 def instruction_sets() -> list[str]:
-    """The instruction sets that the kernels were built for and this processor has, best first."""
+    """The instruction sets that can run here, best first."""
     return [] if _native is None else _native.cpu_instruction_sets()
 
 
 def _softplus(problem: Problem, loss: Tensor | None, u: Tensor | None, needs: Needs) -> Grads:
     grads = _new_grads(problem, needs)
-    _native.cpu_softplus(
-        _fields(problem), (loss,), _fp32(u), grads, _isa(), torch.get_num_threads()
-    )
+    _native.cpu_softplus(_fields(problem), (loss,), _fp32(u), grads, torch.get_num_threads())
     return grads
 
 
 def _fields(p: Problem) -> tuple[Tensor | int | None, ...]:
-    """What bind.cpp reads, in its order: rows with adjacent elements, dense vectors."""
+    """The problem as the tuple that bind.cpp reads, with adjacent elements in rows and vectors."""
     a = _rows(p.a)
     b = a if p.b is None else _rows(p.b)
     return (
@@ -193,11 +185,7 @@ def _new_grads(problem: Problem, needs: Needs) -> Grads:
     return Grads(
         problem.a.new_empty(n, d) if needs.a else None,
         problem.a.new_empty(m, d) if needs.b else None,
-        like.new_empty(n) if needs.scale else None,
+        like.new_empty(like.shape) if needs.scale else None,
         like.new_empty(n) if needs.row_bias else None,
         like.new_empty(m) if needs.col_bias else None,
     )
-
-
-def _isa() -> str:
-    return os.environ.get("ITO_CPU_ISA", "")

@@ -1,7 +1,7 @@
 """Which backend computes a problem.
 
-A backend asked for by name runs or raises; only the automatic choice looks further: the first, by
-priority, of those that can.
+A backend asked for by name runs, or the call raises an error. Without a name, the backend with the
+highest priority that supports the problem is chosen.
 """
 
 from __future__ import annotations
@@ -30,14 +30,18 @@ REGISTRY: dict[str, Backend] = {
 
 
 class _Block:
-    """A `use_backend` block. It may be left in another context than it was entered in (an async
-    generator's, another thread's), where the variable cannot be set back: it says so itself."""
+    """A `use_backend` block.
+
+    The block may be left in another context than it was entered in (by an async generator, or in
+    another thread). The context variable cannot be reset there, so the block stores whether it is
+    still open.
+    """
 
     def __init__(self, name: str):
         self.name, self.open = name, True
 
 
-# the blocks that were entered in this thread or task, the innermost last
+# the blocks entered in this thread or task, innermost last
 _blocks: ContextVar[tuple[_Block, ...]] = ContextVar("use_backend", default=())
 
 
@@ -47,26 +51,28 @@ class BackendStatus(NamedTuple):
 
 
 def backends() -> dict[str, BackendStatus]:
-    """What can run here, and why the rest cannot: {name: (available, detail)}."""
+    """Which backends can run here, and why the others cannot: {name: (available, detail)}."""
     ordered = sorted(REGISTRY.values(), key=lambda backend: backend.native)
     return {backend.name: BackendStatus(*backend.status()) for backend in ordered}
 
 
 @cache
 def _automatic(device: str) -> tuple[Backend, ...]:
-    """The backends to choose from for tensors on a kind of device, in order of preference."""
+    """The backends to choose from for a device type, in order of preference."""
     found = [x for x in REGISTRY.values() if x.priority is not None and x.device in (None, device)]
     return tuple(sorted(found, key=lambda backend: -backend.priority))
 
 
 @contextmanager
 def use_backend(name: str) -> Iterator[None]:
-    """Calls inside the block use the backend `name` unless they name one themselves.
+    """Calls inside the block use the backend `name`, unless they name one themselves.
 
-    Calls of this thread (or asyncio task) only: others keep their own choice, and a thread that is
-    started inside the block starts without one, as do those in which PyTorch runs backward on a GPU
-    (a checkpointed forward that is computed again there: name the backend in the call).
-    Calls that torch.compile has compiled before keep the backend they were compiled with.
+    The block applies to the current thread or asyncio task only. It does not apply to threads
+    started inside it, nor to PyTorch's backward threads on a GPU: if activation checkpointing
+    recomputes a loss there, name the backend in the call. Functions compiled by torch.compile
+    before the block keep the backend they were compiled with.
+
+    Raises ValueError for an unknown name.
     """
     check_name(name)
     block = _Block(name)
@@ -83,11 +89,11 @@ def load(name: str) -> Backend:
 
 
 def choose(problem: Problem, name: str | None = None) -> Backend:
-    """The backend that runs `problem`.
+    """The backend that runs `problem`: the one given by `name`, else by the innermost `use_backend`
+    block, else by the environment variable ITO_BACKEND, else the automatic choice.
 
-    In this order: `name`, the innermost `use_backend`, the environment's ITO_BACKEND, the first
-    that supports the problem. Raises ValueError for an unknown name and RuntimeError, with the
-    reason, for one that cannot run.
+    Raises ValueError for an unknown name, and RuntimeError with the reason for a backend that
+    cannot run the problem.
     """
     name, source = requested(name)
     if name is None:
@@ -106,7 +112,7 @@ def choose(problem: Problem, name: str | None = None) -> Backend:
 
 @cache
 def _warn_once(warning: str) -> None:
-    """Once in a process."""
+    """Warns once per process."""
     warnings.warn(warning, stacklevel=2)
 
 
@@ -115,13 +121,13 @@ def _chosen_here() -> str | None:
     return next((block.name for block in reversed(blocks) if block.open), None) if blocks else None
 
 
-# torch.compile cannot trace a ContextVar: it takes the value that the function has at compilation.
-# As torch.compiler.assume_constant_result says it, which would import dynamo: 2 s.
+# torch.compile cannot trace a ContextVar: it uses the value at compilation. This attribute is what
+# torch.compiler.assume_constant_result sets; that function would import dynamo, which takes 2 s.
 _chosen_here._dynamo_marked_constant = True
 
 
 def requested(name: str | None) -> tuple[str | None, str]:
-    """The backend that was asked for, None if the choice is automatic, and by what."""
+    """The name of the backend asked for (None: automatic choice) and where it was given."""
     if name is not None:
         return name, "the call"
     if chosen := _chosen_here():
@@ -130,7 +136,7 @@ def requested(name: str | None) -> tuple[str | None, str]:
 
 
 def why(problem: Problem, name: str | None = None) -> str:
-    """The reason for the choice, in words."""
+    """Why this backend is chosen, as text."""
     name, source = requested(name)
     if name is not None:
         return f"asked for by {source}"

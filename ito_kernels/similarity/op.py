@@ -1,12 +1,14 @@
-"""The primitive as PyTorch operators: opaque, with fake kernels and autograd.
+"""The primitive as PyTorch operators, with fake kernels and autograd.
 
-Opaque, so that `torch.compile` leaves them whole and nothing inside them is traced; the gradients
-are ops of their own, chosen by what is needed: a frozen side costs no matrix product. Registered
-by hand because `torch.library.custom_op` adds 0.8 ms to a forward and backward pass, three times
-what the kernels need for 64 rows. Where nobody watches, the dispatcher is left out too.
+The operators are opaque to `torch.compile`: it does not trace into them. Gradients are operators of
+their own, which compute only what is needed: a frozen side costs no matrix product. They are
+registered by hand because `torch.library.custom_op` adds 0.8 ms to a forward and backward pass,
+three times what the kernels need for 64 rows. A call in plain eager mode does not even go through
+PyTorch's dispatcher.
 
-A call is a struct: `arguments` are its members as its operator takes them, `of` reads them back and
-`run` does the work. It gives a list of tensors: of the results those that are wanted, in order.
+Each call is a struct with four methods: `arguments()` lists its members as the operator takes them,
+`of()` reads them back, `run()` computes, and `fake()` gives results of the right shapes. An
+operator returns a flat list of tensors: those of its results that are asked for, in order.
 """
 
 from __future__ import annotations
@@ -41,17 +43,17 @@ from .spec import (
 def logsumexp_of(
     problem: Problem, weights: Upstream, return_stats: bool, backend: str | None
 ) -> Stats | Tensor | tuple[Tensor, Stats]:
-    """`similarity_logsumexp`."""
+    """`similarity_logsumexp` for a checked problem and weights."""
     chosen, inputs = dispatch.choose(problem, backend), problem.inputs
-    needs = wanted_gradients(inputs)
+    needs = needed_gradients(inputs)
     weighted = _weighted(weights)
-    now = needs if weighted and _can_be_early(problem) else Needs()
-    cache_bytes = chosen.cache_bytes(problem)
-    cache_bytes = cache_bytes if any(needs) else 0
-    call = Logsumexp(problem, chosen, return_stats or not any(now), cache_bytes, weights, now)
-    if not unseen(inputs):
+    early = needs if weighted and _early_allowed(problem) else Needs()
+    # Tiles kept for backward. Asked for even without backward, because it checks its setting.
+    cache_bytes = 0 if any(early) else chosen.cache_bytes(problem) * any(needs)
+    call = Logsumexp(problem, chosen, return_stats or not any(early), cache_bytes, weights, early)
+    if not can_skip_dispatcher(inputs):
         found = call.read(_LOGSUMEXP(*call.arguments()))
-    elif any(now):
+    elif any(early):
         with _BELOW_AUTOGRAD():
             found = call.compute()
         total = _with_gradients(*inputs, (found.total, found.grads))
@@ -66,25 +68,25 @@ def logsumexp_of(
 
 
 def softplus_of(problem: Problem, row_weights: Tensor | None, backend: str | None) -> Tensor:
-    """`similarity_softplus`."""
+    """`similarity_softplus` for a checked problem and weights."""
     chosen, inputs = dispatch.choose(problem, backend), problem.inputs
-    needs = wanted_gradients(inputs)
-    now = needs if row_weights is not None and _can_be_early(problem) else Needs()
-    call = Softplus(problem, chosen, row_weights, now)
-    if not unseen(inputs):
+    needs = needed_gradients(inputs)
+    early = needs if row_weights is not None and _early_allowed(problem) else Needs()
+    call = Softplus(problem, chosen, row_weights, early)
+    if not can_skip_dispatcher(inputs):
         return _SOFTPLUS(*call.arguments())[0]
-    if any(now):
+    if any(early):
         with _BELOW_AUTOGRAD():
             found = call.compute()
         return _with_gradients(*inputs, found)
     return (_apply_softplus(*inputs, call, False) if any(needs) else call.compute())[0]
 
 
-def _can_be_early(problem: Problem) -> bool:
-    """Whether gradients may be formed in the forward pass, where weights are known.
+def _early_allowed(problem: Problem) -> bool:
+    """Whether gradients may be formed in the forward pass, given weights.
 
-    Not in fp16: the gradient of a mean underflows there unless a loss scale reaches it before it
-    is rounded, and that scale arrives with the backward pass.
+    Not in fp16, where the gradient of a mean underflows unless it is multiplied by a loss scale
+    before it is rounded. That scale is known in the backward pass only.
     """
     return problem.a.dtype != torch.float16
 
@@ -97,11 +99,12 @@ _BELOW_AUTOGRAD = torch._C._AutoDispatchBelowAutograd  # 1 µs less than `torch.
 _PLAIN = {Tensor, torch.nn.Parameter, type(None)}
 
 
-def unseen(inputs: tuple[Tensor | None, ...]) -> bool:
-    """Whether nobody would see that PyTorch's dispatcher is left out: an operator of 26 arguments
-    costs 25 µs, twice in a forward pass, whose kernels take 20 for 8 rows.
+def can_skip_dispatcher(inputs: tuple[Tensor | None, ...]) -> bool:
+    """Whether a call may bypass PyTorch's dispatcher without anything noticing: it is not compiled
+    or traced, no dispatch mode is active, and its tensors are plain.
 
-    Neither compiled nor traced, in no dispatch mode, with plain tensors.
+    The dispatcher takes 25 µs for an operator of 26 arguments, twice in a forward pass, whose
+    kernels take 20 µs for 8 rows.
     """
     return not (
         torch.compiler.is_compiling()
@@ -111,21 +114,21 @@ def unseen(inputs: tuple[Tensor | None, ...]) -> bool:
     )
 
 
-def wanted_gradients(inputs: tuple[Tensor | None, ...]) -> Needs:
+def needed_gradients(inputs: tuple[Tensor | None, ...]) -> Needs:
     reverse_mode_only(*inputs)
     if not torch.is_grad_enabled():
         return Needs()
     return Needs(*[x is not None and x.requires_grad for x in inputs])
 
 
-# ---- structs from lists, and lists from structs
+# ---- structs to flat lists and back
 
 _Struct = TypeVar("_Struct", bound=tuple)
 _NO_SIDE = SideStats(None, None)
 
 
 def _take(kind: type[_Struct], values: Iterator) -> _Struct:
-    """A struct from as many values as it has members."""
+    """Fills a struct from the next values."""
     return kind(*islice(values, len(kind._fields)))
 
 
@@ -147,7 +150,7 @@ def present(*tensors: Tensor | None) -> list[Tensor]:
 
 
 def present_stats(problem: Problem, tensors: Iterator) -> Stats:
-    """The statistics that the problem asks for, from a list without the others."""
+    """Reads the statistics that the problem asks for from a list that has no others."""
 
     def side() -> SideStats:
         return SideStats(
@@ -166,7 +169,7 @@ def _present_grads(needs: Needs, tensors: Iterator) -> Grads:
 
 
 def upstream_of(arrived: Stats) -> Upstream:
-    """The gradients of statistics as what backward takes."""
+    """The upstream gradients of the statistics, as the backward pass takes them."""
     return Upstream(
         *(
             SideUpstream() if side is None else SideUpstream(side.logsum, side.pos)
@@ -182,8 +185,8 @@ def detached(stats: Stats) -> Stats:
 
 
 def saved_problem(saved: Iterable[Tensor | None], options: tuple) -> tuple[Problem, list]:
-    """The problem whose tensors autograd kept first, and what it kept after them. Memory may have
-    been freed since."""
+    """Splits what autograd saved into the problem, whose tensors come first, and the rest. Raises
+    ValueError if a tensor's memory was freed since the forward pass."""
     names = Problem._fields[: -len(options)]
     saved = list(saved)
     tensors = [
@@ -193,16 +196,17 @@ def saved_problem(saved: Iterable[Tensor | None], options: tuple) -> tuple[Probl
     return Problem(*tensors, *options), saved[len(names) :]
 
 
-def arrived_gradients(tensors: Iterable[Tensor | None]) -> tuple[Tensor | None, ...]:
-    """As kernels may read them."""
+def readable_gradients(tensors: Iterable[Tensor | None]) -> tuple[Tensor | None, ...]:
+    """Upstream gradients with their values in memory, as kernels read them."""
     return tuple(None if x is None else readable("the gradient that arrives", x) for x in tensors)
 
 
 # ---- calls
 
 
-class Found(NamedTuple):
-    """What a call gives. total: the weighted sum, None without weights."""
+class Result(NamedTuple):
+    """The result of a logsumexp call. total: the weighted sum of the statistics, None without
+    weights. grads: the gradients formed in the forward pass. cache: tiles kept for backward."""
 
     total: Tensor | None
     stats: Stats
@@ -211,9 +215,10 @@ class Found(NamedTuple):
 
 
 class Logsumexp(NamedTuple):
-    """The operator `logsumexp`. now: the gradients that are formed in the forward pass.
+    """The operator `similarity_logsumexp`.
 
-    Without `with_stats` the statistics are not returned, where backward, too, can do without them.
+    early: the gradients to form in the forward pass. with_stats: whether to return the statistics;
+    False only where backward does not need them.
     """
 
     problem: Problem
@@ -221,7 +226,7 @@ class Logsumexp(NamedTuple):
     with_stats: bool
     cache_bytes: int
     weights: Upstream
-    now: Needs
+    early: Needs
 
     schema = (
         "bool with_stats, SymInt cache_bytes, Tensor? u, Tensor? alpha, Tensor? v, Tensor? beta,"
@@ -250,36 +255,36 @@ class Logsumexp(NamedTuple):
             self.cache_bytes,
             *weights.row,
             *weights.col,
-            *self.now,
+            *self.early,
         )
 
-    def compute(self) -> Found:
-        problem, backend, with_stats, cache_bytes, weights, now = self
+    def compute(self) -> Result:
+        problem, backend, with_stats, cache_bytes, weights, early = self
         if autocast_enabled(problem.a.device):
             with without_autocast(problem.a.device):
                 return self.compute()
+        if any(early):
+            return Result(*backend.logsumexp_both(problem, with_stats, weights, early))
         cache = problem.a.new_empty(cache_bytes, dtype=torch.uint8) if cache_bytes else None
-        if any(now):
-            return Found(*backend.logsumexp_both(problem, with_stats, weights, now, cache))
         stats = backend.logsumexp_forward(problem, cache)
-        return Found(weighted_sum(stats, weights), stats, cache=cache)
+        return Result(weighted_sum(stats, weights), stats, cache=cache)
 
     def run(self) -> list[Tensor]:
         total, stats, grads, cache = self.compute()
-        if any(self.now):
+        if any(self.early):
             return present(total, *_flat(stats), *grads)
         if cache is None:
             cache = self.problem.a.new_empty(0, dtype=torch.uint8)
         return present(total, *_flat(stats), cache)
 
-    def read(self, tensors: Iterable) -> Found:
-        """What `run` has listed."""
+    def read(self, tensors: Iterable) -> Result:
+        """Reads the list that `run` returns."""
         tensors = iter(tensors)
-        return Found(
+        return Result(
             next(tensors) if _weighted(self.weights) else None,
             present_stats(self.problem, tensors) if self.with_stats else Stats(),
-            _present_grads(self.now, tensors),
-            None if any(self.now) else next(tensors),
+            _present_grads(self.early, tensors),
+            None if any(self.early) else next(tensors),
         )
 
     def fake(self) -> list[Tensor]:
@@ -287,13 +292,13 @@ class Logsumexp(NamedTuple):
         return present(
             problem.scale.new_empty(()) if _weighted(self.weights) else None,
             *_flat(problem.new_stats() if self.with_stats else Stats()),
-            None if any(self.now) else problem.a.new_empty(self.cache_bytes, dtype=torch.uint8),
-            *_fake_grads(problem, self.now),
+            None if any(self.early) else problem.a.new_empty(self.cache_bytes, dtype=torch.uint8),
+            *_fake_grads(problem, self.early),
         )
 
 
 class LogsumexpBackward(NamedTuple):
-    """The operator `logsumexp_backward`. An empty cache is none."""
+    """The operator `similarity_logsumexp_backward`. An empty `cache` means none."""
 
     problem: Problem
     backend: Backend
@@ -339,13 +344,13 @@ class LogsumexpBackward(NamedTuple):
 
 
 class Softplus(NamedTuple):
-    """The operator `softplus`: the rows' sums, with weights their weighted sum; the gradients of
-    `now`."""
+    """The operator `similarity_softplus`: the sum of each row, or with weights their weighted sum.
+    early: the gradients to form in the forward pass."""
 
     problem: Problem
     backend: Backend
     weights: Tensor | None
-    now: Needs
+    early: Needs
 
     schema = (
         "Tensor? weights,"
@@ -359,13 +364,13 @@ class Softplus(NamedTuple):
         return cls(problem, backend, next(values), _take(Needs, values))
 
     def arguments(self) -> tuple:
-        return *self.problem, self.backend.name, self.weights, *self.now
+        return *self.problem, self.backend.name, self.weights, *self.early
 
     def compute(self) -> tuple[Tensor, Grads]:
-        problem, backend, weights, now = self
+        problem, backend, weights, early = self
         with without_autocast(problem.a.device):
-            if any(now):
-                rows, grads = backend.softplus_both(problem, weights, now)
+            if any(early):
+                rows, grads = backend.softplus_both(problem, weights, early)
             else:
                 rows, grads = backend.softplus_forward(problem), Grads()
             return rows if weights is None else (rows * weights).sum(), grads
@@ -377,11 +382,11 @@ class Softplus(NamedTuple):
     def fake(self) -> list[Tensor]:
         size = (self.problem.n,) if self.weights is None else ()
         value = self.problem.a.new_empty(size, dtype=self.problem.accumulate)
-        return present(value, *_fake_grads(self.problem, self.now))
+        return present(value, *_fake_grads(self.problem, self.early))
 
 
 class SoftplusBackward(NamedTuple):
-    """The operator `softplus_backward`. u: the gradient that arrives at the rows' sums."""
+    """The operator `similarity_softplus_backward`. u: the upstream gradient of the row sums."""
 
     problem: Problem
     backend: Backend
@@ -419,15 +424,16 @@ def _fake_grads(problem: Problem, needs: Needs) -> Grads:
     return Grads(
         like.new_empty(like.shape) if needs.a else None,
         like.new_empty(problem.b.shape) if needs.b else None,
-        vector(problem.n, needs.scale),
+        problem.scale.new_empty(problem.scale.shape) if needs.scale else None,
         vector(problem.n, needs.row_bias),
         vector(problem.m, needs.col_bias),
     )
 
 
 # ---- operators
-# `torch.compile` keeps graphs on disk, those of backward too, and finds them again by the arguments
-# of the forward operators alone. So who changes those of a backward operator changes the forward's.
+# `torch.compile` keeps graphs on disk and finds them again by the names and arguments of the
+# forward operators alone. A change of a backward operator's arguments, or of a result's shape, must
+# therefore change a forward operator's name or arguments too.
 
 _PROBLEM = (
     "Tensor a, Tensor? b, Tensor scale, Tensor? row_bias, Tensor? col_bias, Tensor? row_ids,"
@@ -445,53 +451,54 @@ def _operator(name: str, call: type) -> OpOverload:
     return operator
 
 
-_LOGSUMEXP = _operator("logsumexp", Logsumexp)
-_LOGSUMEXP_BACKWARD = _operator("logsumexp_backward", LogsumexpBackward)
-_SOFTPLUS = _operator("softplus", Softplus)
-_SOFTPLUS_BACKWARD = _operator("softplus_backward", SoftplusBackward)
+_LOGSUMEXP = _operator("similarity_logsumexp", Logsumexp)
+_LOGSUMEXP_BACKWARD = _operator("similarity_logsumexp_backward", LogsumexpBackward)
+_SOFTPLUS = _operator("similarity_softplus", Softplus)
+_SOFTPLUS_BACKWARD = _operator("similarity_softplus_backward", SoftplusBackward)
 
 
 # ---- autograd
 
 
 class _WithGradients(torch.autograd.Function):
-    """A value whose gradients are known. `known`: both, in one argument: each costs 0.3 µs."""
+    """Attaches gradients that the forward pass has formed to its result.
+
+    known: the result and its gradients, as one argument, because each costs 0.3 µs.
+    """
 
     @staticmethod
     def forward(ctx, a, b, scale, row_bias, col_bias, known: tuple[Tensor, Grads]):
         value, grads = known
-        ctx.scale_ndim = scale.ndim
         ctx.save_for_backward(*grads)
         return value
 
     @staticmethod
-    def backward(ctx, by: Tensor):
-        """The gradients times what arrives."""
+    def backward(ctx, upstream: Tensor):
         first_order_only()
         grads = ctx.saved_tensors
-        # Where the loss itself is differentiated and nobody asks again, they are handed out as they
-        # are; but to look at `by` would make a GPU wait.
-        as_they_are = (
-            by.is_cpu
-            and type(by) is Tensor
+        # `loss.backward()` has an upstream gradient of 1: the gradients are returned as they are,
+        # unless the graph is kept for another pass. On a GPU, reading the 1 would wait for it.
+        multiply = not (
+            upstream.is_cpu
+            and type(upstream) is Tensor
             and not torch.compiler.is_compiling()
             and not torch._C._len_torch_dispatch_stack()
             and not torch._C._autograd._get_current_graph_task_keep_graph()
-            and by.item() == 1
+            and upstream.item() == 1
         )
-        if not as_they_are:
-            grads = (None if x is None else x * by for x in grads)
-        return *_input_grads(ctx.scale_ndim, Grads(*grads)), None
+        if multiply:
+            grads = (None if x is None else x * upstream for x in grads)
+        return *grads, None
 
 
 class _Logsumexp(torch.autograd.Function):
-    """`seen`: by the dispatcher. What has no gradient goes in one argument."""
+    """dispatched: whether the call came through PyTorch's dispatcher."""
 
     @staticmethod
-    def forward(ctx, a, b, scale, row_bias, col_bias, call: Logsumexp, seen: bool):
+    def forward(ctx, a, b, scale, row_bias, col_bias, call: Logsumexp, dispatched: bool):
         problem, weights = call.problem, call.weights
-        out = _below(_LOGSUMEXP, call) if seen else call.run()
-        ctx.options, ctx.backend, ctx.scale_ndim = problem.options, call.backend, scale.ndim
+        out = _below_autograd(_LOGSUMEXP, call) if dispatched else call.run()
+        ctx.options, ctx.backend = problem.options, call.backend
         ctx.set_materialize_grads(False)  # of the many outputs few have a gradient
         if _weighted(weights):
             ctx.mark_non_differentiable(*out[1:])
@@ -512,7 +519,7 @@ class _Logsumexp(torch.autograd.Function):
         saved = iter(saved)
         weights = _take_upstream(saved)
         call = Logsumexp(problem, ctx.backend, True, 0, weights, Needs())
-        found, arrived = call.read(saved), call.read(arrived_gradients(arrived))
+        found, arrived = call.read(saved), call.read(readable_gradients(arrived))
         upstream = upstream_of(arrived.stats)
         if _weighted(weights):
             row, col = (
@@ -522,48 +529,46 @@ class _Logsumexp(torch.autograd.Function):
             upstream = Upstream(row, col)
         needs = _take(Needs, iter(ctx.needs_input_grad))
         back = LogsumexpBackward(problem, ctx.backend, found.stats, found.cache, upstream, needs)
-        out = back.run() if unseen(problem.inputs) else _LOGSUMEXP_BACKWARD(*back.arguments())
-        return *_input_grads(ctx.scale_ndim, _present_grads(needs, iter(out))), None, None
+        out = _run(_LOGSUMEXP_BACKWARD, back)
+        return *_present_grads(needs, iter(out)), None, None
 
 
 class _Softplus(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, a, b, scale, row_bias, col_bias, call: Softplus, seen: bool):
+    def forward(ctx, a, b, scale, row_bias, col_bias, call: Softplus, dispatched: bool):
         problem = call.problem
-        out = _below(_SOFTPLUS, call) if seen else call.run()
-        ctx.options, ctx.backend, ctx.scale_ndim = problem.options, call.backend, scale.ndim
+        out = _below_autograd(_SOFTPLUS, call) if dispatched else call.run()
+        ctx.options, ctx.backend = problem.options, call.backend
         ctx.save_for_backward(*problem.tensors, call.weights)
         return tuple(out)
 
     @staticmethod
     def backward(ctx, arrived: Tensor):
         first_order_only()
-        (arrived,) = arrived_gradients([arrived])
+        (arrived,) = readable_gradients([arrived])
         problem, (weights,) = saved_problem(ctx.saved_tensors, ctx.options)
         u = arrived if weights is None else arrived * weights
         needs = _take(Needs, iter(ctx.needs_input_grad))
         back = SoftplusBackward(problem, ctx.backend, u, needs)
-        out = back.run() if unseen(problem.inputs) else _SOFTPLUS_BACKWARD(*back.arguments())
-        return *_input_grads(ctx.scale_ndim, _present_grads(needs, iter(out))), None, None
+        out = _run(_SOFTPLUS_BACKWARD, back)
+        return *_present_grads(needs, iter(out)), None, None
 
 
-def _input_grads(scale_ndim: int, grads: Grads) -> tuple:
-    """One gradient for each argument; a 0-d scale takes the sum over the rows."""
-    a, b, scale, row_bias, col_bias = grads
-    if scale is not None and scale_ndim == 0:
-        scale = scale.sum()
-    return a, b, scale, row_bias, col_bias
+def _run(operator: OpOverload, call: LogsumexpBackward | SoftplusBackward) -> list[Tensor]:
+    """The operator's result, without the dispatcher where that may be bypassed."""
+    if can_skip_dispatcher(call.problem.inputs):
+        return call.run()
+    return operator(*call.arguments())
 
 
-def _below(operator: OpOverload, call: Logsumexp | Softplus) -> list[Tensor]:
-    """The operator, below autograd."""
+def _below_autograd(operator: OpOverload, call: Logsumexp | Softplus) -> list[Tensor]:
     with _BELOW_AUTOGRAD():
         return operator(*call.arguments())
 
 
 def _apply_of(function: type) -> Callable:
-    """`function.apply` without the half of it in Python, 2 µs, which is for the transforms of
-    torch.func: those have been refused."""
+    """The C++ half of `function.apply`. The Python half, 2 µs, serves the transforms of torch.func,
+    which `reverse_mode_only` has refused."""
     return super(torch.autograd.Function, function).apply
 
 
@@ -574,12 +579,12 @@ _apply_softplus = _apply_of(_Softplus)
 
 def _make_differentiable(operator: OpOverload, call: type, apply: Callable) -> None:
     def differentiable(*args) -> list[Tensor]:
-        made = call.of(args)
-        inputs = made.problem.inputs
-        if not any(made.now):
-            return list(apply(*inputs, made, True))
-        value, *rest = _below(operator, made)
-        grads = _present_grads(made.now, iter(rest[len(rest) - sum(made.now) :]))
+        this = call.of(args)
+        inputs = this.problem.inputs
+        if not any(this.early):
+            return list(apply(*inputs, this, True))
+        value, *rest = _below_autograd(operator, this)
+        grads = _present_grads(this.early, iter(rest[len(rest) - sum(this.early) :]))
         return [_with_gradients(*inputs, (value, grads)), *rest]
 
     _LIBRARY.impl(operator.name(), differentiable, "Autograd")

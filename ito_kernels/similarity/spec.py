@@ -1,6 +1,6 @@
-"""What a backend is asked to compute, and what it gives back.
+"""The problem that a backend solves and its results, as structs, and checks of tensors.
 
-The similarity matrix is never formed; it is defined by
+The similarity matrix S is defined by
 
     S_ij = scale_i * <a_i, b_j> + row_bias_i + col_bias_j
 
@@ -11,7 +11,7 @@ Pairs (i, j) fall into three kinds:
 - *positive*: equal ids; without ids, j = i + diagonal.
 - *negative*: the rest.
 
-All validation of the primitive's arguments, and all of its error texts, are in this file.
+The checks of the primitive's tensors and numbers, and their error texts, are in this file.
 """
 
 from __future__ import annotations
@@ -29,14 +29,16 @@ _PLAIN = (Tensor, torch.nn.Parameter)
 
 
 class Problem(NamedTuple):
-    """One similarity matrix and what is wanted of it.
+    """A similarity matrix, and which statistics of it to compute.
 
-    a: (N, D). b: (M, D), or None where both sides are the same matrix (self-similarity).
-    scale: 0-d or (N,); row_bias: (N,); col_bias: (M,); in `accumulate` dtype.
+    a: (N, D). b: (M, D), or None for a self-similarity, where it would be `a`.
+    scale: 0-d or (N,); row_bias: (N,); col_bias: (M,); in the accumulate dtype.
     row_ids: (N,), col_ids: (M,), int64; both or neither.
     row_limit: (N,), accumulate dtype, without gradient.
-    diagonal: the self pair of row i, and without ids its positive, is column i + diagonal: places
-        a block inside a larger matrix.
+    positives: None, "linear" or "lse": see `SideStats.pos`.
+    diagonal: column i + diagonal is the self pair of row i, and without ids its positive. Other
+        than 0 for a block of a larger matrix.
+    rows, cols: which statistics to compute. hardest: whether to compute `SideStats.neg_max`.
     """
 
     a: Tensor
@@ -69,12 +71,12 @@ class Problem(NamedTuple):
 
     @property
     def inputs(self) -> tuple[Tensor | None, ...]:
-        """What may have a gradient, in the order of `Needs`."""
+        """The tensors that can have a gradient, in the order of `Needs`."""
         return self.a, self.b, self.scale, self.row_bias, self.col_bias
 
     @property
     def tensors(self) -> tuple[Tensor | None, ...]:
-        """The first fields; `options` are the others."""
+        """The fields that hold tensors, which come first; the others are `options`."""
         return *self.inputs, self.row_ids, self.col_ids, self.row_limit
 
     @property
@@ -89,13 +91,17 @@ class Problem(NamedTuple):
             self.hardest,
         )
 
+    def scale_grad(self, rows: Tensor | None) -> Tensor | None:
+        """The gradient of the scale from the gradient of each row's scale, (N,)."""
+        return rows if rows is None or self.scale.ndim else rows.sum()
+
     def new_stats(self) -> Stats:
-        """Memory for the statistics that are asked for."""
+        """Uninitialised memory for the statistics."""
         row = self.new_side(self.n) if self.rows else None
         return Stats(row, self.new_side(self.m) if self.cols else None)
 
     def new_side(self, length: int) -> SideStats:
-        """The same of the rows or of the columns."""
+        """Uninitialised memory for the statistics of one side."""
         new = self.scale.new_empty
         return SideStats(
             new(length),
@@ -113,13 +119,13 @@ class Problem(NamedTuple):
 class SideStats(NamedTuple):
     """Statistics of the rows, or of the columns, in the accumulate dtype.
 
-    max:     maximum over the allowed pairs, -inf where there is none. A constant shift: it carries
-             no gradient, and functions of `max + logsum` and of the positives have the right one.
-    logsum:  log Σ exp(S - max) over the allowed pairs, -inf where there is none.
-    pos:     "linear": Σ (S - max) over the positives; "lse": log Σ exp(S - max) over them. `max`
-             reads as 0 where it is -inf. None where positives are not asked for.
-    neg_max: maximum over the allowed negatives, -inf where there is none; carries no gradient.
-             None where it is not asked for.
+    max:     maximum over the pairs that are not excluded; -inf without any. It has no gradient: it
+             only shifts the other statistics, and `max + logsum` has the right gradient.
+    logsum:  log Σ exp(S - max) over the pairs that are not excluded; -inf without any.
+    pos:     "linear": Σ (S - max) over the positives; "lse": log Σ exp(S - max) over them. A `max`
+             of -inf counts as 0 here. None if positives are not asked for.
+    neg_max: maximum over the negatives; -inf without any. It has no gradient. None if it is not
+             asked for.
     """
 
     max: Tensor | None
@@ -129,9 +135,9 @@ class SideStats(NamedTuple):
 
 
 class Stats(NamedTuple):
-    """Row and column statistics of `logsumexp`; None for a side that is not wanted.
+    """Statistics of the rows and of the columns; None for a side that was not asked for.
 
-    Also readable by flat names: `row_max` is `row.max`, None where `row` is.
+    `row_max` is short for `row.max`, or None if `row` is None; likewise the others.
     """
 
     row: SideStats | None = None
@@ -148,7 +154,7 @@ class Stats(NamedTuple):
 
 
 class SideUpstream(NamedTuple):
-    """Gradients that arrive at one side's logsum and pos, or the weights that will; None: 0."""
+    """The upstream gradients of one side's logsum and pos (or their weights); None means 0."""
 
     logsum: Tensor | None = None
     pos: Tensor | None = None
@@ -160,7 +166,7 @@ class Upstream(NamedTuple):
 
 
 class Needs(NamedTuple):
-    """Which gradients are wanted."""
+    """Which gradients to compute."""
 
     a: bool = False
     b: bool = False
@@ -170,10 +176,10 @@ class Needs(NamedTuple):
 
 
 class Grads(NamedTuple):
-    """The gradients, None where not wanted.
+    """The gradients; None for those that are not needed.
 
-    a, b: in the dtype of the features; `a` holds both sides' where b is None.
-    scale: (N,), per row also for a 0-d scale. scale and the biases: accumulate dtype.
+    a, b: in the dtype of the features. Of a self-similarity `a` has the gradient of both sides.
+    scale: in the shape of the scale. scale, row_bias and col_bias: in the accumulate dtype.
     """
 
     a: Tensor | None = None
@@ -188,13 +194,13 @@ def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def cast(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """x.to(dtype), which takes 2 µs even where there is nothing to do: 8 times in a small step."""
+    """x.to(dtype), which would take 2 µs even if x has that dtype; a small step has 8 of them."""
     return x if x.dtype == dtype else x.to(dtype)
 
 
 def autocast_enabled(device: torch.device) -> bool:
-    # meta has no autocast and raises; torch.amp.is_autocast_available would say so, but
-    # torch.compile of 2.11 does not follow it
+    # For the meta device PyTorch raises. torch.amp.is_autocast_available would tell, but
+    # torch.compile of 2.11 cannot trace it.
     return device.type != "meta" and torch.is_autocast_enabled(device.type)
 
 
@@ -205,12 +211,12 @@ def without_autocast(device: torch.device) -> AbstractContextManager:
 
 
 def is_number(x: object) -> bool:
-    """A real number, NumPy's among them; not a truth value."""
+    """Whether `x` is a real number, also NumPy's, and not a bool."""
     return isinstance(x, (int, float, Real)) and not isinstance(x, bool)
 
 
 def check_tensor(name: str, x: object, wanted: str = "a tensor") -> Tensor:
-    """`x`, as kernels may read it, if it is a dense tensor; else TypeError or ValueError."""
+    """`x`, made readable for kernels. Raises TypeError or ValueError unless it is dense."""
     if not isinstance(x, Tensor):
         raise TypeError(f"{name} must be {wanted}, got {type(x).__name__}")
     if x.is_nested:
@@ -223,15 +229,15 @@ def check_tensor(name: str, x: object, wanted: str = "a tensor") -> Tensor:
 
 
 def readable(name: str, x: Tensor) -> Tensor:
-    """`x` with its values in memory, where kernels read them by address.
+    """`x` with its values in memory, because kernels read them by address.
 
-    PyTorch negates a view (`z.conj().imag`) by a bit of the tensor and keeps no memory for
-    gradients that are known to be zero: both are written out. FSDP frees the storage of tensors
-    that others still hold: reading there would end the process, so it is a ValueError.
+    PyTorch marks a negated view (`z.conj().imag`) by a bit, and allocates no memory for gradients
+    known to be zero: both are materialised. FSDP frees the storage of tensors that are still
+    referenced; reading one would crash the process, so it raises ValueError.
     """
     if type(x) not in _PLAIN or torch.compiler.is_compiling():
-        # The dispatcher, which these go through, writes out. What inductor compiles does not: it
-        # reads a negated input as it lies, for PyTorch's own operators too.
+        # These go through PyTorch's dispatcher, which materialises them. Code compiled by inductor
+        # does not: it reads a negated input without the sign, for PyTorch's own operators too.
         return x
     if x.is_neg():
         x = x.resolve_neg()
@@ -241,7 +247,7 @@ def readable(name: str, x: Tensor) -> Tensor:
         size = x.untyped_storage().nbytes()
     except NotImplementedError:  # inside torch.func transforms
         return x
-    # the second test is for expanded tensors, whose elements share memory
+    # the second condition allows expanded tensors, whose elements share memory
     if size < x.nbytes + x.storage_offset() * x.itemsize and size < _extent(x):
         raise ValueError(
             f"{name} must have its values in memory, got storage of {size} bytes for shape"
@@ -259,7 +265,7 @@ def _extent(x: Tensor) -> int:
 
 
 def check_features(name: str, x: object) -> Tensor:
-    """`x` if it is an (N, D) floating-point tensor with N, D ≥ 1, else TypeError or ValueError."""
+    """`x`, checked to be an (N, D) floating-point tensor with N, D ≥ 1."""
     x = check_tensor(name, x, "a tensor of shape (N, D)")
     if x.ndim != 2:
         raise ValueError(f"{name} must have shape (N, D), got {tuple(x.shape)}")
@@ -271,7 +277,7 @@ def check_features(name: str, x: object) -> Tensor:
 
 
 def check_pair(a_name: str, a: object, b_name: str, b: object) -> tuple[Tensor, Tensor]:
-    """Both feature matrices, if they are well-formed and fit each other. One tensor stays one."""
+    """Both feature matrices, checked. If `b` is `a`, the two results are the same tensor."""
     same = b is a
     a = check_features(a_name, a)
     b = a if same else check_features(b_name, b)
@@ -289,7 +295,7 @@ def check_pair(a_name: str, a: object, b_name: str, b: object) -> tuple[Tensor, 
 
 
 def check_ids(name: str, ids: object, length: int, of: str, device: torch.device) -> Tensor:
-    """`ids` as int64, after checking that there is one integer for each row of `of`."""
+    """`ids` as int64, checked to have one integer for each row of `of`."""
     ids = check_tensor(name, ids, "a tensor of integers")
     if ids.dtype == torch.bool or ids.is_floating_point() or ids.is_complex():
         raise TypeError(f"{name} must have an integer dtype, got {ids.dtype}")
@@ -306,7 +312,8 @@ def check_ids(name: str, ids: object, length: int, of: str, device: torch.device
 
 
 def _check_uint64(name: str, ids: Tensor) -> None:
-    """From 2^63 up they would become negative as int64, which is padding. Waits for the device."""
+    """Refuses values from 2^63 up: as int64 they would be negative, which means padding. Waits for
+    the device."""
     if torch.compiler.is_compiling():
         raise TypeError(f"{name} must be int64 under torch.compile, got torch.uint64")
     if (ids.view(torch.int64) < 0).any():
@@ -319,10 +326,11 @@ def scalar(x: Tensor) -> Tensor:
 
 
 def check_scale(name: str, scale: object, like: Tensor) -> Tensor:
-    """`scale` as a tensor beside `like`: a positive finite number, a 0-d tensor or one per row.
+    """`scale` as a tensor on the device of `like`: from a positive finite number, a 0-d tensor or
+    one value per row.
 
-    Shape (1,), as open_clip's parameter may have, is taken as 0-d. The values of a tensor are not
-    looked at: that would wait for the device.
+    Shape (1,), which open_clip's parameter may have, is treated as 0-d. The values of a tensor are
+    not checked: that would wait for the device.
     """
     dtype = accumulate_dtype(like.dtype)
     if isinstance(scale, Tensor):
@@ -346,7 +354,7 @@ def check_scale(name: str, scale: object, like: Tensor) -> Tensor:
 
 
 def check_bias(name: str, bias: object, length: int, like: Tensor) -> Tensor:
-    """`bias` in the accumulate dtype, after checking that it has shape (length,)."""
+    """`bias` in the accumulate dtype, checked to have shape (length,)."""
     bias = check_tensor(name, bias)
     if not bias.is_floating_point():
         raise TypeError(f"{name} must have a floating-point dtype, got {bias.dtype}")
@@ -358,7 +366,7 @@ def check_bias(name: str, bias: object, length: int, like: Tensor) -> Tensor:
 
 
 def check_weight(name: str, weight: object, length: int, like: Tensor) -> Tensor:
-    """Like `check_bias`, for a constant."""
+    """Like `check_bias`, for a tensor that must not require a gradient."""
     weight = check_bias(name, weight, length, like)
     if weight.requires_grad:
         raise ValueError(f"{name} must not require a gradient: it is a constant")
@@ -368,7 +376,7 @@ def check_weight(name: str, weight: object, length: int, like: Tensor) -> Tensor
 def check_weights(
     name: str, weights: object, problem: Problem, wanted: bool, length: int
 ) -> SideUpstream:
-    """The weights of one side's logsum and pos, None for none."""
+    """The weights of one side's logsum and pos, checked."""
     if weights is None:
         return SideUpstream()
     if not (isinstance(weights, (tuple, list)) and len(weights) == 2):
@@ -396,7 +404,7 @@ def make_problem(
     row_limit: Tensor | None = None,
     **flags,
 ) -> Problem:
-    """A validated Problem from the primitive's arguments. `b is a` makes it a self-similarity."""
+    """A Problem from the primitive's arguments, checked. `b is a` makes it a self-similarity."""
     same = b is a
     a, b = check_pair("a", a, "b", b)
     if (row_ids is None) != (col_ids is None):
@@ -422,8 +430,10 @@ def make_problem(
 
 
 def as_autocast_problem(problem: Problem) -> Problem:
-    """The rule of a matrix product: features in the dtype of autocast, where that is on. Everything
-    else stays in fp32: a scale of 100 rounded to bf16 would move every score by up to 0.2."""
+    """Under autocast, the problem with its features in the autocast dtype, as for a matrix product.
+
+    Everything else stays in fp32: a scale of 100 rounded to bf16 would move scores by up to 0.2.
+    """
     a, b = problem.a, problem.b
     if not autocast_enabled(a.device):
         return problem

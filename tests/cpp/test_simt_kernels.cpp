@@ -1,5 +1,5 @@
 // The CUDA kernels on the emulator against a direct evaluation in double: one small problem for
-// each kernel, with edges and several steps, tiles and groups. tests/test_simt.py also builds this
+// each kernel, with edges and several steps, tiles and groups. tests/kernels/test_simt.py also builds this
 // with a fault planted in the kernels' source. Prints what is wrong; exit status 1 if anything.
 #include <sys/mman.h>
 

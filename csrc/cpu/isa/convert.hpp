@@ -31,7 +31,7 @@ inline uint16_t to_bfloat16(float x) {
   return static_cast<uint16_t>((u & 0x7fffffff) > 0x7f800000 ? u >> 16 | 0x40 : rounded);
 }
 
-// No step has a subnormal fp32 number: the engine runs with those flushed to 0.
+// No step makes a subnormal fp32 number: the engine flushes those to 0.
 inline float from_float16(uint16_t h) {
   const uint32_t magnitude = h & 0x7fffu, sign = uint32_t(h & 0x8000u) << 16;
   const float subnormal = static_cast<float>(static_cast<int32_t>(magnitude)) * 0x1p-24f;
@@ -71,8 +71,8 @@ inline void read_row(const Matrix& m, int64_t row, int64_t first, int count, flo
   }
 }
 
-// Elements [first, first + count) of `wanted` rows from row `row` on, `ld` floats apart; rows from
-// `available` on and rows where `skip` is set are 0: what padding holds must not be used.
+// Elements [first, first + count) of `wanted` rows from row `row` on, `ld` floats apart. Rows from
+// `available` on and rows where `skip` is set become 0: padding may hold anything, NaN too.
 inline void read_rows(const Matrix& m, const uint8_t* skip, int64_t row, int64_t available,
                       int wanted, int64_t first, int count, float* out, int ld) {
   for (int r = 0; r < wanted; ++r, out += ld) {

@@ -1,15 +1,17 @@
-// Matrix products of bf16 on AMX tiles: 16 rows of 32 bf16 times 16 pairs of 16 columns. The
-// layouts are those of forms_bf16.hpp, and packed rows, for scores: [i / 16][d / 32][i % 16][32].
+// Matrix products of bf16 on AMX. One instruction multiplies a register tile of 16 rows × 32 bf16
+// by one of 32 × 16, stored as 16 rows of pairs. Layouts: layouts_bf16.hpp; and
+//
+//   rows for scores  [i / 16][d / 32][i % 16][32]
 #pragma once
-#include "cpu/isa/forms_bf16.hpp"
+#include "cpu/isa/layouts_bf16.hpp"
 
 namespace {
 
-struct GemmAmx : FormsBf16 {
-  static constexpr int kRows = 32;
+struct GemmAmx : LayoutsBf16 {
+  static constexpr int kRowPanel = 32;
 
-  // All eight tiles are 16 rows of 64 bytes. Tiles 0 to 3 hold a 32 × 32 block of the result, 4 and
-  // 5 the left operand, 6 and 7 the right one: each is used twice.
+  // All eight register tiles are 16 rows of 64 bytes. 0 to 3 hold a 32 × 32 block of the result, 4
+  // and 5 the left operand, 6 and 7 the right one. Each operand is used twice.
   struct Tiles {
     struct alignas(64) Config {
       uint8_t palette = 1, start_row = 0, reserved[14] = {};
@@ -25,8 +27,8 @@ struct GemmAmx : FormsBf16 {
     ~Tiles() { _tile_release(); }
   };
 
-  // c[32][32] (+)= left · right over `depth` steps of 32. The left operand's two tiles are `a_tile`
-  // elements apart and move by `a_step`; the right one's lie side by side.
+  // c[32][32] (+)= a · b over `depth` steps of 32. The two tiles of `a` are `a_tile` elements
+  // apart, and `a_step` from one step to the next; those of `b` lie side by side.
   static inline void block(int depth, const uint16_t* a, int64_t a_tile, int64_t a_step,
                            const uint16_t* b, float* c, bool accumulate) {
     constexpr int kC = 128, kA = 64, kB = 128;  // bytes between the rows of a tile
@@ -60,26 +62,26 @@ struct GemmAmx : FormsBf16 {
   static void scores(const uint16_t* a, const uint16_t* b, float* s, int rows, int width) {
     const Tiles tiles;
     for (int i = 0; i < rows; i += 32)
-      block(width / 32, a + int64_t(i) * width, 16 * width, 16 * 32, b, s + i * kPanel, false);
+      block(width / 32, a + int64_t(i) * width, 16 * width, 16 * 32, b, s + i * kColPanel, false);
   }
 
   static void grad_rows(const uint16_t* w, const uint16_t* b, int64_t b_panel, float* da, int rows,
                         int cols, int width, bool add) {
     const Tiles tiles;
-    for (int d = 0; d < width; d += kPanel, b += b_panel, da += int64_t(rows) * kPanel)
+    for (int d = 0; d < width; d += kColPanel, b += b_panel, da += int64_t(rows) * kColPanel)
       for (int i = 0; i < rows; i += 32)
-        block(cols / 32, w + i * 32, 16 * 32, int64_t(rows) * 32, b, da + i * kPanel, add);
+        block(cols / 32, w + i * 32, 16 * 32, int64_t(rows) * 32, b, da + i * kColPanel, add);
   }
 
   static void grad_cols(const uint16_t* w, const uint16_t* a, float* dbt, int rows, int cols,
                         int width, bool add) {
     const Tiles tiles;
-    w += int64_t(rows) * cols;  // the form by pairs of rows
+    w += int64_t(rows) * cols;  // the layout for dB
     a += int64_t(rows) * width;
-    for (int j = 0; j < cols; j += kPanel, w += int64_t(rows) * kPanel)
+    for (int j = 0; j < cols; j += kColPanel, w += int64_t(rows) * kColPanel)
       for (int d = 0; d < width; d += 32)
         block(rows / 32, a + d * 32, 16 * 32, int64_t(width) * 32, w,
-              dbt + int64_t(j) * width + d * kPanel, add);
+              dbt + int64_t(j) * width + d * kColPanel, add);
   }
 
   static void pack_rows(const Matrix& m, const uint8_t* skip, int64_t first, int rows,

@@ -1,8 +1,9 @@
-// Matrix products of bf16 pairs with vdpbf16ps. The layouts are those of forms_bf16.hpp, and
-// packed rows, for scores: [i / 14][d / 2][i % 14][2].
+// Matrix products of bf16 with vdpbf16ps: dot products of pairs. Layouts: layouts_bf16.hpp; and
+//
+//   rows for scores  [i / 14][d / 2][i % 14][2]
 #pragma once
-#include "cpu/isa/forms_bf16.hpp"
-#include "cpu/isa/micro.hpp"
+#include "cpu/isa/layouts_bf16.hpp"
+#include "cpu/isa/micro_kernel.hpp"
 
 namespace {
 
@@ -20,52 +21,52 @@ struct DotBf16 {
   }
 };
 
-struct GemmDotBf16 : FormsBf16 {
-  static constexpr int kRows = 14;
-  using Kernel = Micro<DotBf16, kRows, 2>;
+struct GemmDotBf16 : LayoutsBf16 {
+  static constexpr int kRowPanel = 14;
+  using Kernel = MicroKernel<DotBf16, kRowPanel, 2>;
 
   static const uint32_t* pairs(const uint16_t* p) { return reinterpret_cast<const uint32_t*>(p); }
 
   static void scores(const uint16_t* a, const uint16_t* b, float* s, int rows, int width) {
     const int depth = width / 2;
-    for (int i = 0; i < rows; i += kRows)
-      Kernel::rows<1, kRows>(rows - i, depth, depth, pairs(a) + int64_t(i) * depth, 0, pairs(b),
-                             s + i * kPanel, false);
+    for (int i = 0; i < rows; i += kRowPanel)
+      Kernel::rows<1, kRowPanel>(rows - i, depth, depth, pairs(a) + int64_t(i) * depth, 0, pairs(b),
+                             s + i * kColPanel, false);
   }
 
   static void grad_rows(const uint16_t* w, const uint16_t* b, int64_t b_panel, float* da, int rows,
                         int cols, int width, bool add) {
-    for (int d = 0; d < width; d += kPanel, b += b_panel, da += int64_t(rows) * kPanel)
-      for (int i = 0; i < rows; i += kRows)
+    for (int d = 0; d < width; d += kColPanel, b += b_panel, da += int64_t(rows) * kColPanel)
+      for (int i = 0; i < rows; i += kRowPanel)
         Kernel::rows<16, 1>(rows - i, cols / 2, 16, pairs(w) + i * 16, int64_t(rows) * 16, pairs(b),
-                            da + i * kPanel, add);
+                            da + i * kColPanel, add);
   }
 
   static void grad_cols(const uint16_t* w, const uint16_t* a, float* dbt, int rows, int cols,
                         int width, bool add) {
-    w += int64_t(rows) * cols;  // the form by pairs of rows
-    a += round_up_rows(rows) * width;
-    for (int j = 0; j < cols; j += kPanel, w += int64_t(rows) * kPanel)
-      for (int d = 0; d < width; d += kRows)
+    w += int64_t(rows) * cols;  // the layout for dB
+    a += score_rows(rows) * width;
+    for (int j = 0; j < cols; j += kColPanel, w += int64_t(rows) * kColPanel)
+      for (int d = 0; d < width; d += kRowPanel)
         Kernel::rows<16, 1>(width - d, rows / 2, 16, pairs(a) + d * 16, int64_t(width) * 16,
-                            pairs(w), dbt + int64_t(j) * width + d * kPanel, add);
+                            pairs(w), dbt + int64_t(j) * width + d * kColPanel, add);
   }
 
-  // Rows of the first form of packed rows; the form for gradients follows it.
-  static int64_t round_up_rows(int rows) { return (rows + kRows - 1) / kRows * kRows; }
+  // The rows for scores are whole row panels; the rows for gradients follow them.
+  static int64_t score_rows(int rows) { return ito::round_up(rows, kRowPanel); }
 
   static void pack_rows(const Matrix& m, const uint8_t* skip, int64_t first, int rows,
                         uint16_t* out) {
     alignas(64) uint16_t block[32][32];
     const int aligned = padded(rows);
     uint16_t* scores = out;
-    for (int i = 0; i < round_up_rows(aligned); i += kRows)
+    for (int i = 0; i < score_rows(aligned); i += kRowPanel)
       for (int d = 0; d < m.width; d += 32) {
         read_block(m, skip, first + i, first + rows, d, block);
-        for (int k = 0; k < 32; k += 2, scores += 2 * kRows)
-          for (int r = 0; r < kRows; ++r) std::memcpy(scores + 2 * r, &block[r][k], 4);
+        for (int k = 0; k < 32; k += 2, scores += 2 * kRowPanel)
+          for (int r = 0; r < kRowPanel; ++r) std::memcpy(scores + 2 * r, &block[r][k], 4);
       }
-    pack_rows_for_gradients(m, skip, first, rows, out + round_up_rows(aligned) * padded(m.width));
+    pack_rows_for_gradients(m, skip, first, rows, out + score_rows(aligned) * padded(m.width));
   }
 
   static double peak(int64_t rounds) {

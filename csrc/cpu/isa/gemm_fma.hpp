@@ -1,22 +1,22 @@
-// Matrix products in fp32 with fused multiply-add: V is one of the vec_*.hpp, R × (C·width) is the
-// block of the result that stays in registers.
+// Matrix products in fp32 by fused multiply-add. V is one of the vec_*.hpp. The micro-kernel keeps
+// R rows × C vectors of the result in registers.
 //
-// One micro-kernel serves all three products, because in each of them the left operand can be
-// broadcast from where it lies and the right one is a contiguous panel of kPanel columns:
+// One micro-kernel serves all three products. In each of them the left operand can be broadcast
+// from where it lies, and the right one is a contiguous panel of kColPanel = C·width columns:
 //
 //   scores       S[i, j]     = Σ_d A[i, d] B[j, d]   left: packed rows    right: packed columns
 //   grad of A    dA[i, d]   += Σ_j W[i, j] B[j, d]   left: the tile W     right: B by panels of d
 //   grad of B    dBᵀ[d, j]  += Σ_i A[i, d] W[i, j]   left: packed rows    right: the tile W
 //
-// Layouts ([] is the order in memory, the last one contiguous):
-//   packed rows  [i / R][d][i % R]          tile  [j / kPanel][i][j % kPanel]
-//   columns      [j / kPanel][d][j % kPanel], for gradients [d / kPanel][j][d % kPanel]
-//   dA           [d / kPanel][i][d % kPanel]       dBᵀ  [j / kPanel][d][j % kPanel]
+// Layouts ([] is the order in memory, the last one contiguous; R = kRowPanel):
+//   packed rows  [i / R][d][i % R]          tile  [j / kColPanel][i][j % kColPanel]
+//   columns      [j / kColPanel][d][j % kColPanel], for gradients [d / kColPanel][j][d % kColPanel]
+//   dA           [d / kColPanel][i][d % kColPanel]       dBᵀ  [j / kColPanel][d][j % kColPanel]
 #pragma once
 #include <cstdint>
 
 #include "cpu/isa/convert.hpp"
-#include "cpu/isa/micro.hpp"
+#include "cpu/isa/micro_kernel.hpp"
 #include "cpu/isa/transpose.hpp"
 
 namespace {
@@ -38,47 +38,47 @@ struct GemmFma {
   using Vec = V;
   using Element = float;
   static constexpr const char* kArithmetic = "fp32";
-  static constexpr bool kConverts = false;      // the products take W as it is
-  static constexpr int kRows = R;               // rows of a packed panel
-  static constexpr int kPanel = C * V::kWidth;  // columns of a panel
-  static constexpr int kRowAlign = 1;           // rows of a tile are a multiple of this
-  static constexpr int kDepthAlign = 1;         // so is the packed width of the features
+  static constexpr bool kConverts = false;  // the products take W as it is
+  static constexpr int kRowPanel = R;              // rows of a packed row panel
+  static constexpr int kColPanel = C * V::kWidth;  // columns of a packed column panel
+  static constexpr int kRowAlign = 1;              // rows of a tile are a multiple of this ...
+  static constexpr int kDepthAlign = 1;            // ... and the packed width of features of this
 
-  static constexpr int kChunk = 64;  // columns that are read at a time while packing
-  using Kernel = Micro<Fma<V>, R, C>;
+  static constexpr int kChunk = 64;  // features that are packed at a time
+  using Kernel = MicroKernel<Fma<V>, R, C>;
 
-  // One panel of a score tile. `a`: packed rows, `b`: one packed column panel.
+  // One column panel of a score tile. `a`: packed rows, `b`: one packed column panel.
   static void scores(const float* a, const float* b, float* s, int rows, int width) {
-    // 512 steps of a panel of rows are 28 KiB: they stay in L1 while the panel of columns passes
+    // 512 features of a row panel are 28 KiB: they stay in L1 while the column panel passes
     constexpr int kDepth = 512;
     for (int d = 0; d < width; d += kDepth) {
       const int depth = width - d < kDepth ? width - d : kDepth;
       for (int i = 0; i < rows; i += R)
         Kernel::template rows<1, R>(rows - i, depth, depth, a + int64_t(i) * width + d * R, 0,
-                   b + d * kPanel, s + i * kPanel, d > 0);
+                   b + d * kColPanel, s + i * kColPanel, d > 0);
     }
   }
 
-  // dA (+)= W·B. `b`: the block's rows of the columns' gradient form, panels `b_panel` apart.
+  // dA (+)= W·B. `b`: the tile's columns, packed for gradients, in panels `b_panel` apart.
   static void grad_rows(const float* w, const float* b, int64_t b_panel, float* da, int rows,
                         int cols, int width, bool add) {
-    for (int d = 0; d < width; d += kPanel, b += b_panel, da += int64_t(rows) * kPanel)
+    for (int d = 0; d < width; d += kColPanel, b += b_panel, da += int64_t(rows) * kColPanel)
       for (int i = 0; i < rows; i += R)
-        Kernel::template rows<kPanel, 1>(rows - i, cols, kPanel, w + i * kPanel,
-                        int64_t(rows) * kPanel, b, da + i * kPanel, add);
+        Kernel::template rows<kColPanel, 1>(rows - i, cols, kColPanel, w + i * kColPanel,
+                        int64_t(rows) * kColPanel, b, da + i * kColPanel, add);
   }
 
   // dBᵀ (+)= Aᵀ·W. `a`: packed rows.
   static void grad_cols(const float* w, const float* a, float* dbt, int rows, int cols,
                         int width, bool add) {
-    for (int j = 0; j < cols; j += kPanel, w += int64_t(rows) * kPanel)
+    for (int j = 0; j < cols; j += kColPanel, w += int64_t(rows) * kColPanel)
       for (int d = 0; d < width; d += R)
         Kernel::template rows<R, 1>(width - d, rows, R, a + d * R, int64_t(width) * R, w,
-                   dbt + int64_t(j) * width + d * kPanel, add);
+                   dbt + int64_t(j) * width + d * kColPanel, add);
   }
 
-  // Columns [d, d + count) of `wanted` rows from row `row` on, `ld` floats apart: where they lie, or
-  // copied to `part` if they are to be converted or are not all there.
+  // Features [d, d + count) of `wanted` rows from row `row` on, `ld` floats apart: where they lie,
+  // or copied to `part` if they have to be converted or some of the rows do not exist.
   static const float* read(const Matrix& m, const uint8_t* skip, int64_t row, int64_t available,
                            int wanted, int64_t d, int count, float* part, int64_t& ld) {
     if (m.dtype == DType::kFloat32 && !skip && available >= wanted) {
@@ -103,29 +103,31 @@ struct GemmFma {
       }
   }
 
-  // Panel `panel` of a matrix as packed columns, in both forms; rows that do not exist become 0.
-  // The panels of the gradient form are `grad_panel` apart; null if it is not wanted.
+  // Column panel `panel`, in both layouts. In that for scores rows of the matrix that do not exist
+  // become 0; in that for gradients they are not read, and stay as they are. There panels are
+  // `grad_panel` apart; null if it is not wanted.
   static void pack_cols(const Matrix& m, const uint8_t* skip, int64_t panel, float* scores,
                         float* grad, int64_t grad_panel) {
-    alignas(64) float part[kPanel * kChunk];
-    static_assert(kChunk % kPanel == 0, "a chunk is whole panels of d");
-    const int64_t first = panel * kPanel;
+    alignas(64) float part[kColPanel * kChunk];
+    static_assert(kChunk % kColPanel == 0, "a chunk is whole panels of d");
+    const int64_t first = panel * kColPanel;
+    const int real = m.rows - first < kColPanel ? static_cast<int>(m.rows - first) : kColPanel;
     int64_t ld;
     scores += first * m.width;
     for (int d = 0; d < m.width; d += kChunk) {
       const int count = m.width - d < kChunk ? m.width - d : kChunk;
-      const float* in = read(m, skip, first, m.rows - first, kPanel, d, count, part, ld);
-      Transpose<V>::run(in, ld, kPanel, count, scores, kPanel);
-      scores += count * kPanel;
-      for (int k = 0; grad && k < count; k += kPanel) {
-        float* to = grad + (d + k) / kPanel * grad_panel + first * kPanel;
-        const int used = count - k < kPanel ? count - k : kPanel;
-        for (int j = 0; j < kPanel; ++j, to += kPanel) {
+      const float* in = read(m, skip, first, m.rows - first, kColPanel, d, count, part, ld);
+      Transpose<V>::run(in, ld, kColPanel, count, scores, kColPanel);
+      scores += count * kColPanel;
+      for (int k = 0; grad && k < count; k += kColPanel) {
+        float* to = grad + (d + k) / kColPanel * grad_panel + first * kColPanel;
+        const int used = count - k < kColPanel ? count - k : kColPanel;
+        for (int j = 0; j < real; ++j, to += kColPanel) {
           const float* from = in + j * ld + k;
-          if (used == kPanel)
+          if (used == kColPanel)
             for (int c = 0; c < C; ++c) V::store(to + c * V::kWidth, V::load(from + c * V::kWidth));
           else
-            for (int x = 0; x < kPanel; ++x) to[x] = x < used ? from[x] : 0.0f;
+            for (int x = 0; x < kColPanel; ++x) to[x] = x < used ? from[x] : 0.0f;
         }
       }
     }

@@ -1,10 +1,11 @@
-// Fills a table of kernels for one instruction set. Included by the isa_*.cpp, each of which is
-// compiled with its own flags.
+// The table of kernels of one instruction set. Each isa_*.cpp includes this and is compiled with
+// its own flags.
 //
-// Everything here is in an anonymous namespace, and nothing from the standard library that is not
-// inlined is used: the linker keeps one copy of an inline function, and if that were the one that
-// was compiled for AVX-512, it would run on machines that lack it.
+// Everything here is in an anonymous namespace, and of the standard library nothing is used that is
+// not inlined. The linker keeps one copy of an inline function. If that were the one compiled for
+// AVX-512, it would run on machines that lack it.
 #pragma once
+#include "cpu/isa/statistics.hpp"
 #include "cpu/isa/weights.hpp"
 
 namespace {
@@ -13,10 +14,10 @@ template <class G>
 struct Table {
   using E = typename G::Element;
   using V = typename G::Vec;
-  static constexpr int P = G::kPanel;
+  static constexpr int P = G::kColPanel;
 
-  static int rows(const Tile& t) { return Epilogue<G>::stride(t); }
-  static int width(const Tile& t) { return Epilogue<G>::packed_width(t); }
+  static int rows(const Tile& t) { return TileOps<G>::stride(t); }
+  static int width(const Tile& t) { return TileOps<G>::packed_width(t); }
   static const E* operand(const Tile& t) {
     return static_cast<const E*>(G::kConverts ? t.operand : t.scores);
   }
@@ -38,14 +39,15 @@ struct Table {
       if (p.u) G::convert(t.scores, rows(t), t.cols, static_cast<E*>(t.operand));
   }
   static void grad_rows(const Tile& t, const void* b, int64_t b_panel, float* da, bool add) {
-    G::grad_rows(operand(t), static_cast<const E*>(b), b_panel, da, rows(t), t.cols, width(t), add);
+    const int cols = G::kConverts ? t.cols : t.real_cols;  // bf16 is multiplied in pairs and more
+    G::grad_rows(operand(t), static_cast<const E*>(b), b_panel, da, rows(t), cols, width(t), add);
   }
   static void grad_cols(const Tile& t, const void* a, float* dbt, bool add) {
     G::grad_cols(operand(t), static_cast<const E*>(a), dbt, rows(t), t.cols, width(t), add);
   }
 
-  // The finished gradients, from the layouts of the products to dense rows. fp32 goes there at once:
-  // a memcpy of 32 numbers costs more than storing them.
+  // Finished gradients, from the layouts of the products to dense rows. fp32 is stored by vectors:
+  // a memcpy of 32 numbers costs more.
   static float* at(const Matrix& to, int64_t row, int64_t d) {
     return static_cast<float*>(const_cast<void*>(to.data)) + row * to.width + d;
   }
@@ -58,7 +60,8 @@ struct Table {
           for (int c = 0; c < P; c += V::kWidth)
             V::store(at(to, first + i, d) + c, V::load(da + i * P + c));
         else
-          write_row(const_cast<void*>(to.data), to.dtype, to.width, first + i, d, count, da + i * P);
+          write_row(const_cast<void*>(to.data), to.dtype, to.width, first + i, d, count,
+                    da + i * P);
     }
   }
   static void store_cols(const float* dbt, const Matrix& to, int64_t panel) {
@@ -97,15 +100,15 @@ struct Table {
     k.name = name;
     k.arithmetic = G::kArithmetic;
     k.element = sizeof(E);
-    k.panel = P;
-    k.row_panel = G::kRows;
+    k.col_panel = P;
+    k.row_panel = G::kRowPanel;
     k.row_align = G::kRowAlign;
     k.width_align = G::kDepthAlign;
-    k.row_forms = G::kConverts ? 2 : 1;
+    k.row_layouts = G::kConverts ? 2 : 1;
     k.operand_bytes = G::kConverts ? 2 * sizeof(E) : 0;
     k.pack_rows = pack_rows;
     k.pack_cols = pack_cols;
-    k.forward = Epilogue<G>::forward;
+    k.forward = Statistics<G>::forward;
     k.weights = weights;
     k.softplus = softplus;
     k.grad_rows = grad_rows;

@@ -26,7 +26,7 @@ struct Vec512 {
   static F mul(F a, F b) { return _mm512_mul_ps(a, b); }
   static F div(F a, F b) { return _mm512_div_ps(a, b); }
   static F fma(F a, F b, F c) { return _mm512_fmadd_ps(a, b, c); }    // a·b + c
-  // The same for a number in memory; compilers would rather load it once and keep it.
+  // The same for a number in memory. In assembly, since compilers load it into a register first.
   static F fma(const float* a, F b, F c) {
     __asm__("vfmadd231ps %2%{1to16%}, %1, %0" : "+v"(c) : "v"(b), "m"(*a));
     return c;

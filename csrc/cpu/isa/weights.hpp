@@ -1,51 +1,68 @@
-// W = ∂L/∂S of a tile, from its inner products, and the sums of W that gradients of the scale and
-// of the biases are. What is stored is scale_i·W: both gradient products need that one.
+// W = ∂L/∂S of a tile, from its inner products, and the sums of W that are the gradients of the
+// scale and of the biases. What is stored is scale_i·W, which both gradient products take.
 #pragma once
-#include "cpu/isa/epilogue.hpp"
+#include <cmath>
+
+#include "cpu/isa/tile.hpp"
 
 namespace {
 
 template <class G>
-struct Weights : Epilogue<G> {
-  using E = Epilogue<G>;
-  using typename E::Affine;
-  using typename E::F;
-  using typename E::M;
-  using typename E::Pairs;
-  using typename E::V;
-  using E::C;
-  using E::P;
-  using E::W;
+struct Weights : TileOps<G> {
+  using T = TileOps<G>;
+  using typename T::Affine;
+  using typename T::F;
+  using typename T::M;
+  using typename T::Pairs;
+  using typename T::V;
+  using T::C;
+  using T::P;
+  using T::W;
 
-  // Sums of W over rows and columns while a tile is walked.
-  struct Sums {
-    float *scale = nullptr, *row = nullptr;  // [rows][W]; null: no sums wanted
-    float* col = nullptr;
-    explicit Sums(const Tile& t, bool wanted, float* col_sum) : col(col_sum) {
-      if (!wanted) return;
-      scale = t.scratch;
-      row = scale + (t.rows + 15) / 16 * 16 * W;
-      E::fill(scale, t.rows * W, 0);
-      E::fill(row, t.rows * W, 0);
+  // Slices of a tile's scratch memory.
+  struct Scratch {
+    float *by_dot, *by_row, *loss;  // [rows][W]: Σ W·dot, Σ W, Σ softplus over every W-th column
+    float *row_factor, *col_factor;
+    explicit Scratch(const Tile& t) {
+      const int rows = round_up(t.rows, kVector);
+      by_dot = t.scratch;
+      by_row = by_dot + rows * W;
+      loss = by_row + rows * W;
+      row_factor = loss + rows * W;
+      col_factor = row_factor + rows;
     }
-    void store(const Tile& t, float* to_scale, float part, float* to_row) const {
-      if (!scale) return;
+  };
+
+  // Sums of W over a tile.
+  struct Sums {
+    const Scratch& s;
+    const GradientSums to;
+    const bool wanted;
+    Sums(const Tile& t, const Scratch& scratch, const GradientSums& sums)
+        : s(scratch), to(sums), wanted(sums.scale || sums.row || sums.col) {
+      if (!wanted) return;
+      T::fill(s.by_dot, t.rows * W, 0);
+      T::fill(s.by_row, t.rows * W, 0);
+    }
+    void store(const Tile& t, float scale_part) const {
+      if (!wanted) return;
       for (int i = 0; i < t.rows; ++i) {
-        if (to_scale) to_scale[i] += part * V::sum(V::load(scale + i * W));
-        if (to_row) to_row[i] += V::sum(V::load(row + i * W));
+        if (to.scale) to.scale[i] += scale_part * V::sum(V::load(s.by_dot + i * W));
+        if (to.row) to.row[i] += V::sum(V::load(s.by_row + i * W));
       }
     }
   };
 
-  // Calls weight(S, dot, i, panel, c) for every vector of the tile; stores scale_i times the result.
+  // Calls weight(S, dot, i, panel, c) for every vector of the tile; stores scale_i times the
+  // result.
   template <bool Summed, class Weight>
-  static void walk(const Tile& t, const Sums& sums, Weight&& weight) {
+  static void for_each_vector(const Tile& t, const Sums& sums, Weight&& weight) {
     for (int panel = 0; panel * P < t.cols; ++panel) {
-      E::dots(t, panel);
+      T::dots(t, panel);
       const Affine affine(t, panel);
       weight.start(panel);
-      const float* in = t.dots + panel * E::panel_size(t);
-      float* out = t.scores + panel * E::panel_size(t);
+      const float* in = t.dots + panel * T::panel_size(t);
+      float* out = t.scores + panel * T::panel_size(t);
       F total[C];
       for (int c = 0; c < C; ++c) total[c] = V::zero();
       for (int i = 0; i < t.rows; ++i, in += P, out += P) {
@@ -63,42 +80,44 @@ struct Weights : Epilogue<G> {
           V::store(out + c * W, V::mul(w, scale));
         }
         if constexpr (Summed) {
-          E::update_sum(sums.scale + i * W, by_dot);
-          E::update_sum(sums.row + i * W, by_row);
+          T::update_sum(sums.s.by_dot + i * W, by_dot);
+          T::update_sum(sums.s.by_row + i * W, by_row);
         }
       }
-      if (Summed && sums.col)
-        for (int c = 0; c < C; ++c) E::update_sum(sums.col + panel * P + c * W, total[c]);
-      // rows up to the alignment: nothing, so that products may run over them
-      for (int64_t i = int64_t(t.rows) * P; i < E::panel_size(t); i += W, out += W)
+      if (Summed && sums.to.col)
+        for (int c = 0; c < C; ++c) T::update_sum(sums.to.col + panel * P + c * W, total[c]);
+      // 0 in the rows up to the alignment: the products run over them
+      for (int64_t i = int64_t(t.rows) * P; i < T::panel_size(t); i += W, out += W)
         V::store(out, V::zero());
     }
   }
 
   template <class Weight>
-  static void walk(const Tile& t, const Sums& sums, Weight&& weight) {
-    if (sums.scale)
-      walk<true>(t, sums, weight);
+  static void for_each_vector(const Tile& t, const Sums& sums, Weight&& weight) {
+    if (sums.wanted)
+      for_each_vector<true>(t, sums, weight);
     else
-      walk<false>(t, sums, weight);
+      for_each_vector<false>(t, sums, weight);
   }
 
   // ---- logsumexp
 
-  // One exponential for both sides: W = exp(S - shift)·(row_i + col_j).
+  // Plain tiles: one exponential for both sides, W = exp(S - shift)·(row_factor_i + col_factor_j).
   struct Shared {
-    F shift, row_factor, col_factor[C];
-    const float *rows, *cols;
+    const Scratch& s;
+    const F shift;
+    F row_factor, col_factor[C];
+    Shared(const Scratch& scratch, float shift) : s(scratch), shift(V::set(shift)) {}
     void start(int panel) {
-      for (int c = 0; c < C; ++c) col_factor[c] = V::load(cols + panel * P + c * W);
+      for (int c = 0; c < C; ++c) col_factor[c] = V::load(s.col_factor + panel * P + c * W);
     }
-    void row(int i) { row_factor = V::set(rows[i]); }
-    F operator()(F s, F, int, int, int c) const {
-      return V::mul(Math<V>::exp(V::sub(s, shift)), V::add(row_factor, col_factor[c]));
+    void row(int i) { row_factor = V::set(s.row_factor[i]); }
+    F operator()(F score, F, int, int, int c) const {
+      return V::mul(Math<V>::exp(V::sub(score, shift)), V::add(row_factor, col_factor[c]));
     }
   };
 
-  // Anything: an exponential for each side, exclusions and the positives' terms.
+  // Any tile: an exponential for each side, exclusions and the positives' terms.
   struct General {
     const Tile& t;
     const BackwardTile& b;
@@ -113,7 +132,7 @@ struct Weights : Epilogue<G> {
     F operator()(F s, F dot, int i, int panel, int c) const {
       const int j = panel * P + c * W;
       F w = V::zero();
-      const Side &r = b.row, &q = b.col;
+      const BackwardSide &r = b.row, &q = b.col;
       if (r.factor) w = term(s, V::set(r.shift[i]), V::set(r.logsum[i]), V::set(r.factor[i]));
       if (q.factor)
         w = V::add(w, term(s, V::load(q.shift + j), V::load(q.logsum + j), V::load(q.factor + j)));
@@ -137,29 +156,24 @@ struct Weights : Epilogue<G> {
   };
 
   static void logsumexp(const Tile& t, const BackwardTile& b) {
-    const Sums sums(t, b.scale || b.row_sum || b.col_sum, b.col_sum);
-    float* rows = t.scratch + 2 * ((t.rows + 15) / 16 * 16) * W;
-    float* cols = rows + (t.rows + 15) / 16 * 16;
+    const Scratch s(t);
+    const Sums sums(t, s, b.sums);
     const float bound = std::fmin(top(b.row, t.rows), top(b.col, t.cols));
     const float shift = bound == kInf ? 0 : bound;
     // without a maximum to shift by, exp(S) may overflow, and inf times a factor of 0 is NaN
     if (t.plain && bound != kInf && near(b.row, shift, t.rows) && near(b.col, shift, t.cols)) {
-      factors(b.row, shift, t.rows, rows);
-      factors(b.col, shift, t.cols, cols);
-      Shared shared;
-      shared.shift = V::set(shift);
-      shared.rows = rows;
-      shared.cols = cols;
-      walk(t, sums, shared);
+      factors(b.row, shift, t.rows, s.row_factor);
+      factors(b.col, shift, t.cols, s.col_factor);
+      for_each_vector(t, sums, Shared(s, shift));
     } else {
-      walk(t, sums, General(t, b));
+      for_each_vector(t, sums, General(t, b));
     }
-    sums.store(t, b.scale, b.scale_part, b.row_sum);
+    sums.store(t, b.scale_part);
   }
 
-  // A bound on the tile's scores: the largest maximum of the rows (or columns); +inf if there is
-  // none to bound them by.
-  static float top(const Side& side, int n) {
+  // A bound on the tile's scores: the largest maximum of its rows (or columns); +inf if they have
+  // none.
+  static float top(const BackwardSide& side, int n) {
     if (!side.factor) return kInf;
     F top = V::set(-kInf);
     for (int i = 0; i < n; i += W) {
@@ -169,7 +183,7 @@ struct Weights : Epilogue<G> {
     const float x = V::largest(top);
     return x == -kInf ? kInf : x;
   }
-  static bool near(const Side& side, float shift, int n) {
+  static bool near(const BackwardSide& side, float shift, int n) {
     if (!side.factor) return true;
     M far = V::none();
     for (int i = 0; i < n; i += W) {
@@ -180,7 +194,7 @@ struct Weights : Epilogue<G> {
     return !V::any(far);
   }
   // factor·exp((shift - max) - logsum): what turns exp(S - shift) into the gradient.
-  static void factors(const Side& side, float shift, int n, float* out) {
+  static void factors(const BackwardSide& side, float shift, int n, float* out) {
     for (int i = 0; i < n; i += W) {
       F x = V::zero();
       if (side.factor)
@@ -211,24 +225,24 @@ struct Weights : Epilogue<G> {
         weight = V::select(masks.positive, V::negate(weight), weight);
         s = V::select(masks.excluded, V::set(-kInf), s);
       }
-      if constexpr (Forward) E::update_sum(loss + i * W, Math<V>::softplus(s));
+      if constexpr (Forward) T::update_sum(loss + i * W, Math<V>::softplus(s));
       return Backward ? V::mul(weight, Math<V>::sigmoid(s)) : weight;
     }
   };
 
   static void softplus(const Tile& t, const SoftplusTile& p) {
-    const Sums sums(t, p.u && (p.scale || p.row_sum || p.col_sum), p.col_sum);
-    float* loss = t.scratch + 2 * ((t.rows + 15) / 16 * 16) * W;
-    if (p.row_loss) E::fill(loss, t.rows * W, 0);
+    const Scratch s(t);
+    const Sums sums(t, s, p.u ? p.sums : GradientSums());
+    if (p.row_loss) T::fill(s.loss, t.rows * W, 0);
     if (!p.u)
-      walk(t, sums, Sigmoid<true, false>(t, nullptr, loss));
+      for_each_vector(t, sums, Sigmoid<true, false>(t, nullptr, s.loss));
     else if (p.row_loss)
-      walk(t, sums, Sigmoid<true, true>(t, p.u, loss));
+      for_each_vector(t, sums, Sigmoid<true, true>(t, p.u, s.loss));
     else
-      walk(t, sums, Sigmoid<false, true>(t, p.u, nullptr));
+      for_each_vector(t, sums, Sigmoid<false, true>(t, p.u, nullptr));
     if (p.row_loss)
-      for (int i = 0; i < t.rows; ++i) p.row_loss[i] += V::sum(V::load(loss + i * W));
-    sums.store(t, p.scale, p.scale_part, p.row_sum);
+      for (int i = 0; i < t.rows; ++i) p.row_loss[i] += V::sum(V::load(s.loss + i * W));
+    sums.store(t, 1);
   }
 };
 

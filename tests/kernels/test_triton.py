@@ -1,0 +1,393 @@
+"""The Triton kernels under Triton's interpreter, on the CPU: every option, dtype and code path.
+
+A tile takes the interpreter milliseconds whatever its size, so this is a selection; the whole
+problem set is `TRITON_INTERPRET=1 pytest tests/kernels/test_primitive.py -k triton`.
+"""
+
+import os
+from dataclasses import replace
+from importlib.util import find_spec
+
+import pytest
+import torch
+
+if os.environ.get("TRITON_INTERPRET") != "1":  # read when triton is imported
+    pytest.skip("needs TRITON_INTERPRET=1", allow_module_level=True)
+if find_spec("triton") is None:
+    pytest.skip("triton is not installed", allow_module_level=True)
+
+from support import kernel_checks, problems
+from support.problems import (
+    BF16,
+    FP16,
+    FP32,
+    LIMITS,
+    OPTIONS,
+    Case,
+    assert_accurate,
+    dense,
+    gradients,
+    leaves,
+    make,
+    run,
+    run_softplus,
+    spread,
+    tensors,
+)
+
+from ito_kernels import similarity_softplus
+from ito_kernels.similarity import dispatch, gpu
+from ito_kernels.similarity.spec import Needs, Problem, SideUpstream, Upstream
+from ito_kernels.similarity.triton import host
+from ito_kernels.similarity.triton import tiles as triton_tiles
+
+backend, reference = dispatch.load("triton"), dispatch.load("reference")
+SMALL = triton_tiles.Tile(32, 32, 32, 4, 1)
+MEDIUM = triton_tiles.Tile(64, 64, 32, 4, 1)
+
+
+def tiles(monkeypatch, *, tma: bool = False, tile=SMALL, processors: int = 5) -> None:
+    """Small tiles on a few processors: several row and column groups, several tiles in each."""
+    same = dict.fromkeys(("half", "ieee", "tf32", "tf32x3"), tile)
+    arch = triton_tiles.Arch("test", tma, same, same, same, same)
+    monkeypatch.setattr(triton_tiles, "device", lambda device: (arch, processors))
+
+
+@pytest.fixture(params=["fused", "panels"])
+def backward(request, monkeypatch):
+    """Both shapes of backward; panels small enough that there are several each way."""
+    if request.param == "panels":
+        monkeypatch.setattr(triton_tiles, "FUSED_D", 0)
+        monkeypatch.setattr(gpu, "PANEL_BYTES", 1)
+    return request.param
+
+
+@pytest.mark.parametrize(("case", "dtype"), spread(OPTIONS[:-1] + LIMITS))
+def test_options(case, dtype, backward):
+    kernel_checks.check_logsumexp("triton", case, dtype)
+
+
+@pytest.mark.parametrize(("case", "dtype"), spread(OPTIONS[:-1:2], (FP16, FP32, BF16)))
+def test_softplus(case, dtype, backward):
+    kernel_checks.check_softplus("triton", case, dtype)
+
+
+RAGGED = [
+    Case(1, 1, 1, positives="linear"),
+    Case(1, 70, 3, positives="linear"),
+    Case(70, 1, 3, positives="lse"),
+    Case(70, 100, 40, positives="linear", hardest=True),  # D between one and two steps of 32
+    Case(100, 70, 40, ids="padded", positives="lse", hardest=True),
+    Case(100, 100, 40, same=True, exclude_self=True, ids="groups", positives="linear"),
+    Case(100, 100, 40, same=True, positives="lse", hardest=True),
+]
+
+
+@pytest.mark.parametrize("tma", [False, True], ids=["pointers", "descriptors"])
+@pytest.mark.parametrize(("case", "dtype"), spread(RAGGED, (BF16, FP32, FP16)))
+def test_many_small_tiles(case, dtype, tma, backward, monkeypatch):
+    tiles(monkeypatch, tma=tma)
+    kernel_checks.check_logsumexp("triton", case, dtype)
+
+
+@pytest.mark.parametrize(("m", "n", "warps"), [(64, 32, 4), (32, 64, 4), (64, 64, 1)])
+@pytest.mark.parametrize("same", [False, True])
+def test_tiles_that_are_not_square_or_come_in_parts(m, n, warps, same, backward, monkeypatch):
+    tile = triton_tiles.Tile(m, n, 32, warps, 1)
+    assert triton_tiles.ARCHS["sm_90"].parts(tile) == (4 if warps == 1 else 1)
+    # so few processors that a program gets several tiles of a panel
+    tiles(monkeypatch, tile=tile, tma=True, processors=5 if backward == "fused" else 1)
+    case = Case(150, 150, 16, same=same, ids="groups", positives="linear", exclude_self=same)
+    kernel_checks.check_logsumexp("triton", case, FP32)
+
+
+LIMITED = Case(100, 70, 40, scale_per_row=True, limit=True, exclude_self=True, ids="groups")
+LIMITED = [
+    replace(LIMITED, positives="lse"),
+    replace(LIMITED, positives="linear", ids=None, exclude_self=False, diagonal=-20),
+]
+
+
+@pytest.mark.parametrize(
+    ("case", "dtype", "warps"), [(LIMITED[0], FP32, 4), (LIMITED[1], BF16, 1)], ids=str
+)
+def test_limits_that_leave_nothing_or_everything(case, dtype, warps, backward, monkeypatch):
+    # with one warp a tile is reduced in parts
+    tiles(monkeypatch, tma=warps == 1, tile=MEDIUM._replace(warps=warps))
+    limit = problems.row_limit(make(case, dtype))
+    limit[::3], limit[1::5] = -2.0, torch.inf
+    monkeypatch.setattr(problems, "row_limit", lambda t: limit)
+    kernel_checks.check_logsumexp("triton", case, dtype)
+
+
+def test_limits_spare_positives_that_are_not_asked_for(backward, monkeypatch):
+    """And softplus with a limit, which the public function does not offer."""
+    tiles(monkeypatch, tile=MEDIUM)
+    t = make(LIMITED[0], FP32)
+    p = Problem(**t, row_limit=problems.row_limit(t))
+    law = p._replace(**{k: v.double() for k, v in t.items() if v is not None and "ids" not in k})
+    law = law._replace(row_limit=p.row_limit.double())
+    u, v = torch.linspace(-1, 1, p.n), torch.linspace(1, -1, p.m)
+    needs = Needs(True, True, True, False, False)
+    stats = backend.logsumexp_forward(p)
+    expected = reference.logsumexp_forward(law)
+    softmax = Upstream(SideUpstream(u), SideUpstream(v))
+    pairs = [
+        (stats, expected),
+        ((backend.softplus_forward(p),), (reference.softplus_forward(law),)),
+        (
+            backend.logsumexp_backward(p, stats, softmax, needs),
+            reference.logsumexp_backward(law, expected, softmax, needs),
+        ),
+        (backend.softplus_backward(p, u, needs), reference.softplus_backward(law, u, needs)),
+    ]
+    for ours, truth in pairs:
+        for x, y in zip(tensors(*ours), tensors(*truth), strict=True):
+            torch.testing.assert_close(x.double(), y, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("scale", [0.01, 200.0])
+def test_far_rows_do_not_underflow(scale):
+    kernel_checks.check_far_rows_do_not_underflow("triton", scale)
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
+def test_non_finite_features_show(bad):
+    for side in ("a", "b"):
+        case = Case(40, 50, 8, positives="linear")
+        t = make(case, FP32)
+        t[side][3, 5] = bad
+        stats = run(case, t, "triton")
+        loss = (stats.row_logsum - stats.row_pos).sum() + (stats.col_logsum - stats.col_pos).sum()
+        assert not loss.isfinite()
+        assert not run_softplus(case, t, "triton").sum().isfinite()
+
+
+def test_strides():
+    kernel_checks.check_strides("triton")
+
+
+def test_same_bits_every_time():
+    kernel_checks.check_same_bits_every_time("triton")
+
+
+# ---- memory
+
+
+@pytest.mark.parametrize("tma", [False, True], ids=["pointers", "descriptors"])
+@pytest.mark.parametrize("case", kernel_checks.GUARDED, ids=str)
+def test_nothing_outside_is_read_or_written(case, tma, backward, monkeypatch):
+    tiles(monkeypatch, tma=tma, tile=MEDIUM)
+    kernel_checks.nothing_outside_is_read_or_written(backend, case, monkeypatch)
+
+
+# ---- work
+
+
+@pytest.fixture
+def launched(monkeypatch):
+    """The kernels that ran and their number of programs."""
+    calls = []
+    launch = host._launch
+
+    def spy(kernel, programs, *structs):
+        arguments = {name: x for struct in structs for name, x in struct._asdict().items()}
+        calls.append((kernel.__name__, programs, arguments))
+        return launch(kernel, programs, *structs)
+
+    monkeypatch.setattr(host, "_launch", spy)
+    return calls
+
+
+@pytest.fixture
+def products(monkeypatch):
+    calls = []
+    accumulate = gpu.accumulate
+    monkeypatch.setattr(gpu, "accumulate", lambda *args: calls.append(args) or accumulate(*args))
+    return calls
+
+
+def test_a_frozen_side_costs_no_product(backward, launched, products):
+    case = Case(65, 130, 24, ids="groups", positives="linear")
+    for names, fused, panels in ((("a",), 1, 1), (("b",), 1, 1), (("a", "b"), 2, 2)):
+        t = leaves(make(case, FP32), names)
+        total = run(case, t, "triton").row_logsum.sum()
+        launched.clear()
+        products.clear()
+        gradients(total, t)
+        if backward == "fused":
+            assert [name for name, *_ in launched].count("gradient_kernel") == fused
+        else:
+            tiles_of_panels = [name for name, *_ in launched].count("weights_kernel")
+            assert len(products) == panels * tiles_of_panels > 0
+    t = leaves(make(case, FP32), ("scale",))
+    total = run(case, t, "triton").row_logsum.sum()
+    launched.clear()
+    products.clear()
+    gradients(total, t)
+    assert not products
+    assert all(arguments.get("grad") is None for _, _, arguments in launched)
+
+
+ALL = ("a", "b", "scale", "row_bias", "col_bias")
+
+
+@pytest.mark.parametrize(
+    ("case", "dtype", "names"),
+    [
+        *((*p.values, ALL) for p in spread(OPTIONS[:-1:3], (FP32, BF16))),
+        (OPTIONS[15], FP32, ("a",)),
+        (OPTIONS[15], FP32, ("b",)),
+        (OPTIONS[15], FP32, ("scale", "row_bias", "col_bias")),
+        (replace(RAGGED[3], n=150), BF16, ALL),
+        (replace(RAGGED[5], ids=None, exclude_self=False), FP32, ALL),
+    ],
+    ids=str,
+)
+def test_sigmoid_in_one_pass(case, dtype, names, backward, launched, products, monkeypatch):
+    """Weights known before: loss and gradients from one computation of the scores less."""
+    tiles(monkeypatch, tile=MEDIUM)
+    t = leaves(make(case, dtype), names)
+    truth_t, same_t = leaves(t, names), leaves(t, names)
+    w = torch.rand(case.n, dtype=torch.float64, generator=torch.Generator().manual_seed(2)) - 0.5
+    loss = similarity_softplus(
+        **t, exclude_self=case.exclude_self, diagonal=case.diagonal, row_weights=w, backend="triton"
+    )
+    ran = [name for name, *_ in launched]
+    truth = dense(case, truth_t, torch.float64)["softplus"]
+    same = dense(case, same_t, dtype)["softplus"]
+    eps, grad_eps = kernel_checks.eps_of(dtype, case.scale)
+    terms = truth.abs().sum().item()
+    assert_accurate(loss, (truth * w).sum(), (same.double() * w).sum(), 2, eps * max(1, terms))
+    ours = gradients(loss, t)
+    expected = gradients((truth * w).sum(), truth_t)
+    peer = gradients((same.double() * w).sum(), same_t)
+    assert set(ours) == {x for x in names if t[x] is not None and not (case.same and x == "b")}
+    for name, value in ours.items():
+        size = expected[name].abs().max().item()
+        assert_accurate(value, expected[name], peer[name], 3, grad_eps * size + 1e-30)
+
+    assert len(launched) == len(ran), "backward computed scores"
+    if backward == "fused":
+        sides = 1 + ("b" in ours or "col_bias" in ours or (case.same and not gpu.is_symmetric(
+            Problem(**(t | {"b": None})))))  # fmt: skip
+        assert ran == ["gradient_kernel"] * sides
+    elif not (case.same and t["scale"].ndim == 0):
+        assert set(ran) == {"weights_kernel"}
+        assert len(products) == len(ran) * (("a" in ours) + ("b" in ours or case.same))
+
+
+def test_half_the_tiles_of_a_symmetric_problem(launched, monkeypatch):
+    monkeypatch.setattr(triton_tiles, "FUSED_D", 0)
+    monkeypatch.setattr(gpu, "PANEL_BYTES", 1)
+    tiles(monkeypatch, tile=MEDIUM)
+    visits = {}
+    for same in (True, False):
+        case = Case(384, 384, 8, same=same, exclude_self=True, ids="groups", positives="linear")
+        t = leaves(make(case, FP32))
+        if not same:
+            t["b"] = t["a"].detach().clone().requires_grad_()
+        launched.clear()
+        stats = run(case, t, "triton")
+        gradients(stats.row_logsum.sum(), t)
+        name, programs, arguments = launched[0]
+        assert name == "logsumexp_kernel"
+        forward = programs * arguments["row_tiles"] * arguments["col_tiles"]
+        visits[same] = forward, sum(p for name, p, _ in launched if name == "weights_kernel")
+    # 6 tiles and 3 panels each way: groups and panels on the diagonal are computed in full
+    assert visits[True][0] <= 0.75 * visits[False][0]
+    assert visits[True][1] <= 0.67 * visits[False][1]
+
+
+def test_every_pair_of_groups_once():
+    """The triangle's programs, by the same arithmetic as the kernel's, in fp32."""
+    import numpy as np
+
+    for groups in (1, 2, 7, 64, 300):
+        seen = set()
+        for pid in range(groups * (groups + 1) // 2):
+            col = int((np.sqrt(np.float32(8.0 * pid + 1.0)) - np.float32(1)) * np.float32(0.5))
+            col -= col * (col + 1) // 2 > pid
+            col += (col + 1) * (col + 2) // 2 <= pid
+            seen.add((pid - col * (col + 1) // 2, col))
+        assert seen == {(r, c) for c in range(groups) for r in range(c + 1)}
+
+
+# ---- accuracy
+
+
+def test_gradients_of_a_large_fp16_batch_do_not_underflow(backward):
+    kernel_checks.gradients_of_a_large_fp16_batch_do_not_underflow("triton")
+
+
+def test_positives_are_subtracted_before_rounding(backward):
+    kernel_checks.positives_are_subtracted_before_rounding("triton")
+
+
+# ---- choice
+
+
+def test_supports_and_describe():
+    a = torch.randn(8, 200)
+    assert backend.supports(Problem(a, a, torch.tensor(1.0)))[0]
+    ok, reason = backend.supports(Problem(a.double(), None, torch.tensor(1.0)))
+    assert not ok
+    assert "fp64" in reason
+    assert "W panels" in backend.describe(Problem(a, a, torch.tensor(1.0)))
+    assert "fused" in backend.describe(Problem(a[:, :64], a[:, :64], torch.tensor(1.0)))
+    assert "symmetric" in backend.describe(Problem(a, None, torch.tensor(1.0)))
+
+
+def test_autotuning(backward, launched, monkeypatch):
+    """Off by default; once for sizes up to the next power of two; the choice runs and is named."""
+    tiles(monkeypatch, tile=MEDIUM)
+    monkeypatch.setattr(host, "_TUNED", {})
+    trials = []
+
+    def milliseconds(run):
+        run()
+        *_, (_, _, arguments) = (x for x in launched if x[0] != "merge_kernel")
+        trials.append(tuple(arguments[x] for x in ("BLOCK_M", "BLOCK_N", "num_warps")))
+        if trials[-1] == (64, 64, 4):
+            raise host.OutOfResources(1, 0, "shared memory")
+        return {(64, 32, 4): 1.0}.get(trials[-1], 2.0)
+
+    monkeypatch.setattr(host, "_milliseconds", milliseconds)
+
+    def step(n: int) -> tuple[torch.Tensor, str]:
+        case = Case(n, 100, 24, positives="linear")
+        t = leaves(make(case, FP32), ("a", "b"))
+        stats = run(case, t, "triton")
+        grads = gradients((stats.row_logsum - stats.row_pos).sum(), t)
+        return grads["a"], backend.describe(Problem(t["a"], t["b"], torch.tensor(1.0)))
+
+    expected, text = step(100)
+    assert not trials
+    assert "64 x 64 x 32, 4 warps, 1 stages (from the table)" in text
+    monkeypatch.setenv("ITO_TRITON_AUTOTUNE", "1")
+    got, text = step(100)
+    assert len(trials) == 2 * 5  # forward and backward
+    assert text.count("64 x 32 x 32, 4 warps, 1 stages (tuned)") == 2
+    torch.testing.assert_close(got, expected)
+    _, text = step(90)
+    assert len(trials) == 10
+    assert "tuned" in text
+    _, text = step(40)
+    assert len(trials) == 20
+
+
+def test_fp32_follows_the_matmul_precision():
+    before = torch.get_float32_matmul_precision()
+    try:
+        for mode, expected in (("highest", "ieee"), ("high", "tf32x3"), ("medium", "tf32")):
+            torch.set_float32_matmul_precision(mode)
+            assert host._arithmetic(FP32) == expected
+            assert host._arithmetic(BF16) == "half"
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+def test_cpu_tensors_never_choose_the_interpreter():
+    a = torch.randn(4, 8)
+    assert dispatch.choose(Problem(a, a, torch.tensor(1.0))).name != "triton"
+    assert dispatch.load("chunked").supports(Problem(a, a, torch.tensor(1.0)))[0]

@@ -1,0 +1,264 @@
+"""The margin for false negatives, against its definition on the dense matrix in fp64."""
+
+import math
+
+import pytest
+import torch
+from torch.nn.functional import normalize
+
+import ito_kernels as ik
+
+D, SCALE = 24, 5.0
+BACKENDS = [x for x in ("reference", "chunked", "cpu") if ik.backends()[x].available]
+
+
+def dense(a, b, ids_a, ids_b, margin, *, positives="mean", exclude_self=False, extra=None, **o):
+    """One direction: (N,) losses. extra: inner products beyond the batch, (N, E), and which of them
+    are candidates. scale: one, or for each anchor (N, 1) or candidate (1, M)."""
+    dot = a @ b.T
+    positive = ids_a[:, None] == ids_b[None, :]
+    allowed = (ids_a >= 0)[:, None] & (ids_b >= 0)[None, :]
+    if exclude_self:
+        allowed &= ~torch.eye(len(a), dtype=torch.bool)
+    positive &= allowed
+    if extra is not None:
+        dot = torch.cat([dot, extra[0]], 1)
+        positive = torch.cat([positive, torch.zeros_like(extra[1])], 1)
+        allowed = torch.cat([allowed, extra[1]], 1)
+    top = dot.masked_fill(~positive, -torch.inf).amax(1)
+    limit = torch.where(top == -torch.inf, torch.inf, top + margin)
+    negative = allowed & ~positive & ~(dot > limit[:, None])
+    S, k = o.get("scale", SCALE) * dot, positive.sum(1).double()
+    if o.get("key_bias") is not None:
+        S = torch.cat([S[:, : len(b)] + o["key_bias"], S[:, len(b) :]], 1)
+    exp, some = S.exp(), k > 0
+    pos, neg = (exp * positive).sum(1), (exp * negative).sum(1)
+    number = negative.sum(1).double()
+    if o.get("hardness"):
+        w = (o["hardness"] * S).exp()
+        neg = number * (w * exp * negative).sum(1) / (w * negative).sum(1).clamp(min=1e-300)
+    if o.get("debias"):
+        tau = o["debias"]
+        true = (neg - number * tau * pos / k.clamp(min=1)) / (1 - tau)
+        neg = torch.maximum(true, number * math.exp(-SCALE))
+    log_denominator = torch.where(some, pos + neg, 1).log()
+    if positives == "mean":
+        target = (S * positive).sum(1) / k.clamp(min=1)
+    else:
+        target = torch.where(some, pos, 1).log()
+        if positives == "in":
+            target = target - k.clamp(min=1).log()
+    loss = log_denominator - target
+    if o.get("label_smoothing"):
+        mean = (S * (positive | negative)).sum(1) / (k + number).clamp(min=1)
+        loss = loss + o["label_smoothing"] * (target - mean)
+    return torch.where(some, loss, 0)
+
+
+def make(n=41, m=41, groups=12, padded=True, seed=0):
+    """Noisy pairs: many negatives lie above an anchor's positive."""
+    g = torch.Generator().manual_seed(seed)
+    ids_a, ids_b = (torch.randint(0, groups, (k,), generator=g) for k in (n, m))
+    if padded:
+        ids_a, ids_b = (
+            torch.where(torch.rand(len(i), generator=g) < 0.1, -1, i) for i in (ids_a, ids_b)
+        )
+    a, b = (normalize(torch.randn(k, D, generator=g, dtype=torch.float64), dim=1) for k in (n, m))
+    return a, b, ids_a, ids_b
+
+
+def compare(ours, truth, inputs, tolerance):
+    for x, y in zip(ours, truth, strict=True):
+        assert (x - y).abs().max() <= tolerance * (1 + y.abs().max())
+    gradients = [
+        torch.autograd.grad(sum((z * z).sum() for z in zs), inputs) for zs in (ours, truth)
+    ]
+    for x, y in zip(*gradients, strict=True):
+        assert (x - y).abs().max() <= 10 * tolerance * (1 + y.abs().max())
+
+
+def with_more(*options: dict) -> list[tuple]:
+    """(backend, options): all backends without any, one with each: there they only add passes."""
+    return [*((backend, {}) for backend in BACKENDS), *(("chunked", more) for more in options)]
+
+
+@pytest.mark.parametrize(("backend", "more"), with_more({"debias": 0.1}, {"hardness": 0.7}))
+@pytest.mark.parametrize("positives", ["mean", "in", "sum"])
+@pytest.mark.parametrize("margin", [-0.1, 0.0, 0.15])
+def test_both_directions(backend, positives, margin, more):
+    dtype = torch.float32 if backend == "cpu" else torch.float64
+    a, b, ids_a, ids_b = make(m=53)
+    a, b = (x.requires_grad_() for x in (a, b))
+    ours = ik.multi_positive_infonce(
+        a.to(dtype),
+        b.to(dtype),
+        SCALE,
+        query_ids=ids_a,
+        key_ids=ids_b,
+        positives=positives,
+        false_negative_margin=margin,
+        reduction="none",
+        backend=backend,
+        **more,
+    )
+    truth = (
+        dense(a, b, ids_a, ids_b, margin, positives=positives, **more),
+        dense(b, a, ids_b, ids_a, margin, positives=positives, **more),
+    )
+    plain = dense(a, b, ids_a, ids_b, 10.0, positives=positives, **more)
+    assert (plain - truth[0]).abs().max() > 1e-2  # the margin does something here
+    compare(ours, truth, (a, b), 1e-5 if dtype == torch.float32 else 1e-11)
+
+
+@pytest.mark.parametrize(
+    ("backend", "more"), with_more({"label_smoothing": 0.3}, {"hardness": 0.7})
+)
+@pytest.mark.parametrize("positives", ["mean", "in", "sum"])
+@pytest.mark.parametrize("per_query", [False, True])
+def test_what_the_kernels_do_not_sum(backend, positives, per_query, more):
+    """The scores that the margin leaves, and columns with a limit each and a scale for each row."""
+    dtype = torch.float32 if backend == "cpu" else torch.float64
+    a, b, ids_a, ids_b = make(m=53, groups=25)
+    assert not torch.isin(ids_a, ids_b).all()  # some anchors have no positive
+    scale, bias = torch.linspace(2, 8, 41).double(), torch.linspace(-1, 1, 53).double()
+    inputs = tuple(x.requires_grad_() for x in (a, b, scale, bias))
+    scales = scale if per_query else scale[0]
+    padding = (x.masked_fill((i < 0)[:, None], torch.nan) for x, i in ((a, ids_a), (b, ids_b)))
+    bias = bias.masked_fill(ids_b < 0, torch.nan)
+    ours = ik.multi_positive_infonce(
+        *(x.to(dtype) for x in (*padding, scales)),
+        query_ids=ids_a,
+        key_ids=ids_b,
+        positives=positives,
+        false_negative_margin=0.0,
+        reduction="none",
+        key_bias=bias.to(dtype),
+        backend=backend,
+        **more,
+    )
+    more = {**more, "positives": positives}
+    rows = {**more, "scale": scales.reshape(-1, 1), "key_bias": inputs[3]}
+    cols = {**more, "scale": scales.reshape(1, -1)}
+    truth = (
+        dense(a, b, ids_a, ids_b, 0.0, **rows),
+        dense(b, a, ids_b, ids_a, 0.0, **cols),
+    )
+    assert (dense(b, a, ids_b, ids_a, 10.0, **cols) - truth[1]).abs().max() > 1e-2
+    compare(ours, truth, inputs, 1e-5 if dtype == torch.float32 else 1e-11)
+
+
+@pytest.mark.parametrize("per_query", [False, True])
+@pytest.mark.parametrize("one_tower", [False, True])
+def test_one_tower_and_no_ids(one_tower, per_query):
+    a, b, ids, _ = make(padded=False)
+    scale = torch.linspace(2, 8, 41).double() if per_query else torch.tensor(SCALE).double()
+    smoothing = {"label_smoothing": 0.3} if per_query else {}
+    shared = {"false_negative_margin": 0.05, "reduction": "none", "backend": "chunked"}
+    if one_tower:
+        b, shared = a, {**shared, "query_ids": ids, "key_ids": ids, "exclude_self": True}
+    else:
+        ids = torch.arange(41)
+    ours = ik.multi_positive_infonce(a, b, scale, **shared, **smoothing)
+    truth = (
+        dense(x, y, ids, ids, 0.05, exclude_self=one_tower, scale=scale.reshape(s), **smoothing)
+        for x, y, s in ((a, b, (-1, 1)), (b, a, (1, -1)))
+    )
+    for x, y in zip(ours, truth, strict=True):
+        assert (x - y).abs().max() < 1e-11
+
+
+@pytest.mark.parametrize("more", [{}, {"debias": 0.1}, {"hardness": 0.7}, {"label_smoothing": 0.3}])
+def test_queue_and_hard_negatives(more):
+    a, b, ids_a, ids_b = make(padded=False)
+    g = torch.Generator().manual_seed(5)
+    queue = normalize(torch.randn(30, D, generator=g, dtype=torch.float64), dim=1)
+    queue_ids = torch.randint(-3, 12, (30,), generator=g)
+    hard = normalize(torch.randn(41, 4, D, generator=g, dtype=torch.float64), dim=2)
+    a.requires_grad_(), hard.requires_grad_()
+    ours = ik.multi_positive_infonce(
+        a,
+        b,
+        SCALE,
+        query_ids=ids_a,
+        key_ids=ids_b,
+        queue=queue.masked_fill((queue_ids < 0)[:, None], torch.nan),
+        queue_ids=queue_ids,
+        hard_negatives=hard,
+        false_negative_margin=0.0,
+        reduction="none",
+        **more,
+    )
+    others = (queue_ids >= 0) & (ids_a[:, None] != queue_ids)
+    extra = torch.cat([a @ queue.T, (hard * a[:, None]).sum(2)], 1)
+    extra = extra, torch.cat([others, torch.ones(41, 4, dtype=torch.bool)], 1)
+    truth = (
+        dense(a, b, ids_a, ids_b, 0.0, extra=extra, **more),
+        dense(b, a, ids_b, ids_a, 0.0, **more),
+    )
+    compare(ours, truth, (a, hard), 1e-11)
+
+
+@pytest.mark.parametrize("more", [{}, {"debias": 0.1, "hardness": 0.7}, {"label_smoothing": 0.3}])
+@pytest.mark.parametrize("norm", [1.0, 30.0])
+def test_pairs(norm, more):
+    """Pairs that say what ids would say give the same loss."""
+    a, b, ids_a, ids_b = make(padded=False)
+    a, b = ((norm * x).float() for x in (a, b))
+    pairs = (ids_a[:, None] == ids_b[None, :]).nonzero()
+    scale = torch.linspace(2, 8, 41) if "label_smoothing" in more else SCALE
+    by_ids, by_pairs = (
+        ik.multi_positive_infonce(a, b, scale / norm**2, false_negative_margin=0.0, **kind, **more)
+        for kind in ({"query_ids": ids_a, "key_ids": ids_b}, {"positive_pairs": pairs})
+    )
+    assert abs(by_ids - by_pairs) < 1e-3  # limits differ by 1e-5 of the norms' product
+
+
+def test_a_pair_without_weight_sets_no_margin():
+    a, b, ids_a, ids_b = make(padded=False)
+    pairs = (ids_a[:, None] == ids_b[None, :]).nonzero()
+    others = torch.stack([pairs[:, 0], (a @ b.T).argmax(1)[pairs[:, 0]]], 1)
+    others = others[ids_a[others[:, 0]] != ids_b[others[:, 1]]]
+    listed = {
+        "positive_pairs": torch.cat([pairs, others]),
+        "positive_weights": torch.cat([torch.ones(len(pairs)), torch.zeros(len(others))]).double(),
+    }
+    options = {"false_negative_margin": 0.1}
+    alone = ik.multi_positive_infonce(a, b, SCALE, positive_pairs=pairs, **options)
+    assert ik.multi_positive_infonce(a, b, SCALE, **listed, **options) == alone
+
+
+def test_a_self_pair_that_is_left_out_sets_no_margin():
+    a, b, ids_a, ids_b = make(padded=False)
+    own = torch.arange(41).expand(2, -1).T
+    pairs = (ids_a[:, None] == ids_b[None, :]).fill_diagonal_(False).nonzero()
+    with_own, without = (
+        ik.multi_positive_infonce(
+            a, b, SCALE, positive_pairs=listed, exclude_self=True, false_negative_margin=0.0
+        )
+        for listed in (torch.cat([pairs, own]), pairs)
+    )
+    torch.testing.assert_close(with_own, without)
+
+
+def test_half_precision_meets_in_fp32():
+    """Of columns whose denominators the kernels do not sum, and whose positives they do."""
+    a, b, ids_a, ids_b = make()
+    a, b = (x.bfloat16().requires_grad_() for x in (a, b))
+    options = {"query_ids": ids_a, "key_ids": ids_b, "false_negative_margin": 0.0}
+    losses = [
+        ik.multi_positive_infonce(x, y, torch.linspace(2, 8, 41), **options)
+        for x, y in ((a, b), (a.float(), b.float()))
+    ]
+    assert torch.equal(*losses)
+    for x, y in zip(*(torch.autograd.grad(loss, (a, b)) for loss in losses), strict=True):
+        assert torch.equal(x, y)
+
+
+def test_bad_margins():
+    a, b, _, _ = make(padded=False)
+    with pytest.raises(ValueError, match="false_negative_margin must be finite, got nan"):
+        ik.clip_loss(a, b, SCALE, false_negative_margin=float("nan"))
+    with pytest.raises(ValueError, match="0 or more with positive_pairs"):
+        ik.multi_positive_infonce(
+            a, b, SCALE, positive_pairs=torch.zeros(1, 2).long(), false_negative_margin=-0.1
+        )

@@ -1,0 +1,492 @@
+"""The options of `multi_positive_infonce`, alone and together, against the formulas written out for
+one anchor after the other in fp64."""
+
+import math
+
+import pytest
+import torch
+from support.formulas import check, random_ids, unit
+from support.problems import AVAILABLE
+from torch.nn.functional import normalize
+
+import ito_kernels as ik
+from ito_kernels.losses.reweighting import debiased
+
+F64 = torch.float64
+
+
+def oracle(q, k, scale, row_ids=None, col_ids=None, **o):
+    """The loss by its definition, as a list of loops: no row of a matrix is shared."""
+    n, m = len(q), len(k)
+    row_ids = range(n) if row_ids is None else row_ids.tolist()
+    col_ids = range(m) if col_ids is None else col_ids.tolist()
+    scale = torch.as_tensor(scale, dtype=F64)
+    scale = scale if scale.ndim else scale.expand(n)
+    if o.get("positive_pairs") is not None:
+        row_ids, col_ids = [0] * n, [0] * m  # nobody is padded
+        weights = torch.zeros(n, m, dtype=F64)
+        given = o.get("positive_weights")
+        for p, (i, j) in enumerate(o["positive_pairs"].tolist()):
+            weights[i, j] += 1 if given is None else given[p]
+    else:
+        weights = torch.tensor([[float(r == c and r >= 0) for c in col_ids] for r in row_ids])
+
+    def term(i, pos, w, neg, tau):
+        """One anchor's loss from its positives' scores and weights and its negatives' scores."""
+        everything = torch.cat([pos, neg])
+        denominator = everything.exp().sum()
+        if o.get("debias") is not None or o.get("hardness"):
+            hard = torch.zeros((), dtype=F64)
+            if len(neg):
+                hard = neg.exp()
+                if o.get("hardness"):
+                    importance = (o["hardness"] * neg).exp()
+                    hard = hard * importance / importance.mean()
+                hard = hard.sum()
+                if o.get("debias") is not None:
+                    hard = (hard - len(neg) * tau * (w * pos.exp()).sum() / w.sum()) / (1 - tau)
+                    hard = torch.maximum(hard, len(neg) * (-i).exp())
+            denominator = pos.exp().sum() + hard
+        kind = o.get("positives", "mean")
+        if kind == "mean":
+            loss = denominator.log() - (w * pos).sum() / w.sum()
+        elif kind == "in":
+            loss = denominator.log() - ((w * pos.exp()).sum() / w.sum()).log()
+        else:
+            loss = denominator.log() - (w * pos.exp()).sum().log()
+        epsilon = o.get("label_smoothing", 0)
+        return (1 - epsilon) * loss + epsilon * (denominator.log() - everything.mean())
+
+    def direction(rows):
+        losses, weight_sum = [], 0
+        own, others = (row_ids, col_ids) if rows else (col_ids, row_ids)
+        given = o.get("query_weights" if rows else "key_weights")
+        for i in range(len(own)):
+            if own[i] < 0:
+                losses.append(torch.zeros((), dtype=F64))
+                continue
+            pos, w, neg = [], [], []
+            for j in range(len(others)):
+                if others[j] < 0 or (o.get("exclude_self") and i == j):
+                    continue
+                a, b = (i, j) if rows else (j, i)
+                score = scale[a] * (q[a] @ k[b])
+                if rows and o.get("key_bias") is not None:
+                    score = score + o["key_bias"][b]
+                if weights[a, b]:
+                    pos.append(score)
+                    w.append(weights[a, b])
+                else:
+                    neg.append(score)
+            if rows and o.get("queue") is not None:
+                ids = o.get("queue_ids")
+                for j, key in enumerate(o["queue"].detach()):
+                    if ids is None or (ids[j] >= 0 and ids[j] != own[i]):
+                        neg.append(scale[i] * (q[i] @ key))
+            if rows and o.get("hard_negatives") is not None:
+                neg += [scale[i] * (q[i] @ key) for key in o["hard_negatives"][i]]
+            anchor_weight = 1 if given is None else given[i]
+            if pos or o.get("empty") != "drop":
+                weight_sum = weight_sum + anchor_weight
+            if not pos:
+                losses.append(torch.zeros((), dtype=F64))
+                continue
+            tau = o.get("debias")
+            tau = tau[i] if isinstance(tau, torch.Tensor) and tau.ndim else tau
+            neg = torch.stack(neg) if neg else torch.zeros(0, dtype=F64)
+            floor = scale[i] if rows else scale[0]
+            loss = term(floor, torch.stack(pos), torch.stack(w).to(F64), neg, tau)
+            losses.append(anchor_weight * loss)
+        losses = torch.stack(losses)
+        if o.get("reduction") == "none":
+            return losses
+        return losses.sum() / (weight_sum or 1) if o.get("reduction") != "sum" else losses.sum()
+
+    if not o.get("symmetric", True):
+        return direction(True)
+    out = direction(True), direction(False)
+    return out if o.get("reduction") == "none" else 0.5 * (out[0] + out[1])
+
+
+def pairs_of(n, m, count, seed=5):
+    g = torch.Generator().manual_seed(seed)
+    return torch.stack([torch.randint(0, x, (count,), generator=g) for x in (n, m)], 1)
+
+
+def rand(*shape, seed=6):
+    return torch.rand(*shape, generator=torch.Generator().manual_seed(seed), dtype=F64)
+
+
+def make(name, n, m, d):
+    """The options of a case, for queries (n, d) and keys (m, d)."""
+    queue = unit(9, d, seed=11)
+    queue_ids = random_ids(9, 4, 12, padded=True)
+    hard = unit(n, 3, d, seed=13).requires_grad_()
+    bias = (rand(m) - 0.5).requires_grad_()
+    return {
+        "smoothing": {"label_smoothing": 0.2},
+        "weights": {"query_weights": rand(n), "key_weights": rand(m, seed=7)},
+        "weights, drop": {"query_weights": rand(n), "empty": "drop"},
+        "bias": {"key_bias": bias},
+        "bias, smoothing": {"key_bias": bias, "label_smoothing": 0.3},
+        "queue": {"queue": queue},
+        "queue ids": {"queue": queue, "queue_ids": queue_ids},
+        "hard": {"hard_negatives": hard},
+        "debias": {"debias": 0.1},
+        "debias floor": {"debias": 0.9},
+        "hardness": {"hardness": 0.7},
+        "debias, hardness": {"debias": 0.05, "hardness": 1.5},
+        "queue ids, hard, smoothing": {
+            "queue": queue,
+            "queue_ids": queue_ids,
+            "hard_negatives": hard,
+            "label_smoothing": 0.1,
+        },
+        "all but smoothing": {
+            "queue": queue,
+            "queue_ids": queue_ids,
+            "hard_negatives": hard,
+            "key_bias": bias,
+            "query_weights": rand(n),
+            "key_weights": rand(m, seed=7),
+            "debias": 0.05,
+            "hardness": 0.4,
+            "empty": "drop",
+        },
+    }[name]
+
+
+NAMES = """smoothing; weights; weights, drop; bias; bias, smoothing; queue; queue ids; hard; debias;
+debias floor; hardness; debias, hardness; queue ids, hard, smoothing; all but smoothing"""
+NAMES = [x.strip() for x in NAMES.split(";")]
+
+
+def leaves_of(q, k, scale, options):
+    extra = [x for x in options.values() if isinstance(x, torch.Tensor) and x.requires_grad]
+    return [q, k, scale, *extra]
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("positives", ["mean", "in", "sum"])
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize(("n", "m", "d"), [(1, 3, 2), (9, 13, 5)])
+def test_by_ids(n, m, d, symmetric, positives, name):
+    """Unequal groups, anchors without positives or without negatives, and padding."""
+    q, k = unit(n, d).requires_grad_(), unit(m, d, seed=1).requires_grad_()
+    scale = torch.tensor(4.0, dtype=F64, requires_grad=True)
+    ids = random_ids(n, 5, 2, padded=n > 1), random_ids(m, 4, 3, padded=n > 1)
+    if n == 1:
+        ids = torch.zeros(1, dtype=torch.long), torch.tensor([0, 1, 0])
+    options = make(name, n, m, d) | {"positives": positives, "symmetric": symmetric}
+    if not symmetric:
+        options.pop("key_weights", None)
+    for backend in ("reference", "chunked"):
+        loss = ik.multi_positive_infonce(
+            q, k, scale, query_ids=ids[0], key_ids=ids[1], backend=backend, **options
+        )
+        check(loss, oracle(q, k, scale, *ids, **options), leaves_of(q, k, scale, options))
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("same", [True, False])
+def test_paired_rows_and_one_tower(name, same):
+    """Without ids, and with queries that are the keys, self left out."""
+    q = unit(8, 5).requires_grad_()
+    k = q if same else unit(8, 5, seed=1).requires_grad_()
+    options = make(name, 8, 8, 5) | {"exclude_self": same}
+    ids = [torch.arange(8) // 3] * 2 if same else [None, None]
+    given = {"query_ids": ids[0], "key_ids": ids[1]}
+    scale = torch.tensor(4.0, dtype=F64, requires_grad=True)
+    loss = ik.multi_positive_infonce(q, k, scale, **given, **options)
+    leaves = leaves_of(q, k, scale, options)
+    check(loss, oracle(q, k, scale, *ids, **options), leaves[:1] + leaves[1 + same :])
+
+
+@pytest.mark.parametrize("name", ["smoothing", "debias, hardness"])
+def test_self_pairs_of_sides_padded_differently(name):
+    q, k = unit(9, 5).requires_grad_(), unit(9, 5, seed=1).requires_grad_()
+    ids = torch.tensor([0, -1, 1, 2, 1, 0, 3, 2, -1]), torch.tensor([-1, 0, 1, 2, 1, -1, 3, 0, 2])
+    options = make(name, 9, 9, 5) | {"exclude_self": True}
+    loss = ik.multi_positive_infonce(q, k, 4.0, query_ids=ids[0], key_ids=ids[1], **options)
+    check(loss, oracle(q, k, 4.0, *ids, **options), [q, k])
+
+
+@pytest.mark.parametrize("reduction", ["none", "sum"])
+@pytest.mark.parametrize("name", ["weights", "queue ids", "debias, hardness", "smoothing"])
+def test_reductions(name, reduction):
+    q, k = unit(7, 4), unit(5, 4, seed=1)
+    ids = random_ids(7, 3, 2, padded=True), random_ids(5, 3, 3, padded=True)
+    options = make(name, 7, 5, 4) | {"reduction": reduction}
+    loss = ik.multi_positive_infonce(q, k, 4.0, query_ids=ids[0], key_ids=ids[1], **options)
+    torch.testing.assert_close(loss, oracle(q, k, 4.0, *ids, **options))
+
+
+REWEIGHTED = ["debias", "debias floor", "hardness", "debias, hardness", "reweighted self"]
+
+
+@pytest.mark.parametrize("positives", ["mean", "in", "sum"])
+@pytest.mark.parametrize("weighted", [True, False])
+@pytest.mark.parametrize(
+    "more",
+    ["", "smoothing", "bias", "queue", "hard", "weights", "drop", "self", *REWEIGHTED],
+)
+def test_positive_pairs(monkeypatch, more, weighted, positives):
+    """Pairs that no ids can say, some of them twice, some anchors without one."""
+    monkeypatch.setattr("ito_kernels.similarity.panelwise.panel_rows", lambda columns: 3)
+    n, m = (8, 8) if "self" in more else (8, 11)
+    q, k = unit(n, 5).requires_grad_(), unit(m, 5, seed=1).requires_grad_()
+    scale = torch.tensor(4.0, dtype=F64, requires_grad=True)
+    pairs = pairs_of(n, m, 12)
+    extra = {
+        "self": {"exclude_self": True, "label_smoothing": 0.1},
+        "reweighted self": {"exclude_self": True, "debias": 0.1, "hardness": 0.6}
+        | {"hard_negatives": unit(8, 2, 5, seed=4), "queue": unit(4, 5, seed=3)},
+        "drop": {"empty": "drop"},
+        "": {},
+    }
+    options = extra[more] if more in extra else make(more, n, m, 5)
+    options = options | {"positive_pairs": pairs, "positives": positives}
+    if weighted:
+        options["positive_weights"] = rand(12)
+    if weighted and positives == "sum":
+        with pytest.raises(ValueError, match="positive_weights are normalised per anchor"):
+            ik.multi_positive_infonce(q, k, scale, **options)
+        return
+    if not weighted:  # one that comes twice would count twice as a positive, once as a candidate
+        options["positive_pairs"] = pairs.unique(dim=0)
+    check(
+        ik.multi_positive_infonce(q, k, scale, **options),
+        oracle(q, k, scale, **options),
+        leaves_of(q, k, scale, options),
+    )
+
+
+@pytest.mark.parametrize("options", [{"debias": 0.01}, {"hardness": 0.5}])
+def test_negatives_beside_dominant_pairs(options):
+    """Positives e^50 times the negatives: their difference from the whole would be noise."""
+    x, count = unit(40, 24), torch.arange(40)
+    y = normalize(x + 0.01 * unit(40, 24, seed=1), dim=1)
+    options = options | {"positive_pairs": torch.stack([count, count], 1)}
+
+    def grads(dtype, **options):
+        leaves = [v.to(dtype).requires_grad_() for v in (x, y)]
+        return torch.autograd.grad(ik.clip_loss(*leaves, 100.0, **options), leaves)
+
+    for a, b in zip(grads(torch.float32, **options), grads(F64, **options), strict=True):
+        assert (a - b).abs().max() <= 1e-3 * b.abs().max()
+
+
+def test_pairs_of_ids_are_the_ids():
+    q, k = unit(9, 5), unit(7, 5, seed=1)
+    ids = random_ids(9, 4, 2), random_ids(7, 4, 3)
+    pairs = (ids[0][:, None] == ids[1]).nonzero()
+    for positives in ("mean", "in", "sum"):
+        by_ids = ik.multi_positive_infonce(
+            q, k, 5.0, query_ids=ids[0], key_ids=ids[1], positives=positives, return_stats=True
+        )
+        by_pairs = ik.multi_positive_infonce(
+            q, k, 5.0, positive_pairs=pairs, positives=positives, return_stats=True
+        )
+        torch.testing.assert_close(by_pairs[0], by_ids[0])
+        for name, value in by_pairs[1].items():
+            if value is not None:  # accuracies and negatives: the kernels cannot tell
+                torch.testing.assert_close(value, by_ids[1][name])
+
+
+def test_scale_and_prior_per_query():
+    """Of iSogCLR's temperatures; a prior of false negatives for each anchor."""
+    q, k = unit(8, 5).requires_grad_(), unit(8, 5, seed=1).requires_grad_()
+    scale = (1 + 5 * rand(8)).requires_grad_()
+    hard = unit(8, 2, 5, seed=4).requires_grad_()
+    options = {
+        "debias": 0.3 * rand(8),
+        "hardness": 0.5,
+        "hard_negatives": hard,
+        "symmetric": False,
+        "queue": unit(4, 5, seed=3),
+    }
+    loss = ik.multi_positive_infonce(q, k, scale, **options)
+    check(loss, oracle(q, k, scale, **options), [q, k, scale, hard])
+    options = {"debias": 0.3 * rand(8)}
+    loss = ik.multi_positive_infonce(q, k, 4.0, **options)
+    check(loss, oracle(q, k, 4.0, **options), [q, k])
+    options = {"label_smoothing": 0.2, "queue": unit(4, 5, seed=3), "hard_negatives": hard}
+    loss = ik.multi_positive_infonce(q, k, scale, **options)
+    check(loss, oracle(q, k, scale, **options), [q, k, scale, hard])
+
+
+def test_label_smoothing_is_cross_entropys():
+    q, k = unit(9, 5), unit(9, 5, seed=1)
+    ours = ik.multi_positive_infonce(q, k, 6.0, label_smoothing=0.3, symmetric=False)
+    theirs = torch.nn.functional.cross_entropy(6 * q @ k.T, torch.arange(9), label_smoothing=0.3)
+    torch.testing.assert_close(ours, theirs)
+
+
+def test_normalize_is_of_all_candidates():
+    q, k, queue = (torch.randn(5, 3, dtype=F64) for _ in range(3))
+    options = {"queue": queue, "hard_negatives": torch.randn(5, 2, 3, dtype=F64)}
+    units = {name: torch.nn.functional.normalize(x, dim=-1) for name, x in options.items()}
+    a, b = (torch.nn.functional.normalize(x, dim=-1) for x in (q, k))
+    loss = ik.clip_loss(q, k, 5.0, normalize=True, **options)
+    torch.testing.assert_close(loss, ik.clip_loss(a, b, 5.0, **units))
+
+
+def test_no_hardness_is_the_plain_loss():
+    q, k = unit(9, 5), unit(9, 5, seed=1)
+    assert ik.clip_loss(q, k, 6.0, hardness=0) == ik.clip_loss(q, k, 6.0)
+    torch.testing.assert_close(ik.clip_loss(q, k, 6.0, hardness=1e-9), ik.clip_loss(q, k, 6.0))
+    torch.testing.assert_close(ik.clip_loss(q, k, 6.0, debias=0.0), ik.clip_loss(q, k, 6.0))
+
+
+def test_debiased_at_its_floor():
+    """Where nothing is left of the negatives, where less than the floor is, and above it."""
+    negatives = torch.tensor([2.0, 2.0, 2.0, -torch.inf], dtype=F64, requires_grad=True)
+    prior, number = torch.tensor(0.5, dtype=F64), torch.tensor([2.0, 2.0, 2.0, 0.0], dtype=F64)
+    positive = torch.tensor([2.0, 1.9999999, 0.0, 0.0], dtype=F64, requires_grad=True)
+    out = debiased(negatives, positive, number, prior, torch.full((4,), -5.0, dtype=F64))
+    above, floor = (math.exp(2.0) - 2 * 0.5 * 1.0) / 0.5, 2 * math.exp(-5.0)
+    truth = torch.tensor([floor, floor, above, 0.0], dtype=F64).log()
+    torch.testing.assert_close(out, truth)
+    for grad in torch.autograd.grad(out[:3].sum(), [negatives, positive]):
+        assert grad.isfinite().all()
+        assert (grad[:2] == 0).all()
+
+
+def test_the_queue_has_no_gradient():
+    q, queue = unit(5, 3).requires_grad_(), unit(4, 3, seed=1).requires_grad_()
+    loss = ik.multi_positive_infonce(q, unit(5, 3, seed=2), 5.0, queue=queue)
+    assert torch.autograd.grad(loss, queue, allow_unused=True)[0] is None
+
+
+@pytest.mark.parametrize("positives", ["mean", "in"])
+def test_stats(positives):
+    q, k = unit(7, 4), unit(9, 4, seed=1)
+    ids = random_ids(7, 4, 2), random_ids(9, 4, 3)
+    given = {"query_ids": ids[0], "key_ids": ids[1], "positives": positives}
+    plain = ik.multi_positive_infonce(q, k, 5.0, return_stats=True, **given)[1]
+    options = {"queue": unit(3, 4, seed=2), "query_weights": rand(7), "hardness": 0.5}
+    loss, stats = ik.multi_positive_infonce(q, k, 5.0, return_stats=True, **options, **given)
+    assert loss == ik.multi_positive_infonce(q, k, 5.0, **options, **given)
+    assert not any(x.requires_grad for x in stats.values())
+    for name in ("row_accuracy", "col_accuracy", "positive_score", "hardest_negative_score"):
+        torch.testing.assert_close(stats[name], plain[name])
+    options.pop("query_weights")
+    rows, cols = oracle(q, k, 5.0, *ids, positives=positives, reduction="none", **options)
+    torch.testing.assert_close(stats["row_loss"], rows)
+    torch.testing.assert_close(stats["col_loss"], cols)
+    queue = {"queue": options["queue"]}
+    stats = ik.multi_positive_infonce(q, k, 5.0, return_stats=True, **queue, **given)[1]
+    torch.testing.assert_close(
+        stats["row_lse"], (5 * q @ torch.cat([k, queue["queue"]]).T).logsumexp(1)
+    )
+
+
+@pytest.mark.parametrize("backend", AVAILABLE)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", NAMES)
+def test_every_backend(name, dtype, backend):
+    """At scale 50, where digits are lost if scores are not relative to their maximum."""
+    n, m, d = 40, 50, 24
+    q, k = unit(n, d, dtype=dtype), unit(m, d, seed=1, dtype=dtype)
+    ids = {"query_ids": random_ids(n, 12, 2, padded=True)}
+    ids["key_ids"] = random_ids(m, 12, 3, padded=True)
+
+    def value_and_grads(q, k, backend):
+        leaves = [x.detach().clone().requires_grad_() for x in (q, k)]
+        options = {
+            key: x.detach().to(q.dtype if key in ("queue", "hard_negatives") else torch.float32)
+            if isinstance(x, torch.Tensor) and x.is_floating_point()
+            else x
+            for key, x in make(name, n, m, d).items()
+        }
+        loss = ik.multi_positive_infonce(*leaves, 50.0, **ids, **options, backend=backend)
+        return loss, *torch.autograd.grad(loss, leaves)
+
+    ours = value_and_grads(q, k, backend)
+    truth = value_and_grads(q.double(), k.double(), "reference")
+    fp32 = dtype == torch.float32
+    torch.testing.assert_close(ours[0].double(), truth[0], rtol=1e-6, atol=5e-5 if fp32 else 1e-2)
+    for x, y in zip(ours[1:], truth[1:], strict=True):
+        assert x.dtype == dtype
+        assert (x - y).abs().max() <= (1e-4 if fp32 else 2e-2) * y.abs().max()
+
+
+@pytest.mark.parametrize("backend", AVAILABLE)
+@pytest.mark.parametrize("name", ["hardness", "debias, hardness", "pairs"])
+def test_half_precision_is_rounded_once(name, backend):
+    """A hard negative beside each positive at scale 50: parts of several passes cancel."""
+    x = unit(40, 24)
+    y = (x + 0.02 * unit(40, 24, seed=1)).to(torch.bfloat16)
+    y = torch.cat([y, (y + 0.02 * unit(40, 24, seed=2)).to(torch.bfloat16)])
+    x, count = x.to(torch.bfloat16), torch.arange(40)
+    options = {"symmetric": False, "query_ids": count, "key_ids": torch.arange(80)}
+    if name == "pairs":
+        options = {"symmetric": False, "positive_pairs": torch.stack([count, count], 1)}
+    else:
+        options |= make(name, 40, 80, 24)
+
+    def grads(dtype, backend):
+        leaves = [v.to(dtype).requires_grad_() for v in (x, y)]
+        loss = ik.multi_positive_infonce(*leaves, 50.0, backend=backend, **options)
+        return torch.autograd.grad(loss, leaves)
+
+    for a, b in zip(grads(torch.bfloat16, backend), grads(F64, "reference"), strict=True):
+        assert (a - b).abs().max() <= 5e-3 * b.abs().max()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_autocast(name):
+    """Features as autocast rounds them, everything else in fp32."""
+    q, k = unit(13, 24, dtype=torch.float32), unit(9, 24, seed=1, dtype=torch.float32)
+    ids = {"query_ids": random_ids(13, 5, 2), "key_ids": random_ids(9, 4, 3)}
+    options = {
+        key: x.detach().float() if isinstance(x, torch.Tensor) and x.is_floating_point() else x
+        for key, x in make(name, 13, 9, 24).items()
+    }
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = ik.multi_positive_infonce(q, k, 30.0, **ids, **options)
+    for key in ("queue", "hard_negatives"):
+        if key in options:
+            options[key] = options[key].bfloat16().float()
+    truth = ik.multi_positive_infonce(
+        q.bfloat16().float(), k.bfloat16().float(), 30.0, **ids, **options
+    )
+    assert loss.dtype == torch.float32
+    torch.testing.assert_close(loss, truth, rtol=1e-5, atol=1e-4)
+
+
+def test_clip_loss_takes_pairs():
+    q, k, pairs = unit(5, 4), unit(7, 4, seed=1), pairs_of(5, 7, 6).unique(dim=0)
+    loss = ik.clip_loss(q, k, 5.0, positive_pairs=pairs)
+    torch.testing.assert_close(loss, oracle(q, k, 5.0, positive_pairs=pairs))
+
+
+def test_gradcheck():
+    q, k = unit(5, 3).requires_grad_(), unit(6, 3, seed=1).requires_grad_()
+    ids = {"query_ids": random_ids(5, 3, 2), "key_ids": random_ids(6, 3, 3)}
+    scale = torch.tensor(3.0, dtype=F64, requires_grad=True)
+    for name in NAMES:
+        options = {
+            key: x.detach() if isinstance(x, torch.Tensor) else x
+            for key, x in make(name, 5, 6, 3).items()
+        }
+        torch.autograd.gradcheck(
+            lambda *x: ik.multi_positive_infonce(*x, **ids, **options),  # noqa: B023
+            (q, k, scale),
+        )
+
+
+@pytest.mark.parametrize("more", ["queue", "hard_negatives"])
+def test_bf16_near_a_hard_negative_beyond_the_batch(more):
+    """A candidate 0.02 from the positive, scale 100: the gradient stays within 0.03 of fp64."""
+    a = normalize(torch.randn(64, 128), dim=1)
+    b = normalize(a + 0.05 * torch.randn(64, 128), dim=1)
+    extra = normalize(b + 0.02 * normalize(torch.randn(64, 128), dim=1), dim=1)
+    grads = []
+    for dtype in (torch.bfloat16, torch.float64):
+        x, y, z = (v.bfloat16().to(dtype) for v in (a, b, extra))
+        x.requires_grad_()
+        given = {"queue": z} if more == "queue" else {"hard_negatives": z[:, None]}
+        loss = ik.clip_loss(x, y, 100.0, symmetric=False, **given)
+        grads.append(torch.autograd.grad(loss, x)[0].double())
+    assert (grads[0] - grads[1]).norm() < 0.03 * grads[1].norm()
