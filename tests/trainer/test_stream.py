@@ -231,7 +231,7 @@ def test_ranks_share_the_records_out(tmp_path):
         assert len(own) in (12, 18)
     assert len(found) == 42
     assert set(found.values()) == {1}
-    with pytest.raises(ValueError, match="at least a shard for each of 8 ranks, got 7"):
+    with pytest.raises(ValueError, match="at least one shard for each of 8 ranks, got 7"):
         Stream(shards, 4, 2, world_size=8)
 
 
@@ -360,7 +360,7 @@ def test_batches_for_the_trainer(tmp_path):
     assert first.pictures.shape == (3, 5, 3, 4, 4)
     assert first.pictures.dtype == torch.uint8
     assert torch.equal(first.pictures[0], first.pictures[2])
-    ids = first.ids[:, first.local]
+    ids = first.ids[:, first.local_rows]
     assert ids.shape[:2] == (2, 5)
     known = {tuple(row) for row in tokenizer(["one", "two words", "three words here"]).tolist()}
     for first, second in zip(*ids.tolist(), strict=True):
