@@ -51,7 +51,7 @@ def site_folders() -> list[str]:
     """Where packages are installed for this Python, the user's first, as in `sys.path`.
 
     The user's count although pip switches them off for its build (PYTHONNOUSERSITE); but not in a
-    virtual environment that sees its own packages alone.
+    virtual environment that sees only its own packages.
     """
     user = [site.getusersitepackages()] if sys.base_prefix in site.PREFIXES else []
     return user + site.getsitepackages()

@@ -25,7 +25,7 @@ def user_errors() -> Iterator[None]:
     except KeyboardInterrupt:
         sys.exit(128 + signal.SIGINT)
     except USER_ERRORS as error:
-        print(f"error: {shown(reason(error), 2000)}", file=sys.stderr)
+        print(f"error: {one_line(reason(error), 2000)}", file=sys.stderr)
         sys.exit(2)
     except FloatingPointError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -48,7 +48,7 @@ def output_path(option: str, path: Path) -> Path:
     return path
 
 
-def shown(text: str, limit: int = 300) -> str:
+def one_line(text: str, limit: int = 300) -> str:
     """The text on one line, cut to `limit` characters: a caption may be a megabyte long."""
     cut = text if len(text) <= limit else text[: limit - 1] + "…"
     return " ".join(cut.splitlines())

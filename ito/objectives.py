@@ -70,7 +70,7 @@ class Objective(nn.Module):
     def encode(self, model: DualEncoder, patches: Tensor, ids: Tensor) -> tuple[Tensor, ...]:
         """From the output of `model.image.convolve`, (V, n, ...), and token ids (C, n, L) to
         features with the n items along dimension 1. Items must not depend on each other here."""
-        return unit(model.image.attend, patches), unit(model.text, ids)
+        return unit_rows(model.image.attend, patches), unit_rows(model.text, ids)
 
     def loss(
         self, *features: Tensor, logit_scale: Tensor, step: Step, group: ProcessGroup | None
@@ -86,7 +86,7 @@ class Objective(nn.Module):
         """Keep parameters in their range; called after each optimizer step."""
 
 
-def unit(tower: nn.Module, inputs: Tensor) -> Tensor:
+def unit_rows(tower: nn.Module, inputs: Tensor) -> Tensor:
     """From inputs (V, n, ...) to unit rows (V, n, E), fp32."""
     return F.normalize(tower(inputs.flatten(0, 1))[1].float(), dim=-1).unflatten(
         0, inputs.shape[:2]
@@ -139,7 +139,7 @@ class Slip(Objective):
         pooled = model.image.attend(patches.flatten(0, 1))[1].unflatten(0, patches.shape[:2])
         projected = self.projector(pooled[1:])
         image, views = (F.normalize(x.float(), dim=-1) for x in (pooled[:1], projected))
-        return image, unit(model.text, ids), views
+        return image, unit_rows(model.text, ids), views
 
     def loss(self, image, text, views, *, logit_scale, step, group):
         align = clip_loss(image[0], text[0], logit_scale, group=group)
@@ -184,7 +184,7 @@ class Flair(Sigmoid):
     def encode(self, model, patches, ids):
         tokens, pooled = model.image.attend(patches.flatten(0, 1))
         image = F.normalize(pooled.float(), dim=-1)
-        return image[None], unit(model.text, ids), tokens.float()[None]
+        return image[None], unit_rows(model.text, ids), tokens.float()[None]
 
     def loss(self, image, text, tokens, *, logit_scale, step, group):
         captions, n = text.shape[:2]

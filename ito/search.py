@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from PIL import Image
 
-from ito.cli import output_path, shown, user_errors
+from ito.cli import one_line, output_path, user_errors
 from ito.config import add_options
 from ito.data.dataset import report_skipped
 from ito.files import write_atomically
@@ -89,7 +89,7 @@ def main(arguments: list[str] | None = None) -> None:
         for query, values, pictures in zip(
             options.queries, scores.tolist(), found.tolist(), strict=True
         ):
-            print(shown(query))
+            print(one_line(query))
             for value, picture in zip(values, pictures, strict=True):
                 print(f"  {value:6.3f}  {index.name(picture):32} {index.dataset.files[picture]}")
         sheet = contact_sheet(index, options.queries, scores, found)

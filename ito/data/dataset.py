@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from ito.cli import shown
+from ito.cli import one_line
 from ito.data.pictures import MAX_PIXELS, decode
 from ito.data.records import Record, Skipped, cpu_count, open_shards
 
@@ -106,7 +106,7 @@ def load_dataset(
     images, kept, unreadable = decode_all(records, image_size, max_pixels, workers)
     skipped += unreadable
     if not kept:
-        reasons = "; ".join(shown(f"{where}: {reason}") for where, reason in skipped[:3])
+        reasons = "; ".join(one_line(f"{where}: {reason}") for where, reason in skipped[:3])
         about = f"{len(skipped)} records skipped: {reasons}" if skipped else "it holds no record"
         raise ValueError(f"no usable picture in {path} ({about})")
 
@@ -242,5 +242,5 @@ def report_skipped(skipped: list[Skipped], limit: int = 10) -> str:
     if not skipped:
         return ""
     lines = [f"skipped {len(skipped)} records:"]
-    lines += [f"  {shown(f'{where}: {reason}')}" for where, reason in skipped[:limit]]
+    lines += [f"  {one_line(f'{where}: {reason}')}" for where, reason in skipped[:limit]]
     return "\n".join(lines + ["  …"] * (len(skipped) > limit))

@@ -108,11 +108,11 @@ def open_shards(
         rows = read_csv(path, csv_separator, csv_img_key, csv_caption_key)
     else:
         raise FileNotFoundError(f"no data at {path}: {EXPECTED}")
-    checked = [check(r, root) if isinstance(r, Record) else r for r in rows]
+    checked = [check_record(r, root) if isinstance(r, Record) else r for r in rows]
     return [partial(iter, checked[at : at + ROWS]) for at in range(0, len(checked), ROWS)]
 
 
-def check(record: Record, root: Path | None = None) -> Record | Skipped:
+def check_record(record: Record, root: Path | None = None) -> Record | Skipped:
     """The record; or the reason to skip it, if its texts or the path of its picture are bad."""
     if not record.captions:
         return Skipped(record.where, "empty caption")
@@ -168,8 +168,8 @@ def from_sample(sample: Sample, where: str, name: str) -> Record | Skipped:
         raise ValueError(f"expected a JSON object, got {str(fields)[:60]}")
     record = from_fields(fields, where, sample.members[pictures[0]], name)
     if not record.captions and "txt" in sample.contents:
-        record.captions = texts(sample.contents["txt"].decode())
-    return check(record)
+        record.captions = text_list(sample.contents["txt"].decode())
+    return check_record(record)
 
 
 # --- captions.jsonl ---
@@ -188,7 +188,7 @@ def parse(line: str, where: str, folder: Path) -> Record:
     try:
         if not isinstance(fields, dict):
             raise ValueError(f"expected a JSON object, got {line.strip()[:60]}")
-        image = text(fields, "image")
+        image = text_field(fields, "image")
         if image is None:
             raise ValueError(f"names no image; its fields are {list(fields)}")
         if "captions" not in fields and "caption" not in fields:
@@ -206,26 +206,26 @@ def from_fields(fields: dict, where: str, image: Path | Member, name: str) -> Re
     translations = fields.get("translations") or {}
     if not isinstance(translations, dict):
         raise ValueError(f"translations must be an object, got {translations!r}")
-    if "/" in (text(fields, "split") or ""):  # names of scores begin with it: "val/i2t/R@1"
+    if "/" in (text_field(fields, "split") or ""):  # names of scores begin with it: "val/i2t/R@1"
         raise ValueError(f"split must be a name without /, got {fields['split']!r}")
     return Record(
         where,
         image,
-        text(fields, "item") or name,
-        texts(fields.get("captions")) or texts(fields.get("caption")),
-        {language: texts(names) for language, names in translations.items()},
-        *(text(fields, name) for name in ("split", "style", "group", "subgroup")),
+        text_field(fields, "item") or name,
+        text_list(fields.get("captions")) or text_list(fields.get("caption")),
+        {language: text_list(names) for language, names in translations.items()},
+        *(text_field(fields, name) for name in ("split", "style", "group", "subgroup")),
     )
 
 
-def text(fields: dict, name: str) -> str | None:
+def text_field(fields: dict, name: str) -> str | None:
     value = fields.get(name)
     if not isinstance(value, str | None):
         raise ValueError(f"{name} must be a text, got {value!r}")
     return value
 
 
-def texts(value) -> list[str]:
+def text_list(value) -> list[str]:
     """A text, a list of texts, or null, as a list without empty texts."""
     value = [value] if isinstance(value, str) else value or []
     if not isinstance(value, list) or not all(isinstance(text, str) for text in value):
@@ -273,7 +273,9 @@ def read_csv(
         name = row[img]
         next_to_csv = source.parent / name
         path = next_to_csv if next_to_csv.exists() else Path(name)
-        records.append(Record(where, path, name, texts(row[caption]), {}, None, None, None, None))
+        records.append(
+            Record(where, path, name, text_list(row[caption]), {}, None, None, None, None)
+        )
     return records
 
 

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
-from ito.cli import shown
+from ito.cli import one_line
 from ito.scoring.index import Index
 
 CELL, PICTURE, LINE = 120, 96, 16  # pixels of the contact sheet
@@ -38,7 +38,7 @@ def contact_sheet(
 
     for row, query in enumerate(queries):
         top = row * height + LINE // 2
-        write(LINE, top, shown(query), sheet.width - 2 * LINE, "black")
+        write(LINE, top, one_line(query), sheet.width - 2 * LINE, "black")
         for column, picture in enumerate(found[row].tolist()):
             left = LINE + column * CELL
             pixels = index.dataset.images[picture].permute(1, 2, 0).numpy()

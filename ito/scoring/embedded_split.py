@@ -1,6 +1,6 @@
 """Embeddings of one split's pictures, and of the names of its items."""
 
-from ito.cli import shown
+from ito.cli import one_line
 from ito.data.dataset import Dataset
 from ito.model.embed import embed_images, embed_texts
 from ito.model.exported import Encoder
@@ -17,7 +17,7 @@ class EmbeddedSplit:
         self.items, self.item = dataset.image_item[self.rows].unique(return_inverse=True)
         self.pictures = dataset.images[self.rows]
         captions = [dataset.captions[n][0] for n in self.items.tolist()]
-        self.names = [shown(caption) for caption in captions]
+        self.names = [one_line(caption) for caption in captions]
         self.group = [dataset.group[n] for n in self.items.tolist()]
         self.images = embed_images(encoder.model, self.pictures)
         self.texts = embed_texts(encoder.model, encoder.tokenizer(captions))

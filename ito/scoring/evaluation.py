@@ -39,7 +39,7 @@ def evaluate(model: DualEncoder, tokenizer: Tokenizer, dataset: Dataset) -> dict
     for split in dataset.held_out_splits():
         rows = dataset.rows(split)
         images = embed_images(model, dataset.images[rows])
-        scores |= under(split, basic_scores(images, dataset.image_item[rows], classes))
+        scores |= with_prefix(split, basic_scores(images, dataset.image_item[rows], classes))
     return scores
 
 
@@ -80,18 +80,18 @@ def evaluate_fully(
         if len(images) > 1 and len(item.unique()) > 1:
             items = item.unique()
             names = classes.names[items]
-            found |= under("modality", probes.modality_classifier(images, names, item, items))
+            found |= with_prefix("modality", probes.modality_classifier(images, names, item, items))
             found |= {
                 "geometry/uniformity_images": uniformity_loss(images).item(),
                 "geometry/uniformity_texts": uniformity_loss(names).item(),
             }
         found["geometry/alignment"] = alignment_loss(images, texts).item()
         found |= language_scores(model, tokenizer, dataset, images, item)
-        scores |= under(split, found)
+        scores |= with_prefix(split, found)
     return scores
 
 
-def under(prefix: str, scores: dict[str, float]) -> dict[str, float]:
+def with_prefix(prefix: str, scores: dict[str, float]) -> dict[str, float]:
     return {f"{prefix}/{name}": value for name, value in scores.items()}
 
 
@@ -140,8 +140,8 @@ def basic_scores(images: torch.Tensor, item: torch.Tensor, classes: Classes) -> 
     scores = retrieval(images, names, item, candidates)
     for kind, emb, labels in classes.of(item, classes.plain):
         known = labels >= 0
-        scores |= under(f"zero_shot/{kind}", zero_shot(images[known], emb, labels[known]))
-    return scores | under("modality", modality_gap(images, names))
+        scores |= with_prefix(f"zero_shot/{kind}", zero_shot(images[known], emb, labels[known]))
+    return scores | with_prefix("modality", modality_gap(images, names))
 
 
 def probe_scores(train_emb, train_item, test_emb, test_item, subgroup) -> dict[str, float]:
@@ -155,8 +155,8 @@ def probe_scores(train_emb, train_item, test_emb, test_item, subgroup) -> dict[s
         if len(y[fit][torch.isin(y[fit], y_test[test])].unique()) < 2:
             continue
         sides = train_emb[fit], y[fit], test_emb[test], y_test[test]
-        scores |= under(f"linear_probe/{kind}", probes.linear_probe(*sides))
-        scores |= under(f"knn/{kind}", probes.knn(*sides))
+        scores |= with_prefix(f"linear_probe/{kind}", probes.linear_probe(*sides))
+        scores |= with_prefix(f"knn/{kind}", probes.knn(*sides))
     return scores
 
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 
-from ito.cli import shown
+from ito.cli import one_line
 from ito.data.dataset import Dataset
 from ito.files import undamaged, write_atomically
 from ito.model.exported import Encoder
@@ -42,4 +42,4 @@ class Index:
 
     def name(self, picture: int) -> str:
         """The first caption of the picture's item, shortened for display."""
-        return shown(self.dataset.captions[int(self.dataset.image_item[picture])][0])
+        return one_line(self.dataset.captions[int(self.dataset.image_item[picture])][0])

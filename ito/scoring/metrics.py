@@ -33,8 +33,8 @@ def retrieval(
     `i2t/candidates`, `i2t/queries`, and the same for `t2i`.
     Raises ValueError if shapes do not match, or if no query has a correct candidate.
     """
-    check("image_item", image_item, image_emb)
-    check("text_item", text_item, text_emb)
+    check_ids("image_item", image_item, image_emb)
+    check_ids("text_item", text_item, text_emb)
     scores = {}
     for name, args in (
         ("i2t", (image_emb, text_emb, image_item, text_item)),
@@ -68,7 +68,7 @@ def ranks(
     The rank is int64: 1 + the number of wrong candidates at least as similar as the best correct
     one. It is at most M, and 0 if no candidate is correct.
     """
-    queries, candidates = unit(query_emb), unit(candidate_emb)
+    queries, candidates = unit_rows(query_emb), unit_rows(candidate_emb)
     rank, shares = [], []
     for q, item in zip(queries.split(BLOCK), query_item.split(BLOCK), strict=True):
         scores = q @ candidates.T
@@ -87,11 +87,11 @@ def random_rank(share: torch.Tensor, candidates: int) -> float:
     return (1 + (candidates - c) / (c + 1)).mean().item()
 
 
-def unit(emb: torch.Tensor) -> torch.Tensor:
+def unit_rows(emb: torch.Tensor) -> torch.Tensor:
     return F.normalize(emb.float(), dim=1)
 
 
-def check(name: str, ids: torch.Tensor, rows: torch.Tensor) -> None:
+def check_ids(name: str, ids: torch.Tensor, rows: torch.Tensor) -> None:
     if ids.shape != rows.shape[:1]:
         raise ValueError(f"{name} must have shape ({len(rows)},), got {tuple(ids.shape)}")
 
@@ -106,7 +106,7 @@ def zero_shot(
     averaged over the classes that occur. `chance` is 1/C, `majority` the accuracy of always naming
     the most frequent class. Raises ValueError if a label is not in [0, C).
     """
-    check("labels", labels, image_emb)
+    check_ids("labels", labels, image_emb)
     if labels.min() < 0 or labels.max() >= len(class_emb):
         raise ValueError(
             f"labels must be in [0, {len(class_emb)}), got {labels.min()} to {labels.max()}"
@@ -173,7 +173,7 @@ def modality_gap(image_emb: torch.Tensor, text_emb: torch.Tensor) -> dict[str, f
 
     image_emb (N, D), text_emb (M, D); no pairing is assumed.
     """
-    image, text = unit(image_emb), unit(text_emb)
+    image, text = unit_rows(image_emb), unit_rows(text_emb)
     gap = (image.mean(0) - text.mean(0)).norm()
     # mean_ij ‖x_i − y_j‖² of unit vectors, without an N × M matrix
     distance = (2 - 2 * image.mean(0) @ text.mean(0)).clamp_min(0).sqrt()

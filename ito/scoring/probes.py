@@ -6,7 +6,7 @@ Embeddings are (N, D), of any float dtype; labels are integers (N,). No random n
 import torch
 import torch.nn.functional as F
 
-from ito.scoring.metrics import check, mean_per_class, unit
+from ito.scoring.metrics import check_ids, mean_per_class, unit_rows
 
 PENALTIES = (1e0, 1e-1, 1e-2, 1e-3, 1e-4)
 ITERATIONS = 100  # of L-BFGS, at most
@@ -69,7 +69,7 @@ def knn(
     """
     (x, y), (x_test, y_test) = shared_classes(train_emb, train_labels, test_emb, test_labels)
     classes, k = int(y.max()) + 1, min(k, len(y))
-    near, index = (unit(x_test) @ unit(x).T).topk(k)
+    near, index = (unit_rows(x_test) @ unit_rows(x).T).topk(k)
     votes = torch.zeros(len(x_test), classes)
     votes.scatter_add_(1, y[index], ((near - 1) / temperature).exp())
     return {
@@ -95,15 +95,17 @@ def modality_classifier(
     image_emb (N, D), text_emb (M, D), of the items image_item (N,), text_item (M,). Raises
     ValueError unless at least 2 items have both images and texts.
     """
-    check("image_item", image_item, image_emb)
-    check("text_item", text_item, text_emb)
+    check_ids("image_item", image_item, image_emb)
+    check_ids("text_item", text_item, text_emb)
     shared = image_item[torch.isin(image_item, text_item)].unique()
     if len(shared) < 2:
         raise ValueError(f"need at least 2 items of both modalities, got {len(shared)}")
     sides = []
     for emb, item in ((image_emb, image_item), (text_emb, text_item)):
         known = torch.isin(item, shared)
-        sides.append((unit(emb[known]).double(), torch.searchsorted(shared, item[known]) % 2 == 0))
+        sides.append(
+            (unit_rows(emb[known]).double(), torch.searchsorted(shared, item[known]) % 2 == 0)
+        )
     x = torch.cat([emb[fitted] for emb, fitted in sides])
     y = torch.cat([torch.full((int(f.sum()),), n) for n, (_, f) in enumerate(sides)])
     parameters = fit(x, y, 2, 1e-4)
@@ -116,15 +118,15 @@ def modality_classifier(
 
 def shared_classes(train_emb, train_labels, test_emb, test_labels):
     """Unit rows and renumbered labels of the classes that occur in both sets."""
-    check("train_labels", train_labels, train_emb)
-    check("test_labels", test_labels, test_emb)
+    check_ids("train_labels", train_labels, train_emb)
+    check_ids("test_labels", test_labels, test_emb)
     shared = train_labels[torch.isin(train_labels, test_labels)].unique()
     if len(shared) < 2:
         raise ValueError(f"need at least 2 labels that occur in both sets, got {len(shared)}")
     sides = []
     for emb, labels in ((train_emb, train_labels), (test_emb, test_labels)):
         known = torch.isin(labels, shared)
-        sides.append((unit(emb[known]), torch.searchsorted(shared, labels[known])))
+        sides.append((unit_rows(emb[known]), torch.searchsorted(shared, labels[known])))
     return sides
 
 

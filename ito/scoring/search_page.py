@@ -14,7 +14,7 @@ import sys
 import torch
 from PIL import Image
 
-from ito.cli import shown
+from ito.cli import one_line
 from ito.scoring.index import Index
 
 try:
@@ -69,7 +69,7 @@ def application(index: Index) -> Starlette:
         if like is not None:
             picture = number(like)
             if picture is None:
-                return PlainTextResponse(f"like must be in [0, {count}), got {shown(like)}", 400)
+                return PlainTextResponse(f"like must be in [0, {count}), got {one_line(like)}", 400)
             results = tiles(index, index.embeddings[picture][None])
             about = f'<img src="/picture/{picture}" alt="">Pictures like this one: '
             about += html.escape(index.name(picture))
@@ -91,7 +91,7 @@ def application(index: Index) -> Starlette:
         asked = request.path_params["number"]
         found = number(asked)
         if found is None:
-            message = f"picture must be in [0, {count}), got {shown(asked)}"
+            message = f"picture must be in [0, {count}), got {one_line(asked)}"
             return PlainTextResponse(message, 404)
         buffer = io.BytesIO()
         pixels = index.dataset.images[found].permute(1, 2, 0).numpy()
