@@ -4,7 +4,12 @@ from .cacr import cacr_loss
 from .clip import clip_loss, siglip_loss
 from .clusters import cluster_weighted_infonce
 from .decoupled import decoupled_contrastive_loss, decoupled_softmax_loss
-from .geometry import alignment_loss, uniformity_loss
+from .geometry import (
+    alignment_loss,
+    orthogonality_loss,
+    spectral_contrastive_loss,
+    uniformity_loss,
+)
 from .infonce import multi_positive_infonce
 from .ito import ito_loss
 from .mixtures import mix_hard_negatives, mixup_infonce
@@ -31,8 +36,10 @@ __all__ = [
     "multi_positive_infonce",
     "nt_xent_loss",
     "one_to_k_loss",
+    "orthogonality_loss",
     "siglip_loss",
     "soft_target_infonce",
+    "spectral_contrastive_loss",
     "supcon_loss",
     "symile_loss",
     "uniformity_loss",

@@ -1,4 +1,4 @@
-"""Alignment and uniformity, the two terms that a contrastive loss combines."""
+"""Losses of the embeddings' geometry: alignment, uniformity, and moments of the similarities."""
 
 from __future__ import annotations
 
@@ -7,12 +7,13 @@ import math
 import torch
 from torch import Tensor
 
-from ..distributed import same_on_every_rank
+from ..distributed import GlobalBatch, LocalBatch, same_on_every_rank
 from ..similarity.dispatch import check_name
 from .batch import Names, check_arguments
-from .precision import to_accumulate_dtype, without_autocast
+from .precision import row_dot, to_accumulate_dtype, without_autocast
 
 UNIFORM, ALIGN = Names("x", "x", "t"), Names("x", "y", "alpha")
+MOMENTS = Names("x", "y")
 
 
 @same_on_every_rank
@@ -96,3 +97,86 @@ def alignment_loss(
     powers = torch.where(nonzero, torch.where(nonzero, square, 1) ** (alpha / 2), 0)
     batch = args.global_batch()
     return batch.all_reduce_loss(powers.sum()) / batch.global_count("col")
+
+
+@same_on_every_rank
+def spectral_contrastive_loss(
+    x: Tensor,
+    y: Tensor,
+    *,
+    group=None,
+    chunk_size: int | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """Spectral contrastive loss: -2·mean_i <x_i, y_i> + mean_{i ≠ j} <x_i, y_j>².
+
+    The second mean is computed from the (D, D) matrices of second moments, in O((N + M)·D²).
+
+    Args:
+        x, y: (N, D) with N ≥ 2; row i of both is a positive pair. They need not be normalised.
+        group, chunk_size: as in `multi_positive_infonce`.
+        backend: its name is checked, but it has no effect: there is no similarity matrix.
+
+    Returns a 0-d fp32 tensor (fp64 for fp64 features).
+    Raises TypeError or ValueError that names an invalid argument.
+    Source: HaoChen et al. 2021, eq. 6.
+    """
+    batch, x, y, n = _moment_batch(x, y, group, chunk_size, backend)
+    with without_autocast(x.device):
+        positives = batch.all_reduce_loss(row_dot(x, y).sum()) / n
+        return _mean_square_of_negatives(batch, x, y, n) - 2 * positives
+
+
+@same_on_every_rank
+def orthogonality_loss(
+    x: Tensor,
+    y: Tensor | None = None,
+    *,
+    group=None,
+    chunk_size: int | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """Global orthogonal regularisation: negatives as orthogonal as random directions.
+
+        L = (mean_{i ≠ j} <x_i, y_j>)² + max(0, mean_{i ≠ j} <x_i, y_j>² - 1/D)
+
+    Computed from sums and (D, D) matrices of second moments, in O((N + M)·D²).
+
+    Args:
+        x, y: (N, D) with N ≥ 2, L2-normalised; row i of both is a positive pair. y is x by default.
+        group, chunk_size: as in `multi_positive_infonce`.
+        backend: its name is checked, but it has no effect: there is no similarity matrix.
+
+    Returns a 0-d fp32 tensor (fp64 for fp64 features).
+    Raises TypeError or ValueError that names an invalid argument.
+    Source: Zhang et al. 2017, eq. 5.
+    """
+    batch, x, y, n = _moment_batch(x, x if y is None else y, group, chunk_size, backend)
+    with without_autocast(x.device):
+        total = row_dot(x, batch.all_reduce_sum(y.sum(0)).expand_as(x)).sum()
+        mean = batch.all_reduce_loss(total - row_dot(x, y).sum()) / (n * (n - 1))
+        square = _mean_square_of_negatives(batch, x, y, n)
+        return mean.square() + (square - 1 / x.shape[1]).clamp(min=0)
+
+
+def _moment_batch(
+    x: Tensor, y: Tensor, group, chunk_size: int | None, backend: str | None
+) -> tuple[GlobalBatch | LocalBatch, Tensor, Tensor, int]:
+    """The batch, both features in the accumulate dtype, and the number of rows of all ranks."""
+    if backend is not None:
+        check_name(backend)
+    args = check_arguments(x, y, 1.0, group, chunk_size, "reference", names=MOMENTS)
+    scores = args.scores()
+    n = scores.global_count("col")
+    if n < 2:
+        raise ValueError(f"x must have at least 2 rows, got {n}: the loss has a mean over i ≠ j")
+    return scores.global_batch, scores.queries, scores.keys, n
+
+
+def _mean_square_of_negatives(
+    batch: GlobalBatch | LocalBatch, x: Tensor, y: Tensor, n: int
+) -> Tensor:
+    """mean_{i ≠ j} <x_i, y_j>²: Σ_ij <x_i, y_j>² is <XᵀX, YᵀY>."""
+    moments = batch.all_reduce_sum(y.T @ y)
+    total = row_dot(x @ moments, x).sum() - row_dot(x, y).square().sum()
+    return batch.all_reduce_loss(total) / (n * (n - 1))

@@ -186,6 +186,37 @@ def test_alignment(alpha):
     assert torch.equal(torch.autograd.grad(loss, same)[0], torch.zeros_like(x))
 
 
+def negatives_of(x, y):
+    """<x_i, y_j> for i ≠ j."""
+    return torch.stack([x[i] @ y[j] for i in range(len(x)) for j in range(len(y)) if i != j])
+
+
+@pytest.mark.parametrize(("n", "d"), [(2, 3), (9, 4), (5, 12)])
+def test_spectral(n, d):
+    x, y = (1.3 * unit(n, d, seed=s) for s in range(2))
+    x, y = x.requires_grad_(), y.requires_grad_()
+    truth = negatives_of(x, y).square().mean() - 2 * torch.stack([*map(torch.dot, x, y)]).mean()
+    check(ik.spectral_contrastive_loss(x, y), truth, [x, y])
+
+
+@pytest.mark.parametrize(("n", "d"), [(2, 3), (9, 4), (5, 12)])
+@pytest.mark.parametrize("same", [False, True])
+def test_orthogonality(same, n, d):
+    x, y = unit(n, d).requires_grad_(), unit(n, d, seed=1).requires_grad_()
+    products = negatives_of(x, x if same else y)
+    truth = products.mean() ** 2 + (products.square().mean() - 1 / d).clamp(min=0)
+    loss = ik.orthogonality_loss(x) if same else ik.orthogonality_loss(x, y)
+    check(loss, truth, [x] if same else [x, y])
+
+
+@pytest.mark.parametrize("loss", [ik.spectral_contrastive_loss, ik.orthogonality_loss])
+def test_moments_need_two_rows(loss):
+    with pytest.raises(ValueError, match="x must have at least 2 rows, got 1"):
+        loss(torch.ones(1, 3), torch.ones(1, 3))
+    with pytest.raises(ValueError, match="x and y must have the same number of rows, got 3 and 2"):
+        loss(torch.ones(3, 3), torch.ones(2, 3))
+
+
 # ---- three modalities
 
 

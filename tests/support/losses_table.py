@@ -211,6 +211,11 @@ ROWS = {
     },
     "uniformity_loss": {"t": row(f"{OTHER}uniformity", X, 2.0)},
     "alignment_loss": {"alpha": pair(f"{OTHER}alignment", 2.0)},
+    "spectral_contrastive_loss": {"": pair(f"{OTHER}spectral")},
+    "orthogonality_loss": {
+        "y": pair(f"{OTHER}orthogonality"),
+        "one tower": row(f"{OTHER}orthogonality", X),
+    },
     "symile_loss": {
         "generator": pair(
             f"{OTHER}symile", Z, SCALES, Made(lambda at: torch.Generator().manual_seed(1))
@@ -254,7 +259,7 @@ ROWS = {
         )
     },
 }
-WITHOUT_KERNELS = {"alignment_loss"}
+WITHOUT_KERNELS = {"alignment_loss", "spectral_contrastive_loss", "orthogonality_loss"}
 START = "| loss | what it is | " + " | ".join(BACKENDS) + " |"
 
 
