@@ -1,8 +1,8 @@
-"""What is compared: the losses, and who computes them.
+"""The benchmarked losses and the implementations that are compared (contenders).
 
-A contender is written the way its users write it. All get the same tensors, run under autocast
-where the features are half precision, as in training, and have the same gradients to compute: of
-the features, of the logarithm of the scale and, for SigLIP, of the bias.
+Each contender is written as its users would write it. All get the same tensors. For half precision
+features they run under autocast, as in training. All compute the same gradients: of the features,
+of the logarithm of the scale and, for SigLIP, of the bias.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ import ito_kernels
 
 LOSSES = ("clip", "multi_positive", "siglip", "nt_xent", "supcon")
 ALL_LOSSES = (*LOSSES, *OTHER_LOSSES)
-# all 2N rows against each other
+# losses of all 2N rows against each other
 ONE_TOWER = ("nt_xent", "supcon", *(name for name, x in OTHER_LOSSES.items() if x.one_tower))
 GROUPED = ("multi_positive", "supcon", *(name for name, x in OTHER_LOSSES.items() if x.grouped))
 POSITIVES_PER_ID = 4
@@ -35,10 +35,11 @@ EXACT_ROWS = 512
 def make_inputs(
     loss: str, n: int, d: int, dtype: torch.dtype, device: str, seed: int = 0
 ) -> Inputs:
-    """Features of a model in training: positives at a cosine of about 0.5, negatives about 0.
+    """Features like those of a model in training: the cosine of positives is about 0.5, that of
+    negatives about 0.
 
-    The scale is the one each loss starts from: 1 / 0.07, and 10 with a bias of -10 for SigLIP.
-    The rows of an item are scattered over the batch.
+    The scale is the usual initial value of each loss: 1 / 0.07, and for SigLIP 10 with a bias of
+    -10. The rows of an item are spread over the batch.
     """
     rng = torch.Generator().manual_seed(0)
     ids = torch.arange(n)
@@ -58,7 +59,7 @@ def make_inputs(
     return Inputs(a, b, log_scale, scalar(-10.0), ids.to(device))
 
 
-# ---- PyTorch, as people write it
+# Plain PyTorch.
 
 
 def clip_eager(x: Inputs) -> Tensor:
@@ -68,7 +69,7 @@ def clip_eager(x: Inputs) -> Tensor:
 
 
 def clip_two_matmuls(x: Inputs) -> Tensor:
-    """open_clip's form: the logits of each direction by a matrix product of their own."""
+    """open_clip's form: one matrix product for the logits of each direction."""
     scale = x.log_scale.exp()
     logits_per_image = scale * x.a @ x.b.T
     logits_per_text = scale * x.b @ x.a.T
@@ -86,7 +87,7 @@ def build_linear_cross_entropy(loss: str) -> Callable:
 def clip_linear_cross_entropy(x: Inputs) -> Tensor:
     scale = x.log_scale.exp()
     labels = torch.arange(len(x.a), device=x.a.device)
-    # the default options are the chunked form; without options it builds the logits
+    # with its default options object it works in chunks; without one it forms the logits
     loss = partial(F.linear_cross_entropy, options=torch.nn.LinearCrossEntropyOptions())
     return (loss(scale * x.a, x.b, labels) + loss(scale * x.b, x.a, labels)) / 2
 
@@ -108,9 +109,9 @@ def siglip_eager(x: Inputs) -> Tensor:
 def nt_xent_eager(x: Inputs) -> Tensor:
     z = torch.cat([x.a, x.b])
     logits = x.log_scale.exp() * z @ z.T
-    itself = torch.eye(len(z), dtype=torch.bool, device=z.device)
+    self_pairs = torch.eye(len(z), dtype=torch.bool, device=z.device)
     other_view = torch.arange(len(z), device=z.device).roll(len(x.a))
-    return F.cross_entropy(logits.masked_fill(itself, -torch.inf), other_view)
+    return F.cross_entropy(logits.masked_fill(self_pairs, -torch.inf), other_view)
 
 
 def supcon_eager(x: Inputs) -> Tensor:
@@ -134,11 +135,11 @@ EAGER = {
 
 
 def compiled(loss: str) -> Callable[[Inputs], Tensor]:
-    # static shapes are the faster ones; fullgraph raises where it would fall back to eager
+    # static shapes are faster; fullgraph raises instead of falling back to eager
     return torch.compile(EAGER[loss], dynamic=False, fullgraph=True)
 
 
-# ---- other libraries; their temperature is a fixed number, and they normalise the features
+# Other libraries. Their temperature is a fixed number, and they normalise the features.
 
 
 def metric_learning(loss: str) -> Callable[[Inputs], Tensor]:
@@ -152,18 +153,18 @@ def metric_learning(loss: str) -> Callable[[Inputs], Tensor]:
 def sentence_transformers(loss: str) -> Callable[[Inputs], Tensor]:
     from sentence_transformers.losses import MultipleNegativesSymmetricRankingLoss
 
-    # the model is not used by the loss itself
+    # the loss does not use the model
     module = MultipleNegativesSymmetricRankingLoss(torch.nn.Identity(), scale=1 / 0.07)
     return lambda x: module.compute_loss_from_embeddings([x.a, x.b], None)
 
 
-# ---- libraries for GPUs
+# Libraries for GPUs.
 
 
 def memeff(loss: str) -> Callable[[Inputs], Tensor]:
     from memeff import MemoryEfficientCLIPLoss
 
-    # its default, stable=True, gives gradients of another size than the loss's
+    # with the default stable=True its gradients have another magnitude than those of the loss
     module = MemoryEfficientCLIPLoss(temperature=0.07, normalized_inputs=True, stable=False)
     return lambda x: module(x.a, x.b)
 
@@ -178,7 +179,7 @@ def inf_cl(loss: str) -> Callable[[Inputs], Tensor]:
     from inf_cl import cal_flash_loss
 
     def run(x: Inputs) -> Tensor:
-        # one loss per row, of one direction; it splits the width into parts of head_dim
+        # it returns one loss per row for one direction, and splits the width into parts of head_dim
         call = partial(
             cal_flash_loss, scale=x.log_scale.exp(), head_dim=math.gcd(256, x.a.shape[1])
         )
@@ -199,7 +200,7 @@ def cut_cross_entropy(loss: str) -> Callable[[Inputs], Tensor]:
     return run
 
 
-# ---- this library
+# This library.
 
 
 def ito(backend: str, loss: str) -> Callable[[Inputs], Tensor]:
@@ -207,7 +208,7 @@ def ito(backend: str, loss: str) -> Callable[[Inputs], Tensor]:
     if not available:
         raise RuntimeError(detail)
     if backend == "simt":
-        raise RuntimeError("an emulator: its times say nothing")
+        raise RuntimeError("an emulator: its times are meaningless")
 
     def run(x: Inputs) -> Tensor:
         scale = x.log_scale.exp()
@@ -232,7 +233,7 @@ def ito(backend: str, loss: str) -> Callable[[Inputs], Tensor]:
 
 
 def without_tile_cache(loss: str) -> Callable[[Inputs], Tensor]:
-    """The CPU backend as it is when it keeps no similarity tiles for backward."""
+    """The CPU backend without the cache of similarity tiles for backward."""
     loss_fn = ito("cpu", loss)
 
     def run(x: Inputs) -> Tensor:
@@ -243,19 +244,27 @@ def without_tile_cache(loss: str) -> Callable[[Inputs], Tensor]:
 
 
 class Contender(NamedTuple):
-    """`build(loss)` gives the function from Inputs to the loss, or raises, saying why it cannot."""
+    """An implementation of one or more losses.
+
+    build: returns a function from Inputs to the loss, given the name of the loss. Raises
+        ImportError or RuntimeError with the reason if it cannot run.
+    compiles: whether its first call compiles.
+    native: whether it runs matrix products that are not PyTorch's.
+    normalises: whether it normalises the features itself.
+    not_quick: why --quick leaves it out, empty if it does not.
+    """
 
     name: str
     losses: tuple[str, ...]
     build: Callable[[str], Callable[[Inputs], Tensor]]
-    compiles: bool = False  # in its first call
-    native: bool = False  # its matrix products are not all PyTorch's
+    compiles: bool = False
+    native: bool = False
     needs_cuda: bool = False
-    normalises: bool = False  # the features, itself
-    not_quick: str = ""  # why --quick leaves it out
+    normalises: bool = False
+    not_quick: str = ""
 
     def prepare(self, loss: str, device: str) -> Callable[[Inputs], Tensor]:
-        """What `build` gives; RuntimeError with the reason where it cannot run."""
+        """Call `build`. Raises RuntimeError with the reason if the contender cannot run."""
         if self.needs_cuda and device != "cuda":
             raise RuntimeError("needs a CUDA device")
         try:
@@ -312,12 +321,14 @@ CONTENDERS = (
 )
 
 
-# ---- the truth
+# Exact values.
 
 
 def exact(loss: str, x: Inputs) -> tuple[Tensor, tuple[Tensor, ...]]:
-    """The loss by its definition and the gradients of `x.leaves(loss)`, in fp64; block by block,
-    but for OTHER_LOSSES, which take several dense matrices."""
+    """The loss by its definition and the gradients of `x.leaves(loss)`, in fp64.
+
+    They are computed in blocks of rows, except those of OTHER_LOSSES, which form dense matrices.
+    """
     x = Inputs(*(leaf.detach().double().requires_grad_() for leaf in x[:4]), x.ids)
     if loss in OTHER_LOSSES:
         value = EAGER[loss](x)
@@ -336,16 +347,20 @@ def exact(loss: str, x: Inputs) -> tuple[Tensor, tuple[Tensor, ...]]:
                 value = torch.logaddexp(signed, torch.zeros_like(signed)).sum() / len(ids)
             else:
                 if one_tower:
-                    itself = block[:, None] == torch.arange(len(ids), device=ids.device)
-                    scores, positive = scores.masked_fill(itself, -torch.inf), positive & ~itself
-                of_positives = scores.masked_fill(~positive, 0).sum(1) / positive.sum(1)
-                value = (scores.logsumexp(1) - of_positives).sum() / (len(ids) * directions)
+                    self_pairs = block[:, None] == torch.arange(len(ids), device=ids.device)
+                    scores, positive = (
+                        scores.masked_fill(self_pairs, -torch.inf),
+                        positive & ~self_pairs,
+                    )
+                mean_positive = scores.masked_fill(~positive, 0).sum(1) / positive.sum(1)
+                value = (scores.logsumexp(1) - mean_positive).sum() / (len(ids) * directions)
             value.backward()
             total = total + value.detach()
     return total, tuple(leaf.grad for leaf in x.leaves(loss))
 
 
 def through_normalise(x: Tensor, grad: Tensor) -> Tensor:
-    """The gradient at unit rows x of a function that normalises them first, given that after it."""
+    """Backpropagate `grad`, the gradient of normalised rows, through the normalisation of x, whose
+    rows already have unit length."""
     x = x.detach().double()
     return grad - (grad * x).sum(1, keepdim=True) * x

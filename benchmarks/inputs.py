@@ -1,4 +1,4 @@
-"""What a benchmarked loss is computed from."""
+"""The inputs of a benchmarked loss."""
 
 from typing import NamedTuple
 
@@ -6,7 +6,10 @@ from torch import Tensor
 
 
 class Inputs(NamedTuple):
-    """One batch. a, b: (N, D), L2-normalised; ids: (N,), which item a row belongs to."""
+    """One batch.
+
+    a, b: (N, D), L2-normalised. log_scale, bias: 0-d. ids: (N,), the item of each row.
+    """
 
     a: Tensor
     b: Tensor
@@ -15,5 +18,5 @@ class Inputs(NamedTuple):
     ids: Tensor
 
     def leaves(self, loss: str) -> tuple[Tensor, ...]:
-        """What is differentiated."""
+        """The tensors whose gradients are computed."""
         return self[:4] if loss == "siglip" else self[:3]

@@ -5,16 +5,20 @@
     python benchmarks/loss_throughput.py --quick    N = 512, fp32, within a minute
     python benchmarks/loss_throughput.py --loss clip --batch 64 128 --dtype fp32
 
-Prints a table per loss, dtype and N; writes all numbers as JSON and a picture per dtype.
-`contenders.py` says what is compared, `measure.py` how.
+Prints a table for each loss, dtype and N. Writes all numbers as JSON, and a picture for each dtype.
+`contenders.py` defines what is compared, `measure.py` how it is measured.
 
-Columns. forward, backward, both: median ms, and the 20th to 80th percentile of both. units: both in
-times of one torch.mm of N × D by D × N (2N rows for NT-Xent and SupCon) in the same dtype, measured
-in turns with the contenders. × eager: speed relative to the eager form. GEMMs: matrix products of
-that size that ran. of mm: GEMMs / units, the share of the time that torch.mm would need for them.
-of peak: their share of the processor's multiply-add peak, where the native module measures it.
-extra MiB: peak memory beyond inputs and gradients. error: relative to fp64, of the loss, of the
-gradients of the features, of the gradient of log scale (and bias); – where it has none.
+Columns:
+forward, backward, both  median ms; p20 – p80: the 20th to 80th percentile of both
+units      both, divided by the time of one torch.mm of N × D by D × N in the same dtype (2N rows
+           for NT-Xent and SupCon), measured in turns with the contenders
+× eager    speed relative to the eager form
+GEMMs      the number of matrix products of that size that ran
+of mm      GEMMs / units: the fraction of the time that torch.mm would need for them
+of peak    their fraction of the processor's multiply-add peak, if the native module measures it
+extra MiB  peak memory beyond inputs and gradients
+error      relative to fp64: of the loss, of the gradients of the features, and of the gradient of
+           log scale (and bias); – without a gradient
 """
 
 from __future__ import annotations
@@ -43,7 +47,7 @@ from contenders import (
 )
 from inputs import Inputs
 from measure import (
-    TELLS_PEAK,
+    CAN_MEASURE_PEAK,
     Gemm,
     MemoryProbe,
     Step,
@@ -57,10 +61,10 @@ from torch import Tensor
 
 MIB = 1 << 20
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-QUICK_COMPILES_FOR = 20  # seconds from the start; with a cold cache torch.compile takes longer
-SWEEP_TO = 16384  # N of the memory curve, where the tables stop earlier
-EXACT_UP_TO = 16384  # rows; beyond, the fp64 loss would take longer than all contenders
-DENSE_EXACT_UP_TO = 4096  # rows; 128 MiB for each of its fp64 matrices
+QUICK_COMPILE_SECONDS = 20  # after the start; with a cold cache torch.compile takes longer
+MEMORY_CURVE_MAX_N = 16384  # the memory curve goes up to this N, even if the tables do not
+EXACT_MAX_ROWS = 16384  # above, the fp64 loss would take longer than all contenders
+DENSE_EXACT_MAX_ROWS = 4096  # 128 MiB for each fp64 matrix
 
 
 def main() -> None:
@@ -69,10 +73,10 @@ def main() -> None:
         torch.set_num_threads(args.threads)
     report = {"date": datetime.now().isoformat(timespec="seconds"), **machine(args.device)}
     print(", ".join(f"{key} {value}" for key, value in report.items()), flush=True)
-    if args.device == "cpu" and not TELLS_PEAK:
+    if args.device == "cpu" and not CAN_MEASURE_PEAK:
         print("extra memory is not measured: /proc/self/clear_refs cannot be written here")
     report |= {"rows": [], "memory": [], "skipped": []}
-    probe = MemoryProbe(args.device, args.dim, QUICK_COMPILES_FOR if args.quick else math.inf)
+    probe = MemoryProbe(args.device, args.dim, QUICK_COMPILE_SECONDS if args.quick else math.inf)
     for dtype, loss, n in product(args.dtype, args.loss, args.batch):
         compare(loss, dtype, n, args, probe, report)
     if not args.quick:
@@ -92,9 +96,9 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--dim", type=positive, default=512, metavar="D")
     parser.add_argument("--dtype", nargs="+", choices=DTYPES, metavar="DTYPE")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--threads", type=positive, help="of the CPU; PyTorch's number by default")
-    parser.add_argument("--seconds", type=float, help="of timing per table, at least 3 rounds")
-    parser.add_argument("--out", type=Path, help="the JSON file; pictures are put beside it")
+    parser.add_argument("--threads", type=positive, help="CPU threads; PyTorch's number by default")
+    parser.add_argument("--seconds", type=float, help="timing per table, at least 3 rounds")
+    parser.add_argument("--out", type=Path, help="the JSON file; pictures go to its folder")
     args = parser.parse_args()
     if not args.batch:
         sizes = [8192, 32768] if args.device == "cuda" else [4096, 8192]
@@ -132,36 +136,36 @@ def compare(
     loss: str, dtype: str, n: int, args: argparse.Namespace, probe: MemoryProbe, report: dict
 ) -> None:
     """One table: every contender of a loss at one size."""
-    torch._dynamo.reset()  # shapes of earlier tables count towards the limit of recompilations
+    torch._dynamo.reset()  # earlier tables would count towards the recompilation limit
     x = make_inputs(loss, n, args.dim, DTYPES[dtype], args.device)
     unit = Gemm(2 * n if loss in ONE_TOWER else n, args.dim, like=x.a)
-    exact_up_to = DENSE_EXACT_UP_TO if loss in OTHER_LOSSES else EXACT_UP_TO
-    truth = exact(loss, x) if unit.rows <= exact_up_to else None
+    exact_max_rows = DENSE_EXACT_MAX_ROWS if loss in OTHER_LOSSES else EXACT_MAX_ROWS
+    truth = exact(loss, x) if unit.rows <= exact_max_rows else None
     peak = peak_flops(DTYPES[dtype]) if args.device == "cpu" else None
-    what = {"loss": loss, "dtype": dtype, "n": n, "d": args.dim}
+    problem = {"loss": loss, "dtype": dtype, "n": n, "d": args.dim}
 
     rows, runs = {}, {"torch.mm": unit}
     for contender in CONTENDERS:
         if loss not in contender.losses or contender.name not in args.contender:
             continue
-        who = what | {"contender": contender.name}
+        entry = problem | {"contender": contender.name}
         if args.quick and contender.not_quick:
-            skip(who | {"reason": f"left out by --quick: {contender.not_quick}"}, report)
+            skip(entry | {"reason": f"left out by --quick: {contender.not_quick}"}, report)
             continue
         try:
             run = partial(step, contender.prepare(loss, args.device), loss, x)
         except (ImportError, RuntimeError) as error:
-            skip(who | {"reason": str(error)}, report)
+            skip(entry | {"reason": str(error)}, report)
             continue
-        found = probe(contender, loss, n, DTYPES[dtype])
-        if found.failure:
-            skip(who | {"reason": found.failure}, report)
+        probed = probe(contender, loss, n, DTYPES[dtype])
+        if probed.failure:
+            skip(entry | {"reason": probed.failure}, report)
             continue
         first = run()
         flops = gemm_flops(run, contender.native)
-        rows[contender.name] = who | {
+        rows[contender.name] = entry | {
             "gemms": None if flops is None else flops / unit.flops,
-            "extra_bytes": found.extra_bytes,
+            "extra_bytes": probed.extra_bytes,
             "error": truth and errors(contender, x, first, *truth),
         }
         runs[contender.name] = run
@@ -188,7 +192,8 @@ def compare(
 def errors(
     contender: Contender, x: Inputs, got: Step, loss: Tensor, grads: tuple[Tensor, ...]
 ) -> dict[str, float | None]:
-    """Relative to the exact ones; None for the scale where the contender does not learn it."""
+    """Relative errors of the loss and its gradients; None for the scale of a contender that has no
+    gradient for it."""
     features, others = grads[:2], grads[2:]
     if contender.normalises:
         features = tuple(through_normalise(*pair) for pair in zip(x[:2], features, strict=True))
@@ -201,13 +206,13 @@ def errors(
 
 
 def skip(entry: dict, report: dict) -> None:
-    """Notes who is missing and why; says it once."""
-    said = any(
+    """Record a contender that did not run and the reason. Prints each reason once per contender."""
+    printed = any(
         (entry["contender"], entry["reason"]) == (old["contender"], old["reason"])
         for old in report["skipped"]
     )
     report["skipped"].append(entry)
-    if not said:
+    if not printed:
         print(f"without {entry['contender']} in {entry['loss']}: {entry['reason']}", flush=True)
 
 
@@ -262,20 +267,22 @@ def _cell(value: float | None, how: str) -> str:
 
 
 def memory_over_n(args: argparse.Namespace, probe: MemoryProbe, report: dict) -> None:
-    """Extra memory of the first loss at more sizes, for the picture."""
+    """Measure the extra memory of the first loss at more sizes, for the picture."""
     loss, largest = args.loss[0], max(args.batch)
     measured = {(r["contender"], r["dtype"], r["n"]) for r in report["rows"] if r["loss"] == loss}
-    sizes = {max(1, largest // k) for k in (8, 4, 2)} | {max(largest, min(2 * largest, SWEEP_TO))}
+    sizes = {max(1, largest // k) for k in (8, 4, 2)} | {
+        max(largest, min(2 * largest, MEMORY_CURVE_MAX_N))
+    }
     for dtype, n, contender in product(args.dtype, sorted(sizes), CONTENDERS):
         ran = any((contender.name, dtype, other) in measured for other in args.batch)
         if not ran or (contender.name, dtype, n) in measured:
             continue
-        found = probe(contender, loss, n, DTYPES[dtype])
-        who = {"loss": loss, "dtype": dtype, "n": n, "d": args.dim, "contender": contender.name}
-        if found.failure:
-            skip(who | {"reason": found.failure}, report)
+        probed = probe(contender, loss, n, DTYPES[dtype])
+        entry = {"loss": loss, "dtype": dtype, "n": n, "d": args.dim, "contender": contender.name}
+        if probed.failure:
+            skip(entry | {"reason": probed.failure}, report)
         else:
-            report["memory"].append(who | {"extra_bytes": found.extra_bytes})
+            report["memory"].append(entry | {"extra_bytes": probed.extra_bytes})
 
 
 def save(report: dict, args: argparse.Namespace) -> None:

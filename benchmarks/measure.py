@@ -1,19 +1,18 @@
-"""How it is measured: time, memory, matrix products, error.
+"""Measurement of time, memory, matrix products and error.
 
-Time. Every round runs each contender once, forward and backward, and one `torch.mm` into an
-existing tensor, in an order that changes from round to round: whatever disturbs the machine
-disturbs all alike. Medians over the rounds, with the 20th and 80th percentiles.
+Time. Each round runs every contender once, forward and backward, and one `torch.mm` into an
+existing tensor. The order changes from round to round, so that disturbances of the machine affect
+all contenders equally. Results are medians over the rounds with the 20th and 80th percentiles.
 
-Memory. What a step needs at its peak beyond its inputs and the gradients that it returns.
-On the CPU the first step at this size in a fresh process: the growth of its peak resident set
-(VmHWM, reset through /proc/self/clear_refs), so that memory of C++ kernels and buffers that outlive
-the step count too. A step at a small size loads the code before that; contenders that compile are
-warmed up at the full size, because the compiler's memory is not the loss's. Resolution: about
-1 MiB. On CUDA the peak of PyTorch's allocator in the second step at this size: in the first, tuners
-allocate buffers of their own.
+Memory. The peak of a step beyond its inputs and the gradients that it returns. On the CPU it is the
+growth of the peak resident set (VmHWM, reset through /proc/self/clear_refs) in the first step of
+that size in a fresh process. This includes the memory of C++ kernels, and buffers that outlive the
+step. A step of a small size loads the code first. Contenders that compile are warmed up at the full
+size, to leave out the memory of the compiler. The resolution is about 1 MiB. On CUDA it is the peak
+of PyTorch's allocator in the second step of that size: in the first, autotuners allocate buffers.
 
-Matrix products. FLOPs of the products that ran: those of PyTorch from its profiler, those of the
-native CPU kernels from their own counter; no kernel on a GPU counts them.
+Matrix products. The FLOPs of the matrix products that ran: those of PyTorch from its profiler,
+those of the native CPU kernels from their counter. GPU kernels do not count them.
 """
 
 from __future__ import annotations
@@ -35,20 +34,24 @@ from contenders import CONTENDERS, Contender, make_inputs
 from inputs import Inputs
 from torch.profiler import ProfilerActivity, profile
 
-os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # else the profiler announces itself on stderr
+os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # no messages of the profiler on stderr
 
-LEAST_ROUNDS, MOST_ROUNDS = 3, 200
-PEAK_SECONDS = 0.1  # how long the loop of multiply-adds runs
-STEP_SECONDS = 600.0  # a contender whose first step takes longer is left out
-# not ito_kernels: the server looks in the working directory first, this process may not
+MIN_ROUNDS, MAX_ROUNDS = 3, 200
+PEAK_SECONDS = 0.1  # duration of the loop of multiply-adds
+STEP_SECONDS = 600.0  # a contender with a longer first step is left out
+# without ito_kernels: the fork server would import it from the working directory, which may be
+# another copy than that of this process
 PRELOAD = ["torch", "torch._dynamo", "torch._inductor.compile_fx"]
-MOST_SCORES = 1 << 28  # results of one torch.mm: 1 GiB in fp32
-SMALL = 128  # rows of the step that loads the code before memory is measured
-TELLS_PEAK = os.access("/proc/self/clear_refs", os.W_OK)  # Linux, and not every sandbox
+MAX_SCORES = 1 << 28  # elements of the result of one torch.mm: 1 GiB in fp32
+WARMUP_ROWS = 128  # rows of the step that loads the code before memory is measured
+CAN_MEASURE_PEAK = os.access("/proc/self/clear_refs", os.W_OK)  # on Linux outside some sandboxes
 
 
 class Step(NamedTuple):
-    """One forward and backward. Milliseconds; gradients are None where there is none."""
+    """The results of one training step.
+
+    forward, backward: milliseconds. grads: None for a leaf without gradient.
+    """
 
     forward: float
     backward: float
@@ -57,7 +60,7 @@ class Step(NamedTuple):
 
 
 def step(run: Callable[[Inputs], torch.Tensor], loss: str, x: Inputs) -> Step:
-    """Runs the contender `run` as one training step does."""
+    """Run the contender `run` forward and backward, under autocast for half precision features."""
     device, dtype = x.a.device.type, x.a.dtype
     half = dtype in (torch.bfloat16, torch.float16)
     begin = _mark(device)
@@ -84,20 +87,21 @@ def _elapsed(begin, end) -> float:
     return begin.elapsed_time(end)
 
 
-# ---- time
+# Time.
 
 # {"forward" | "backward" | "both": {"p20" | "median" | "p80": milliseconds}}
 Times = dict[str, dict[str, float]]
 
 
 class Gemm:
-    """The unit: torch.mm of rows × D by D × rows, into a tensor whose memory is there already.
+    """The unit of time: torch.mm of rows × D by D × rows into an existing tensor.
 
-    Beyond MOST_SCORES results it computes some of the columns and multiplies the time.
+    For results with more than MAX_SCORES elements it computes a part of the columns and
+    extrapolates the time.
     """
 
     def __init__(self, rows: int, d: int, like: torch.Tensor):
-        cols = min(rows, max(1, MOST_SCORES // rows))
+        cols = min(rows, max(1, MAX_SCORES // rows))
         self.left = torch.randn(rows, d, device=like.device, dtype=like.dtype)
         self.right = torch.randn(d, cols, device=like.device, dtype=like.dtype)
         self.out = like.new_zeros(rows, cols)
@@ -110,17 +114,18 @@ class Gemm:
 
 
 def time_in_turns(runs: dict[str, Callable[[], tuple]], seconds: float) -> dict[str, Times]:
-    """Times of each of `runs`, by name.
+    """Time several functions in turns.
 
-    Each of `runs` returns its milliseconds forward and backward first. As many rounds as fit into
-    `seconds`, within LEAST_ROUNDS and MOST_ROUNDS.
+    runs: functions by name. Each returns a tuple that starts with its forward and backward
+        milliseconds.
+    seconds: rounds run until this time has passed, at least MIN_ROUNDS and at most MAX_ROUNDS.
     """
     samples = {name: [] for name in runs}
     order, shuffle = list(runs), random.Random(0).shuffle
     gc.collect()
     start = time.perf_counter()
-    for done in range(MOST_ROUNDS):
-        if done >= LEAST_ROUNDS and time.perf_counter() - start > seconds:
+    for done in range(MAX_ROUNDS):
+        if done >= MIN_ROUNDS and time.perf_counter() - start > seconds:
             break
         shuffle(order)
         for name in order:
@@ -136,11 +141,11 @@ def _summary(times: np.ndarray) -> Times:
     }
 
 
-# ---- matrix products
+# Matrix products.
 
 
 def gemm_flops(run: Callable[[], object], native: bool) -> float | None:
-    """FLOPs of the matrix products in one call; None where kernels do not count their own."""
+    """The FLOPs of the matrix products in one call; None if native kernels do not count them."""
     if native:
         counter = getattr(_native(), "gemm_flops", None)
         if counter is None:
@@ -160,7 +165,8 @@ def gemm_flops(run: Callable[[], object], native: bool) -> float | None:
 
 
 def peak_flops(dtype: torch.dtype) -> float | None:
-    """FLOP/s of the native module's loop of independent multiply-adds, on PyTorch's threads."""
+    """The FLOP/s of a loop of independent multiply-adds on PyTorch's number of threads; None
+    without the native module."""
     native = _native()
     if not hasattr(native, "cpu_peak"):
         return None
@@ -184,22 +190,22 @@ def _native():
     return _native
 
 
-# ---- error
+# Error.
 
 
 def relative_error(got: tuple[torch.Tensor, ...], exact: tuple[torch.Tensor, ...]) -> float:
-    """‖got - exact‖ / ‖exact‖ over all entries together."""
+    """‖got - exact‖ / ‖exact‖ over the elements of all tensors."""
     difference = sum((g.double() - e).square().sum() for g, e in zip(got, exact, strict=True))
     return float((difference / sum(e.square().sum() for e in exact)).sqrt())
 
 
-# ---- memory
+# Memory.
 
 
 class Probe(NamedTuple):
-    """What a contender's first step at a size tells: its extra memory, or why it cannot run.
+    """The result of a contender's first step of a size: its extra memory, or why it cannot run.
 
-    Both None: it runs, and this system does not tell the peak of a process (TELLS_PEAK).
+    Both are None if it runs, but the peak memory cannot be measured (CAN_MEASURE_PEAK).
     """
 
     extra_bytes: int | None = None
@@ -207,9 +213,11 @@ class Probe(NamedTuple):
 
 
 class MemoryProbe:
-    """Runs contenders' first steps, on the CPU in processes forked from one that has torch.
+    """Runs the first steps of contenders. On the CPU each runs in a new process, forked from a
+    server that has imported torch.
 
-    compile_seconds: from now on; contenders that compile and have not done so by then are left out.
+    compile_seconds: contenders that compile are left out if they have not finished within this time
+        from now.
     """
 
     def __init__(self, device: str, dim: int, compile_seconds: float):
@@ -218,7 +226,7 @@ class MemoryProbe:
         self.processes = multiprocessing.get_context("forkserver")
         self.processes.set_forkserver_preload(PRELOAD)
         if device == "cpu":
-            forkserver.ensure_running()  # it imports while this process prepares
+            forkserver.ensure_running()  # it imports torch while this process continues
 
     def __call__(self, contender: Contender, loss: str, n: int, dtype: torch.dtype) -> Probe:
         args = (loss, n, self.dim, dtype, self.device)
@@ -226,7 +234,7 @@ class MemoryProbe:
         if contender.compiles:
             seconds = min(seconds, self.compile_until - time.perf_counter())
             if seconds <= 0:
-                return Probe(failure="no time is left for compiling")
+                return Probe(failure="no time left for compiling")
         if self.device != "cpu":
             return _first_step(contender, *args)
         return self._in_process(contender.name, seconds, args)
@@ -248,7 +256,7 @@ class MemoryProbe:
 
 
 class _TimeUp(BaseException):
-    """Not an Exception: nothing that a contender calls may take it for a failure of its own."""
+    """Raised by the alarm. It is no Exception, so that `except Exception` does not catch it."""
 
 
 def _report(sender, seconds: float, threads: int, name: str, args: tuple) -> None:
@@ -256,7 +264,7 @@ def _report(sender, seconds: float, threads: int, name: str, args: tuple) -> Non
         raise _TimeUp
 
     torch.set_num_threads(threads)
-    if TELLS_PEAK:
+    if CAN_MEASURE_PEAK:
         _limit_memory()
     signal.signal(signal.SIGALRM, stop)
     signal.setitimer(signal.ITIMER_REAL, seconds)
@@ -266,7 +274,7 @@ def _report(sender, seconds: float, threads: int, name: str, args: tuple) -> Non
         signal.setitimer(signal.ITIMER_REAL, 0)
     except _TimeUp:
         probe = Probe(
-            failure=f"its first step did not end within {seconds:.0f} s, compiling included"
+            failure=f"its first step took more than {seconds:.0f} s, compilation included"
         )
     sender.send(probe)
 
@@ -276,8 +284,8 @@ def _first_step(
 ) -> Probe:
     try:
         run = contender.prepare(loss, device)
-        small = n if contender.compiles or device != "cpu" else min(n, SMALL)
-        step(run, loss, make_inputs(loss, small, dim, dtype, device))
+        warmup_rows = n if contender.compiles or device != "cpu" else min(n, WARMUP_ROWS)
+        step(run, loss, make_inputs(loss, warmup_rows, dim, dtype, device))
         x = make_inputs(loss, n, dim, dtype, device)
         before = _reset_peak(device)
         grads = step(run, loss, x).grads
@@ -288,7 +296,8 @@ def _first_step(
 
 
 def _limit_memory() -> None:
-    """Allocations beyond 80 % of the free memory fail, where they would end other processes."""
+    """Make allocations beyond 80 % of the available memory fail. Otherwise the system might kill
+    other processes."""
     import resource
 
     free = _kib("/proc/meminfo", "MemAvailable")
@@ -297,15 +306,15 @@ def _limit_memory() -> None:
 
 
 def _reset_peak(device: str) -> int | None:
-    """Bytes in use now; peaks count from here. None where the system does not tell."""
+    """Reset the peak memory. Returns the bytes in use, or None if they cannot be measured."""
     gc.collect()
     if device != "cpu":
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
         return torch.cuda.memory_allocated()
-    if not TELLS_PEAK:
+    if not CAN_MEASURE_PEAK:
         return None
-    # freed memory that malloc keeps would otherwise be used again without being seen
+    # return freed memory to the system: its reuse would not raise the resident set
     ctypes.CDLL(None).malloc_trim(0)
     with open("/proc/self/clear_refs", "w") as file:
         file.write("5")

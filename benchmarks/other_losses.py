@@ -1,7 +1,7 @@
-"""The other losses, dense in PyTorch as people write them, and by this library.
+"""Further benchmarked losses: dense in plain PyTorch, and with this library.
 
-What a loss needs beyond two towers (a teacher's features, hard negatives, a queue) is made of the
-two towers' own features, without gradient.
+Inputs beyond the two towers (a teacher's features, hard negatives, a queue) are copies of the
+towers' features without gradient.
 """
 
 from __future__ import annotations
@@ -21,17 +21,17 @@ PRIOR, HARDNESS, MARGIN, SOFT, MIXED, CLUSTERS = 0.1, 0.5, 0.1, 0.4, 0.7, 8
 
 class Loss(NamedTuple):
     eager: Callable[[Inputs], Tensor]
-    ours: Callable[..., Tensor]  # of the inputs and the backend
+    ours: Callable[..., Tensor]  # (inputs, scale, backend=...) → loss
     grouped: bool = False  # several rows share an id
-    one_tower: bool = False  # all 2N rows against each other
+    one_tower: bool = False  # scores of all 2N rows against each other
 
 
-def frozen(x: Inputs) -> Tensor:
-    """(N, D), of another item in every row."""
+def constant_features(x: Inputs) -> Tensor:
+    """(N, D) without gradient; each row belongs to another item than that row of x."""
     return x.b.detach().roll(1, 0)
 
 
-def both(loss: Callable[[Tensor], Tensor], scores: Tensor) -> Tensor:
+def mean_of_directions(loss: Callable[[Tensor], Tensor], scores: Tensor) -> Tensor:
     return (loss(scores) + loss(scores.T)) / 2
 
 
@@ -44,11 +44,11 @@ def cross_entropy(logits: Tensor) -> Tensor:
 
 
 def mnrl(x: Inputs) -> Tensor:
-    return cross_entropy(x.log_scale.exp() * x.a @ torch.cat([x.b, frozen(x)]).T)
+    return cross_entropy(x.log_scale.exp() * x.a @ torch.cat([x.b, constant_features(x)]).T)
 
 
 def queue(x: Inputs) -> Tensor:
-    return cross_entropy(x.log_scale.exp() * x.a @ torch.cat([x.b, frozen(x)]).T)
+    return cross_entropy(x.log_scale.exp() * x.a @ torch.cat([x.b, constant_features(x)]).T)
 
 
 def decoupled(x: Inputs) -> Tensor:
@@ -58,7 +58,7 @@ def decoupled(x: Inputs) -> Tensor:
         negatives = scores.masked_fill(positive, -torch.inf).logsumexp(1)
         return (negatives - scores.masked_fill(~positive, 0).sum(1) / positive.sum(1)).mean()
 
-    return both(rows, scores_of(x))
+    return mean_of_directions(rows, scores_of(x))
 
 
 def decoupled_softmax(x: Inputs) -> Tensor:
@@ -69,73 +69,75 @@ def decoupled_softmax(x: Inputs) -> Tensor:
         terms = F.softplus(negatives - scores) * positive
         return (terms.sum(1) / positive.sum(1)).mean()
 
-    return both(rows, scores_of(x))
+    return mean_of_directions(rows, scores_of(x))
 
 
 def cwcl(x: Inputs) -> Tensor:
-    c = frozen(x)
+    c = constant_features(x)
     weights = 0.5 + 0.5 * c @ c.T
     return F.cross_entropy(scores_of(x), weights / weights.sum(1, keepdim=True))
 
 
 def soft_target(x: Inputs) -> Tensor:
     teacher = 10.0 * x.a.detach() @ x.b.detach().T
-    itself = torch.eye(len(teacher), dtype=teacher.dtype, device=teacher.device)
+    self_pairs = torch.eye(len(teacher), dtype=teacher.dtype, device=teacher.device)
 
     def rows(scores: Tensor, teacher: Tensor) -> Tensor:
-        return F.cross_entropy(scores, SOFT * teacher.softmax(1) + (1 - SOFT) * itself)
+        return F.cross_entropy(scores, SOFT * teacher.softmax(1) + (1 - SOFT) * self_pairs)
 
     scores = scores_of(x)
     return (rows(scores, teacher) + rows(scores.T, teacher.T)) / 2
 
 
 def uniformity(x: Inputs) -> Tensor:
-    # the pairs i < j: every other pair is one of these again
+    # pdist gives the pairs i < j, which have the same mean as all pairs i ≠ j
     squares = torch.pdist(torch.cat([x.a, x.b])).square()
     return (-x.log_scale.exp() * squares).exp().mean().log()
 
 
 def symile(x: Inputs) -> Tensor:
-    rng, z, scale = torch.Generator().manual_seed(0), frozen(x), x.log_scale.exp()
+    rng, z, scale = torch.Generator().manual_seed(0), constant_features(x), x.log_scale.exp()
     total = 0
     for anchor, second, third in ((x.a, x.b, z), (x.b, x.a, z), (z, x.a, x.b)):
         orders = (torch.randperm(len(z), generator=rng).to(z.device) for _ in "23")
-        others = second[next(orders)] * third[next(orders)]
-        true = scale * (anchor * second * third).sum(1)
-        itself = torch.eye(len(z), dtype=torch.bool, device=z.device)
-        total = total + cross_entropy(torch.where(itself, true[:, None], scale * anchor @ others.T))
+        candidates = second[next(orders)] * third[next(orders)]
+        positive = scale * (anchor * second * third).sum(1)
+        self_pairs = torch.eye(len(z), dtype=torch.bool, device=z.device)
+        total = total + cross_entropy(
+            torch.where(self_pairs, positive[:, None], scale * anchor @ candidates.T)
+        )
     return total / 3
 
 
 def hard_debiased(x: Inputs) -> Tensor:
     scale = x.log_scale.exp()
-    itself = torch.eye(len(x.a), dtype=torch.bool, device=x.a.device)
+    self_pairs = torch.eye(len(x.a), dtype=torch.bool, device=x.a.device)
 
     def rows(scores: Tensor) -> Tensor:
         n = len(scores) - 1
         positive = scores.diagonal().exp()
-        weights = (HARDNESS * scores).exp().masked_fill(itself, 0)
+        weights = (HARDNESS * scores).exp().masked_fill(self_pairs, 0)
         hard = n * (weights * scores.exp()).sum(1) / weights.sum(1)
         negatives = torch.maximum(
             (hard - n * PRIOR * positive) / (1 - PRIOR), n * torch.exp(-scale)
         )
         return ((positive + negatives).log() - scores.diagonal()).mean()
 
-    return both(rows, scale * x.a @ x.b.T)
+    return mean_of_directions(rows, scale * x.a @ x.b.T)
 
 
 def margin(x: Inputs) -> Tensor:
-    itself = torch.eye(len(x.a), dtype=torch.bool, device=x.a.device)
+    self_pairs = torch.eye(len(x.a), dtype=torch.bool, device=x.a.device)
 
     def rows(dot: Tensor) -> Tensor:
-        false = ~itself & (dot > dot.diagonal()[:, None] + MARGIN)
+        false = ~self_pairs & (dot > dot.diagonal()[:, None] + MARGIN)
         return cross_entropy((x.log_scale.exp() * dot).masked_fill(false, -torch.inf))
 
-    return both(rows, x.a @ x.b.T)
+    return mean_of_directions(rows, x.a @ x.b.T)
 
 
 def one_to_k(x: Inputs) -> Tensor:
-    scores = x.log_scale.exp() * x.a @ torch.cat([x.b, frozen(x)]).T
+    scores = x.log_scale.exp() * x.a @ torch.cat([x.b, constant_features(x)]).T
     rows = torch.arange(len(x.a), device=scores.device).repeat(2)
     own = F.one_hot(rows).T.to(scores.dtype) / 2
     return (F.cross_entropy(scores, own) + F.cross_entropy(scores.T, rows)) / 2
@@ -151,7 +153,7 @@ def mixup(x: Inputs) -> Tensor:
 
 
 def pairs(x: Inputs) -> Tensor:
-    """(2N, 2): two keys of each query."""
+    """(2N, 2): two positive keys for each query."""
     rows = torch.arange(len(x.a), device=x.a.device)
     return torch.stack([rows.repeat(2), torch.cat([rows, next_rows(x)])], 1)
 
@@ -165,14 +167,14 @@ def positive_pairs(x: Inputs) -> Tensor:
 
 
 def clusters(x: Inputs) -> tuple[Tensor, Tensor]:
-    """(N,) and the table of their weights."""
+    """The cluster of each row, (N,), and the (C, C) table of weights."""
     table = torch.linspace(0.5, 2.0, CLUSTERS**2, device=x.a.device).reshape(CLUSTERS, CLUSTERS)
     return torch.arange(len(x.a), device=x.a.device) % CLUSTERS, table
 
 
 def cluster_weighted(x: Inputs) -> Tensor:
-    of, table = clusters(x)
-    log_weights = table.log()[of][:, of].fill_diagonal_(0)
+    cluster, table = clusters(x)
+    log_weights = table.log()[cluster][:, cluster].fill_diagonal_(0)
     scores = scores_of(x)
     return (cross_entropy(scores + log_weights) + cross_entropy(scores.T + log_weights.T)) / 2
 
@@ -182,9 +184,9 @@ def by_ids(x: Inputs) -> dict[str, Tensor]:
 
 
 def infonce(**options) -> Callable[..., Tensor]:
-    def run(x: Inputs, scale: Tensor, **where) -> Tensor:
-        given = {k: v(x) if callable(v) else v for k, v in options.items()}
-        return ik.clip_loss(x.a, x.b, scale, **given, **where)
+    def run(x: Inputs, scale: Tensor, **call_options) -> Tensor:
+        arguments = {k: v(x) if callable(v) else v for k, v in options.items()}
+        return ik.clip_loss(x.a, x.b, scale, **arguments, **call_options)
 
     return run
 
@@ -192,29 +194,34 @@ def infonce(**options) -> Callable[..., Tensor]:
 OTHER_LOSSES = {
     "mnrl": Loss(
         mnrl,
-        lambda x, scale, **where: ik.mnrl_loss(
-            x.a, x.b, frozen(x), scale, normalize=False, **where
+        lambda x, scale, **call_options: ik.mnrl_loss(
+            x.a, x.b, constant_features(x), scale, normalize=False, **call_options
         ),
     ),
-    "queue": Loss(queue, infonce(queue=frozen, symmetric=False)),
+    "queue": Loss(queue, infonce(queue=constant_features, symmetric=False)),
     "decoupled": Loss(
         decoupled,
-        lambda x, scale, **where: ik.decoupled_contrastive_loss(
-            x.a, x.b, scale, **by_ids(x), **where
+        lambda x, scale, **call_options: ik.decoupled_contrastive_loss(
+            x.a, x.b, scale, **by_ids(x), **call_options
         ),
         grouped=True,
     ),
     "decoupled_softmax": Loss(
         decoupled_softmax,
-        lambda x, scale, **where: ik.decoupled_softmax_loss(x.a, x.b, scale, **by_ids(x), **where),
+        lambda x, scale, **call_options: ik.decoupled_softmax_loss(
+            x.a, x.b, scale, **by_ids(x), **call_options
+        ),
         grouped=True,
     ),
     "cwcl": Loss(
-        cwcl, lambda x, scale, **where: ik.cwcl_loss(x.a, x.b, scale, reference=frozen(x), **where)
+        cwcl,
+        lambda x, scale, **call_options: ik.cwcl_loss(
+            x.a, x.b, scale, reference=constant_features(x), **call_options
+        ),
     ),
     "soft_target": Loss(
         soft_target,
-        lambda x, scale, **where: ik.soft_target_infonce(
+        lambda x, scale, **call_options: ik.soft_target_infonce(
             x.a,
             x.b,
             scale,
@@ -222,44 +229,46 @@ OTHER_LOSSES = {
             target_keys=x.b.detach(),
             target_scale=10.0,
             alpha=SOFT,
-            **where,
+            **call_options,
         ),
     ),
     "uniformity": Loss(
         uniformity,
-        lambda x, scale, **where: ik.uniformity_loss(torch.cat([x.a, x.b]), scale, **where),
+        lambda x, scale, **call_options: ik.uniformity_loss(
+            torch.cat([x.a, x.b]), scale, **call_options
+        ),
         one_tower=True,
     ),
     "symile": Loss(
         symile,
-        lambda x, scale, **where: ik.symile_loss(
-            x.a, x.b, frozen(x), scale, torch.Generator().manual_seed(0), **where
+        lambda x, scale, **call_options: ik.symile_loss(
+            x.a, x.b, constant_features(x), scale, torch.Generator().manual_seed(0), **call_options
         ),
     ),
     "hard_debiased": Loss(hard_debiased, infonce(hardness=HARDNESS, debias=PRIOR)),
     "one_to_k": Loss(
         one_to_k,
-        lambda x, scale, **where: ik.one_to_k_loss(
-            x.a, torch.stack([x.b, frozen(x)], 1), scale, **where
+        lambda x, scale, **call_options: ik.one_to_k_loss(
+            x.a, torch.stack([x.b, constant_features(x)], 1), scale, **call_options
         ),
     ),
     "mixup": Loss(
         mixup,
-        lambda x, scale, **where: ik.mixup_infonce(
-            x.a, x.b, scale, partners=next_rows(x), mixing=MIXED, **where
+        lambda x, scale, **call_options: ik.mixup_infonce(
+            x.a, x.b, scale, partners=next_rows(x), mixing=MIXED, **call_options
         ),
     ),
     "positive_pairs": Loss(positive_pairs, infonce(positive_pairs=pairs)),
     "clusters": Loss(
         cluster_weighted,
-        lambda x, scale, **where: ik.cluster_weighted_infonce(
+        lambda x, scale, **call_options: ik.cluster_weighted_infonce(
             x.a,
             x.b,
             scale,
             query_clusters=clusters(x)[0],
             key_clusters=clusters(x)[0],
             weights=clusters(x)[1],
-            **where,
+            **call_options,
         ),
     ),
     "margin": Loss(margin, infonce(false_negative_margin=MARGIN)),

@@ -1,4 +1,4 @@
-"""The picture of a benchmark: speed of every loss in units of one GEMM, and memory over N."""
+"""Plots a benchmark report: time of every loss in units of one GEMM, and extra memory over N."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ STYLE = {
 
 
 def draw(report: dict, dtype: str, path: Path) -> None:
-    """Writes the results of one dtype as a picture: bars at the largest N, memory over all N."""
+    """Write a picture of the results for one dtype: bars for the largest N, memory for all N."""
     rows = [row for row in report["rows"] if row["dtype"] == dtype]
     largest = max(row["n"] for row in rows)
     losses = list(dict.fromkeys(row["loss"] for row in rows))
@@ -55,7 +55,7 @@ def draw(report: dict, dtype: str, path: Path) -> None:
         most = max(len(bars) for bars in by_loss.values())
         for ax, (loss, bars) in zip(axes, by_loss.items(), strict=False):
             _bars(ax, bars, _best(bars))
-            ax.set_ylim(most - 0.4, -0.6)  # bars of one thickness everywhere
+            ax.set_ylim(most - 0.4, -0.6)  # bars have the same thickness in all panels
             ax.set_title(TITLES.get(loss, loss))
         ax = axes[len(losses)]
         ax.set_title(f"{TITLES.get(losses[0], losses[0])}: extra memory")
@@ -83,7 +83,7 @@ def draw(report: dict, dtype: str, path: Path) -> None:
 
 
 def _best(rows: list[dict]) -> str | None:
-    """The fastest of ours, the one that stands out."""
+    """The fastest backend of this library, which is highlighted."""
     ours = [row for row in rows if row["contender"].startswith("ito")]
     return min(ours, key=lambda row: row["units"])["contender"] if ours else None
 
@@ -142,7 +142,7 @@ def _memory(ax: Axes, rows: list[dict], best: str | None) -> None:
 
 
 def _label_ends(ax: Axes, ends: list[tuple[float, float, str, str]]) -> None:
-    """Names the lines at their ends (x, y, name, colour), none closer than a line of text."""
+    """Label the lines at their ends (x, y, name, colour), at least one line of text apart."""
     to_axes = ax.transData + ax.transAxes.inverted()
     floor = -1.0
     for x, y, name, colour in sorted(ends, key=lambda end: end[1]):

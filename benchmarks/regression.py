@@ -1,7 +1,7 @@
-"""Speed of the primitive on every backend, to compare two revisions with pytest-benchmark.
+"""Speed of the primitive on every backend, for comparing two revisions with pytest-benchmark.
 
-Save the first with `pytest benchmarks/regression.py --benchmark-autosave`, change something, then
-`pytest benchmarks/regression.py --benchmark-compare`.
+Run `pytest benchmarks/regression.py --benchmark-autosave` on the first revision and
+`pytest benchmarks/regression.py --benchmark-compare` on the second.
 """
 
 import pytest

@@ -1,9 +1,9 @@
 """Gradient caching: the gradient of a large batch in the memory of a small one.
 
 A contrastive loss needs the features of the whole batch at once, but not the activations of the
-encoders. So: encode micro-batches without activations, differentiate the loss by the features,
-then encode each micro-batch again and continue backward from there. One more forward pass of the
-encoders buys a batch of any size. Source: Gao et al. 2021 (GradCache).
+encoders. So micro-batches are encoded without keeping activations, the loss is differentiated with
+respect to the features, and each micro-batch is encoded again to continue backward. This allows any
+batch size for one more forward pass of the encoders. Source: Gao et al. 2021 (GradCache).
 """
 
 from __future__ import annotations
@@ -29,32 +29,33 @@ def gradcache_backward(
     scaler: GradScaler | None = None,
     dim: int = 0,
 ) -> Tensor | tuple:
-    """`loss(*encode(*batch)).backward()` for a batch that is given in micro-batches.
+    """`loss(*encode(*batch)).backward()` for a batch that is passed in micro-batches.
 
     Args:
-        encode: from the tensors of a micro-batch to its features, one tensor or several (labels
-            may be among them). Called twice for each, with the same random state of the CPU, of the
-            tensors' devices and of the current CUDA device, so that dropout agrees. Batch
-            normalisation sees micro-batches, and each twice.
-        micro_batches: the batch, cut along the items; sizes may differ.
+        encode: maps the tensors of a micro-batch to its features, one tensor or several; labels may
+            be among them. It is called twice per micro-batch with the same random state of the CPU,
+            of the tensors' devices and of the current CUDA device, so that dropout masks are equal.
+            Batch normalisation sees each micro-batch twice, and only micro-batches.
+        micro_batches: the batch, split along the items. Sizes may differ.
         loss: takes the features of the whole batch, concatenated along `dim`, and returns the loss,
-            or a tuple that begins with it. Parameters that it uses itself, such as the scale, get
-            their gradients from its one call; with `group` it is that of all ranks.
-        models: those that are, or hold, DistributedDataParallel or `fully_shard` modules: their one
-            reduction is left to the last micro-batch. `fully_shard` gathers parameters in every
-            pass: all ranks then need as many micro-batches. A parameter that only `loss` uses must
-            still be reduced: let `encode` return it through the model, as `model(...)` returning
-            `logit_scale.exp()` does. Then it is a 0-d feature, equal for all micro-batches, and not
-            concatenated.
-        scaler: of fp16 training: gradients are scaled as `scaler.scale(loss).backward()` does;
-            `scaler.step` and `scaler.update` are the caller's.
-        dim: of the items in the features.
+            or a tuple whose first element is the loss. It is called once. Parameters that it uses
+            itself, such as the scale, get their gradients from this call. With `group` the batch is
+            that of all ranks.
+        models: DistributedDataParallel or `fully_shard` modules, or modules that contain them.
+            Their gradients are reduced once, in the last micro-batch. `fully_shard` gathers
+            parameters in every pass, so all ranks then need the same number of micro-batches. A
+            parameter that only `loss` uses must be reduced too: return it from `encode` through the
+            model, as a `model(...)` that returns `logit_scale.exp()` does. It is then a 0-d feature
+            that is equal for all micro-batches, and is not concatenated.
+        scaler: for fp16 training. Gradients are scaled as by `scaler.scale(loss).backward()`; the
+            caller calls `scaler.step` and `scaler.update`.
+        dim: the dimension of the items in the features.
 
-    Gradients are added to `.grad` as backward does. Call it under the autocast that training uses:
-    it holds for the encoders and the loss, not for their backward.
+    Gradients are added to `.grad`, as by backward. Call it under the autocast context of training,
+    which then applies to the encoders and the loss, but not to their backward passes.
 
-    Returns what `loss` returned, detached.
-    Raises ValueError if there are no micro-batches, TypeError if `encode` returns no tensors.
+    Returns the result of `loss`, detached.
+    Raises ValueError if there are no micro-batches, TypeError if `encode` does not return tensors.
     """
     if not micro_batches:
         raise ValueError("micro_batches must hold at least one")
@@ -71,33 +72,35 @@ def gradcache_backward(
         for parts in zip(*cached, strict=True)
     ]
     features = [x.detach().requires_grad_(x.is_floating_point()) for x in columns]
-    # autocast of older torch keeps weights that were cast without gradients, and gives none later
+    # The autocast cache of older torch versions keeps weights cast under no_grad, which would then
+    # get no gradient in the second pass.
     torch.clear_autocast_cache()
-    found = loss(*features)
-    value = found[0] if isinstance(found, tuple) else found
+    result = loss(*features)
+    value = result[0] if isinstance(result, tuple) else result
     with _all_without_autocast(features):
         (value if scaler is None else scaler.scale(value)).backward()
 
-    # (features, micro-batches): a 0-d feature is one of the whole batch, and its gradient too
-    pieces = []
+    # upstream[feature][micro-batch]. A 0-d feature is shared by all micro-batches: only the first
+    # one gets its gradient.
+    upstream = []
     for x, parts in zip(features, zip(*cached, strict=True), strict=True):
         grad = torch.zeros_like(x) if x.grad is None else x.grad
         if x.ndim == 0:
-            pieces.append([grad, *[torch.zeros_like(grad)] * (len(parts) - 1)])
+            upstream.append([grad, *[torch.zeros_like(grad)] * (len(parts) - 1)])
         else:
-            pieces.append(grad.split([part.shape[dim] for part in parts], dim))
+            upstream.append(grad.split([part.shape[dim] for part in parts], dim))
     del cached, columns, features
     last = len(micro_batches) - 1
     for i, (batch, state) in enumerate(zip(micro_batches, states, strict=True)):
         with _without_reduction(models) if i < last else nullcontext():
             with state.replayed():
-                again = _as_tuple(encode(*batch))
-            given = [(x, piece[i]) for x, piece in zip(again, pieces, strict=True)]
-            given = [(x, grad) for x, grad in given if x.requires_grad]
-            if given:
-                with _all_without_autocast(again):
-                    torch.autograd.backward(*map(list, zip(*given, strict=True)))
-    return tuple(_detached(x) for x in found) if isinstance(found, tuple) else found.detach()
+                outputs = _as_tuple(encode(*batch))
+            pairs = [(x, grads[i]) for x, grads in zip(outputs, upstream, strict=True)]
+            pairs = [(x, grad) for x, grad in pairs if x.requires_grad]
+            if pairs:
+                with _all_without_autocast(outputs):
+                    torch.autograd.backward(*map(list, zip(*pairs, strict=True)))
+    return tuple(_detached(x) for x in result) if isinstance(result, tuple) else result.detach()
 
 
 def _as_tuple(features: Tensor | Sequence[Tensor]) -> tuple[Tensor, ...]:
@@ -108,7 +111,8 @@ def _as_tuple(features: Tensor | Sequence[Tensor]) -> tuple[Tensor, ...]:
 
 
 def _all_without_autocast(tensors: Sequence[Tensor]) -> ExitStack:
-    """Under autocast backward would compute in its dtype also where forward was kept in fp32."""
+    """Disable autocast on the devices of the tensors. Backward under autocast would use its dtype
+    even for operations that ran in fp32 in forward."""
     stack = ExitStack()
     for device in {x.device for x in tensors}:
         stack.enter_context(without_autocast(device))
@@ -120,7 +124,7 @@ def _without_reduction(models: Sequence[nn.Module]) -> ExitStack:
     for module in (module for model in models for module in model.modules()):
         if isinstance(module, DistributedDataParallel):
             stack.enter_context(module.no_sync())
-        elif hasattr(module, "set_requires_gradient_sync"):  # fully_shard's, whose import is heavy
+        elif hasattr(module, "set_requires_gradient_sync"):  # FSDPModule, whose import is slow
             module.set_requires_gradient_sync(False, recurse=False)
             stack.callback(module.set_requires_gradient_sync, True, recurse=False)
     return stack
@@ -133,8 +137,8 @@ def _detached(x):
 
 
 class _RandomState:
-    """The random state, as it is now, of the CPU, of the devices of some tensors, and of the
-    current CUDA device, to which an encoder may move them."""
+    """The current random state of the CPU, of the devices of some tensors, and of the current CUDA
+    device, to which an encoder may move the tensors."""
 
     def __init__(self, tensors: Sequence[Tensor]):
         self.cpu = torch.get_rng_state()

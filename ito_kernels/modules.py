@@ -1,4 +1,4 @@
-"""The losses as modules with the signatures that training code already uses; stateless."""
+"""The losses as stateless modules, with the signatures that existing training code uses."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from .losses import (
 )
 from .losses.common import check_choice
 
-# of `multi_positive_infonce`, but for the arguments that every call of the module has
+# the options of `multi_positive_infonce`, without the arguments of every call of the module
 _OPTIONS = [
     name
     for name, parameter in inspect.signature(multi_positive_infonce).parameters.items()
@@ -35,7 +35,7 @@ def _check_world_size(world_size: object) -> None:
 
 
 def _default_group(world_size: int) -> dist.ProcessGroup | None:
-    """What open_clip's losses gather over: the default group, where there is more than one rank."""
+    """The group of open_clip's losses: the default group, or None for a single rank."""
     if world_size == 1:
         return None
     if not dist.is_initialized():
@@ -51,29 +51,33 @@ def _default_group(world_size: int) -> dist.ProcessGroup | None:
 
 
 def _check_logits_are_not_redefined(loss: nn.Module, base: type) -> None:
-    """In open_clip a subclass that redefines these changes what `forward` returns."""
+    """Raise NotImplementedError for a subclass that overrides only the computation of the logits.
+
+    In open_clip that changes the loss. Here `forward` does not call these methods.
+    """
     for name in ("get_logits", "get_ground_truth", "_loss"):
         if getattr(type(loss), name, None) is not getattr(base, name, None):
             raise NotImplementedError(
                 f"{type(loss).__name__} redefines {name}, which {base.__name__}.forward of"
-                " ito_kernels does not call, as it forms no logits: define forward too"
+                " ito_kernels does not call because it forms no logits: define forward too"
             )
 
 
 class ClipLoss(nn.Module):
-    """`clip_loss` in place of open_clip's `ClipLoss`: same constructor, call and attributes.
+    """`clip_loss` as a replacement for open_clip's `ClipLoss`, with its constructor, call and
+    attributes.
 
     With `world_size` > 1 the batch is that of all ranks of the default group, and gradients are
-    those of one process on that batch, after averaging. `local_loss`, `cache_labels` and `rank`
-    are for subclasses, which may call `get_logits` and `get_ground_truth`; `forward` does not, it
-    forms no logits. `gather_with_grad` changes nothing.
+    those of one process on that batch, after averaging over ranks. `forward` forms no logits.
+    `local_loss`, `cache_labels` and `rank` affect only `get_logits` and `get_ground_truth`, which
+    subclasses may call. `gather_with_grad` has no effect.
 
-    `logit_bias` is one number for all scores: it does not change a softmax, and gets a gradient of
-    0, which DistributedDataParallel waits for.
+    `logit_bias` is one number for all scores. It does not change a softmax and gets a gradient of
+    0, so that DistributedDataParallel finds no unused parameter.
 
-    Raises ValueError for a `world_size` that is not that of the default group and for a
-    `logit_bias` of more than one number, RuntimeError for ranks without a default group,
-    NotImplementedError for `use_horovod` and where a subclass redefines the logits alone.
+    Raises ValueError for a `world_size` that differs from that of the default group and for a
+    `logit_bias` with more than one element, RuntimeError for `world_size` > 1 without a default
+    group, NotImplementedError for `use_horovod` and for a subclass that overrides only the logits.
     """
 
     def __init__(
@@ -95,7 +99,7 @@ class ClipLoss(nn.Module):
         self.prev_num_logits, self.labels = 0, {}
 
     def get_ground_truth(self, device: torch.device, num_logits: int) -> Tensor:
-        """(num_logits,) the column of each row's positive in `get_logits`, for subclasses."""
+        """The column of the positive of each row of `get_logits`, (num_logits,). For subclasses."""
         if self.prev_num_logits == num_logits and device in self.labels:
             return self.labels[device]
         first = self.rank * num_logits if self.world_size > 1 and self.local_loss else 0
@@ -111,12 +115,12 @@ class ClipLoss(nn.Module):
         logit_scale: float | Tensor,
         logit_bias: float | Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """The dense matrices of logits per image and per text, for subclasses: (N, N) each, memory
-        that `forward` does not take.
+        """The dense logits per image and per text, (N, N) each. For subclasses: `forward` does not
+        form them.
 
-        With `world_size` > 1 of the images and texts of all ranks, gathered with their gradients as
-        open_clip does with `gather_with_grad`; with `local_loss` the rows are this rank's alone,
-        and ranks must hold as many.
+        With `world_size` > 1 they are those of all ranks' images and texts, gathered with gradients
+        as in open_clip with `gather_with_grad`. With `local_loss` the rows are this rank's only,
+        and all ranks must have the same number of rows.
         """
         group = _default_group(self.world_size)
         batch = global_batch(group, image_features, text_features)
@@ -133,14 +137,14 @@ class ClipLoss(nn.Module):
         return per_image, per_text
 
     def _check_local_loss(self, shards: Sharding) -> None:
-        """What `get_ground_truth` takes for granted."""
+        """Check the assumptions of `get_ground_truth`."""
         if self.rank != shards.rank:
             raise ValueError(
                 f"rank must be that in the default group, {shards.rank}, got {self.rank}"
             )
         if len({*shards.row.counts, *shards.col.counts}) > 1:
             raise ValueError(
-                f"local_loss needs as many rows on every rank, got {shards.row.counts}"
+                f"local_loss needs the same number of rows on every rank, got {shards.row.counts}"
             )
 
     def forward(
@@ -159,21 +163,22 @@ class ClipLoss(nn.Module):
                 raise ValueError(
                     f"logit_bias must be one number, got shape {tuple(logit_bias.shape)}"
                 )
-            # the sum over none of it: 0 with a gradient of 0, also where the bias is infinite
+            # an empty sum: 0 with a gradient of 0, even if the bias is infinite
             loss = loss + logit_bias.flatten()[:0].sum().to(loss)
         return {"contrastive_loss": loss} if output_dict else loss
 
 
 class SigLipLoss(nn.Module):
-    """`siglip_loss` in place of open_clip's `SigLipLoss`: same constructor, call and attributes.
+    """`siglip_loss` as a replacement for open_clip's `SigLipLoss`, with its constructor, call and
+    attributes.
 
-    With `world_size` > 1 the batch is that of all ranks of the default group; every rank gets its
-    loss, of which open_clip's ranks get their images' part each. A `logit_bias` of None is 0.
-    `cache_labels`, `rank`, `dist_impl` (how texts travel there) and `chunk_size` (images at a time
-    there; 0 for all) are checked and change nothing. Subclasses may call `get_logits` and
-    `get_ground_truth`; `forward` does not, it forms no logits.
+    With `world_size` > 1 the batch is that of all ranks of the default group, and every rank gets
+    the global loss. In open_clip a rank gets the part of its own images. A `logit_bias` of None is
+    0. `cache_labels`, `rank`, `dist_impl` and `chunk_size` have no effect; the last two are
+    checked. `forward` forms no logits; subclasses may call `get_logits` and `get_ground_truth`.
 
-    Raises ValueError for an unknown `dist_impl` or a negative `chunk_size`, else as `ClipLoss`.
+    Raises ValueError for an unknown `dist_impl` or a negative `chunk_size`; other errors as
+    `ClipLoss`.
     """
 
     def __init__(
@@ -201,8 +206,8 @@ class SigLipLoss(nn.Module):
         num_logits: int,
         negative_only: bool = False,
     ) -> Tensor:
-        """(num_logits, num_logits): 1 on the diagonal unless `negative_only`, -1 elsewhere; for
-        subclasses."""
+        """The labels (num_logits, num_logits): 1 on the diagonal unless `negative_only`, else -1.
+        For subclasses."""
         labels = torch.full((num_logits, num_logits), -1, device=device, dtype=dtype)
         return labels if negative_only else labels.fill_diagonal_(1)
 
@@ -213,8 +218,8 @@ class SigLipLoss(nn.Module):
         logit_scale: float | Tensor,
         logit_bias: float | Tensor | None = None,
     ) -> Tensor:
-        """The dense matrix of the logits of these images with these texts, for subclasses: (N, N),
-        memory that `forward` does not take."""
+        """The dense logits of these images and texts, (N, N). For subclasses: `forward` does not
+        form them."""
         logits = logit_scale * image_features @ text_features.T
         return logits if logit_bias is None else logits + logit_bias
 
@@ -226,7 +231,7 @@ class SigLipLoss(nn.Module):
         logit_bias: float | Tensor | None = None,
         negative_only: bool = False,
     ) -> Tensor:
-        """The loss of these images with these texts from the dense logits, for subclasses."""
+        """The loss of these images and texts from the dense logits. For subclasses."""
         logits = self.get_logits(image_features, text_features, logit_scale, logit_bias)
         n = len(image_features)
         labels = self.get_ground_truth(logits.device, logits.dtype, n, negative_only)
@@ -248,9 +253,10 @@ class SigLipLoss(nn.Module):
 
 
 class MultiPositiveInfoNCE(nn.Module):
-    """`multi_positive_infonce` with its options fixed at construction.
+    """`multi_positive_infonce` with options fixed at construction.
 
-    What belongs to one batch (a queue, hard negatives, pairs, weights) is given to the call.
+    Tensors that belong to a batch (queue, hard negatives, pairs, weights) are passed to the call.
+    Raises TypeError for an unknown option.
     """
 
     def __init__(self, **options):
@@ -270,9 +276,9 @@ class MultiPositiveInfoNCE(nn.Module):
         logit_scale: float | Tensor,
         query_ids: Tensor | None = None,
         key_ids: Tensor | None = None,
-        **of_batch,
+        **batch_options,
     ) -> Tensor | tuple:
-        options = {**self.options, **of_batch}
+        options = {**self.options, **batch_options}
         return multi_positive_infonce(
             queries, keys, logit_scale, query_ids=query_ids, key_ids=key_ids, **options
         )
@@ -306,10 +312,10 @@ class NTXentLoss(nn.Module):
     def __init__(self, temperature: float = 0.5, group=None, chunk_size: int | None = None):
         super().__init__()
         self.temperature = temperature
-        self.where = {"group": group, "chunk_size": chunk_size}
+        self.group_options = {"group": group, "chunk_size": chunk_size}
 
     def forward(self, z1: Tensor, z2: Tensor) -> Tensor:
-        return nt_xent_loss(z1, z2, self.temperature, **self.where)
+        return nt_xent_loss(z1, z2, self.temperature, **self.group_options)
 
 
 class ItoLoss(nn.Module):
@@ -324,7 +330,7 @@ class ItoLoss(nn.Module):
     ):
         super().__init__()
         self.lambda_fusion, self.denominator = lambda_fusion, denominator
-        self.where = {"group": group, "chunk_size": chunk_size}
+        self.group_options = {"group": group, "chunk_size": chunk_size}
 
     def forward(
         self,
@@ -340,5 +346,5 @@ class ItoLoss(nn.Module):
             logit_scale,
             lambda_fusion=self.lambda_fusion,
             denominator=self.denominator,
-            **self.where,
+            **self.group_options,
         )

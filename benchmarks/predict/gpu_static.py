@@ -27,7 +27,7 @@ import gpu_static_triton as triton
 
 
 def work(options: argparse.Namespace) -> list[tuple]:
-    """(function, arguments) of every compilation."""
+    """The compilations as tuples (function, *arguments)."""
     out = []
     if "triton" in options.only:
         out += [
@@ -48,14 +48,14 @@ def work(options: argparse.Namespace) -> list[tuple]:
 
 
 def compiled(options: argparse.Namespace) -> tuple[dict[str, list[dict]], list[str]]:
-    """The kernels, by what they are written in, and what is wrong with them."""
-    rows, wrong = {"triton": [], "cuda": []}, []
+    """Run all compilations. Returns the rows of the kernels by backend, and the failures."""
+    rows, failures = {"triton": [], "cuda": []}, []
     with ProcessPoolExecutor(options.jobs) as pool:
         futures = [(item, pool.submit(*item)) for item in work(options)]
         for (function, *_), future in futures:
             source = "triton" if function is triton.compile_one else "cuda"
-            found = future.result()
-            for r in found if isinstance(found, list) else [found]:
+            results = future.result()
+            for r in results if isinstance(results, list) else [results]:
                 rows[source].append(r)
                 name = f"{source} {r['arch']} {r['arithmetic']} {r['kernel']}"
                 m, n, k, warps, stages = r["tile"]
@@ -66,28 +66,28 @@ def compiled(options: argparse.Namespace) -> tuple[dict[str, list[dict]], list[s
                     flush=True,
                 )
                 if r["spills"]:
-                    wrong.append(f"{name}: spills")
+                    failures.append(f"{name}: spills")
                 if r["arithmetic"] != "ieee" and not r["matrix_instructions"]:
-                    wrong.append(f"{name}: no matrix instruction")
-    return rows, wrong
+                    failures.append(f"{name}: no matrix instruction")
+    return rows, failures
 
 
 def predictions(rows: dict[str, list[dict]]) -> list[dict]:
-    """In bf16. Of the CUDA kernels for the A100 only: Hopper reaches its published rate by wgmma,
-    which they do not use."""
+    """Predicted times in bf16. For the CUDA kernels only on the A100: Hopper reaches its published
+    rate only with wgmma instructions, which they do not use."""
     half = [r for r in rows["triton"] if r["arithmetic"] == "half"]
     bf16 = [r for r in rows["cuda"] if r["arithmetic"] == "bf16"]
     parts = (("triton", half, triton.PARTS, code.CHIPS), ("cuda", bf16, cuda.PARTS, ("A100 SXM",)))
     out = [
         {"kernels": source} | p
-        for source, found, losses, chips in parts
-        for p in code.predict(found, losses, chips)
+        for source, results, losses, chips in parts
+        for p in code.predict(results, losses, chips)
     ]
     return sorted(out, key=lambda p: (p["loss"], list(code.CHIPS).index(p["chip"]), p["n"], p["d"]))
 
 
 def prediction_table(predictions: list[dict]) -> list[str]:
-    """Markdown."""
+    """The predictions as a Markdown table."""
     lines = [
         "| loss | chip | N | D | kernels | forward ms | limit | W panels ms | limit"
         " | vendor products ms | total ms | all overlapped ms | GEMM units"
@@ -131,11 +131,11 @@ def main() -> None:
         if not shutil.which("nvcc"):
             sys.exit("there is no nvcc on the PATH; --only triton needs none")
         if missing := cuda.cuda.SIMT.missing():
-            sys.exit(f"the emulator is not there: {missing}")
+            sys.exit(f"the emulator is not available: {missing}")
 
-    rows, wrong = compiled(options)
+    rows, failures = compiled(options)
     banks = cuda.bank_use() if "cuda" in options.only else []
-    wrong += [f"bank conflict: {b}" for b in banks if b["passes"] != b["least"]]
+    failures += [f"bank conflict: {b}" for b in banks if b["passes"] != b["least"]]
     result = {
         "chips": {name: chip._asdict() for name, chip in code.CHIPS.items()},
         "vendor_share": code.VENDOR_SHARE,
@@ -151,8 +151,8 @@ def main() -> None:
         options.out.write_text(json.dumps(result, indent=1) + "\n")
     if options.page:
         write_page(options.page, result["versions"], prediction_table(result["predictions"]))
-    if wrong:
-        sys.exit("\n".join(["failed:", *wrong]))
+    if failures:
+        sys.exit("\n".join(["failed:", *failures]))
 
 
 if __name__ == "__main__":

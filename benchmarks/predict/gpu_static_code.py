@@ -1,13 +1,12 @@
-"""Reading machine code and predicting times from it: what `gpu_static.py` does with the kernels of
-both compilers.
+"""Reads the machine code of kernels and predicts their times, for both compilers.
 
-A compiled kernel is a row, a dict of at least
+A compiled kernel is a row, a dict with at least
 
     arch, kernel, element (bytes), registers, shared (bytes)
     tile: rows, columns, depth of a step, warps, stages
-    per_step, per_tile: instructions of one thread by family, in a step of the loop over D and in a
-        tile outside of such steps
-    ahead: whether loads of the next tile run while one is reduced
+    per_step: instructions of one thread in a step of the loop over D, by family
+    per_tile: instructions of one thread in a tile outside of these steps, by family
+    ahead: whether the next tile is loaded while the current one is reduced
 """
 
 from __future__ import annotations
@@ -30,22 +29,22 @@ MATRIX = {
     "sm_120": ("HMMA",),
     "gfx942": ("v_mfma",),
 }
-# of a processor: registers, KiB of shared memory, of which a block reserves one, threads
+# (registers, KiB of shared memory, threads) of a processor; each block reserves 1 KiB
 LIMITS = dict.fromkeys(("sm_86", "sm_89", "sm_120"), (65536, 100, 1536))
 LIMITS |= {"sm_80": (65536, 164, 2048), "sm_90": (65536, 228, 2048), "sm_100": (65536, 228, 2048)}
 
 
 class Chip(NamedTuple):
-    """Published rates of one part, dense. Per clock and processor where not said otherwise."""
+    """Published dense rates of a GPU, per clock and processor unless stated otherwise."""
 
     arch: str
     processors: int
     clock: float  # GHz, boost
     matrix: float  # bf16 FLOP
-    lanes: int  # ordinary instructions
+    lanes: int  # of all other instructions
     special: int  # lanes of exp2, reciprocal
     shuffles: int  # lanes
-    l2: float  # bytes; A100's white paper: 5,120 per clock for the chip. The others as assumed
+    l2: float  # bytes; A100: 5,120 per clock for the chip (white paper); the others are assumed
     memory: float  # GB/s of the chip
     source: str
 
@@ -57,18 +56,18 @@ CHIPS = {
     "MI300X": Chip("gfx942", 304, 2.1, 2048, 64, 16, 32, 64, 5300,
                    "CDNA 3 white paper; 64 bytes per clock and CU from L2"),
 }  # fmt: skip
-# What the vendor's matrix product reaches of the peak at these sizes: an assumption, not a count.
+# The fraction of the peak that the vendor's matrix products reach at these sizes: an assumption.
 VENDOR_SHARE = 0.75
 
 
 def run_tool(tool: str, *arguments: str) -> str:
-    """A program of the CUDA toolkit that comes with Triton."""
+    """Run a program of the CUDA toolkit that Triton contains. Returns its standard output."""
     path = Path(nvidia.__file__).parent / "bin" / tool
     return subprocess.run([path, *arguments], capture_output=True, text=True, check=True).stdout
 
 
 def functions(sass: str) -> dict[str, tuple[list, dict]]:
-    """{symbol: ([(instruction, labels it names)], {label: place})} of nvdisasm's text."""
+    """Parse the output of nvdisasm: {symbol: ([(instruction, its labels)], {label: position})}."""
     out = {}
     for part in re.split(r"\n\s*\.section\s+\.text\.", sass)[1:]:
         symbol = re.match(r"[\w$]+", part)[0]
@@ -83,7 +82,8 @@ def functions(sass: str) -> dict[str, tuple[list, dict]]:
 
 
 def family(op: str) -> str:
-    """HMMA.16816.F32.BF16 → HMMA; the special-function unit and its kind stay together."""
+    """The family of an instruction: HMMA.16816.F32.BF16 → HMMA. All special functions are one
+    family."""
     if op.startswith("MUFU"):
         return "special"
     if re.match(r"v_(exp|log|rcp|sqrt)_f32", op):
@@ -94,7 +94,7 @@ def family(op: str) -> str:
 
 
 def loops(code: list, labels: dict) -> list[range]:
-    """Stretches of code that a branch at their end goes back to the start of."""
+    """The loops of a kernel: ranges of code whose last instruction branches to the first."""
     return [
         range(labels[target], at + 1)
         for at, (_, targets) in enumerate(code)
@@ -104,20 +104,23 @@ def loops(code: list, labels: dict) -> list[range]:
 
 
 def programs(row: dict) -> int:
-    """Blocks that fit one processor, by registers and shared memory; on AMD waves per SIMD."""
+    """The number of blocks per processor that registers, shared memory and threads allow. On AMD
+    the number of waves per SIMD that registers allow."""
     if row["arch"] not in LIMITS:
         return min(8, max(1, 512 // max(row["registers"], 1)))
-    registers, shared, most = LIMITS[row["arch"]]
+    registers, shared, max_threads = LIMITS[row["arch"]]
     threads = row["tile"][3] * 32
     granted = -(-row["registers"] // 8) * 8 * threads
-    return min(registers // granted, shared * 1024 // (row["shared"] + 1024), most // threads)
+    return min(
+        registers // granted, shared * 1024 // (row["shared"] + 1024), max_threads // threads
+    )
 
 
-# ---- predictions
+# Predictions.
 
 
 def units(row: dict, chip: Chip, d: int, output_bytes: int) -> dict[str, float]:
-    """Clocks of one tile on one processor, by unit."""
+    """The clocks that one tile takes on each unit of a processor."""
     m, n, k, warps, _ = row["tile"]
     step, tile = Counter(row["per_step"]), Counter(row["per_tile"])
     steps = -(-d // k)
@@ -139,10 +142,11 @@ def units(row: dict, chip: Chip, d: int, output_bytes: int) -> dict[str, float]:
 
 
 def tile_clocks(row: dict, chip: Chip, d: int, output_bytes: int) -> tuple[float, float, str]:
-    """Clocks of one tile on one processor, the least that they could be, and the limiting unit.
+    """The clocks of one tile on one processor, their lower bound, and the limiting unit.
 
-    Where one program has the processor, its reduction of a tile waits for the matrix instructions;
-    only loads run meanwhile, if they go ahead, as many steps as there are stages to hold them.
+    If only one program fits on the processor, the reduction of a tile starts after its matrix
+    instructions. Only loads of the next tile overlap with it, if the kernel loads ahead, for as
+    many steps as the pipeline has stages.
     """
     clocks = units(row, chip, d, output_bytes)
     alone = clocks.pop("epilogue")
@@ -158,8 +162,10 @@ def tile_clocks(row: dict, chip: Chip, d: int, output_bytes: int) -> tuple[float
 
 
 def predict(rows: list[dict], parts: dict, chips: list[str]) -> list[dict]:
-    """Forward + backward in bf16, N = M. `parts`: the kernels of each loss, as (name of the part,
-    kernel, bytes it writes for a score)."""
+    """The predicted times of forward and backward in bf16 with N = M.
+
+    parts: the kernels of each loss as (name of the part, kernel, bytes written per score).
+    """
     out = []
     find = {(r["arch"], r["kernel"]): r for r in rows}
     for loss, name, size, d in product(parts, chips, (32768, 65536), (512, 768)):

@@ -1,5 +1,5 @@
-"""The CUDA kernels for `gpu_static.py`: csrc/cuda compiled by nvcc for all that wheels are built
-for, and the addresses in shared memory that the kernels use on the emulator."""
+"""The CUDA kernels for `gpu_static.py`: csrc/cuda compiled by nvcc for all architectures of the
+wheels, and the bank conflicts of the kernels on the emulator."""
 
 import re
 import shutil
@@ -17,7 +17,7 @@ from ito_kernels.similarity import cuda
 CSRC = Path(__file__).parents[2] / "csrc"
 ARCHS = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120")
 SOURCES = ("forward.cu", "panel.cu", "gradient.cu")
-# {loss: (part, kernel, bytes written for a score)}
+# {loss: (part, kernel, bytes written per score)}
 PARTS = {
     "clip": (("forward", "forward", 0), ("panel", "panel", 2)),
     "siglip": (("forward", "forward softplus", 0), ("panel", "panel softplus", 2)),
@@ -26,7 +26,7 @@ ARITHMETIC = {"Bf16": "bf16", "F16": "fp16", "Tf32x3": "tf32x3", "Tf32": "tf32"}
 
 
 def kernel_of(symbol: str) -> dict | None:
-    """What a mangled name says; None for the merge, which has no tile."""
+    """The properties of a kernel by its mangled name. None for the merge kernel: it has no tile."""
     found = re.search(r"(forward|panel|gradient)_kernelINS0_\d+(Bf16|F16|Tf32x3|Tf32)E", symbol)
     if not found:
         return None
@@ -47,8 +47,8 @@ def kernel_of(symbol: str) -> dict | None:
 
 
 def count(code: list, labels: dict, halves: int) -> dict:
-    """Instructions of one thread in a step of the loop over D, which may be a loop over its two
-    halves, and in a tile, the loop around it, outside of that step."""
+    """Count the instructions of one thread, in a step of the loop over D and in a tile outside of
+    it. The tile is the loop around the steps. With halves=2, a step is a loop over two halves."""
     matrix = [at for at, (op, _) in enumerate(code) if family(op) == "HMMA"]
     around_matrix = (x for x in loops(code, labels) if any(at in x for at in matrix))
     nested = sorted(around_matrix, key=len)
@@ -60,7 +60,7 @@ def count(code: list, labels: dict, halves: int) -> dict:
 
 
 def compiled(source: Path, arch: str, include: Path) -> tuple[str, dict]:
-    """What the assembler says, and the functions."""
+    """The resource usage that the assembler reports, and the functions of the machine code."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as f:
         command = ["nvcc", "-std=c++17", "-O3", f"-arch={arch}", f"-I{include}", "-cubin"]
         done = subprocess.run(
@@ -73,8 +73,8 @@ def compiled(source: Path, arch: str, include: Path) -> tuple[str, dict]:
 
 def compile_one(source: str, arch: str) -> list[dict]:
     usage, code = compiled(CSRC / "cuda" / source, arch, CSRC)
-    # For counts the tile with nothing but negatives: the other path and its instructions are left
-    # out. Code for options that are chosen at run time is still in them.
+    # Instructions are counted for a tile that contains only negatives: the other branch is compiled
+    # out. Code for options that are chosen at run time is still counted.
     with tempfile.TemporaryDirectory() as folder:
         plain = Path(folder) / "csrc"
         shutil.copytree(CSRC, plain)
@@ -91,9 +91,9 @@ def compile_one(source: str, arch: str) -> list[dict]:
         row = kernel_of(symbol)
         if row is None:
             continue
-        whole = Counter(op.split(".")[0] for op, _ in code[symbol][0])
+        all_ops = Counter(op.split(".")[0] for op, _ in code[symbol][0])
         row |= {"arch": arch, "registers": int(registers), "spills": int(stores) + int(loads)}
-        row |= {"matrix_instructions": whole["HMMA"]} | count(
+        row |= {"matrix_instructions": all_ops["HMMA"]} | count(
             *plain_of[key(symbol)], halves=2 if row["arithmetic"] == "tf32x3" else 1
         )
         rows.append(row)
@@ -101,12 +101,12 @@ def compile_one(source: str, arch: str) -> list[dict]:
 
 
 def key(symbol: str) -> str:
-    """The symbol without the part that names the file it was compiled from."""
+    """The symbol without the part that depends on the source file."""
     return str(kernel_of(symbol))
 
 
 def bank_use() -> list[dict]:
-    """Passes over shared memory of every line that touches it, on the emulator."""
+    """The passes over shared memory of every source line that accesses it, on the emulator."""
     native = cuda._native.simt
     out = []
     for dtype, d in ((torch.bfloat16, 512), (torch.bfloat16, 104), (torch.float32, 104)):

@@ -26,7 +26,7 @@ TARGETS = {
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
 ELEMENT = {"half": ("bf16", 2), "ieee": ("fp32", 4), "tf32": ("fp32", 4), "tf32x3": ("fp32", 4)}
-# {loss: (part, kernel, bytes written for a score)}; SigLIP's sums come with its W
+# {loss: (part, kernel, bytes written per score)}; SigLIP computes its sums together with W
 PARTS = {
     "clip": (("forward", "forward clip", 0), ("panel", "panel clip", 2)),
     "siglip": (("panel", "panel siglip", 2),),
@@ -34,8 +34,8 @@ PARTS = {
 
 
 def variants(arch: Arch, arithmetic: str) -> dict[str, tuple]:
-    """{name: (kernel, tile, arguments)} of what is compiled: the plain CLIP loss, and the cases
-    with the most state of each kernel (of fp32 only the latter)."""
+    """The compiled variants {name: (kernel, tile, arguments)}: the plain CLIP loss, and for each
+    kernel the options with the most state; in fp32 mostly the latter."""
     element, _ = ELEMENT[arithmetic]
     fp32, i32 = "*fp32", "*i32"
     score, by_ids = arch.forward[arithmetic], arch.ids[arithmetic]
@@ -72,7 +72,7 @@ def variants(arch: Arch, arithmetic: str) -> dict[str, tuple]:
     panel, panel_ids = (features(x, x.k) | sizes for x in (w, by_ids))
     sums = {"scale_sums": fp32, "row_sums": fp32, "col_sums": fp32}
     softplus = {"SOFTPLUS": True, "u": fp32}
-    # in one pass: what a SigLIP loss with a learned scale and bias needs
+    # the results of one pass that a SigLIP loss with a learned scale and bias needs
     siglip = dict.fromkeys(("row_bias", "scale_sums", "row_sums", "softplus_sums"), fp32)
     hard = everything | {"POSITIVES": "lse", "HARDEST": True, "TRIANGLE": True}
     statistics, panels = statistics_kernels.logsumexp_kernel, gradient_kernels.weights_kernel
@@ -105,7 +105,7 @@ def variants(arch: Arch, arithmetic: str) -> dict[str, tuple]:
 
 
 def compile_one(arch_name: str, arithmetic: str, name: str) -> dict:
-    """Compile one variant and read its machine code."""
+    """Compile one variant. Returns its row."""
     arch = ARCHS[arch_name]
     kernel, tile, arguments = variants(arch, arithmetic)[name]
     arguments["PARTS"] = arch.parts(tile, arguments["SOFTPLUS"])
@@ -162,10 +162,13 @@ def read_amd(built) -> dict:
 
 
 def count(code: list, labels: dict) -> dict:
-    """Instructions of one thread: in the whole kernel, in one step of the loop over D, and in one
-    tile outside of such steps, without what a forward branch skips there: the tiles with positives.
-    With descriptors one loop goes over tiles and steps, and a branch skips what is done once a
-    tile. Holds for the kernels without ids; with ids the branches nest."""
+    """Count the instructions of one thread: in the whole kernel, in one step of the loop over D,
+    and in one tile outside of such steps.
+
+    Code in a tile that a forward branch skips is not counted: it is for tiles with positives. With
+    tensor descriptors one loop runs over tiles and steps, and a branch skips the code that runs
+    once per tile. The counts are valid for kernels without ids; with ids the branches nest.
+    """
     matrix = {at for at, (op, _) in enumerate(code) if family(op) in sum(MATRIX.values(), ())}
 
     def within(part: range) -> Counter:

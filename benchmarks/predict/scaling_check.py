@@ -1,14 +1,13 @@
-"""The scaling model against what gloo does on this machine, with W = 1, 2, 4 processes.
+"""Compares the scaling model with gloo on this machine, for W = 1, 2 and 4 processes.
 
-Every process has one thread, on a core of its own where there are enough. Plain torch calls give
-the machine's constants: torch.mm the rate of matrix products; collectives of two sizes latency and
-rate of each kind; an all-gather beside torch.mm what they hide of each other; and the chunks of a
-loss of 8 rows and 8 features, in a group of one process, what a step and each of its chunks cost
-apart from products and transfers. From these alone the model predicts the losses' steps, which run
-in turns with them.
+Every process has one thread, on its own core if there are enough. The constants of the machine are
+measured by plain torch calls: torch.mm gives the rate of matrix products, collectives of two sizes
+the latency and rate of each kind, and an all-gather during torch.mm their overlap. A loss of 8 rows
+and 8 features in a group of one process gives the overhead of a step and of each chunk. From these
+constants alone the model predicts the steps of the losses, which run in turns with the plain calls.
 
-A time is the slowest rank's; of all rounds the least, because the machine may be busy with
-other work.
+A time is that of the slowest rank, and the minimum over all rounds, because the machine may be busy
+with other work.
 """
 
 from __future__ import annotations
@@ -42,19 +41,19 @@ from ito_kernels.distributed.collectives import (
 
 DIM, FP32 = 512, 4
 ROWS, SHARES, KINDS = (128, 512), (1, 4), ("clip", "siglip")
-SMALL, LARGE = 1 << 12, 1 << 21  # bytes that each rank contributes to a plain collective
+SMALL, LARGE = 1 << 12, 1 << 21  # bytes per rank in a plain collective
 HOST_CHUNKS = 8
-SECONDS = 90  # of rounds, for each W
+SECONDS = 90  # duration of the rounds for each W
 
 
 class Gloo(NamedTuple):
-    """A machine of the model: seconds = latency + bytes / rate, for each kind of collective."""
+    """A `Machine` of the model: a collective takes latency + bytes / rate seconds."""
 
     flops: float  # per second
-    hidden: float  # share of the shorter of products and transfer that the longer one hides
-    host: float  # seconds for each chunk and walk
-    call: float  # seconds for each step
-    links: dict[str, tuple[float, float]]  # seconds, bytes per second
+    hidden: float  # the fraction of the shorter of computation and transfer that overlaps
+    host: float  # seconds per chunk and pass
+    call: float  # seconds per step
+    links: dict[str, tuple[float, float]]  # latency and rate of each kind of collective
 
     def compute(self, walk: Walk, rows: int, keys: int, dim: int, itemsize: int) -> float:
         return walk.units * 2 * rows * keys * dim / self.flops
@@ -76,12 +75,12 @@ class Gloo(NamedTuple):
         return self._link("all_reduce", ranks, 0)
 
     def together(self, compute: float, transfer: float) -> float:
-        """Python, products and transfers share the process's core."""
+        """Python, computation and transfers share the core of the process."""
         return self.host + compute + transfer - self.hidden * min(compute, transfer)
 
 
 def check(out: Path) -> None:
-    """Runs W = 1, 2, 4, prints predictions beside measurements, writes both as JSON."""
+    """Run W = 1, 2, 4, print predictions and measurements, and write both as JSON."""
     report = {"date": datetime.now().isoformat(timespec="seconds"), **machine("cpu")}
     report |= {"threads": 1, "cores": len(os.sched_getaffinity(0)), "machines": {}, "rows": []}
     for ranks in (1, 2, 4):
@@ -142,27 +141,27 @@ def name(step: Step) -> str:
     return f"{step.loss} {step.rows} {step.chunk}"
 
 
-# ---- the machine's constants
+# The constants of the machine.
 
 
 def calibrated(ranks: int, times: dict[str, list[float]]) -> Gloo:
-    seconds = {what: min(x) for what, x in times.items()}
+    seconds = {call_name: min(x) for call_name, x in times.items()}
     links = {}
     for kind in COLLECTIVES:
         small, large = (seconds[f"{kind} {size}"] for size in (SMALL, LARGE))
-        others = max(ranks - 1, 1)  # alone: a copy
+        others = max(ranks - 1, 1)  # with one rank it is a copy
         rate = others * (LARGE - SMALL) / max(large - small, 1e-9)
         links[kind] = (max(small - others * SMALL / rate, 0.0), rate)
     alone = seconds["mm"], seconds[f"all_gather {LARGE}"]
     hidden = (sum(alone) - seconds["mm beside all_gather"]) / min(alone)
-    few, many = (seconds[f"host {chunks}"] for chunks in (1, HOST_CHUNKS))
+    one_chunk, many_chunks = (seconds[f"host {chunks}"] for chunks in (1, HOST_CHUNKS))
     walks = len(LOSSES["clip"])
-    host = max(many - few, 0.0) / (HOST_CHUNKS - 1) / walks
+    host = max(many_chunks - one_chunk, 0.0) / (HOST_CHUNKS - 1) / walks
     return Gloo(
         flops=mm_flops(ranks) / seconds["mm"],
         hidden=min(max(hidden, 0.0), 1.0),
         host=host,
-        call=max(few - walks * host, 0.0),
+        call=max(one_chunk - walks * host, 0.0),
         links=links,
     )
 
@@ -180,7 +179,7 @@ COLLECTIVES = {
 
 
 def plain_calls(ranks: int, alone: dist.ProcessGroup) -> dict[str, Callable[[], object]]:
-    """What is measured beside the losses."""
+    """The calls that measure the constants of the machine."""
     left, right = torch.randn(ROWS[-1], DIM), torch.randn(DIM, ranks * ROWS[-1])
     scores = torch.zeros(ROWS[-1], ranks * ROWS[-1])
 
@@ -201,19 +200,19 @@ def plain_calls(ranks: int, alone: dist.ProcessGroup) -> dict[str, Callable[[], 
             calls[f"{kind} {nbytes}"] = lambda start=start: start().wait()
     gather = collective("all_gather", LARGE)
 
-    def beside() -> None:
+    def during_all_gather() -> None:
         work = gather()
         torch.mm(left, right, out=scores)
         work.wait()
 
-    calls["mm beside all_gather"] = beside
+    calls["mm beside all_gather"] = during_all_gather
     tiny = leaves(8, 8)
     for chunks in (1, HOST_CHUNKS):
         calls[f"host {chunks}"] = lambda chunk=8 // chunks: train("clip", tiny, chunk, alone)
     return calls
 
 
-# ---- processes
+# Processes.
 
 
 def leaves(rows: int, dim: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -228,7 +227,7 @@ def train(loss: str, x: tuple[Tensor, ...], chunk: int, group: dist.ProcessGroup
 
 
 def measured(ranks: int) -> tuple[int, dict[str, list[float]]]:
-    """The number of rounds, and the slowest rank's seconds in each of what was run."""
+    """The number of rounds, and for each call the seconds of the slowest rank in each round."""
     spawn = multiprocessing.get_context("spawn")
     cores = sorted(os.sched_getaffinity(0))
     with tempfile.TemporaryDirectory() as folder:
@@ -244,7 +243,8 @@ def measured(ranks: int) -> tuple[int, dict[str, list[float]]]:
             sys.exit(f"a process of {ranks} has failed")
         each = [json.loads((Path(folder) / f"{rank}.json").read_text()) for rank in range(ranks)]
     slowest = {
-        what: [max(x) for x in zip(*(e[what] for e in each), strict=True)] for what in each[0]
+        call_name: [max(x) for x in zip(*(e[call_name] for e in each), strict=True)]
+        for call_name in each[0]
     }
     return len(slowest["mm"]), slowest
 
@@ -261,17 +261,21 @@ def work(rank: int, ranks: int, core: int, folder: str) -> None:
     inputs = {rows: leaves(rows, DIM) for rows in ROWS}
     for step in steps(ranks):
         calls[name(step)] = lambda s=step: train(s.loss, inputs[s.rows], s.chunk, dist.group.WORLD)
-    order, shuffle, times = list(calls), random.Random(0).shuffle, {what: [] for what in calls}
+    order, shuffle, times = (
+        list(calls),
+        random.Random(0).shuffle,
+        {call_name: [] for call_name in calls},
+    )
     for call in calls.values():
         call()
     begin, more = time.perf_counter(), torch.ones(1)
     while more.item():
         shuffle(order)
-        for what in order:
+        for call_name in order:
             dist.barrier()
             start = time.perf_counter()
-            calls[what]()
-            times[what].append(time.perf_counter() - start)
+            calls[call_name]()
+            times[call_name].append(time.perf_counter() - start)
         more.fill_(time.perf_counter() - begin < SECONDS)
         dist.broadcast(more, 0)
     (Path(folder) / f"{rank}.json").write_text(json.dumps(times))

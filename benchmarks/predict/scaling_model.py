@@ -1,9 +1,10 @@
-"""Step time and memory of a loss on the batch of many GPUs, from counts and published rates.
+"""A model of the step time and memory of a loss on many GPUs, from counts and published rates.
 
-A step is the loss and its gradients, without the encoders. The numbers for GPUs are predictions:
-the kernels' times are those that `gpu_static.py` predicts from machine code, the network's are
-published rates and NCCL's own cost model; nothing here has run on a GPU. `scaling_check.py` holds
-the same formulas against gloo on this machine, with constants measured by plain torch calls.
+A step is the loss and its gradients, without the encoders. All numbers for GPUs are predictions;
+nothing here has run on a GPU. The times of the kernels are those that `gpu_static.py` predicts from
+machine code. Those of the network follow published rates and the cost model of NCCL.
+`scaling_check.py` compares the same formulas with gloo on this machine, with constants measured by
+plain torch calls.
 """
 
 from __future__ import annotations
@@ -20,45 +21,45 @@ from ito_kernels.distributed.transport import default_chunk_size
 
 RESULTS = Path(__file__).parent / "results"
 ALL_RANKS = [1 << k for k in range(3, 13)]
-RANKS = (8, 64, 512, 4096)  # of the table
+RANKS = (8, 64, 512, 4096)  # rows of the table
 BATCHES = (1 << 15, 1 << 17, 1 << 19, 1 << 20, 1 << 22)
-LEAST_ROWS = 8  # of a rank
+LEAST_ROWS = 8  # per rank
 LEAST_CHUNK = 2048
-ENOUGH = 1.02  # a chunk is chosen that is this close to the fastest
-WIDE = 4  # bytes of what is summed
-PANEL = 256 << 20  # bytes of the GPU kernels' W panel: docs/gpu-static.md
+NEAR_BEST = 1.02  # the smallest chunk within this factor of the fastest is chosen
+FP32_BYTES = 4  # gradients and statistics are summed in fp32
+PANEL = 256 << 20  # bytes of a W panel of the GPU kernels: docs/gpu-static.md
 MIB = 1 << 20
 
 
-# ---- what a step does
+# The work of a step.
 
 
 class Walk(NamedTuple):
-    """Over all chunks of keys once: which kernels, and whether keys get gradients."""
+    """One pass over all chunks of keys."""
 
     kernels: str  # "forward", "backward" or "both"
-    units: int  # matrix products of local rows × all keys × D
-    gradients: bool
+    units: int  # number of matrix products of local rows × all keys × D
+    gradients: bool  # whether it computes gradients of the keys
 
 
 TWO_WALKS = (Walk("forward", 1, False), Walk("backward", 3, True))
 LOSSES = {
     "clip": TWO_WALKS,
-    "self": TWO_WALKS,  # SupCon, NT-Xent and ITO's fusion term: rows only, no columns' statistics
-    "siglip": (Walk("both", 3, True),),  # gradients are formed in the forward pass
+    "self": TWO_WALKS,  # SupCon, NT-Xent and ITO's fusion term: no column statistics
+    "siglip": (Walk("both", 3, True),),  # gradients are computed in the forward pass
 }
-STATISTICS = {"forward": 4, "backward": 5}  # numbers for each column, sent by CLIP's walks
+STATISTICS = {"forward": 4, "backward": 5}  # numbers per column that CLIP's passes send
 
 
 class Chunk(NamedTuple):
-    """Keys that are used together, and how many of them come from other ranks."""
+    """The number of keys in a chunk, and how many of them are received from other ranks."""
 
     keys: int
-    travelled: int
+    received: int
 
 
 class Step(NamedTuple):
-    """One loss and its gradients: `rows` of each of `ranks`, `dim` features of `itemsize` bytes."""
+    """One loss and its gradients: `rows` per rank, `dim` features of `itemsize` bytes each."""
 
     ranks: int
     rows: int
@@ -74,7 +75,8 @@ class Step(NamedTuple):
         return self.ranks * self.rows
 
     def chunks(self) -> list[Chunk]:
-        """An all-gather's are the same part of all ranks' keys, a ring's a part of one rank's."""
+        """The chunks of a pass. With "gather" a chunk is the same part of all ranks' keys, with
+        "ring" a part of one rank's keys."""
         size = self.chunk or default_chunk_size(self.ranks)
         ring = self.transport == "ring"
         part = min(size if ring else -(-size // self.ranks), self.rows)
@@ -83,59 +85,65 @@ class Step(NamedTuple):
             return [Chunk(part, part if t else 0) for part in parts for t in range(self.ranks)]
         return [Chunk(self.ranks * part, (self.ranks - 1) * part) for part in parts]
 
-    def kept(self) -> int:
-        """Chunks that the second walk need not gather again: the first ones, while they fit."""
+    def cached_chunks(self) -> int:
+        """The number of chunks, from the first on, that fit in the cache for the second pass."""
         filled = accumulate(chunk.keys * self.dim * self.itemsize for chunk in self.chunks())
         return sum(nbytes <= self.cache for nbytes in filled)
 
     def traffic(self) -> dict[str, int]:
-        """Bytes that a rank receives, by kind: the table of docs/distributed.md."""
+        """The bytes that a rank receives, by kind. docs/distributed.md has them as a table."""
         chunks, others = self.chunks(), (self.ranks - 1) * self.rows
-        again = chunks[self.kept() :] * (len(LOSSES[self.loss]) - 1)
+        again = chunks[self.cached_chunks() :] * (len(LOSSES[self.loss]) - 1)
         out = {
             "sizes": (self.ranks - 1) * 24,
             "ids": others * 8,
-            "keys": sum(c.travelled for c in chunks + again) * self.dim * self.itemsize,
-            "gradients": sum(c.travelled for c in chunks) * self.dim * WIDE,
+            "keys": sum(c.received for c in chunks + again) * self.dim * self.itemsize,
+            "gradients": sum(c.received for c in chunks) * self.dim * FP32_BYTES,
         }
         if self.loss == "clip":
-            out["statistics"] = others * WIDE * sum(STATISTICS.values())
+            out["statistics"] = others * FP32_BYTES * sum(STATISTICS.values())
         return out
 
     def flops(self) -> int:
         return sum(walk.units for walk in LOSSES[self.loss]) * 2 * self.rows * self.batch * self.dim
 
     def memory(self) -> int:
-        """Bytes at most, beside the encoders and the kernels' own: docs/distributed.md."""
+        """The bound on bytes in docs/distributed.md, without the encoders and the memory of the
+        kernels."""
         chunk = self.chunks()[0].keys * self.dim
-        kept = self.kept() * chunk * self.itemsize
-        return 6 * self.rows * self.dim * WIDE + 4 * chunk * WIDE + 200 * self.batch + kept
+        cached = self.cached_chunks() * chunk * self.itemsize
+        return (
+            6 * self.rows * self.dim * FP32_BYTES
+            + 4 * chunk * FP32_BYTES
+            + 200 * self.batch
+            + cached
+        )
 
 
 def panel(step: Step) -> int:
-    """Bytes of W that the GPU kernels hold in backward."""
+    """The bytes of the W panel of the GPU kernels in backward."""
     return min(PANEL, step.rows * step.chunks()[0].keys * step.itemsize)
 
 
 def open_clip_memory(step: Step, local_loss: bool) -> int:
-    """Bytes of open_clip's ClipLoss on each rank: all ranks' features of both towers, with
-    gradients, and for each score the logits of both directions and their log-softmax, and in
-    backward the gradient of one.
+    """The bytes of open_clip's ClipLoss per rank.
 
-    With local_loss logits are local rows × batch, without batch × batch.
+    They are the features of all ranks with gradients, and for each score the logits of both
+    directions, their log-softmax, and the gradient of one of them in backward. The logits are local
+    rows × batch with local_loss, else batch × batch.
     """
     rows = step.rows if local_loss else step.batch
     features = 2 * 2 * step.batch * step.dim * step.itemsize
-    return features + rows * step.batch * (2 * (step.itemsize + WIDE) + WIDE)
+    return features + rows * step.batch * (2 * (step.itemsize + FP32_BYTES) + FP32_BYTES)
 
 
-# ---- what it takes
+# The time of a step.
 
 
 class Machine(Protocol):
-    """Seconds. Bytes are what a rank receives."""
+    """The times of a machine in seconds. nbytes: the bytes that a rank receives."""
 
-    call: float  # of each step, whatever its size
+    call: float  # overhead of a step
 
     def compute(self, walk: Walk, rows: int, keys: int, dim: int, itemsize: int) -> float: ...
     def all_gather(self, ranks: int, nbytes: int) -> float: ...
@@ -147,7 +155,7 @@ class Machine(Protocol):
 
 
 def compute_seconds(step: Step, machine: Machine) -> float:
-    """The kernels alone, chunk after chunk."""
+    """The time of the kernels of all chunks, without communication."""
     return sum(
         number * machine.compute(walk, step.rows, keys, step.dim, step.itemsize)
         for keys, number in Counter(chunk.keys for chunk in step.chunks()).items()
@@ -161,13 +169,14 @@ def step_seconds(step: Step, machine: Machine) -> float:
         chunks = step.chunks()
         each = {chunk: chunk_seconds(step, walk, chunk, machine) for chunk in set(chunks)}
         work = [each[chunk] for chunk in chunks]
-        kept = step.kept() if number else 0
-        seconds += pipeline(work, machine, kept, prefetches=step.transport == "ring")
+        cached = step.cached_chunks() if number else 0
+        seconds += pipeline(work, machine, cached, prefetches=step.transport == "ring")
     return seconds
 
 
 class Work(NamedTuple):
-    """Seconds of a chunk: of its arrival, its kernels, and its gradients' reduce-scatter."""
+    """The seconds that a chunk takes: the transfer of its keys, its kernels, and the reduce-scatter
+    of its gradients."""
 
     arrival: float
     kernels: float
@@ -175,69 +184,77 @@ class Work(NamedTuple):
 
 
 def chunk_seconds(step: Step, walk: Walk, chunk: Chunk, machine: Machine) -> Work:
-    bring, take = machine.all_gather, machine.reduce_scatter
+    gather, reduce = machine.all_gather, machine.reduce_scatter
     if step.transport == "ring":
-        bring = take = machine.hop
+        gather = reduce = machine.hop
     kernels = machine.compute(walk, step.rows, chunk.keys, step.dim, step.itemsize)
-    if not chunk.travelled:
+    if not chunk.received:
         return Work(0.0, kernels, 0.0)
-    arrival, scatter = (chunk.travelled * step.dim * size for size in (step.itemsize, WIDE))
+    arrival, scatter = (chunk.received * step.dim * size for size in (step.itemsize, FP32_BYTES))
     return Work(
-        bring(step.ranks, arrival), kernels, take(step.ranks, scatter) if walk.gradients else 0.0
+        gather(step.ranks, arrival), kernels, reduce(step.ranks, scatter) if walk.gradients else 0.0
     )
 
 
-def pipeline(work: list[Work], machine: Machine, kept: int = 0, prefetches: bool = False) -> float:
-    """Seconds of one walk. While a chunk's kernels run, the gradients of the chunk before travel
-    and the chunk after arrives; nothing hides the first arrival and the last gradients.
+def pipeline(
+    work: list[Work], machine: Machine, cached: int = 0, prefetches: bool = False
+) -> float:
+    """The seconds of one pass over the chunks.
 
-    The first `kept` chunks are there already, and the one after starts to arrive when they are
-    done; or, where the transport `prefetches`, during the last of them.
+    While the kernels of a chunk run, the gradients of the previous chunk and the keys of the next
+    one are transferred. Nothing overlaps with the first transfer of keys and the last transfer of
+    gradients.
+
+    cached: the number of chunks at the start that are not transferred. The transfer of the next
+        chunk starts after them, or during the last of them if the transport `prefetches`.
     """
     seconds, last = 0.0, len(work) - 1
     for k, (arrival, kernels, _) in enumerate(work):
-        if k == kept and not (k and prefetches):
+        if k == cached and not (k and prefetches):
             seconds += arrival
         transfer = work[k - 1].scatter if k else 0.0
-        if k < last and (k >= kept or (k == kept - 1 and prefetches)):
+        if k < last and (k >= cached or (k == cached - 1 and prefetches)):
             transfer += work[k + 1].arrival
         seconds += machine.together(kernels, transfer)
     return seconds + work[last].scatter
 
 
 def exchanges(step: Step, machine: Machine) -> float:
-    """What is not in the walks: the call, sizes, ids, the columns' statistics, and the sums of the
-    loss and of its anchors."""
+    """The seconds outside of the passes: the call, the exchange of sizes and ids, the column
+    statistics, and the sums of the loss and of the number of anchors."""
     ranks, others = step.ranks, (step.ranks - 1) * step.rows
     seconds = machine.call + machine.all_gather(ranks, (ranks - 1) * 56)
     seconds += machine.all_gather(ranks, others * 8) + 2 * machine.all_reduce(ranks)
     if step.loss == "clip":
-        seconds += machine.all_to_all(ranks, others * WIDE * STATISTICS["forward"])
-        seconds += machine.all_gather(ranks, others * WIDE * STATISTICS["backward"])
+        seconds += machine.all_to_all(ranks, others * FP32_BYTES * STATISTICS["forward"])
+        seconds += machine.all_gather(ranks, others * FP32_BYTES * STATISTICS["backward"])
     return seconds
 
 
 def chunk_sizes(step: Step) -> list[int]:
-    """From LEAST_CHUNK keys on, those whose share of a rank is a power of two; and the batch."""
+    """Candidate chunk sizes: at least LEAST_CHUNK keys, a power of two per rank; and the batch."""
     shares = [1 << k for k in range(step.rows.bit_length())]
     sizes = [step.ranks * share for share in shares if share < step.rows]
     return [size for size in sizes if size >= LEAST_CHUNK] + [step.batch]
 
 
 def best_chunk(step: Step, machine: Machine) -> int:
-    """The smallest chunk size within 2 % of the fastest."""
+    """The smallest chunk size within NEAR_BEST of the fastest."""
     times = {c: step_seconds(step._replace(chunk=c), machine) for c in chunk_sizes(step)}
-    return min(c for c, seconds in times.items() if seconds <= ENOUGH * min(times.values()))
+    return min(c for c, seconds in times.items() if seconds <= NEAR_BEST * min(times.values()))
 
 
 def chunk_to_choose(ranks: int) -> int:
-    """A chunk size for every batch: below 32,768 keys the host is slower than the GPU, and with
-    less than 512 of each rank the ring's latency is longer than the transfer."""
+    """The recommended chunk size, for every batch size.
+
+    Below 32,768 keys the host is slower than the GPU. With fewer than 512 keys per rank the latency
+    of NCCL's ring exceeds the transfer time.
+    """
     return max(1 << 15, 512 * ranks)
 
 
 def hiding_chunk(step: Step, machine: Machine) -> int | None:
-    """The smallest chunk size whose kernels take as long as its transfers, in every walk."""
+    """The smallest chunk size whose kernels take at least as long as its transfers in each pass."""
 
     def hides(size: int) -> bool:
         chunk = step._replace(chunk=size).chunks()[0]
@@ -247,15 +264,15 @@ def hiding_chunk(step: Step, machine: Machine) -> int | None:
     return next((size for size in chunk_sizes(step) if hides(size)), None)
 
 
-# ---- GPUs: predictions
+# Predictions for GPUs.
 
 
 class Network(NamedTuple):
-    """Published rates in bytes per second, each way, of one GPU of a node of 8."""
+    """Published rates of one GPU in a node of 8, in bytes per second and direction."""
 
     nvlink: float
     nic: float
-    low_latency: tuple[float, float, float]  # what NCCL's LL reaches on 1, 2, more nodes
+    low_latency: tuple[float, float, float]  # maximum of NCCL's LL protocol on 1, 2, more nodes
     source: str
 
 
@@ -268,22 +285,23 @@ NETWORKS = {
                     "A100 SXM data sheet: NVLink 600 GB/s both ways; DGX A100: a 200 Gb/s"
                     " ConnectX-6 for each GPU"),
 }  # fmt: skip
-CHIPS = {"h100": "H100 SXM", "a100": "A100 SXM"}  # in gpu_static.json
-# NCCL's cost model (src/graph/tuning.cc, 2.28), its rings: protocol -> µs of a call, of a step
-# inside a node, of a step between nodes, and the share of the links' rate. The fastest is taken.
+CHIPS = {"h100": "H100 SXM", "a100": "A100 SXM"}  # names in gpu_static.json
+# NCCL's cost model for rings (src/graph/tuning.cc, 2.28). Protocol: µs per call, µs per step inside
+# a node, µs per step between nodes, and the fraction of the link rate. The fastest one is used.
 PROTOCOLS = {
     "LL": (6.6, 0.6, 2.7, 0.5),
     "LL128": (14.0, 1.9, 4.0, 0.92),
     "Simple": (8.4, 3.4, 14.0, 1.0),
 }
-TREE = (6.8, 0.6, 5.0)  # the same of a small all-reduce (LL)
-# Python's own for each chunk and walk, and for each step: what scaling_check.py finds on a CPU
-# core, assumed of a GPU's host. A chunk is issued while the GPU works on another; CALL is added.
+TREE = (6.8, 0.6, 5.0)  # the same µs for a small all-reduce (LL)
+# Overhead of Python per chunk and pass (HOST), and per step (CALL), as scaling_check.py measures it
+# on a CPU core. Assumed to be the same for the host of a GPU. HOST overlaps with the GPU's work on
+# the previous chunk, CALL does not.
 HOST, CALL = 0.25e-3, 1.7e-3
 
 
 class Gpu:
-    """Nodes of 8 GPUs, a network card for each."""
+    """A cluster of nodes with 8 GPUs and a network card per GPU."""
 
     def __init__(self, name: str, static: dict):
         self.name, self.network = name, NETWORKS[name]
@@ -303,8 +321,8 @@ class Gpu:
         }
 
     def per_score(self, kernels: str, dim: int) -> float:
-        """Predicted seconds for each entry of S, in bf16: a line through those at D = 512 and
-        768, of which the part that grows with D is matrix products and loads."""
+        """The predicted seconds per element of S in bf16, interpolated linearly in D between 512
+        and 768. Matrix products and loads grow with D."""
         loss = "siglip" if kernels == "both" else "clip"
         names = ("forward_ms",) if kernels == "forward" else ("panel_ms", "products_ms")
         at = {
@@ -315,20 +333,20 @@ class Gpu:
         return at[512] + (dim - 512) / 256 * (at[768] - at[512])
 
     def compute(self, walk: Walk, rows: int, keys: int, dim: int, itemsize: int) -> float:
-        """The predicted time of whole waves of tiles, or of reading the features if that takes
-        longer; in backward also adding up and passing on the gradients in fp32."""
+        """The predicted time of whole waves of tiles, or of reading the features if that is longer;
+        in backward plus the time of summing the gradients in fp32."""
         name = {"forward": "forward clip", "backward": "panel clip", "both": "panel siglip"}
         m, n = self.tiles[name[walk.kernels]]
         waves = math.ceil(math.ceil(rows / m) * math.ceil(keys / n) / self.chip["processors"])
         scores = waves * self.chip["processors"] * m * n
         memory = self.chip["memory"] * 1e9
         reads = (2 if walk.gradients else 1) * (rows + keys) * dim * itemsize / memory
-        sums = (3 * rows + 2 * keys) * dim * WIDE / memory if walk.gradients else 0.0
+        sums = (3 * rows + 2 * keys) * dim * FP32_BYTES / memory if walk.gradients else 0.0
         return max(scores * self.per_score(walk.kernels, dim), reads) + sums
 
     def all_gather(self, ranks: int, nbytes: int) -> float:
-        """NCCL's ring: through each GPU of a node over NVLink, and from node to node over all 8
-        cards at once."""
+        """NCCL's ring: over NVLink inside a node, and over all 8 network cards at once between
+        nodes."""
         if ranks == 1:
             return 0.0
         nodes = -(-ranks // NODE)
@@ -348,42 +366,47 @@ class Gpu:
     reduce_scatter = all_gather  # the same ring, with sums
 
     def all_to_all(self, ranks: int, nbytes: int) -> float:
-        """Assumed: an all-gather's latency, and the GPU's own card for what crosses nodes."""
+        """An assumption: the latency of an all-gather, and the GPU's own network card for data
+        between nodes."""
         crossing = max(0, ranks - NODE) / max(1, ranks - 1)
         return self.all_gather(ranks, 0) + nbytes * crossing / self.network.nic
 
     def all_reduce(self, ranks: int) -> float:
-        """Of a single number: NCCL's trees."""
+        """An all-reduce of one number by NCCL's trees."""
         call, inside, outside = TREE
         nodes = -(-ranks // NODE)
         return (call + 2 * ((min(ranks, NODE) - 1) * inside + math.log2(nodes) * outside)) * 1e-6
 
     def hop(self, ranks: int, nbytes: int) -> float:
-        """A send to the next rank: where it crosses nodes it has one card."""
+        """A send to the next rank. Between nodes it uses one network card."""
         call, inside, outside, _ = PROTOCOLS["Simple"]
         if ranks <= NODE:
             return (call + inside) * 1e-6 + nbytes / self.network.nvlink
         return (call + outside) * 1e-6 + nbytes / self.network.nic
 
     def together(self, compute: float, transfer: float) -> float:
-        """Assumed: transfers cost the kernels nothing. The host prepares one chunk meanwhile."""
+        """An assumption: transfers do not slow the kernels down. The host prepares the next chunk
+        at the same time."""
         return max(compute, transfer, self.host)
 
 
 def rows_to_hide(gpu: Gpu, dim: int, ranks: int) -> float:
-    """Rows of each GPU from which the kernels of a large chunk hide its transfer: the ratio of
-    both, which does not depend on the batch. The larger of the two walks."""
+    """The rows per GPU from which the kernels of a large chunk hide its transfers.
+
+    It is the ratio of both times per row, which does not depend on the batch size; the larger of
+    the two passes.
+    """
     out = 0.0
     for walk in TWO_WALKS:
-        nbytes = dim * (2 + (WIDE if walk.gradients else 0))
+        nbytes = dim * (2 + (FP32_BYTES if walk.gradients else 0))
         rate = 1e12 / (gpu.all_gather(ranks, 10**12) - gpu.all_gather(ranks, 0))
         out = max(out, nbytes / rate / gpu.per_score(walk.kernels, dim))
     return out
 
 
 def most_gpus(batch: int, gpu: Gpu, dim: int, loss: str) -> int:
-    """Up to how many GPUs the kernels take half of the step or more, 0 if on none: beyond,
-    communication and the host have taken over."""
+    """The largest number of GPUs on which the kernels take at least half of the step, 0 for none.
+    On more GPUs, communication and the host take most of the time."""
     most = 0
     for ranks in ALL_RANKS:
         step = Step(ranks, batch // ranks, dim, loss=loss)
@@ -394,7 +417,7 @@ def most_gpus(batch: int, gpu: Gpu, dim: int, loss: str) -> int:
     return most
 
 
-# ---- table, files
+# The table.
 
 
 def row(step: Step, gpu: Gpu) -> dict:

@@ -1,4 +1,4 @@
-"""The picture of the scaling model: step time over GPUs, over chunk sizes, and memory."""
+"""Plots the scaling model: step time over GPUs, step time over chunk sizes, and memory."""
 
 from __future__ import annotations
 

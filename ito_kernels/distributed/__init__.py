@@ -1,28 +1,31 @@
-"""The batch of all ranks: the primitive over keys that other ranks hold, in chunks.
+"""The global batch of a process group: the primitive over the keys of all ranks, in chunks.
 
-Every rank holds its rows of both towers. Keys are gathered chunk by chunk, the next one in flight
-while the kernels work on the current one. A rank's row statistics are complete after the last
-chunk, those of its columns after an all-to-all of O(B) numbers. Backward goes over the chunks
-again, and reduce-scatters the gradients of the keys. Memory is O(local·D + chunk·D + B) on each
-rank.
+Every rank holds local rows of both towers. Keys are all-gathered in chunks, and the next chunk is
+in flight while the kernels process the current one. The row statistics of a rank are complete after
+the last chunk. Its column statistics are complete after an all-to-all of O(B) numbers. Backward
+iterates over the chunks again and reduce-scatters the gradients of the keys. Memory per rank is
+O(local·D + chunk·D + B).
 
-A loss is written once, for `global_batch`: that of all ranks or that of this process, which has the
-same interface. It needs of it
+A loss is written once, for the batch that `global_batch` returns. `GlobalBatch` and `LocalBatch`
+have the same interface:
 
-- the primitive, of its rows against all ranks' keys, column statistics included;
-- `all_reduce_loss`, whose result all ranks differentiate alike;
-- `all_reduce_sum` and `all_reduce_max`, whose results each rank uses in its own way;
-- `all_gather_rows`, all ranks' rows at once, for what the primitive cannot say: O(global·D).
+- the primitive, of the local rows against the keys of all ranks, including column statistics;
+- `all_reduce_loss`, for a result that every rank differentiates in the same way;
+- `all_reduce_sum` and `all_reduce_max`, for results that ranks use in different ways;
+- `all_gather_rows`, the rows of all ranks at once, for what the primitive cannot compute, in memory
+  O(global·D).
 
-Each is adjoint to its backward for the sum over ranks of what they differentiate, which is W times
-the loss, and averaging divides by W: so is any composition of them.
+The backward of each is its adjoint with respect to the sum over ranks of their losses. That sum is
+W times the loss for W ranks, and averaging gradients divides by W. The same holds for every
+composition of them.
 
-All ranks must call the same losses in the same order, with the same options: `agreement` compares
-what they call, and raises on all of them where it differs.
+All ranks must call the same losses in the same order with the same options. `agreement` compares
+the calls and raises on all ranks if they differ.
 
-Environment, the same on every rank: ITO_TRANSPORT, how keys travel: "gather", the default, by
-all-gathers and reduce-scatters, or "ring", from neighbour to neighbour. ITO_GATHER_CACHE_BYTES
-(64 MiB by default) bounds the chunks that are kept for backward; the rest travels again.
+Environment variables, equal on all ranks: ITO_TRANSPORT selects the transport of keys: "gather"
+(default) uses all-gather and reduce-scatter, "ring" sends them from neighbour to neighbour.
+ITO_GATHER_CACHE_BYTES (default 64 MiB) bounds the memory for chunks that are kept for backward;
+other chunks are transferred again.
 """
 
 from __future__ import annotations
@@ -55,10 +58,11 @@ def global_batch(
     chunk_size: int | None = None,
     backend: str | None = None,
 ) -> GlobalBatch | LocalBatch:
-    """The batch of all ranks of `group`, or that of this process where it is None.
+    """The batch of all ranks of `group`, or the local batch if it is None.
 
-    backend: the one that will be asked to run: with a group one that cannot is refused before ranks
-    meet. "reference", which runs everywhere, where no kernels are needed.
+    backend: the backend that the loss will use. With a group, one that cannot run here raises
+        before the first collective. A loss that runs no kernel passes "reference", which runs
+        everywhere.
     """
     check_chunk_size(chunk_size)
     if group is None:

@@ -1,13 +1,13 @@
-"""Whether all ranks call alike, found out before anything else travels.
+"""Checks that all ranks make the same call, before any other collective.
 
-Ranks that differ would wait for each other until the group's time-out, or take each other's bytes
-for something else. So the exchange of sizes, with which every batch begins, carries a digest of the
-call: what must be the same on every rank, in words. Where digests differ all ranks see it, tell
-each other the words, and raise. A rank that refuses its arguments takes part in that exchange with
-REFUSED for a digest, and its error for words.
+Ranks with different calls would wait for each other until the time-out of the group, or misread
+each other's data. So the exchange of batch sizes, which starts every batch, also carries a digest
+of a description of the call: a list of everything that must be equal on all ranks. If the digests
+differ, all ranks exchange their descriptions and raise. A rank whose arguments are invalid takes
+part with the digest INVALID and sends its error instead of a description.
 
-Therefore a loss checks all of its arguments before it makes its batch: behind that exchange there
-is no way to tell the others.
+After this exchange an error can no longer be reported to the other ranks. Therefore a loss checks
+all of its arguments before it creates its batch.
 """
 
 from __future__ import annotations
@@ -27,23 +27,27 @@ from torch import Tensor
 from ..similarity.spec import autocast_enabled, is_number
 from .collectives import all_gather_counts, process_group
 
-Words = list[tuple[str, str]]  # what is compared, and what it is on this rank
+CallDescription = list[tuple[str, str]]  # pairs (name of what is compared, value on this rank)
 
-REFUSED = -1
-# each rank's own: results do not depend on who computes them, and one generator is used
+INVALID = -1  # the digest of a rank with invalid arguments
+# Arguments that may differ between ranks. All backends give the same loss, and only the first
+# rank's generator is used.
 FREE = frozenset({"group", "backend", "generator"})
 
 
 class _Call(threading.local):
-    """What this rank is calling. words: of the losses under way, the outermost first.
-    before_exchange: whether the next collective of the other ranks is an exchange of sizes."""
+    """The current call of this rank.
+
+    description: that of the losses in progress, the outermost first.
+    before_exchange: whether the next collective of the other ranks is an exchange of sizes.
+    """
 
     def __init__(self):
-        self.words: Words = []
+        self.description: CallDescription = []
         self.before_exchange = False
 
 
-_now = _Call()
+_current = _Call()
 
 
 def same_on_every_rank(
@@ -53,15 +57,20 @@ def same_on_every_rank(
     free: Sequence[str] = (),
     options_of: Callable | None = None,
 ) -> Callable:
-    """A loss that, with a group, all ranks must call alike: else it raises on every one of them.
+    """Decorate a loss that, with a group, all ranks must call with the same arguments.
 
-    Compared are the loss, which arguments are given, their values but for those of tensors, and of
-    floating-point tensors whether a gradient is wanted and, where they are matrices, dtype and
-    width. stacked: arguments of shape (count, N, D), whose count is compared too. free: arguments
-    that are each rank's own. options_of: the loss whose keyword arguments `**options` are; what
-    goes into `**options` elsewhere is compared by the loss that it goes to.
+    Compared are the loss, which arguments are given, and the values of those that are not tensors.
+    Of floating-point tensors, whether they require a gradient is compared, and for matrices the
+    dtype and the width.
 
-    The loss raises ValueError where ranks differ, and where another one refused its arguments.
+    Args:
+        stacked: names of arguments of shape (count, N, D), whose count is compared too.
+        free: names of arguments that may differ between ranks.
+        options_of: the loss that defines the `**options` of this one. Without it they are compared
+            by the loss to which they are passed.
+
+    The decorated loss raises ValueError on every rank if the calls differ, or if another rank has
+    invalid arguments.
     """
     if loss is None:
         return partial(same_on_every_rank, stacked=stacked, free=free, options_of=options_of)
@@ -70,42 +79,44 @@ def same_on_every_rank(
         more = inspect.signature(options_of).parameters.values()
         parameters += [p for p in more if p.kind is p.KEYWORD_ONLY]
     positional = [p.name for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD]
-    rest = next((p.name for p in parameters if p.kind is p.VAR_POSITIONAL), None)
+    variadic = next((p.name for p in parameters if p.kind is p.VAR_POSITIONAL), None)
     defaults = {
-        p.name: (p.name, described(p.default))
+        p.name: (p.name, describe(p.default))
         for p in parameters
         if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY) and p.name not in {*FREE, *free}
     }
 
-    def words(args: tuple, options: dict) -> Words:
+    def describe_call(args: tuple, options: dict) -> CallDescription:
         given = {**options, **dict(zip(positional, args, strict=False))}
         out = [("the call", loss.__name__)]
         for name, default in defaults.items():
-            word = name in given and (name, described(given[name], name in stacked))
-            out.append(word or default)
-        if rest is not None:
+            entry = name in given and (name, describe(given[name], name in stacked))
+            out.append(entry or default)
+        if variadic is not None:
             more = args[len(positional) :]
-            out.append((f"the number of {rest}", str(len(more))))
-            out += [(f"{rest} {i}", described(x, rest in stacked)) for i, x in enumerate(more)]
+            out.append((f"the number of {variadic}", str(len(more))))
+            out += [
+                (f"{variadic} {i}", describe(x, variadic in stacked)) for i, x in enumerate(more)
+            ]
         return out
 
     @wraps(loss)
     def call(*args, group=None, **options):
         if group is None:
             return loss(*args, **options)
-        if torch.compiler.is_compiling():  # every collective would break the graph
+        if torch.compiler.is_compiling():  # every collective would cause a graph break
             return torch.compiler.disable(call)(*args, group=group, **options)
-        group, outer = process_group(group), len(_now.words)
-        _now.before_exchange = True
+        group, outer = process_group(group), len(_current.description)
+        _current.before_exchange = True
         try:
-            _now.words += words(args, options)
+            _current.description += describe_call(args, options)
             return loss(*args, group=group, **options)
         except Exception as error:
-            if _now.before_exchange:
-                _refuse(group, (*args, *options.values()), error)
+            if _current.before_exchange:
+                _report_invalid_arguments(group, (*args, *options.values()), error)
             raise
         finally:
-            del _now.words[outer:]
+            del _current.description[outer:]
 
     return call
 
@@ -115,30 +126,32 @@ def exchanged_sizes(
     device: torch.device,
     queries: int,
     keys: int,
-    words: Words,
-    more: bool = False,
+    description: CallDescription,
+    another_follows: bool = False,
 ) -> Tensor:
-    """(ranks, 2) the numbers of queries and keys of every rank, on the host, once it is known that
-    all are at the same call. more: the next collective is another exchange of sizes.
+    """All-gather the numbers of queries and keys, after checking that all ranks make the same call.
 
-    Raises ValueError, on every rank, for the first difference.
+    description: what to compare in addition to the losses in progress.
+    another_follows: whether the next collective is another exchange of sizes.
+
+    Returns (ranks, 2) on the CPU. Raises ValueError on every rank that names the first difference.
     """
-    if device.type not in _served(group):
+    if device.type not in _device_types(group):
         raise ValueError(
             f"group must serve {device.type}, the device of the features, got one of"
             f" {dist.get_backend_config(group)}"
         )
-    _now.before_exchange = False
-    words = [*_now.words, *words]
-    found = all_gather_counts(group, device, queries, keys, _digest(words))
-    if len(set(found[:, 2].tolist())) > 1:
-        raise ValueError(_difference(_told(group, words)))
-    _now.before_exchange = more
-    return found[:, :2]
+    _current.before_exchange = False
+    description = [*_current.description, *description]
+    counts = all_gather_counts(group, device, queries, keys, _digest(description))
+    if len(set(counts[:, 2].tolist())) > 1:
+        raise ValueError(_first_difference(_all_gather_object(group, description)))
+    _current.before_exchange = another_follows
+    return counts[:, :2]
 
 
-def described(x: object, stacked: bool = False) -> str:
-    """An argument in words, which are the same wherever a loss takes the same course."""
+def describe(x: object, stacked: bool = False) -> str:
+    """Describe an argument by all that decides which collectives a loss calls."""
     if isinstance(x, Tensor):
         if x.is_nested or x.layout != torch.strided:
             return f"a {'nested' if x.is_nested else x.layout} tensor"
@@ -154,54 +167,61 @@ def described(x: object, stacked: bool = False) -> str:
     if x is None or isinstance(x, (bool, str)):
         return repr(x)
     if isinstance(x, Sequence):
-        return f"[{', '.join(map(described, x))}]"
+        return f"[{', '.join(map(describe, x))}]"
     return getattr(x, "__name__", type(x).__name__)
 
 
 def _dtype(x: Tensor) -> torch.dtype:
-    """In which features are computed, and travel."""
+    """The dtype in which features are computed and transferred."""
     if x.dtype != torch.float64 and autocast_enabled(x.device):
         return torch.get_autocast_dtype(x.device.type)
     return x.dtype
 
 
-def _digest(words: Words) -> int:
-    """63 bits, the same in every process."""
-    text = "\0".join(chain.from_iterable(words)).encode()
+def _digest(description: CallDescription) -> int:
+    """A hash of 63 bits that is the same in every process."""
+    text = "\0".join(chain.from_iterable(description)).encode()
     return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "big") >> 1
 
 
-def _served(group: dist.ProcessGroup) -> list[str]:
-    """The kinds of device for which the group has a backend."""
+def _device_types(group: dist.ProcessGroup) -> list[str]:
+    """The device types for which the group has a backend."""
     return [pair.split(":")[0] for pair in dist.get_backend_config(group).split(",")]
 
 
-def _refuse(group: dist.ProcessGroup, given: Iterable, error: Exception) -> None:
-    """Tells the other ranks, which are at an exchange of sizes or on their way to it."""
-    _now.before_exchange = False
-    kinds = _served(group)
-    devices = (x.device for x in given if isinstance(x, Tensor) and x.device.type in kinds)
-    device = next(devices, torch.device(kinds[0]))
-    with suppress(RuntimeError):  # where the others do not answer, this rank's own error stands
-        all_gather_counts(group, device, 0, 0, REFUSED)
-        _told(group, f"{type(error).__name__}: {error}")
+def _report_invalid_arguments(
+    group: dist.ProcessGroup, arguments: Iterable, error: Exception
+) -> None:
+    """Send the error to the other ranks, which are in an exchange of sizes or will enter it."""
+    _current.before_exchange = False
+    types = _device_types(group)
+    devices = (x.device for x in arguments if isinstance(x, Tensor) and x.device.type in types)
+    device = next(devices, torch.device(types[0]))
+    with suppress(RuntimeError):  # if the others do not answer, this rank raises its own error
+        all_gather_counts(group, device, 0, 0, INVALID)
+        _all_gather_object(group, f"{type(error).__name__}: {error}")
 
 
-def _told(group: dist.ProcessGroup, what: Words | str) -> list[Words | str]:
-    told: list = [None] * dist.get_world_size(group)
-    dist.all_gather_object(told, what, group)
-    return told
+def _all_gather_object(
+    group: dist.ProcessGroup, x: CallDescription | str
+) -> list[CallDescription | str]:
+    gathered: list = [None] * dist.get_world_size(group)
+    dist.all_gather_object(gathered, x, group)
+    return gathered
 
 
-def _difference(told: list[Words | str]) -> str:
-    """Of words that differ: their names do so only behind a value that does."""
-    for rank, words in enumerate(told):
-        if isinstance(words, str):
-            return f"rank {rank} refused its arguments: {words}"
+def _first_difference(descriptions: list[CallDescription | str]) -> str:
+    """The error message for descriptions that differ, or for the error of a rank.
+
+    Up to the first value that differs, all descriptions have the same names.
+    """
+    for rank, description in enumerate(descriptions):
+        if isinstance(description, str):
+            return f"rank {rank} has invalid arguments: {description}"
     rank, name, first, x = next(
         (rank, name, a, b)
-        for rank, words in enumerate(told)
-        for (name, a), (_, b) in zip(told[0], words, strict=False)
+        for rank, description in enumerate(descriptions)
+        for (name, a), (_, b) in zip(descriptions[0], description, strict=False)
         if a != b
     )
     return f"{name} must be the same on every rank, got {first} on rank 0 and {x} on rank {rank}"

@@ -1,4 +1,4 @@
-"""The global batch as autograd functions: forward and backward pass over all ranks' keys."""
+"""The autograd functions of the global batch: forward and backward over the keys of all ranks."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from ..similarity.spec import (
     accumulate_dtype,
     without_autocast,
 )
-from .chunks import Chunk, Kept, flat
+from .chunks import Chunk, ChunkCache, flat
 from .collectives import (
     Started,
     all_gather_counts,
@@ -32,12 +32,13 @@ from .collectives import (
 from .sharding import Sharding
 from .statistics import ColumnStats, PartialStats, count_pairs
 
-# of a problem's fields behind its inputs
+# the gradients of a problem's fields after its inputs
 NO_GRADIENTS = (None,) * (len(Problem._fields) - len(Grads._fields))
 
 
 class AllReduceLoss(torch.autograd.Function):
-    """The gradient that arrives is the same on every rank: its sum over ranks takes no transfer."""
+    """An all-reduce whose upstream gradient is equal on all ranks: its sum over ranks needs no
+    collective."""
 
     @staticmethod
     def forward(ctx, x: Tensor, group: dist.ProcessGroup) -> Tensor:
@@ -46,11 +47,11 @@ class AllReduceLoss(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple:
-        return grad * ctx.size, None  # which averaging over ranks divides by
+        return grad * ctx.size, None  # averaging gradients over ranks divides by the size
 
 
 class AllReduceSum(torch.autograd.Function):
-    """Each rank has a gradient of its own, of which backward takes the sum."""
+    """An all-reduce whose upstream gradient differs between ranks: backward all-reduces it."""
 
     @staticmethod
     def forward(ctx, x: Tensor, group: dist.ProcessGroup) -> Tensor:
@@ -63,7 +64,7 @@ class AllReduceSum(torch.autograd.Function):
 
 
 class AllGatherRows(torch.autograd.Function):
-    """(n, …) of each rank to (N, …) on all, whose gradients are reduce-scattered."""
+    """All-gathers (n, …) of each rank to (N, …). Backward reduce-scatters the gradients."""
 
     @staticmethod
     def forward(ctx, x: Tensor, group: dist.ProcessGroup) -> Tensor:
@@ -71,23 +72,24 @@ class AllGatherRows(torch.autograd.Function):
         ctx.counts = all_gather_counts(group, x.device, len(x)).flatten().tolist()
         ctx.max_count = max(ctx.counts)
         padded = torch.cat([x, x.new_zeros(ctx.max_count - len(x), *x.shape[1:])])
-        found = all_gathered("rows", padded, group)
-        return torch.cat([rows[:n] for rows, n in zip(found, ctx.counts, strict=True)])
+        gathered = all_gathered("rows", padded, group)
+        return torch.cat([rows[:n] for rows, n in zip(gathered, ctx.counts, strict=True)])
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple:
         shape = (ctx.max_count, *grad.shape[1:])
-        # summed in fp32, as the gradients of keys are
+        # summed in fp32, like the gradients of keys
         sent = grad.new_zeros(len(ctx.counts), *shape, dtype=accumulate_dtype(grad.dtype))
         for rows, part in zip(sent, grad.split(ctx.counts), strict=True):
             rows[: len(part)] = part
-        what, out = "reduce-scatter of the gradients of rows", sent.new_empty(shape)
-        out = Started(what, reduce_scatter, out, sent.flatten(0, 1), ctx.group).wait()
+        name, out = "reduce-scatter of the gradients of rows", sent.new_empty(shape)
+        out = Started(name, reduce_scatter, out, sent.flatten(0, 1), ctx.group).wait()
         return out[: ctx.number].to(ctx.dtype), None
 
 
 class Logsumexp(torch.autograd.Function):
-    """Problem fields of this rank's rows and keys to the statistics of both, those wanted."""
+    """The requested statistics of this rank's rows and columns, from the fields of a Problem of
+    this rank's rows and keys."""
 
     @staticmethod
     def forward(ctx, shards: Sharding, module: Backend, needs: Needs, *fields):
@@ -95,10 +97,10 @@ class Logsumexp(torch.autograd.Function):
         if problem.col_bias is not None:
             bias = padded_to(shards.col.max_count, problem.col_bias)
             problem = problem._replace(col_bias=all_gathered("key biases", bias, shards.group))
-        kept = Kept(any(needs))
+        cache = ChunkCache(any(needs))
         rows, cols = None, ColumnStats(shards, problem)
         for chunk in shards.transport().all_gather_chunks(problem.b):
-            kept.offer(chunk.keys)
+            cache.offer(chunk.keys)
             for at, block in shards.blocks(problem, chunk):
                 with without_autocast(block.a.device):
                     stats = module.logsumexp_forward(block)
@@ -114,7 +116,7 @@ class Logsumexp(torch.autograd.Function):
             rows.stats if problem.rows else None,
             cols.all_to_all().stats if problem.cols else None,
         )
-        ctx.shards, ctx.module, ctx.needs, ctx.kept = shards, module, needs, kept.chunks
+        ctx.shards, ctx.module, ctx.needs, ctx.cached_chunks = shards, module, needs, cache.chunks
         ctx.options = problem.options
         ctx.set_materialize_grads(False)
         maxima = (stats.row_max, stats.row_neg_max, stats.col_max, stats.col_neg_max)
@@ -133,7 +135,7 @@ class Logsumexp(torch.autograd.Function):
         problem, out = op.saved_problem(ctx.saved_tensors, ctx.options)
         stats, grads = (op.present_stats(problem, iter(x)) for x in (out, arrived))
         upstream = op.upstream_of(grads)
-        # of all ranks' columns: what backward needs
+        # backward needs these vectors of all ranks' columns
         sent = (stats.col_max, stats.col_logsum, stats.col_pos, *upstream.col)
         problem = problem._replace(cols=any(x is not None for x in upstream.col))
         if problem.cols:
@@ -141,16 +143,18 @@ class Logsumexp(torch.autograd.Function):
             packed = padded_to(shards.col.max_count, packed)
             columns = all_gathered("column statistics", packed, shards.group)
         collected = _Gradients(shards, problem, needs)
-        for chunk in shards.transport().all_gather_chunks(problem.b, ctx.kept):
+        for chunk in shards.transport().all_gather_chunks(problem.b, ctx.cached_chunks):
             if problem.cols:
                 part = columns[chunk.owners, :, chunk.part]
                 vectors = (flat(part[:, i]) for i in range(part.shape[1]))
-                of_chunk = [None if x is None else next(vectors) for x in sent]
+                chunk_vectors = [None if x is None else next(vectors) for x in sent]
             for at, block in shards.blocks(problem, chunk):
                 block_stats, block_upstream = Stats(stats.row), Upstream(upstream.row)
                 if problem.cols:
-                    top, logsum, pos, *grad = (None if x is None else x[at] for x in of_chunk)
-                    block_stats = block_stats._replace(col=SideStats(top, logsum, pos))
+                    maximum, logsum, pos, *grad = (
+                        None if x is None else x[at] for x in chunk_vectors
+                    )
+                    block_stats = block_stats._replace(col=SideStats(maximum, logsum, pos))
                     block_upstream = block_upstream._replace(col=SideUpstream(*grad))
                 with without_autocast(block.a.device):
                     collected.add(
@@ -161,7 +165,8 @@ class Logsumexp(torch.autograd.Function):
 
 
 class Softplus(torch.autograd.Function):
-    """Problem fields of this rank's rows and keys to the rows' sums, or their weighted sum."""
+    """The softplus sums of this rank's rows, or their weighted sum, from the fields of a Problem of
+    this rank's rows and keys."""
 
     @staticmethod
     def forward(
@@ -173,26 +178,27 @@ class Softplus(torch.autograd.Function):
         *fields,
     ):
         problem = Problem(*(x.detach() if isinstance(x, Tensor) else x for x in fields))
-        # in fp16 the gradients of a mean underflow unless a loss scale has reached them
-        early = any(needs) and weights is not None and problem.a.dtype != torch.float16
-        kept = Kept(any(needs) and not early)
+        # compute gradients in forward, except in fp16: there the gradients of a mean underflow
+        # without the loss scale, which is known only in backward
+        grads_in_forward = any(needs) and weights is not None and problem.a.dtype != torch.float16
+        cache = ChunkCache(any(needs) and not grads_in_forward)
         rows = problem.scale.new_zeros(problem.n)
-        collected = _Gradients(shards, problem, needs if early else Needs())
+        collected = _Gradients(shards, problem, needs if grads_in_forward else Needs())
         for chunk in shards.transport().all_gather_chunks(problem.b):
-            kept.offer(chunk.keys)
+            cache.offer(chunk.keys)
             for _, block in shards.blocks(problem, chunk):
                 with without_autocast(block.a.device):
-                    if not early:
+                    if not grads_in_forward:
                         rows += module.softplus_forward(block)
                     else:
                         more, grads = module.softplus_both(block, weights, needs)
                         rows += more
                         collected.add(grads)
-            if early:
+            if grads_in_forward:
                 collected.send(chunk)
-        ctx.shards, ctx.module, ctx.needs, ctx.kept = shards, module, needs, kept.chunks
-        ctx.options, ctx.early = problem.options, early
-        if early:
+        ctx.shards, ctx.module, ctx.needs, ctx.cached_chunks = shards, module, needs, cache.chunks
+        ctx.options, ctx.grads_in_forward = problem.options, grads_in_forward
+        if grads_in_forward:
             ctx.save_for_backward(*collected.result())
         else:
             ctx.save_for_backward(*problem.tensors, weights)
@@ -202,13 +208,13 @@ class Softplus(torch.autograd.Function):
     def backward(ctx, arrived: Tensor):
         op.first_order_only()
         (arrived,) = op.readable_gradients([arrived])
-        if ctx.early:
+        if ctx.grads_in_forward:
             grads = (None if x is None else x * arrived for x in ctx.saved_tensors)
             return None, None, None, None, *grads, *NO_GRADIENTS
         problem, (weights,) = op.saved_problem(ctx.saved_tensors, ctx.options)
         u = arrived if weights is None else arrived * weights
         collected = _Gradients(ctx.shards, problem, ctx.needs)
-        for chunk in ctx.shards.transport().all_gather_chunks(problem.b, ctx.kept):
+        for chunk in ctx.shards.transport().all_gather_chunks(problem.b, ctx.cached_chunks):
             for _, block in ctx.shards.blocks(problem, chunk):
                 with without_autocast(block.a.device):
                     collected.add(ctx.module.softplus_backward(block, u, ctx.needs))
@@ -217,12 +223,12 @@ class Softplus(torch.autograd.Function):
 
 
 class _Gradients:
-    """Collects gradients block by block in the accumulate dtype."""
+    """Sums gradients over the blocks, in the accumulate dtype."""
 
     def __init__(self, shards: Sharding, problem: Problem, needs: Needs):
         self.shards, self.problem, self.sums = shards, problem, Grads()
         self.keys = self.biases = None
-        self.blocks = []  # gradients of keys and of their biases
+        self.blocks = []  # (gradient of keys, gradient of their biases) for each block of a chunk
         if needs.b:
             out = problem.scale.new_empty(shards.col.max_count, problem.d)
             self.keys = shards.transport().reduce_scatter_grads(out)
@@ -231,7 +237,7 @@ class _Gradients:
 
     def add(self, grads: Grads) -> None:
         self.blocks.append((grads.b, grads.col_bias))
-        sums = grads._replace(b=None, col_bias=None, a=_wide(grads.a, self.problem.accumulate))
+        sums = grads._replace(b=None, col_bias=None, a=_to_dtype(grads.a, self.problem.accumulate))
         self.sums = Grads(
             *(
                 x if total is None else total.add_(x)
@@ -240,7 +246,7 @@ class _Gradients:
         )
 
     def send(self, chunk: Chunk) -> None:
-        """The blocks of a chunk are complete."""
+        """Send the gradients of a chunk's keys, once all of its blocks have been added."""
         keys, biases = zip(*self.blocks, strict=True)
         self.blocks = []
         if self.keys is not None:
@@ -250,7 +256,8 @@ class _Gradients:
             self.biases[chunk.owners, chunk.part] = torch.cat(biases).view(-1, chunk.step)
 
     def result(self) -> Grads:
-        """Of this rank's inputs, in their dtypes, the keys' and their biases' summed over ranks."""
+        """The gradients of this rank's inputs in their dtypes. Those of keys and key biases are
+        summed over ranks."""
         a, _, scale, row_bias, _ = self.sums
         b = None if self.keys is None else self.keys.result()[: self.problem.m]
         a, b = (None if x is None else x.to(self.problem.a.dtype) for x in (a, b))
@@ -259,10 +266,10 @@ class _Gradients:
     def _bias_grads(self) -> Tensor | None:
         if self.biases is None:
             return None
-        what, out = "reduce-scatter of the gradients of key biases", self.biases[:1].clone()
-        out = Started(what, reduce_scatter, out, self.biases, self.shards.group).wait()
+        name, out = "reduce-scatter of the gradients of key biases", self.biases[:1].clone()
+        out = Started(name, reduce_scatter, out, self.biases, self.shards.group).wait()
         return out[0, : self.problem.m]
 
 
-def _wide(x: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+def _to_dtype(x: Tensor | None, dtype: torch.dtype) -> Tensor | None:
     return None if x is None else x.to(dtype)

@@ -1,4 +1,4 @@
-"""The batch of all ranks: its sums and rows, and the primitive over all ranks' keys."""
+"""The global batch: sums and rows over all ranks, and the primitive over the keys of all ranks."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from ..similarity import dispatch, op
 from ..similarity.backend import Backend, weighted_sum
 from ..similarity.spec import Needs, Problem, SideUpstream, Stats, Upstream, make_problem
-from .agreement import described, exchanged_sizes
+from .agreement import describe, exchanged_sizes
 from .autograd import AllGatherRows, AllReduceLoss, AllReduceSum, Logsumexp, Softplus
 from .chunks import gather_cache_bytes
 from .collectives import Started, all_reduce_max, broadcast, completed, process_group
@@ -23,7 +23,7 @@ from .transport import chosen_transport
 
 
 def not_compiled(method: Callable) -> Callable:
-    """`torch.compiler.disable`, whose import of dynamo takes 2 s: only for those who compile."""
+    """`torch.compiler.disable`, applied only when compiling: it imports dynamo, which takes 2 s."""
 
     @wraps(method)
     def call(self, *args, **options):
@@ -44,40 +44,44 @@ def check_chunk_size(chunk_size: object) -> None:
 
 
 def global_ranges(queries: int, keys: int, group, device: torch.device) -> tuple[range, range]:
-    """The row numbers of this rank's queries among those of all ranks, in the order of ranks, and
-    of all ranks' keys; without a group, of these alone. A batch of the same group must follow."""
+    """The global row numbers of this rank's queries, and those of all ranks' keys.
+
+    Ranks are numbered in order. Without a group both start at 0. With a group this runs a
+    collective, and the batch of the same group must be created next.
+    """
     if group is None:
         return range(queries), range(keys)
     group = process_group(group)
-    words = [("the call", "row numbers")]
-    sizes = exchanged_sizes(group, device, queries, keys, words, more=True)
+    description = [("the call", "row numbers")]
+    sizes = exchanged_sizes(group, device, queries, keys, description, another_follows=True)
     row, col = (SideShards.of(counts, dist.get_rank(group)) for counts in sizes.T.tolist())
     return row.local, range(col.total)
 
 
 def global_row_numbers(count: int, group, device: torch.device) -> Tensor:
-    """(count,) the numbers of this rank's rows among those of all ranks."""
+    """The global row numbers of this rank's rows, (count,)."""
     local, _ = global_ranges(count, count, group, device)
     return torch.arange(local.start, local.stop, device=device)
 
 
 class GlobalBatch:
-    """The rows of all ranks of a group, of which this rank holds its own.
+    """The rows of all ranks of a group. Each rank holds its local rows.
 
     Args:
-        group: a `ProcessGroup` or a one-dimensional `DeviceMesh` that this process belongs to.
-        queries, keys: this rank's (n, D) and (m, D); the numbers may differ between ranks.
-        query_ids, key_ids: (n,) and (m,) integers, equal across ranks for positives; by default
-            the row numbers in the global batch. Negative ids are padding.
-        chunk_size: keys that a rank gets at a time: of all ranks, rounded up to as many from each;
-            on a ring of one. By default 512 of each rank, from 32,768 to 131,072.
+        group: a `ProcessGroup` or a one-dimensional `DeviceMesh` that contains this process.
+        queries, keys: the local rows, (n, D) and (m, D). n and m may differ between ranks.
+        query_ids, key_ids: (n,) and (m,) integers. Equal ids are positives, also across ranks. By
+            default they are the global row numbers. A negative id marks padding.
+        chunk_size: the number of keys that a rank receives at a time. With "gather" these are keys
+            of all ranks, rounded up to the same number from each; with "ring" keys of one rank. By
+            default 512 per rank, at least 32,768 and at most 131,072.
 
     A `side` is "row" for the queries and "col" for the keys.
 
-    Its sums and statistics are those of the global batch, and so are gradients if every rank
-    differentiates what it was given and parameters' gradients are *averaged* over ranks, as
-    DistributedDataParallel and `fully_shard` do. Features get W times their
-    own gradient, W being the number of ranks.
+    Sums and statistics are those of the global batch. Gradients are too, if every rank
+    differentiates its result and the gradients of parameters are *averaged* over ranks, as
+    DistributedDataParallel and `fully_shard` do. Features get W times their gradient, where W is
+    the number of ranks.
     """
 
     def __init__(
@@ -91,19 +95,20 @@ class GlobalBatch:
     ):
         check_chunk_size(chunk_size)
         group, transport, device = process_group(group), chosen_transport(), queries.device
-        # transfers of other sizes end the process on gloo, and may hang or mix up numbers elsewhere
-        words = [
+        # Collectives with different sizes on different ranks abort the process on gloo; other
+        # backends may hang or return wrong numbers.
+        description = [
             ("the call", "GlobalBatch"),
-            ("queries", described(queries)),
-            ("keys", described(keys)),
-            ("query_ids", described(query_ids)),
-            ("key_ids", described(key_ids)),
+            ("queries", describe(queries)),
+            ("keys", describe(keys)),
+            ("query_ids", describe(query_ids)),
+            ("key_ids", describe(key_ids)),
             ("whether query_ids and key_ids are one tensor", str(query_ids is key_ids)),
             ("chunk_size", str(chunk_size)),
             ("ITO_TRANSPORT", transport),
             ("ITO_GATHER_CACHE_BYTES", str(gather_cache_bytes())),
         ]
-        sizes = exchanged_sizes(group, device, len(queries), len(keys), words)
+        sizes = exchanged_sizes(group, device, len(queries), len(keys), description)
         rank = dist.get_rank(group)
         row, col = (SideShards.of(counts, rank) for counts in sizes.T.tolist())
         if query_ids is None or key_ids is None:
@@ -124,63 +129,71 @@ class GlobalBatch:
 
     def with_ids(self, query_ids: Tensor, key_ids: Tensor) -> GlobalBatch:
         """The same rows with other ids."""
-        return self._of(self.shards.with_ids(query_ids, key_ids))
+        return self._with_shards(self.shards.with_ids(query_ids, key_ids))
 
     def swapped(self) -> GlobalBatch:
-        """The keys as queries and the queries as keys."""
-        return self._of(self.shards.swapped())
+        """The same batch with queries and keys exchanged."""
+        return self._with_shards(self.shards.swapped())
 
-    def _of(self, shards: Sharding) -> GlobalBatch:
+    def _with_shards(self, shards: Sharding) -> GlobalBatch:
         other = copy(self)
         other.shards = shards
         return other
 
     def local_range(self, side: str) -> range:
-        """The numbers of this rank's rows of a side among those of all ranks."""
+        """The global row numbers of this rank's rows of a side."""
         return self.shards.side(side).local
 
     def global_count(self, side: str) -> int:
-        """How many rows of a side all ranks have."""
+        """The number of rows of a side on all ranks."""
         return self.shards.side(side).total
 
     def global_ids(self, side: str) -> Tensor:
-        """The ids of all ranks' rows of a side, with some padding."""
+        """The ids of all ranks' rows of a side. It contains some padding of -1."""
         return self.shards.side(side).all_ids.flatten()
 
     def local_columns(self, x: Tensor) -> Tensor:
-        """Of (…, keys of all ranks) this rank's part."""
+        """This rank's part of x, (…, keys of all ranks)."""
         local = self.shards.col.local
         return x[..., local.start : local.stop]
 
     def all_reduce_loss(self, x: Tensor) -> Tensor:
-        """The sum over ranks of 0-d tensors: a loss, which every rank differentiates alike, so
-        that backward needs no collective."""
+        """The sum over ranks of a 0-d loss.
+
+        Every rank differentiates the result in the same way, so backward needs no collective.
+        """
         return AllReduceLoss.apply(x, self.shards.group)
 
     @not_compiled
     def all_reduce_sum(self, x: Tensor) -> Tensor:
-        """The sum over ranks of tensors of one shape, which each rank may use in its own way: in
-        backward their gradients are added up by another all-reduce."""
+        """The sum over ranks of tensors of the same shape.
+
+        Ranks may use the result in different ways: backward all-reduces the gradients.
+        """
         return AllReduceSum.apply(x, self.shards.group)
 
     def all_reduce_mean(self, x: Tensor, where: Tensor) -> Tensor:
-        """The mean of all ranks' x over `where`, 0 if that is nowhere; as `all_reduce_loss`."""
+        """The mean over all ranks' elements of x where `where` is True, 0 if there are none.
+        Differentiated like `all_reduce_loss`."""
         total = self.all_reduce_loss(torch.where(where, x, 0).sum())
         return total / self.all_reduce_sum(where.sum()).clamp(min=1)
 
     def all_reduce_max(self, x: Tensor) -> Tensor:
-        """The maximum over ranks of tensors of one shape, without gradient."""
-        what, group = "all-reduce of a maximum", self.shards.group
-        return Started(what, all_reduce_max, torch.empty_like(x), x.detach(), group).wait()
+        """The element-wise maximum over ranks of tensors of the same shape, without gradient."""
+        name, group = "all-reduce of a maximum", self.shards.group
+        return Started(name, all_reduce_max, torch.empty_like(x), x.detach(), group).wait()
 
     def broadcast(self, x: Tensor) -> Tensor:
-        """What the first rank has in place of x, without gradient."""
+        """The first rank's x, without gradient."""
         return completed("broadcast", broadcast, x, self.shards.group)
 
     @not_compiled
     def all_gather_rows(self, x: Tensor) -> Tensor:
-        """(n, …) of each rank one after the other, n differing between them. Memory is that of the
-        batch of all ranks: for what the chunks of `similarity_logsumexp` cannot say."""
+        """Concatenate (n, …) of all ranks in order; n may differ between ranks.
+
+        It takes the memory of the global batch. Use it only for what `similarity_logsumexp`, which
+        works in chunks, cannot compute.
+        """
         return AllGatherRows.apply(x, self.shards.group)
 
     @not_compiled
@@ -206,11 +219,13 @@ class GlobalBatch:
         return_stats: bool = True,
         backend: str | None = None,
     ) -> Stats | Tensor | tuple[Tensor, Stats]:
-        """`ito_kernels.similarity_logsumexp` of all ranks' rows of a and b.
+        """`ito_kernels.similarity_logsumexp` of the global batch.
 
-        Statistics of this rank's rows over all ranks' columns, and of its columns over all ranks'
-        rows; the weighted sum is over all ranks. `row_ids` and `col_ids` are `self.query_ids` and
-        `self.key_ids`; biases and limits are of this rank's rows and columns.
+        a, b, the biases and the limits are those of this rank's rows and columns. `row_ids` and
+        `col_ids` are `self.query_ids` and `self.key_ids`.
+
+        Returns the statistics of this rank's rows over all ranks' columns, and of its columns over
+        all ranks' rows. The weighted sum is over all ranks.
         """
         needs, module, arguments = self._prepare(
             a,
@@ -244,12 +259,12 @@ class GlobalBatch:
         return_stats: bool,
         backend: str | None,
     ) -> Stats | Tensor | tuple[Tensor, Stats]:
-        """`similarity_logsumexp` of a problem of this rank's rows, as the primitive takes it."""
-        what = problem._asdict()
-        del what["diagonal"]
-        what["b"] = what["a"] if problem.b is None else problem.b
+        """`similarity_logsumexp` of a `Problem` of this rank's rows."""
+        fields = problem._asdict()
+        del fields["diagonal"]
+        fields["b"] = fields["a"] if problem.b is None else problem.b
         return self.similarity_logsumexp(
-            **what,
+            **fields,
             row_weights=weights.row,
             col_weights=weights.col,
             return_stats=return_stats,
@@ -269,9 +284,12 @@ class GlobalBatch:
         row_weights: Tensor | None = None,
         backend: str | None = None,
     ) -> Tensor:
-        """`ito_kernels.similarity_softplus` of all ranks' rows of a and b: the sums of this rank's
-        rows, or the weighted sum over all ranks, whose gradients are formed in the forward pass
-        (not in fp16): keys are then gathered once."""
+        """`ito_kernels.similarity_softplus` of the global batch.
+
+        Returns the sums of this rank's rows, or with weights the weighted sum over all ranks. The
+        gradients of the weighted sum are computed in forward, except in fp16, so that keys are
+        gathered only once.
+        """
         needs, module, arguments = self._prepare(
             a, b, scale, backend, row_bias=row_bias, col_bias=None, row_ids=row_ids, col_ids=col_ids
         )
@@ -279,12 +297,13 @@ class GlobalBatch:
         return out if row_weights is None else self.all_reduce_loss(out)
 
     def _prepare(
-        self, a: Tensor, b: Tensor, scale: float | Tensor, backend: str | None, **what
+        self, a: Tensor, b: Tensor, scale: float | Tensor, backend: str | None, **options
     ) -> tuple[Needs, Backend, tuple]:
-        """The gradients that are wanted, the backend, and a Problem's fields; b is never None."""
-        problem = make_problem(a, b, scale, **what)
+        """Validate the arguments. Returns the needed gradients, the backend, and the fields of the
+        Problem, whose b is never None."""
+        problem = make_problem(a, b, scale, **options)
         module = dispatch.choose(problem, backend)
         problem = problem._replace(b=problem.a if problem.b is None else problem.b)
-        live = torch.is_grad_enabled()
-        needs = Needs(*(live and x is not None and x.requires_grad for x in problem.inputs))
+        enabled = torch.is_grad_enabled()
+        needs = Needs(*(enabled and x is not None and x.requires_grad for x in problem.inputs))
         return needs, module, tuple(problem)

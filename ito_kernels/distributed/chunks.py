@@ -1,4 +1,4 @@
-"""Chunks of all ranks' keys: what a transport brings to every rank, and what is kept of it."""
+"""Chunks of the keys of all ranks, the interface of the transports, and the cache of chunks."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ GATHER_CACHE_BYTES = 64 << 20
 
 
 class Chunk(NamedTuple):
-    """A part of the keys of some ranks, one owner's after the other's.
+    """The same part of the keys of one or more ranks.
 
-    owners: the ranks. part: the rows of each of them. keys: (owners·part, D), zeros where an owner
-        has fewer.
+    owners: these ranks. part: the range of local row numbers, the same for each of them.
+    keys: (owners·part, D), ordered by owner; zeros beyond the last row of an owner.
     """
 
     owners: slice
@@ -33,25 +33,31 @@ class Transport(Protocol):
     """All-gathers keys chunk by chunk, and reduce-scatters their gradients."""
 
     def all_gather_chunks(self, keys: Tensor, kept: Sequence[Tensor] = ()) -> Iterator[Chunk]:
-        """This rank's keys and those of all others, each once; the next chunk travels while this
-        one is used. `kept`: the keys of the first chunks, from an earlier pass over them."""
+        """Iterate over the keys of all ranks, each once. The next chunk is transferred while the
+        current one is used.
+
+        kept: the keys of the first chunks, cached in an earlier pass.
+        """
 
     def reduce_scatter_grads(self, out: Tensor) -> GradReduceScatter:
-        """For one pass over the chunks. `out`: memory for the gradients of this rank's keys, as
-        many as the rank with the most keys has."""
+        """Start a reduce-scatter of gradients for one pass over the chunks.
+
+        out: memory for the gradients of this rank's keys, (max_count, D), where max_count is the
+            largest number of keys of a rank.
+        """
 
 
 class GradReduceScatter(Protocol):
     def send(self, chunk: Chunk, grads: Tensor) -> None:
-        """This rank's gradients of the chunk that the pass is at, in the dtype of `out`. They
-        travel while the next are computed."""
+        """Send this rank's gradients of the current chunk, in the dtype of `out`. They are
+        transferred while the next ones are computed."""
 
     def result(self) -> Tensor:
-        """`out`, the sums over ranks for this rank's keys."""
+        """Wait for the sums over ranks of the gradients of this rank's keys, and return `out`."""
 
 
 def flat(x: Tensor) -> Tensor:
-    """Contiguous, which `flatten` is not where one size is 1."""
+    """A contiguous 1-d view. `flatten` may return a non-contiguous one if a size is 1."""
     return x.contiguous().view(-1)
 
 
@@ -60,17 +66,17 @@ def parts(rows: int, step: int) -> list[slice]:
 
 
 def padded(keys: Tensor, part: slice) -> Tensor:
-    """A part of this rank's keys, with zeros where there are none."""
+    """A part of this rank's keys, padded with zeros to its full length."""
     x = keys[part]
     missing = part.stop - part.start - len(x)
     return torch.cat([x, x.new_zeros(missing, x.shape[1])]) if missing else x.contiguous()
 
 
-class Kept:
-    """The first chunks of keys, as many as the budget holds, for backward."""
+class ChunkCache:
+    """Keeps the first chunks of keys for backward, up to ITO_GATHER_CACHE_BYTES."""
 
-    def __init__(self, wanted: bool):
-        self.chunks, self.budget = [], gather_cache_bytes() if wanted else 0
+    def __init__(self, enabled: bool):
+        self.chunks, self.budget = [], gather_cache_bytes() if enabled else 0
 
     def offer(self, keys: Tensor) -> None:
         self.budget -= keys.nbytes

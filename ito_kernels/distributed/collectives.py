@@ -1,6 +1,6 @@
-"""The collectives that a global batch needs, each an asynchronous start that can be waited for.
+"""The collectives of a global batch, started asynchronously.
 
-torch 2.13 has new names for some: they start here and nowhere else.
+torch 2.13 renamed some of them. All calls of torch.distributed collectives are in this file.
 """
 
 from __future__ import annotations
@@ -46,9 +46,9 @@ def broadcast(out: Tensor, x: Tensor, group) -> dist.Work:
 
 
 def shift(out: Tensor, x: Tensor, group) -> Works:
-    """x to the next rank of the group, `out` from the one before."""
+    """Send x to the next rank of the group and receive `out` from the previous one."""
     rank, size = dist.get_rank(group), dist.get_world_size(group)
-    # peers are numbered as in the default group
+    # peers are global ranks
     after, before = (dist.get_global_rank(group, (rank + i) % size) for i in (1, -1))
     pair = (dist.P2POp(dist.isend, x, after, group), dist.P2POp(dist.irecv, out, before, group))
     return Works(dist.batch_isend_irecv(list(pair)))
@@ -63,11 +63,14 @@ class Works(NamedTuple):
 
 
 class Started:
-    """A transfer under way. `wait` returns its output, or raises with its name."""
+    """A collective in flight. `wait` returns its output. Raises RuntimeError that names it.
 
-    def __init__(self, what: str, collective: Callable, out: Tensor, x: Tensor, group):
-        self.what, self.out, self.group = what, out, group
-        self.x = x  # until it has been sent
+    name: the name for error messages.
+    """
+
+    def __init__(self, name: str, collective: Callable, out: Tensor, x: Tensor, group):
+        self.name, self.out, self.group = name, out, group
+        self.x = x  # keeps the input alive until it has been sent
         try:
             self.work = collective(out, x, group)
         except RuntimeError as error:
@@ -83,16 +86,16 @@ class Started:
 
     def _failed(self) -> RuntimeError:
         return RuntimeError(
-            f"{self.what} failed on rank {dist.get_rank(self.group)} of"
+            f"{self.name} failed on rank {dist.get_rank(self.group)} of"
             f" {dist.get_world_size(self.group)}: another rank has ended, does not answer within"
             " the group's time-out, or is at another call"
         )
 
 
-def completed(what: str, collective: Callable, x: Tensor, group) -> Tensor:
-    """Of a collective whose output is like its input."""
+def completed(name: str, collective: Callable, x: Tensor, group) -> Tensor:
+    """Run a collective whose output has the shape and dtype of its input, and wait for it."""
     x = x.detach().contiguous()
-    return Started(what, collective, torch.empty_like(x), x, group).wait()
+    return Started(name, collective, torch.empty_like(x), x, group).wait()
 
 
 def process_group(group: object) -> dist.ProcessGroup:
@@ -109,18 +112,18 @@ def process_group(group: object) -> dist.ProcessGroup:
     return group
 
 
-def all_gathered(what: str, x: Tensor, group: dist.ProcessGroup) -> Tensor:
-    """x of every rank, which all have one shape: (ranks, *x.shape)."""
+def all_gathered(name: str, x: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """All-gather tensors of the same shape on all ranks: (ranks, *x.shape)."""
     x = x[None].contiguous()
     out = x.new_empty(dist.get_world_size(group), *x.shape[1:])
-    return Started(f"all-gather of {what}", all_gather, out, x, group).wait()
+    return Started(f"all-gather of {name}", all_gather, out, x, group).wait()
 
 
 def padded_to(length: int, x: Tensor, value: float = 0) -> Tensor:
-    """(…, k) as (…, length)."""
+    """Pad x, (…, k), to (…, length)."""
     return torch.nn.functional.pad(x, (0, length - x.shape[-1]), value=value)
 
 
 def all_gather_counts(group: dist.ProcessGroup, device: torch.device, *counts: int) -> Tensor:
-    """(ranks, len(counts)), those of every rank, on the host."""
+    """All-gather integers: (ranks, len(counts)), on the CPU."""
     return all_gathered("batch sizes", torch.tensor(counts, device=device), group).cpu()

@@ -1,4 +1,4 @@
-"""The transport of collectives: an all-gather for each chunk of keys, a reduce-scatter back."""
+"""The transport "gather": an all-gather per chunk of keys, a reduce-scatter for its gradients."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from .collectives import Started, all_gather, reduce_scatter
 
 
 class Gather:
-    """A chunk is the same part of all ranks' keys, `chunk_size` of them in all."""
+    """A chunk is the same part of the keys of all ranks, `chunk_size` keys in total."""
 
     def __init__(self, group: dist.ProcessGroup, max_keys: int, chunk_size: int):
         self.group, self.size = group, dist.get_world_size(group)
@@ -23,24 +23,24 @@ class Gather:
         for part, x in zip(self.parts, kept, strict=False):
             yield Chunk(all_ranks, part, x)
         rest = self.parts[len(kept) :]
-        coming = self._start(keys, rest[0]) if rest else None
-        for part, after in zip(rest, [*rest[1:], None], strict=False):
-            x = coming.wait()
-            coming = None if after is None else self._start(keys, after)
+        in_flight = self._start(keys, rest[0]) if rest else None
+        for part, following in zip(rest, [*rest[1:], None], strict=False):
+            x = in_flight.wait()
+            in_flight = None if following is None else self._start(keys, following)
             yield Chunk(all_ranks, part, x)
 
     def _start(self, keys: Tensor, part: slice) -> Started:
         x = padded(keys, part)
         out = x.new_empty(self.size * len(x), x.shape[1])
-        what = f"all-gather of keys {part.start} to {part.stop} of each rank"
-        return Started(what, all_gather, out, x, self.group)
+        name = f"all-gather of keys {part.start} to {part.stop} of each rank"
+        return Started(name, all_gather, out, x, self.group)
 
     def reduce_scatter_grads(self, out: Tensor) -> ReduceScatters:
         return ReduceScatters(self.group, out)
 
 
 class ReduceScatters:
-    """One for each chunk."""
+    """One reduce-scatter per chunk, at most one in flight."""
 
     def __init__(self, group: dist.ProcessGroup, out: Tensor):
         self.group, self.out, self.pending = group, out, None
@@ -49,8 +49,8 @@ class ReduceScatters:
         part = chunk.part
         if self.pending is not None:
             self.pending.wait()
-        what = f"reduce-scatter of the gradients of keys {part.start} to {part.stop} of each rank"
-        self.pending = Started(what, reduce_scatter, self.out[part], grads, self.group)
+        name = f"reduce-scatter of the gradients of keys {part.start} to {part.stop} of each rank"
+        self.pending = Started(name, reduce_scatter, self.out[part], grads, self.group)
 
     def result(self) -> Tensor:
         self.pending.wait()

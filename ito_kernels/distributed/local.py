@@ -1,4 +1,4 @@
-"""The batch of one process, with the interface of that of all ranks."""
+"""The batch of a single process, with the interface of `GlobalBatch`."""
 
 from __future__ import annotations
 
@@ -10,9 +10,11 @@ from ..similarity.spec import Problem, SideUpstream, Stats, Upstream, as_autocas
 
 
 class LocalBatch:
-    """What `GlobalBatch` is without a group: its rows are all there are, and collectives give what
-    they are given. Ids may be None. The primitive takes arguments that a loss has checked: to check
-    them again takes 10 µs."""
+    """The counterpart of `GlobalBatch` without a group: collectives return their input.
+
+    Ids may be None. The primitive does not check its arguments again, which would take 10 µs: the
+    loss has checked them.
+    """
 
     def __init__(
         self,
@@ -60,9 +62,9 @@ class LocalBatch:
         col_weights: tuple[Tensor, Tensor | None] = (None, None),
         return_stats: bool = True,
         backend: str | None = None,
-        **what,
+        **fields,
     ) -> Stats | Tensor | tuple[Tensor, Stats]:
-        problem = as_autocast_problem(Problem(a, None if b is a else b, scale, **what))
+        problem = as_autocast_problem(Problem(a, None if b is a else b, scale, **fields))
         weights = Upstream(SideUpstream(*row_weights), SideUpstream(*col_weights))
         return logsumexp_of(problem, weights, return_stats, backend)
 
@@ -74,7 +76,7 @@ class LocalBatch:
         *,
         row_weights: Tensor | None = None,
         backend: str | None = None,
-        **what,
+        **fields,
     ) -> Tensor:
-        problem = as_autocast_problem(Problem(a, None if b is a else b, scale, **what))
+        problem = as_autocast_problem(Problem(a, None if b is a else b, scale, **fields))
         return softplus_of(problem, row_weights, backend)

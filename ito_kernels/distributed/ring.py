@@ -1,9 +1,9 @@
-"""The transport of neighbours: every rank passes on to the next what it got from the one before.
+"""The transport "ring": every rank sends to the next rank what it received from the previous one.
 
-At step t of W a rank has the keys of the rank t before it, and sends them on while it uses them.
-Their gradients start at the rank after the owner and follow, each rank adding its own, and reach
-the owner after W - 1 steps. Sums are formed in the order of the ring, so that their bits depend on
-no collective's algorithm.
+At step t of W, rank r has the keys of rank r - t and sends them on while it uses them. The
+gradients of these keys start at the rank after their owner and follow. Each rank adds its own, and
+they reach the owner after W - 1 steps. Sums are formed in the order of the ring, so their bits do
+not depend on the algorithm of a collective.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from .collectives import Started, shift
 
 
 class Ring:
-    """A chunk is a part of one rank's keys, at most `chunk_size` of them."""
+    """A chunk is a part of the keys of one rank, at most `chunk_size` keys."""
 
     def __init__(self, group: dist.ProcessGroup, max_keys: int, chunk_size: int):
         self.group = group
@@ -27,31 +27,31 @@ class Ring:
         self.parts = parts(max_keys, min(chunk_size, max_keys))
 
     def all_gather_chunks(self, keys: Tensor, kept: Sequence[Tensor] = ()) -> Iterator[Chunk]:
-        coming, steps = None, [(part, t) for part in self.parts for t in range(self.size)]
+        in_flight, steps = None, [(part, t) for part in self.parts for t in range(self.size)]
         for number, (part, t) in enumerate(steps):
             if number < len(kept):
                 x = kept[number]
             else:
-                x = padded(keys, part) if t == 0 else coming.wait()
-            passed_on = t < self.size - 1 and number + 1 >= len(kept)
-            coming = self.start("keys", part, x) if passed_on else None
+                x = padded(keys, part) if t == 0 else in_flight.wait()
+            send_on = t < self.size - 1 and number + 1 >= len(kept)
+            in_flight = self.start("keys", part, x) if send_on else None
             owner = (self.rank - t) % self.size
             yield Chunk(slice(owner, owner + 1), part, x)
 
-    def start(self, what: str, part: slice, x: Tensor) -> Started:
-        what = f"ring transfer of {what} {part.start} to {part.stop} of each rank"
-        return Started(what, shift, torch.empty_like(x), x, self.group)
+    def start(self, contents: str, part: slice, x: Tensor) -> Started:
+        name = f"ring transfer of {contents} {part.start} to {part.stop} of each rank"
+        return Started(name, shift, torch.empty_like(x), x, self.group)
 
     def reduce_scatter_grads(self, out: Tensor) -> RingReduceScatter:
         return RingReduceScatter(self, out)
 
 
 class RingReduceScatter:
-    """The gradients of a part of one rank's keys, passed from rank to rank, each adding its own."""
+    """Gradients of a part of one rank's keys go from rank to rank, and each rank adds its own."""
 
     def __init__(self, ring: Ring, out: Tensor):
         self.ring, self.out = ring, out
-        self.part, self.coming = None, None
+        self.part, self.in_flight = None, None
 
     def send(self, chunk: Chunk, grads: Tensor) -> None:
         t = (self.ring.rank - chunk.owners.start) % self.ring.size
@@ -61,14 +61,14 @@ class RingReduceScatter:
             self.out[self.part] = grads
             return
         if t > 1:
-            grads = self.coming.wait().add_(grads)
-        self.coming = self.ring.start("the gradients of keys", chunk.part, grads)
+            grads = self.in_flight.wait().add_(grads)
+        self.in_flight = self.ring.start("the gradients of keys", chunk.part, grads)
 
     def _add_arrived(self) -> None:
-        """The sums of all other ranks for this rank's last part."""
-        if self.coming is not None:
-            self.out[self.part] += self.coming.wait()
-            self.coming = None
+        """Add the sum of all other ranks to the gradients of this rank's last part."""
+        if self.in_flight is not None:
+            self.out[self.part] += self.in_flight.wait()
+            self.in_flight = None
 
     def result(self) -> Tensor:
         self._add_arrived()

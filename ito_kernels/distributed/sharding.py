@@ -1,4 +1,4 @@
-"""Which rank of a group holds which rows of the global batch, and their ids."""
+"""Which rows of the global batch each rank holds, and their ids."""
 
 from __future__ import annotations
 
@@ -18,11 +18,12 @@ from .transport import TRANSPORTS, default_chunk_size
 
 @dataclass(frozen=True, eq=False)
 class SideShards:
-    """One side of the similarity matrix, its rows (the queries) or its columns (the keys).
+    """The shards of one side of the similarity matrix: its rows (queries) or columns (keys).
 
-    counts: how many each rank has. local: the numbers of this rank's among those of all ranks,
-    which follow each other in the order of ranks. ids: (n,), of this rank's. all_ids:
-    (ranks, max_count), of all ranks', padded by -1.
+    counts: the number of rows of each rank.
+    local: the global row numbers of this rank's rows. Global row numbers follow the order of ranks.
+    ids: those of this rank's rows, (n,).
+    all_ids: those of all ranks' rows, (ranks, max_count), padded with -1.
     """
 
     counts: list[int]
@@ -46,14 +47,14 @@ class SideShards:
     def numbers(self, device: torch.device) -> Tensor:
         return torch.arange(self.local.start, self.local.stop, device=device)
 
-    def with_ids(self, what: str, ids: Tensor, group: dist.ProcessGroup) -> SideShards:
-        all_ids = all_gathered(what, padded_to(self.max_count, ids, -1), group)
+    def with_ids(self, name: str, ids: Tensor, group: dist.ProcessGroup) -> SideShards:
+        all_ids = all_gathered(name, padded_to(self.max_count, ids, -1), group)
         return replace(self, ids=ids, all_ids=all_ids)
 
 
 @dataclass(frozen=True, eq=False)
 class Sharding:
-    """The ranks of a group, and what each holds of the global batch."""
+    """The shards of both sides on the ranks of a group."""
 
     group: dist.ProcessGroup
     rank: int
@@ -67,11 +68,11 @@ class Sharding:
         return len(self.row.counts)
 
     def side(self, name: str) -> SideShards:
-        """The side of that name, 'row' or 'col'."""
+        """The shards of the side 'row' or 'col'."""
         return self.row if name == "row" else self.col
 
     def with_ids(self, row_ids: Tensor, col_ids: Tensor) -> Sharding:
-        """The same rows with other ids. Ids that are one tensor are gathered once."""
+        """The same rows with other ids. If both are the same tensor, it is gathered once."""
         row = self.row.with_ids("query ids", row_ids, self.group)
         if col_ids is row_ids:
             col = replace(self.col, ids=col_ids, all_ids=row.all_ids)
@@ -80,7 +81,7 @@ class Sharding:
         return replace(self, row=row, col=col)
 
     def swapped(self) -> Sharding:
-        """The keys as queries and the queries as keys."""
+        """The same with rows and columns exchanged."""
         return replace(self, row=self.col, col=self.row)
 
     def transport(self) -> Transport:
@@ -89,10 +90,12 @@ class Sharding:
         return kind(self.group, self.col.max_count, chunk_size)
 
     def blocks(self, problem: Problem, chunk: Chunk) -> Iterator[tuple[slice, Problem]]:
-        """The problem of this rank's rows with a chunk's keys, with the range of those keys.
-        problem.col_bias: that of all ranks' keys, (ranks, max_count).
+        """Split the problem of this rank's rows with the keys of a chunk into blocks.
 
-        One; under `exclude_self` up to three: self pairs are with this rank's own keys alone.
+        problem.col_bias: the biases of all ranks' keys, (ranks, max_count).
+
+        Yields (range of keys in the chunk, problem of these keys). There is one block, except with
+        `exclude_self`, where there are up to three: only this rank's own keys have self pairs.
         """
         owners, part, keys = chunk
         ids = flat(self.col.all_ids[owners, part])

@@ -1,4 +1,4 @@
-"""Statistics of parts of rows and columns, their union, and the all-to-all of the columns'."""
+"""Partial statistics of rows and columns, their merge, and the all-to-all of column statistics."""
 
 from __future__ import annotations
 
@@ -16,8 +16,10 @@ from .sharding import Sharding
 
 
 class PartialStats(NamedTuple):
-    """As `SideStats`, over a part of the pairs. count: the number of positives, where `pos` is a
-    sum relative to `max`."""
+    """The fields of `SideStats`, over a part of the pairs.
+
+    count: the number of positives if `pos` is a sum, which is relative to `max`; else None.
+    """
 
     max: Tensor
     logsum: Tensor
@@ -30,8 +32,8 @@ class PartialStats(NamedTuple):
         return SideStats(self.max, self.logsum, self.pos, self.neg_max)
 
     def merged(self, other: PartialStats) -> PartialStats:
-        top = torch.maximum(self.max, other.max)
-        x, y = self._relative_to(top), other._relative_to(top)
+        maximum = torch.maximum(self.max, other.max)
+        x, y = self._relative_to(maximum), other._relative_to(maximum)
         pos, count, neg_max = x.pos, x.count, x.neg_max
         if count is not None:
             pos, count = pos + y.pos, count + y.count
@@ -39,10 +41,10 @@ class PartialStats(NamedTuple):
             pos = torch.logaddexp(pos, y.pos)
         if neg_max is not None:
             neg_max = torch.maximum(neg_max, y.neg_max)
-        return PartialStats(top, torch.logaddexp(x.logsum, y.logsum), pos, neg_max, count)
+        return PartialStats(maximum, torch.logaddexp(x.logsum, y.logsum), pos, neg_max, count)
 
-    def _relative_to(self, top: Tensor) -> PartialStats:
-        shift = finite_shift(self.max) - finite_shift(top)
+    def _relative_to(self, maximum: Tensor) -> PartialStats:
+        shift = finite_shift(self.max) - finite_shift(maximum)
         pos = self.pos
         if pos is not None:
             pos = pos + (shift if self.count is None else self.count * shift)
@@ -54,11 +56,11 @@ class PartialStats(NamedTuple):
 
 
 def count_pairs(problem: Problem) -> tuple[Tensor, Tensor]:
-    """The number of positives of each row and column."""
+    """The numbers of positives of each row and of each column."""
     rows = count_positives(problem.row_ids, problem.col_ids)
     cols = count_positives(problem.col_ids, problem.row_ids)
     if problem.exclude_self:
-        first = -problem.diagonal  # the row whose own column is the first one
+        first = -problem.diagonal  # the row whose self pair is in column 0
         ids = problem.row_ids[first : first + problem.m]
         same = ((ids == problem.col_ids[: len(ids)]) & (ids >= 0)).long()
         rows[first : first + len(ids)] -= same
@@ -67,15 +69,15 @@ def count_pairs(problem: Problem) -> tuple[Tensor, Tensor]:
 
 
 class ColumnStats:
-    """Statistics of all ranks' columns over this rank's rows; after an all-to-all those of this
-    rank's columns over all ranks' rows."""
+    """Statistics of all ranks' columns over this rank's rows. An all-to-all turns them into those
+    of this rank's columns over all ranks' rows."""
 
     def __init__(self, shards: Sharding, problem: Problem):
         self.shards, self.number, self.present = shards, len(problem.b), []
         self.sent = problem.scale.new_empty(0)  # (owner, statistic, column)
 
     def add(self, chunk: Chunk, at: slice, part: PartialStats) -> None:
-        """Of the columns `at` of a chunk: those of one owner or of several."""
+        """Store the statistics of the columns `at` of a chunk, which may have several owners."""
         vectors = [x for x in part if x is not None]
         if not self.present:
             self.present = [x is not None for x in part]
@@ -87,8 +89,8 @@ class ColumnStats:
             self.sent[owners, i, chunk.part] = x.view(-1, step)
 
     def all_to_all(self) -> PartialStats:
-        what, arrived = "all-to-all of column statistics", torch.empty_like(self.sent)
-        arrived = Started(what, all_to_all, arrived, self.sent, self.shards.group).wait()
+        name, arrived = "all-to-all of column statistics", torch.empty_like(self.sent)
+        arrived = Started(name, all_to_all, arrived, self.sent, self.shards.group).wait()
         return PartialStats.union(
             [
                 PartialStats(*(next(vectors) if x else None for x in self.present))

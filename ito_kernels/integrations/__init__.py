@@ -1,4 +1,4 @@
-"""Losses under the names and signatures of other libraries, one module for each library.
+"""Losses with the names and signatures of other libraries, one module per library.
 
-Switching is a change of one import; what a loss cannot do without the dense matrix raises.
+To switch, change one import. A feature that needs the dense similarity matrix raises.
 """

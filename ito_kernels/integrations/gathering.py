@@ -1,5 +1,4 @@
-"""Where the losses of other libraries gather: over the default group, if there is more than one
-rank. In one process their flag does nothing."""
+"""The process group over which the losses of other libraries gather."""
 
 from __future__ import annotations
 
@@ -7,6 +6,7 @@ import torch.distributed as dist
 
 
 def gathering_group(gather: bool) -> dist.ProcessGroup | None:
+    """The default group if `gather` is set and it has more than one rank; else None."""
     if gather and dist.is_initialized() and dist.get_world_size() > 1:
         return dist.group.WORLD
     return None

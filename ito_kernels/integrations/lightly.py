@@ -14,7 +14,7 @@ from torch.nn.functional import normalize, softplus
 
 from ..distributed import global_batch
 from ..losses.common import check_temperature, scale_from_temperature
-from ..losses.precision import accumulated, as_autocast, inner, without_autocast
+from ..losses.precision import row_dot, to_accumulate_dtype, to_autocast_dtype, without_autocast
 from ..losses.supcon import nt_xent_loss
 from ..similarity import similarity_logsumexp
 from ..similarity.spec import check_pair
@@ -24,20 +24,20 @@ from .gathering import gathering_group
 class NTXentLoss(nn.Module):
     """NT-Xent of two views; with a memory bank, the loss of MoCo.
 
-        bank of 0:  `nt_xent_loss` of the L2-normalised views
-        otherwise:  mean_i [ log(exp S_i + Σ_j exp(<out0_i, bank_j> / temperature)) - S_i ],
-                    S_i = <out0_i, out1_i> / temperature
+        without a bank:  `nt_xent_loss` of the L2-normalised views
+        with a bank:     mean_i [ log(exp S_i + Σ_j exp(<out0_i, bank_j> / temperature)) - S_i ],
+                         S_i = <out0_i, out1_i> / temperature
 
     Args:
         temperature: a number, at least 1e-8, or a tensor that holds one.
-        memory_bank_size: 0, or (rows, D): embeddings of earlier batches, at first random ones. The
-            views out1 enter it, the oldest leave it, in each call in which out0 has a gradient. No
-            rows are no bank.
-        gather_distributed: with several ranks in the default group: without a bank the batch is
-            that of all ranks, and each gets its loss, of which lightly's ranks get their rows' part
-            each, with the same gradients. With a bank it is filled from all ranks.
+        memory_bank_size: 0 for no bank, or (rows, D). The bank holds embeddings of earlier batches
+            and starts with random ones. Each call in which out0 requires a gradient replaces the
+            oldest embeddings by out1. 0 rows are no bank.
+        gather_distributed: with several ranks in the default group: without a bank, the batch is
+            that of all ranks and every rank gets its loss. In lightly a rank gets the loss of its
+            own rows, with the same gradients. With a bank, the bank is filled from all ranks.
 
-    Raises ValueError or TypeError for any other temperature or size.
+    Raises ValueError or TypeError for an invalid temperature or size.
     """
 
     def __init__(
@@ -65,17 +65,23 @@ class NTXentLoss(nn.Module):
         if self.bank is None:
             return nt_xent_loss(out0, out1, self.temperature, group=group)
         scale = scale_from_temperature(self.temperature, out0)
-        a, b = accumulated(as_autocast(out0)), accumulated(as_autocast(out1))
-        bank = as_autocast(self.bank.to(device=a.device, dtype=out0.dtype, copy=True)).to(a.dtype)
+        a, b = (
+            to_accumulate_dtype(to_autocast_dtype(out0)),
+            to_accumulate_dtype(to_autocast_dtype(out1)),
+        )
+        bank = to_autocast_dtype(self.bank.to(device=a.device, dtype=out0.dtype, copy=True)).to(
+            a.dtype
+        )
         if out0.requires_grad:
             self._remember(global_batch(group, out1, out1).all_gather_rows(out1.detach()))
         with without_autocast(a.device):
             stats = similarity_logsumexp(a, bank, scale, cols=False)
             negatives = stats.row_logsum + stats.row_max
-            return softplus(negatives - scale * inner(a, b), threshold=40).mean()
+            return softplus(negatives - scale * row_dot(a, b), threshold=40).mean()
 
     def _remember(self, batch: Tensor) -> None:
-        """As there: what does not fit before the end is dropped, and the next batch starts over."""
+        """Write a batch to the bank. As in lightly, rows that do not fit before the end are dropped
+        and the next batch is written to the start."""
         room = min(len(batch), len(self.bank) - self._next)
         self.bank[self._next : self._next + room] = batch[:room].to(self.bank)
         self._next += room

@@ -1,9 +1,8 @@
-"""The one door of the losses: arguments are checked, ids and scale get their defaults, and the
-global batch is made, here and nowhere else.
+"""Argument checks that all losses share, and the construction of their batch.
 
-A loss calls `check_arguments`, then checks what it alone has, and makes its batch after that: with
-a group the ranks meet there, and one that refuses its arguments later would leave the others
-waiting.
+A loss first calls `check_arguments`, then checks its own further arguments, and creates its batch
+last. Creating the batch of a process group runs the first collective. A rank that raised after it
+would leave the other ranks waiting.
 """
 
 from __future__ import annotations
@@ -15,30 +14,34 @@ from torch import Tensor
 
 from ..distributed import GlobalBatch, LocalBatch, check_chunk_size, global_batch
 from ..similarity.spec import check_features, check_ids, check_pair, check_scale
-from .common import normalized
-from .precision import accumulated, as_autocast
+from .common import normalize_rows
+from .precision import to_accumulate_dtype, to_autocast_dtype
 from .scores import Scores
 
 
 class Names(NamedTuple):
-    """What a loss calls its arguments, for errors. query_ids: None if it takes no ids."""
+    """The argument names of a loss, for error messages.
+
+    query_ids, key_ids: None for a loss without ids.
+    row_nouns: what the rows of both sides are called in a sentence.
+    """
 
     queries: str = "queries"
     keys: str = "keys"
     scale: str = "logit_scale"
     query_ids: str | None = None
     key_ids: str | None = None
-    of: tuple[str, str] = ("queries", "keys")  # what there are so many of
+    row_nouns: tuple[str, str] = ("queries", "keys")
 
-    def unequal(self, n: int, m: int, missing: str | None) -> ValueError:
+    def row_count_error(self, n: int, m: int, missing: str | None) -> ValueError:
         if self.query_ids is None:
             return ValueError(
-                f"{self.queries} and {self.keys} must have as many rows, got {n} and {m}"
+                f"{self.queries} and {self.keys} must have the same number of rows, got {n} and {m}"
             )
         return ValueError(
-            f"{self.queries} and {self.keys} must have as many rows unless {self.query_ids} and"
-            f" {self.key_ids} say what belongs together: got {n} {self.of[0]}, {m} {self.of[1]} and"
-            f" no {missing}"
+            f"{self.queries} and {self.keys} must have the same number of rows unless"
+            f" {self.query_ids} and {self.key_ids} define the positives: got"
+            f" {n} {self.row_nouns[0]}, {m} {self.row_nouns[1]} and no {missing}"
         )
 
 
@@ -47,7 +50,11 @@ PAIRED = Names()
 
 
 class Arguments(NamedTuple):
-    """What every loss has, checked; ids are int64, or None where row i belongs to row i alone."""
+    """The checked arguments that every loss has.
+
+    query_ids, key_ids: int64, or None where row i of the queries and row i of the keys are the only
+    positive pairs.
+    """
 
     queries: Tensor
     keys: Tensor
@@ -59,17 +66,20 @@ class Arguments(NamedTuple):
     chunk_size: int | None
     backend: str | None
 
-    def another(self, name: str, x: object, rows: int | None = None) -> Tensor:
-        """`x`, features like the queries and if `rows` is given as many, checked too."""
+    def check_features_like_queries(self, name: str, x: object, rows: int | None = None) -> Tensor:
+        """Check that `x` has the width, dtype and device of the queries, and `rows` rows if that is
+        given. Return it."""
         _, x = check_pair(self.names.queries, self.queries, name, x)
         if rows is not None and len(x) != rows:
             raise ValueError(
-                f"{self.names.queries} and {name} must have as many rows, got {rows} and {len(x)}"
+                f"{self.names.queries} and {name} must have the same number of rows, got {rows} and"
+                f" {len(x)}"
             )
         return x
 
-    def frozen(self, name: str, x: object, rows: int) -> Tensor:
-        """`x`, features of any width without gradient, checked, in the dtype of the computation."""
+    def check_constant_features(self, name: str, x: object, rows: int) -> Tensor:
+        """Check features of any width that are constant for autograd. Return them detached, in the
+        accumulate dtype."""
         x = check_features(name, x)
         if len(x) != rows:
             raise ValueError(f"{name} must have {rows} rows, got {len(x)}")
@@ -77,44 +87,52 @@ class Arguments(NamedTuple):
             raise ValueError(f"{name} must be on {self.queries.device}, got {x.device}")
         return x.detach().to(self.scale.dtype)
 
-    def promoted(self) -> Arguments:
-        """bf16 and fp16 features in fp32, rounded first where autocast would have rounded them."""
-        queries = accumulated(as_autocast(self.queries))
+    def in_accumulate_dtype(self) -> Arguments:
+        """Convert the features to the accumulate dtype (fp32, fp64 for fp64).
+
+        Under autocast they are rounded to the autocast dtype first, as a matrix product would.
+        """
+        queries = to_accumulate_dtype(to_autocast_dtype(self.queries))
         same = self.keys is self.queries
         return self._replace(
-            queries=queries, keys=queries if same else accumulated(as_autocast(self.keys))
+            queries=queries,
+            keys=queries if same else to_accumulate_dtype(to_autocast_dtype(self.keys)),
         )
 
-    def with_ids_of(self, batch: GlobalBatch | LocalBatch) -> Arguments:
-        """With the ids of the batch: of all ranks' rows there always are some."""
+    def with_batch_ids(self, batch: GlobalBatch | LocalBatch) -> Arguments:
+        """Replace the ids by those of the batch. A global batch always has ids."""
         query_ids, key_ids = batch.query_ids, batch.key_ids
         if query_ids is self.query_ids and key_ids is self.key_ids:
             return self
         return self._replace(query_ids=query_ids, key_ids=key_ids)
 
-    def normalized(self) -> Arguments:
+    def with_normalized_rows(self) -> Arguments:
         same = self.keys is self.queries and self.query_ids is self.key_ids
-        queries = normalized(self.queries, self.query_ids)
+        queries = normalize_rows(self.queries, self.query_ids)
         return self._replace(
-            queries=queries, keys=queries if same else normalized(self.keys, self.key_ids)
+            queries=queries, keys=queries if same else normalize_rows(self.keys, self.key_ids)
         )
 
     def global_batch(self) -> GlobalBatch | LocalBatch:
-        """That of all ranks of the group, who meet here."""
+        """Create the batch. With a group this is its first collective."""
         return global_batch(
             *(self.group, self.queries, self.keys, self.query_ids, self.key_ids),
             *(self.chunk_size, self.backend),
         )
 
     def scores(self, symmetric: bool = True, exclude_self: bool = False) -> Scores:
-        """In fp32 at least: for losses whose parts meet outside the kernels."""
-        given = self.promoted()
+        """The scores of features in the accumulate dtype.
+
+        For losses that combine the results of several calls of the primitive. These must not be
+        rounded to half precision in between.
+        """
+        args = self.in_accumulate_dtype()
         return Scores(
-            given.global_batch(),
-            *(given.queries, given.keys, given.scale),
+            args.global_batch(),
+            *(args.queries, args.keys, args.scale),
             symmetric=symmetric,
             exclude_self=exclude_self,
-            backend=given.backend,
+            backend=args.backend,
         )
 
 
@@ -128,23 +146,23 @@ def check_arguments(
     *,
     ids: tuple[Tensor | None, Tensor | None] = (None, None),
     names: Names = BY_ID,
-    unequal: bool = False,
+    allow_unequal_rows: bool = False,
 ) -> Arguments:
-    """The arguments that all losses share, checked, with their defaults.
+    """Check the arguments that all losses share and fill in their defaults.
 
-    ids: of the queries and of the keys.
-    unequal: without ids, too, there may be more queries than keys, or fewer.
-    Raises TypeError or ValueError by name.
+    ids: query ids and key ids.
+    allow_unequal_rows: N and M may differ even without ids.
+    Raises TypeError or ValueError that names the argument.
     """
     check_chunk_size(chunk_size)
     query_ids, key_ids = ids
     queries, keys = check_pair(names.queries, queries, names.keys, keys)
     scale = check_scale(names.scale, scale, queries)
     n, m, device = queries.size(0), keys.size(0), queries.device  # len() takes 0.4 µs
-    if n != m and not unequal and (query_ids is None or key_ids is None):
-        raise names.unequal(n, m, names.query_ids if query_ids is None else names.key_ids)
+    if n != m and not allow_unequal_rows and (query_ids is None or key_ids is None):
+        raise names.row_count_error(n, m, names.query_ids if query_ids is None else names.key_ids)
     if query_ids is not None or key_ids is not None:
-        # with a group the batch has their default, which are the rows' numbers among all ranks'
+        # with a group, GlobalBatch fills in the default: the global row numbers
         same = query_ids is key_ids
         rows = torch.arange(n, device=device) if group is None else None
         query_ids = rows if query_ids is None else query_ids
@@ -152,7 +170,7 @@ def check_arguments(
         if query_ids is not None:
             query_ids = check_ids(names.query_ids, query_ids, n, names.queries, device)
         if same and n == m:
-            key_ids = query_ids  # cast once, they stay one tensor
+            key_ids = query_ids  # one tensor before the cast to int64 and after it
         elif key_ids is not None:
             key_ids = check_ids(names.key_ids, key_ids, m, names.keys, device)
     return Arguments(queries, keys, scale, query_ids, key_ids, names, group, chunk_size, backend)

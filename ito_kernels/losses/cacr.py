@@ -1,4 +1,4 @@
-"""Attraction and repulsion as two expectations, each under a distribution over its own kind."""
+"""Contrastive attraction and contrastive repulsion (CACR)."""
 
 from __future__ import annotations
 
@@ -34,17 +34,17 @@ def cacr_loss(
         c_ij = ‖q_i - k_j‖² = 2 - 2<q_i, k_j>
         π⁺_ip ∝ exp(t⁺ c_ip) over the positives,   π⁻_ij ∝ exp(-t⁻ c_ij) over the negatives
 
-    The farther a positive and the nearer a negative, the more it counts. Means over the anchors
-    that have a positive, and over those that have a negative. Gradients go through the weights π
-    too. No softmax of either kind is a logsumexp of S: the scores are formed in PyTorch, a panel of
-    rows at a time, whatever the backend.
+    Distant positives and close negatives get larger weights. The first mean is over the anchors
+    with a positive, the second over those with a negative. Gradients flow through the weights π
+    too. The primitive cannot express these weights: the scores are computed in PyTorch, a panel of
+    rows at a time, on every backend.
 
     Args:
         queries, keys: (N, D) and (M, D), L2-normalised; bf16 and fp16 are computed in fp32.
         query_ids, key_ids: as in `multi_positive_infonce`.
-        t_positive, t_negative: t⁺ and t⁻, 0 or more; at 0 all count alike.
-        backend: a name as everywhere, without effect.
+        t_positive, t_negative: t⁺ and t⁻, 0 or more; 0 gives equal weights.
         group, chunk_size: as in `multi_positive_infonce`.
+        backend: its name is checked, but it has no effect.
 
     Returns a 0-d fp32 tensor (fp64 for fp64 features). Raises as `multi_positive_infonce`.
     Source: Zheng et al. 2021 (CACR); the defaults are those of the authors' CIFAR experiments.
@@ -53,10 +53,10 @@ def cacr_loss(
     t_negative = check_number("t_negative", t_negative, 0, math.inf)
     if backend is not None:
         check_name(backend)
-    given = check_arguments(
+    args = check_arguments(
         queries, keys, 1.0, group, chunk_size, "reference", ids=(query_ids, key_ids)
     )
-    scores = given.scores(symmetric=False)
+    scores = args.scores(symmetric=False)
     batch, a = scores.global_batch, scores.queries
     query_ids, key_ids = scores.query_ids, scores.key_ids
     if query_ids is None:
@@ -64,29 +64,36 @@ def cacr_loss(
     with without_autocast(a.device):
         b, key_ids = batch.all_gather_rows(scores.keys), batch.all_gather_rows(key_ids)
         a, b = (x.masked_fill((i < 0)[:, None], 0) for x, i in ((a, query_ids), (b, key_ids)))
-        k = scores.positives("row")
-        negatives = (scores.candidates("row") - k).masked_fill(query_ids < 0, 0)
+        k = scores.positive_counts("row")
+        negatives = (scores.candidate_counts("row") - k).masked_fill(query_ids < 0, 0)
         counts = (batch.all_reduce_sum((x > 0).sum()).clamp(min=1) for x in (k, negatives))
         shares = tuple((x > 0) / c.to(a.dtype) for x, c in zip((k, negatives), counts, strict=True))
 
         padded = key_ids < 0
 
         def panel(dot: Tensor, rows: Tensor) -> tuple:
-            """The rows' part of the loss, and its slope along the inner products."""
-            other = query_ids[rows, None] != key_ids
-            positive = _expected(dot, t_positive, other | padded, shares[0][rows, None])
-            negative = _expected(dot, -t_negative, ~other | padded, shares[1][rows, None])
-            return positive[0] - negative[0], (positive[1].sub_(negative[1]),)
+            """The panel's part of the loss and the gradient of its inner products."""
+            different = query_ids[rows, None] != key_ids
+            attraction, attraction_grad = _expected_cost(
+                dot, t_positive, different | padded, shares[0][rows, None]
+            )
+            repulsion, repulsion_grad = _expected_cost(
+                dot, -t_negative, ~different | padded, shares[1][rows, None]
+            )
+            return attraction - repulsion, (attraction_grad.sub_(repulsion_grad),)
 
         loss = panelwise_sum(panel, a, b)
         return batch.all_reduce_loss(loss).to(a.dtype)
 
 
-def _expected(scores: Tensor, t: float, left_out: Tensor, share: Tensor) -> tuple[Tensor, Tensor]:
-    """Σ_i share_i Σ_j π_ij c_ij with c = 2 - 2·scores and π_ij ∝ exp(t c_ij) over what is not left
-    out, and its slope along the scores, -2·share_i · π_ij (1 + t (c_ij - Σ_j π_ij c_ij))."""
-    weights = (-2 * t * scores).masked_fill_(left_out, -torch.inf).softmax(1)
-    weights.masked_fill_(share == 0, 0)  # of nothing at all it is NaN
-    mean = torch.linalg.vecdot(weights, scores)[:, None]
-    slope = weights.mul_((scores - mean).mul_(4 * t * share).sub_(2 * share))
-    return (share * (2 - 2 * mean)).sum(), slope
+def _expected_cost(dot: Tensor, t: float, mask: Tensor, share: Tensor) -> tuple[Tensor, Tensor]:
+    """Σ_i share_i Σ_j π_ij c_ij and its gradient, with c = 2 - 2·dot and π_ij ∝ exp(t c_ij) over
+    the pairs that `mask` does not leave out.
+
+    The gradient with respect to `dot` is -2·share_i · π_ij (1 + t (c_ij - Σ_j π_ij c_ij)).
+    """
+    weights = (-2 * t * dot).masked_fill_(mask, -torch.inf).softmax(1)
+    weights.masked_fill_(share == 0, 0)  # the softmax of a row without pairs is NaN
+    mean = torch.linalg.vecdot(weights, dot)[:, None]
+    grad = weights.mul_((dot - mean).mul_(4 * t * share).sub_(2 * share))
+    return (share * (2 - 2 * mean)).sum(), grad

@@ -16,7 +16,7 @@ from .options import Options
 
 FEATURES = ("image_features", "text_features")
 CLIP = Names(*FEATURES, query_ids="query_ids", key_ids="key_ids")
-SIGLIP = Names(*FEATURES, query_ids="image_ids", key_ids="text_ids", of=("images", "texts"))
+SIGLIP = Names(*FEATURES, query_ids="image_ids", key_ids="text_ids", row_nouns=("images", "texts"))
 
 
 @same_on_every_rank(options_of=multi_positive_infonce)
@@ -32,7 +32,7 @@ def clip_loss(
     backend: str | None = None,
     **options,
 ) -> Tensor | tuple:
-    """Symmetric InfoNCE of images and texts: row i of one belongs to row i of the other.
+    """Symmetric InfoNCE of images and texts. Row i of both is a positive pair.
 
         L = ½ · mean_i [ logsumexp_j S_ij - S_ii ] + ½ · mean_j [ logsumexp_i S_ij - S_jj ]
 
@@ -41,15 +41,17 @@ def clip_loss(
     Args:
         image_features, text_features: (N, D), L2-normalised.
         logit_scale: the multiplier itself, not its logarithm: a number, a 0-d or an (N,) tensor.
-        query_ids, key_ids, group, chunk_size, backend, options: as in `multi_positive_infonce`; the
-            images are its queries.
+        query_ids, key_ids, group, chunk_size, backend, options: as in `multi_positive_infonce`,
+            whose queries are the images.
 
-    Returns and raises as `multi_positive_infonce`. Source: Radford et al. 2021 (CLIP), fig. 3.
+    Returns the loss and raises errors as `multi_positive_infonce` does; TypeError for an unknown
+    option.
+    Source: Radford et al. 2021 (CLIP), fig. 3.
     """
     for name in options:
         if name not in Options._fields:
             raise TypeError(f"clip_loss() got an unexpected keyword argument {name!r}")
-    given = check_arguments(
+    args = check_arguments(
         image_features,
         text_features,
         logit_scale,
@@ -58,9 +60,9 @@ def clip_loss(
         backend,
         ids=(query_ids, key_ids),
         names=CLIP,
-        unequal=options.get("positive_pairs") is not None,
+        allow_unequal_rows=options.get("positive_pairs") is not None,
     )
-    return infonce(given, Options(**options))
+    return infonce(args, Options(**options))
 
 
 @same_on_every_rank
@@ -78,7 +80,7 @@ def siglip_loss(
     chunk_size: int | None = None,
     backend: str | None = None,
 ) -> Tensor:
-    """Sigmoid loss of every image with every text.
+    """Sigmoid loss over all pairs of an image and a text.
 
         L = (1/N) Σ_ij softplus(-y_ij · S_ij),   S = logit_scale · images · textsᵀ + logit_bias
 
@@ -89,24 +91,24 @@ def siglip_loss(
         logit_scale: the multiplier itself: a number, a 0-d tensor or an (N,) tensor.
         logit_bias: a number or a 0-d tensor.
         image_ids, text_ids: (N,) and (M,) integers; equal ids are positives. Each defaults to the
-            row number, then N must equal M. A negative id is a padded row that takes no part.
+            row number, which needs N = M. A negative id marks a padded row, which is ignored.
+        normalize: L2-normalise both sides first.
         reduction: "mean": the sum over pairs divided by the number of images N (not by N·M);
-            "sum": over pairs; "none": (N,), each image's sum over the texts.
-        backend: see `ito_kernels.backends()`; None chooses.
+            "sum": the sum over pairs; "none": (N,), the sum over the texts for each image.
+        group, chunk_size, backend: as in `multi_positive_infonce`.
 
-        group, chunk_size: as in `multi_positive_infonce`: the images and texts of all ranks.
-
-    Returns a 0-d fp32 tensor (fp64 for fp64 features), (N,) for "none".
+    Returns a 0-d fp32 tensor (fp64 for fp64 features); (N,) for "none".
 
     Raises:
-        TypeError, ValueError: an argument that does not fit, by name, before any kernel runs.
-        RuntimeError: the backend asked for cannot run here.
+        TypeError, ValueError: an argument is invalid. The message names it. Raised before any
+            kernel runs.
+        RuntimeError: the requested backend cannot run here.
 
     Source: Zhai et al. 2023 (SigLIP), eq. 1.
     """
     check_flags(normalize=normalize)
     check_choice("reduction", reduction, REDUCTIONS)
-    given = check_arguments(
+    args = check_arguments(
         image_features,
         text_features,
         logit_scale,
@@ -116,15 +118,15 @@ def siglip_loss(
         ids=(image_ids, text_ids),
         names=SIGLIP,
     )
-    bias = _check_bias(logit_bias, given.queries)
-    batch = given.global_batch()
-    given = given.with_ids_of(batch)
+    bias = _check_bias(logit_bias, args.queries)
+    batch = args.global_batch()
+    args = args.with_batch_ids(batch)
     if normalize:
-        given = given.normalized()
-    images, texts, scale, image_ids, text_ids, *_ = given
+        args = args.with_normalized_rows()
+    images, texts, scale, image_ids, text_ids, *_ = args
     number = n = len(images)
     if image_ids is not None:
-        number = batch.all_reduce_sum((image_ids >= 0).sum()).clamp(min=1)  # padding does not count
+        number = batch.all_reduce_sum((image_ids >= 0).sum()).clamp(min=1)  # without padding
     weights = None
     if reduction != "none":
         weights = torch.ones(n, dtype=bias.dtype, device=images.device)

@@ -1,4 +1,4 @@
-"""Negatives weighted by the clusters of both sides."""
+"""InfoNCE with negatives weighted by the clusters of query and key."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from ..distributed import same_on_every_rank
 from ..similarity.spec import check_ids, check_tensor
 from .batch import check_arguments
 from .common import check_flags
-from .options import check_values
-from .precision import inner, without_autocast
+from .options import check_value_range
+from .precision import row_dot, without_autocast
 
 
 @same_on_every_rank
@@ -32,21 +32,21 @@ def cluster_weighted_infonce(
     chunk_size: int | None = None,
     backend: str | None = None,
 ) -> Tensor:
-    """InfoNCE whose negatives count by a table of their clusters.
+    """InfoNCE with negatives weighted by a table over pairs of clusters.
 
         L = mean_i [ log(Σ_{p ∈ P_i} exp S_ip + Σ_{j ∉ P_i} w[c_i, c_j] exp S_ij)
                      - (1/k_i) Σ_{p ∈ P_i} S_ip ]
 
-    with S = logit_scale · queries · keysᵀ; where symmetric the mean of this and the same along the
-    columns. log w is a bias of rank C: C more columns beside the D of the features, no matrix. An
-    anchor without a positive contributes 0.
+    with S = logit_scale · queries · keysᵀ. With `symmetric`, the mean of this and of the same loss
+    along the columns. log w is a bias of rank C: it is computed as C more columns of the features,
+    and no matrix is formed. An anchor without a positive contributes 0.
 
     Args:
         queries, keys: (N, D) and (M, D), L2-normalised; bf16 and fp16 are computed in fp32.
         logit_scale: the multiplier itself: a number, a 0-d tensor or an (N,) tensor.
         query_clusters, key_clusters: (N,) and (M,) integers from 0 to C - 1.
-        weights: (C, C), not negative, w[cluster of the query, cluster of the key]; has a gradient
-            where it is greater than 0. A weight of 0 leaves the negatives out.
+        weights: w, (C, C), 0 or more: w[cluster of the query, cluster of the key]. Its positive
+            elements have a gradient. Negatives with weight 0 are left out.
         query_ids, key_ids: as in `multi_positive_infonce`.
         group, chunk_size, backend: as in `multi_positive_infonce`.
 
@@ -54,18 +54,18 @@ def cluster_weighted_infonce(
     Source: Yu et al. 2023 (AdaMEOW).
     """
     check_flags(symmetric=symmetric)
-    given = check_arguments(
+    args = check_arguments(
         queries, keys, logit_scale, group, chunk_size, backend, ids=(query_ids, key_ids)
     )
-    device = given.queries.device
-    rows = check_ids("query_clusters", query_clusters, len(given.queries), "queries", device)
-    cols = check_ids("key_clusters", key_clusters, len(given.keys), "keys", device)
+    device = args.queries.device
+    rows = check_ids("query_clusters", query_clusters, len(args.queries), "queries", device)
+    cols = check_ids("key_clusters", key_clusters, len(args.keys), "keys", device)
     weights = check_tensor("weights", weights, "a (C, C) tensor")
     if weights.ndim != 2 or weights.shape[0] != weights.shape[1]:
         raise ValueError(f"weights must be a (C, C) tensor, got {tuple(weights.shape)}")
     if not weights.is_floating_point():
         raise TypeError(f"weights must have a floating-point dtype, got {weights.dtype}")
-    check_values("weights", weights.detach())
+    check_value_range("weights", weights.detach())
     if device.type == "cpu" and not torch.compiler.is_compiling():
         for name, x in (("query_clusters", rows), ("key_clusters", cols)):
             if not 0 <= int(x.min()) <= int(x.max()) < len(weights):
@@ -73,34 +73,34 @@ def cluster_weighted_infonce(
                     f"{name} must be from 0 to {len(weights) - 1}, got {int(x.min())} to"
                     f" {int(x.max())}"
                 )
-    scores = given.scores(symmetric)
+    scores = args.scores(symmetric)
     with without_autocast(device):
         dtype = scores.queries.dtype
         weights = weights.to(dtype)
-        # a weight of 0 is a feature, which must be finite: -1e4 is below any score
+        # The bias of weight 0 becomes a feature, which must be finite: -1e4 is below any score.
         bias = torch.where(weights > 0, torch.where(weights > 0, weights, 1).log(), -1e4)
-        left = bias[rows] / scores.scale.reshape(-1, 1)
-        right = one_hot(cols, len(weights)).to(dtype)
+        query_columns = bias[rows] / scores.scale.reshape(-1, 1)
+        key_columns = one_hot(cols, len(weights)).to(dtype)
         weighted = replace(
             scores,
-            queries=torch.cat([scores.queries, left], 1),
-            keys=torch.cat([scores.keys, right], 1),
+            queries=torch.cat([scores.queries, query_columns], 1),
+            keys=torch.cat([scores.keys, key_columns], 1),
         )
         negatives = weighted.statistics(exclude_positives=True)
         losses = []
         if query_ids is None and key_ids is None:
-            # the positive of row i is key i: no pass over S is for it
-            true = scores.scale * inner(scores.queries, scores.keys)
+            # the positive of row i is key i: its scores need no pass over S
+            positive = scores.scale * row_dot(scores.queries, scores.keys)
             for side, x in negatives.items():
-                terms = softplus(x.logsum + x.max - true, threshold=40)
+                terms = softplus(x.logsum + x.max - positive, threshold=40)
                 losses.append(scores.mean(side, terms))
             return sum(losses) / len(losses)
         sums, means = (scores.statistics(positives=kind) for kind in ("lse", "linear"))
-        for side, found in sums.items():
-            shift, k = found.shift, scores.positives(side)
-            others = negatives[side].logsum + (negatives[side].max - shift)
-            kept = (k > 0) | found.logsum.isnan()  # what is not finite shows
-            pos = torch.where(kept, found.pos, 0)
-            loss = torch.logaddexp(pos, others) - means[side].pos / k.clamp(min=1)
-            losses.append(scores.mean(side, torch.where(kept, loss, 0)))
+        for side, direction in sums.items():
+            shift, k = direction.shift, scores.positive_counts(side)
+            log_negatives = negatives[side].logsum + (negatives[side].max - shift)
+            counted = (k > 0) | direction.logsum.isnan()  # NaN reaches the loss from any anchor
+            pos = torch.where(counted, direction.pos, 0)
+            loss = torch.logaddexp(pos, log_negatives) - means[side].pos / k.clamp(min=1)
+            losses.append(scores.mean(side, torch.where(counted, loss, 0)))
         return sum(losses) / len(losses)

@@ -1,4 +1,4 @@
-"""What the losses share: choices, temperatures, unit rows."""
+"""Argument checks and small helpers that several losses share."""
 
 from __future__ import annotations
 
@@ -28,12 +28,12 @@ def check_generator(name: str, generator: object) -> None:
 
 
 def scale_from_temperature(temperature: float | Tensor, like: Tensor) -> Tensor:
-    """1 / temperature; a number must be finite and greater than 0."""
+    """1 / temperature. Raises ValueError for a number that is not finite and positive."""
     return 1.0 / check_scale("temperature", temperature, like)
 
 
 def check_temperature(temperature: float | Tensor) -> None:
-    """What a module is given: one number, finite and greater than 0, or a tensor that holds one."""
+    """Check the temperature of a module: a finite positive number, or a tensor of one element."""
     if isinstance(temperature, Tensor):
         if temperature.numel() != 1:
             raise ValueError(
@@ -43,8 +43,8 @@ def check_temperature(temperature: float | Tensor) -> None:
     check_scale("temperature", temperature, torch.empty(1))
 
 
-def normalized(features: Tensor, ids: Tensor | None) -> Tensor:
-    """Unit rows; padding, which may hold anything, becomes 0 and takes no gradient."""
+def normalize_rows(features: Tensor, ids: Tensor | None) -> Tensor:
+    """L2-normalise the rows. Padded rows become 0 and get no gradient, whatever they contain."""
     if ids is not None:
         features = features.masked_fill((ids < 0)[:, None], 0)
     return torch.nn.functional.normalize(features, dim=1)

@@ -4,11 +4,13 @@ For an anchor i with positives P_i and negatives N_i,
 
     loss_i = log D_i - T_i
 
-D_i, the denominator: Σ e^S over the candidates of all pools, or Σ e^S over P_i plus the reweighted
-negatives. T_i, the target: the mean of S over P_i, or the logarithm of the mean or of the sum of
-e^S over P_i. Both are relative to `shift`, a constant beside the largest score, where digits do not
-cancel. Without options that need more it is one call of the primitive, with gradients formed in the
-forward pass.
+The denominator D_i is Σ e^S over the candidates of all pools, or Σ e^S over P_i plus the reweighted
+negatives. The target T_i is the mean of S over P_i, or the logarithm of the mean or of the sum of
+e^S over P_i. Both are computed relative to `shift`, a constant close to the largest score, so that
+their difference keeps its digits.
+
+If the options allow it, one call of the primitive computes the loss and, in the forward pass, its
+gradients.
 """
 
 from __future__ import annotations
@@ -21,12 +23,18 @@ from torch import Tensor
 from ..distributed import GlobalBatch, LocalBatch, global_ranges, same_on_every_rank
 from ..similarity.spec import Problem, SideUpstream, Upstream, as_autocast_problem
 from .batch import Arguments, check_arguments
-from .margin import with_margin
-from .options import Options, check_options, placed_pairs
-from .pools import HardNegatives, InBatch, Queue, Union, Unlisted
-from .positive_pairs import Listed, Pairs, SameId
-from .precision import accumulated, as_autocast, without_autocast
-from .reweighting import debiased, hard
+from .margin import apply_margin
+from .options import Options, check_options, localize_pairs
+from .pools import (
+    CombinedPools,
+    HardNegatives,
+    InBatchCandidates,
+    QueueCandidates,
+    UnpairedCandidates,
+)
+from .positive_pairs import PositivePairs, PositivesById, PositivesByPair
+from .precision import to_accumulate_dtype, to_autocast_dtype, without_autocast
+from .reweighting import debiased, hardness_weighted
 from .scores import Scores
 
 
@@ -63,14 +71,14 @@ def multi_positive_infonce(
 ) -> Tensor | tuple:
     """Contrastive loss of queries against keys, with in-batch negatives.
 
-    With S = logit_scale · queries · keysᵀ, D_i = Σ_j exp S_ij and the k_i positives P_i of
-    query i, a query's loss is
+    With S = logit_scale · queries · keysᵀ, D_i = Σ_j exp S_ij and the k_i positives P_i of query i,
+    the loss of a query is
 
         "mean"  log D_i - (1/k_i) Σ_{j ∈ P_i} S_ij             L_out of SupCon
         "in"    log D_i - log Σ_{j ∈ P_i} exp(S_ij) + log k_i  L_in of SupCon
         "sum"   log D_i - log Σ_{j ∈ P_i} exp(S_ij)            MIL-NCE
 
-    and a key's is the same along the columns, with its own number of positives k'_j. S is never
+    The loss of a key is the same along its column, with its own number of positives. S is never
     formed: memory is O((N + M)·D).
 
     Args:
@@ -79,81 +87,86 @@ def multi_positive_infonce(
         logit_scale: the multiplier itself (1 / temperature), not its logarithm: a number, a 0-d
             tensor or an (N,) tensor.
         query_ids, key_ids: (N,) and (M,) integers; equal ids are positives. Each defaults to the
-            row number, then N must equal M. A negative id is a padded row: no anchor, no candidate,
-            no part of the mean; its features are not looked at.
+            row number, which needs N = M. A negative id marks a padded row: it is no anchor, no
+            candidate and no part of the mean, and its features are not read.
         positives: "mean", "in" or "sum", as above.
-        symmetric: average query→key and key→query; else query→key alone.
-        exclude_self: leave out the pairs (i, i): for queries and keys of one tower. Needs N = M,
-            and ids: without them (i, i) are the only positives, and the loss is 0.
-        empty: an anchor without a positive counts as 0 in the mean ("zero"), or is left out of
-            it ("drop"; 0 if none is left).
-        label_smoothing: ε, a number from 0 to 1: (1 - ε)·loss + ε·(log D_i - mean of S over all
-            candidates of i), as `F.cross_entropy`.
-        query_weights, key_weights: (N,) and (M,): each anchor's loss is multiplied by its weight,
-            and the mean divides by their sum. Constants.
-        key_bias: (M,), added to the scores of each key: -log q_j corrects for the frequency of
-            keys that are sampled (logQ). For query→key.
-        positive_pairs, positive_weights: (P, 2) integers, pairs (i, j) in place of the ids where
-            positives are no partition, and (P,) weights: P_i becomes a weighted mean, of S ("mean")
-            or of exp S ("in"). A pair that is listed twice counts twice as a positive and once in
-            D_i; one with a weight of 0 is a negative. Memory O(P·D). With debias or hardness their
-            negatives are summed in PyTorch, a panel of rows at a time, whatever the backend.
-        queue, queue_ids: (Q, D) keys without gradient, further negatives for query→key, and (Q,)
-            integers: those with a query's id are left out of it, those with a negative id of all.
-        hard_negatives: (N, K, D), further negatives of their own query alone, with gradient. For
+        symmetric: average the losses of query→key and key→query. False: query→key only.
+        exclude_self: leave out the pairs (i, i), for queries and keys from the same tower. Needs
+            N = M and ids: without ids the pairs (i, i) are the only positives, and the loss is 0.
+        empty: an anchor without a positive counts as 0 in the mean ("zero") or is left out of the
+            mean ("drop"; the mean of no anchors is 0).
+        label_smoothing: ε from 0 to 1: (1 - ε)·loss + ε·(log D_i - mean of S over all candidates of
+            i), as in `F.cross_entropy`.
+        query_weights, key_weights: (N,) and (M,), without gradient. Each anchor's loss is
+            multiplied by its weight, and the mean divides by the sum of the weights.
+        key_bias: (M,), added to the scores of each key in query→key. -log q_j corrects for the
+            sampling frequency of the keys (logQ correction).
+        positive_pairs, positive_weights: (P, 2) integers, pairs (i, j), and (P,) weights. They
+            replace the ids where positives are not a partition. The mean over P_i becomes a
+            weighted mean, of S ("mean") or of exp S ("in"). A pair that is listed twice counts
+            twice as a positive and once in D_i. A pair with weight 0 is a negative. Memory O(P·D).
+            With debias or hardness, the negatives are summed in PyTorch, a panel of rows at a time,
+            on every backend.
+        queue, queue_ids: (Q, D) keys without gradient and (Q,) integers: further negatives for
+            query→key. A queue key with the id of a query is no candidate of that query; one with a
+            negative id is no candidate at all.
+        hard_negatives: (N, K, D), with gradient: further negatives of their own query only, for
             query→key.
-        false_negative_margin: m: a candidate that is no positive leaves D_i if its inner product
-            with the anchor is above that of the anchor's largest positive by more than m. Queue
-            and hard negatives too; in key→query with the key as the anchor. One or two more passes
-            over S, or none with symmetric=False; and one for each direction with debias or
-            hardness, which need the number of those that are left. label_smoothing is over those
-            that are left: their sum, and in key→query with one logit_scale for each query D too,
-            are formed in PyTorch, a panel of rows at a time, whatever the backend.
-        debias: τ⁺ < 1, the share of negatives that are false, a number or (N,). The negatives' part
-            of D_i becomes max{(Σ_neg exp S - n·τ⁺·mean_pos exp S) / (1 - τ⁺), n·exp(-logit_scale)}
-            with n the number of negatives. Both directions (a τ⁺ per query: then N = M).
-        hardness: β ≥ 0: negatives are weighted by exp(βS), relative to the mean of exp(βS) over
-            them, before they are debiased. Both directions. Three passes over S instead of one.
+        false_negative_margin: m. A negative leaves D_i if its inner product with the anchor exceeds
+            that of the anchor's most similar positive by more than m. This includes the queue and
+            the hard negatives. In key→query the key is the anchor. It takes one or two more passes
+            over S, none with symmetric=False; with debias or hardness, one more per direction to
+            count the remaining negatives. label_smoothing is over the remaining candidates. Their
+            sum is computed in PyTorch, a panel of rows at a time, on every backend; so is D in
+            key→query with a logit_scale per query.
+        debias: τ⁺ < 1, the proportion of negatives that are false, a number or (N,). The negatives'
+            part of D_i becomes max{(Σ_neg exp S - n·τ⁺·mean_pos exp S) / (1 - τ⁺),
+            n·exp(-logit_scale)} with n negatives. Both directions; τ⁺ per query needs N = M.
+        hardness: β ≥ 0. Negatives are weighted by exp(βS), divided by its mean over the negatives,
+            before `debias` is applied. Both directions. Three passes over S instead of one.
         normalize: L2-normalise queries, keys, queue and hard negatives first.
-        reduction: "mean" over the anchors, "sum", or "none": (N,), as a pair (N,), (M,) where
-            symmetric.
-        return_stats: also return a dict without gradients: `row_loss`, `row_lse` (N,), `col_loss`,
-            `col_lse` (M,), without the weights, with log D as lse; means over the anchors with a
-            positive: `row_accuracy`, `col_accuracy` (the largest score of the anchor is
-            a positive's; a tie with a negative counts as wrong) and `positive_score`;
-            `hardest_negative_score`, the mean over the queries that have a negative. The last four
-            are of the batch, in units of S. `col_*` is None unless symmetric; with positive_pairs
-            so are the accuracies and the hardest negative, which the kernels find by ids.
-        backend: see `ito_kernels.backends()`; None chooses. What torch.compile has compiled keeps
-            the backend it was compiled with, whatever `use_backend` and ITO_BACKEND say later.
+        reduction: "mean" over the anchors; "sum"; or "none", which returns (N,), for symmetric the
+            pair (N,), (M,).
+        return_stats: also return a dict of tensors without gradient. `row_loss`, `row_lse` (N,),
+            `col_loss`, `col_lse` (M,): losses without the weights, and log D. `row_accuracy`,
+            `col_accuracy` and `positive_score`: means over the anchors with a positive; an anchor
+            is accurate if a positive has the largest score, and a tie with a negative is not.
+            `hardest_negative_score`: the mean over the queries with a negative. The last four are
+            over the candidates of the batch, scores in units of S. `col_*` is None unless
+            symmetric. With positive_pairs the accuracies and `hardest_negative_score` are None: the
+            kernels find them by ids.
+        group: a process group or a one-dimensional DeviceMesh. The batch is that of all its ranks:
+            each passes its local rows and gets the global loss. After averaging over ranks (DDP,
+            FSDP) gradients are those of one process on the whole batch. Ids are compared across
+            ranks and default to global row numbers; means divide by global counts. Results per
+            anchor are those of the local rows. `queue` and `hard_negatives` are local too: only
+            with the same queue on all ranks does the loss equal that of one process.
+            `positive_pairs` are global row numbers, each pair passed by the rank of its query. See
+            `ito_kernels.distributed`.
+        chunk_size: with a group, the number of keys of all ranks that are gathered at a time.
+        backend: see `ito_kernels.backends()`; None chooses automatically. A function compiled by
+            torch.compile keeps the backend that it was compiled with, whatever `use_backend` and
+            ITO_BACKEND are set to later.
 
-        group: a process group or a one-dimensional DeviceMesh: the batch is that of all its ranks,
-            each of which gives its own rows and gets the global loss, with gradients that are
-            those of one process on the whole batch once averaged over ranks (DDP, FSDP). Ids
-            count across ranks and default to global row numbers; means divide by global counts;
-            what is per anchor is this rank's, `queue` and `hard_negatives` too: it is for one queue
-            on all ranks that the loss is that of one process. `positive_pairs` are global row
-            numbers, each pair given by the rank of its query. See `ito_kernels.distributed`.
-        chunk_size: with a group: how many keys of all ranks are gathered at a time.
-
-        With `debias`, `hardness`, `positive_pairs`, `queue` or `hard_negatives`, and if symmetric
-        with `false_negative_margin` and one logit_scale for each query, half precision is computed
-        in fp32: parts of several passes cancel.
+        With `debias`, `hardness`, `positive_pairs`, `queue` or `hard_negatives`, half precision
+        features are computed in fp32, because the loss is a difference of results of several
+        passes. The same holds for symmetric with `false_negative_margin` and a logit_scale per
+        query.
 
     Returns:
-        The loss, a 0-d fp32 tensor (fp64 for fp64 features), or as `reduction` says; with
-        `return_stats` a pair of it and the dict.
+        The loss, a 0-d fp32 tensor (fp64 for fp64 features), or as `reduction` says. With
+        `return_stats` the pair of it and the dict.
 
     Raises:
-        TypeError, ValueError: an argument that does not fit, by name, before any kernel runs, or
-            two that have no meaning together.
-        RuntimeError: the backend asked for cannot run here.
+        TypeError, ValueError: an argument is invalid, or two arguments cannot be combined. The
+            message names them. Raised before any kernel runs.
+        RuntimeError: the requested backend cannot run here.
 
     Sources: van den Oord et al. 2018 (InfoNCE); Khosla et al. 2020, eq. 2 and 3 (SupCon);
     Miech et al. 2020 (MIL-NCE); He et al. 2020 (queue); Yi et al. 2019 (logQ correction); Chuang et
     al. 2020 (debias); Robinson et al. 2021 (hardness).
     """
-    given = check_arguments(
+    args = check_arguments(
         queries,
         keys,
         logit_scale,
@@ -161,7 +174,7 @@ def multi_positive_infonce(
         chunk_size,
         backend,
         ids=(query_ids, key_ids),
-        unequal=positive_pairs is not None,
+        allow_unequal_rows=positive_pairs is not None,
     )
     options = Options(
         positives=positives,
@@ -184,198 +197,228 @@ def multi_positive_infonce(
         debias=debias,
         hardness=hardness,
     )
-    return infonce(given, options)
+    return infonce(args, options)
 
 
-def infonce(given: Arguments, options: Options) -> Tensor | tuple:
-    """`multi_positive_infonce` of arguments that have passed the door; options are checked here."""
-    o = check_options(options, given)
+def infonce(args: Arguments, options: Options) -> Tensor | tuple:
+    """`multi_positive_infonce` for arguments that `check_arguments` has returned. Checks the
+    options."""
+    o = check_options(options, args)
     if o.positive_pairs is not None:
-        n, m = len(given.queries), len(given.keys)
-        o = placed_pairs(o, *global_ranges(n, m, given.group, given.queries.device))
-    batch = given.global_batch()
-    given = given.with_ids_of(batch)
+        n, m = len(args.queries), len(args.keys)
+        o = localize_pairs(o, *global_ranges(n, m, args.group, args.queries.device))
+    batch = args.global_batch()
+    args = args.with_batch_ids(batch)
     if o.normalize:
-        given = given.normalized()
-        o = o.with_candidates(lambda x: torch.nn.functional.normalize(x, dim=-1))
-    if not o.plain or o.reduction == "none":
-        return _by_pools(o, given, batch)
+        args = args.with_normalized_rows()
+        o = o.map_extra_candidates(lambda x: torch.nn.functional.normalize(x, dim=-1))
+    if not o.single_pass or o.reduction == "none":
+        return _multi_pass_infonce(o, args, batch)
 
-    queries, keys, scale = given[:3]
-    scores = Scores(batch, queries, keys, scale, o.symmetric, o.exclude_self, given.backend)
-    kind = "linear" if o.positives == "mean" else "lse"
+    queries, keys, scale = args[:3]
+    scores = Scores(batch, queries, keys, scale, o.symmetric, o.exclude_self, args.backend)
+    positives = "linear" if o.positives == "mean" else "lse"
     problem = Problem(
         queries,
         None if keys is queries else keys,
         scale,
-        row_ids=given.query_ids,
-        col_ids=given.key_ids,
-        positives=kind,
+        row_ids=args.query_ids,
+        col_ids=args.key_ids,
+        positives=positives,
         exclude_self=o.exclude_self,
         cols=o.symmetric,
         hardest=o.return_stats,
     )
-    row_weights, log_counts = _weights(o, scores, "row")
+    row_weights, log_counts = _statistics_weights(o, scores, "row")
     col_weights = SideUpstream()
-    if o.symmetric and given.query_ids is given.key_ids:
+    if o.symmetric and args.query_ids is args.key_ids:
         col_weights, log_counts = row_weights, 2 * log_counts
     elif o.symmetric:
-        col_weights, of_cols = _weights(o, scores, "col")
-        log_counts = log_counts + of_cols
-    found = batch.logsumexp_of(
+        col_weights, col_log_counts = _statistics_weights(o, scores, "col")
+        log_counts = log_counts + col_log_counts
+    result = batch.logsumexp_of(
         as_autocast_problem(problem),
         Upstream(row_weights, col_weights),
         o.return_stats,
-        given.backend,
+        args.backend,
     )
-    loss, stats = found if o.return_stats else (found, None)
+    loss, stats = result if o.return_stats else (result, None)
     if o.positives == "in":
         loss = loss + batch.all_reduce_loss(log_counts)
     if not o.return_stats:
         return loss
     with torch.no_grad():
-        scores.keep(stats, kind)
-        anchors = {side: log_d_minus_t(o, scores, side) for side in scores.directions}
-        return loss, _diagnostics(scores, anchors, kind)
+        scores.store_pass(stats, positives)
+        anchors = {side: anchor_losses(o, scores, side) for side in scores.directions}
+        return loss, _diagnostics(scores, anchors, positives)
 
 
-def _weights(o: Options, scores: Scores, side: str) -> tuple[SideUpstream, Tensor | float]:
-    """Of logsum and pos in the loss, relative to the maximum, where digits do not cancel, and what
-    log k adds for "in". Statistics that are not finite show in the sum even with a weight of 0."""
+def _statistics_weights(
+    o: Options, scores: Scores, side: str
+) -> tuple[SideUpstream, Tensor | float]:
+    """The weights of logsum and pos in the loss, and the term of log k for positives="in".
+
+    Both statistics are relative to the row maximum, which cancels. An anchor without a positive has
+    weight 0, but its statistics are still part of the sum, so that NaN and infinity reach the loss.
+    """
     share = 0.5 if o.symmetric else 1.0
     if scores.query_ids is None and not o.exclude_self:  # each anchor has one positive
         n = scores.features(side).size(0)
         u = scores.scale.new_full((n,), share / n if o.reduction == "mean" else share)
         return SideUpstream(u, -u), 0.0
-    k = scores.positives(side)
+    k = scores.positive_counts(side)
     number = 1
     if o.reduction == "mean":
-        number = scores.anchors(side)
+        number = scores.anchor_count(side)
         if o.empty == "drop":
             number = scores.global_batch.all_reduce_sum((k > 0).sum()).clamp(min=1)
         number = torch.as_tensor(number, dtype=k.dtype, device=k.device)
-    u, several = k.clamp(max=1) * (share / number), k.clamp(min=1)
-    weights = SideUpstream(u, -u / several if o.positives == "mean" else -u)
-    return weights, (u * several.log()).sum() if o.positives == "in" else 0.0
+    u, divisor = k.clamp(max=1) * (share / number), k.clamp(min=1)
+    weights = SideUpstream(u, -u / divisor if o.positives == "mean" else -u)
+    return weights, (u * divisor.log()).sum() if o.positives == "in" else 0.0
 
 
-def _by_pools(o: Options, given: Arguments, batch: GlobalBatch | LocalBatch) -> Tensor | tuple:
-    """With every option, as a composition of calls of the primitive."""
-    queries, keys, scale = given[:3]
+def _multi_pass_infonce(
+    o: Options, args: Arguments, batch: GlobalBatch | LocalBatch
+) -> Tensor | tuple:
+    """InfoNCE with any options, as a composition of several calls of the primitive."""
+    queries, keys, scale = args[:3]
     if o.false_negative_margin is not None and isinstance(batch, GlobalBatch):
-        scale = _of_one_kind(scale, batch, len(queries))
-    o = o.with_candidates(as_autocast)
+        scale = _same_scale_shape_on_all_ranks(scale, batch, len(queries))
+    o = o.map_extra_candidates(to_autocast_dtype)
     same = keys is queries
-    queries, keys = as_autocast(queries), as_autocast(keys)
-    if o.meets_outside(scale):  # the kernels: what cancels there was rounded before
-        queries, keys = accumulated(queries), accumulated(keys)
+    queries, keys = to_autocast_dtype(queries), to_autocast_dtype(keys)
+    if o.needs_accumulate_dtype(scale):
+        queries, keys = to_accumulate_dtype(queries), to_accumulate_dtype(keys)
     keys = queries if same else keys
     scores = Scores(
-        *(batch, queries, keys, scale, o.symmetric, o.exclude_self, given.backend, o.key_bias)
+        *(batch, queries, keys, scale, o.symmetric, o.exclude_self, args.backend, o.key_bias)
     )
     with without_autocast(queries.device):
-        known = None
-        if o.plain and o.return_stats:  # one pass for the losses and for what is beside them
-            known = "linear" if o.positives == "mean" else "lse"
-            scores.statistics(positives=known, hardest=True)
-        limited = scores if o.false_negative_margin is None else with_margin(scores, o)
-        pairs = _pairs(o, limited)
-        anchors = {side: log_d_minus_t(o, limited, side, pairs) for side in scores.directions}
+        positives = None
+        if o.single_pass and o.return_stats:  # one pass for the losses and the diagnostics
+            positives = "linear" if o.positives == "mean" else "lse"
+            scores.statistics(positives=positives, hardest=True)
+        limited = scores if o.false_negative_margin is None else apply_margin(scores, o)
+        pairs = _positive_pairs(o, limited)
+        anchors = {side: anchor_losses(o, limited, side, pairs) for side in scores.directions}
         weights = {"row": o.query_weights, "col": o.key_weights}
-        losses = tuple(_reduced(o, scores, side, x, weights[side]) for side, x in anchors.items())
+        losses = tuple(_reduce(o, scores, side, x, weights[side]) for side, x in anchors.items())
         loss = losses[0]
         if o.symmetric:
             loss = losses if o.reduction == "none" else 0.5 * (losses[0] + losses[1])
-        return (loss, _diagnostics(scores, anchors, known)) if o.return_stats else loss
+        return (loss, _diagnostics(scores, anchors, positives)) if o.return_stats else loss
 
 
-def _of_one_kind(scale: Tensor, batch: GlobalBatch, queries: int) -> Tensor:
-    """One for each query on all ranks or on none, which choose their collectives by it: a scale of
-    shape (1,) reads as 0-d, also that of a rank with one query."""
+def _same_scale_shape_on_all_ranks(scale: Tensor, batch: GlobalBatch, queries: int) -> Tensor:
+    """Expand the scale to (queries,) if any rank has one per query.
+
+    The shape decides which collectives are called, and a scale of shape (1,) is read as 0-d: on a
+    rank with a single query, a scale per query looks like a scale for all.
+    """
     per_query = batch.all_reduce_max(scale.new_tensor(float(scale.ndim))) > 0
     return scale.expand(queries) if per_query else scale
 
 
-class Anchors(NamedTuple):
-    """One direction's anchors: their losses, 0 without a positive; the number (or weight) of their
-    positives; for the statistics log D, absolute, and with pairs their mean score."""
+class AnchorLosses(NamedTuple):
+    """The results for the anchors of one direction.
+
+    loss: 0 for an anchor without a positive. k: the number or the weight of its positives.
+    log_d: log D, without shift. positive_score: the mean score of the positives, only with
+    `positive_pairs`. The last two are for `return_stats`.
+    """
 
     loss: Tensor
     k: Tensor
     log_d: Tensor | None = None
-    positive: Tensor | None = None
+    positive_score: Tensor | None = None
 
 
-def _pairs(o: Options, scores: Scores) -> Pairs | None:
-    """The positives as pairs, where they are given as such or a pass over S would be for the
-    diagonal alone; None where the kernels find them by ids."""
+def _positive_pairs(o: Options, scores: Scores) -> PositivePairs | None:
+    """The positives as pairs, or None if the kernels find them by ids.
+
+    Without ids, hardness takes the diagonal as pairs: this saves a pass over S.
+    """
     if o.positive_pairs is not None:
-        return Pairs(scores, *o.positive_pairs, o.positive_weights)
+        return PositivePairs(scores, *o.positive_pairs, o.positive_weights)
     if o.hardness and scores.query_ids is None:
         rows = torch.arange(len(scores.queries), device=scores.queries.device)
-        return Pairs(scores, rows, rows, None)
+        return PositivePairs(scores, rows, rows, None)
     return None
 
 
-def pools_of(o: Options, scores: Scores, side: str, pairs: Pairs | None) -> Union:
-    """The candidates that D sums: all of them, or the negatives if those are reweighted."""
-    if o.reweighted and o.positive_pairs is not None:  # whose negatives the kernels cannot tell
-        pools = [Unlisted(pairs, side, o.powers)]
+def candidate_pools(
+    o: Options, scores: Scores, side: str, pairs: PositivePairs | None
+) -> CombinedPools:
+    """The candidates whose exponentials the denominator sums: all of them, or only the negatives if
+    these are reweighted."""
+    if o.reweights_negatives and o.positive_pairs is not None:
+        pools = [UnpairedCandidates(pairs, side, o.powers)]
     else:
-        kind = "linear" if o.positives == "mean" and not o.reweighted else "lse"
+        kind = "linear" if o.positives == "mean" and not o.reweights_negatives else "lse"
         kind = None if pairs or o.hardness else kind
-        pools = [InBatch(scores, side, positives=kind, exclude_positives=o.reweighted)]
+        exclude = o.reweights_negatives
+        pools = [InBatchCandidates(scores, side, positives=kind, exclude_positives=exclude)]
     if side == "row" and o.queue is not None:
-        pools.append(Queue(scores, o.queue, o.queue_ids))
+        pools.append(QueueCandidates(scores, o.queue, o.queue_ids))
     if side == "row" and o.hard_negatives is not None:
         pools.append(HardNegatives(scores, o.hard_negatives))
-    return Union(pools, scores.ids(side))
+    return CombinedPools(pools, scores.ids(side))
 
 
-def log_d_minus_t(o: Options, scores: Scores, side: str, pairs: Pairs | None = None) -> Anchors:
-    candidates = pools_of(o, scores, side, pairs)
-    positives = Listed(pairs, side) if pairs else SameId(scores, side, o.reweighted)
-    shift = candidates.largest(o.powers[-1])
-    k = positives.number()
-    some = k > 0
+def anchor_losses(
+    o: Options, scores: Scores, side: str, pairs: PositivePairs | None = None
+) -> AnchorLosses:
+    """log D - T for each anchor of a direction."""
+    candidates = candidate_pools(o, scores, side, pairs)
+    if pairs:
+        positives = PositivesByPair(pairs, side)
+    else:
+        positives = PositivesById(scores, side, o.reweights_negatives)
+    shift = candidates.reference_shift(o.powers[-1])
+    k = positives.count()
+    has_positive = k > 0
     if o.positives == "mean":
         target = positives.mean(shift)
     else:
-        target = positives.log_sum(shift) - (_log(k) if o.positives == "in" else 0)
+        target = positives.log_sum(shift) - (_log_or_zero(k) if o.positives == "in" else 0)
 
-    logs = [candidates.log_sum(p, shift) for p in o.powers]
-    if o.reweighted:
-        number = candidates.number()
-        negatives = hard(*logs, number) if o.hardness else logs[0]
+    log_sums = [candidates.log_sum(p, shift) for p in o.powers]
+    if o.reweights_negatives:
+        number = candidates.count()
+        log_negatives = hardness_weighted(*log_sums, number) if o.hardness else log_sums[0]
         if o.debias is not None:
-            mean = positives.log_sum(shift) - _log(k)
-            negatives = debiased(negatives, mean, number, o.debias, -scores.scale - shift)
-        log_d = torch.logaddexp(torch.where(some, positives.once(shift), 0), negatives)
+            log_mean = positives.log_sum(shift) - _log_or_zero(k)
+            floor = -scores.scale - shift
+            log_negatives = debiased(log_negatives, log_mean, number, o.debias, floor)
+        log_positives = torch.where(has_positive, positives.log_sum_unweighted(shift), 0)
+        log_d = torch.logaddexp(log_positives, log_negatives)
     else:
-        (log_d,) = logs
+        (log_d,) = log_sums
 
     if o.label_smoothing:
         total, number = candidates.total(shift)
-        even = total / number.clamp(min=1)
-        target = (1 - o.label_smoothing) * target + o.label_smoothing * even
-    # NaN shows even where there is no positive
-    loss = torch.where(some | log_d.isnan(), log_d - target, 0)
+        uniform_target = total / number.clamp(min=1)
+        target = (1 - o.label_smoothing) * target + o.label_smoothing * uniform_target
+    # NaN reaches the loss even from an anchor without a positive
+    loss = torch.where(has_positive | log_d.isnan(), log_d - target, 0)
     if not o.return_stats:
-        return Anchors(loss, k)
-    listed = o.positive_pairs is not None
-    return Anchors(loss, k, log_d + shift, positives.mean(shift) + shift if listed else None)
+        return AnchorLosses(loss, k)
+    score = None if o.positive_pairs is None else positives.mean(shift) + shift
+    return AnchorLosses(loss, k, log_d + shift, score)
 
 
-def _log(k: Tensor) -> Tensor:
+def _log_or_zero(k: Tensor) -> Tensor:
+    """log k, 0 for k = 0."""
     return torch.where(k > 0, k, 1).log()
 
 
-def _reduced(
-    o: Options, scores: Scores, side: str, anchors: Anchors, weights: Tensor | None
+def _reduce(
+    o: Options, scores: Scores, side: str, anchors: AnchorLosses, weights: Tensor | None
 ) -> Tensor:
     ids, batch = scores.ids(side), scores.global_batch
     if weights is not None and ids is not None:
-        weights = weights.masked_fill(ids < 0, 0)  # padding may hold anything
+        weights = weights.masked_fill(ids < 0, 0)  # padded rows may have any weight
     loss = anchors.loss if weights is None else anchors.loss * weights
     if o.reduction == "none":
         return loss
@@ -391,31 +434,36 @@ def _reduced(
 
 
 @torch.no_grad()
-def _diagnostics(scores: Scores, anchors: dict[str, Anchors], known: str | None = None) -> dict:
-    """Without the options' weights. Which scores are hardest and which win is a matter of the
-    batch alone; where positives are pairs the kernels cannot tell them, and it stays unknown.
+def _diagnostics(
+    scores: Scores, anchors: dict[str, AnchorLosses], positives: str | None = None
+) -> dict:
+    """The dict of `return_stats`.
 
-    known: the kind of positives in a pass that has been made with the hardest negatives.
+    The accuracies and the hardest negative are those of the batch, without the options' weights.
+    With positives as pairs they are None: the kernels find negatives by ids.
+
+    positives: "linear" or "lse" if a pass with that kind of positives and with the hardest
+        negatives is cached in `scores`.
     """
     out = dict.fromkeys(
-        f"{side}_{what}" for side in ("row", "col") for what in ("loss", "lse", "accuracy")
+        f"{side}_{name}" for side in ("row", "col") for name in ("loss", "lse", "accuracy")
     )
-    all_reduce_mean, rows, found = scores.global_batch.all_reduce_mean, anchors["row"], None
-    if rows.positive is None:
-        found = scores.statistics(positives=known or "linear", hardest=True)
+    all_reduce_mean, rows, statistics = scores.global_batch.all_reduce_mean, anchors["row"], None
+    if rows.positive_score is None:
+        statistics = scores.statistics(positives=positives or "linear", hardest=True)
     for side, x in anchors.items():
         out[f"{side}_loss"], out[f"{side}_lse"] = x.loss.detach(), x.log_d.detach()
-        if found:
-            right = found[side].max > found[side].neg_max
-            out[f"{side}_accuracy"] = all_reduce_mean(right.to(x.loss.dtype), x.k > 0)
+        if statistics:
+            correct = statistics[side].max > statistics[side].neg_max
+            out[f"{side}_accuracy"] = all_reduce_mean(correct.to(x.loss.dtype), x.k > 0)
     out["hardest_negative_score"] = None
-    positive = rows.positive
-    if found:
-        at = found["row"]
-        pos = at.pos
-        if known == "lse":  # which does not give their mean: one more forward pass
+    score = rows.positive_score
+    if statistics:
+        row = statistics["row"]
+        pos = row.pos
+        if positives == "lse":  # "lse" does not give the mean score: one more forward pass
             pos = scores.logsumexp(positives="linear", cols=False).row_pos
-        positive = pos / rows.k.clamp(min=1) + at.max
-        out["hardest_negative_score"] = all_reduce_mean(at.neg_max, at.neg_max != -torch.inf)
-    out["positive_score"] = all_reduce_mean(positive, rows.k > 0)
+        score = pos / rows.k.clamp(min=1) + row.max
+        out["hardest_negative_score"] = all_reduce_mean(row.neg_max, row.neg_max != -torch.inf)
+    out["positive_score"] = all_reduce_mean(score, rows.k > 0)
     return out

@@ -1,4 +1,4 @@
-"""The objective of ITO: multiple alignment of views and captions, plus fusion."""
+"""The loss of ITO: alignment of several views and captions, plus fusion."""
 
 from __future__ import annotations
 
@@ -32,29 +32,29 @@ def ito_loss(
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """L = L_align + lambda_fusion · L_fusion.
 
-    L_align, "pair":   mean over views v and captions c of the CLIP loss between x^v and y^c, each
-                       pair with a softmax of its own.
-    L_align, "pooled": one multi-positive softmax of all V·N images and all C·N captions, positives
-                       being those of the same item (L_out, both directions).
-    L_fusion:          L_out over the F·N fused embeddings, self left out, positives being the same
-                       item; at F = 2 this is NT-Xent.
+    L_align, "pair":   the mean over views v and captions c of the CLIP loss of x^v and y^c. Each
+                       (v, c) has its own softmax.
+    L_align, "pooled": one multi-positive softmax of all V·N images and all C·N captions (L_out,
+                       both directions). The positives are the pairs of the same item.
+    L_fusion:          L_out over the F·N fused embeddings without self pairs. The positives are the
+                       pairs of the same item. At F = 2 this is NT-Xent.
+
+    All features are L2-normalised.
 
     Args:
         image_views: (V, N, D), V augmented views of N items.
         text: (N, D), or (C, N, D) for C captions of each item.
-        fused_views: (F, N, D) with F ≥ 2, each view fused with the text; None where lambda_fusion
-            is 0. With lambda_fusion = 0 its loss is still reported, without gradient.
+        fused_views: (F, N, D) with F ≥ 2: views fused with the text. May be None if lambda_fusion
+            is 0. If given with lambda_fusion = 0, L_fusion is reported without gradient.
         logit_scale: the multiplier itself, shared by all terms: a number or a 0-d tensor.
         denominator: "pair" or "pooled", the form of L_align.
         group, chunk_size, backend: as in `multi_positive_infonce`.
-
-    All features are L2-normalised.
 
     Returns:
         (L, {"align": L_align, "fusion": L_fusion}), 0-d fp32 tensors (fp64 for fp64 features).
 
     Raises:
-        TypeError, ValueError: an argument that does not fit, by name.
+        TypeError, ValueError: an argument is invalid. The message names it.
 
     Source: "Images and Texts as One", arXiv 2603.02767.
     """
@@ -69,11 +69,11 @@ def ito_loss(
         or not (math.isfinite(lambda_fusion) and lambda_fusion >= 0)
     ):
         raise ValueError(f"lambda_fusion must be a number of at least 0, got {lambda_fusion!r}")
-    where = group, chunk_size, backend
-    given = check_arguments(views[0], captions[0], logit_scale, *where, names=ITO)
-    if given.scale.ndim:
+    shared = group, chunk_size, backend
+    args = check_arguments(views[0], captions[0], logit_scale, *shared, names=ITO)
+    if args.scale.ndim:
         raise ValueError(
-            f"logit_scale must be a number or a 0-d tensor, got shape {tuple(given.scale.shape)}"
+            f"logit_scale must be a number or a 0-d tensor, got shape {tuple(args.scale.shape)}"
         )
     fused = None
     if fused_views is None:
@@ -84,16 +84,16 @@ def ito_loss(
         if len(fused_views) < 2:
             raise ValueError(f"fused_views must hold at least 2 views, got {len(fused_views)}")
         h = fused_views.flatten(0, 1)
-        fused = check_arguments(h, h, given.scale, *where, names=FUSED)
+        fused = check_arguments(h, h, args.scale, *shared, names=FUSED)
     items = global_row_numbers(views.shape[1], group, views.device)
 
     if denominator == "pair":
         pairs = [
-            infonce(given._replace(queries=x, keys=y), Options()) for x in views for y in captions
+            infonce(args._replace(queries=x, keys=y), Options()) for x in views for y in captions
         ]
         align = torch.stack(pairs).mean()
     else:
-        pooled = given._replace(
+        pooled = args._replace(
             queries=views.flatten(0, 1),
             keys=captions.flatten(0, 1),
             query_ids=items.repeat(len(views)),

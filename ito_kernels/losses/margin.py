@@ -1,4 +1,5 @@
-"""False negatives by a margin: keys that are more like the anchor than its positives are."""
+"""The false-negative margin: it removes negatives that are more similar to the anchor than its
+positives are."""
 
 from __future__ import annotations
 
@@ -8,52 +9,63 @@ import torch
 from torch import Tensor
 
 from .options import Options
-from .precision import accumulated, inner, take
+from .precision import row_dot, take_rows, to_accumulate_dtype
 from .scores import Scores
-from .tiles import largest
+from .tiles import largest_positives
 
 
 @torch.no_grad()
-def with_margin(batch: Scores, o: Options) -> Scores:
-    """The batch without the negatives of an anchor i with
+def apply_margin(scores: Scores, o: Options) -> Scores:
+    """Return the scores with limits that leave out each negative (i, j) of an anchor i with
 
         <a_i, b_j> > max_{p ∈ P_i} <a_i, b_p> + margin
 
-    in either direction. An anchor without a positive keeps all.
+    in both directions. An anchor without a positive keeps all of its negatives.
     """
-    top = _largest_positives(batch, o)
+    largest_product = _largest_positive_products(scores, o)
     margin = o.false_negative_margin
     if o.positive_pairs is not None:
-        # to the kernels all are negatives, also (i, i): rounding must not put one beyond its limit.
-        # Their sums of D products are off by far less than 1e-5 of the norms' product.
-        none = torch.zeros_like(top["row"]).long(), torch.ones_like(top["col"]).long()
-        batch = replace(batch, global_batch=batch.global_batch.with_ids(*none))
-        norms = [accumulated(x).square().sum(1).amax().sqrt() for x in (batch.queries, batch.keys)]
-        margin = margin + 1e-5 * batch.global_batch.all_reduce_max(torch.stack(norms)).prod()
-    limit = {side: torch.where(x == -torch.inf, torch.inf, x + margin) for side, x in top.items()}
+        # The kernels get no ids of the pairs: for them every pair is a negative, including (i, i).
+        # Rounding must not put a positive above its own limit. Their sums of D products are wrong
+        # by far less than 1e-5 times the product of the norms, which is added to the margin.
+        no_positives = (
+            torch.zeros_like(largest_product["row"]).long(),
+            torch.ones_like(largest_product["col"]).long(),
+        )
+        scores = replace(scores, global_batch=scores.global_batch.with_ids(*no_positives))
+        norms = [
+            to_accumulate_dtype(x).square().sum(1).amax().sqrt()
+            for x in (scores.queries, scores.keys)
+        ]
+        margin = margin + 1e-5 * scores.global_batch.all_reduce_max(torch.stack(norms)).prod()
+    limit = {
+        side: torch.where(x == -torch.inf, torch.inf, x + margin)
+        for side, x in largest_product.items()
+    }
     return replace(
-        batch, row_limit=limit["row"], col_limit=limit["col"] if batch.symmetric else None
+        scores, row_limit=limit["row"], col_limit=limit["col"] if scores.symmetric else None
     )
 
 
-def _largest_positives(batch: Scores, o: Options) -> dict[str, Tensor]:
-    """Their inner product with each anchor, -inf where there is none."""
-    global_batch = batch.global_batch
-    a, b = accumulated(batch.queries), accumulated(global_batch.all_gather_rows(batch.keys))
-    if o.positive_pairs is None and batch.query_ids is not None:
-        key_ids = global_batch.all_gather_rows(batch.key_ids)
-        row, col = largest(a, b, batch.query_ids, key_ids, batch.diagonal)
+def _largest_positive_products(scores: Scores, o: Options) -> dict[str, Tensor]:
+    """The largest inner product of each anchor with one of its positives, -inf without any."""
+    batch = scores.global_batch
+    a = to_accumulate_dtype(scores.queries)
+    b = to_accumulate_dtype(batch.all_gather_rows(scores.keys))
+    if o.positive_pairs is None and scores.query_ids is not None:
+        key_ids = batch.all_gather_rows(scores.key_ids)
+        row, col = largest_positives(a, b, scores.query_ids, key_ids, scores.diagonal)
     else:
         pairs = o.positive_pairs
         if pairs is None:
             pairs = torch.arange(len(a), device=a.device).expand(2, -1)
-        dot = inner(take(a, pairs[0]), take(b, pairs[1]))
-        if batch.exclude_self:
-            dot = dot.masked_fill(pairs[0] + batch.diagonal == pairs[1], -torch.inf)
+        dot = row_dot(take_rows(a, pairs[0]), take_rows(b, pairs[1]))
+        if scores.exclude_self:
+            dot = dot.masked_fill(pairs[0] + scores.diagonal == pairs[1], -torch.inf)
         if o.positive_weights is not None:
             dot = dot.masked_fill(o.positive_weights == 0, -torch.inf)
         row, col = (
             x.new_full((len(x),), -torch.inf).scatter_reduce(0, anchors, dot, "amax")
             for x, anchors in zip((a, b), pairs, strict=True)
         )
-    return {"row": row, "col": global_batch.local_columns(global_batch.all_reduce_max(col))}
+    return {"row": row, "col": batch.local_columns(batch.all_reduce_max(col))}

@@ -1,4 +1,4 @@
-"""What InfoNCE needs of the scores that the kernels do not give, on `panelwise`."""
+"""Sums over the scores for masks that no kernel supports, on `panelwise`."""
 
 from __future__ import annotations
 
@@ -13,13 +13,15 @@ from ..similarity.panelwise import panelwise
 
 
 class Mask(NamedTuple):
-    """Which pairs are no candidates. Constants alone: autograd keeps it for backward.
+    """Which pairs (i, j) are left out. It holds only constants, so autograd can keep it for
+    backward.
 
-    row_ids, col_ids: padding takes no part, and positives, equal ids, none under
-        `exclude_positives`; without ids (i, i + diagonal) is positive.
-    row_limit: pairs that are not positive leave where their inner product is above it.
-    exclude_self: (i, i + diagonal) takes no part. pairs: i·M + j of others that take none, -1 for
-        nothing.
+    row_ids, col_ids: a pair with a negative id is left out. Equal ids are positives; without ids
+        the positive of row i is column i + diagonal.
+    row_limit: negatives with an inner product above it are left out.
+    pairs: linear indices i·M + j of further pairs to leave out; negative entries are ignored.
+    exclude_self: leave out (i, i + diagonal).
+    exclude_positives: leave out the positives.
     """
 
     row_ids: Tensor | None
@@ -31,15 +33,18 @@ class Mask(NamedTuple):
     diagonal: int = 0
 
     def __call__(self, rows: Tensor, dot: Tensor) -> Tensor:
-        """Of a panel, by its row numbers and inner products."""
+        """The mask of a panel, True where a pair is left out.
+
+        rows: the row numbers of the panel. dot: its inner products.
+        """
         masked = []
         if self.pairs is not None:
-            # their places in the panel, of all others the place behind it
+            # scatter into a flat panel with one more element, which takes the pairs of other panels
             size = dot.numel()
-            place = self.pairs - rows[0] * dot.shape[1]
-            here = (self.pairs >= 0) & (place >= 0) & (place < size)
+            position = self.pairs - rows[0] * dot.shape[1]
+            in_panel = (self.pairs >= 0) & (position >= 0) & (position < size)
             listed = torch.zeros(size + 1, dtype=torch.bool, device=dot.device)
-            listed.scatter_(0, torch.where(here, place, size), True)
+            listed.scatter_(0, torch.where(in_panel, position, size), True)
             masked.append(listed[:-1].view(dot.shape))
         if self.row_ids is not None:
             ids = self.row_ids[rows, None]
@@ -49,8 +54,8 @@ class Mask(NamedTuple):
         if self.row_limit is not None or self.exclude_positives:
             positive = self._positive(rows, dot)
         if self.row_limit is not None:
-            beyond = dot > self.row_limit[rows, None]
-            masked.append(beyond if positive is None else beyond.logical_and_(~positive))
+            above = dot > self.row_limit[rows, None]
+            masked.append(above if positive is None else above.logical_and_(~positive))
         if self.exclude_positives:
             masked.append(positive)
         if not masked:
@@ -70,7 +75,7 @@ class Mask(NamedTuple):
         return columns == rows[:, None] + self.diagonal
 
 
-def log_sums(
+def masked_log_sums(
     a: Tensor,
     b: Tensor,
     scale: Tensor,
@@ -78,61 +83,69 @@ def log_sums(
     mask: Callable[[Tensor, Tensor], Tensor],
     powers: tuple[float, ...],
 ) -> tuple[Tensor, Tensor, list[Tensor]]:
-    """Of S = scale·a·bᵀ + bias without some pairs: the rows' maximum, -inf where nothing is left,
-    the number that are left, and for each power p log Σ_j exp(p·(S_ij - max_i)), (N,) each.
+    """Row statistics of S = scale·a·bᵀ + bias over the pairs that `mask` does not leave out.
 
-    scale: (N, 1) or (M,); bias: (M,) or None. mask: takes the row numbers and inner products of a
-    panel and says which pairs are left out. Maximum and number are constants.
+    Args:
+        scale: (N, 1) or (M,). bias: (M,) or None.
+        mask: called with the row numbers and inner products of a panel; True leaves a pair out.
+        powers: exponents p.
+
+    Returns the maximum of each row (N,), -inf for a row without pairs; the number of its pairs
+    (N,); and for each p log Σ_j exp(p·(S_ij - max_i)), (N,). Only the last have gradients.
     """
 
-    def scored(dot: Tensor, masked: Tensor, scale: Tensor, *bias: Tensor) -> Tensor:
+    def masked_scores(dot: Tensor, masked: Tensor, scale: Tensor, *bias: Tensor) -> Tensor:
         scores = dot * scale
         for x in bias:
             scores += x
         return scores.masked_fill_(masked, -torch.inf)
 
-    def function(dot: Tensor, rows: Tensor, *given: Tensor) -> Tensor:
+    def function(dot: Tensor, rows: Tensor, *scale_and_bias: Tensor) -> Tensor:
         masked = mask(rows, dot)
-        scores = scored(dot, masked, *given)
-        top, number = scores.amax(1), dot.shape[1] - masked.sum(1)
-        scores.sub_(finite_shift(top)[:, None])
+        scores = masked_scores(dot, masked, *scale_and_bias)
+        maximum, number = scores.amax(1), dot.shape[1] - masked.sum(1)
+        scores.sub_(finite_shift(maximum)[:, None])
         sums = [(p * scores).exp_().sum(1).log_() for p in powers]
-        return torch.stack([top, number.to(top.dtype), *sums], 1)
+        return torch.stack([maximum, number.to(maximum.dtype), *sums], 1)
 
-    def gradient(grad: Tensor, value: Tensor, dot: Tensor, rows: Tensor, *given: Tensor) -> tuple:
-        scale, shift = given[0], finite_shift(value)
-        scores = scored(dot, mask(rows, dot), *given).sub_(shift[:, :1])
+    def gradient(
+        grad: Tensor, value: Tensor, dot: Tensor, rows: Tensor, *scale_and_bias: Tensor
+    ) -> tuple:
+        scale, shift = scale_and_bias[0], finite_shift(value)
+        scores = masked_scores(dot, mask(rows, dot), *scale_and_bias).sub_(shift[:, :1])
         weights = torch.zeros_like(scores)
-        for p, of_rows, by in zip(powers, shift.T[2:], grad.T[2:], strict=True):
-            terms = (p * scores).sub_(of_rows[:, None]).exp_()
-            weights.addcmul_(terms, p * by[:, None])
-        of_bias = [weights.sum(0) for _ in given[1:]]
+        for p, log_sum, grad_log_sum in zip(powers, shift.T[2:], grad.T[2:], strict=True):
+            terms = (p * scores).sub_(log_sum[:, None]).exp_()
+            weights.addcmul_(terms, p * grad_log_sum[:, None])
+        grad_bias = [weights.sum(0) for _ in scale_and_bias[1:]]
         if scale.ndim == 2:
-            of_scale = torch.linalg.vecdot(weights, dot)[:, None]
+            grad_scale = torch.linalg.vecdot(weights, dot)[:, None]
         else:
-            of_scale = dot.mul_(weights).sum(0)
-        return weights.mul_(scale), of_scale, *of_bias
+            grad_scale = dot.mul_(weights).sum(0)
+        return weights.mul_(scale), grad_scale, *grad_bias
 
-    of_keys = () if bias is None else (bias,)
-    row_args, key_args = ((scale,), of_keys) if scale.ndim == 2 else ((), (scale, *of_keys))
-    found = panelwise(function, a, b, row_args=row_args, key_args=key_args, gradient=gradient)
-    top, number, *sums = found.unbind(1)
-    return top.detach(), number.detach(), sums
+    biases = () if bias is None else (bias,)
+    row_args, key_args = ((scale,), biases) if scale.ndim == 2 else ((), (scale, *biases))
+    statistics = panelwise(function, a, b, row_args=row_args, key_args=key_args, gradient=gradient)
+    maximum, number, *sums = statistics.unbind(1)
+    return maximum.detach(), number.detach(), sums
 
 
-def sums_of_rest(
+def unmasked_sums(
     a: Tensor, b: Tensor, mask: Callable[[Tensor, Tensor], Tensor], x: Tensor
 ) -> Tensor:
-    """Σ_j x_j over the columns that are left to each row of a·bᵀ: (N, C) of an x of (M, C), which
-    alone has gradients."""
+    """Σ_j x_j over the columns j of a·bᵀ that `mask` does not leave out, for every row.
 
-    def rest(dot: Tensor, rows: Tensor) -> Tensor:
+    x: (M, C). Returns (N, C). Only x has a gradient.
+    """
+
+    def unmasked(dot: Tensor, rows: Tensor) -> Tensor:
         return mask(rows, dot).logical_not_().to(dot.dtype)
 
     def function(dot: Tensor, rows: Tensor, x: Tensor) -> Tensor:
-        return rest(dot, rows) @ x
+        return unmasked(dot, rows) @ x
 
     def gradient(grad: Tensor, _, dot: Tensor, rows: Tensor, x: Tensor) -> tuple:
-        return None, rest(dot, rows).T @ grad
+        return None, unmasked(dot, rows).T @ grad
 
     return panelwise(function, a.detach(), b.detach(), key_args=(x,), gradient=gradient)

@@ -1,4 +1,4 @@
-"""Mixed samples: anchors with two weighted positives, and negatives mixed from hard ones."""
+"""Losses and negatives from mixed samples."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from ..similarity.spec import check_bias, check_ids, check_pair
 from .batch import PAIRED, check_arguments
 from .common import check_generator
 from .infonce import infonce
-from .options import Options, check_number, check_rows, check_values
-from .precision import accumulated
+from .options import Options, check_number, check_row_numbers, check_value_range
+from .precision import to_accumulate_dtype
 
 
 @same_on_every_rank(free=("mixing",))
@@ -29,44 +29,44 @@ def mixup_infonce(
     chunk_size: int | None = None,
     backend: str | None = None,
 ) -> Tensor:
-    """InfoNCE of mixed samples: the key of each part is a positive, weighted by its share.
+    """InfoNCE of mixed samples: the keys of both mixed samples are positives, weighted by λ.
 
         L = mean_i [ logsumexp_j S_ij - λ_i S_ii - (1 - λ_i) S_i,π(i) ]
 
-    with S = logit_scale · queries · keysᵀ, query i being mixed of samples i and π(i).
+    with S = logit_scale · queries · keysᵀ. Query i is a mixture of the samples i and π(i).
 
     Args:
         queries, keys: (N, D), L2-normalised; the keys are not mixed.
         logit_scale: the multiplier itself: a number, a 0-d tensor or an (N,) tensor.
-        partners: (N,) integers, π; with a group row numbers of the global batch.
-        mixing: λ, from 0 to 1: a number or (N,); no gradient.
-        symmetric: average with the keys as anchors, whose positives are the queries that hold a
-            part of them, by the same weights, normalised.
-        chunk_size, backend: as in `multi_positive_infonce`.
+        partners: π, (N,) integers. With a group these are row numbers of the global batch.
+        mixing: λ from 0 to 1, a number or (N,); no gradient.
+        symmetric: average with key→query. The positives of a key are the queries that contain its
+            sample, with the same weights, normalised per key.
+        group, chunk_size, backend: as in `multi_positive_infonce`.
 
     Returns a 0-d fp32 tensor (fp64 for fp64 features). Raises as `multi_positive_infonce`.
     Source: Liu et al. 2024 (M3CoL), Kim et al. 2020 (MixCo).
     """
-    given = check_arguments(queries, keys, logit_scale, group, chunk_size, backend, names=PAIRED)
-    queries, n, device = given.queries, len(given.queries), given.queries.device
+    args = check_arguments(queries, keys, logit_scale, group, chunk_size, backend, names=PAIRED)
+    queries, n, device = args.queries, len(args.queries), args.queries.device
     partners = check_ids("partners", partners, n, "queries", device)
-    if group is None:  # else they are those of other ranks too, and checked as pairs
-        check_rows("partners", partners, range(n), "queries")
+    if group is None:  # with a group, `infonce` checks the pairs against the global batch
+        check_row_numbers("partners", partners, range(n), "queries")
     if isinstance(mixing, Tensor):
-        share = check_values("mixing", check_bias("mixing", mixing, n, queries).detach(), 1)
+        share = check_value_range("mixing", check_bias("mixing", mixing, n, queries).detach(), 1)
     else:
         mixing = check_number("mixing", mixing, 0, 1)
-        share = given.scale.new_full((n,), mixing)
+        share = args.scale.new_full((n,), mixing)
     rows = global_row_numbers(n, group, device)
     options = Options(
         positive_pairs=torch.stack([rows.repeat(2), torch.cat([rows, partners])], 1),
         positive_weights=torch.cat([share, 1 - share]),
         symmetric=symmetric,
     )
-    return infonce(given, options)
+    return infonce(args, options)
 
 
-# A panel of similarities of queries and queue: 2^22 scores, 16 MiB in fp32.
+# Similarities of queries and queue in one panel: 2^22 scores are 16 MiB in fp32.
 PANEL_SCORES = 1 << 22
 
 
@@ -80,19 +80,22 @@ def mix_hard_negatives(
     with_query: int = 64,
     generator: torch.Generator | None = None,
 ) -> Tensor:
-    """Hard negatives of each query, mixed from those of a queue: for `hard_negatives`.
+    """Synthetic hard negatives for the argument `hard_negatives`, mixed from rows of a queue.
 
-        `mixed` times       normalize(α n_i + (1 - α) n_j),   α uniform in (0, 1)
-        `with_query` times  normalize(β q + (1 - β) n_i),     β uniform in (0, ½)
+        `mixed` of them       normalize(α n_i + (1 - α) n_j),   α uniform in (0, 1)
+        `with_query` of them  normalize(β q + (1 - β) n_i),     β uniform in (0, ½)
 
-    with n_i, n_j drawn from the `hardest` rows of the queue by inner product with the query.
+    for each query q. n_i and n_j are drawn from the `hardest` rows of the queue, those with the
+    largest inner products with q.
 
     Args:
         queries, queue: (N, D) and (Q, D), L2-normalised.
-        hardest: how many rows of the queue a query draws from; all if there are fewer.
-        generator: of the draws, on the device of the queries.
+        hardest: the number of rows of the queue to draw from; at most Q are used.
+        mixed, with_query: the numbers of negatives of each kind, 0 or more.
+        generator: random generator on the device of the queries; None takes PyTorch's default.
 
     Returns (N, mixed + with_query, D) in the dtype of the queries, without gradient.
+    Raises TypeError or ValueError that names an invalid argument.
     Source: Kalantidis et al. 2020 (MoCHi), eq. 5 and 6.
     """
     check_pair("queries", queries, "queue", queue)
@@ -105,23 +108,24 @@ def mix_hard_negatives(
             raise ValueError(f"{name} must be a whole number from {least} upwards, got {value!r}")
     check_generator("generator", generator)
     n, q, device = len(queries), len(queue), queries.device
-    top = min(hardest, q)
+    candidates = min(hardest, q)
     out = queries.new_empty(n, mixed + with_query, queries.shape[1])
-    bank = accumulated(queue)
-    for at in row_panels(n, q, max(1, PANEL_SCORES // q)):
-        rows = accumulated(queries[at])
-        found = (rows @ bank.T).topk(top, dim=1).indices
+    bank = to_accumulate_dtype(queue)
+    for panel in row_panels(n, q, max(1, PANEL_SCORES // q)):
+        rows = to_accumulate_dtype(queries[panel])
+        indices = (rows @ bank.T).topk(candidates, dim=1).indices
 
-        def draw(count: int, found=found) -> Tensor:
-            at = torch.randint(top, (len(found), count), generator=generator, device=device)
-            return bank[found.gather(1, at)]
+        def draw(count: int, indices=indices) -> Tensor:
+            size = (len(indices), count)
+            choice = torch.randint(candidates, size, generator=generator, device=device)
+            return bank[indices.gather(1, choice)]
 
-        def uniform(count: int, high: float, found=found) -> Tensor:
-            size = (len(found), count, 1)
+        def uniform(count: int, high: float, indices=indices) -> Tensor:
+            size = (len(indices), count, 1)
             return high * torch.rand(size, generator=generator, device=device, dtype=bank.dtype)
 
         alpha, beta = uniform(mixed, 1.0), uniform(with_query, 0.5)
         pairs = alpha * draw(mixed) + (1 - alpha) * draw(mixed)
-        nearer = beta * rows[:, None] + (1 - beta) * draw(with_query)
-        out[at] = normalize(torch.cat([pairs, nearer], 1), dim=2)
+        with_queries = beta * rows[:, None] + (1 - beta) * draw(with_query)
+        out[panel] = normalize(torch.cat([pairs, with_queries], 1), dim=2)
     return out

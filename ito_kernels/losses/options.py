@@ -1,7 +1,7 @@
-"""The options of `multi_positive_infonce`: what may be given, and with what.
+"""The options of `multi_positive_infonce`: their defaults, and which combinations are valid.
 
-A new one is a field with its default here, its check in `check_options`, and the place in
-`infonce.py`, `pools.py` or beside them where it changes a pool or the positives.
+A new option is a field of `Options`, a check in `check_options`, and code in the module whose
+behaviour it changes: `infonce.py`, `pools.py`, `margin.py` or `reweighting.py`.
 """
 
 from __future__ import annotations
@@ -27,7 +27,8 @@ from .common import REDUCTIONS, check_choice, check_flags
 
 
 class Options(NamedTuple):
-    # one call of the primitive gives the loss and its gradients whatever these are, but for "none"
+    # For any values of these fields except reduction="none", one call of the primitive computes
+    # the loss and its gradients.
     positives: str = "mean"
     symmetric: bool = True
     exclude_self: bool = False
@@ -35,12 +36,12 @@ class Options(NamedTuple):
     normalize: bool = False
     reduction: str = "mean"
     return_stats: bool = False
-    # these take several pools, or several passes
+    # These need several calls of the primitive.
     label_smoothing: float = 0.0
     query_weights: Tensor | None = None
     key_weights: Tensor | None = None
     key_bias: Tensor | None = None
-    positive_pairs: Tensor | None = None  # (2, P) once checked
+    positive_pairs: Tensor | None = None  # (P, 2) as given, (2, P) after `check_options`
     positive_weights: Tensor | None = None
     queue: Tensor | None = None
     queue_ids: Tensor | None = None
@@ -50,39 +51,46 @@ class Options(NamedTuple):
     hardness: float | None = None
 
     @property
-    def plain(self) -> bool:
-        # as a list: a generator takes three times as long
-        return self.label_smoothing == 0 and not [x for x in self[_PLAIN:] if x is not None]
+    def single_pass(self) -> bool:
+        """Whether all options that need several calls of the primitive have their defaults."""
+        # a generator would take three times as long as this list
+        return self.label_smoothing == 0 and not [
+            x for x in self[_FIRST_MULTI_PASS_FIELD:] if x is not None
+        ]
 
     @property
-    def reweighted(self) -> bool:
-        """Whether negatives count otherwise than in a softmax."""
+    def reweights_negatives(self) -> bool:
+        """Whether the denominator is not a plain sum of exponentials over the candidates."""
         return self.debias is not None or self.hardness is not None
 
     @property
     def powers(self) -> tuple[float, ...]:
-        """Those of e^S whose sums D is made of."""
+        """The exponents p for which the denominator needs Σ e^{p·S}."""
         return (self.hardness, 1 + self.hardness) if self.hardness else (1.0,)
 
-    def meets_outside(self, scale: Tensor) -> bool:
-        """Whether positives and negatives come from several calls of the primitive."""
-        others = (self.positive_pairs, self.queue, self.hard_negatives)
+    def needs_accumulate_dtype(self, scale: Tensor) -> bool:
+        """Whether scores from different computations are combined outside the kernels, so that
+        features must not be rounded to half precision."""
+        extra = (self.positive_pairs, self.queue, self.hard_negatives)
         in_panels = self.false_negative_margin is not None and self.symmetric and scale.ndim > 0
-        return self.reweighted or in_panels or any(x is not None for x in others)
+        return self.reweights_negatives or in_panels or any(x is not None for x in extra)
 
-    def with_candidates(self, function: Callable[[Tensor], Tensor]) -> Options:
-        """With `function` of the queue and of the hard negatives, where there are any."""
+    def map_extra_candidates(self, function: Callable[[Tensor], Tensor]) -> Options:
+        """Apply `function` to the queue and to the hard negatives, if given."""
         queue, hard = (
             None if x is None else function(x) for x in (self.queue, self.hard_negatives)
         )
         return self._replace(queue=queue, hard_negatives=hard)
 
 
-_PLAIN = Options._fields.index("label_smoothing") + 1
+_FIRST_MULTI_PASS_FIELD = Options._fields.index("label_smoothing") + 1
 
 
-def check_options(o: Options, given: Arguments) -> Options:
-    """The options in the dtypes of the computation. Raises TypeError or ValueError by name."""
+def check_options(o: Options, args: Arguments) -> Options:
+    """Check the options and convert their tensors to the dtypes of the computation.
+
+    Raises TypeError or ValueError that names the option.
+    """
     check_flags(
         symmetric=o.symmetric,
         exclude_self=o.exclude_self,
@@ -92,62 +100,65 @@ def check_options(o: Options, given: Arguments) -> Options:
     check_choice("positives", o.positives, ("mean", "sum", "in"))
     check_choice("empty", o.empty, ("zero", "drop"))
     check_choice("reduction", o.reduction, REDUCTIONS)
-    n, m = given.queries.size(0), given.keys.size(0)
+    n, m = args.queries.size(0), args.keys.size(0)
     if n != m and o.exclude_self:
         raise ValueError(
-            f"exclude_self needs as many {given.names.queries} as {given.names.keys}, got {n} and"
-            f" {m}"
+            f"exclude_self needs the same number of {args.names.queries} and {args.names.keys},"
+            f" got {n} and {m}"
         )
-    return o if o.plain else _check_more(o, given)
+    return o if o.single_pass else _check_multi_pass_options(o, args)
 
 
-def _check_more(o: Options, given: Arguments) -> Options:
-    queries, n, m, device = given.queries, *map(len, given[:2]), given.queries.device
+def _check_multi_pass_options(o: Options, args: Arguments) -> Options:
+    queries, n, m, device = args.queries, *map(len, args[:2]), args.queries.device
     o = o._replace(
         label_smoothing=check_number("label_smoothing", o.label_smoothing, 0, 1),
-        hardness=_optional("hardness", o.hardness, 0) or None,  # 0 weighs nothing
-        debias=_check_debias(o.debias, given.scale, queries, m, o.symmetric),
-        false_negative_margin=_optional(
+        # hardness 0 weights all negatives equally: the same as None
+        hardness=_check_optional_number("hardness", o.hardness, 0) or None,
+        debias=_check_debias(o.debias, args.scale, queries, m, o.symmetric),
+        false_negative_margin=_check_optional_number(
             "false_negative_margin", o.false_negative_margin, -math.inf
         ),
     )
     if o.positive_pairs is not None and (o.false_negative_margin or 0) < 0:
         raise ValueError(
-            "false_negative_margin must be 0 or more with positive_pairs, of which none may leave"
-            f" the denominator, got {o.false_negative_margin}"
+            "false_negative_margin must be 0 or more with positive_pairs, so that no positive"
+            f" leaves the denominator, got {o.false_negative_margin}"
         )
-    if o.label_smoothing and o.reweighted:
+    if o.label_smoothing and o.reweights_negatives:
         raise ValueError(
-            "label_smoothing mixes targets over a softmax; with debias or hardness the denominator"
-            " is not the sum of one"
+            "label_smoothing is defined for a softmax: it cannot be combined with debias or"
+            " hardness, whose denominator is not that of a softmax"
         )
     if o.query_weights is not None:
-        weights = _anchor_weights("query_weights", o.query_weights, queries, given.query_ids)
+        weights = _check_anchor_weights("query_weights", o.query_weights, queries, args.query_ids)
         o = o._replace(query_weights=weights)
     if o.key_weights is not None:
         if not o.symmetric:
-            raise ValueError("key_weights weigh the key→query direction: they need symmetric=True")
-        weights = _anchor_weights("key_weights", o.key_weights, given.keys, given.key_ids)
+            raise ValueError("key_weights apply to the key→query direction: use symmetric=True")
+        weights = _check_anchor_weights("key_weights", o.key_weights, args.keys, args.key_ids)
         o = o._replace(key_weights=weights)
     if o.key_bias is not None:
         o = o._replace(key_bias=check_bias("key_bias", o.key_bias, m, queries))
     if o.positive_weights is not None and o.positive_pairs is None:
-        raise ValueError("positive_weights are the weights of positive_pairs, which are missing")
+        raise ValueError("positive_weights need positive_pairs, which are missing")
     if o.positive_pairs is not None:
-        if given.query_ids is not None or given.key_ids is not None:
-            raise ValueError("positive_pairs replace query_ids and key_ids: give one or the other")
+        if args.query_ids is not None or args.key_ids is not None:
+            raise ValueError("positive_pairs replace query_ids and key_ids: give one of the two")
         o = _check_pairs(o, queries)
     if o.queue is not None:
-        o = o._replace(queue=_check_extra("queue", o.queue, queries, ("Q", "D")))
+        o = o._replace(queue=_check_extra_candidates("queue", o.queue, queries, ("Q", "D")))
         if o.queue_ids is not None:
             if o.positive_pairs is not None:
-                raise ValueError("queue_ids compare with query_ids, which positive_pairs replace")
+                raise ValueError(
+                    "queue_ids are compared with query_ids, which positive_pairs replace"
+                )
             ids = check_ids("queue_ids", o.queue_ids, len(o.queue), "queue", device)
             o = o._replace(queue_ids=ids)
     elif o.queue_ids is not None:
-        raise ValueError("queue_ids are the ids of queue, which is missing")
+        raise ValueError("queue_ids need queue, which is missing")
     if o.hard_negatives is not None:
-        h = _check_extra("hard_negatives", o.hard_negatives, queries, ("N", "K", "D"))
+        h = _check_extra_candidates("hard_negatives", o.hard_negatives, queries, ("N", "K", "D"))
         o = o._replace(hard_negatives=h)
         if len(h) != n:
             raise ValueError(
@@ -156,12 +167,15 @@ def _check_more(o: Options, given: Arguments) -> Options:
     return o
 
 
-def placed_pairs(o: Options, rows: range, cols: range) -> Options:
-    """The pairs' queries as row numbers among this rank's, which are `rows` among all; the keys are
-    numbers in `cols`. Raises ValueError for other numbers."""
+def localize_pairs(o: Options, rows: range, cols: range) -> Options:
+    """Convert the pairs' query numbers from global row numbers to local ones.
+
+    rows: the global numbers of this rank's queries. cols: those of all ranks' keys.
+    Raises ValueError for numbers outside these ranges.
+    """
     pairs = o.positive_pairs
-    check_rows("positive_pairs", pairs[0], rows, "queries")
-    check_rows("positive_pairs", pairs[1], cols, "keys")
+    check_row_numbers("positive_pairs", pairs[0], rows, "queries")
+    check_row_numbers("positive_pairs", pairs[1], cols, "keys")
     return o._replace(positive_pairs=torch.stack([pairs[0] - rows.start, pairs[1]]))
 
 
@@ -175,22 +189,23 @@ def check_number(name: str, x: object, low: float, high: float) -> float:
     return float(x)
 
 
-def _optional(name: str, x: object, low: float) -> float | None:
+def _check_optional_number(name: str, x: object, low: float) -> float | None:
     return None if x is None else check_number(name, x, low, math.inf)
 
 
-def check_values(name: str, x: Tensor, high: float = math.inf) -> Tensor:
-    """`x`, whose values must be from 0 to `high`. Looked at on the CPU alone: a GPU would wait."""
+def check_value_range(name: str, x: Tensor, high: float = math.inf) -> Tensor:
+    """Check that all values are from 0 to `high`. CPU tensors only: reading values of a GPU tensor
+    would synchronise."""
     if x.device.type == "cpu" and not torch.compiler.is_compiling():
-        low, top = x.aminmax() if x.numel() else (0, 0)
-        if not (low >= 0 and top <= high):  # NaN is refused too
+        x_min, x_max = x.aminmax() if x.numel() else (0, 0)
+        if not (x_min >= 0 and x_max <= high):  # written so that NaN raises too
             wanted = "0 or more" if high == math.inf else f"from 0 to {high:g}"
-            raise ValueError(f"{name} must be {wanted}, got {float(low):g} to {float(top):g}")
+            raise ValueError(f"{name} must be {wanted}, got {float(x_min):g} to {float(x_max):g}")
     return x
 
 
-def check_rows(name: str, rows: Tensor, numbers: range, of: str) -> None:
-    """`rows` are row numbers. Waits for the device."""
+def check_row_numbers(name: str, rows: Tensor, numbers: range, of: str) -> None:
+    """Check that all `rows` lie in `numbers`. Synchronises with the device."""
     if rows.numel() and not torch.compiler.is_compiling():
         low, high = (int(x) for x in rows.aminmax())
         if not (low in numbers and high in numbers):
@@ -201,33 +216,35 @@ def check_rows(name: str, rows: Tensor, numbers: range, of: str) -> None:
 
 
 def _check_debias(tau: object, scale: Tensor, queries: Tensor, m: int, symmetric: bool):
-    """As a tensor, 0-d or (N,)."""
+    """Check the prior. Return a tensor, 0-d or (N,)."""
     if tau is None:
         return None
     if symmetric and scale.ndim == 1:
         raise ValueError(
-            "debias bounds a key's negatives by exp(-scale), and a logit_scale for each query has"
-            " no one scale for a key: use symmetric=False"
+            "debias bounds the negatives of a key by exp(-logit_scale), which is not defined for a"
+            " logit_scale per query: use symmetric=False"
         )
     n = len(queries)
     tau = check_tensor("debias", tau) if isinstance(tau, Tensor) else tau
     if isinstance(tau, Tensor) and tau.ndim:
-        tau = check_values("debias", check_weight("debias", tau, n, queries), 1)
+        tau = check_value_range("debias", check_weight("debias", tau, n, queries), 1)
         if symmetric and n != m:
             raise ValueError(
-                f"debias with a prior for each query needs as many keys for symmetric=True, got"
-                f" {n} queries and {m} keys"
+                "debias with a prior per query and symmetric=True needs the same number of queries"
+                f" and keys, got {n} and {m}"
             )
         return tau
     tau = check_number("debias", tau.item() if isinstance(tau, Tensor) else tau, 0, 1)
     if tau == 1:
-        raise ValueError("debias must be less than 1: it is the share of false negatives")
+        raise ValueError("debias must be less than 1: it is the proportion of false negatives")
     return torch.full((), tau, dtype=accumulate_dtype(queries.dtype), device=queries.device)
 
 
-def _anchor_weights(name: str, weights: object, features: Tensor, ids: Tensor | None) -> Tensor:
+def _check_anchor_weights(
+    name: str, weights: object, features: Tensor, ids: Tensor | None
+) -> Tensor:
     weights = check_weight(name, weights, len(features), features)
-    check_values(name, weights if ids is None else weights.masked_fill(ids < 0, 0))
+    check_value_range(name, weights if ids is None else weights.masked_fill(ids < 0, 0))
     return weights
 
 
@@ -238,22 +255,24 @@ def _check_pairs(o: Options, queries: Tensor) -> Options:
         raise ValueError(f"positive_pairs must have shape (P, 2), got {tuple(pairs.shape)}")
     pairs = torch.stack(
         [
-            check_ids("positive_pairs", pairs[:, side], len(pairs), "itself", queries.device)
+            check_ids("positive_pairs", pairs[:, side], len(pairs), "queries", queries.device)
             for side in (0, 1)
         ]
     )
     if weights is not None:
         if o.positives == "sum":
             raise ValueError(
-                "positive_weights are normalised per anchor, and positives='sum' has no such"
-                " normalisation: use 'in' or 'mean'"
+                "positive_weights are normalised per anchor, which positives='sum' does not do: use"
+                " 'in' or 'mean'"
             )
         weights = check_weight("positive_weights", weights, pairs.shape[1], queries)
-        check_values("positive_weights", weights)
+        check_value_range("positive_weights", weights)
     return o._replace(positive_pairs=pairs, positive_weights=weights)
 
 
-def _check_extra(name: str, x: object, queries: Tensor, shape: tuple[str, ...]) -> Tensor:
+def _check_extra_candidates(
+    name: str, x: object, queries: Tensor, shape: tuple[str, ...]
+) -> Tensor:
     x = check_tensor(name, x)
     if x.ndim != len(shape) or 0 in x.shape or x.shape[-1] != queries.shape[1]:
         raise ValueError(

@@ -1,12 +1,12 @@
 """The candidates of InfoNCE, in pools: the batch, a queue of keys, hard negatives of each query.
 
-A pool is candidates of the anchors of one direction. It answers, per anchor,
+A pool holds candidates for the anchors of one direction. Per anchor it returns
 
     log_sum(power, shift)   log Σ_j e^{power·(S_ij - shift_i)}, -inf without candidates
-    number()                how many candidates there are
-    total(shift)            Σ_j (S_ij - shift_i) with their number, for label smoothing
+    count()                 the number of candidates
+    total(shift)            Σ_j (S_ij - shift_i) and the number of candidates, for label smoothing
 
-A new kind of candidate is a class here and a line in `infonce.pools_of`.
+A new kind of candidate is a class here and a line in `infonce.candidate_pools`.
 """
 
 from __future__ import annotations
@@ -17,165 +17,177 @@ from torch import Tensor
 from ..similarity import similarity_logsumexp
 from ..similarity.pairs import count_positives, finite_shift
 from ..similarity.spec import Stats
-from .masked import Mask, log_sums, sums_of_rest
-from .positive_pairs import Pairs
-from .precision import accumulated, logaddexp
-from .scores import OTHER, Direction, Scores
+from .masked import Mask, masked_log_sums, unmasked_sums
+from .positive_pairs import PositivePairs
+from .precision import logaddexp, to_accumulate_dtype
+from .scores import OTHER_SIDE, Direction, Scores
 
 
-class InBatch:
-    """The batch's candidates, or under `exclude_positives` those of them that are negatives.
+class InBatchCandidates:
+    """The candidates of the batch; with `exclude_positives` only its negatives.
 
-    positives: what the pass is asked for beside, so that it is the one that the positives use.
+    statistics_options: arguments of `Scores.statistics`. They are those of the pass that computes
+    the positives' scores, so that one pass serves both.
     """
 
-    def __init__(self, scores: Scores, side: str, **what):
-        self.scores, self.side, self.what = scores, side, what
-        self.negatives = what.get("exclude_positives", False)
+    def __init__(self, scores: Scores, side: str, **statistics_options):
+        self.scores, self.side, self.statistics_options = scores, side, statistics_options
+        self.negatives_only = statistics_options.get("exclude_positives", False)
 
     def log_sum(self, power: float, shift: Tensor) -> Tensor:
-        return self._found(power).log_sum(power, shift)
+        return self._direction(power).log_sum(power, shift)
 
-    def number(self) -> Tensor:
-        number = self.scores.candidates(self.side)
-        return number - self.scores.positives(self.side) if self.negatives else number
+    def count(self) -> Tensor:
+        number = self.scores.candidate_counts(self.side)
+        return number - self.scores.positive_counts(self.side) if self.negatives_only else number
 
     def total(self, shift: Tensor) -> tuple[Tensor, Tensor]:
-        total, number = self.scores.total(self.side)
+        total, number = self.scores.score_sums(self.side)
         return total - number * shift, number
 
-    def largest(self, power: float) -> Tensor:
-        """A score beside the largest, 0 without candidates."""
-        found = self._found(power)
-        return found.shift if power == 1 else found.shift / power
+    def reference_shift(self, power: float) -> Tensor:
+        """A constant close to the largest score of each anchor, 0 without candidates."""
+        direction = self._direction(power)
+        return direction.shift if power == 1 else direction.shift / power
 
-    def _found(self, power: float) -> Direction:
-        return self.scores.statistics(power, **self.what)[self.side]
+    def _direction(self, power: float) -> Direction:
+        return self.scores.statistics(power, **self.statistics_options)[self.side]
 
 
-class Unlisted:
-    """All of the batch that is not in a list of positive pairs: what no kernel can tell, found in
-    panels. powers: those at which sums will be asked for."""
+class UnpairedCandidates:
+    """The pairs of the batch that are not in a list of positive pairs.
 
-    def __init__(self, pairs: Pairs, side: str, powers: tuple[float, ...]):
-        scores, batch, row = pairs.batch, pairs.batch.global_batch, side == "row"
-        a, b = scores.features(side), batch.all_gather_rows(scores.features(OTHER[side]))
+    No kernel takes such a list: the sums are computed in PyTorch, a panel of rows at a time.
+    powers: the exponents for which `log_sum` will be called.
+    """
+
+    def __init__(self, pairs: PositivePairs, side: str, powers: tuple[float, ...]):
+        scores, batch, row = pairs.scores, pairs.scores.global_batch, side == "row"
+        a = scores.features(side)
+        b = batch.all_gather_rows(scores.features(OTHER_SIDE[side]))
         scale, bias = scores.scale.expand(len(scores.queries)), scores.bias(side)
         mask = Mask(
             None,
             None,
             scores.limit(side),
-            pairs=pairs.codes(side),
+            pairs=pairs.linear_indices(side),
             exclude_self=scores.exclude_self,
             diagonal=batch.local_range(side).start,
         )
         scale = scale[:, None] if row else batch.all_gather_rows(scale)
         bias = None if bias is None else batch.all_gather_rows(bias)
         self.powers = powers
-        self.top, self.left, self.sums = log_sums(a, b, scale, bias, mask, powers)
+        self.max, self.number, self.log_sums = masked_log_sums(a, b, scale, bias, mask, powers)
 
     def log_sum(self, power: float, shift: Tensor) -> Tensor:
-        return self.sums[self.powers.index(power)] + power * (self.top - shift)
+        return self.log_sums[self.powers.index(power)] + power * (self.max - shift)
 
-    def number(self) -> Tensor:
-        return self.left
+    def count(self) -> Tensor:
+        return self.number
 
-    def largest(self, power: float) -> Tensor:
-        return finite_shift(self.top)
+    def reference_shift(self, power: float) -> Tensor:
+        return finite_shift(self.max)
 
 
-class Queue:
-    """Keys of earlier batches, without gradient; those with the id of a query are left out of it.
+class QueueCandidates:
+    """Keys of earlier batches, without gradient. Keys with the id of a query are no candidates of
+    that query.
 
-    queue: (Q, D). queue_ids: (Q,), or None if no key of the queue belongs to any query.
+    queue: (Q, D). queue_ids: (Q,), or None if no key of the queue has the id of a query.
     """
 
     def __init__(self, scores: Scores, queue: Tensor, queue_ids: Tensor | None):
-        self.scores, self.alike = scores, queue_ids is not None
+        self.scores, self.has_ids = scores, queue_ids is not None
         self.queue = queue.detach().to(scores.queries.dtype)
         n, device, ids = len(scores.queries), queue.device, scores.query_ids
-        if self.alike:
-            self.rows = torch.arange(n, device=device) if ids is None else ids
-            self.cols = queue_ids
-        else:
+        if self.has_ids:
+            self.row_ids = torch.arange(n, device=device) if ids is None else ids
+            self.col_ids = queue_ids
+        else:  # id 0 for every query and 1 for every key: no positives; padding keeps its id
             zeros = torch.zeros(n, dtype=torch.long, device=device)
-            self.rows = zeros if ids is None else ids.clamp(max=0)  # padding stays padding
-            self.cols = torch.ones(len(queue), dtype=torch.long, device=device)
+            self.row_ids = zeros if ids is None else ids.clamp(max=0)
+            self.col_ids = torch.ones(len(queue), dtype=torch.long, device=device)
 
     def log_sum(self, power: float, shift: Tensor) -> Tensor:
         stats = self._statistics(power, exclude_positives=True)
         return stats.row_logsum + (stats.row_max - power * shift)
 
-    def number(self) -> Tensor:
-        if self.scores.row_limit is not None:  # as in Scores.candidates
+    def count(self) -> Tensor:
+        if self.scores.row_limit is not None:  # as in Scores.candidate_counts
             with torch.no_grad():
                 return self._statistics(0.0, exclude_positives=True).row_logsum.exp().round()
-        same = count_positives(self.rows, self.cols)
-        return ((self.cols >= 0).sum() - same).to(self.scores.scale.dtype)
+        same = count_positives(self.row_ids, self.col_ids)
+        return ((self.col_ids >= 0).sum() - same).to(self.scores.scale.dtype)
 
     def total(self, shift: Tensor) -> tuple[Tensor, Tensor]:
         scale = self.scores.scale
-        keys = accumulated(self.queue).masked_fill((self.cols < 0)[:, None], 0)
-        rows = accumulated(self.scores.queries).masked_fill((self.rows < 0)[:, None], 0)
+        keys = to_accumulate_dtype(self.queue).masked_fill((self.col_ids < 0)[:, None], 0)
+        rows = to_accumulate_dtype(self.scores.queries)
+        rows = rows.masked_fill((self.row_ids < 0)[:, None], 0)
         if self.scores.row_limit is not None:
-            mask = Mask(self.rows, self.cols, self.scores.row_limit, exclude_positives=True)
+            limit = self.scores.row_limit
+            mask = Mask(self.row_ids, self.col_ids, limit, exclude_positives=True)
             ones = torch.ones_like(keys[:, :1])
-            sums = sums_of_rest(rows, keys, mask, torch.cat([keys, ones], 1))
+            sums = unmasked_sums(rows, keys, mask, torch.cat([keys, ones], 1))
             number = sums[:, -1]
             return scale * (rows * sums[:, :-1]).sum(1) - number * shift, number
-        number = self.number()
+        number = self.count()
         total = scale * (rows * keys.sum(0)).sum(1) - number * shift
-        if self.alike:
+        if self.has_ids:
             stats = self._statistics(1.0, positives="linear")
-            same = count_positives(self.rows, self.cols)
+            same = count_positives(self.row_ids, self.col_ids)
             total = total - (stats.row_pos + same * finite_shift(stats.row_max))
         return total, number
 
-    def _statistics(self, power: float, **flags) -> Stats:
+    def _statistics(self, power: float, **options) -> Stats:
         return similarity_logsumexp(
             self.scores.queries,
             self.queue,
             power * self.scores.scale,
-            row_ids=self.rows,
-            col_ids=self.cols,
+            row_ids=self.row_ids,
+            col_ids=self.col_ids,
             row_limit=self.scores.row_limit,
             cols=False,
             backend=self.scores.backend,
-            **flags,
+            **options,
         )
 
 
 class HardNegatives:
-    """K keys for each query, candidates of that query alone: (N, K, D)."""
+    """K keys for each query, (N, K, D). They are candidates of that query only."""
 
     def __init__(self, scores: Scores, hard_negatives: Tensor):
-        rows = accumulated(scores.queries)
-        if scores.query_ids is not None:  # padding may hold anything
+        rows = to_accumulate_dtype(scores.queries)
+        if scores.query_ids is not None:  # padded rows may contain any values
             padded = (scores.query_ids < 0)[:, None]
             rows = rows.masked_fill(padded, 0)
             hard_negatives = hard_negatives.masked_fill(padded[:, :, None], 0)
-        products = torch.bmm(accumulated(hard_negatives), rows[:, :, None]).squeeze(2)
-        self.beyond = torch.zeros_like(products, dtype=torch.bool)
+        products = torch.bmm(to_accumulate_dtype(hard_negatives), rows[:, :, None]).squeeze(2)
+        self.above_limit = torch.zeros_like(products, dtype=torch.bool)
         if scores.row_limit is not None:
-            self.beyond = products > scores.row_limit[:, None]
-        self.scores = (scores.scale.reshape(-1, 1) * products).masked_fill(self.beyond, -torch.inf)
+            self.above_limit = products > scores.row_limit[:, None]
+        scaled = scores.scale.reshape(-1, 1) * products
+        self.scores = scaled.masked_fill(self.above_limit, -torch.inf)
 
     def log_sum(self, power: float, shift: Tensor) -> Tensor:
         scores = power * (self.scores - shift[:, None])
-        nothing = (scores == -torch.inf).all(1)  # whose gradient would be NaN
-        total = scores.masked_fill(nothing[:, None], 0).logsumexp(1)
-        return total.masked_fill(nothing, -torch.inf)
+        empty = (scores == -torch.inf).all(1)  # the gradient of logsumexp would be NaN
+        total = scores.masked_fill(empty[:, None], 0).logsumexp(1)
+        return total.masked_fill(empty, -torch.inf)
 
-    def number(self) -> Tensor:
-        return (~self.beyond).sum(1)
+    def count(self) -> Tensor:
+        return (~self.above_limit).sum(1)
 
     def total(self, shift: Tensor) -> tuple[Tensor, Tensor]:
-        scores = (self.scores - shift[:, None]).masked_fill(self.beyond, 0)
-        return scores.sum(1), self.number()
+        scores = (self.scores - shift[:, None]).masked_fill(self.above_limit, 0)
+        return scores.sum(1), self.count()
 
 
-class Union:
-    """Several pools as one. ids: of the anchors; those with a negative one have no candidates."""
+class CombinedPools:
+    """Several pools as one.
+
+    ids: the ids of the anchors. An anchor with a negative id has no candidates.
+    """
 
     def __init__(self, pools: list, ids: Tensor | None):
         self.pools, self.ids = pools, ids
@@ -186,14 +198,14 @@ class Union:
             total = logaddexp(total, x)
         return total
 
-    def number(self) -> Tensor:
-        number = sum(pool.number() for pool in self.pools)
+    def count(self) -> Tensor:
+        number = sum(pool.count() for pool in self.pools)
         return number if self.ids is None else number.masked_fill(self.ids < 0, 0)
 
     def total(self, shift: Tensor) -> tuple[Tensor, Tensor]:
         totals, numbers = zip(*(pool.total(shift) for pool in self.pools), strict=True)
         return sum(totals), sum(numbers)
 
-    def largest(self, power: float) -> Tensor:
-        """A score beside the largest of the first pool, to which all are relative."""
-        return self.pools[0].largest(power)
+    def reference_shift(self, power: float) -> Tensor:
+        """The reference shift of the first pool, used for all of them."""
+        return self.pools[0].reference_shift(power)

@@ -1,11 +1,12 @@
 """The positives of InfoNCE: the keys with an anchor's id, or pairs in a list.
 
-Both answer, for the anchors of one direction,
+Both classes return, for the anchors of one direction,
 
-    number()          how many positives there are, or their weight
-    mean(shift)       the mean of S - shift over them
-    log_sum(shift)    log Σ e^{S - shift} over them, 0 without any, weighted where there are weights
-    once(shift)       the same with each pair once, whatever its weight: their part of D
+    count()                    the number of positives, or the sum of their weights
+    mean(shift)                the weighted mean of S - shift over the positives
+    log_sum(shift)             log Σ w·e^{S - shift} over the positives, 0 without any
+    log_sum_unweighted(shift)  the same with every distinct pair once and weight 1: the positives'
+                               part of the denominator
 """
 
 from __future__ import annotations
@@ -14,118 +15,130 @@ import torch
 from torch import Tensor
 
 from ..similarity.pairs import finite_shift
-from .precision import inner, take
-from .scores import OTHER, Scores
+from .precision import row_dot, take_rows
+from .scores import OTHER_SIDE, Scores
 
 
-class SameId:
-    """exclude_positives: whether the pass of D, which gives log_sum too, leaves them out."""
+class PositivesById:
+    """The keys whose id equals that of the anchor.
+
+    exclude_positives: whether the pass that computes the denominator, and `log_sum` with it, leaves
+    the positives out.
+    """
 
     def __init__(self, scores: Scores, side: str, exclude_positives: bool):
         self.scores, self.side, self.exclude_positives = scores, side, exclude_positives
 
-    def number(self) -> Tensor:
-        return self.scores.positives(self.side)
+    def count(self) -> Tensor:
+        return self.scores.positive_counts(self.side)
 
     def mean(self, shift: Tensor) -> Tensor:
         if self.exclude_positives and self.scores.query_ids is None:
-            return self.log_sum(shift)  # of one positive at most
-        found = self.scores.statistics(positives="linear", exclude_positives=False)[self.side]
-        return found.positive(shift, self.number())
+            return self.log_sum(shift)  # without ids there is at most one positive
+        statistics = self.scores.statistics(positives="linear", exclude_positives=False)
+        return statistics[self.side].positive_statistic(shift, self.count())
 
     def log_sum(self, shift: Tensor) -> Tensor:
-        found = self.scores.statistics(positives="lse", exclude_positives=self.exclude_positives)
-        return torch.where(self.number() > 0, found[self.side].positive(shift), 0)
+        exclude = self.exclude_positives
+        statistics = self.scores.statistics(positives="lse", exclude_positives=exclude)
+        return torch.where(self.count() > 0, statistics[self.side].positive_statistic(shift), 0)
 
-    once = log_sum
+    log_sum_unweighted = log_sum
 
 
-class Pairs:
-    """What no ids can say (multi-label data, graphs, mixtures): P pairs (row, column) of a batch,
-    and their weights (1 by default; a pair with a weight of 0 is no positive). Memory O(P·D).
+class PositivePairs:
+    """P positive pairs (row, column) with weights, for positives that no ids can express:
+    multi-label data, graphs, mixtures. Memory O(P·D).
 
-    With a group rows are this rank's and columns are all ranks', whose keys are gathered.
+    weights: 1 by default. A pair with weight 0 is not a positive.
+
+    With a group, rows are this rank's local row numbers. Columns are global: the keys of all ranks
+    are gathered.
     """
 
-    def __init__(self, batch: Scores, rows: Tensor, cols: Tensor, weights: Tensor | None):
-        self.batch, self.rows, self.cols = batch, rows, cols
-        keys = batch.global_batch.all_gather_rows(batch.keys)
-        scale = batch.scale[rows] if batch.scale.ndim else batch.scale
-        self.scores = scale * inner(take(batch.queries, rows), take(keys, cols))
-        self.weights = torch.ones_like(self.scores) if weights is None else weights
-        if batch.exclude_self:
-            self.weights = self.weights.masked_fill(rows + batch.diagonal == cols, 0)
+    def __init__(self, scores: Scores, rows: Tensor, cols: Tensor, weights: Tensor | None):
+        self.scores, self.rows, self.cols = scores, rows, cols
+        keys = scores.global_batch.all_gather_rows(scores.keys)
+        scale = scores.scale[rows] if scores.scale.ndim else scores.scale
+        products = row_dot(take_rows(scores.queries, rows), take_rows(keys, cols))
+        self.pair_scores = scale * products
+        self.weights = torch.ones_like(self.pair_scores) if weights is None else weights
+        if scores.exclude_self:
+            self.weights = self.weights.masked_fill(rows + scores.diagonal == cols, 0)
 
     def anchors(self, side: str) -> Tensor:
         return self.rows if side == "row" else self.cols
 
-    def codes(self, side: str) -> Tensor:
-        """Each pair as one number, in order of this rank's anchors; -1 for what has no weight and
-        for the anchors of other ranks."""
-        batch = self.batch.global_batch
+    def linear_indices(self, side: str) -> Tensor:
+        """anchor · (number of candidates) + candidate for each pair, with local anchor numbers.
+        -1 for pairs with weight 0 and for anchors of other ranks."""
+        batch = self.scores.global_batch
         local, first_row = batch.local_range(side), batch.local_range("row").start
         anchors, others, weights = self.rows + first_row, self.cols, self.weights
-        if side == "col":  # whose pairs are with rows of any rank
+        if side == "col":  # a local column may be paired with a row of any rank
             anchors, others = batch.all_gather_rows(others), batch.all_gather_rows(anchors)
             weights = batch.all_gather_rows(weights)
-        code = (anchors - local.start) * batch.global_count(OTHER[side]) + others
+        index = (anchors - local.start) * batch.global_count(OTHER_SIDE[side]) + others
         is_local = (anchors >= local.start) & (anchors < local.stop)
-        return torch.where(is_local & (weights != 0), code, -1)
+        return torch.where(is_local & (weights != 0), index, -1)
 
 
-class Listed:
-    """Pairs, for the anchors of one direction."""
+class PositivesByPair:
+    """Positives in a list of pairs, for the anchors of one direction."""
 
-    def __init__(self, pairs: Pairs, side: str):
+    def __init__(self, pairs: PositivePairs, side: str):
         self.pairs, self.side = pairs, side
-        self.batch, self.anchors = pairs.batch.global_batch, pairs.anchors(side)
-        self._number = self._add(pairs.weights)
+        self.batch, self.anchors = pairs.scores.global_batch, pairs.anchors(side)
+        self._count = self._sum_per_anchor(pairs.weights)
 
-    def number(self) -> Tensor:
-        return self._number
+    def count(self) -> Tensor:
+        return self._count
 
     def mean(self, shift: Tensor) -> Tensor:
-        k = self.number()
-        return self._add(self.pairs.weights * self._scores(shift)) / torch.where(k == 0, 1, k)
+        k = self.count()
+        total = self._sum_per_anchor(self.pairs.weights * self._shifted_scores(shift))
+        return total / torch.where(k == 0, 1, k)
 
     def log_sum(self, shift: Tensor) -> Tensor:
         return self._log_sum(shift, self.pairs.weights)
 
-    def once(self, shift: Tensor) -> Tensor:
-        ordered, order = self.pairs.codes("row").sort(stable=True)
+    def log_sum_unweighted(self, shift: Tensor) -> Tensor:
+        ordered, order = self.pairs.linear_indices("row").sort(stable=True)
         first = ordered >= 0
         first[1:] &= ordered[1:] != ordered[:-1]
         first = torch.empty_like(first).index_copy_(0, order, first)
         return self._log_sum(shift, first.to(shift.dtype))
 
-    def _scores(self, shift: Tensor) -> Tensor:
+    def _shifted_scores(self, shift: Tensor) -> Tensor:
         """S - shift of each pair."""
-        bias = self.pairs.batch.bias(self.side)
+        bias = self.pairs.scores.bias(self.side)
         shift = shift if self.side == "row" else self.batch.all_gather_rows(shift)
-        scores = self.pairs.scores - take(shift, self.anchors)
+        scores = self.pairs.pair_scores - take_rows(shift, self.anchors)
         if bias is None:
             return scores
-        return scores + take(self.batch.all_gather_rows(bias), self.pairs.cols)
+        return scores + take_rows(self.batch.all_gather_rows(bias), self.pairs.cols)
 
-    def _all(self, x: Tensor, value: float) -> Tensor:
-        """Memory for one number of each anchor: of this rank's rows, of all ranks' columns."""
-        row, pairs = self.side == "row", self.pairs.batch
-        return x.new_full((len(pairs.queries) if row else self.batch.global_count("col"),), value)
+    def _full_per_anchor(self, x: Tensor, value: float) -> Tensor:
+        """A vector filled with `value`: one element per local row, or per column of all ranks."""
+        row, scores = self.side == "row", self.pairs.scores
+        return x.new_full((len(scores.queries) if row else self.batch.global_count("col"),), value)
 
-    def _add(self, values: Tensor) -> Tensor:
-        """The sum over the pairs of each of this rank's anchors."""
-        total = self._all(values, 0).index_put((self.anchors,), values, accumulate=True)
+    def _sum_per_anchor(self, values: Tensor) -> Tensor:
+        """The sum of `values` over the pairs of each of this rank's anchors."""
+        total = self._full_per_anchor(values, 0)
+        total = total.index_put((self.anchors,), values, accumulate=True)
         if self.side == "row":
             return total
         return self.batch.local_columns(self.batch.all_reduce_sum(total))
 
     def _log_sum(self, shift: Tensor, weights: Tensor) -> Tensor:
         """log Σ w·e^(S - shift) per anchor."""
-        row, scores, counted = self.side == "row", self._scores(shift), weights != 0
-        found = scores.detach().masked_fill(~counted, -torch.inf)
-        top = self._all(scores, -torch.inf).scatter_reduce(0, self.anchors, found, "amax")
-        top = finite_shift(top if row else self.batch.all_reduce_max(top))
-        exp = torch.where(counted, scores - take(top, self.anchors), 0).exp()
-        total = self._add(weights * exp)
-        top = top if row else self.batch.local_columns(top)
-        return torch.where(total > 0, total, 1).log() + top
+        row, scores, counted = self.side == "row", self._shifted_scores(shift), weights != 0
+        masked = scores.detach().masked_fill(~counted, -torch.inf)
+        maximum = self._full_per_anchor(scores, -torch.inf)
+        maximum = maximum.scatter_reduce(0, self.anchors, masked, "amax")
+        maximum = finite_shift(maximum if row else self.batch.all_reduce_max(maximum))
+        exp = torch.where(counted, scores - take_rows(maximum, self.anchors), 0).exp()
+        total = self._sum_per_anchor(weights * exp)
+        maximum = maximum if row else self.batch.local_columns(maximum)
+        return torch.where(total > 0, total, 1).log() + maximum

@@ -1,6 +1,7 @@
-"""S = scale·queries·keysᵀ and what is known of it, direction by direction.
+"""Statistics of the scores S = scale·queries·keysᵀ for each direction of a loss.
 
-A direction is named by its anchors: "row" for the queries, "col" for the keys.
+A direction is named by its anchors: "row" for query→key, whose anchors are the queries, and "col"
+for key→query.
 """
 
 from __future__ import annotations
@@ -15,14 +16,14 @@ from torch import Tensor
 from ..distributed import GlobalBatch, LocalBatch
 from ..similarity.pairs import count_positives, finite_shift
 from ..similarity.spec import Stats
-from .masked import Mask, log_sums, sums_of_rest
-from .precision import accumulated, inner
+from .masked import Mask, masked_log_sums, unmasked_sums
+from .precision import row_dot, to_accumulate_dtype
 
-OTHER = {"row": "col", "col": "row"}
+OTHER_SIDE = {"row": "col", "col": "row"}
 
 
 class Direction(NamedTuple):
-    """The statistics of one direction, as in `Stats`. shift: `max`, 0 where it is -inf."""
+    """The statistics of one direction, as in `SideStats`. shift: `max`, 0 where that is -inf."""
 
     max: Tensor
     shift: Tensor
@@ -31,29 +32,35 @@ class Direction(NamedTuple):
     neg_max: Tensor | None = None
 
     @classmethod
-    def of(cls, stats: Stats, side: str) -> Direction:
-        top, *rest = stats.row if side == "row" else stats.col
-        return cls(top, finite_shift(top), *rest)
+    def from_stats(cls, stats: Stats, side: str) -> Direction:
+        maximum, *rest = stats.row if side == "row" else stats.col
+        return cls(maximum, finite_shift(maximum), *rest)
 
     def log_sum(self, power: float, shift: Tensor) -> Tensor:
-        """Of power·(S - shift), where these are the statistics of power·S."""
-        if shift is self.shift and power == 1:  # the same number, without three operations
+        """log Σ e^{power·(S - shift)}, if these are the statistics of power·S."""
+        if shift is self.shift and power == 1:  # the same value, without three operations
             return self.logsum
         return self.logsum + (self.max - power * shift)
 
-    def positive(self, shift: Tensor, k: Tensor | None = None) -> Tensor:
-        """`pos` relative to another shift; with k, the number of positives, their mean of it."""
+    def positive_statistic(self, shift: Tensor, k: Tensor | None = None) -> Tensor:
+        """`pos` relative to another shift.
+
+        k: the number of positives, for `pos` that is a sum: the mean over them is returned.
+        """
         pos = self.pos if k is None else self.pos / k.clamp(min=1)
         return pos if shift is self.shift else pos + (self.shift - shift)
 
 
 @dataclass(eq=False)
 class Scores:
-    """S, which is never formed, plus in the queries' direction alone the bias of each key.
+    """The scores S, which are never formed.
 
-    A limit leaves out, in its anchors' direction, negatives with a larger inner product. With a
-    group all tensors are this rank's rows, and whatever is counted or summed is that of
-    `global_batch`. Each call of the primitive serves both directions, and is made once.
+    key_bias: (M,), added to the scores in the direction "row" only.
+    row_limit, col_limit: (N,) and (M,). In its direction, an anchor's negatives with an inner
+        product above its limit are left out.
+
+    With a group, all tensors hold this rank's rows; counts and sums are over the global batch. The
+    results of the primitive are cached. One call computes both directions where it can.
     """
 
     global_batch: GlobalBatch | LocalBatch
@@ -66,7 +73,7 @@ class Scores:
     key_bias: Tensor | None = None
     row_limit: Tensor | None = None
     col_limit: Tensor | None = None
-    _passes: dict = field(init=False, default_factory=dict)
+    _pass_cache: dict = field(init=False, default_factory=dict)
 
     @property
     def query_ids(self) -> Tensor | None:
@@ -78,7 +85,7 @@ class Scores:
 
     @property
     def diagonal(self) -> int | None:
-        """Among all keys, where the self pairs begin that are left out."""
+        """The global column of row 0's self pair; None if self pairs are not left out."""
         return self.global_batch.local_range("row").start if self.exclude_self else None
 
     @property
@@ -98,13 +105,13 @@ class Scores:
         return self.row_limit if side == "row" else self.col_limit
 
     def global_count(self, side: str) -> int:
-        """Of all ranks' rows on a side, padding included."""
+        """The number of rows of a side on all ranks, padding included."""
         return self.global_batch.global_count(side)
 
-    # ---- passes over S
+    # Passes over S.
 
-    def logsumexp(self, power: float = 1.0, **what) -> Stats | Tensor:
-        """The primitive, of power·S without bias and limits."""
+    def logsumexp(self, power: float = 1.0, **options) -> Stats | Tensor:
+        """Call the primitive for power·S, without the bias and the limits."""
         return self.global_batch.similarity_logsumexp(
             self.queries,
             self.keys,
@@ -113,7 +120,7 @@ class Scores:
             col_ids=self.key_ids,
             exclude_self=self.exclude_self,
             backend=self.backend,
-            **what,
+            **options,
         )
 
     def statistics(
@@ -123,39 +130,39 @@ class Scores:
         exclude_positives: bool = False,
         hardest: bool = False,
     ) -> dict[str, Direction]:
-        """Of power·S, for each direction. The same pass is made once."""
+        """The statistics of power·S, by direction. Cached."""
         key = power, positives, exclude_positives
-        found = self._passes.get(key)
-        if found is None or (hardest and found["row"].neg_max is None):
-            what = {"positives": positives, "exclude_positives": exclude_positives}
-            what |= {"hardest": True} if hardest else {}
-            found = self._passes[key] = self._statistics(power, **what)
-        return found
+        by_side = self._pass_cache.get(key)
+        if by_side is None or (hardest and by_side["row"].neg_max is None):
+            options = {"positives": positives, "exclude_positives": exclude_positives}
+            options |= {"hardest": True} if hardest else {}
+            by_side = self._pass_cache[key] = self._statistics(power, **options)
+        return by_side
 
-    def keep(self, stats: Stats, positives: str) -> None:
-        """What a pass of S with all positives has found."""
-        found = {side: Direction.of(stats, side) for side in self.directions}
-        self._passes[1.0, positives, False] = found
+    def store_pass(self, stats: Stats, positives: str) -> None:
+        """Cache the statistics of a pass over S that included the positives."""
+        by_side = {side: Direction.from_stats(stats, side) for side in self.directions}
+        self._pass_cache[1.0, positives, False] = by_side
 
-    def _statistics(self, power: float, **what) -> dict[str, Direction]:
-        call = partial(self.logsumexp, power, **what)
+    def _statistics(self, power: float, **options) -> dict[str, Direction]:
+        call = partial(self.logsumexp, power, **options)
         if self.key_bias is None and self.row_limit is None:
             stats = call(cols=self.symmetric)
-            return {side: Direction.of(stats, side) for side in self.directions}
-        # what only one direction has takes a call of its own
+            return {side: Direction.from_stats(stats, side) for side in self.directions}
+        # The bias and the limits differ between the directions: one call for each.
         bias = None if self.key_bias is None else power * self.key_bias
         stats = call(cols=False, col_bias=bias, row_limit=self.row_limit)
-        found = {"row": Direction.of(stats, "row")}
+        by_side = {"row": Direction.from_stats(stats, "row")}
         if self.symmetric and self.col_limit is None:
-            found["col"] = Direction.of(call(rows=False), "col")
+            by_side["col"] = Direction.from_stats(call(rows=False), "col")
         elif self.symmetric and self.scale.ndim:
-            found["col"] = self._limited_columns(power, **what)
+            by_side["col"] = self._limited_columns(power, **options)
         elif self.symmetric:
-            found["col"] = self._swapped()._statistics(power, **what)["row"]
-        return found
+            by_side["col"] = self._transposed()._statistics(power, **options)["row"]
+        return by_side
 
-    def _swapped(self) -> Scores:
-        """The keys' direction as the queries'."""
+    def _transposed(self) -> Scores:
+        """Sᵀ, with the direction "col" of S as its only direction "row"."""
         return replace(
             self,
             queries=self.keys,
@@ -170,26 +177,32 @@ class Scores:
     def _limited_columns(
         self, power: float, positives: str | None = None, exclude_positives: bool = False
     ) -> Direction:
-        """The keys' direction with a limit for each key and a scale for each query, which no kernel
-        has: the logsumexp in panels. The positives, which no limit leaves out, are a kernel's."""
-        a, b, mask = self._swapped()._masked(exclude_positives=exclude_positives)
+        """The direction "col" with a limit per key and a scale per query.
+
+        No kernel supports this combination: the logsumexp is computed in PyTorch, a panel at a
+        time. No limit leaves out a positive, so a kernel computes the positives.
+        """
+        a, b, mask = self._transposed()._masked_operands(exclude_positives=exclude_positives)
         scale = power * self.global_batch.all_gather_rows(self.scale)
-        top, _, (logsum,) = log_sums(a, b, scale, None, mask, (1.0,))
+        maximum, _, (logsum,) = masked_log_sums(a, b, scale, None, mask, (1.0,))
         if positives is None:
-            return Direction(top, finite_shift(top), logsum)
+            return Direction(maximum, finite_shift(maximum), logsum)
         stats = self.logsumexp(
             power, rows=False, positives=positives, exclude_positives=exclude_positives
         )
-        number = self.positives("col") if positives == "linear" else 1
-        shift = finite_shift(top)
+        number = self.positive_counts("col") if positives == "linear" else 1
+        shift = finite_shift(maximum)
         pos = stats.col_pos + number * (finite_shift(stats.col_max) - shift)
-        return Direction(top, shift, logsum, pos)
+        return Direction(maximum, shift, logsum, pos)
 
-    def _masked(self, exclude_positives: bool = False) -> tuple[Tensor, Tensor, Mask]:
-        """These queries, all ranks' keys, and which of them each query is not compared with."""
+    def _masked_operands(self, exclude_positives: bool = False) -> tuple[Tensor, Tensor, Mask]:
+        """The local queries, the keys of all ranks, and the mask of their excluded pairs."""
         batch, row_ids, col_ids = self.global_batch, self.query_ids, self.key_ids
-        a, b = accumulated(self.queries), accumulated(batch.all_gather_rows(self.keys))
-        if row_ids is not None:  # padding may hold anything
+        a, b = (
+            to_accumulate_dtype(self.queries),
+            to_accumulate_dtype(batch.all_gather_rows(self.keys)),
+        )
+        if row_ids is not None:  # padded rows may contain any values
             col_ids = batch.all_gather_rows(col_ids)
             a, b = (x.masked_fill((i < 0)[:, None], 0) for x, i in ((a, row_ids), (b, col_ids)))
         mask = Mask(
@@ -202,82 +215,88 @@ class Scores:
         )
         return a, b, mask
 
-    # ---- numbers and sums, without a pass
+    # Counts and sums, without a pass over S.
 
-    def positives(self, side: str) -> Tensor:
-        """k, the number of keys (queries) with the id of each anchor."""
-        if ("positives", side) not in self._passes:
-            self._passes["positives", side] = self._positives(side)
-        return self._passes["positives", side]
+    def positive_counts(self, side: str) -> Tensor:
+        """k, the number of positives of each anchor."""
+        if ("positives", side) not in self._pass_cache:
+            self._pass_cache["positives", side] = self._positive_counts(side)
+        return self._pass_cache["positives", side]
 
-    def _positives(self, side: str) -> Tensor:
+    def _positive_counts(self, side: str) -> Tensor:
         if self.query_ids is None:
             return self.scale.new_full((len(self.features(side)),), 0 if self.exclude_self else 1)
         if side == "col" and self.query_ids is self.key_ids:
-            return self.positives("row")
-        ids, others = self.ids(side), self.ids(OTHER[side])
-        k = count_positives(ids, self.global_batch.global_ids(OTHER[side]))
+            return self.positive_counts("row")
+        ids, others = self.ids(side), self.ids(OTHER_SIDE[side])
+        k = count_positives(ids, self.global_batch.global_ids(OTHER_SIDE[side]))
         if self.exclude_self:
             k = k - ((ids == others) & (ids >= 0)).long()
         return k.to(self.scale.dtype)
 
-    def candidates(self, side: str) -> Tensor:
-        """How many keys (queries) each anchor is compared with."""
+    def candidate_counts(self, side: str) -> Tensor:
+        """The number of candidates of each anchor, positives included."""
         if self.limit(side) is not None:
-            # only the kernels see which are left: with all scores 0 the sum counts them
-            scores = self if side == "row" else self._swapped()
+            # Only a pass over S evaluates the limits. At power 0 all scores are 0, and the sum of
+            # their exponentials is the number of candidates.
+            scores = self if side == "row" else self._transposed()
             with torch.no_grad():
                 scores = replace(scores, scale=self.scale.new_ones(()))
                 return scores.statistics(0.0)["row"].logsum.exp().round()
-        n, m = len(self.features(side)), len(self.features(OTHER[side]))
-        others = self.ids(OTHER[side])
+        n, m = len(self.features(side)), len(self.features(OTHER_SIDE[side]))
+        others = self.ids(OTHER_SIDE[side])
         number = self.scale.new_full((n,), m if others is None else 0)
         if others is not None:
-            number = number + (self.global_batch.global_ids(OTHER[side]) >= 0).sum()
+            number = number + (self.global_batch.global_ids(OTHER_SIDE[side]) >= 0).sum()
         if self.exclude_self:
             number = number - (1 if others is None else (others >= 0).to(number.dtype))
         return number
 
-    def anchors(self, side: str) -> Tensor | int:
-        """How many there are, padding left out."""
+    def anchor_count(self, side: str) -> Tensor | int:
+        """The number of anchors on all ranks, without padding."""
         ids = self.ids(side)
         if ids is None:
             return self.features(side).size(0)
         return self.global_batch.all_reduce_sum((ids >= 0).sum()).clamp(min=1)
 
     def mean(self, side: str, losses: Tensor) -> Tensor:
-        """Of one direction's anchors, padding left out."""
+        """The mean of `losses` over the anchors of all ranks, without padding."""
         ids = self.ids(side)
         where = torch.ones_like(losses, dtype=torch.bool) if ids is None else ids >= 0
         return self.global_batch.all_reduce_mean(losses, where)
 
-    def total(self, side: str) -> tuple[Tensor, Tensor]:
-        """Σ S over the candidates of each anchor and their number, in O((N + M)·D)."""
+    def score_sums(self, side: str) -> tuple[Tensor, Tensor]:
+        """Σ S over the candidates of each anchor, and the number of candidates, in O((N + M)·D)
+        operations."""
         bias = self.bias(side)
         if bias is not None and self.key_ids is not None:
             bias = bias.masked_fill(self.key_ids < 0, 0)
         if self.limit(side) is not None:
-            return self._limited_total(side, bias)
+            return self._limited_score_sums(side, bias)
 
-        def clean(x: Tensor, ids: Tensor | None) -> Tensor:
-            x = accumulated(x)
+        def without_padding(x: Tensor, ids: Tensor | None) -> Tensor:
+            x = to_accumulate_dtype(x)
             return x if ids is None else x.masked_fill((ids < 0)[:, None], 0)
 
         all_reduce_sum = self.global_batch.all_reduce_sum
-        rows = self.scale.reshape(-1, 1) * clean(self.queries, self.query_ids)
-        cols = clean(self.keys, self.key_ids)
+        rows = self.scale.reshape(-1, 1) * without_padding(self.queries, self.query_ids)
+        cols = without_padding(self.keys, self.key_ids)
         anchors, others = (rows, cols) if side == "row" else (cols, rows)
         total = (anchors * all_reduce_sum(others.sum(0))).sum(1)
         if self.exclude_self:
-            total = total - inner(rows, cols)
+            total = total - row_dot(rows, cols)
         if bias is not None:
             total = total + all_reduce_sum(bias.sum()) - (bias if self.exclude_self else 0)
-        return total, self.candidates(side)
+        return total, self.candidate_counts(side)
 
-    def _limited_total(self, side: str, bias: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Linear in the other side's rows: only the mask takes products of all pairs."""
+    def _limited_score_sums(self, side: str, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+        """`score_sums` with limits.
+
+        The sum is linear in the rows of the other side; all inner products are needed only for the
+        mask.
+        """
         batch = self.global_batch
-        a, b, mask = (self if side == "row" else self._swapped())._masked()
+        a, b, mask = (self if side == "row" else self._transposed())._masked_operands()
         anchors, others = a, b
         if side == "row":
             anchors = self.scale.reshape(-1, 1) * a
@@ -285,5 +304,5 @@ class Scores:
             others = batch.all_gather_rows(self.scale.expand(len(self.queries)))[:, None] * b
         ones = others.new_ones(len(others))
         bias = torch.zeros_like(ones) if bias is None else batch.all_gather_rows(bias)
-        sums = sums_of_rest(a, b, mask, torch.cat([others, bias[:, None], ones[:, None]], 1))
+        sums = unmasked_sums(a, b, mask, torch.cat([others, bias[:, None], ones[:, None]], 1))
         return (anchors * sums[:, :-2]).sum(1) + sums[:, -2], sums[:, -1].detach()

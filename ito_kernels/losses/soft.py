@@ -1,8 +1,8 @@
-"""Targets that are not positives and negatives: every key is one to a degree.
+"""Losses with soft targets: every key is a positive with a weight q_ij.
 
-Of a target distribution q the loss needs Σ_j q_ij S_ij alone, and neither q nor S is ever formed:
-where q is linear in an embedding this is a product of D × D_c matrices, where it is a softmax it is
-attention, whose weights are constants. Target and logsumexp meet outside the kernels: bf16 and fp16
+The targets enter the loss only as Σ_j q_ij S_ij, so neither q nor S is formed. If q is linear in an
+embedding, this sum is a product of D × D_c matrices. If q is a softmax, it is attention with
+constant weights. The sum and the logsumexp are combined outside the kernels: bf16 and fp16 features
 are computed in fp32.
 """
 
@@ -20,7 +20,7 @@ from ..similarity.spec import check_pair, check_scale
 from .batch import PAIRED, check_arguments
 from .common import check_flags
 from .options import check_number
-from .precision import inner, without_autocast
+from .precision import row_dot, without_autocast
 from .scores import Scores
 
 
@@ -36,27 +36,27 @@ def cwcl_loss(
     chunk_size: int | None = None,
     backend: str | None = None,
 ) -> Tensor:
-    """Continuously weighted contrastive loss: the more alike two items, the more positive.
+    """Continuously weighted contrastive loss: similar items are weighted as positives.
 
         L = mean_i [ logsumexp_j S_ij - Σ_j w_ij S_ij / Σ_j w_ij ],   w_ij = ½ + ½<c_i, c_j>
 
-    with S = logit_scale · queries · keysᵀ and the embedding c of a frozen model. Time of the second
-    term: O(N·D·D_c).
+    with S = logit_scale · queries · keysᵀ and embeddings c of a frozen model. The second term takes
+    O(N·D·D_c) operations.
 
     Args:
-        queries, keys: (N, D), L2-normalised; row i of both belongs together.
+        queries, keys: (N, D), L2-normalised; row i of both is a positive pair.
         logit_scale: the multiplier itself: a number, a 0-d tensor or an (N,) tensor.
-        reference: (N, D_c), c, L2-normalised; takes no gradient.
-        symmetric: average with the same along the columns.
+        reference: c, (N, D_c), L2-normalised; gets no gradient.
+        symmetric: average with the same loss along the columns.
         group, chunk_size, backend: as in `multi_positive_infonce`.
 
     Returns a 0-d fp32 tensor (fp64 for fp64 features). Raises as `multi_positive_infonce`.
     Source: Srinivasa et al. 2023 (CWCL).
     """
     check_flags(symmetric=symmetric)
-    given = check_arguments(queries, keys, logit_scale, group, chunk_size, backend, names=PAIRED)
-    c = given.frozen("reference", reference, len(given.queries))
-    scores = given.scores(symmetric)
+    args = check_arguments(queries, keys, logit_scale, group, chunk_size, backend, names=PAIRED)
+    c = args.check_constant_features("reference", reference, len(args.queries))
+    scores = args.scores(symmetric)
     with without_autocast(c.device):
         all_reduce_sum = scores.global_batch.all_reduce_sum
         weight = 0.5 * (scores.global_count("row") + (c * all_reduce_sum(c.sum(0))).sum(1))
@@ -89,20 +89,21 @@ def soft_target_infonce(
     chunk_size: int | None = None,
     backend: str | None = None,
 ) -> Tensor:
-    """Cross-entropy against the softmax of other embeddings: distillation, momentum teachers.
+    """Cross-entropy with the softmax of a teacher's embeddings as targets.
 
         L = mean_i [ logsumexp_j S_ij - Σ_j q_ij S_ij ]
         q_ij = alpha · softmax_j(target_scale · <c_i, e_j>) + (1 - alpha) · [i = j]
 
-    with S = logit_scale · queries · keysᵀ; where symmetric the mean of this and the same along the
-    columns, with the softmax over i. Σ_j q_ij S_ij is attention of c to e with the keys as values.
+    with S = logit_scale · queries · keysᵀ. With `symmetric`, the mean of this and of the same loss
+    along the columns, with the softmax over i. Σ_j q_ij S_ij is computed as attention of c to e
+    with the keys as values. For distillation and momentum teachers.
 
     Args:
         queries, keys: (N, D) and (M, D), L2-normalised. N must equal M unless alpha = 1.
         logit_scale: the multiplier itself: a number, a 0-d tensor or an (N,) tensor.
-        target_queries, target_keys: (N, D_c) and (M, D_c), c and e, L2-normalised; no gradient.
+        target_queries, target_keys: c and e, (N, D_c) and (M, D_c), L2-normalised; no gradient.
         target_scale: the teacher's multiplier: a number or a 0-d tensor; no gradient.
-        alpha: the share of the soft targets, from 0 to 1.
+        alpha: the weight of the soft targets, from 0 to 1.
         group, chunk_size, backend: as in `multi_positive_infonce`.
 
     Returns a 0-d fp32 tensor (fp64 for fp64 features). Raises as `multi_positive_infonce`.
@@ -110,37 +111,49 @@ def soft_target_infonce(
     """
     alpha = check_number("alpha", alpha, 0, 1)
     check_flags(symmetric=symmetric)
-    given = check_arguments(
-        queries, keys, logit_scale, group, chunk_size, backend, names=PAIRED, unequal=alpha == 1
+    args = check_arguments(
+        queries,
+        keys,
+        logit_scale,
+        group,
+        chunk_size,
+        backend,
+        names=PAIRED,
+        allow_unequal_rows=alpha == 1,
     )
     check_pair("target_queries", target_queries, "target_keys", target_keys)
-    c = given.frozen("target_queries", target_queries, len(given.queries))
-    e = given.frozen("target_keys", target_keys, len(given.keys))
+    c = args.check_constant_features("target_queries", target_queries, len(args.queries))
+    e = args.check_constant_features("target_keys", target_keys, len(args.keys))
     scale = check_scale("target_scale", target_scale, c).detach()
     if scale.ndim:
-        raise ValueError(f"target_scale must be one for all, got shape {tuple(scale.shape)}")
-    scores = given.scores(symmetric)
+        raise ValueError(
+            f"target_scale must be a number or a 0-d tensor, got shape {tuple(scale.shape)}"
+        )
+    scores = args.scores(symmetric)
     with without_autocast(c.device):
         scaled = scores.scale.reshape(-1, 1) * scores.queries
         targets = 0
         if alpha > 0:
             targets = alpha * _soft_scores(scores, scaled, scale * c, e)
-        if alpha < 1:  # in both directions
-            one_hot = _mean(scores, inner(scaled, scores.keys))
+        if alpha < 1:  # the diagonal is the same in both directions
+            one_hot = _mean(scores, row_dot(scaled, scores.keys))
             targets = targets + (1 - alpha) * one_hot
         logsum, shift = _mean_logsumexp(scores)
         return logsum + (shift - targets).to(logsum.dtype)
 
 
 def _mean(scores: Scores, x: Tensor, side: str = "row") -> Tensor:
-    """Of all ranks' anchors."""
+    """The mean over the anchors of all ranks."""
     total = scores.global_batch.all_reduce_loss(x.sum(dtype=torch.float64))
     return total / scores.global_count(side)
 
 
 def _mean_logsumexp(scores: Scores) -> tuple[Tensor, Tensor]:
-    """The mean logsumexp of S as two parts, the second a constant in fp64: at a scale of 100 it
-    and the targets lose two digits of fp32 where they cancel."""
+    """The mean logsumexp of S as a sum of two parts: Σ logsum and the mean of the maxima.
+
+    The second is a constant in fp64. At a scale of 100, the difference of logsumexp and targets
+    would lose two digits in fp32.
+    """
     share = 0.5 if scores.symmetric else 1.0
     weights = {}
     for side in scores.directions:
@@ -153,10 +166,12 @@ def _mean_logsumexp(scores: Scores) -> tuple[Tensor, Tensor]:
 
 
 def _soft_scores(scores: Scores, a: Tensor, c: Tensor, e: Tensor) -> Tensor:
-    """mean_i Σ_j q_ij <a_i, b_j>, and where symmetric the mean of it and of the columns', with q
-    the softmax of c·eᵀ and b the keys. q has no gradient: 3 matrix products give both directions
-    and all gradients."""
-    batch, of_columns = scores.global_batch, ()
+    """mean_i Σ_j q_ij <a_i, b_j> with q the softmax of c·eᵀ and b the keys; if symmetric, averaged
+    with the same along the columns.
+
+    q is constant for autograd. 3 matrix products give both directions and all gradients.
+    """
+    batch, col_stats = scores.global_batch, ()
     share = 0.5 if scores.symmetric else 1.0
     if scores.symmetric:
         with torch.no_grad():
@@ -164,17 +179,17 @@ def _soft_scores(scores: Scores, a: Tensor, c: Tensor, e: Tensor) -> Tensor:
             stats = teacher.logsumexp(rows=False)
             logsum = batch.all_gather_rows(stats.col_logsum)
             logsum = logsum + math.log(scores.global_count("col") / share)
-            of_columns = batch.all_gather_rows(stats.col_max), logsum
+            col_stats = batch.all_gather_rows(stats.col_max), logsum
     n, b = scores.global_count("row"), batch.all_gather_rows(scores.keys)
 
-    def panel(dot: Tensor, rows: Tensor, a: Tensor, b: Tensor, *of_columns: Tensor) -> tuple:
+    def panel(dot: Tensor, rows: Tensor, a: Tensor, b: Tensor, *col_stats: Tensor) -> tuple:
         weights = dot.softmax(1).mul_(share / n)
-        if of_columns:
-            top, logsum = of_columns
-            weights += dot.sub_(top).sub_(logsum).exp_()
-        of_a = weights @ b
-        return (of_a * a).sum(), (None, of_a, weights.T @ a, *(None for _ in of_columns))
+        if col_stats:
+            maximum, logsum = col_stats
+            weights += dot.sub_(maximum).sub_(logsum).exp_()
+        grad_a = weights @ b
+        return (grad_a * a).sum(), (None, grad_a, weights.T @ a, *(None for _ in col_stats))
 
     e = batch.all_gather_rows(e)
-    total = panelwise_sum(panel, c, e, row_args=(a,), key_args=(b, *of_columns))
+    total = panelwise_sum(panel, c, e, row_args=(a,), key_args=(b, *col_stats))
     return batch.all_reduce_loss(total)

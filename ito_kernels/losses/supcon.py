@@ -1,4 +1,4 @@
-"""Losses of one tower: every embedding is an anchor, and all the others are its candidates."""
+"""Losses for one tower: every embedding is an anchor, and all others are its candidates."""
 
 from __future__ import annotations
 
@@ -41,16 +41,17 @@ def supcon_loss(
         L_out = mean_i [ logsumexp_{j ≠ i} S_ij - (1/k_i) Σ_{j ∈ P_i} S_ij ]
         L_in  = mean_i [ logsumexp_{j ≠ i} S_ij - log (1/k_i) Σ_{j ∈ P_i} exp S_ij ]
 
-    with S = features · featuresᵀ / temperature and P_i the k_i other rows that share the label of
-    row i. S is never formed.
+    with S = features · featuresᵀ / temperature and P_i the k_i other rows with the label of row i.
+    S is never formed.
 
     Args:
-        features: (N, D), L2-normalised; several views of a sample are rows with one label.
-        labels: (N,) integers; a negative label is a padded row that takes no part.
+        features: (N, D), L2-normalised. The views of a sample are rows with the same label.
+        labels: (N,) integers. A negative label marks a padded row, which is ignored.
         temperature: a number, a 0-d tensor or an (N,) tensor.
-        base_temperature: where given, the loss is multiplied by temperature / base_temperature, as
-            in the authors' code; the factor is 1 otherwise.
-        empty: a row without a positive counts as 0 in the mean ("zero") or is left out ("drop").
+        base_temperature: if given, the loss is multiplied by temperature / base_temperature, as in
+            the authors' code. Needs one temperature for all rows.
+        empty: a row without a positive counts as 0 in the mean ("zero") or is left out of it
+            ("drop").
         positives: "mean" for L_out, "in" for L_in.
         group, chunk_size, backend: as in `multi_positive_infonce`.
 
@@ -58,7 +59,7 @@ def supcon_loss(
     Source: Khosla et al. 2020 (SupCon), eq. 2 and 3.
     """
     check_choice("positives", positives, ("mean", "in"))
-    given = check_arguments(
+    args = check_arguments(
         features,
         features,
         temperature,
@@ -70,14 +71,14 @@ def supcon_loss(
     )
     factor = None
     if base_temperature is not None:
-        if given.scale.ndim:
+        if args.scale.ndim:
             raise ValueError(
                 "base_temperature needs one temperature for all rows,"
-                f" got one of shape {tuple(given.scale.shape)}"
+                f" got one of shape {tuple(args.scale.shape)}"
             )
-        factor = given.scale / check_scale("base_temperature", base_temperature, given.queries)
+        factor = args.scale / check_scale("base_temperature", base_temperature, args.queries)
     options = Options(positives=positives, symmetric=False, exclude_self=True, empty=empty)
-    loss = infonce(given._replace(scale=1.0 / given.scale), options)
+    loss = infonce(args._replace(scale=1.0 / args.scale), options)
     return loss if factor is None else loss * factor
 
 
@@ -91,32 +92,33 @@ def nt_xent_loss(
     chunk_size: int | None = None,
     backend: str | None = None,
 ) -> Tensor:
-    """Normalised temperature-scaled cross-entropy of two views.
+    """Normalised temperature-scaled cross-entropy (NT-Xent) of two views.
 
         L = (1/2N) Σ_i [ logsumexp_{j ≠ i} S_ij - S_i,p(i) ],   S = z · zᵀ / temperature
 
     over the 2N rows z = [z1; z2], with p(i) the other view of row i. S is never formed.
 
     Args:
-        z1, z2: (N, D), L2-normalised; row i of both is the same sample.
+        z1, z2: (N, D), L2-normalised; row i of both is a view of the same sample.
         temperature: a number or a 0-d tensor.
         group, chunk_size, backend: as in `multi_positive_infonce`.
 
     Returns a 0-d fp32 tensor (fp64 for fp64 features). Raises as `multi_positive_infonce`.
     Source: Chen et al. 2020 (SimCLR), eq. 1.
     """
-    given = check_arguments(z1, z2, temperature, group, chunk_size, backend, names=NT_XENT)
-    scale = 1.0 / given.scale
+    args = check_arguments(z1, z2, temperature, group, chunk_size, backend, names=NT_XENT)
+    scale = 1.0 / args.scale
     if scale.ndim:
         raise ValueError(f"temperature must be a number or 0-d, got shape {tuple(scale.shape)}")
-    z, device = torch.cat(given[:2]), given.queries.device
+    z, device = torch.cat(args[:2]), args.queries.device
     if group is not None:
         ids = global_row_numbers(len(z1), group, device).repeat(2)
-        given = given._replace(queries=z, keys=z, scale=scale, query_ids=ids, key_ids=ids)
-        return infonce(given, Options(symmetric=False, exclude_self=True))
+        args = args._replace(queries=z, keys=z, scale=scale, query_ids=ids, key_ids=ids)
+        return infonce(args, Options(symmetric=False, exclude_self=True))
     ids = torch.arange(len(z1), device=device).repeat(2)
     share = scale.new_full((len(z),), 1 / len(z))
-    # every row has one positive: nothing to count, which is half of supcon_loss's time at N = 64
+    # Every row has exactly one positive. Counting them would take half of supcon_loss's time at
+    # N = 64, so the primitive is called directly.
     problem = Problem(
         *(z, None, scale),
         row_ids=ids,

@@ -1,8 +1,9 @@
-"""Sums over the positive pairs that equal ids name, a tile of scores at a time.
+"""Sums over the pairs with equal ids, a tile of scores at a time.
 
-With both sides sorted by id, the positives of a run of rows lie in a run of columns: dense tiles of
-the sorted matrix hold them all, and matrix products serve many small groups as well as few large
-ones. No list of pairs is made, which with 4 classes would have N·M / 4 entries.
+When both sides are sorted by id, the positives of consecutive rows lie in consecutive columns. They
+are covered by dense tiles of the sorted matrix, computed by matrix products. This is efficient for
+many small groups and for a few large ones. A list of the pairs is never formed: with 4 classes it
+would have N·M / 4 entries.
 """
 
 from __future__ import annotations
@@ -16,8 +17,8 @@ from torch.nn.functional import softplus
 
 from ..similarity.op import first_order_only
 
-# A tile holds 4 MiB of fp32 scores. Of 256 rows with groups of 4 it uses 1 in 64, which at N = 4096
-# is 1/16 of the work of one N × M product.
+# A tile holds 4 MiB of fp32 scores. With groups of 4, a tile of 256 rows uses 1 in 64 of them; at
+# N = 4096 all tiles together are 1/16 of the work of one N × M product.
 ROWS, COLS = 256, 4096
 
 
@@ -31,11 +32,18 @@ def softplus_sums(
     log_col: Tensor | None,
     diagonal: int | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """Σ_p softplus(log_row_i - S_ip) of each row's positives (N,), and where log_col is given
-    Σ_p softplus(log_col_j - S_pj) of each column's (M,), with S = scale·a·bᵀ.
+    """Sums of softplus over the positives of each row and of each column of S = scale·a·bᵀ.
 
-    a, b, scale (0-d or (N,)), log_row (N,) and log_col (M,) are fp32 or fp64 and have gradients.
-    diagonal: leave out the pairs (i, i + diagonal); None: leave out none.
+        row_i = Σ_{p ∈ P_i} softplus(log_row_i - S_ip)
+        col_j = Σ_{p ∈ P_j} softplus(log_col_j - S_pj)
+
+    Args:
+        a, b, scale, log_row, log_col: (N, D), (M, D), 0-d or (N,), (N,), (M,) or None; fp32 or
+            fp64, with gradients.
+        row_ids, col_ids: (N,) and (M,); equal ids are positives, negative ids padding.
+        diagonal: leave out the pairs (i, i + diagonal); None leaves out none.
+
+    Returns row (N,) and col (M,); col is None without log_col.
     """
     rows, cols = _softplus_sums(
         a, b, scale.expand(len(a)).contiguous(), log_row, log_col, row_ids, col_ids, diagonal
@@ -44,71 +52,74 @@ def softplus_sums(
 
 
 @torch.no_grad()
-def largest(
+def largest_positives(
     a: Tensor, b: Tensor, row_ids: Tensor, col_ids: Tensor, diagonal: int | None
 ) -> tuple[Tensor, Tensor]:
-    """The largest <a_i, b_j> of the positives of each row and of each column, -inf without one."""
-    return _largest(a, b, row_ids, col_ids, diagonal)
+    """The largest <a_i, b_j> over the positives of each row (N,) and of each column (M,), -inf
+    without positives."""
+    return _largest_positives(a, b, row_ids, col_ids, diagonal)
 
 
 class _Tile(NamedTuple):
     rows: slice
     cols: slice
-    dot: Tensor  # inner products, 0 where not positive
-    other: Tensor  # where not positive
+    dot: Tensor  # inner products, 0 where `not_positive`
+    not_positive: Tensor
 
 
-class _Side(NamedTuple):
-    """Rows or columns in the order of their ids."""
+class _SortedSide(NamedTuple):
+    """Rows or columns, sorted by id. order: their numbers in the batch."""
 
     order: Tensor
     ids: Tensor
     x: Tensor
 
     @classmethod
-    def of(cls, x: Tensor, ids: Tensor) -> _Side:
+    def sort(cls, x: Tensor, ids: Tensor) -> _SortedSide:
         ids, order = ids.sort(stable=True)
         return cls(order, ids, x[order].masked_fill_((ids < 0)[:, None], 0))  # padding may be NaN
 
     def restore(self, x: Tensor) -> Tensor:
-        """x, (N,) or (N, D) in the order of the ids, in the order of the batch."""
+        """Return x, (N,) or (N, D), from sorted order to the order of the batch."""
         return torch.empty_like(x).index_copy_(0, self.order, x)
 
 
-def _tiles(rows: _Side, cols: _Side, diagonal: int | None) -> Iterator[_Tile]:
-    """Waits for the device, once: which columns go with which rows is a matter of ids' values."""
+def _tiles(rows: _SortedSide, cols: _SortedSide, diagonal: int | None) -> Iterator[_Tile]:
+    """The tiles that cover all positives. Synchronises with the device once, to read which columns
+    have the ids of a row block."""
     first = torch.arange(0, len(rows.ids), ROWS, device=rows.ids.device)
     last = (first + (ROWS - 1)).clamp(max=len(rows.ids) - 1)
     begin = torch.searchsorted(cols.ids, rows.ids[first].clamp(min=0))
     end = torch.searchsorted(cols.ids, rows.ids[last], right=True)
     for first_row, first_col, end_col in torch.stack([first, begin, end], 1).tolist():
-        at = slice(first_row, first_row + ROWS)
+        row_block = slice(first_row, first_row + ROWS)
         for start in range(first_col, end_col, COLS):
-            to = slice(start, min(start + COLS, end_col))
-            other = rows.ids[at, None] != cols.ids[to]
+            col_block = slice(start, min(start + COLS, end_col))
+            not_positive = rows.ids[row_block, None] != cols.ids[col_block]
             if diagonal is not None:
-                other |= rows.order[at, None] + diagonal == cols.order[to]
-            dot = rows.x[at] @ cols.x[to].T
-            yield _Tile(at, to, dot.masked_fill_(other, 0), other)
+                not_positive |= rows.order[row_block, None] + diagonal == cols.order[col_block]
+            dot = rows.x[row_block] @ cols.x[col_block].T
+            yield _Tile(row_block, col_block, dot.masked_fill_(not_positive, 0), not_positive)
 
 
-# ---- as operators: torch.compile leaves them whole, and the wait inside them breaks no graph
+# Custom operators: torch.compile does not trace into them, so that the synchronisation inside
+# causes no graph break.
 
 
 @torch.library.custom_op("ito_kernels::largest_positives", mutates_args=())
-def _largest(
+def _largest_positives(
     a: Tensor, b: Tensor, row_ids: Tensor, col_ids: Tensor, diagonal: int | None
 ) -> tuple[Tensor, Tensor]:
-    rows, cols = _Side.of(a, row_ids), _Side.of(b, col_ids)
-    top_row, top_col = (x.new_full((len(x),), -torch.inf) for x in (a, b))
+    rows, cols = _SortedSide.sort(a, row_ids), _SortedSide.sort(b, col_ids)
+    row_max, col_max = (x.new_full((len(x),), -torch.inf) for x in (a, b))
     for tile in _tiles(rows, cols, diagonal):
-        dot = tile.dot.masked_fill_(tile.other, -torch.inf)
-        top_row[tile.rows] = torch.maximum(top_row[tile.rows], dot.amax(1))
-        top_col[tile.cols] = torch.maximum(top_col[tile.cols], dot.amax(0))
-    return rows.restore(top_row), cols.restore(top_col)
+        dot = tile.dot.masked_fill_(tile.not_positive, -torch.inf)
+        row_max[tile.rows] = torch.maximum(row_max[tile.rows], dot.amax(1))
+        col_max[tile.cols] = torch.maximum(col_max[tile.cols], dot.amax(0))
+    return rows.restore(row_max), cols.restore(col_max)
 
 
-@_largest.register_fake
+@_largest_positives.register_fake
 def _(a, b, row_ids, col_ids, diagonal):
     return a.new_empty(len(a)), b.new_empty(len(b))
 
@@ -124,19 +135,19 @@ def _softplus_sums(
     col_ids: Tensor,
     diagonal: int | None,
 ) -> tuple[Tensor, Tensor]:
-    """The columns' sums are 0 without log_col."""
-    rows, cols = _Side.of(a, row_ids), _Side.of(b, col_ids)
+    """Without log_col the column sums are 0."""
+    rows, cols = _SortedSide.sort(a, row_ids), _SortedSide.sort(b, col_ids)
     scale, log_row = scale[rows.order], log_row[rows.order]
     log_col = None if log_col is None else log_col[cols.order]
     row_sums, col_sums = a.new_zeros(len(a)), b.new_zeros(len(b))
     for tile in _tiles(rows, cols, diagonal):
         scores = scale[tile.rows, None] * tile.dot
-        # torch's default threshold of 20 returns x itself beyond it, off by 2e-9
+        # above its default threshold of 20, torch's softplus returns x, with an error of 2e-9
         terms = softplus(log_row[tile.rows, None] - scores, threshold=40)
-        row_sums[tile.rows] += terms.masked_fill_(tile.other, 0).sum(1)
+        row_sums[tile.rows] += terms.masked_fill_(tile.not_positive, 0).sum(1)
         if log_col is not None:
             terms = softplus(log_col[tile.cols] - scores, threshold=40)
-            col_sums[tile.cols] += terms.masked_fill_(tile.other, 0).sum(0)
+            col_sums[tile.cols] += terms.masked_fill_(tile.not_positive, 0).sum(0)
     return rows.restore(row_sums), cols.restore(col_sums)
 
 
@@ -158,8 +169,11 @@ def _softplus_grads(
     row_grad: Tensor,
     col_grad: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Of a, b, scale, log_row and log_col, given those of the rows' and of the columns' sums."""
-    rows, cols = _Side.of(a, row_ids), _Side.of(b, col_ids)
+    """The gradients of a, b, scale, log_row and log_col.
+
+    row_grad, col_grad: the upstream gradients of the row and column sums.
+    """
+    rows, cols = _SortedSide.sort(a, row_ids), _SortedSide.sort(b, col_ids)
     scale, log_row, row_grad = (x[rows.order] for x in (scale, log_row, row_grad))
     if log_col is not None:
         log_col, col_grad = log_col[cols.order], col_grad[cols.order]
@@ -167,18 +181,18 @@ def _softplus_grads(
     grad_scale, grad_log_row = torch.zeros_like(scale), torch.zeros_like(scale)
     grad_log_col = b.new_zeros(len(b))
     for tile in _tiles(rows, cols, diagonal):
-        by_row, others = scale[tile.rows, None], tile.other
-        scores = by_row * tile.dot
-        # the slope of softplus is the sigmoid
+        row_scale, not_positive = scale[tile.rows, None], tile.not_positive
+        scores = row_scale * tile.dot
+        # the derivative of softplus is the sigmoid
         weights = (log_row[tile.rows, None] - scores).sigmoid_().mul_(row_grad[tile.rows, None])
-        weights.masked_fill_(others, 0)
+        weights.masked_fill_(not_positive, 0)
         grad_log_row[tile.rows] += weights.sum(1)
         if log_col is not None:
-            more = (log_col[tile.cols] - scores).sigmoid_().mul_(col_grad[tile.cols])
-            grad_log_col[tile.cols] += more.masked_fill_(others, 0).sum(0)
-            weights += more
+            col_weights = (log_col[tile.cols] - scores).sigmoid_().mul_(col_grad[tile.cols])
+            grad_log_col[tile.cols] += col_weights.masked_fill_(not_positive, 0).sum(0)
+            weights += col_weights
         grad_scale[tile.rows] -= (weights * tile.dot).sum(1)
-        weights *= by_row
+        weights *= row_scale
         grad_a[tile.rows].addmm_(weights, cols.x[tile.cols], alpha=-1)
         grad_b[tile.cols].addmm_(weights.T, rows.x[tile.rows], alpha=-1)
     return (
@@ -200,14 +214,14 @@ def _setup_context(ctx, inputs, output) -> None:
     ctx.save_for_backward(*tensors)
 
 
-def _differentiate(ctx, row_grad: Tensor, col_grad: Tensor) -> tuple:
+def _backward(ctx, row_grad: Tensor, col_grad: Tensor) -> tuple:
     first_order_only()
     a, b, scale, log_row, log_col, row_ids, col_ids = ctx.saved_tensors
-    *grads, of_log_col = _softplus_grads(
+    *grads, grad_log_col = _softplus_grads(
         *(a, b, scale, log_row, log_col, row_ids, col_ids, ctx.diagonal),
         *(row_grad, col_grad),
     )
-    return *grads, None if log_col is None else of_log_col, None, None, None
+    return *grads, None if log_col is None else grad_log_col, None, None, None
 
 
-_softplus_sums.register_autograd(_differentiate, setup_context=_setup_context)
+_softplus_sums.register_autograd(_backward, setup_context=_setup_context)

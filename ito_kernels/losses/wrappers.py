@@ -1,4 +1,4 @@
-"""One loss on several representations: nested prefixes of one embedding, or several heads."""
+"""A loss on several representations: prefixes of one embedding, or several heads."""
 
 from __future__ import annotations
 
@@ -20,19 +20,20 @@ def matryoshka_loss(
     normalize: bool = True,
     **options,
 ) -> Tensor:
-    """A loss on prefixes of the embeddings, so that a prefix is an embedding of its own.
+    """A loss summed over prefixes of the embeddings, so that each prefix can be used alone.
 
         L = Σ_d w_d · loss(x[:, :d], y[:, :d], …)
 
     Args:
         loss: takes `features` and `options` and returns a tensor, e.g. `clip_loss`.
-        features: (…, D) each; those of one call.
-        dims: the widths d, from 1 to D.
-        weights: one for each width; 1 by default.
-        normalize: L2-normalise each prefix: a part of a unit vector is none.
-        options: passed on, such as `logit_scale`.
+        features: the features of the loss, (…, D) each.
+        dims: the prefix widths d, from 1 to D.
+        weights: w, one number for each width; 1 by default.
+        normalize: L2-normalise each prefix. A prefix of a unit vector is not a unit vector.
+        options: further arguments of the loss, such as `logit_scale`.
 
-    Raises TypeError or ValueError for dims or weights that do not fit.
+    Returns what `loss` returns, weighted and summed over the widths.
+    Raises TypeError or ValueError for invalid dims or weights.
     Source: Kusupati et al. 2022 (Matryoshka representation learning).
     """
     _check("matryoshka_loss", loss, features)
@@ -59,16 +60,18 @@ def matryoshka_loss(
 def multi_head_loss(
     loss: Callable[..., Tensor], *features: Tensor, logit_scale: Tensor, **options
 ) -> Tensor:
-    """A loss on several projection heads, each with a scale of its own.
+    """The mean of a loss over several projection heads, each with its own scale.
 
         L = mean_h loss(x[h], y[h], …, logit_scale[h])
 
     Args:
         loss: takes `features`, `logit_scale` and `options` and returns a tensor.
-        features: (H, N, D) each, L2-normalised; D may differ between calls, not between towers.
-        logit_scale: (H,), or (H, N) for a scale of each head and query.
+        features: (H, N, D) each, L2-normalised.
+        logit_scale: (H,), or (H, N) for a scale per head and query.
+        options: further arguments of the loss.
 
-    Raises TypeError or ValueError for heads that do not fit.
+    Returns a 0-d tensor.
+    Raises TypeError or ValueError if the features or the scales do not have H heads.
     Source: Wang et al. 2024 (AMCL), without its regulariser of the temperatures, which depends on
     how they are learned.
     """

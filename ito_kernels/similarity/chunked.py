@@ -1,8 +1,9 @@
-"""The primitive in plain PyTorch, a panel of rows at a time: the fallback for any device.
+"""The backend `chunked`: plain PyTorch, a panel of rows at a time, on any device.
 
-A panel is `rows × M` scores; about four of them are alive at once, so memory is O(panel + (N+M)·D).
-Row statistics are complete after their panel, column statistics are merged panel by panel, and
-backward computes each panel's scores again: 4 matrix products in all, 2 with frozen sides.
+A panel is a block of rows × M scores. About four panels are alive at once, so memory is
+O(panel + (N+M)·D). A panel completes the statistics of its rows; column statistics are merged over
+the panels. Backward computes the scores of each panel again: 4 matrix products in all, 2 if neither
+side needs a gradient.
 """
 
 from __future__ import annotations
@@ -35,8 +36,8 @@ class Chunked(Backend):
 
     def logsumexp_forward(self, problem: Problem, cache: Tensor | None = None) -> Stats:
         panels = _Panels(problem)
-        row_side = _Side(problem, problem.n) if problem.rows else None
-        col_side = _Side(problem, problem.m) if problem.cols else None
+        row_side = _SideStatistics(problem, problem.n) if problem.rows else None
+        col_side = _SideStatistics(problem, problem.m) if problem.cols else None
         for rows, _, scores, pairs in panels:
             allowed = panels.allowed(scores, pairs)
             if row_side:
@@ -53,9 +54,9 @@ class Chunked(Backend):
         needs: Needs,
         cache: Tensor | None = None,
     ) -> Grads:
-        panels, total = _Panels(problem), _Gradients(problem, needs)
+        panels, gradients = _Panels(problem), _Gradients(problem, needs)
 
-        # maxima and logsums of -inf read as 0: exp(-inf - 0) is the 0 that such rows contribute
+        # -inf in max and logsum is replaced by 0: masked scores then contribute exp(-inf - 0) = 0
         sides = []
         if problem.rows:
             side = stats.row
@@ -80,33 +81,33 @@ class Chunked(Backend):
                     if problem.positives == "lse":
                         term = (scores - shift).sub_(pos).exp_() * grad_pos
                     weights += torch.where(pairs.positive, term, 0)
-            total.add(panels, rows, dot, weights)
-        return total.grads()
+            gradients.add(panels, rows, dot, weights)
+        return gradients.grads()
 
     def softplus_forward(self, problem: Problem) -> Tensor:
         panels = _Panels(problem)
         out = torch.empty(problem.n, dtype=problem.accumulate, device=problem.a.device)
         for rows, _, scores, pairs in panels:
             signed = torch.where(pairs.positive, -scores, scores)
-            # torch's default threshold of 20 returns x itself beyond it, off by 2e-9
+            # above its default threshold of 20, torch's softplus returns x, with an error of 2e-9
             terms = softplus(signed, threshold=40)
             out[rows] = (terms.masked_fill_(pairs.excluded, 0) if panels.excludes else terms).sum(1)
         return out
 
     def softplus_backward(self, problem: Problem, u: Tensor, needs: Needs) -> Grads:
-        panels, total = _Panels(problem), _Gradients(problem, needs)
+        panels, gradients = _Panels(problem), _Gradients(problem, needs)
         for rows, dot, scores, pairs in panels:
-            # the slope of softplus(-S) is -σ(-S): one sigmoid for both signs
+            # with s = -1 at positives and 1 elsewhere, the derivative of softplus(s·S) is s·σ(s·S)
             sign = torch.where(pairs.positive, -1.0, 1.0).to(scores.dtype)
             weights = scores.mul_(sign).sigmoid_().mul_(sign).mul_(u[rows, None])
             if panels.excludes:
                 weights.masked_fill_(pairs.excluded, 0)
-            total.add(panels, rows, dot, weights)
-        return total.grads()
+            gradients.add(panels, rows, dot, weights)
+        return gradients.grads()
 
 
 class _Panels:
-    """The panels of a problem: their rows, inner products, scores and masks."""
+    """Iterates over the panels of a problem: (rows, inner products, scores, masks)."""
 
     def __init__(self, problem: Problem):
         self.problem = problem
@@ -129,12 +130,12 @@ class _Panels:
             yield rows, dot, scores, classify(p, dot, rows.start, rows.stop)
 
     def allowed(self, scores: Tensor, pairs: Pairs) -> Tensor:
-        """The scores with -inf where they do not count in max and logsum."""
+        """The scores, -inf at pairs that max and logsum leave out."""
         return scores.masked_fill(pairs.masked, -torch.inf) if self.masks else scores
 
 
-class _Side:
-    """Statistics along one side, merged over panels."""
+class _SideStatistics:
+    """The statistics of the rows or of the columns, merged over the panels."""
 
     def __init__(self, problem: Problem, length: int):
         def full(value: float) -> Tensor:
@@ -142,7 +143,8 @@ class _Side:
 
         self.kind, self.hardest = problem.positives, problem.hardest
         self.max, self.sum, self.neg_max = full(-torch.inf), full(0), full(-torch.inf)
-        # the positives' sum and number, or their logsumexp relative to the maximum so far
+        # the sum of the positives' scores and their number, or the logsumexp of the positives
+        # relative to the running maximum
         self.pos, self.count = full(-torch.inf if self.kind == "lse" else 0), full(0)
 
     def merge(self, at: slice, scores: Tensor, allowed: Tensor, pairs: Pairs, dim: int) -> None:
@@ -176,7 +178,7 @@ class _Side:
 
 
 class _Gradients:
-    """Collects the gradients panel by panel, in the accumulate dtype."""
+    """Sums the gradients over the panels, in the accumulate dtype."""
 
     def __init__(self, problem: Problem, needs: Needs):
         self.problem, self.needs = problem, needs

@@ -1,13 +1,14 @@
-"""The CUDA C++ kernels of csrc/cuda, for those who ship without Triton's compiler; and the same
-kernels on the emulator of csrc/simt, for CPU tensors and tests (`simt`).
+"""The backends `cuda` and `simt`: the CUDA C++ kernels of csrc/cuda on a GPU, or on the emulator of
+csrc/simt for CPU tensors and tests.
 
-Forward is one pass for both sides' statistics. Backward has two shapes. For D ≤ 128 in half
-precision a fused kernel keeps rows of the gradient in registers, once per side. Else W goes panel
-by panel into a bounded workspace, and the vendor's matrix product does W·B and Wᵀ·A with fp32
-accumulation: 4 matrix products in all. Where S is symmetric, half of its tiles are computed.
+`cuda` is for deployments without Triton's compiler. One forward pass computes the statistics of
+both sides. Backward has two forms. For D ≤ 128 in half precision, a fused kernel keeps rows of the
+gradient in registers and runs once per side. Otherwise W is written to a bounded workspace, panel
+by panel, and the vendor's matrix product computes W·B and Wᵀ·A with fp32 accumulation: 4 matrix
+products in all. For a symmetric S half of the tiles are computed.
 
 No atomics are used and sums have a fixed order, so the same inputs should give the same bits on a
-device; no GPU has run this yet. Nothing waits for the device.
+device; no GPU has run this yet. Nothing synchronises with the device.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from .cuda_structs import (
     Panel,
     Scores,
     arithmetic,
-    numbers,
+    flatten,
 )
 from .gpu import Operands, PanelSums, RowGradient, Split, is_symmetric
 from .native import _native
@@ -35,7 +36,7 @@ from .spec import Grads, Needs, Problem, SideStats, Stats, Upstream
 
 
 class Cuda(Backend):
-    """One of the two: `name` is that of its part of the native module."""
+    """One of the two backends. `name` is also the name of its part of the native module."""
 
     native = True
 
@@ -43,9 +44,9 @@ class Cuda(Backend):
         self.name, self.device = name, device
 
     def missing(self) -> str:
-        """Why nothing can run here; empty if it can."""
+        """Why no kernel can run here; empty if they can."""
         if _native is None:
-            return "the native module is not there: see the backend 'cpu'"
+            return "the native module is missing: see the backend 'cpu'"
         if not hasattr(_native, self.name):
             return "built without the CUDA kernels: ITO_BUILD_CUDA=1 and nvcc build them"
         return getattr(_native, self.name).unavailable()
@@ -54,7 +55,7 @@ class Cuda(Backend):
         if missing := self.missing():
             return False, missing
         if self.device == "cpu":
-            return True, "the CUDA kernels on an emulator, for CPU tensors: to test, not to use"
+            return True, "the CUDA kernels on an emulator, for CPU tensors: only for tests"
         if not torch.cuda.is_available():
             return False, "there is a GPU, but this PyTorch cannot use it"
         if reason := self._too_old(torch.device("cuda")):
@@ -62,7 +63,7 @@ class Cuda(Backend):
         return True, torch.cuda.get_device_name()
 
     def _too_old(self, device: torch.device) -> str:
-        """Why a GPU cannot run the kernels' instructions; empty if it can."""
+        """Why the compute capability of a GPU is too low; empty if it is not."""
         if device.type == "cpu":
             return ""
         gpu = torch.cuda.get_device_properties(device)
@@ -73,7 +74,8 @@ class Cuda(Backend):
     def supports(self, problem: Problem) -> tuple[bool, str]:
         device = problem.a.device.type
         if device != self.device or not hasattr(_native, self.name):
-            # of a driver only a machine without such tensors is asked: torch.compile traces this
+            # `missing` queries the driver, which torch.compile cannot trace. It is reached only if
+            # the tensors are on another kind of device.
             return False, self.missing() or f"needs {self.device} tensors, got {device}"
         if problem.a.dtype == torch.float64:
             return False, "fp64 is computed by the reference and chunked backends"
@@ -93,7 +95,7 @@ class Cuda(Backend):
         rows, cols = self._panel_size(problem)
         return f"{text}; W panels of {rows} x {cols} for the vendor's matrix product"
 
-    # ---- forward
+    # Forward.
 
     def logsumexp_forward(self, problem: Problem, cache: Tensor | None = None) -> Stats:
         p, op, kernels = problem, Operands.of(problem), self._kernels
@@ -126,7 +128,7 @@ class Cuda(Backend):
         self._run("forward", Forward(scores, split, slots, None), op.a)
         return slots.sum(0)
 
-    # ---- backward
+    # Backward.
 
     def logsumexp_backward(
         self,
@@ -145,20 +147,20 @@ class Cuda(Backend):
         return (self._fused_gradients if self._fused(call.problem) else self._panels)(call, needs)
 
     def _fused(self, problem: Problem) -> bool:
-        # in fp32 three products for each would spill: W panels
+        # in fp32 the three products per element would spill registers
         return problem.a.dtype != torch.float32 and problem.d <= self._kernels.GRADIENT_WIDTH
 
     def _fused_gradients(self, call: gpu.Backward, needs: Needs) -> Grads:
         d, step = call.problem.d, 16 // call.op.a.element_size()
 
-        def run(call: gpu.Backward, exchanged: bool, needs: Needs) -> RowGradient:
+        def run(call: gpu.Backward, transposed: bool, needs: Needs) -> RowGradient:
             like = call.op.a
             n = like.shape[0]
             grad = _empty(like, n, -(-d // step) * step) if needs.a else None
             sums = [_empty(like, n) if x else None for x in (needs.scale, needs.row_bias)]
             if any(needs):
                 stride = 0 if grad is None else grad.shape[1] // 2
-                scores = _scores(call, exchanged)
+                scores = _scores(call, transposed)
                 self._run("gradient", Gradient(scores, call.norm, grad, stride, *sums), like)
             return RowGradient(None if grad is None else grad[:, :d], *sums)
 
@@ -194,28 +196,30 @@ class Cuda(Backend):
 
         return gpu.panel_gradients(call, needs, (height, width), (tile, tile), run)
 
-    # ---- how work is cut
+    # The split of work.
 
     def _split(self, problem: Problem, triangle: bool) -> Split:
         tile, processors = self._kernels.TILE, self._processors(problem.a.device)
         return gpu.split(problem.n, problem.m, tile, tile, processors, triangle)
 
     def _panel_split(self, rows: int, cols: int, processors: int) -> Split:
-        """One row tile for each block, and enough blocks for eight waves."""
+        """One row tile per block, and enough blocks for eight waves."""
         tile = self._kernels.TILE
         row_groups, tiles = -(-rows // tile), -(-cols // tile)
         col_tiles = -(-tiles // min(tiles, -(-8 * processors // row_groups)))
         return Split(1, col_tiles, row_groups, -(-tiles // col_tiles), False)
 
     def _panel_size(self, problem: Problem) -> tuple[int, int]:
-        """Rows and columns of a W panel, whole tiles: square ones cost the least traffic of the
-        gradients, which are read and written once for each panel."""
+        """Rows and columns of a W panel, in whole tiles.
+
+        Gradients are read and written once per panel. Square panels minimise this traffic.
+        """
         tile = self._kernels.TILE
         side = isqrt(gpu.PANEL_BYTES // problem.a.element_size()) // tile * tile
         rows, cols = (min(max(side, tile), -(-x // tile) * tile) for x in (problem.n, problem.m))
         return rows, cols
 
-    # ---- the native module
+    # The native module.
 
     @property
     def _kernels(self):
@@ -227,8 +231,8 @@ class Cuda(Backend):
         return torch.cuda.get_device_properties(device).multi_processor_count
 
     def _run(self, kernel: str, struct: tuple, like: Tensor) -> None:
-        """On the device of the tensors, which need not be the current one."""
-        run, values = getattr(self._kernels, kernel), numbers(struct)
+        """Launch a kernel on the device of the tensors, which may not be the current device."""
+        run, values = getattr(self._kernels, kernel), flatten(struct)
         if not like.is_cuda:
             return run(values, 0, 0)
         with torch.cuda.device(like.device):
@@ -243,12 +247,12 @@ def _empty(like: Tensor, *shape: int) -> Tensor:
     return like.new_empty(shape, dtype=torch.float32)
 
 
-def _scores(call: gpu.Backward, exchanged: bool = False) -> Scores:
+def _scores(call: gpu.Backward, transposed: bool = False) -> Scores:
     return Scores.of(
         call.problem,
         call.op,
         row=call.row,
         col=call.col,
         softplus=call.softplus,
-        exchanged=exchanged,
+        transposed=transposed,
     )

@@ -1,5 +1,5 @@
-"""What the CUDA kernels are called with: the structs of csrc/cuda/problem.hpp, member by member in
-the same order. Tensors, None for absent ones, become addresses only in `numbers`."""
+"""The arguments of the CUDA kernels: the structs of csrc/cuda/problem.hpp with the same members in
+the same order. They hold tensors, or None; `flatten` converts these to addresses."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor
 from .gpu import Operands, Split, Vectors, dense
 from .spec import Problem
 
-# in the order of problem.hpp's enumerations
+# in the order of the enumerations in problem.hpp
 ARITHMETIC = ("bf16", "fp16", "tf32", "tf32x3")
 POSITIVES = (None, "linear", "lse")
 SCALE_OF = ("all", "row", "col")
@@ -19,7 +19,7 @@ SCALE_OF = ("all", "row", "col")
 
 class Side(NamedTuple):
     features: Tensor
-    stride: int  # 16-byte chunks
+    stride: int  # in units of 16 bytes
     length: int
     bias: Tensor | None
     ids: Tensor | None
@@ -77,13 +77,13 @@ class Scores(NamedTuple):
         row: Vectors = Vectors(),  # noqa: B008 (immutable)
         col: Vectors = Vectors(),  # noqa: B008
         softplus: bool = False,
-        exchanged: bool = False,
+        transposed: bool = False,
     ) -> Scores:
-        """`exchanged`: `op`, `row` and `col` are those of the transposed matrix."""
+        """transposed: whether `op`, `row` and `col` are those of the transposed matrix."""
         p = problem
         limit = dense(p.row_limit)
-        row_limit, col_limit = (None, limit) if exchanged else (limit, None)
-        scale_of = "all" if op.scale.ndim == 0 else "col" if exchanged else "row"
+        row_limit, col_limit = (None, limit) if transposed else (limit, None)
+        scale_of = "all" if op.scale.ndim == 0 else "col" if transposed else "row"
         return cls(
             arithmetic=ARITHMETIC.index(arithmetic(p.a.dtype)),
             row=Side.of(op.a, op.row_bias, op.row_ids, row_limit, row),
@@ -97,7 +97,7 @@ class Scores(NamedTuple):
             hardest=p.hardest,
             softplus=softplus,
             positives_matter=bool(p.positives or p.exclude_positives or p.hardest or softplus),
-            diagonal=-p.diagonal if exchanged else p.diagonal,
+            diagonal=-p.diagonal if transposed else p.diagonal,
         )
 
 
@@ -128,7 +128,7 @@ class Panel(NamedTuple):
     last_col: int
     norm: Tensor | None
     panel: Tensor | None
-    stride: int  # 8 bytes
+    stride: int  # in units of 8 bytes
     scale_sums: Tensor | None
     row_sums: Tensor | None
     col_sums: Tensor | None
@@ -138,22 +138,28 @@ class Gradient(NamedTuple):
     scores: Scores
     norm: Tensor | None
     grad: Tensor | None
-    stride: int  # 8 bytes
+    stride: int  # in units of 8 bytes
     scale_sums: Tensor | None
     row_sums: Tensor | None
 
 
 def arithmetic(dtype: torch.dtype) -> str:
-    """fp32 follows `torch.set_float32_matmul_precision`: "highest" and "high" are 3×tf32, which
-    keeps fp32's accuracy, "medium" is tf32."""
+    """The arithmetic of the matrix products.
+
+    For fp32 it follows `torch.set_float32_matmul_precision`: "highest" and "high" are 3×tf32, which
+    has the accuracy of fp32; "medium" is tf32.
+    """
     if dtype == torch.float32:
         return "tf32" if torch.get_float32_matmul_precision() == "medium" else "tf32x3"
     return {torch.bfloat16: "bf16", torch.float16: "fp16"}[dtype]
 
 
-def numbers(struct: tuple) -> tuple[int, ...]:
-    """A struct as bind.cpp reads it. A tensor is its address and the bytes from its first to its
-    last element: the emulator lets nothing else be touched."""
+def flatten(struct: tuple) -> tuple[int, ...]:
+    """A struct as the flat list of integers that bind.cpp reads.
+
+    A tensor becomes its address and the number of bytes from its first to its last element. The
+    emulator checks that kernels access nothing else.
+    """
     out: list[int] = []
     for member in struct:
         if isinstance(member, int):
@@ -163,7 +169,7 @@ def numbers(struct: tuple) -> tuple[int, ...]:
         elif isinstance(member, Tensor):
             out += (member.data_ptr(), _span(member) * member.element_size())
         else:
-            out += numbers(member)
+            out += flatten(member)
     return tuple(out)
 
 

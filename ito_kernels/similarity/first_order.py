@@ -1,4 +1,4 @@
-"""What of differentiation there is: reverse mode, first order."""
+"""Errors for modes of differentiation that are not supported: only first-order reverse mode is."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from torch.autograd import forward_ad
 
 
 def first_order_only() -> None:
-    """Called in backward: raises where the gradient itself would be differentiated."""
+    """Raise RuntimeError if the gradient itself would be differentiated. Called in backward."""
     if torch.is_grad_enabled():
         raise RuntimeError(
             "ito_kernels gives first-order gradients only: differentiate without create_graph=True."
@@ -18,8 +18,8 @@ def first_order_only() -> None:
 
 
 def reverse_mode_only(*inputs: Tensor | None) -> None:
-    """Raises where operators would lose a forward-mode tangent without a word, or meet the tensors
-    of a torch.func transform."""
+    """Raise RuntimeError under forward-mode differentiation, where the operators would silently
+    drop the tangent, and inside torch.func transforms."""
     if torch.compiler.is_compiling():
         return
     if forward_ad._current_level >= 0 and any(

@@ -1,5 +1,5 @@
-"""What the backends for GPUs share on the host: tensors as kernels read them, the split of work,
-and the gradients, once the kernels of a side or of a panel have run."""
+"""Host code that the Triton and CUDA backends share: the operands of the kernels, the split of work
+into programs, and the gradients assembled from kernel results."""
 
 from __future__ import annotations
 
@@ -13,17 +13,20 @@ from torch import Tensor
 
 from .spec import Grads, Needs, Problem, SideStats, SideUpstream, Stats, Upstream
 
-PANEL_BYTES = 256 << 20  # of one W panel: docs/gpu-static.md
-# fp16 W is multiplied up to this: 4 terms of it stay below 65,504, and a softmax entry of 1/N keeps
-# its 11 bits down to 1e-8
-FP16_TOP = 4096.0
+PANEL_BYTES = 256 << 20  # memory of one W panel: docs/gpu-static.md
+# In fp16, W is scaled so that its largest terms have this value. A sum of 4 of them stays below
+# 65,504, and a softmax entry of 1/N keeps its 11 bits down to 1e-8.
+FP16_SCALED_MAX = 4096.0
 
 
-# ---- tensors
+# The operands of the kernels.
 
 
 class Operands(NamedTuple):
-    """Dense vectors, features on 16-byte boundaries, ids as int32; b is a where they are one."""
+    """Contiguous vectors, features with 16-byte aligned rows, ids as int32.
+
+    b is the same tensor as a for a self-similarity, unless padding differs between the sides.
+    """
 
     a: Tensor
     b: Tensor
@@ -42,14 +45,17 @@ class Operands(NamedTuple):
         vectors = (dense(x) for x in (p.scale, p.row_bias, p.col_bias))
         return cls(a, b, *vectors, *_ranks(p))
 
-    def exchanged(self) -> Operands:
+    def transposed(self) -> Operands:
         a, b, scale, row_bias, col_bias, row_ids, col_ids = self
         return Operands(b, a, scale, col_bias, row_bias, col_ids, row_ids)
 
 
 def is_symmetric(problem: Problem) -> bool:
-    """Whether S and the masks are symmetric. A limit is of rows alone. Ids are compared by place:
-    values would need a wait for the device."""
+    """Whether S and its masks are known to be symmetric.
+
+    Ids are compared by address: comparing values would synchronise with the device. A limit belongs
+    to the rows only, so it breaks the symmetry.
+    """
     p = problem
     if p.b is not None or p.scale.ndim or p.row_bias is not None or p.col_bias is not None:
         return False
@@ -65,9 +71,9 @@ def dense(x: Tensor | None) -> Tensor | None:
 
 
 def _features(x: Tensor, ids: Tensor | None) -> Tensor:
-    """Features with rows on 16-byte boundaries, as tensor descriptors and 16-byte loads want them.
+    """Features with 16-byte aligned rows, which tensor descriptors and 16-byte loads need.
 
-    Padded rows, which may hold anything, become 0: in a matrix product 0 · NaN would spread.
+    Padded rows may contain any values and become 0: in a matrix product 0 · NaN would spread.
     """
     step = 16 // x.element_size()
     aligned = x.stride(1) == 1 and x.stride(0) % step == 0 and x.data_ptr() % 16 == 0
@@ -81,9 +87,10 @@ def _features(x: Tensor, ids: Tensor | None) -> Tensor:
 
 
 def _ranks(problem: Problem) -> tuple[Tensor | None, Tensor | None]:
-    """Ids as int32 with the same equalities, negative for padding: half the comparisons of int64.
+    """Replace the int64 ids by int32 ranks with the same equalities, -1 for padding.
 
-    An id's rank is its place among the sorted column ids, M for a row's that is not there.
+    Comparing int32 takes half the instructions. The rank of an id is its position among the sorted
+    column ids. The rank of a row id that no column has is M.
     """
     p = problem
     if p.row_ids is None:
@@ -99,20 +106,20 @@ def _ranks(problem: Problem) -> tuple[Tensor | None, Tensor | None]:
 
 
 def accumulate(out: Tensor, x: Tensor, y: Tensor) -> None:
-    """out += x @ y, accumulated in fp32 whatever the dtype of x and y."""
+    """out += x @ y, accumulated in fp32 for any dtype of x and y."""
     if x.dtype == torch.float32 or not x.is_cuda:
         out.addmm_(x.float(), y.float())
     else:
         torch.addmm(out, x, y, out_dtype=torch.float32, out=out)
 
 
-# ---- the split of work
+# The split of work.
 
 
 class Split(NamedTuple):
-    """Row tiles × column tiles, cut into groups: one program for each pair of groups."""
+    """Row tiles and column tiles in groups. Each pair of groups is one program."""
 
-    row_tiles: int  # of a group
+    row_tiles: int  # in one group
     col_tiles: int
     row_groups: int
     col_groups: int
@@ -127,13 +134,13 @@ class Split(NamedTuple):
 
 @lru_cache(maxsize=256)
 def split(n: int, m: int, tile_rows: int, tile_cols: int, processors: int, triangle: bool) -> Split:
-    """The split with the least work on the busiest processor, then the fewest groups.
+    """The split with the least work for the busiest processor, and among these the fewest groups.
 
-    Statistics are kept per row and group of columns, and per column and group of rows: memory is
-    O((N + M)·√processors), and nothing is shared between programs.
+    Statistics are stored per row and column group, and per column and row group. Memory is
+    O((N + M)·√processors), and programs share nothing.
     """
     if triangle:
-        # groups of both sides must cover the same rows
+        # row groups and column groups must cover the same rows
         unit = max(tile_rows, tile_cols)
         units = -(-n // unit)
 
@@ -141,8 +148,8 @@ def split(n: int, m: int, tile_rows: int, tile_cols: int, processors: int, trian
             waves = -(-(groups * (groups + 1) // 2) // processors)
             return waves * (-(-units // groups)) ** 2, groups
 
-        most = min(units, 2 * isqrt(2 * processors) + 1)
-        size = -(-units // min(range(1, most + 1), key=cost))
+        max_groups = min(units, 2 * isqrt(2 * processors) + 1)
+        size = -(-units // min(range(1, max_groups + 1), key=cost))
         groups = -(-units // size)
         return Split(size * unit // tile_rows, size * unit // tile_cols, groups, groups, True)
     tiles_m, tiles_n = -(-n // tile_rows), -(-m // tile_cols)
@@ -157,14 +164,17 @@ def split(n: int, m: int, tile_rows: int, tile_cols: int, processors: int, trian
     return min(cuts, key=lambda s: (s.row_tiles * s.col_tiles, s.row_groups + s.col_groups))
 
 
-# ---- forward
+# Forward.
 
 
 def both_sides(
     problem: Problem, row: Callable[[], SideStats], col: Callable[[], SideStats]
 ) -> Stats:
-    """The statistics that are wanted, from what merges a side's. Those of a symmetric S are the
-    same for both sides."""
+    """The requested statistics.
+
+    row, col: functions that merge the slots of the rows and of the columns. For a symmetric S only
+    `row` is called, and its result is copied.
+    """
     symmetric = is_symmetric(problem)
     rows = row() if problem.rows or symmetric else None
     cols = None
@@ -177,18 +187,21 @@ def _copied(x: Tensor | None) -> Tensor | None:
     return None if x is None else x.clone()
 
 
-# ---- backward
+# Backward.
 
 
 class Side(NamedTuple):
-    """What backward knows of one side. Without statistics: the rows of softplus, or nothing."""
+    """The upstream gradients and the statistics of one side. Softplus has no statistics."""
 
     upstream: SideUpstream = SideUpstream()
     stats: SideStats = SideStats(None, None)
 
-    def added_to(self, other: Side) -> Side:
-        """Of a symmetric S: dA takes (W + Wᵀ)·A, and W + Wᵀ is the W of a problem whose two sides
-        have the same statistics and the sum of both sides' upstream vectors."""
+    def merge(self, other: Side) -> Side:
+        """Both sides of a symmetric S as one.
+
+        dA is (W + Wᵀ)·A. W + Wᵀ is the W of a problem in which both sides have the same statistics
+        and the sum of both upstream vectors.
+        """
 
         def first(x: Tensor | None, y: Tensor | None) -> Tensor | None:
             return y if x is None else x
@@ -203,18 +216,22 @@ class Side(NamedTuple):
 
     def vectors(self) -> Vectors:
         u, alpha = map(_fp32, self.upstream)
-        top, logsum, pos = map(_fp32, (self.stats.max, self.stats.logsum, self.stats.pos))
+        maximum, logsum, pos = map(_fp32, (self.stats.max, self.stats.logsum, self.stats.pos))
         factors = None
-        if top is not None and (u is not None or alpha is not None):
-            factor = torch.zeros_like(top) if u is None else u * torch.exp(-logsum)
-            empty = top == -torch.inf
-            factors = torch.stack([top.masked_fill(empty, 0), factor.masked_fill(empty, 0)], 1)
+        if maximum is not None and (u is not None or alpha is not None):
+            factor = torch.zeros_like(maximum) if u is None else u * torch.exp(-logsum)
+            empty = maximum == -torch.inf
+            factors = torch.stack([maximum.masked_fill(empty, 0), factor.masked_fill(empty, 0)], 1)
         return Vectors(u, factors, alpha, pos)
 
 
 class Vectors(NamedTuple):
-    """A side as kernels take it. factors: (shift, factor) in one tensor, with upstream·softmax =
-    factor·e^(S - shift); none for softplus."""
+    """The vectors of one side that the backward kernels read.
+
+    u: the upstream gradients of logsum, or of the softplus sums. alpha: those of pos.
+    factors: (length, 2) with (shift, factor), so that u·softmax = factor·e^(S - shift). None for
+        softplus.
+    """
 
     u: Tensor | None = None
     factors: Tensor | None = None
@@ -227,15 +244,15 @@ def _fp32(x: Tensor | None) -> Tensor | None:
 
 
 class Backward(NamedTuple):
-    """What the two shapes of backward, fused and in panels, are told."""
+    """The inputs of a backward pass, fused or in panels."""
 
     problem: Problem
     op: Operands
     row: Vectors
     col: Vectors
-    symmetric: bool  # W + Wᵀ is computed, from `row` alone
+    symmetric: bool  # compute W + Wᵀ from `row`
     softplus: bool
-    norm: Tensor | None  # W is divided by it
+    norm: Tensor | None  # fp16 only: the kernels divide W by it
 
     @classmethod
     def of_logsumexp(cls, problem: Problem, stats: Stats, upstream: Upstream) -> Backward:
@@ -251,26 +268,26 @@ class Backward(NamedTuple):
     def _of(cls, problem: Problem, row: Side, col: Side, softplus: bool) -> Backward:
         symmetric = is_symmetric(problem)
         if symmetric:
-            row = col = row.added_to(col)
+            row = col = row.merge(col)
         norm = _norm(problem, row, col) if problem.a.dtype == torch.float16 else None
         vectors = row.vectors(), col.vectors()
         return cls(problem, Operands.of(problem), *vectors, symmetric, softplus, norm)
 
-    def exchanged(self) -> Backward:
-        """Of the transposed matrix; the problem itself stays."""
-        return self._replace(op=self.op.exchanged(), row=self.col, col=self.row)
+    def transposed(self) -> Backward:
+        """The same for Sᵀ. `problem` is not transposed."""
+        return self._replace(op=self.op.transposed(), row=self.col, col=self.row)
 
 
 def _norm(problem: Problem, row: Side, col: Side) -> Tensor:
-    """A divisor that brings scale·W, of the order of 1/N², into the range of fp16."""
+    """A divisor that brings scale·W, which is of the order of 1/N², into the range of fp16."""
     vectors = (*row.upstream, *col.upstream)
-    tops = [x.abs().max().float() for x in vectors if x is not None]
-    top = torch.stack(tops).max() * problem.scale.abs().max() / FP16_TOP
-    return torch.where((top > 0) & top.isfinite(), top, 1.0)
+    maxima = [x.abs().max().float() for x in vectors if x is not None]
+    norm = torch.stack(maxima).max() * problem.scale.abs().max() / FP16_SCALED_MAX
+    return torch.where((norm > 0) & norm.isfinite(), norm, 1.0)
 
 
 class RowGradient(NamedTuple):
-    """Of the rows of a call: dA, Σ_j W·<a, b>, Σ_j W. None where not wanted."""
+    """Results for the rows of a call: dA, Σ_j W·<a, b> and Σ_j W; None if not needed."""
 
     grad: Tensor | None
     scale_sums: Tensor | None
@@ -283,25 +300,26 @@ def fused_gradients(
     run: Callable[[Backward, bool, Needs], RowGradient],
     norm: Tensor | None,
 ) -> Grads:
-    """The gradients where a kernel keeps rows of them in registers: once for each side.
+    """The gradients by a kernel that keeps rows of the gradient in registers, run once per side.
 
-    run: the kernel, of a call, whether that is `exchanged`, and which of a, scale and row_bias are
-    wanted. norm: what its gradients are still divided by.
+    run: launches the kernel. Its arguments are the call, whether that is transposed, and which of
+        the gradients of a, scale and row_bias are needed.
+    norm: the divisor that the results still contain, None if the kernel has multiplied by it.
     """
     dtype, same = call.problem.a.dtype, call.problem.b is None
     if call.symmetric:
         out = run(call, False, Needs(a=needs.a, scale=needs.scale))
         scale = None if out.scale_sums is None else out.scale_sums * 0.5
-        return Grads(_rounded(out.grad, dtype, norm), None, call.problem.scale_grad(scale))
-    together = needs.a and same  # both sides' gradients meet in one tensor
+        return Grads(_to_dtype(out.grad, dtype, norm), None, call.problem.scale_grad(scale))
+    together = needs.a and same  # the gradients of both sides are added
     row = run(call, False, Needs(a=needs.a, scale=needs.scale, row_bias=needs.row_bias))
-    col = run(call.exchanged(), True, Needs(a=needs.b or together, row_bias=needs.col_bias))
+    col = run(call.transposed(), True, Needs(a=needs.b or together, row_bias=needs.col_bias))
     grad_a, grad_b = row.grad, col.grad
     if together:
         grad_a, grad_b = grad_a + grad_b, None
     return Grads(
-        _rounded(grad_a, dtype, norm),
-        _rounded(grad_b, dtype, norm),
+        _to_dtype(grad_a, dtype, norm),
+        _to_dtype(grad_b, dtype, norm),
         call.problem.scale_grad(row.scale_sums),
         row.row_sums,
         col.row_sums,
@@ -309,7 +327,10 @@ def fused_gradients(
 
 
 class PanelSums(NamedTuple):
-    """Of a panel's W, [slot][row or column]: Σ_j W·<a, b>, Σ_j W, Σ_i W. None where not wanted."""
+    """Partial sums over a panel of W, [slot][row or column]; None if not needed.
+
+    scale: Σ_j W·<a, b>. row: Σ_j W. col: Σ_i W.
+    """
 
     scale: Tensor | None
     row: Tensor | None
@@ -319,10 +340,10 @@ class PanelSums(NamedTuple):
     def new(
         cls, like: Tensor, needs: Needs, rows: tuple[int, int], cols: tuple[int, int]
     ) -> PanelSums:
-        """rows, cols: slots and length."""
+        """rows, cols: (number of slots, number of rows or columns)."""
 
-        def new(shape: tuple[int, int], wanted: bool) -> Tensor | None:
-            return like.new_empty(shape, dtype=torch.float32) if wanted else None
+        def new(shape: tuple[int, int], needed: bool) -> Tensor | None:
+            return like.new_empty(shape, dtype=torch.float32) if needed else None
 
         return cls(new(rows, needs.scale), new(rows, needs.row_bias), new(cols, needs.col_bias))
 
@@ -334,10 +355,11 @@ def panel_gradients(
     tile: tuple[int, int],
     run: Callable[[slice, slice, Tensor | None], PanelSums],
 ) -> Grads:
-    """The gradients by W, panel by panel, and the vendor's matrix product.
+    """The gradients from panels of W, by the vendor's matrix products.
 
-    size: rows and columns of a panel. run: the kernel that writes scale·W of the rows and columns
-    of a panel into the workspace, in whole tiles.
+    size: rows and columns of a panel. tile: those of a tile.
+    run: launches the kernel that writes scale·W of the given rows and columns to the workspace, in
+        whole tiles.
     """
     p, op = call.problem, call.op
 
@@ -361,7 +383,8 @@ def panel_gradients(
             sums = run(rows, cols, workspace)
             diagonal = call.symmetric and row0 == col0
             if scale is not None:
-                # W + Wᵀ has every pair twice; panels off the diagonal stand for two
+                # On the diagonal, W + Wᵀ contains each pair twice. A panel off the diagonal stands
+                # for its transpose too.
                 scale[rows].add_(sums.scale.sum(0), alpha=0.5 if diagonal else 1.0)
             if row_bias is not None:
                 row_bias[rows] += sums.row.sum(0)
@@ -376,12 +399,12 @@ def panel_gradients(
                 accumulate(grad_b[cols], weights.T, op.a[rows])
 
     dtype = p.a.dtype
-    grad_a = _rounded(grad_a, dtype, call.norm)
-    grad_b = None if p.b is None else _rounded(grad_b, dtype, call.norm)
+    grad_a = _to_dtype(grad_a, dtype, call.norm)
+    grad_b = None if p.b is None else _to_dtype(grad_b, dtype, call.norm)
     return Grads(grad_a, grad_b, p.scale_grad(scale), row_bias, col_bias)
 
 
-def _rounded(x: Tensor | None, dtype: torch.dtype, norm: Tensor | None) -> Tensor | None:
+def _to_dtype(x: Tensor | None, dtype: torch.dtype, norm: Tensor | None) -> Tensor | None:
     if x is None:
         return None
     x = x if norm is None else x * norm

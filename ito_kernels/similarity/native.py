@@ -1,14 +1,15 @@
-"""The native module, if it was built, and for this version of the Python code."""
+"""The native module `_native`, or None and the reason in `MISSING`."""
 
 from __future__ import annotations
 
 from importlib.util import find_spec
 
-# What the structures of a call hold: csrc/bindings.cpp has the same number. An older module would
-# read them wrongly, as after an update of an editable install that was not built again.
+# The version of the structs that are passed to the module. csrc/bindings.cpp has the same number.
+# A module of another version, for example after an update of an editable install without a new
+# build, would misread them.
 INTERFACE = 3
 
-MISSING = ""  # why there is no native module
+MISSING = ""
 try:
     from .. import _native
 except ImportError as error:

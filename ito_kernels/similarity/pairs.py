@@ -1,4 +1,4 @@
-"""Which pairs are positive and which are left out, for a block of rows against all columns."""
+"""Masks of positive and of excluded pairs, for a block of rows against all columns."""
 
 from __future__ import annotations
 
@@ -13,10 +13,11 @@ from .spec import Problem
 class Pairs(NamedTuple):
     """Boolean masks (rows, M).
 
-    positive: equal ids, not excluded.
-    excluded: padding, self pairs under `exclude_self`, negatives beyond `row_limit`; the rest is
-              positive or negative.
-    masked:   left out of max and logsum: `excluded`, with the positives under `exclude_positives`.
+    positive: equal ids and not excluded.
+    excluded: padding, self pairs under `exclude_self`, negatives above `row_limit`. All other pairs
+              are positive or negative.
+    masked:   the pairs that max and logsum leave out: `excluded`, and under `exclude_positives` the
+              positives too.
     """
 
     positive: Tensor
@@ -25,7 +26,10 @@ class Pairs(NamedTuple):
 
 
 def classify(problem: Problem, dot: Tensor, start: int = 0, stop: int | None = None) -> Pairs:
-    """The masks of rows [start, stop). dot: their inner products with all columns."""
+    """The masks of rows [start, stop).
+
+    dot: the inner products of these rows with all columns.
+    """
     stop = problem.n if stop is None else stop
     device = problem.a.device
     row = torch.arange(start, stop, device=device)[:, None]
@@ -47,28 +51,28 @@ def classify(problem: Problem, dot: Tensor, start: int = 0, stop: int | None = N
 
 
 def features(problem: Problem) -> tuple[Tensor, Tensor]:
-    """Both sides in the accumulate dtype, padded rows set to 0.
+    """Both sides in the accumulate dtype, with padded rows set to 0.
 
-    Padding may hold anything, and 0 · NaN would carry it into other rows' gradients.
+    Padded rows may contain any values. 0 · NaN would spread them to the gradients of other rows.
     """
 
-    def clean(x: Tensor, ids: Tensor | None) -> Tensor:
+    def without_padding(x: Tensor, ids: Tensor | None) -> Tensor:
         x = x.to(problem.accumulate)
         return x if ids is None else x.masked_fill((ids < 0)[:, None], 0)
 
-    a = clean(problem.a, problem.row_ids)
+    a = without_padding(problem.a, problem.row_ids)
     if problem.b is None and problem.row_ids is problem.col_ids:
         return a, a
-    return a, clean(problem.a if problem.b is None else problem.b, problem.col_ids)
+    return a, without_padding(problem.a if problem.b is None else problem.b, problem.col_ids)
 
 
 def finite_shift(maximum: Tensor) -> Tensor:
-    """`maximum` with 0 for -inf: rows with nothing allowed would otherwise give -inf - -inf."""
+    """`maximum` with -inf replaced by 0. A row without pairs would otherwise give -inf - -inf."""
     return maximum.masked_fill(maximum == -torch.inf, 0)
 
 
 def count_positives(ids: Tensor, other_ids: Tensor) -> Tensor:
-    """k_i, the number of `other_ids` equal to ids_i; 0 for padding. O((N + M) log M)."""
+    """The number of `other_ids` that equal ids_i, 0 for padding. O((N + M) log M) operations."""
     ordered = other_ids.sort().values
-    above = torch.searchsorted(ordered, ids, right=True)
-    return (above - torch.searchsorted(ordered, ids)).masked_fill(ids < 0, 0)
+    end = torch.searchsorted(ordered, ids, right=True)
+    return (end - torch.searchsorted(ordered, ids)).masked_fill(ids < 0, 0)

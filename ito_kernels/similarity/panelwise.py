@@ -1,8 +1,8 @@
-"""Any function of the scores of all pairs, a panel of rows at a time.
+"""Any function of the scores, computed a panel of rows at a time.
 
-The scores never exist at once. Forward keeps what it was given and backward computes each panel
-again, so memory is O((N + M)·D) and one panel. `torch.utils.checkpoint` around each panel would not
-do: autograd then holds the gradients of the keys of all panels until they are added.
+The full score matrix never exists. Forward saves only its inputs, and backward computes each panel
+again, so memory is O((N + M)·D) plus one panel. `torch.utils.checkpoint` around each panel would
+take more: autograd keeps the gradients of the keys from all panels until it adds them.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from torch import Tensor
 from .first_order import first_order_only, reverse_mode_only
 from .spec import accumulate_dtype, check_pair, check_tensor, without_autocast
 
-# 2^20 scores are 4 MiB in fp32, of which a last-level cache holds several. Below 64 rows the matrix
-# products no longer reach the machine's speed, so very wide problems take larger panels.
+# 2^20 scores are 4 MiB in fp32; a last-level cache holds several such panels. Matrix products of
+# fewer than 64 rows are slow, so very wide problems take larger panels.
 PANEL_SCORES = 1 << 20
 MIN_ROWS = 64
 
@@ -42,11 +42,11 @@ def panelwise(
     panel_bytes: int | None = None,
     gradient: Callable[..., Sequence[Tensor | None]] | None = None,
 ) -> Tensor:
-    """A loss of one's own from scores that never exist at once: a value for every query.
+    """Apply your own function of the scores to each query, without forming all scores.
 
         out_i = function(<q_i, k_1>, …, <q_i, k_M>)
 
-    With the cross-entropy of each query against the keys as an example:
+    For example, the cross-entropy of each query against the keys:
 
         def loss(scores, rows, scale):
             scores = scale * scores
@@ -55,29 +55,34 @@ def panelwise(
         panelwise(loss, queries, keys, key_args=(scale,)).mean()
 
     Args:
-        function: `function(scores, rows, *row_args, *key_args)` takes the inner products (r, M) of
-            r queries with all keys, the queries' numbers (r,), int64, `row_args` of these rows and
-            `key_args` whole. Returns a tensor of r values, or of r rows. It runs again in backward
-            and must then do the same: no random numbers. Whatever needs a gradient must be an
-            argument, not a variable of the surrounding code. It may overwrite nothing it was given.
+        function: called as `function(scores, rows, *row_args, *key_args)` with the inner products
+            (r, M) of r queries with all keys, the row numbers (r,) of these queries, int64, the
+            same rows of `row_args`, and `key_args`. It returns a tensor of shape (r,) or (r, …). It
+            runs again in backward and must then return the same: no random numbers. A tensor that
+            needs a gradient must be an argument, not a variable of the surrounding code. The
+            function must not modify its arguments in place.
         queries, keys: (N, D) and (M, D). Scores are fp32, fp64 for fp64 features, also under
             autocast.
-        row_args: tensors of N rows each. key_args: tensors of any shape.
-        panel_bytes: memory for one panel's scores; the function's intermediate results are as
-            large, each. By default 4 MiB in fp32, but no fewer than 64 rows.
-        gradient: the function's gradient by hand, where autograd's passes over the panel take too
-            long: `gradient(grad, value, scores, rows, *row_args, *key_args)`, given those of the
-            values and the values, returns one for scores and for each argument, or None. Neither it
-            nor `function` is then differentiated, and both may overwrite `scores`.
+        row_args: tensors with N rows each.
+        key_args: tensors of any shape.
+        panel_bytes: memory for the scores of one panel. Each intermediate result of the function
+            takes as much. By default 4 MiB in fp32, and at least 64 rows.
+        gradient: a handwritten gradient, for functions whose differentiation by autograd is too
+            slow. Called as `gradient(grad, value, scores, rows, *row_args, *key_args)` with the
+            upstream gradients and the values of the panel, it returns the gradients of the scores
+            and of each argument, None for no gradient. Autograd then differentiates neither
+            function, and both may modify `scores` in place.
 
-    Returns (N,), or (N, …) as the function returns (r, …). Gradients reach queries, keys and every
-    tensor in `row_args` and `key_args`. Time: 1 matrix product forward, 3 backward.
+    Returns (N,), or (N, …) if the function returns (r, …). Queries, keys and all tensors in
+    `row_args` and `key_args` get gradients. It takes 1 matrix product in forward, 3 in backward.
 
     Raises:
-        TypeError, ValueError: an argument, or what the function returns, does not fit, by name.
-        RuntimeError: a gradient of a gradient or forward-mode differentiation is asked for.
+        TypeError, ValueError: an argument or the result of the function is invalid. The message
+            names it.
+        RuntimeError: a gradient of a gradient or forward-mode differentiation is requested.
     """
-    if torch.compiler.is_compiling() and gradient is None:  # which traces no autograd in backward
+    if torch.compiler.is_compiling() and gradient is None:
+        # torch.compile does not trace autograd inside the backward of an autograd.Function
         options = {"row_args": row_args, "key_args": key_args, "panel_bytes": panel_bytes}
         return torch.compiler.disable(panelwise)(function, queries, keys, **options)
     for name, x in (("function", function), ("gradient", gradient)):
@@ -96,7 +101,7 @@ def panelwise(
         step = max(1, panel_bytes // (len(keys) * dtype.itemsize))
     reverse_mode_only(queries, keys, *row_args, *key_args)
     tensors = queries.to(dtype), keys.to(dtype), *row_args, *key_args
-    return _Rows.apply(function, gradient, step, len(row_args), *tensors)
+    return _PerRow.apply(function, gradient, step, len(row_args), *tensors)
 
 
 def panelwise_sum(
@@ -107,23 +112,28 @@ def panelwise_sum(
     row_args: Sequence[Tensor] = (),
     key_args: Sequence[Tensor] = (),
 ) -> Tensor:
-    """The sum over panels of what the function gives, 0-d in fp64, with gradients formed in the
-    forward pass: no panel is computed twice, 3 matrix products instead of 4.
+    """The sum over the panels of a function's values, with gradients computed in forward.
 
-    The function takes what that of `panelwise` takes, and may overwrite the scores. It returns its
-    part of the sum and the gradients of the scores and of each argument, None for none. queries and
-    keys are fp32 or fp64, and autocast is off. Nothing is checked.
+    No panel is computed twice: 3 matrix products instead of 4 in `panelwise`.
+
+    Args:
+        function: takes the arguments of that of `panelwise` and may modify the scores in place. It
+            returns the panel's part of the sum and a sequence of gradients of that part: of the
+            scores and of each argument, None for no gradient.
+        queries, keys: (N, D) and (M, D), fp32 or fp64, with autocast off. They are not checked.
+
+    Returns a 0-d fp64 tensor.
     """
     reverse_mode_only(queries, keys, *row_args, *key_args)
     return _Sum.apply(function, len(row_args), queries, keys, *row_args, *key_args)
 
 
 def _check_arguments(
-    name: str, given: object, queries: Tensor, rows: int | None = None
+    name: str, args: object, queries: Tensor, rows: int | None = None
 ) -> tuple[Tensor, ...]:
-    if isinstance(given, Tensor) or not isinstance(given, Sequence):
-        raise TypeError(f"{name} must be a sequence of tensors, got {type(given).__name__}")
-    for i, x in enumerate(given):
+    if isinstance(args, Tensor) or not isinstance(args, Sequence):
+        raise TypeError(f"{name} must be a sequence of tensors, got {type(args).__name__}")
+    for i, x in enumerate(args):
         x = check_tensor(f"{name}[{i}]", x)
         if rows is not None and (x.ndim == 0 or len(x) != rows):
             raise ValueError(
@@ -133,16 +143,16 @@ def _check_arguments(
             raise ValueError(
                 f"{name}[{i}] must be on {queries.device} like queries, got {x.device}"
             )
-    return tuple(given)
+    return tuple(args)
 
 
-class _Rows(torch.autograd.Function):
+class _PerRow(torch.autograd.Function):
     @staticmethod
     def forward(ctx, function, gradient, step, row_args, queries, keys, *args) -> Tensor:
         out = None
         with without_autocast(queries.device):
-            for rows, scores, numbers, here in _panels(step, row_args, queries, keys, args):
-                value = function(scores, numbers, *here)
+            for rows, scores, numbers, panel_args in _panels(step, row_args, queries, keys, args):
+                value = function(scores, numbers, *panel_args)
                 if out is None:
                     _check_value(value, len(numbers))
                     out = value.new_empty(len(queries), *value.shape[1:])
@@ -160,29 +170,33 @@ class _Rows(torch.autograd.Function):
         out = None
         if ctx.gradient is not None:
             *args, out = args
-        wanted = ctx.needs_input_grad[4:]
-        total = _Gradients(queries, keys, args, ctx.row_args, wanted)
+        needs_grad = ctx.needs_input_grad[4:]
+        gradients = _Gradients(queries, keys, args, ctx.row_args, needs_grad)
         with without_autocast(queries.device):
-            for rows, scores, numbers, here in _panels(ctx.step, ctx.row_args, queries, keys, args):
+            for rows, scores, numbers, panel_args in _panels(
+                ctx.step, ctx.row_args, queries, keys, args
+            ):
                 if ctx.gradient is None:
-                    found = _differentiated(ctx.function, scores, numbers, here, wanted, grad[rows])
+                    grads = _panel_gradients(
+                        ctx.function, scores, numbers, panel_args, needs_grad, grad[rows]
+                    )
                 else:
-                    found = ctx.gradient(grad[rows], out[rows], scores, numbers, *here)
-                total.add(rows, *found)
-        return None, None, None, None, *total.sums
+                    grads = ctx.gradient(grad[rows], out[rows], scores, numbers, *panel_args)
+                gradients.add(rows, *grads)
+        return None, None, None, None, *gradients.sums
 
 
 class _Sum(torch.autograd.Function):
     @staticmethod
     def forward(ctx, function, row_args, queries, keys, *args) -> Tensor:
         total = queries.new_zeros((), dtype=torch.float64)
-        grads = _Gradients(queries, keys, args, row_args, ctx.needs_input_grad[2:])
+        gradients = _Gradients(queries, keys, args, row_args, ctx.needs_input_grad[2:])
         step = panel_rows(len(keys))
-        for rows, scores, numbers, here in _panels(step, row_args, queries, keys, args):
-            value, found = function(scores, numbers, *here)
+        for rows, scores, numbers, panel_args in _panels(step, row_args, queries, keys, args):
+            value, grads = function(scores, numbers, *panel_args)
             total += value
-            grads.add(rows, *found)
-        ctx.save_for_backward(*grads.sums)
+            gradients.add(rows, *grads)
+        ctx.save_for_backward(*gradients.sums)
         return total
 
     @staticmethod
@@ -195,11 +209,11 @@ class _Sum(torch.autograd.Function):
 def _panels(
     step: int, row_args: int, queries: Tensor, keys: Tensor, args: Sequence[Tensor]
 ) -> Iterator[tuple[slice, Tensor, Tensor, list[Tensor]]]:
-    """Of each panel the rows, the scores, the rows' numbers and the arguments."""
+    """Iterates over the panels: (rows, scores, row numbers, arguments for these rows)."""
     numbers = torch.arange(len(queries), device=queries.device)
     for rows in row_panels(len(queries), len(keys), step):
-        here = [x[rows] if i < row_args else x for i, x in enumerate(args)]
-        yield rows, queries[rows] @ keys.T, numbers[rows], here
+        panel_args = [x[rows] if i < row_args else x for i, x in enumerate(args)]
+        yield rows, queries[rows] @ keys.T, numbers[rows], panel_args
 
 
 def _check_value(value: object, rows: int) -> None:
@@ -212,40 +226,40 @@ def _check_value(value: object, rows: int) -> None:
         )
 
 
-def _differentiated(
-    function: Callable, scores: Tensor, numbers: Tensor, here: list, wanted: tuple, grad: Tensor
+def _panel_gradients(
+    function: Callable, scores: Tensor, numbers: Tensor, args: list, needs_grad: tuple, grad: Tensor
 ) -> list[Tensor | None]:
-    """The gradients of scores and arguments, by autograd. wanted: as in `_Gradients`."""
-    flags = any(wanted[:2]), *wanted[2:]
-    inputs = [x.detach().requires_grad_(w) for x, w in zip((scores, *here), flags, strict=True)]
+    """The gradients of the scores and the arguments by autograd. needs_grad: see `_Gradients`."""
+    flags = any(needs_grad[:2]), *needs_grad[2:]
+    inputs = [x.detach().requires_grad_(w) for x, w in zip((scores, *args), flags, strict=True)]
     with torch.enable_grad():
         value = function(inputs[0], numbers, *inputs[1:])
     if not value.requires_grad:  # a constant for this panel
         return [None] * len(inputs)
     leaves = [x for x in inputs if x.requires_grad]
-    found = iter(torch.autograd.grad(value, leaves, grad, allow_unused=True))
-    return [next(found) if x.requires_grad else None for x in inputs]
+    grads = iter(torch.autograd.grad(value, leaves, grad, allow_unused=True))
+    return [next(grads) if x.requires_grad else None for x in inputs]
 
 
 class _Gradients:
-    """The gradients of queries, keys and arguments, collected panel by panel.
+    """Sums the gradients of queries, keys and arguments over the panels.
 
-    wanted: of queries, keys and each argument, whether it needs one.
+    needs_grad: whether queries, keys and each argument need a gradient.
     """
 
-    def __init__(self, queries, keys, args, row_args: int, wanted: Sequence[bool]):
+    def __init__(self, queries, keys, args, row_args: int, needs_grad: Sequence[bool]):
         self.queries, self.keys, self.row_args = queries, keys, row_args
         self.sums = [
             torch.zeros_like(x) if w else None
-            for x, w in zip((queries, keys, *args), wanted, strict=True)
+            for x, w in zip((queries, keys, *args), needs_grad, strict=True)
         ]
 
-    def add(self, rows: slice, of_scores: Tensor | None, *of_args: Tensor | None) -> None:
-        of_queries, of_keys, *sums = self.sums
-        if of_scores is not None and of_queries is not None:
-            torch.mm(of_scores, self.keys, out=of_queries[rows])
-        if of_scores is not None and of_keys is not None:
-            of_keys.addmm_(of_scores.T, self.queries[rows])
-        for i, (total, x) in enumerate(zip(sums, of_args, strict=True)):
+    def add(self, rows: slice, scores_grad: Tensor | None, *arg_grads: Tensor | None) -> None:
+        queries_grad, keys_grad, *arg_sums = self.sums
+        if scores_grad is not None and queries_grad is not None:
+            torch.mm(scores_grad, self.keys, out=queries_grad[rows])
+        if scores_grad is not None and keys_grad is not None:
+            keys_grad.addmm_(scores_grad.T, self.queries[rows])
+        for i, (total, x) in enumerate(zip(arg_sums, arg_grads, strict=True)):
             if total is not None and x is not None:
                 (total[rows] if i < self.row_args else total).add_(x)

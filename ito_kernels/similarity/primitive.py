@@ -1,4 +1,4 @@
-"""The primitive: reductions of a similarity matrix that is never formed."""
+"""The public functions of the primitive: reductions of a similarity matrix that is never formed."""
 
 from __future__ import annotations
 
@@ -43,47 +43,49 @@ def similarity_logsumexp(
 
     Args:
         a, b: (N, D) and (M, D), fp32, bf16 or fp16 (fp64 on the reference and chunked backends);
-            any strides. The same tensor for both is a self-similarity.
-        scale: multiplier of the inner products: a number, a 0-d tensor, one of shape (1,) or (N,).
+            any strides. Passing the same tensor twice computes a self-similarity.
+        scale: multiplier of the inner products: a number, a 0-d tensor, or of shape (1,) or (N,).
         row_bias, col_bias: (N,) and (M,), added to the scores.
-        row_ids, col_ids: (N,) and (M,) integers. Equal ids are positives; a negative id is padding
-            that takes no part. Without ids the positive of row i is column i + diagonal.
-        row_limit: (N,) without gradient. Pairs that are not positive and have an inner product
-            <a_i, b_j> above row_limit_i are left out of everything.
-        positives: also give, per row and column, the positives' Σ (S - max) ("linear") or
-            log Σ exp(S - max) ("lse").
-        exclude_self: leave out the pairs (i, i + diagonal): without ids, every positive.
+        row_ids, col_ids: (N,) and (M,) integers. Equal ids are positives. A negative id marks
+            padding, which is ignored. Without ids the positive of row i is column i + diagonal.
+        row_limit: (N,) without gradient. Negatives with an inner product <a_i, b_j> above
+            row_limit_i are left out of all statistics.
+        positives: also compute, for each row and column, Σ (S - max) over the positives ("linear")
+            or log Σ exp(S - max) over the positives ("lse").
+        exclude_self: leave out the pairs (i, i + diagonal). Without ids these are all positives.
         exclude_positives: leave the positives out of max and logsum.
-        rows, cols: which side's statistics are wanted.
-        hardest: also give the maximum over the negatives.
-        row_weights, col_weights: (u, alpha) of (N,) and (v, beta) of (M,), tensors without
-            gradient; alpha and beta may be None. Ask for the sum of all statistics, weighted:
+        diagonal: the offset of the self pairs, and without ids of the positives.
+        rows, cols: whether to compute the row statistics and the column statistics.
+        hardest: also compute the maximum over the negatives.
+        row_weights, col_weights: (u, alpha) of shape (N,) and (v, beta) of shape (M,), tensors
+            without gradient; alpha and beta may be None. With weights the result is the weighted
+            sum of the statistics
 
                 Σ_i u_i·row_logsum_i + alpha_i·row_pos_i + Σ_j v_j·col_logsum_j + beta_j·col_pos_j
 
-            in which statistics of -inf with a weight of 0 count as 0. Gradients that are wanted
-            are then formed in the forward pass, except in fp16, and backward only multiplies them:
-            with cols=False 3 matrix products instead of 4 where the backend can (cpu).
-        return_stats: with weights: whether the statistics are wanted too, or their sum alone.
-        backend: see `ito_kernels.backends()`; None chooses. A function that torch.compile has
-            compiled keeps the backend it was compiled with: later `use_backend` and ITO_BACKEND do
-            not reach it.
+            A statistic of -inf with weight 0 counts as 0. The gradients are then computed in the
+            forward pass, except in fp16, and backward only multiplies them by the upstream
+            gradient. With cols=False this takes 3 matrix products instead of 4 on the cpu backend.
+        return_stats: with weights, whether to return the statistics too.
+        backend: see `ito_kernels.backends()`; None chooses automatically. A function compiled by
+            torch.compile keeps the backend that it was compiled with, whatever `use_backend` and
+            ITO_BACKEND are set to later.
 
     Returns:
-        Stats of fp32 tensors (fp64 for fp64 features): `row` (N,) and `col` (M,), each with `max`
-        (constant for autograd), `logsum`, `pos`, `neg_max`; None where not wanted. `row_max` is
-        `row.max`, and so on. The logsumexp is
-        `max + logsum`; a loss is best written `logsum - pos / k`, which keeps the digits that
-        `logsumexp - positive` cancels at a large scale.
-        With weights the pair of their 0-d sum and the Stats, which then carry no gradient, or the
-        sum alone without `return_stats`.
+        Stats of fp32 tensors (fp64 for fp64 features): `row` with tensors (N,) and `col` with
+        tensors (M,). Each has `max` (constant for autograd), `logsum`, `pos` and `neg_max`, None if
+        not requested. `row_max` is `row.max`, and so on. The logsumexp is `max + logsum`. A loss
+        should be written as `logsum - pos / k`: `logsumexp - positive` would lose digits by
+        cancellation at a large scale.
+        With weights, the pair of the 0-d weighted sum and the Stats, which then have no gradient;
+        with return_stats=False only the sum.
 
     Raises:
-        TypeError, ValueError: an argument that does not fit, by name.
-        RuntimeError: the backend asked for cannot run this problem; a gradient of a gradient or
-            forward-mode differentiation is asked for.
+        TypeError, ValueError: an argument is invalid. The message names it.
+        RuntimeError: the requested backend cannot run this problem, or a gradient of a gradient or
+            forward-mode differentiation is requested.
 
-    Under autocast a and b are computed in the autocast dtype and everything else in fp32.
+    Under autocast the matrix products take a and b in the autocast dtype. Everything else is fp32.
     """
     problem = make_problem(
         a,
@@ -123,14 +125,15 @@ def similarity_softplus(
     row_weights: Tensor | None = None,
     backend: str | None = None,
 ) -> Tensor:
-    """Per row, the sum over columns of softplus(S) at negatives and softplus(-S) at positives.
+    """For each row of S, the sum of softplus(S) over its negatives and of softplus(-S) over its
+    positives.
 
-    S = scale·a·bᵀ + biases is not formed. Arguments and errors as in `similarity_logsumexp`, but
-    `row_weights` is one (N,) tensor without gradient. With it the result is the 0-d sum
-    Σ_i row_weights_i · row_i, and gradients that are wanted are formed in the forward pass, except
-    in fp16: 3 matrix products instead of 4 where the backend can (cpu, triton).
+    S = scale·a·bᵀ + biases is never formed. Arguments and errors are those of
+    `similarity_logsumexp`, except that `row_weights` is one (N,) tensor without gradient. With it
+    the result is the 0-d sum Σ_i row_weights_i · row_i. Its gradients are computed in the forward
+    pass, except in fp16: 3 matrix products instead of 4 on the cpu and triton backends.
 
-    Returns (N,), or 0-d with `row_weights`, in fp32, fp64 for fp64 features.
+    Returns (N,), or 0-d with `row_weights`, in fp32 (fp64 for fp64 features).
     """
     problem = make_problem(
         a,
@@ -156,21 +159,29 @@ def explain(
     backend: str | None = None,
     **options,
 ) -> str:
-    """Which backend and tile shape a call with these tensors would use, and why. Runs nothing.
+    """Describe which backend and tile shape a call with these tensors would use, and why.
 
-    queries, keys, logit_scale, `options`: a, b, scale and the options of `similarity_logsumexp`.
+    Runs no kernel.
+
+    Args:
+        queries, keys, logit_scale, options: a, b, scale and the options of `similarity_logsumexp`.
+        backend: as in `similarity_logsumexp`.
+
+    Returns a text of several lines.
+    Raises TypeError or ValueError for invalid arguments, RuntimeError if the requested backend
+    cannot run here.
     """
     check_pair("queries", queries, "keys", keys)
     names = ("row_bias", "col_bias", "row_ids", "col_ids")
     for name in options.keys() - {*Problem._fields}:
-        raise TypeError(f"explain takes the options of similarity_logsumexp, and no {name}")
+        raise TypeError(f"explain takes the options of similarity_logsumexp, got {name}")
     problem = make_problem(
         queries, keys, logit_scale, **{name: options.pop(name, None) for name in names}, **options
     )
     chosen = dispatch.choose(problem, backend)
-    what = "self-similarity" if problem.b is None else "similarity"
+    kind = "self-similarity" if problem.b is None else "similarity"
     return (
-        f"{what} of {problem.n} x {problem.m}, D = {problem.d}, {problem.a.dtype} on"
+        f"{kind} of {problem.n} x {problem.m}, D = {problem.d}, {problem.a.dtype} on"
         f" {problem.a.device.type}\n"
         f"backend {chosen.name}: {dispatch.why(problem, backend)}\n"
         f"tiles: {chosen.describe(problem)}"

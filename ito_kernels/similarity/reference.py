@@ -1,6 +1,7 @@
-"""The law: the primitive written out on the dense matrix, forward and gradients.
+"""The backend `reference`: the primitive on the dense matrix, forward and gradients.
 
-Any device, any dtype up to fp64. Holds several N × M matrices: for tests and small problems.
+It defines the results: all other backends are tested against it in fp64. It runs on any device in
+any supported dtype and holds several N × M matrices, so it is for tests and small problems.
 """
 
 from __future__ import annotations
@@ -31,8 +32,8 @@ class Reference(Backend):
         pairs = classify(problem, dot)
 
         def reduce(dim: int) -> SideStats:
-            top = scores.masked_fill(pairs.masked, -torch.inf).amax(dim)
-            relative = scores - finite_shift(top).unsqueeze(dim)
+            maximum = scores.masked_fill(pairs.masked, -torch.inf).amax(dim)
+            relative = scores - finite_shift(maximum).unsqueeze(dim)
             logsum = relative.exp().masked_fill(pairs.masked, 0).sum(dim).log()
             pos = None
             if problem.positives == "linear":
@@ -42,7 +43,7 @@ class Reference(Backend):
             neg_max = None
             if problem.hardest:
                 neg_max = scores.masked_fill(pairs.positive | pairs.excluded, -torch.inf).amax(dim)
-            return SideStats(top, logsum, pos, neg_max)
+            return SideStats(maximum, logsum, pos, neg_max)
 
         row = reduce(1) if problem.rows else None
         return Stats(row, reduce(0) if problem.cols else None)
@@ -80,19 +81,19 @@ class Reference(Backend):
         dot, scores = _scores(problem)
         pairs = classify(problem, dot)
         signed = torch.where(pairs.positive, -scores, scores)
-        # torch's default threshold of 20 returns x itself beyond it, off by 2e-9: too much for fp64
+        # above its default threshold of 20, torch's softplus returns x, with an error of 2e-9
         return softplus(signed, threshold=40).masked_fill(pairs.excluded, 0).sum(1)
 
     def softplus_backward(self, problem: Problem, u: Tensor, needs: Needs) -> Grads:
         dot, scores = _scores(problem)
         pairs = classify(problem, dot)
-        slope = torch.where(pairs.positive, -torch.sigmoid(-scores), torch.sigmoid(scores))
-        weights = (u[:, None] * slope).masked_fill(pairs.excluded, 0)
+        derivative = torch.where(pairs.positive, -torch.sigmoid(-scores), torch.sigmoid(scores))
+        weights = (u[:, None] * derivative).masked_fill(pairs.excluded, 0)
         return _gradients(problem, dot, weights, needs)
 
 
 def _scores(problem: Problem) -> tuple[Tensor, Tensor]:
-    """The inner products <a_i, b_j> and S."""
+    """The inner products <a_i, b_j>, and S."""
     a, b = features(problem)
     dot = a @ b.T
     scores = problem.scale.reshape(-1, 1) * dot
@@ -104,7 +105,7 @@ def _scores(problem: Problem) -> tuple[Tensor, Tensor]:
 
 
 def _gradients(problem: Problem, dot: Tensor, weights: Tensor, needs: Needs) -> Grads:
-    """The chain from W = ∂L/∂S to everything that S is made of."""
+    """The gradients of all inputs of S from W = ∂L/∂S."""
     a, b = features(problem)
     scaled = problem.scale.reshape(-1, 1) * weights
     grad_a = grad_b = None

@@ -178,7 +178,7 @@ def test_counts_the_matrix_products_that_ran(name, products):
 def test_the_unit_is_the_whole_product_also_where_it_computes_a_part(monkeypatch):
     like = torch.empty(0)
     whole = measure.Gemm(96, 8, like)
-    monkeypatch.setattr(measure, "MOST_SCORES", 96 * 24)
+    monkeypatch.setattr(measure, "MAX_SCORES", 96 * 24)
     part = measure.Gemm(96, 8, like)
     assert part.flops == whole.flops == 2 * 96 * 96 * 8
     assert (whole.parts, part.parts) == (1, 4)
@@ -196,10 +196,12 @@ def test_every_contender_runs_once_per_round():
     assert times["a"]["both"] == {"p20": 3.0, "median": 3.0, "p80": 3.0}
     assert times["b"]["forward"]["median"] == 5.0
     rounds = [set(calls[i : i + 2]) for i in range(0, len(calls), 2)]
-    assert rounds == [{"a", "b"}] * measure.LEAST_ROUNDS
+    assert rounds == [{"a", "b"}] * measure.MIN_ROUNDS
 
 
-@pytest.mark.skipif(not measure.TELLS_PEAK, reason="this system does not tell a process's peak")
+@pytest.mark.skipif(
+    not measure.CAN_MEASURE_PEAK, reason="this system does not tell a process's peak"
+)
 def test_memory_peak_sees_what_is_allocated_outside_torch():
     script = (
         "import measure\n"
@@ -214,7 +216,9 @@ def test_memory_peak_sees_what_is_allocated_outside_torch():
     assert [int(x) / 2**20 for x in out.stdout.split()] == pytest.approx([64, 8], abs=1)
 
 
-@pytest.mark.skipif(not measure.TELLS_PEAK, reason="this system does not tell a process's peak")
+@pytest.mark.skipif(
+    not measure.CAN_MEASURE_PEAK, reason="this system does not tell a process's peak"
+)
 def test_memory_of_a_contender_is_measured_in_a_fresh_process():
     n, d = 1024, 16
     probe = measure.MemoryProbe("cpu", d, compile_seconds=0)

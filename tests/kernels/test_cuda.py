@@ -84,11 +84,11 @@ def test_a_launch_that_fails_names_its_kernel():
         name = {"forward": "logsumexp"}.get(kernel, kernel)
         for _ in range(2):
             with pytest.raises(RuntimeError, match=f"^{name}_kernel: .*(driver|device)"):
-                getattr(cuda._native.cuda, kernel)(cuda.numbers(struct), 0, 12345)
+                getattr(cuda._native.cuda, kernel)(cuda.flatten(struct), 0, 12345)
         with pytest.raises(ValueError, match="too few fields"):
             getattr(cuda._native.cuda, kernel)((0,), 0, 12345)
         with pytest.raises(ValueError, match="too many fields"):
-            getattr(cuda._native.cuda, kernel)((*cuda.numbers(struct), 0), 0, 12345)
+            getattr(cuda._native.cuda, kernel)((*cuda.flatten(struct), 0), 0, 12345)
 
 
 def in_setup(code: str, **environment) -> subprocess.CompletedProcess:

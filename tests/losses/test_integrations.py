@@ -280,7 +280,7 @@ def test_pytorch_metric_learning_says_what_it_cannot(name):
     late.distance = distances.LpDistance()
     with pytest.raises(NotImplementedError, match="distance"):
         late(x, labels)
-    with pytest.raises(ValueError, match="labels are needed"):
+    with pytest.raises(ValueError, match="labels are missing"):
         loss()(x)
     with pytest.raises(ValueError, match="ref_labels is missing"):
         loss()(x, labels, ref_emb=x)

@@ -127,7 +127,7 @@ def distilled_on_ranks(local_loss):
 
 def local_loss_needs():
     loss = partial(ik.ClipLoss, local_loss=True, world_size=dist.get_world_size())
-    with pytest.raises(ValueError, match=r"as many rows on every rank, got \[9, 4\]"):
+    with pytest.raises(ValueError, match=r"the same number of rows on every rank, got \[9, 4\]"):
         loss(rank=dist.get_rank()).get_logits(*Model()(*(z[local_rows()] for z in batch()))[:3])
     with pytest.raises(ValueError, match=r"rank must be that in the default group, \d, got 7"):
         loss(rank=7).get_logits(torch.ones(2, 2), torch.ones(2, 2), 1.0)

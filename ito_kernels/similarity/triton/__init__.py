@@ -1,4 +1,4 @@
-"""The backend `triton`. Triton is imported when a kernel is first asked for."""
+"""The backend `triton`. Triton is imported when the first kernel is needed."""
 
 from __future__ import annotations
 

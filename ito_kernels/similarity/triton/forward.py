@@ -1,7 +1,7 @@
-"""Triton kernels of the forward pass: row and column statistics, row sums of softplus.
+"""Triton kernels of the forward pass: row and column statistics, and row sums of softplus.
 
-Programs share nothing: each writes slots of its own, which `merge_kernel` or a sum brings together
-in a fixed order, so the same inputs give the same bits.
+Each program writes to its own slots. `merge_kernel` or a sum combines the slots in a fixed order,
+so that the same inputs give the same bits.
 """
 
 # ruff: noqa: SIM102
@@ -15,10 +15,15 @@ from .scores import LN2, LOG2E
 
 @triton.jit
 def _pair_of_groups(pid, col_groups, TRIANGLE: tl.constexpr):
-    """The row group and the column group of a program: all pairs, or those with row ≤ column."""
+    """The row group and the column group of a program.
+
+    TRIANGLE: only the pairs with row group ≤ column group.
+    """
     if TRIANGLE:
         col = ((tl.sqrt(8.0 * pid + 1.0) - 1.0) * 0.5).to(tl.int32)
-        col -= (col * (col + 1) // 2 > pid).to(tl.int32)  # the square root may round either way
+        col -= (col * (col + 1) // 2 > pid).to(
+            tl.int32
+        )  # the square root may be rounded up or down
         col += ((col + 1) * (col + 2) // 2 <= pid).to(tl.int32)
         return pid - col * (col + 1) // 2, col
     else:
@@ -26,55 +31,57 @@ def _pair_of_groups(pid, col_groups, TRIANGLE: tl.constexpr):
 
 
 @triton.jit
-def _add_tile(
-    acc, col0, top, total, pos, neg_top, row0, rows, row_scale, row_added, row_identity,
+def _update_statistics(
+    acc, col0, row_max, total, pos, row_neg_max, row0, rows, row_scale, row_offset, row_label,
     col_bias, row_ids, col_ids, row_limit, col_slots, pair_scores, n, m, diagonal, col_field,
-    with_cols, done,
+    with_cols, rows_done,
     ROWS: tl.constexpr, COLS: tl.constexpr, POSITIVES: tl.constexpr, SELF: tl.constexpr,
     EXCLUDE_POSITIVES: tl.constexpr, HARDEST: tl.constexpr, EXACT: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
-    """The rows' statistics with those of a tile, from its inner products; the columns' in their
-    slot."""
+    """Merge the statistics of a tile, from its inner products `acc`.
+
+    Returns the updated statistics of the rows. Those of the columns are updated in their slot.
+    """
     if PARTS > 1:
-        left, right = scores.halves(acc)
+        left, right = scores.split_columns(acc)
         rest = (
-            row0, rows, row_scale, row_added, row_identity, col_bias, row_ids, col_ids, row_limit,
-            col_slots, pair_scores, n, m, diagonal, col_field, with_cols, done,
+            row0, rows, row_scale, row_offset, row_label, col_bias, row_ids, col_ids, row_limit,
+            col_slots, pair_scores, n, m, diagonal, col_field, with_cols, rows_done,
         )  # fmt: skip
-        top, total, pos, neg_top = _add_tile(
-            left, col0, top, total, pos, neg_top, *rest, ROWS, COLS, POSITIVES, SELF,
+        row_max, total, pos, row_neg_max = _update_statistics(
+            left, col0, row_max, total, pos, row_neg_max, *rest, ROWS, COLS, POSITIVES, SELF,
             EXCLUDE_POSITIVES, HARDEST, EXACT, BLOCK_M, BLOCK_N // 2, PARTS // 2,
         )  # fmt: skip
-        return _add_tile(
-            right, col0 + BLOCK_N // 2, top, total, pos, neg_top, *rest, ROWS, COLS, POSITIVES,
-            SELF, EXCLUDE_POSITIVES, HARDEST, EXACT, BLOCK_M, BLOCK_N // 2, PARTS // 2,
+        return _update_statistics(
+            right, col0 + BLOCK_N // 2, row_max, total, pos, row_neg_max, *rest, ROWS, COLS,
+            POSITIVES, SELF, EXCLUDE_POSITIVES, HARDEST, EXACT, BLOCK_M, BLOCK_N // 2, PARTS // 2,
         )  # fmt: skip
     cols = col0 + tl.arange(0, BLOCK_N)
-    # whether positives matter; without ids and with SELF there are none
+    # whether the statistics depend on which pairs are positive
     POSITIVE: tl.constexpr = (
         EXCLUDE_POSITIVES or HARDEST or POSITIVES != "none" or pair_scores is not None
         or row_limit is not None
     )  # fmt: skip
-    col_added, col_identity = scores.side(col_bias, col_ids, cols, m, -2)
-    s = scores.affine(acc, row_scale, row_added, col_added)
+    col_offset, col_label = scores.load_side(col_bias, col_ids, cols, m, -2)
+    s = scores.scale_and_offset(acc, row_scale, row_offset, col_offset)
 
     special = False
     tile_neg = tl.full([BLOCK_M], float("-inf"), tl.float32)
     if SELF or POSITIVE:
-        special = scores.is_special(row_ids, row_identity, col_identity, row0, col0,
+        special = scores.is_special(row_ids, row_label, col_label, row0, col0,
                                     diagonal, SELF, POSITIVE, BLOCK_M,
                                     BLOCK_N)  # fmt: skip
         if row_limit is not None:
-            limit = scores.vector(row_limit, rows, n, 0.0)[:, None]
-            s = scores.limited(s, acc, limit, special, row_ids, row_identity, col_identity, rows,
-                               cols, n, m, diagonal, SELF)  # fmt: skip
+            limit = scores.load_vector(row_limit, rows, n, 0.0)[:, None]
+            s = scores.apply_limit(s, acc, limit, special, row_ids, row_label, col_label, rows,
+                                   cols, n, m, diagonal, SELF)  # fmt: skip
         if special:
             positive, excluded = scores.classify(
-                row_ids, row_identity, col_identity, rows, cols, n, m, diagonal, SELF
+                row_ids, row_label, col_label, rows, cols, n, m, diagonal, SELF
             )
             if POSITIVES != "none" or pair_scores is not None:
-                # the mask is used up here: kept across a reduction it would spill
+                # the mask is last used here: kept across the reduction it would spill
                 masked = tl.where(positive, s, float("-inf") if POSITIVES == "lse" else 0.0)
                 if pair_scores is not None:
                     target = rows + diagonal
@@ -85,33 +92,33 @@ def _add_tile(
                     pos = _add_positives(masked, pos, 1, POSITIVES)
                 if COLS and POSITIVES != "none":
                     if with_cols:
-                        _add_col_positives(masked, col_slots + 2 * col_field, cols, m,
+                        _update_column_positives(masked, col_slots + 2 * col_field, cols, m,
                                            POSITIVES)  # fmt: skip
             if HARDEST:
                 negative = tl.where(positive | excluded, float("-inf"), s)
                 tile_neg = tl.max(negative, 1)
                 if COLS:
                     if with_cols:
-                        _raise(col_slots + 3 * col_field, cols, m, tl.max(negative, 0))
+                        _update_maxima(col_slots + 3 * col_field, cols, m, tl.max(negative, 0))
             if EXCLUDE_POSITIVES:
                 s = tl.where(positive | excluded, float("-inf"), s)
             elif SELF:
                 s = tl.where(excluded, float("-inf"), s)
 
     if ROWS:
-        tile_top = tl.max(s, 1)
+        tile_max = tl.max(s, 1)
         if HARDEST:
-            neg_top = tl.maximum(neg_top, tl.where(special, tile_neg, tile_top))
-        new = tl.maximum(top, tile_top)
-        shift = scores.finite(new)
-        total = total * scores.exp(top, shift, EXACT)
+            row_neg_max = tl.maximum(row_neg_max, tl.where(special, tile_neg, tile_max))
+        new = tl.maximum(row_max, tile_max)
+        shift = scores.finite_shift(new)
+        total = total * scores.exp(row_max, shift, EXACT)
         total += tl.sum(scores.exp(s, shift[:, None], EXACT), 1)
-        top = new
+        row_max = new
     if COLS:
         if with_cols:
-            _add_to_cols(s, special, col_slots, cols, m, col_field, done,
+            _update_columns(s, special, col_slots, cols, m, col_field, rows_done,
                          HARDEST, EXACT)  # fmt: skip
-    return top, total, pos, neg_top
+    return row_max, total, pos, row_neg_max
 
 
 @triton.jit(do_not_specialize=[*scores.SIZES, "row_tiles", "col_tiles", "row_groups", "col_groups"])
@@ -127,14 +134,15 @@ def logsumexp_kernel(
 ):  # fmt: skip
     """Row and column statistics in one pass.
 
-    A program owns one group of `row_tiles` row tiles and one of `col_tiles` column tiles. Row
-    statistics of a row tile stay in registers while it walks the columns; those of the columns are
-    updated in the program's own slot. Slots are [field][group of the other side][row or column];
-    no two programs write the same one. Fields: max, sum, pos, neg_max.
-    POSITIVES is for ids; without them the one positive of a row goes to `pair_scores`.
+    A program processes one group of `row_tiles` row tiles and one of `col_tiles` column tiles. The
+    statistics of a row tile stay in registers while it runs over the columns. Those of the columns
+    are updated in the program's slot. Slots are [field][group of the other side][row or column]; no
+    two programs write to the same slot. The fields are max, sum, pos and neg_max.
 
-    TRIANGLE (a symmetric S): only pairs of groups row ≤ column; both sides share the slots, and the
-    groups on the diagonal, computed in full, give their rows only.
+    POSITIVES: the statistics of positives by ids. Without ids, the score of the positive of each
+    row is stored in `pair_scores`.
+    TRIANGLE: for a symmetric S. Only pairs of groups with row ≤ column are computed, and both sides
+    share the slots. The groups on the diagonal are computed in full and write only their rows.
     """
     row_group, col_group = _pair_of_groups(tl.program_id(0), col_groups, TRIANGLE)
     with_cols = True
@@ -153,19 +161,19 @@ def logsumexp_kernel(
     k_steps = scores.steps(d, BLOCK_K, TMA)
     for row0 in tl.range(first_row, last_row, BLOCK_M):
         rows = row0 + tl.arange(0, BLOCK_M)
-        row_scale, row_added, row_identity = scores.row_side(
+        row_scale, row_offset, row_label = scores.load_row_side(
             scale, row_bias, row_ids, rows, n, SCALE_PER_ROW
         )
-        top = tl.full([BLOCK_M], float("-inf"), tl.float32)
+        row_max = tl.full([BLOCK_M], float("-inf"), tl.float32)
         total = tl.zeros([BLOCK_M], tl.float32)
         pos = tl.full([BLOCK_M], float("-inf") if POSITIVES == "lse" else 0.0, tl.float32)
-        neg_top = tl.full([BLOCK_M], float("-inf"), tl.float32)
+        row_neg_max = tl.full([BLOCK_M], float("-inf"), tl.float32)
 
         rest = (
-            row0, rows, row_scale, row_added, row_identity, col_bias, row_ids, col_ids, row_limit,
+            row0, rows, row_scale, row_offset, row_label, col_bias, row_ids, col_ids, row_limit,
             col_slots, pair_scores, n, m, diagonal, col_field, with_cols, row0 - first_row,
         )  # fmt: skip
-        # one loop over tiles and steps of D: the next tile's first loads run under this one's rest
+        # one loop over tiles and steps of D: loads of the next tile overlap with this reduction
         acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
         for step in tl.range(0, tl.cdiv(last_col - first_col, BLOCK_N) * k_steps):
             col0 = first_col + step // k_steps * BLOCK_N
@@ -174,65 +182,67 @@ def logsumexp_kernel(
                 BLOCK_M, BLOCK_N, BLOCK_K, TMA, PRECISION, INTERPRETED,
             )  # fmt: skip
             if step % k_steps == k_steps - 1:
-                top, total, pos, neg_top = _add_tile(
-                    acc, col0, top, total, pos, neg_top, *rest, ROWS, COLS, POSITIVES, SELF,
+                row_max, total, pos, row_neg_max = _update_statistics(
+                    acc, col0, row_max, total, pos, row_neg_max, *rest, ROWS, COLS, POSITIVES, SELF,
                     EXCLUDE_POSITIVES, HARDEST, EXACT, BLOCK_M, BLOCK_N, PARTS,
                 )  # fmt: skip
                 acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
 
         if ROWS:
             inside = rows < n
-            tl.store(row_slots + rows, top, mask=inside)
+            tl.store(row_slots + rows, row_max, mask=inside)
             tl.store(row_slots + row_field + rows, total, mask=inside)
             if POSITIVES != "none":
                 tl.store(row_slots + 2 * row_field + rows, pos, mask=inside)
             if HARDEST:
-                tl.store(row_slots + 3 * row_field + rows, neg_top, mask=inside)
-        # the next row tile reads the column slots that other threads of this program wrote
+                tl.store(row_slots + 3 * row_field + rows, row_neg_max, mask=inside)
+        # the next row tile reads column slots that other threads of this program have written
         tl.debug_barrier()
 
 
 @triton.jit
-def _add_to_cols(s, special, slots, cols, m, field, done, HARDEST: tl.constexpr,
+def _update_columns(s, special, slots, cols, m, field, rows_done, HARDEST: tl.constexpr,
                  EXACT: tl.constexpr):  # fmt: skip
-    """The columns' maxima and sums, brought up to date in the slot, which is unwritten before
-    the first row tile: `done` rows are 0."""
+    """Update the maxima and sums of the columns in their slot.
+
+    rows_done: the number of rows processed before. If it is 0, the slot has not been written yet.
+    """
     inside = cols < m
-    written = inside & (tl.zeros_like(cols) + done > 0)
+    written = inside & (tl.zeros_like(cols) + rows_done > 0)
     old = tl.load(slots + cols, mask=written, other=float("-inf"))
     total = tl.load(slots + field + cols, mask=written, other=0.0)
-    tile_top = tl.max(s, 0)
-    new = tl.maximum(old, tile_top)
-    shift = scores.finite(new)
+    tile_max = tl.max(s, 0)
+    new = tl.maximum(old, tile_max)
+    shift = scores.finite_shift(new)
     total = total * scores.exp(old, shift, EXACT) + tl.sum(scores.exp(s, shift[None, :], EXACT), 0)
     tl.store(slots + cols, new, mask=inside)
     tl.store(slots + field + cols, total, mask=inside)
     if HARDEST:
         if special == 0:
-            _raise(slots + 3 * field, cols, m, tile_top)
+            _update_maxima(slots + 3 * field, cols, m, tile_max)
 
 
 @triton.jit
-def _raise(slots, cols, m, value):
-    """Maxima of a slot, in place."""
+def _update_maxima(slots, cols, m, value):
+    """Update the maxima in a slot in place."""
     old = tl.load(slots + cols, mask=cols < m, other=float("-inf"))
     tl.store(slots + cols, tl.maximum(old, value), mask=cols < m)
 
 
 @triton.jit
-def _add_col_positives(masked, slots, cols, m, POSITIVES: tl.constexpr):
+def _update_column_positives(masked, slots, cols, m, POSITIVES: tl.constexpr):
     pos = tl.load(slots + cols, mask=cols < m, other=0.0)
     tl.store(slots + cols, _add_positives(masked, pos, 0, POSITIVES), mask=cols < m)
 
 
 @triton.jit
 def _add_positives(masked, pos, AXIS: tl.constexpr, POSITIVES: tl.constexpr):
-    """The positives' sum, or their logsumexp, with a tile's added."""
+    """Add a tile to the sum or to the logsumexp of the positives."""
     if POSITIVES == "linear":
         pos += tl.sum(masked, AXIS)
     if POSITIVES == "lse":
         new = tl.maximum(pos, tl.max(masked, AXIS))
-        shift = scores.finite(new)
+        shift = scores.finite_shift(new)
         spread = tl.expand_dims(shift, AXIS)
         total = tl.exp2((pos - shift) * LOG2E) + tl.sum(tl.exp2((masked - spread) * LOG2E), AXIS)
         pos = shift + tl.log2(total) * LN2
@@ -241,42 +251,46 @@ def _add_positives(masked, pos, AXIS: tl.constexpr, POSITIVES: tl.constexpr):
 
 @triton.jit(do_not_specialize=["length", "groups", "offset", "first_pair", "last_pair"])
 def merge_kernel(
-    slots, pair_scores, counts, top_out, logsum_out, pos_out, neg_out, length, groups,
+    slots, pair_scores, counts, max_out, logsum_out, pos_out, neg_max_out, length, groups,
     offset, first_pair, last_pair,
     IDS: tl.constexpr, POSITIVES: tl.constexpr, HARDEST: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """The statistics of all groups of the other side, merged in their order.
+    """Merge the statistics of all groups of the other side, in the order of the groups.
 
-    `counts` are the numbers of positives. Without ids the score of entry i's positive is
-    pair_scores[i + offset], if that index lies in [first_pair, last_pair).
+    counts: the numbers of positives. Without ids, the score of the positive of element i is
+    pair_scores[i + offset], if that index is in [first_pair, last_pair).
     """
     index = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = index < length
     field = groups.to(tl.int64) * length
-    top = tl.full([BLOCK], float("-inf"), tl.float32)
+    maximum = tl.full([BLOCK], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK], tl.float32)
     pos = tl.full([BLOCK], float("-inf") if POSITIVES == "lse" else 0.0, tl.float32)
-    neg = tl.full([BLOCK], float("-inf"), tl.float32)
+    negative_maximum = tl.full([BLOCK], float("-inf"), tl.float32)
     at = slots + index
     for _ in range(groups):
         other = tl.load(at, mask=inside, other=float("-inf"))
         other_total = tl.load(at + field, mask=inside, other=0.0)
-        new = tl.maximum(top, other)
-        shift = scores.finite(new)
-        total = total * scores.exp(top, shift, True) + other_total * scores.exp(other, shift, True)
-        top = new
+        new = tl.maximum(maximum, other)
+        shift = scores.finite_shift(new)
+        total = total * scores.exp(maximum, shift, True) + other_total * scores.exp(
+            other, shift, True
+        )
+        maximum = new
         if IDS and POSITIVES == "linear":
             pos += tl.load(at + 2 * field, mask=inside, other=0.0)
         if IDS and POSITIVES == "lse":
             x = tl.load(at + 2 * field, mask=inside, other=float("-inf"))
-            shift = scores.finite(tl.maximum(pos, x))
+            shift = scores.finite_shift(tl.maximum(pos, x))
             pos = shift + tl.log2(scores.exp(pos, shift, True) + scores.exp(x, shift, True)) * LN2
         if HARDEST:
-            neg = tl.maximum(neg, tl.load(at + 3 * field, mask=inside, other=float("-inf")))
+            negative_maximum = tl.maximum(
+                negative_maximum, tl.load(at + 3 * field, mask=inside, other=float("-inf"))
+            )
         at += length
-    tl.store(top_out + index, top, mask=inside)
+    tl.store(max_out + index, maximum, mask=inside)
     tl.store(logsum_out + index, tl.log2(total) * LN2, mask=inside)
-    shift = scores.finite(top)
+    shift = scores.finite_shift(maximum)
     count = tl.zeros([BLOCK], tl.float32)
     if counts is not None:
         count = tl.load(counts + index, mask=inside, other=0).to(tl.float32)
@@ -290,7 +304,7 @@ def merge_kernel(
     if POSITIVES == "lse":
         tl.store(pos_out + index, pos - shift, mask=inside)
     if HARDEST:
-        tl.store(neg_out + index, neg, mask=inside)
+        tl.store(neg_max_out + index, negative_maximum, mask=inside)
 
 
 @triton.jit(do_not_specialize=[*scores.SIZES, "row_tiles", "col_tiles", "col_groups"])
@@ -301,7 +315,7 @@ def softplus_kernel(
     PRECISION: tl.constexpr, INTERPRETED: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """Row sums of softplus(±S), one slot for each group of columns."""
+    """Row sums of softplus(±S), in one slot per column group."""
     row_group, col_group = _pair_of_groups(tl.program_id(0), col_groups, False)
     row_slots += col_group.to(tl.int64) * n
     first_row = row_group * row_tiles * BLOCK_M
@@ -311,7 +325,7 @@ def softplus_kernel(
     k_steps = scores.steps(d, BLOCK_K, TMA)
     for row0 in tl.range(first_row, last_row, BLOCK_M):
         rows = row0 + tl.arange(0, BLOCK_M)
-        row_scale, row_added, row_identity = scores.row_side(
+        row_scale, row_offset, row_label = scores.load_row_side(
             scale, row_bias, row_ids, rows, n, SCALE_PER_ROW
         )
         total = tl.zeros([BLOCK_M], tl.float32)
@@ -324,16 +338,16 @@ def softplus_kernel(
             )  # fmt: skip
             if step % k_steps == k_steps - 1:
                 cols = col0 + tl.arange(0, BLOCK_N)
-                col_added, col_identity = scores.side(col_bias, col_ids, cols, m, -2)
-                s = scores.affine(acc, row_scale, row_added, col_added)
-                special = scores.is_special(row_ids, row_identity, col_identity, row0, col0,
+                col_offset, col_label = scores.load_side(col_bias, col_ids, cols, m, -2)
+                s = scores.scale_and_offset(acc, row_scale, row_offset, col_offset)
+                special = scores.is_special(row_ids, row_label, col_label, row0, col0,
                                             diagonal, SELF, True, BLOCK_M, BLOCK_N)  # fmt: skip
                 if row_limit is not None:
-                    limit = scores.vector(row_limit, rows, n, 0.0)[:, None]
-                    s = scores.limited(s, acc, limit, special, row_ids, row_identity, col_identity,
+                    limit = scores.load_vector(row_limit, rows, n, 0.0)[:, None]
+                    s = scores.apply_limit(s, acc, limit, special, row_ids, row_label, col_label,
                                        rows, cols, n, m, diagonal, SELF)  # fmt: skip
-                s = scores.signed(s, special, row_ids, row_identity, col_identity, rows, cols, n, m,
-                                  diagonal, SELF)  # fmt: skip
+                s = scores.signed_scores(s, special, row_ids, row_label, col_label, rows, cols, n,
+                                         m, diagonal, SELF)  # fmt: skip
                 total += tl.sum(scores.softplus(s), 1)
                 acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
         tl.store(row_slots + rows, total, mask=rows < n)

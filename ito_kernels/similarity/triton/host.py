@@ -1,17 +1,19 @@
-"""The Triton kernels' host: on CUDA and ROCm devices; on CPU tensors under `TRITON_INTERPRET=1`.
+"""Launches the Triton kernels on CUDA and ROCm devices, and under TRITON_INTERPRET=1 on the CPU.
 
-Forward is one pass for both sides' statistics. Backward has two shapes. For D ≤ 128 a fused kernel
-keeps rows of the gradient in registers, once per side. For larger D, W goes panel by panel into a
-bounded workspace, and the vendor's matrix product does W·B and Wᵀ·A with fp32 accumulation: 4
-matrix products in all. Where S is symmetric, half of its tiles are computed: 2 products in all.
+One forward pass computes the statistics of both sides. Backward has two forms. For D ≤ 128, a fused
+kernel keeps rows of the gradient in registers and runs once per side. For larger D, W is written to
+a bounded workspace, panel by panel, and the vendor's matrix product computes W·B and Wᵀ·A with fp32
+accumulation: 4 matrix products in all. For a symmetric S half of the tiles are computed: 2 matrix
+products in all.
 
 No atomics are used and sums have a fixed order, so on one device the same inputs should give the
-same bits. Nothing waits for the device, so that calls can be captured in a CUDA graph. Both are by
-design: no GPU has run this yet.
+same bits. Nothing synchronises with the device, so that calls can be captured in a CUDA graph. Both
+are by design: no GPU has run this yet.
 
-Environment: ITO_TRITON_AUTOTUNE=1 times a few tiles around the table's and keeps the fastest, once
-for each kernel, dtype and size up to the next power of two. That first call waits for the device,
-so it cannot be captured; another process may choose another tile, with other last bits.
+With ITO_TRITON_AUTOTUNE=1 in the environment, the first call for a kernel, dtype and size (rounded
+up to powers of two) times a few tiles similar to the table's and keeps the fastest. That call
+synchronises, so it cannot be captured. Another process may choose another tile, which changes the
+last bits of the results.
 """
 
 from __future__ import annotations
@@ -40,25 +42,25 @@ MERGE_BLOCK = 256
 
 def describe(problem: Problem) -> str:
     plan = _Plan(problem)
-    text = f"{plan.arch.name}, {plan.arithmetic}: {plan.words('forward')} scores"
+    text = f"{plan.arch.name}, {plan.arithmetic}: {plan.describe_tile('forward')} scores"
     if is_symmetric(problem):
         text += ", half of them (S is symmetric)"
     if plan.gradient:
-        return f"{text}; fused gradients, {plan.words('gradient')}"
+        return f"{text}; fused gradients, {plan.describe_tile('gradient')}"
     rows, cols = plan.panel_size()
-    panels = f"W panels of {rows} x {cols}, {plan.words('panel')}"
+    panels = f"W panels of {rows} x {cols}, {plan.describe_tile('panel')}"
     return f"{text}; {panels}, for the vendor's matrix product"
 
 
 class _Plan:
-    """What does not depend on the values: architecture, arithmetic, tiles, programs."""
+    """What a call uses, independent of tensor values: architecture, arithmetic, tiles, programs."""
 
     def __init__(self, problem: Problem):
         self.problem = problem
         self.arch, self.processors = tiles.device(problem.a.device)
         self.arithmetic = _arithmetic(problem.a.dtype)
         if self.arithmetic not in self.arch.forward:
-            self.arithmetic = "ieee"  # where there is no 3×tf32
+            self.arithmetic = "ieee"  # no 3×tf32 on this architecture
         by_ids = problem.row_ids is not None
         self.forward, self.panel = (
             (self.arch.ids if by_ids else x)[self.arithmetic]
@@ -75,7 +77,7 @@ class _Plan:
         sizes = (triton.next_power_of_2(x) for x in (p.n, p.m, p.d))
         return kernel, self.arch.name, p.a.dtype, self.arithmetic, p.row_ids is not None, *sizes
 
-    def words(self, kernel: str) -> str:
+    def describe_tile(self, kernel: str) -> str:
         m, n, k, warps, stages = getattr(self, kernel)
         source = "tuned" if self.key(kernel) in _TUNED else "from the table"
         return f"{m} x {n} x {k}, {warps} warps, {stages} stages ({source})"
@@ -94,8 +96,11 @@ class _Plan:
 _TUNED: dict[tuple, tiles.Tile] = {}
 
 
-def _tunes(choose: Callable[[_Plan], str]) -> Callable:
-    """The decorated function of a problem runs a kernel, `choose(plan)`, whose tile is tuned."""
+def _autotuned(choose: Callable[[_Plan], str]) -> Callable:
+    """Decorate a function of a problem so that it autotunes the tile of a kernel.
+
+    choose: returns the name of the kernel that the function runs, given its plan.
+    """
 
     def decorate(function: Callable) -> Callable:
         @wraps(function)
@@ -107,10 +112,10 @@ def _tunes(choose: Callable[[_Plan], str]) -> Callable:
                 if key not in _TUNED:
                     times = {}
                     try:
-                        for tile in tiles.around(getattr(plan, kernel)):
+                        for tile in tiles.tuning_candidates(getattr(plan, kernel)):
                             _TUNED[key] = tile
-                            # a tile may ask for more shared memory than there is
-                            with suppress(OutOfResources), _on(problem.a.device):
+                            # a tile may need more shared memory than the device has
+                            with suppress(OutOfResources), _device_context(problem.a.device):
                                 times[tile] = _milliseconds(lambda: function(problem, *args))
                     finally:
                         del _TUNED[key]
@@ -122,19 +127,22 @@ def _tunes(choose: Callable[[_Plan], str]) -> Callable:
     return decorate
 
 
-_tunes_forward = _tunes(lambda plan: "forward")
-_tunes_backward = _tunes(lambda plan: "gradient" if plan.gradient else "panel")
+_autotuned_forward = _autotuned(lambda plan: "forward")
+_autotuned_backward = _autotuned(lambda plan: "gradient" if plan.gradient else "panel")
 
 
 def _milliseconds(run: Callable[[], object]) -> float:
-    if INTERPRETED:  # its times say nothing: the table's tile, which comes first, is kept
+    if INTERPRETED:  # times are meaningless: equal ones keep the first tile, the table's
         return 0.0
     return triton.testing.do_bench(run, return_mode="median")
 
 
 def _arithmetic(dtype: torch.dtype) -> str:
-    """fp32 follows `torch.set_float32_matmul_precision`: "highest" is ieee, "high" 3×tf32, which
-    keeps nearly all digits on the tensor cores, "medium" tf32."""
+    """The arithmetic of the matrix products.
+
+    For fp32 it follows `torch.set_float32_matmul_precision`: "highest" is ieee; "high" is 3×tf32,
+    which has nearly the accuracy of fp32 on tensor cores; "medium" is tf32.
+    """
     if dtype != torch.float32:
         return "half"
     modes = {"highest": "ieee", "high": "tf32x3", "medium": "tf32"}
@@ -142,25 +150,25 @@ def _arithmetic(dtype: torch.dtype) -> str:
 
 
 def _counts(problem: Problem, op: Operands) -> tuple[Tensor, Tensor]:
-    """The numbers of positives of rows and columns, from their ranks."""
+    """The numbers of positives of the rows and of the columns."""
     p = problem
     rows, cols = count_positives(op.row_ids, op.col_ids), count_positives(op.col_ids, op.row_ids)
     if p.exclude_self:
         first, last = max(0, -p.diagonal), min(p.n, p.m - p.diagonal)
         if first < last:
             row, col = slice(first, last), slice(first + p.diagonal, last + p.diagonal)
-            itself = ((op.row_ids[row] == op.col_ids[col]) & (op.row_ids[row] >= 0)).long()
-            rows[row] -= itself
-            cols[col] -= itself
+            self_pairs = ((op.row_ids[row] == op.col_ids[col]) & (op.row_ids[row] >= 0)).long()
+            rows[row] -= self_pairs
+            cols[col] -= self_pairs
     return rows, cols
 
 
-# ---- launches: the members of these structs have the names of the kernels' arguments, which Triton
-# takes one by one: numbers in a tuple would be specialised, a compilation for every batch size
+# Launches. The members of these structs have the names of the kernels' arguments and are passed one
+# by one: Triton would specialise numbers in a tuple and compile for every batch size.
 
 
 class Scores(NamedTuple):
-    """What computes a tile of S, and how."""
+    """The arguments for computing a tile of S."""
 
     a: Tensor | TensorDescriptor
     b: Tensor | TensorDescriptor
@@ -187,10 +195,10 @@ class Scores(NamedTuple):
 
     @classmethod
     def of(
-        cls, plan: _Plan, op: Operands, tile: tiles.Tile, k: int, exchanged: bool = False
+        cls, plan: _Plan, op: Operands, tile: tiles.Tile, k: int, transposed: bool = False
     ) -> Scores:
-        """k: the width of what is loaded at a time. `exchanged`: `op` is of the transposed
-        matrix."""
+        """k: the columns of features that are loaded at a time. transposed: whether `op` is that of
+        the transposed matrix."""
         p, tma = plan.problem, plan.arch.tma
 
         def source(x: Tensor, rows: int) -> Tensor | TensorDescriptor:
@@ -211,7 +219,7 @@ class Scores(NamedTuple):
             d=op.a.shape[1],
             stride_a=op.a.stride(0),
             stride_b=op.b.stride(0),
-            diagonal=-p.diagonal if exchanged else p.diagonal,
+            diagonal=-p.diagonal if transposed else p.diagonal,
             EVEN_D=op.a.shape[1] % k == 0,
             SELF=p.exclude_self,
             TMA=tma,
@@ -224,20 +232,21 @@ class Scores(NamedTuple):
         )
 
 
-class InSteps(NamedTuple):
-    """Of the kernels that compute scores in steps over D; their rows are those of the problem."""
+class KSteps(NamedTuple):
+    """Further arguments of the kernels that compute inner products in steps over D, which are never
+    called with the sides exchanged."""
 
     row_limit: Tensor | None
     SCALE_PER_ROW: bool
     BLOCK_K: int
 
     @classmethod
-    def of(cls, problem: Problem, tile: tiles.Tile) -> InSteps:
+    def of(cls, problem: Problem, tile: tiles.Tile) -> KSteps:
         return cls(dense(problem.row_limit), problem.scale.ndim == 1, tile.k)
 
 
 class Groups(NamedTuple):
-    """Of a split; `row_groups` only where columns have slots."""
+    """The split of work. `row_groups` is in `Statistics`: only `logsumexp_kernel` takes it."""
 
     row_tiles: int
     col_tiles: int
@@ -271,10 +280,10 @@ class Merge(NamedTuple):
     slots: Tensor
     pair_scores: Tensor | None
     counts: Tensor | None
-    top_out: Tensor
+    max_out: Tensor
     logsum_out: Tensor
     pos_out: Tensor | None
-    neg_out: Tensor | None
+    neg_max_out: Tensor | None
     length: int
     groups: int
     offset: int
@@ -287,7 +296,7 @@ class Merge(NamedTuple):
 
 
 class Weights(NamedTuple):
-    """What makes W of S. `row_factors`, `col_factors`: see `gpu.Vectors`."""
+    """The arguments for computing W from S. `row_factors`, `col_factors`: see `gpu.Vectors`."""
 
     u: Tensor | None
     row_factors: Tensor | None
@@ -349,19 +358,19 @@ class Gradient(NamedTuple):
 
 def _launch(kernel, programs: int, *structs: tuple) -> None:
     arguments = {name: x for struct in structs for name, x in struct._asdict().items()}
-    with _on(next(x for x in arguments.values() if isinstance(x, Tensor)).device):
+    with _device_context(next(x for x in arguments.values() if isinstance(x, Tensor)).device):
         kernel[(programs,)](**arguments)
 
 
-def _on(device: torch.device) -> AbstractContextManager:
-    """Kernels run on the device of the tensors, which need not be the current one."""
+def _device_context(device: torch.device) -> AbstractContextManager:
+    """Make the device of the tensors the current one for a launch."""
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
-# ---- forward
+# Forward.
 
 
-@_tunes_forward
+@_autotuned_forward
 def logsumexp_forward(problem: Problem) -> Stats:
     p, plan, op = problem, _Plan(problem), Operands.of(problem)
     symmetric = is_symmetric(p)
@@ -370,7 +379,7 @@ def logsumexp_forward(problem: Problem) -> Stats:
 
     def slots(groups: int, length: int) -> Tensor:
         out = op.a.new_empty((4, groups, length), dtype=torch.float32)
-        if p.row_ids is not None and p.positives:  # tiles without positives leave these alone
+        if p.row_ids is not None and p.positives:  # tiles without positives do not write these
             out[2].fill_(0.0 if p.positives == "linear" else -torch.inf)
         if p.hardest:
             out[3].fill_(-torch.inf)
@@ -379,7 +388,7 @@ def logsumexp_forward(problem: Problem) -> Stats:
     row_slots = slots(split.col_groups, p.n) if rows else None
     col_slots = row_slots if symmetric else slots(split.row_groups, p.m) if cols else None
     pair_scores = None
-    if p.row_ids is None and not p.exclude_self:  # also where not asked for: one kernel less
+    if p.row_ids is None and not p.exclude_self:  # even if not requested: one kernel variant less
         pair_scores = op.a.new_empty(p.n, dtype=torch.float32)
     statistics = Statistics(
         row_slots=row_slots,
@@ -399,7 +408,7 @@ def logsumexp_forward(problem: Problem) -> Stats:
         forward.logsumexp_kernel,
         split.programs,
         Scores.of(plan, op, tile, tile.k),
-        InSteps.of(p, tile),
+        KSteps.of(p, tile),
         Groups.of(split),
         statistics,
     )
@@ -415,10 +424,10 @@ def logsumexp_forward(problem: Problem) -> Stats:
             slots=slots,
             pair_scores=pair_scores if p.positives else None,
             counts=counts,
-            top_out=out.max,
+            max_out=out.max,
             logsum_out=out.logsum,
             pos_out=out.pos,
-            neg_out=out.neg_max,
+            neg_max_out=out.neg_max,
             length=length,
             groups=groups,
             offset=offset,
@@ -439,7 +448,7 @@ def logsumexp_forward(problem: Problem) -> Stats:
     )
 
 
-@_tunes_forward
+@_autotuned_forward
 def softplus_forward(problem: Problem) -> Tensor:
     plan, op = _Plan(problem), Operands.of(problem)
     split, tile = plan.split(triangle=False), plan.forward
@@ -448,55 +457,56 @@ def softplus_forward(problem: Problem) -> Tensor:
         forward.softplus_kernel,
         split.programs,
         Scores.of(plan, op, tile, tile.k),
-        InSteps.of(problem, tile),
+        KSteps.of(problem, tile),
         Groups.of(split),
         SoftplusRows(slots),
     )
     return slots.sum(0)
 
 
-# ---- backward
+# Backward.
 
 
-@_tunes_backward
+@_autotuned_backward
 def logsumexp_backward(problem: Problem, stats: Stats, upstream: Upstream, needs: Needs) -> Grads:
     return _backward(gpu.Backward.of_logsumexp(problem, stats, upstream), needs)
 
 
-@_tunes_backward
+@_autotuned_backward
 def softplus_backward(problem: Problem, u: Tensor, needs: Needs) -> Grads:
     return _backward(gpu.Backward.of_softplus(problem, u), needs)
 
 
-@_tunes_backward
+@_autotuned_backward
 def softplus_both(problem: Problem, u: Tensor, needs: Needs) -> tuple[Tensor, Grads]:
-    """The row sums and, for an upstream gradient `u` known before, the gradients, by one
-    computation of the scores less: 3 matrix products in panels, 4 fused.
+    """The row sums, and the gradients for an upstream gradient `u` that is known in advance.
 
-    There is no such pass for softmax. Its W needs complete row sums, so the scores of whole rows
-    would be kept, 4 bytes each written and read: at D = 768 an H100 computes them again in less
-    time (docs/gpu-static.md).
+    The scores are computed once less than in two calls: 3 matrix products in panels, 4 fused.
+
+    Softmax has no such pass. Its W needs complete row sums, so the scores of whole rows would be
+    written and read, 4 bytes each. At D = 768 an H100 computes them again in less time
+    (docs/gpu-static.md).
     """
     if is_symmetric(problem) and not _Plan(problem).gradient:
-        # half of the panels, which hold half of the scores: 2.5 products against 3
+        # the panels of a symmetric S are half of all: 2.5 matrix products instead of 3
         return softplus_forward(problem), softplus_backward(problem, u, needs)
     values = problem.scale.new_zeros(problem.n)
     return values, _backward(gpu.Backward.of_softplus(problem, u), needs, values)
 
 
 def _backward(call: gpu.Backward, needs: Needs, values: Tensor | None = None) -> Grads:
-    """values: where the forward value of softplus goes too."""
+    """values: the tensor to which the row sums of softplus are added, or None."""
     plan = _Plan(call.problem)
-    return (_fused if plan.gradient else _panels)(call, plan, needs, values)
+    return (_fused_gradients if plan.gradient else _panel_gradients)(call, plan, needs, values)
 
 
-def _fused(call: gpu.Backward, plan: _Plan, needs: Needs, values: Tensor | None) -> Grads:
+def _fused_gradients(call: gpu.Backward, plan: _Plan, needs: Needs, values: Tensor | None) -> Grads:
     p, tile = call.problem, plan.gradient
     block_d = max(16, triton.next_power_of_2(p.d))
     limit = dense(p.row_limit)
-    together = p.b is None and not call.symmetric  # both sides' gradients meet in one tensor
+    together = p.b is None and not call.symmetric  # the gradients of both sides are added
 
-    def run(call: gpu.Backward, exchanged: bool, needs: Needs) -> RowGradient:
+    def run(call: gpu.Backward, transposed: bool, needs: Needs) -> RowGradient:
         op, n = call.op, call.op.a.shape[0]
         grad = None
         if needs.a:
@@ -505,7 +515,7 @@ def _fused(call: gpu.Backward, plan: _Plan, needs: Needs, values: Tensor | None)
             op.a.new_empty(n, dtype=torch.float32) if x else None
             for x in (needs.scale, needs.row_bias)
         ]
-        row_values = None if exchanged else values
+        row_values = None if transposed else values
         if not any(needs) and row_values is None:
             return RowGradient(grad, *sums)
         gradient = Gradient(
@@ -514,29 +524,29 @@ def _fused(call: gpu.Backward, plan: _Plan, needs: Needs, values: Tensor | None)
             scale_sums=sums[0],
             row_sums=sums[1],
             softplus_sums=row_values,
-            row_limit=None if exchanged else limit,
-            col_limit=limit if exchanged else None,
-            SCALE="one" if op.scale.ndim == 0 else "col" if exchanged else "row",
+            row_limit=None if transposed else limit,
+            col_limit=limit if transposed else None,
+            SCALE="one" if op.scale.ndim == 0 else "col" if transposed else "row",
             BLOCK_D=block_d,
         )
         _launch(
             backward.gradient_kernel,
             triton.cdiv(n, tile.m),
-            Scores.of(plan, op, tile, block_d, exchanged),
+            Scores.of(plan, op, tile, block_d, transposed),
             Weights.of(call),
             gradient,
         )
         return RowGradient(grad, *sums)
 
-    # the kernel multiplies by norm itself
+    # the kernel has already multiplied by the norm
     return gpu.fused_gradients(call, needs, run, norm=None)
 
 
-def _panels(call: gpu.Backward, plan: _Plan, needs: Needs, values: Tensor | None) -> Grads:
+def _panel_gradients(call: gpu.Backward, plan: _Plan, needs: Needs, values: Tensor | None) -> Grads:
     like, tile = call.op.a, plan.panel
     parts = plan.arch.parts(tile, call.softplus)
     scores = Scores.of(plan, call.op, tile, tile.k)
-    steps, weights = InSteps.of(call.problem, tile), Weights.of(call)
+    steps, weights = KSteps.of(call.problem, tile), Weights.of(call)
 
     def run(rows: slice, cols: slice, workspace: Tensor | None) -> PanelSums:
         n, m = rows.stop - rows.start, cols.stop - cols.start
@@ -558,13 +568,13 @@ def _panels(call: gpu.Backward, plan: _Plan, needs: Needs, values: Tensor | None
             PARTS=parts,
         )
         programs = grid[0] * grid[1]
-        if plan.arch.tma:  # a program's next tile is loaded while it reduces the one before
+        if plan.arch.tma:  # each program loads its next tile while it reduces the current one
             programs = min(programs, 2 * plan.processors)
-        here = scores._replace(n=rows.stop, m=cols.stop)
-        _launch(backward.weights_kernel, programs, here, steps, weights, panel)
+        panel_scores = scores._replace(n=rows.stop, m=cols.stop)
+        _launch(backward.weights_kernel, programs, panel_scores, steps, weights, panel)
         if values is not None:
             values[rows] += softplus_sums.sum(0)
         return sums
 
-    # the kernel stores whole tiles, without a mask
+    # the kernel stores whole tiles without masks, so the workspace covers whole tiles
     return gpu.panel_gradients(call, needs, plan.panel_size(), (tile.m, tile.n), run)

@@ -1,16 +1,17 @@
-"""A tile of S = scale·a·bᵀ + biases inside a Triton kernel, and the kinds of its pairs.
+"""A tile of S = scale·a·bᵀ + biases inside a Triton kernel, and the masks of its pairs.
 
-Scores are accumulated in fp32 and never stored. Padding and rows beyond the end carry a bias of
--inf, so the common tile needs no masks: exp(-inf) and σ(-inf) are 0. Tiles that hold positives or
-self pairs are found by their position or by comparing ids, and take a branch of their own.
+Scores are accumulated in fp32 and never stored. Padded rows and rows beyond the end get an offset
+of -inf. Most tiles then need no masks, because exp(-inf) and σ(-inf) are 0. Tiles that contain
+positives or self pairs are "special": they are recognised by position or by comparing ids, and take
+a separate branch.
 
-`n`, `m` and `d` are run-time numbers, never specialised: one compilation serves every batch size.
-An absent pointer is None, which Triton treats as a constant.
+`n`, `m` and `d` are run-time values and never specialised, so that one compilation serves every
+batch size. A missing pointer is None, which Triton treats as a constant.
 """
 
 # No `from __future__ import annotations`: Triton reads the `tl.constexpr` annotations. Nested `if`s
-# stay nested in the kernels: Triton decides one on constants at compile time, a conjunction at run
-# time.
+# in the kernels stay nested: Triton evaluates an `if` on constants at compile time, but a
+# conjunction of them at run time.
 
 import triton
 import triton.language as tl
@@ -18,14 +19,17 @@ import triton.language as tl
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
 
-# Integers that change from call to call: specialising on 1 or on multiples of 16 would recompile.
+# Integers that differ between calls. Specialising on 1 or on multiples of 16 would recompile.
 SIZES = ["n", "m", "d", "diagonal"]
 
 
 @triton.jit
 def exp(x, shift, EXACT: tl.constexpr):
-    """e^(x - shift). EXACT rounds x - shift first, so that e^0 is 1; else one FMA, whose error of
-    |x|·2^-24 is far below that of a bf16 or fp16 score."""
+    """e^(x - shift).
+
+    EXACT: compute x - shift first, so that e^0 is 1. Otherwise one FMA with an error of |x|·2^-24,
+    which is far below that of a bf16 or fp16 score.
+    """
     if EXACT:
         return tl.exp2((x - shift) * LOG2E)
     else:
@@ -33,8 +37,8 @@ def exp(x, shift, EXACT: tl.constexpr):
 
 
 @triton.jit
-def finite(x):
-    """x with 0 for -inf: nothing allowed, and -inf - -inf would be NaN."""
+def finite_shift(x):
+    """x with -inf replaced by 0: -inf - -inf would be NaN."""
     return tl.where(x == float("-inf"), 0.0, x)
 
 
@@ -45,15 +49,17 @@ def softplus(s):
 
 @triton.jit
 def sigmoid(s):
-    """σ(s), by the exponential that softplus takes: where both are computed, it is computed once"""
+    """σ(s) from the same exponential as softplus, so that both together compute it once."""
     t = tl.exp2(tl.abs(s) * -LOG2E)
     return tl.where(s >= 0, 1.0, t) / (1.0 + t)
 
 
 @triton.jit
 def _log1p_unit(t):
-    """log(1 + t) for t in [0, 1], relative error 3e-8. log2(1 + t) would lose the digits of small
-    t, and a sum of many small terms with them."""
+    """log(1 + t) for t in [0, 1], with a relative error of 3e-8.
+
+    log2(1 + t) would lose the digits of small t, and so the sum of many small terms.
+    """
     p = 0.005232688 * t - 0.029505214
     p = p * t + 0.07822591
     p = p * t - 0.13663243
@@ -65,20 +71,23 @@ def _log1p_unit(t):
     return p * t
 
 
-# ---- features
+# Features.
 
 
 @triton.jit
-def _pointers(x, row0, length, stride, ROWS: tl.constexpr, BLOCK_K: tl.constexpr):
-    """Of features [row0 : row0 + ROWS, 0 : BLOCK_K]. Beyond the end the last row again, instead of
-    a mask in the inner loop: the scores of such rows get -inf added."""
+def _tile_pointers(x, row0, length, stride, ROWS: tl.constexpr, BLOCK_K: tl.constexpr):
+    """Pointers to the features [row0 : row0 + ROWS, 0 : BLOCK_K].
+
+    Rows beyond the end point to the last row, which saves a mask in the inner loop. The scores of
+    such rows get an offset of -inf.
+    """
     rows = tl.minimum(row0 + tl.arange(0, ROWS), length - 1).to(tl.int64)
     return x + rows[:, None] * stride + tl.arange(0, BLOCK_K)[None, :]
 
 
 @triton.jit
-def _load(pointers, k0, d, BLOCK_K: tl.constexpr, EVEN_D: tl.constexpr):
-    """What the pointers point to, 0 beyond D."""
+def _load_tile(pointers, k0, d, BLOCK_K: tl.constexpr, EVEN_D: tl.constexpr):
+    """Load a tile of features, 0 beyond D."""
     if EVEN_D:
         return tl.load(pointers)
     else:
@@ -88,11 +97,13 @@ def _load(pointers, k0, d, BLOCK_K: tl.constexpr, EVEN_D: tl.constexpr):
 @triton.jit
 def features(x, row0, length, d, stride, ROWS: tl.constexpr, BLOCK_D: tl.constexpr,
              EVEN_D: tl.constexpr, TMA: tl.constexpr):  # fmt: skip
-    """Features [row0 : row0 + ROWS] over all of D, 0 beyond it."""
+    """Load the features [row0 : row0 + ROWS, 0 : BLOCK_D], 0 beyond D."""
     if TMA:
         return x.load([row0, 0])
     else:
-        return _load(_pointers(x, row0, length, stride, ROWS, BLOCK_D), 0, d, BLOCK_D, EVEN_D)
+        return _load_tile(
+            _tile_pointers(x, row0, length, stride, ROWS, BLOCK_D), 0, d, BLOCK_D, EVEN_D
+        )
 
 
 @triton.jit
@@ -105,7 +116,7 @@ def dot(x, y, acc, PRECISION: tl.constexpr, INTERPRETED: tl.constexpr):
 
 @triton.jit
 def steps(d, BLOCK_K: tl.constexpr, TMA: tl.constexpr):
-    """Calls of `multiply` that make up a tile's inner products."""
+    """The number of calls of `multiply` that compute the inner products of a tile."""
     if TMA:
         return tl.cdiv(d, BLOCK_K)
     else:
@@ -116,17 +127,20 @@ def steps(d, BLOCK_K: tl.constexpr, TMA: tl.constexpr):
 def multiply(acc, step, a, b, row0, col0, n, m, d, stride_a, stride_b, EVEN_D: tl.constexpr,
              BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
              TMA: tl.constexpr, PRECISION: tl.constexpr, INTERPRETED: tl.constexpr):  # fmt: skip
-    """A tile's inner products: with descriptors a step of BLOCK_K of them, so that one loop goes
-    over tiles and steps and loads for the next tile run while this one is reduced; with pointers,
-    which would have to be set up again in every step, all of D."""
+    """Add to the inner products `acc` of a tile.
+
+    With tensor descriptors it adds one step of BLOCK_K. One loop runs over tiles and steps, so that
+    the next tile is loaded while the current one is reduced. With pointers, which would be computed
+    again in every step, it adds all of D.
+    """
     if TMA:
         k = step * BLOCK_K
         acc = dot(a.load([row0, k]), tl.trans(b.load([col0, k])), acc, PRECISION, INTERPRETED)
     else:
-        x_at = _pointers(a, row0, n, stride_a, BLOCK_M, BLOCK_K)
-        y_at = _pointers(b, col0, m, stride_b, BLOCK_N, BLOCK_K)
+        x_at = _tile_pointers(a, row0, n, stride_a, BLOCK_M, BLOCK_K)
+        y_at = _tile_pointers(b, col0, m, stride_b, BLOCK_N, BLOCK_K)
         for k in tl.range(0, d, BLOCK_K):
-            x, y = _load(x_at, k, d, BLOCK_K, EVEN_D), _load(y_at, k, d, BLOCK_K, EVEN_D)
+            x, y = _load_tile(x_at, k, d, BLOCK_K, EVEN_D), _load_tile(y_at, k, d, BLOCK_K, EVEN_D)
             acc = dot(x, tl.trans(y), acc, PRECISION, INTERPRETED)
             x_at += BLOCK_K
             y_at += BLOCK_K
@@ -134,71 +148,74 @@ def multiply(acc, step, a, b, row0, col0, n, m, d, stride_a, stride_b, EVEN_D: t
 
 
 @triton.jit
-def halves(tile):
-    """A tile's left and right columns."""
+def split_columns(tile):
+    """The left and the right half of a tile's columns."""
     M: tl.constexpr = tile.shape[0]
     N: tl.constexpr = tile.shape[1]
     return tl.split(tl.permute(tl.reshape(tile, [M, 2, N // 2]), [0, 2, 1]))
 
 
-# ---- scores
+# Scores.
 
 
 @triton.jit
-def vector(pointer, index, length, other):
-    """A vector's entries at `index`, `other` beyond the end."""
+def load_vector(pointer, index, length, other):
+    """The elements of a vector at `index`, `other` beyond the end."""
     return tl.load(pointer + index, mask=index < length, other=other)
 
 
 @triton.jit
-def side(bias, ids, index, length, PADDING: tl.constexpr):
-    """One side of a tile: what is added to its scores, -inf for padding and beyond the end; and its
-    ids, there PADDING, which differs between rows and columns and so is never equal."""
+def load_side(bias, ids, index, length, PADDING: tl.constexpr):
+    """The offsets and the labels of the rows or columns of a tile.
+
+    offset: the bias, -inf for padding and beyond the end. label: the id, or the index without ids.
+    Padding gets the label PADDING, which differs between rows and columns and so never matches.
+    """
     inside = index < length
-    identity = index
+    label = index
     if ids is not None:
-        identity = tl.load(ids + index, mask=inside, other=-1)
-        inside = inside & (identity >= 0)
-        identity = tl.where(inside, identity, PADDING)
-    added = tl.zeros_like(index).to(tl.float32)
+        label = tl.load(ids + index, mask=inside, other=-1)
+        inside = inside & (label >= 0)
+        label = tl.where(inside, label, PADDING)
+    offset = tl.zeros_like(index).to(tl.float32)
     if bias is not None:
-        added = tl.load(bias + index, mask=inside, other=0.0)
-    return tl.where(inside, added, float("-inf")), identity
+        offset = tl.load(bias + index, mask=inside, other=0.0)
+    return tl.where(inside, offset, float("-inf")), label
 
 
 @triton.jit
-def row_side(scale, bias, ids, rows, n, SCALE_PER_ROW: tl.constexpr):
-    """The rows' scale, and their `side`."""
-    added, identity = side(bias, ids, rows, n, -1)
+def load_row_side(scale, bias, ids, rows, n, SCALE_PER_ROW: tl.constexpr):
+    """The scale, the offsets and the labels of the rows of a tile."""
+    offset, label = load_side(bias, ids, rows, n, -1)
     if SCALE_PER_ROW:
-        row_scale = vector(scale, rows, n, 0.0)
+        row_scale = load_vector(scale, rows, n, 0.0)
     else:
-        row_scale = tl.load(scale) + tl.zeros_like(added)
-    return row_scale, added, identity
+        row_scale = tl.load(scale) + tl.zeros_like(offset)
+    return row_scale, offset, label
 
 
 @triton.jit
-def affine(acc, scale, row_added, col_added):
-    """S from the inner products."""
-    return acc * scale[:, None] + col_added[None, :] + row_added[:, None]
+def scale_and_offset(acc, scale, row_offset, col_offset):
+    """The scores of a tile from its inner products."""
+    return acc * scale[:, None] + col_offset[None, :] + row_offset[:, None]
 
 
-# ---- kinds of pairs
+# Masks.
 
 
 @triton.jit
-def is_special(row_ids, row_identity, col_identity, row0, col0, diagonal,
+def is_special(row_ids, row_label, col_label, row0, col0, diagonal,
                SELF: tl.constexpr, POSITIVE: tl.constexpr, BLOCK_M: tl.constexpr,
                BLOCK_N: tl.constexpr):  # fmt: skip
-    """Whether the tile holds a pair that is not a plain negative: by ids, or by position."""
+    """Whether the tile contains a positive or a self pair, by ids or by position."""
     first = row0 + diagonal
     diagonal_crosses = (col0 < first + BLOCK_M) & (first < col0 + BLOCK_N)
     if row_ids is None:
         return diagonal_crosses
     else:
         found = False
-        if POSITIVE:
-            different = row_identity[:, None] ^ col_identity[None, :]  # 0 is the least unsigned
+        if POSITIVE:  # the minimum of the unsigned xor is 0 if any pair of labels is equal
+            different = row_label[:, None] ^ col_label[None, :]
             found = tl.min(tl.min(different.to(tl.uint32, bitcast=True), 1), 0) == 0
         if SELF:
             found = found | diagonal_crosses
@@ -206,45 +223,45 @@ def is_special(row_ids, row_identity, col_identity, row0, col0, diagonal,
 
 
 @triton.jit
-def classify(row_ids, row_identity, col_identity, rows, cols, n, m, diagonal,
+def classify(row_ids, row_label, col_label, rows, cols, n, m, diagonal,
              SELF: tl.constexpr):  # fmt: skip
-    """(positive, excluded) of a tile; nothing beyond the end, no padding among the positives."""
-    # one side shifted, not the difference of both: that would be a loop invariant of tile size,
-    # which the compiler hoists and spills
+    """The masks (positive, excluded) of a tile. Padding and pairs beyond the end are in neither."""
+    # Compare cols with rows + diagonal. The difference rows - cols would be a loop invariant of the
+    # size of a tile, which the compiler hoists out of the loop and spills.
     partner = rows + diagonal
     partner = tl.where((rows < n) & (partner < m), partner, -1)
-    itself = cols[None, :] == partner[:, None]
+    self_pair = cols[None, :] == partner[:, None]
     if row_ids is None:  # noqa: SIM108 (Triton decides an `if` at compile time)
-        positive = itself
+        positive = self_pair
     else:
-        positive = row_identity[:, None] == col_identity[None, :]
+        positive = row_label[:, None] == col_label[None, :]
     if SELF:
-        return positive & (itself == 0), itself
+        return positive & (self_pair == 0), self_pair
     else:
-        return positive, tl.zeros_like(itself)
+        return positive, tl.zeros_like(self_pair)
 
 
 @triton.jit
-def limited(s, products, limit, special, row_ids, row_identity, col_identity, rows, cols, n, m,
+def apply_limit(s, products, limit, special, row_ids, row_label, col_label, rows, cols, n, m,
             diagonal, SELF: tl.constexpr):  # fmt: skip
-    """S, -inf at pairs that are not positive and have an inner product above `limit`, which
-    broadcasts against the tile."""
-    beyond = products > limit
+    """The scores with -inf at negatives whose inner product is above `limit`.
+
+    limit: (rows, 1) or (1, columns).
+    """
+    above = products > limit
     if special:
-        positive, _ = classify(
-            row_ids, row_identity, col_identity, rows, cols, n, m, diagonal, SELF
-        )
-        beyond = beyond & (positive == 0)
-    return tl.where(beyond, float("-inf"), s)
+        positive, _ = classify(row_ids, row_label, col_label, rows, cols, n, m, diagonal, SELF)
+        above = above & (positive == 0)
+    return tl.where(above, float("-inf"), s)
 
 
 @triton.jit
-def signed(s, special, row_ids, row_identity, col_identity, rows, cols, n, m, diagonal,
-           SELF: tl.constexpr):  # fmt: skip
-    """What softplus is taken of: S, -S at positives, -inf at what is excluded."""
+def signed_scores(s, special, row_ids, row_label, col_label, rows, cols, n, m, diagonal,
+                  SELF: tl.constexpr):  # fmt: skip
+    """The arguments of softplus: S at negatives, -S at positives, -inf at excluded pairs."""
     if special:
         positive, excluded = classify(
-            row_ids, row_identity, col_identity, rows, cols, n, m, diagonal, SELF
+            row_ids, row_label, col_label, rows, cols, n, m, diagonal, SELF
         )
         s = tl.where(excluded, float("-inf"), tl.where(positive, -s, s))
     return s

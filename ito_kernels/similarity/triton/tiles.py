@@ -1,8 +1,8 @@
 """Tile shapes of the Triton kernels for each architecture, and the size of W panels.
 
-Chosen from machine code, not from timings: `benchmarks/predict/gpu_static.py` compiles entries
-in a few variants, fails if one of these spills, and predicts the time. docs/gpu-static.md names
-other variants that spill.
+The shapes were chosen from machine code, not from timings: `benchmarks/predict/gpu_static.py`
+compiles the entries in a few variants, fails if one of these spills registers, and predicts the
+time. docs/gpu-static.md names other variants that spill.
 """
 
 from __future__ import annotations
@@ -22,8 +22,9 @@ class Tile(NamedTuple):
     stages: int
 
 
-def around(tile: Tile) -> list[Tile]:
-    """The tiles that autotuning tries, the table's first: shorter, narrower, another pipeline."""
+def tuning_candidates(tile: Tile) -> list[Tile]:
+    """The tiles that autotuning compares: the given tile first, then with fewer rows, with fewer
+    columns, with fewer warps, and with one more pipeline stage."""
     return [
         tile,
         tile._replace(m=tile.m // 2),
@@ -34,12 +35,15 @@ def around(tile: Tile) -> list[Tile]:
 
 
 class Arch(NamedTuple):
-    """Tiles of one architecture, by arithmetic: "half" (bf16, fp16) and the three of fp32.
+    """The tiles of one architecture.
 
-    tma: features come through tensor descriptors (Hopper and later), else through pointers.
-    forward, panel: the statistics and the W panels, where the positives are given by position.
-    ids: both, where they are given by ids: comparing and summing them takes registers.
-    gradient: the fused gradient, D ≤ FUSED_D, where k is unused; not for every arithmetic.
+    Each dict maps an arithmetic to a tile: "half" (bf16 and fp16), and for fp32 "tf32", "tf32x3"
+    and "ieee".
+
+    tma: load features through tensor descriptors (Hopper and later) instead of pointers.
+    forward, panel: for the statistics and for the W panels, without ids.
+    ids: for both, with ids. Comparing ids and summing over positives takes registers.
+    gradient: for the fused gradient, D ≤ FUSED_D. k is unused, and arithmetics may be missing.
     """
 
     name: str
@@ -50,32 +54,35 @@ class Arch(NamedTuple):
     gradient: dict[str, Tile]
 
     def parts(self, tile: Tile, softplus: bool = False) -> int:
-        """By how many parts of its columns a tile is reduced. With 128 scores per thread, the
-        columns' vectors, 3 registers for each of 32 columns, spill unless they come 8 at a time;
-        loss and gradient of softplus together do so with 64."""
+        """The number of parts in which the columns of a tile are reduced.
+
+        With 128 scores per thread, the column vectors take 3 registers for each of 32 columns and
+        spill, unless 8 columns are processed at a time. The loss and gradient of softplus together
+        spill at 64 scores per thread.
+        """
         threads = tile.warps * (64 if self.name == "gfx942" else 32)
         return 4 if tile.m * tile.n >= (64 if softplus else 128) * threads else 1
 
 
-# Up to here the gradient's rows fit the registers. W would cost 6 bytes of memory traffic for
-# 6·D operations: below D = 128 that is slower than computing S once more.
+# Up to this D the rows of the gradient fit in registers. Writing and reading W takes 6 bytes of
+# memory traffic for 6·D operations: below D = 128 that is slower than computing S once more.
 FUSED_D = 128
 
 
-# fp32: ieee runs on the ordinary units. 3×tf32 holds each operand twice, as a large and a small
+# fp32: "ieee" runs on the scalar units. 3×tf32 holds each operand twice, as a large and a small
 # part, so it gets the smallest tile.
 IEEE, TF32X3 = Tile(64, 64, 32, 8, 3), Tile(64, 32, 32, 8, 3)
 FP32 = {"tf32": Tile(128, 64, 32, 8, 3), "tf32x3": TF32X3, "ieee": IEEE}
 FP32_IDS = FP32 | {"tf32": Tile(64, 64, 32, 8, 3)}
 GRADIENT = {
     "half": Tile(64, 32, 0, 4, 2),
-    "tf32": Tile(32, 32, 0, 4, 2),  # 3×tf32 and ieee spill at any size: they take panels
+    "tf32": Tile(32, 32, 0, 4, 2),  # 3×tf32 and ieee spill at any size and use panels
 }
 
 ARCHS = {
-    # 128 × 128 asks L2 for 32 bytes of operands per clock, of the 47 that it gives: a wider tile
-    # gains nothing. Eight warps: 64 scores per thread leave room for the column vectors; the 128
-    # of four warps spill.
+    # 128 × 128 reads 32 bytes of operands per clock from L2, which delivers 47: a wider tile gains
+    # nothing. With eight warps, 64 scores per thread leave room for the column vectors; the 128 of
+    # four warps spill.
     "sm_80": Arch(
         "sm_80",
         False,
@@ -84,9 +91,9 @@ ARCHS = {
         ids={"half": Tile(64, 64, 64, 8, 3)} | FP32_IDS,
         gradient=GRADIENT,
     ),
-    # The matrix unit is twice as fast and L2 is not: 256 × 128 asks it for 48 bytes per clock, of
-    # about 39, where 128 × 128 would ask for 64. Four stages: 192 KiB, so that a quarter of the
-    # next tile at D = 768 is loaded while one is reduced.
+    # The matrix unit is twice as fast as on sm_80, L2 is not. It delivers about 39 bytes per clock;
+    # 256 × 128 reads 48, 128 × 128 would read 64. Four stages take 192 KiB, so that at D = 768 a
+    # quarter of the next tile is loaded while one is reduced.
     "sm_90": Arch(
         "sm_90",
         True,
@@ -95,8 +102,8 @@ ARCHS = {
         ids={"half": Tile(128, 64, 64, 8, 3)} | FP32_IDS,
         gradient=GRADIENT | {"half": Tile(64, 64, 0, 4, 2)},
     ),
-    # Scores come from tensor memory with a row per thread, so column vectors take a register per
-    # column: 128 columns spill in the forward kernel (211), 64 with ids (40).
+    # Scores are read from tensor memory with one row per thread, so column vectors take a register
+    # per column. 128 columns spill in the forward kernel (211 instructions), 64 with ids (40).
     "sm_100": Arch(
         "sm_100",
         True,
@@ -105,7 +112,7 @@ ARCHS = {
         ids={"half": Tile(128, 32, 64, 8, 3)} | FP32_IDS | {"ieee": TF32X3},
         gradient=GRADIENT,
     ),
-    # 64 KiB of shared memory: two stages of 128 × 128 × 64. No 3×tf32 there.
+    # 64 KiB of shared memory hold two stages of 128 × 128 × 64. There is no 3×tf32.
     "gfx942": Arch(
         "gfx942",
         False,
@@ -118,31 +125,33 @@ ARCHS = {
 
 
 def interpreter() -> Arch:
-    """It takes as long for a large tile as for a small one."""
+    """Large tiles: the interpreter takes as long for a large tile as for a small one."""
     same = dict.fromkeys(("half", "tf32", "tf32x3", "ieee"), Tile(128, 128, 128, 4, 1))
     return Arch("interpreter", False, same, same, same, same)
 
 
 @lru_cache(maxsize=32)
 def device(device: torch.device) -> tuple[Arch, int]:
-    """The architecture's tiles and the number of processors."""
+    """The architecture of a device and its number of multiprocessors."""
     if device.type == "cpu":
         return interpreter(), 4
     properties = torch.cuda.get_device_properties(device)
     if torch.version.hip:
         return ARCHS["gfx942"], properties.multi_processor_count
-    # 8.6 to 8.9 and 12.0 have 100 KiB of shared memory, which the tiles of 8.0 fit; only 9.0 has
-    # warp-group and only 10.x has fifth-generation matrix instructions
+    # Only 9.0 has warp-group and only 10.x has fifth-generation matrix instructions. All others
+    # take the tiles of 8.0, which fit the 100 KiB of shared memory of 8.6 to 8.9 and 12.0.
     name = {9: "sm_90", 10: "sm_100"}.get(properties.major, "sm_80")
     return ARCHS[name], properties.multi_processor_count
 
 
 def panel(n: int, m: int, d: int, elements: int, processors: int, square: bool) -> tuple[int, int]:
-    """Rows and columns of a W panel of at most `elements` (or one tile of 128 × 128).
+    """Rows and columns of a W panel of at most `elements` elements, at least 128 × 128.
 
-    Square panels cost the least traffic of gradients that are read and written once per panel. The
-    side is such that the vendor's usual tiles of 128 × 256 fill the processors: at D = 768 on 132
-    of them, 88 × 3 tiles are 2 full waves where 90 × 3 would take 3.
+    Gradients are read and written once per panel; square panels minimise this traffic. The size is
+    chosen so that the vendor's usual tiles of 128 × 256 fill the processors: at D = 768 and 132
+    processors, 88 × 3 tiles are 2 full waves, 90 × 3 tiles would take 3.
+
+    square: return a square panel also at the edge, for a symmetric S.
     """
     side = max(128, isqrt(elements) // 128 * 128)
     wave = 128 * processors // gcd(processors, -(-d // 256))
