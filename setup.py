@@ -47,12 +47,22 @@ def nvcc() -> str | None:
     return shutil.which("nvcc") or next(map(str, packaged), None)
 
 
+def site_folders() -> list[str]:
+    """Where packages are installed for this Python, the user's first, as in `sys.path`.
+
+    The user's count although pip switches them off for its build (PYTHONNOUSERSITE); but not in a
+    virtual environment that sees only its own packages.
+    """
+    user = [site.getusersitepackages()] if sys.base_prefix in site.PREFIXES else []
+    return user + site.getsitepackages()
+
+
 def wants_cuda(paths: list[str]) -> tuple[bool, str]:
     """Whether the torch in `paths` is a CUDA build, and what it is. pip builds in an environment of
     its own, where torch cannot be imported: its version file is read."""
     torch = PathFinder.find_spec("torch", paths)
     if torch is None or torch.origin is None:
-        return False, f"there is no torch in {', '.join(site.getsitepackages())}"
+        return False, f"there is no torch in {', '.join(site_folders())}"
     text = Path(torch.origin).with_name("version.py").read_text()
     found = dict(re.findall(r"^(__version__|cuda)\b[^=]*= *'(.+)'", text, re.MULTILINE))
     build = f"a build for CUDA {found['cuda']}" if "cuda" in found else "not a CUDA build"
@@ -66,7 +76,7 @@ def cuda_options() -> tuple[list[str], str]:
         raise ValueError(f"ITO_BUILD_CUDA must be auto, 0 or 1, got {asked!r}")
     wanted, why = asked == "1", f"ITO_BUILD_CUDA={asked}"
     if asked == "auto":
-        wanted, why = wants_cuda([*sys.path, *site.getsitepackages()])
+        wanted, why = wants_cuda([*sys.path, *site_folders()])
     found = nvcc()
     no_nvcc = "there is no nvcc ($CUDACXX, the PATH, nvidia-cuda-nvcc)"
     if asked == "1" and found is None:

@@ -1,6 +1,6 @@
-"""Which drawings and captions a step sees: a pure function of the seed and the step.
+"""Which pictures and captions a step sees: a pure function of the seed and the step.
 
-Nothing carries over from step to step, so a resumed run sees exactly what it would have seen.
+No state is carried from step to step, so a resumed run sees the same batches.
 """
 
 import hashlib
@@ -24,32 +24,34 @@ def generator(seed: int, purpose: str, number: int) -> torch.Generator:
 
 
 class Batch(NamedTuple):
-    """What one rank sees of a step: n items, V pictures and C captions of each.
+    """One rank's part of a step's batch: n items, with V pictures and C captions of each.
 
-    `pictures` uint8 (V, n, 3, S, S), `places` (V, n) and `total`: where those stand among the
-    pictures of all ranks, and how many these are, for the random numbers of the augmentation.
-    `ids` (C, N, L) of all items whose captions are known here, `local` this rank's n among these N.
-    `item` (n,): their numbers in the data set; a stream's items have none, but 63 bits of a hash.
+    pictures: uint8 (V, n, 3, S, S).
+    positions: (V, n), of the pictures in the global batch of `count` pictures. The augmentation's
+        random numbers depend on them.
+    ids: token ids (C, N, L) of the N items whose captions this rank knows.
+    local_rows: which of the N are this rank's n.
+    item: (n,), the items' numbers in the data set; of a stream, 63 bits of a hash of the name.
     """
 
     pictures: Tensor
-    places: Tensor
-    total: int
+    positions: Tensor
+    count: int
     ids: Tensor
-    local: slice
+    local_rows: slice
     item: Tensor
 
 
 class Batches:
-    """Batches of distinct items, each with V drawings and C captions.
+    """Batches of distinct items, from a data set in memory.
 
-    An item with several training drawings shows different ones in its views, so that different
-    artists' drawings of a thing meet; one with fewer drawings than views repeats them, and the
-    augmentation tells the views apart. Captions likewise. A pass over the items ends with its last
-    full batch.
+    The V views of an item are different training pictures of it, if it has so many; otherwise
+    pictures are repeated, and only the augmentation differs. The C captions are chosen in the same
+    way. An epoch ends with its last full batch.
 
-    `size` is the batch size of all ranks together, at most the number of items with a training
-    drawing. `batches(step)` is the rank's Batch, with the captions of all ranks'.
+    `size` is the global batch size: that of the configuration, or the number of items with a
+    training picture if that is smaller. `batches(step)` is this rank's Batch, with the captions of
+    all ranks.
     """
 
     def __init__(
@@ -60,57 +62,55 @@ class Batches:
         ranks: Ranks,
         device: torch.device,
     ):
-        drawings: dict[int, list[int]] = {item: [] for item in dataset.training_items()}
+        image_rows: dict[int, list[int]] = {item: [] for item in dataset.training_items()}
         for row in dataset.rows("train").tolist():
-            drawings[int(dataset.image_item[row])].append(row)
-        self.drawings = list(drawings.values())
-        # all captions in one tensor, and the rows of each item's
-        names = [dataset.captions[item] for item in drawings]
-        self.ids = tokenizer([name for each in names for name in each])
-        ends = [*itertools.accumulate(map(len, names), initial=0)]
-        self.captions = [range(*pair) for pair in itertools.pairwise(ends)]
+            image_rows[int(dataset.image_item[row])].append(row)
+        self.image_rows = list(image_rows.values())
+        # the token ids of all captions in one tensor, and each item's rows of it
+        captions = [dataset.captions[item] for item in image_rows]
+        self.ids = tokenizer([caption for texts in captions for caption in texts])
+        ends = [*itertools.accumulate(map(len, captions), initial=0)]
+        self.caption_rows = [range(*pair) for pair in itertools.pairwise(ends)]
         self.images = dataset.images.to(device)
         self.image_item = dataset.image_item
         self.config, self.ranks = config, ranks
-        self.size = min(config.batch_size, len(drawings))
+        self.size = min(config.batch_size, len(image_rows))
 
     def __call__(self, step: int) -> Batch:
         rows, ids = self.choose(step)
-        local = self.ranks.local_slice(self.size)
-        places = torch.arange(rows.numel()).view(rows.shape)[:, local]
-        # not images[rows]: 2.3 ms for 128 pictures of 64 px on one core, this 0.2
-        pictures = self.images.index_select(0, rows[:, local].flatten().to(self.images.device))
-        item = self.image_item[rows[0, local]]
-        return Batch(pictures.unflatten(0, places.shape), places, rows.numel(), ids, local, item)
+        local_rows = self.ranks.local_slice(self.size)
+        positions = torch.arange(rows.numel()).view(rows.shape)[:, local_rows]
+        # index_select takes 0.2 ms for 128 pictures of 64 px on one core, images[rows] 2.3 ms
+        chosen = rows[:, local_rows].flatten().to(self.images.device)
+        pictures = self.images.index_select(0, chosen).unflatten(0, positions.shape)
+        item = self.image_item[rows[0, local_rows]]
+        return Batch(pictures, positions, rows.numel(), ids, local_rows, item)
 
     def choose(self, step: int) -> tuple[Tensor, Tensor]:
-        """The batch of all ranks: indices into `dataset.images` (V, N), and token ids (C, N, L).
-
-        The columns that are padding everywhere are left out.
-        """
+        """The global batch: indices into `dataset.images` (V, N), and token ids (C, N, L)."""
         seed = self.config.seed
-        epoch, place = divmod(step, len(self.drawings) // self.size)
-        order = torch.randperm(len(self.drawings), generator=generator(seed, "epoch", epoch))
-        items = order[place * self.size : (place + 1) * self.size].tolist()
+        epoch, number = divmod(step, len(self.image_rows) // self.size)
+        order = torch.randperm(len(self.image_rows), generator=generator(seed, "epoch", epoch))
+        items = order[number * self.size : (number + 1) * self.size].tolist()
         random = generator(seed, "draw", step)
-        rows = drawn(self.drawings, items, self.config.views, random)
-        names = drawn(self.captions, items, self.config.captions, random)
-        ids = self.ids.index_select(0, names.flatten()).unflatten(0, names.shape)
-        return rows, trimmed(ids)
+        images = choose_rows(self.image_rows, items, self.config.views, random)
+        captions = choose_rows(self.caption_rows, items, self.config.captions, random)
+        ids = self.ids.index_select(0, captions.flatten()).unflatten(0, captions.shape)
+        return images, without_padding_columns(ids)
 
 
-def drawn(rows: list[Sequence[int]], items: list[int], wanted: int, random) -> Tensor:
-    """`wanted` of each item's rows, as `pick` picks: (wanted, N)."""
-    picked = [[rows[item][k] for k in pick(len(rows[item]), wanted, random)] for item in items]
-    return torch.tensor(picked).T
+def choose_rows(rows: list[Sequence[int]], items: list[int], count: int, random) -> Tensor:
+    """`count` rows of each item, chosen at random: (count, N)."""
+    chosen = [[rows[item][k] for k in pick(len(rows[item]), count, random)] for item in items]
+    return torch.tensor(chosen).T
 
 
-def pick(available: int, wanted: int, random: torch.Generator) -> list[int]:
-    """`wanted` of `range(available)` in random order, repeating only once all were taken."""
+def pick(available: int, count: int, random: torch.Generator) -> list[int]:
+    """`count` of `range(available)` in random order; none repeats before all have been picked."""
     order = torch.randperm(available, generator=random).tolist()
-    return [order[k % available] for k in range(wanted)]
+    return [order[k % available] for k in range(count)]
 
 
-def trimmed(ids: Tensor) -> Tensor:
-    """Token ids (C, N, L) without the columns that are padding everywhere."""
+def without_padding_columns(ids: Tensor) -> Tensor:
+    """Token ids (C, N, L) without the last columns, where these are padding in every row."""
     return ids[..., : int((ids != Tokenizer.pad_id).sum(-1).max())]

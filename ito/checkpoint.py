@@ -1,7 +1,7 @@
-"""The checkpoints of a run: what it continues from, checked when it is read.
+"""The checkpoints of a run, from which it is resumed. Their checksums are verified.
 
-A checkpoint is a zip archive, as torch.save writes it, and holds a checksum (CRC-32) of each of its
-parts. torch.load does not look at them: to it, a flipped bit is another weight.
+torch.save writes a zip archive with a checksum (CRC-32) of each part. torch.load does not verify
+them: it takes a flipped bit for another weight.
 """
 
 import re
@@ -10,15 +10,16 @@ from pathlib import Path
 
 import torch
 
-from ito.files import write_atomically
+from ito.files import require_file, write_atomically
 
-KEPT = 2  # one to continue from, and one before it
+KEPT = 2  # the newest, and one before it in case it is damaged
 
 
 def checkpoints(folder: Path, strict: bool = True) -> dict[int, Path]:
-    """Those in `folder` by their steps, in order.
+    """The checkpoints in `folder` by step, in ascending order.
 
-    Raises ValueError naming a file step_*.pt that is none; without `strict` it is passed over.
+    Raises ValueError for a file step_*.pt whose name holds no number; unless `strict`, it is
+    ignored.
     """
     found = {}
     for path in folder.glob("step_*.pt"):
@@ -31,10 +32,15 @@ def checkpoints(folder: Path, strict: bool = True) -> dict[int, Path]:
 
 
 def save_checkpoint(folder: Path, step: int, state: dict) -> None:
-    """`state` after `step` steps; the newest KEPT stay."""
+    """Write `state` after `step` steps, and delete all but the newest KEPT checkpoints."""
     path = folder / f"step_{step:07d}.pt"
     with write_atomically(path) as temporary, temporary.open("wb") as file:
-        torch.save(state | {"step": step}, file)
+        try:
+            torch.save(state | {"step": step}, file)
+        except RuntimeError as error:  # torch's own; a full disk's OSError is its context
+            if isinstance(error.__context__, OSError):
+                raise error.__context__ from None
+            raise
     for old in list(checkpoints(folder, strict=False).values())[:-KEPT]:
         old.unlink()
 
@@ -42,8 +48,8 @@ def save_checkpoint(folder: Path, step: int, state: dict) -> None:
 def load_checkpoint(folder: Path) -> dict:
     """The newest checkpoint in `folder`.
 
-    Raises FileNotFoundError if there is none, ValueError naming the file, and how to go on without
-    it, if it is damaged or not of the step that its name says.
+    Raises FileNotFoundError if there is none, and ValueError if it is damaged or not of the step
+    that its name says. The message names the file, and how to continue without it.
     """
     found = checkpoints(folder)
     if not found:
@@ -51,6 +57,7 @@ def load_checkpoint(folder: Path) -> dict:
     *earlier, (step, path) = found.items()
     start = earlier[-1][1].name if earlier else "step 0"
     advice = f"remove it, and --resume continues from {start}"
+    require_file(path)
     try:
         with zipfile.ZipFile(path) as archive:
             part = archive.testzip()
@@ -60,9 +67,9 @@ def load_checkpoint(folder: Path) -> dict:
         held = state["step"]
     except OSError:
         raise
-    except Exception as error:  # torch, pickle and zipfile raise what they like
+    except Exception as error:  # torch, pickle and zipfile raise many types
         why = error if isinstance(error, zipfile.BadZipFile) else type(error).__name__
         raise ValueError(f"{path} is damaged ({why}): {advice}") from None
     if held != step:
-        raise ValueError(f"{path} holds step {held}, which is not its name's: {advice}")
+        raise ValueError(f"{path} holds step {held}, which is not the step of its name: {advice}")
     return state

@@ -1,21 +1,23 @@
-"""How the commands end when something is wrong: one line that names it, and no traceback."""
+"""How the commands report errors: one line that names the cause, and no traceback."""
 
 import signal
 import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 from PIL import Image
+
+from ito.files import follow_links
 
 USER_ERRORS = (ValueError, OSError, ImportError)
 
 
 @contextmanager
 def user_errors() -> Iterator[None]:
-    """`error: …` on stderr. Status 2: options, files or packages; 1: the training diverged.
-
-    Ctrl-C ends with status 130, as a shell has it, and nothing more.
+    """Print `error: …` on stderr and exit: with status 2 for errors of options, files or packages,
+    with 1 if the training diverged. Ctrl-C exits with status 130, as usual in a shell.
     """
     warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # --max-pixels is our limit
     try:
@@ -23,7 +25,7 @@ def user_errors() -> Iterator[None]:
     except KeyboardInterrupt:
         sys.exit(128 + signal.SIGINT)
     except USER_ERRORS as error:
-        print(f"error: {shown(reason(error), 2000)}", file=sys.stderr)
+        print(f"error: {one_line(reason(error), 2000)}", file=sys.stderr)
         sys.exit(2)
     except FloatingPointError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -31,13 +33,22 @@ def user_errors() -> Iterator[None]:
 
 
 def reason(error: Exception) -> str:
-    """The system's errors in words, without their number."""
+    """The error's message; that of the system's errors without their number."""
     if isinstance(error, OSError) and error.errno is not None:
         return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
     return str(error)
 
 
-def shown(text: str, limit: int = 300) -> str:
-    """The text on one line, no more than `limit` characters of it: a caption may be a megabyte."""
+def output_path(option: str, path: Path) -> Path:
+    """`path`, to be written. Raises OSError naming the option if its links form a loop."""
+    try:
+        follow_links(path)
+    except OSError as error:
+        raise OSError(f"{option} {reason(error)}") from error
+    return path
+
+
+def one_line(text: str, limit: int = 300) -> str:
+    """The text on one line, cut to `limit` characters: a caption may be a megabyte long."""
     cut = text if len(text) <= limit else text[: limit - 1] + "…"
     return " ".join(cut.splitlines())

@@ -14,13 +14,13 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-from ito.cli import user_errors
+from ito.cli import output_path, user_errors
 from ito.config import Config, add_options, from_options
-from ito.files import write_text
+from ito.files import read_text, write_text
 from ito.run import RunFolder, locked
 from ito.scoring.comparison import write_comparison
 
-# What a run adds to the options that all share.
+# The options of each arm, added to those that all share.
 ARMS = {
     "clip": {"objective": "clip"},
     "clip-aug": {"objective": "clip-aug"},
@@ -29,7 +29,7 @@ ARMS = {
     "flair": {"objective": "flair"},
     "ito-align": {"objective": "ito", "lambda_fusion": 0.0},
     "ito": {"objective": "ito"},
-    # ablations, not trained unless named
+    # ablations, trained only if named
     "ito-lambda-0.5": {"objective": "ito", "lambda_fusion": 0.5},
     "ito-lambda-1": {"objective": "ito", "lambda_fusion": 1.0},
     "ito-lambda-6": {"objective": "ito", "lambda_fusion": 6.0},
@@ -102,6 +102,7 @@ def main(arguments: list[str] | None = None) -> Path:
         options = parser.parse_args(arguments)
         if options.jobs < 1:
             raise ValueError(f"--jobs must be at least 1, got {options.jobs}")
+        output_path("--out", options.out)
         if not options.report_only:
             runs = plan(options)
             options.out.mkdir(parents=True, exist_ok=True)
@@ -111,14 +112,16 @@ def main(arguments: list[str] | None = None) -> Path:
 
 
 def plan(options: argparse.Namespace) -> list[Run]:
-    """The runs, seed by seed, so that a comparison that is cut off still compares."""
+    """The runs, seed by seed, so that an interrupted comparison has some runs of every arm."""
     for name in ("seeds", "arms"):
         if len(set(values := getattr(options, name))) < len(values):
             raise ValueError(f"--{name} must differ, got {' '.join(map(str, values))}")
     given = {name: x for name, x in vars(options).items() if name in Config().flat()}
     for name in DECIDED:
         if name in given:
-            raise ValueError(f"--{name.replace('_', '-')} is what the runs of a comparison decide")
+            raise ValueError(
+                f"--{name.replace('_', '-')} is set by the arms of a comparison: drop it"
+            )
     runs = []
     for seed in options.seeds:
         for arm in options.arms:
@@ -132,7 +135,7 @@ def command_line(chosen: dict) -> list[str]:
     """The options of `python -m ito.train` for these values."""
     words = []
     for name, value in chosen.items():
-        if value is True:  # an option without a value; those that are off are not given
+        if value is True:  # an option without a value, given only if it is on
             words.append(f"--{name.replace('_', '-')}")
         elif name == "locked":
             towers = ("image", "text") if value == "both" else (value,)
@@ -148,7 +151,7 @@ def train_all(runs: list[Run], options: argparse.Namespace) -> None:
     environment = dict(os.environ)
     if options.cache:
         environment["ITO_CACHE"] = str(options.cache.absolute())
-    if options.threads:  # the evaluation's too: three of them on a core took 120 s instead of 25
+    if options.threads:  # of the evaluation too: three on one core took 120 s instead of 25
         environment["OMP_NUM_THREADS"] = str(options.threads)
     with ThreadPoolExecutor(options.jobs) as pool:
         for line in pool.map(lambda run: train(run, out, options.threads, environment), runs):
@@ -156,12 +159,12 @@ def train_all(runs: list[Run], options: argparse.Namespace) -> None:
 
 
 def train(run: Run, out: Path, threads: int | None, environment: dict) -> str:
-    """Train a run to its end, or what is left of it. Raises OSError with the end of its output."""
+    """Train a run, or resume it, and evaluate it. Raises OSError with the end of its output."""
     folder, log = out / run.name, out / f"{run.name}.log"
     cost, scores = RunFolder(folder).cost, RunFolder(folder).evaluation
-    begun = same(folder, run)
+    begun = is_begun(folder, run)
     if begun and cost.exists() and scores.exists():
-        return f"{run.name}: there already"
+        return f"{run.name}: finished before"
     if not (begun and cost.exists()):
         words = [sys.executable, "-m", "ito.train"]
         words += ["--resume", str(folder)] if begun else ["--out", str(folder), *run.options]
@@ -171,12 +174,15 @@ def train(run: Run, out: Path, threads: int | None, environment: dict) -> str:
     call(
         [sys.executable, "-m", "ito.evaluate", str(folder), "--json", str(scores)], log, environment
     )
-    peak = json.loads(cost.read_text(encoding="utf-8"))["peak_bytes"]
+    peak = json.loads(read_text(cost))["peak_bytes"]
     return f"{run.name}: {run.config.steps} steps, {peak / 2**20:.0f} MiB at most"
 
 
 def call(words: list[str], log: Path, environment: dict) -> dict:
-    """Run a command into the log; what it cost. Raises OSError with the end of its output."""
+    """Run a command, append its output to the log, and return what it cost.
+
+    Raises OSError with the end of its output if it fails.
+    """
     with log.open("a", encoding="utf-8") as file:
         before = file.tell()
         process = subprocess.Popen(words, stdout=file, stderr=file, env=environment)
@@ -189,8 +195,8 @@ def call(words: list[str], log: Path, environment: dict) -> dict:
     return {"peak_bytes": usage.ru_maxrss * kilobyte, "cpu_seconds": usage.ru_utime}
 
 
-def same(folder: Path, run: Run) -> bool:
-    """Whether this run was begun there. Raises ValueError if it holds one of other options."""
+def is_begun(folder: Path, run: Run) -> bool:
+    """Whether the folder holds this run. Raises ValueError if it holds one with other options."""
     if not RunFolder(folder).config.exists():
         return False
     found = RunFolder(folder).read_config().flat()

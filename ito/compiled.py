@@ -1,4 +1,4 @@
-"""Whether torch.compile compiles the towers, and why."""
+"""Whether the towers are compiled by torch.compile, and why."""
 
 import torch
 from torch import nn
@@ -6,13 +6,14 @@ from torch import nn
 from ito.model.encoders import Block, ImageEncoder
 
 
-def choose_compile(wanted: bool, device: torch.device) -> tuple[bool, str]:
-    """Whether to compile, and the reason in words. Nothing is compiled that was not asked for.
+def choose_compile(requested: bool, device: torch.device) -> tuple[bool, str]:
+    """Whether to compile, and the reason in words. Towers are compiled only on request.
 
-    The default run, bf16, a Sapphire Rapids CPU, steps by turns on two busy cores: 278 ms, compiled
-    276 (on quiet ones, with a shorter text tower, 153 and 160), after 20 to 60 s of processor time.
+    A step of the default run, in bf16 on a Sapphire Rapids CPU, measured in turns on two busy
+    cores: 278 ms, compiled 276 (on quiet cores, with a shorter text tower, 153 and 160). Compiling
+    takes 20 to 60 s of processor time.
     """
-    if wanted:
+    if requested:
         return True, "asked for"
     if device.type == "cuda":
         return False, "not measured on a GPU; --compile asks for it"
@@ -20,9 +21,8 @@ def choose_compile(wanted: bool, device: torch.device) -> tuple[bool, str]:
 
 
 def compile_towers(*modules: nn.Module) -> None:
-    """Every transformer block and the image tower's stem, in place: weights keep their names.
-
-    Compiled at first use, for sizes as they come. Numbers change by rounding.
+    """Compile every transformer block and the image tower's stem, in place: weights keep their
+    names. Compilation happens at the first call, for each size. Results change by rounding.
     """
     for module in (part for root in modules for part in root.modules()):
         if isinstance(module, Block):

@@ -9,10 +9,10 @@ from pathlib import Path
 
 from ito.data.augment import DRAWINGS, Augmentation
 from ito.data.pictures import MAX_PIXELS
-from ito.files import write_text
+from ito.files import read_text, write_text
 from ito.model.fusion import READOUTS
 from ito.model.pretrained import IMAGE, OURS, TEXT, image_size, split
-from ito.objectives import OBJECTIVES, OPTIONS, objective_class, own_parts
+from ito.objectives import OBJECTIVES, OPTIONS, objective_class, user_file
 from ito.recipes import EMOJI_FULL, EMOJI_SMALL, PRESETS
 
 
@@ -26,9 +26,9 @@ def option(
     most=None,
     kind: type | None = None,
 ):
-    """A field with its command-line option; `least` and `most` bound a number, ends included.
+    """A field with its command-line option. A number must be between `least` and `most`, inclusive.
 
-    kind: of the value, where the default is None: the objective's own.
+    kind: the type of the value, where the default is None.
     """
     metadata = {
         "group": group,
@@ -56,9 +56,9 @@ AUGMENTATIONS = {
 
 @dataclass(frozen=True)
 class Config:
-    """Everything that decides a run, except the machine. The intervals leave its numbers alone.
+    """Everything that decides the numbers of a run, except the machine. Intervals change none.
 
-    Raises ValueError naming the option, what it got and what it wanted.
+    Raises ValueError naming the option, its value and what is allowed.
     """
 
     train_data: str = option(
@@ -75,7 +75,7 @@ class Config:
         "data",
         "skip images with more pixels than this; for a JPEG, after reduced-size decoding",
         least=1,
-        most=2 * MAX_PIXELS,  # Pillow opens no larger one
+        most=2 * MAX_PIXELS,  # Pillow opens no larger picture
     )
     untrusted_data: bool = option(
         False, "data", "skip images whose path, with links resolved, is outside the data folder"
@@ -235,14 +235,14 @@ class Config:
     eval_every: int = option(500, "intervals", "steps between evaluations", least=1)
     checkpoint_every: int = option(250, "intervals", "steps between checkpoints", least=1)
 
-    augmentation: Augmentation | None = None  # the objective's own
+    augmentation: Augmentation | None = None  # None: the objective's default
 
     def __post_init__(self):
         kind = objective_class(self.objective)
         for name in ("views", "captions", "augmentation"):
             if getattr(self, name) is None:
                 object.__setattr__(self, name, getattr(kind, name))
-        self.settle_encoders()
+        self.set_encoder_sizes()
         refuse_unfit(self.objective, [n for n in OPTIONS if self.differs(n)])
         if kind.fixed and self.augmentation != kind.augmentation:
             refuse_unfit(self.objective, ["augmentation"])
@@ -251,7 +251,8 @@ class Config:
             if value is None:
                 continue
             least, most = item.metadata.get("bounds", (None, None))
-            if least is not None and not value >= least:  # not <: NaN is refused too
+            # `not value >= least` also refuses NaN
+            if least is not None and not value >= least:
                 raise ValueError(f"{item.name} must be at least {least}, got {value}")
             if most is not None and not value <= most:
                 raise ValueError(f"{item.name} must be at most {most}, got {value}")
@@ -259,7 +260,7 @@ class Config:
                 raise ValueError(f"{item.name} must be finite, got {value}")
         if self.stream != (self.val_data is not None):
             raise ValueError(
-                "--stream and --val-data go together: what is streamed is not held to be scored, "
+                "--stream and --val-data go together: streamed data are not held to be scored, "
                 f"got stream={self.stream}, val_data={self.val_data}"
             )
         if len(self.csv_separator) != 1:
@@ -269,7 +270,7 @@ class Config:
             )
         if self.load_size > 2 * self.image_size:
             raise ValueError(
-                f"load_size must be at most twice image_size = {self.image_size}, or sampling "
+                f"load_size must be at most twice image_size = {self.image_size}, because sampling "
                 f"would alias; got {self.load_size}"
             )
         if self.objective == "ito" and self.lambda_fusion > 0 and self.views < 2:
@@ -278,21 +279,21 @@ class Config:
                 "or set lambda_fusion to 0"
             )
 
-    def settle_encoders(self) -> None:
-        """The sizes that depend on the encoders; what does not fit them is refused."""
+    def set_encoder_sizes(self) -> None:
+        """Set the sizes that depend on the encoders.
+
+        Raises ValueError for options that do not fit them.
+        """
         chosen = {"image": self.image_encoder, "text": self.text_encoder}
-        unfit = (
+        of_our_towers = (
             ("image_width", "image_heads", "image_depth", "patch_size"),
-            (
-                "text_depth",
-                "vocab_size",
-            ),
+            ("text_depth", "vocab_size"),
         )
-        for (tower, encoder), own in zip(chosen.items(), unfit, strict=True):
+        for (tower, encoder), names in zip(chosen.items(), of_our_towers, strict=True):
             if encoder == OURS:
                 continue
             split(f"{tower}_encoder", encoder, IMAGE if tower == "image" else TEXT)
-            if given := [name for name in own if self.differs(name)]:
+            if given := [name for name in names if self.differs(name)]:
                 raise ValueError(f"--{tower}-encoder {encoder} does not take {', '.join(given)}")
         if self.image_size is None:
             ours = self.image_encoder == OURS
@@ -309,13 +310,13 @@ class Config:
                 )
         if self.locked == "both" and OURS in chosen.values():
             raise ValueError(
-                "--lock-image and --lock-text together train the projections of pretrained "
-                f"encoders alone, got image_encoder={self.image_encoder}, "
+                "--lock-image and --lock-text together train only the projections of pretrained "
+                f"encoders, got image_encoder={self.image_encoder}, "
                 f"text_encoder={self.text_encoder}"
             )
 
     def differs(self, name: str) -> bool:
-        """Whether an option has another value than it has by default with this objective."""
+        """Whether an option differs from its default with this objective."""
         default = getattr(
             objective_class(self.objective), name, type(self).__dataclass_fields__[name].default
         )
@@ -327,7 +328,7 @@ class Config:
     @classmethod
     def load(cls, path: Path) -> "Config":
         try:
-            values = json.loads(path.read_text(encoding="utf-8"))
+            values = json.loads(read_text(path))
             drawn = {
                 name: tuple(value) if isinstance(value, list) else value
                 for name, value in values.pop("augmentation").items()
@@ -337,7 +338,7 @@ class Config:
             raise ValueError(f"{path} is not the configuration of a run: {error}") from None
 
     def flat(self) -> dict:
-        """Every value by its option's name, those of the augmentation among them."""
+        """Every value by its option's name, those of the augmentation included."""
         values = vars(self) | vars(self.augmentation)
         del values["augmentation"]
         return values
@@ -368,10 +369,10 @@ class Lock(argparse.Action):
 def add_options(
     parser: argparse.ArgumentParser, only: str | None = None, hidden: tuple[str, ...] = ()
 ) -> None:
-    """One option per field, in the groups that the fields name.
+    """Add one option per field of `Config`, in the groups that the fields name.
 
-    With `only`, that group's alone, for a command whose defaults are a run's configuration.
-    Help does not show what is `hidden`, for a command that refuses it with a reason.
+    only: add this group only, for a command whose defaults are a run's configuration.
+    hidden: options that help does not show, for a command that refuses them with a reason.
     """
     groups: dict[str, argparse._ArgumentGroup] = {}
 
@@ -427,10 +428,11 @@ def add_options(
 
 
 def from_options(options: argparse.Namespace, base: Config | None = None) -> Config:
-    """The configuration of parsed options. What was not given is `base`'s; without one, that of
-    `--preset`, the objective's or the default.
+    """The configuration of parsed options.
 
-    A path becomes absolute: the configuration is read again in other working directories.
+    Options that were not given are taken from `base`, if there is one; else from `--preset`, the
+    objective or the defaults. Paths become absolute, because the configuration may be read again in
+    another working directory.
     """
     given = {
         name: tuple(value) if isinstance(value, list) else value
@@ -439,8 +441,8 @@ def from_options(options: argparse.Namespace, base: Config | None = None) -> Con
     for name in ("train_data", "val_data", "pretrained"):
         if given.get(name, EMOJI_SMALL) not in (None, EMOJI_SMALL, EMOJI_FULL):
             given[name] = str(Path(given[name]).absolute())
-    if own := own_parts(given.get("objective", Config.objective)):
-        given["objective"] = f"{own[0].absolute()}:{own[1]}"
+    if parts := user_file(given.get("objective", Config.objective)):
+        given["objective"] = f"{parts[0].absolute()}:{parts[1]}"
     for name in ("image_encoder", "text_encoder"):
         kind, _, folder = given.get(name, OURS).partition(":")
         prefix = "local-dir:" if folder.startswith("local-dir:") else ""

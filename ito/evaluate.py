@@ -8,9 +8,9 @@ import argparse
 import json
 from pathlib import Path
 
-from ito.cli import user_errors
+from ito.cli import output_path, user_errors
 from ito.config import add_options
-from ito.data.dataset import report_skipped
+from ito.data.dataset import report_repeated, report_skipped
 from ito.files import write_text
 from ito.model.exported import load
 from ito.model.tokenizer import report_cut
@@ -51,12 +51,16 @@ def main(arguments: list[str] | None = None) -> None:
         if bad := [prompt for prompt in options.prompts if "{}" not in prompt]:
             raise ValueError(f"--prompts must hold {{}} for the name, got {bad[0]!r}")
         for name, file in (("json", options.json), ("clip-benchmark", options.clip_benchmark)):
-            if file and not file.parent.is_dir():  # told before the work
-                raise ValueError(f"--{name} {file}: {file.parent} is no folder")
+            if file and not output_path(f"--{name}", file).parent.is_dir():
+                raise ValueError(f"--{name} {file}: {file.parent} is not a folder")
+        if options.json and options.json.is_dir():
+            raise ValueError(f"--json {options.json} is a folder: name a file for the scores")
         encoder = load(options.run)
         config, splits = choose_data(options)
         dataset = open_dataset(config, options.cache)
         print(report_skipped(dataset.skipped) or f"{len(dataset.images)} pictures")
+        if repeated := report_repeated(dataset):
+            print(repeated)
         captions = [caption for names in dataset.captions for caption in names]
         if cut := report_cut(captions, encoder.tokenizer):
             print(cut)

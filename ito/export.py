@@ -8,8 +8,8 @@ from contextlib import nullcontext
 from pathlib import Path
 
 from ito.checkpoint import load_checkpoint
-from ito.cli import user_errors
-from ito.files import undamaged
+from ito.cli import output_path, user_errors
+from ito.files import follow_links, undamaged
 from ito.model.encoders import DualEncoder
 from ito.model.exported import export, saved_tokenizer
 from ito.run import RunFolder, locked
@@ -31,15 +31,18 @@ def main(arguments: list[str] | None = None) -> None:
     with user_errors():
         options = parser.parse_args(arguments)
         run = RunFolder(options.run)
+        out = output_path("--out", options.out or run.model)
+        if options.open_clip:
+            output_path("--open-clip", options.open_clip)
         state = load_checkpoint(run.checkpoints)
         with undamaged(run.checkpoints):
             model = DualEncoder(**state["architecture"])
             model.load_state_dict(state["model"])
             load_size, step = state["load_size"], state["step"]
-        tokenizer = saved_tokenizer(state, run.model)
-        out = options.out or run.model
-        # a run that trains writes its own model
-        with locked(options.run) if out.resolve() == run.model.resolve() else nullcontext():
+        tokenizer = saved_tokenizer(state, run)
+        # a run that is training writes this model too
+        own = follow_links(out) == follow_links(run.model)
+        with locked(options.run) if own else nullcontext():
             export(model, tokenizer, load_size, step, out)
             if options.onnx:
                 from ito.model.onnx import export_onnx

@@ -1,8 +1,8 @@
-"""What is trained: ITO and the objectives that it is compared with, behind one interface.
+"""The training objectives: ITO, and those that it is compared with, behind one interface.
 
-All share towers, data order, budget and, but for plain CLIP, augmentation. An objective owns the
-modules that exist only while training. Its loss sees nothing but features, so that the batch may
-come in micro-batches and be spread over ranks. One's own comes from a file: OwnObjective.
+All share towers, data order and budget, and, except for plain CLIP, augmentation. An objective owns
+the modules that exist only during training. Its loss takes features only, so that the batch can be
+split into micro-batches and over ranks. A user's own loss comes from a file: UserObjective.
 """
 
 import importlib.util
@@ -33,11 +33,11 @@ Terms = dict[str, Tensor]
 
 
 class Step(NamedTuple):
-    """What a loss may know of a step beside its features.
+    """What a loss may use apart from its features.
 
-    number: counts from 1. progress: the share of the steps that is done, in [0, 1). item: (n,), the
-    numbers of this rank's items in the data set. generator: seeded by the run's seed and the step,
-    the same on all ranks.
+    number: of the step, from 1. progress: the share of all steps done so far, in [0, 1). item:
+    (n,), the numbers of this rank's items in the data set. generator: seeded by the run's seed and
+    the step, the same on all ranks.
     """
 
     number: int
@@ -47,10 +47,10 @@ class Step(NamedTuple):
 
 
 class Objective(nn.Module):
-    """Made after the model, of which it may set the scale's start, from an `ito.config.Config`.
+    """Created from an `ito.config.Config` and the model, whose logit scale it may set.
 
-    A class says what it takes: `views` and `captions` of an item by default, and the `options` that
-    not every objective has. `augmentation` is the default; where it is `fixed` there is no other.
+    `views` and `captions` are the default numbers per item. `options` are the options it takes that
+    not every objective has. `augmentation` is the default, or, if `fixed`, the only one.
     """
 
     views = 1
@@ -64,37 +64,37 @@ class Objective(nn.Module):
         self.config = config
 
     def texts(self, ids: Tensor, random: torch.Generator) -> Tensor:
-        """Token ids (C, N, L) of the global batch to those that `encode` takes."""
+        """From token ids (C, N, L) of the global batch to the ids that `encode` takes."""
         return ids
 
     def encode(self, model: DualEncoder, patches: Tensor, ids: Tensor) -> tuple[Tensor, ...]:
-        """`model.image.convolve`'s features (V, n, ...) and ids (C, n, L) of n items to features,
-        items along dimension 1. Items do not see each other here."""
-        return unit(model.image.attend, patches), unit(model.text, ids)
+        """From the output of `model.image.convolve`, (V, n, ...), and token ids (C, n, L) to
+        features with the n items along dimension 1. Items must not depend on each other here."""
+        return unit_rows(model.image.attend, patches), unit_rows(model.text, ids)
 
     def loss(
         self, *features: Tensor, logit_scale: Tensor, step: Step, group: ProcessGroup | None
     ) -> tuple[Tensor, Terms]:
-        """The loss of the batch, of all ranks of `group`, and its terms by name.
+        """The loss of the global batch, over all ranks of `group`, and its terms by name.
 
-        logit_scale: the multiplier.
+        logit_scale: the factor itself, not its logarithm.
         """
         raise NotImplementedError
 
     @torch.no_grad()
     def clamp(self) -> None:
-        """After each optimizer step."""
+        """Keep parameters in their range; called after each optimizer step."""
 
 
-def unit(tower: nn.Module, inputs: Tensor) -> Tensor:
-    """(V, n, ...) to unit rows (V, n, E), fp32."""
+def unit_rows(tower: nn.Module, inputs: Tensor) -> Tensor:
+    """From inputs (V, n, ...) to unit rows (V, n, E), fp32."""
     return F.normalize(tower(inputs.flatten(0, 1))[1].float(), dim=-1).unflatten(
         0, inputs.shape[:2]
     )
 
 
 class Clip(Objective):
-    """Symmetric InfoNCE of one view, mildly cropped, and one caption."""
+    """Symmetric InfoNCE of one mildly cropped view and one caption."""
 
     augmentation = CROP
     fixed = True
@@ -105,17 +105,17 @@ class Clip(Objective):
 
 
 class ClipAugmented(Clip):
-    """CLIP on the pictures that the other objectives see."""
+    """CLIP with the augmentation of the other objectives."""
 
     augmentation = DRAWINGS
     fixed = False
 
 
 class Slip(Objective):
-    """CLIP on the first view + NT-Xent on two more, through a projector; weight 1.
+    """CLIP on the first view, plus NT-Xent on two more views through a projector, with weight 1.
 
-    Mu et al. 2021. Its projector has batch normalisation where this one has layer normalisation,
-    which leaves items independent of each other.
+    Mu et al. 2021. Their projector has batch normalisation; this one has layer normalisation, with
+    which items do not depend on each other.
     """
 
     views = 3
@@ -139,7 +139,7 @@ class Slip(Objective):
         pooled = model.image.attend(patches.flatten(0, 1))[1].unflatten(0, patches.shape[:2])
         projected = self.projector(pooled[1:])
         image, views = (F.normalize(x.float(), dim=-1) for x in (pooled[:1], projected))
-        return image, unit(model.text, ids), views
+        return image, unit_rows(model.text, ids), views
 
     def loss(self, image, text, views, *, logit_scale, step, group):
         align = clip_loss(image[0], text[0], logit_scale, group=group)
@@ -148,7 +148,7 @@ class Slip(Objective):
 
 
 class Sigmoid(Objective):
-    """The scale and the bias of sigmoid losses, at SigLIP's start: s = 10, b = -10."""
+    """An objective with a sigmoid loss: scale and bias start at SigLIP's 10 and -10."""
 
     def __init__(self, config, model):
         super().__init__(config, model)
@@ -157,7 +157,7 @@ class Sigmoid(Objective):
 
 
 class SigLip(Sigmoid):
-    """Every image with every text, each pair for itself. Zhai et al. 2023."""
+    """A sigmoid loss of every image with every text. Zhai et al. 2023."""
 
     def loss(self, image, text, *, logit_scale, step, group):
         align = siglip_loss(image[0], text[0], logit_scale, self.logit_bias, group=group)
@@ -165,16 +165,16 @@ class SigLip(Sigmoid):
 
 
 class Flair(Sigmoid):
-    """A text-conditioned sigmoid term and a global one, their mean. Xiao et al. 2025.
+    """The mean of a text-conditioned and a global sigmoid term. Xiao et al. 2025.
 
-    local: image i with its K captions and the first drawn of every other item, (1/(K + B - 1)) Σ
-    over all pairs; the image's feature is attention pooling of its tokens, the caption asking.
+    local: image i with its K captions and the first caption of every other item, (1/(K + B - 1)) Σ
+    over all pairs; the image's feature pools its tokens by attention, with the caption as query.
     all: every image with the K captions of every item, (1/(B·K)) Σ over all pairs.
     """
 
     captions = 2
     options = ("captions",)
-    # pairs whose pooled features are held at a time; backward computes them again
+    # pairs whose pooled features are in memory at a time; backward computes them again
     PAIRS = 16384
 
     def __init__(self, config, model):
@@ -184,7 +184,7 @@ class Flair(Sigmoid):
     def encode(self, model, patches, ids):
         tokens, pooled = model.image.attend(patches.flatten(0, 1))
         image = F.normalize(pooled.float(), dim=-1)
-        return image[None], unit(model.text, ids), tokens.float()[None]
+        return image[None], unit_rows(model.text, ids), tokens.float()[None]
 
     def loss(self, image, text, tokens, *, logit_scale, step, group):
         captions, n = text.shape[:2]
@@ -222,8 +222,8 @@ class Flair(Sigmoid):
     def pairs(
         self, tokens: Tensor, own: Tensor, all_text: Tensor, places: Tensor, logit_scale: Tensor
     ) -> Tensor:
-        """The sum over the pairs of n images, tokens (n, T, E): their own captions (K, n, E) and
-        all items' first (B, E), among which theirs are at `places` (n,)."""
+        """The sum over the pairs of n images, given as tokens (n, T, E), with their own captions
+        (K, n, E) and the first captions of all items (B, E), where their own are rows `places`."""
         captions, n = own.shape[:2]
         queries = torch.cat([own.transpose(0, 1), all_text.expand(n, -1, -1)], 1)  # (n, K + B, E)
         local = F.normalize(self.pooling(queries, tokens), dim=-1)
@@ -231,12 +231,15 @@ class Flair(Sigmoid):
         sign = torch.ones_like(scores)
         sign[:, :captions] = -1  # softplus(-S) for positives
         counted = torch.ones_like(scores)
-        counted[torch.arange(n, device=places.device), captions + places] = 0  # there already
+        counted[torch.arange(n, device=places.device), captions + places] = 0  # is among `own`
         return (F.softplus(sign * scores) * counted).sum()
 
 
 class AttentionPooling(nn.Module):
-    """(n, Q, E) queries over (n, T, E) tokens: (n, Q, E). A zero token lets a query ask in vain."""
+    """Queries (n, Q, E) attend to tokens (n, T, E): (n, Q, E).
+
+    A zero token is added, so that a query may attend to none of the tokens.
+    """
 
     def __init__(self, width: int, heads: int):
         super().__init__()
@@ -257,7 +260,7 @@ class AttentionPooling(nn.Module):
 
 
 class Ito(Objective):
-    """V views × C captions aligned, and λ times NT-Xent of each view fused with the text."""
+    """InfoNCE of V views × C captions, plus λ times NT-Xent of each view fused with the text."""
 
     views = 2
     options = (
@@ -288,10 +291,10 @@ class Ito(Objective):
                 self.logit_scale = nn.Parameter(model.logit_scale.detach().clone())
 
     def texts(self, ids, random):
-        """Shuffled, each view of an item gets the first caption of an item of its own besides."""
+        """With `fusion_text` "shuffled", adds another item's first caption for each view."""
         if self.fusion is None or self.config.fusion_text != "shuffled":
             return ids
-        # cyclic shifts of the randomly ordered batch: never one's own, different for each view
+        # cyclic shifts of the randomly ordered batch: another item, and not the same for two views
         shifts = 1 + torch.randperm(ids.shape[1] - 1, generator=random)
         shifts = shifts[torch.arange(self.config.views) % len(shifts)].tolist()
         return torch.cat([ids, torch.stack([ids[0].roll(shift, 0) for shift in shifts])])
@@ -363,39 +366,39 @@ class Ito(Objective):
 
 
 def decay(schedule: str, progress: float) -> float:
-    """From 1 at the first step to 0 behind the last, unless constant."""
+    """The factor of λ: 1 at the first step, and unless constant 0 after the last."""
     if schedule == "linear":
         return 1 - progress
     return 0.5 * (1 + math.cos(math.pi * progress)) if schedule == "cosine" else 1.0
 
 
-class OwnObjective(Objective):
+class UserObjective(Objective):
     """The loss of a user's file, `--objective FILE.py:NAME`, on all views and captions.
 
     NAME is a function, or a `torch.nn.Module` class without arguments, whose parameters are trained
-    and saved with the run: `(image, text, logit_scale, *, item, step, generator, group)` to the
-    loss, or to the loss and its terms by name. `image` is (V, n, E), `text` (C, n, E), normalised;
-    `item`, `generator` and the number `step` are those of Step, `group` the ranks' process group or
-    None.
+    and saved with the run. Its arguments are `(image, text, logit_scale, *, item, step, generator,
+    group)`: `image` (V, n, E) and `text` (C, n, E), normalised; `item`, `generator` and the number
+    `step` as in Step; `group`, the ranks' process group or None. It returns the loss, or the loss
+    and a dict of its terms.
 
-    Raises ValueError naming --objective where the file has no such function or class, and for
-    whatever that raises.
+    Raises ValueError naming --objective if the file has no such function or class, or if that
+    raises an error.
     """
 
     options = ("views", "captions")
 
     def __init__(self, config, model):
         super().__init__(config, model)
-        self.function = own_function(config.objective)
+        self.function = user_function(config.objective)
 
     def loss(self, image, text, *, logit_scale, step, group):
         about = {"item": step.item, "step": step.number, "generator": step.generator}
         try:
             found = self.function(image, text, logit_scale, **about, group=group)
         except Exception as error:
-            if LOST in str(error):  # not the function's fault
+            if LOST in str(error):  # an error of a collective, not of the function
                 raise
-            raise own_error(self.config.objective, error) from error
+            raise user_error(self.config.objective, error) from error
         loss, terms = found if isinstance(found, tuple) and len(found) == 2 else (found, {})
         named = {"its loss": loss, **terms} if isinstance(terms, dict) else {"its terms": terms}
         for name, value in named.items():
@@ -408,12 +411,12 @@ class OwnObjective(Objective):
         return loss.reshape(()), terms
 
 
-def own_function(objective: str) -> Callable:
-    """The function that FILE.py:NAME names, or the module made of the class."""
-    path, name = own_parts(objective)
-    told = f"--objective {objective}"
+def user_function(objective: str) -> Callable:
+    """The function that FILE.py:NAME names, or a module if NAME is a class."""
+    path, name = user_file(objective)
+    option = f"--objective {objective}"
     if not path.is_file():
-        raise ValueError(f"{told}: there is no file {path}")
+        raise ValueError(f"{option}: there is no file {path}")
     spec = importlib.util.spec_from_file_location(path.stem, path)
     module = importlib.util.module_from_spec(spec)
     try:
@@ -421,14 +424,14 @@ def own_function(objective: str) -> Callable:
         found = getattr(module, name, None)
         if isinstance(found, type) and issubclass(found, nn.Module):
             found = found()
-    except Exception as error:  # a user's file raises what it likes
-        raise own_error(objective, error) from error
+    except Exception as error:  # a user's file may raise anything
+        raise user_error(objective, error) from error
     if found is None:
-        raise ValueError(f"{told}: {path.name} has no {name}")
+        raise ValueError(f"{option}: {path.name} has no {name}")
     if isinstance(found, type) or not callable(found):
         kind = "a class" if isinstance(found, type) else type(found).__name__
         raise ValueError(
-            f"{told}: {name} must be a function or a torch.nn.Module class, got {kind}"
+            f"{option}: {name} must be a function or a torch.nn.Module class, got {kind}"
         )
     called = found.forward if isinstance(found, nn.Module) else found
     given = {"item": 0, "step": 0, "generator": 0, "group": 0}
@@ -436,23 +439,23 @@ def own_function(objective: str) -> Callable:
         inspect.signature(called).bind("image", "text", "logit_scale", **given)
     except TypeError as error:
         raise ValueError(
-            f"{told}: {name} must take (image, text, logit_scale, *, item, step, generator, "
+            f"{option}: {name} must take (image, text, logit_scale, *, item, step, generator, "
             f"group): {error}"
         ) from None
     return found
 
 
-def own_error(objective: str, error: Exception) -> ValueError:
-    """The error in one line: which line of the file it comes from, and what it says."""
-    path, _ = own_parts(objective)
+def user_error(objective: str, error: Exception) -> ValueError:
+    """The error in one line: its line in the user's file, and its message."""
+    path, _ = user_file(objective)
     frames = traceback.extract_tb(error.__traceback__)
     lines = [frame.lineno for frame in frames if frame.filename == str(path)]
     where = f" in line {lines[-1]}" if lines else ""
     return ValueError(f"--objective {objective}: {type(error).__name__}{where}: {error}")
 
 
-def own_parts(objective: str) -> tuple[Path, str] | None:
-    """File and name of FILE.py:NAME; None for a name of another form."""
+def user_file(objective: str) -> tuple[Path, str] | None:
+    """File and name of FILE.py:NAME; None for the name of a built-in objective."""
     parts = re.fullmatch(r"(.+\.py):(\w+)", objective)
     return (Path(parts[1]), parts[2]) if parts else None
 
@@ -465,14 +468,14 @@ OBJECTIVES = {
     "siglip": SigLip,
     "flair": Flair,
 }
-# what not every objective takes
+# the options that not every objective takes
 OPTIONS = tuple(dict.fromkeys(name for kind in OBJECTIVES.values() for name in kind.options))
 
 
 def objective_class(name: str) -> type[Objective]:
-    """Raises ValueError naming those that there are. No file is read here."""
+    """The class of an objective. Reads no file. Raises ValueError listing the known names."""
     if name in OBJECTIVES:
         return OBJECTIVES[name]
-    if own_parts(name):
-        return OwnObjective
+    if user_file(name):
+        return UserObjective
     raise ValueError(f"objective must be one of {tuple(OBJECTIVES)} or FILE.py:NAME, got {name!r}")

@@ -1,18 +1,18 @@
-"""Which dtype the encoders compute in, and why."""
+"""The dtype that the encoders compute in, and why."""
 
 import torch
 
 
-def choose_precision(wanted: str, device: torch.device) -> tuple[torch.dtype, str]:
-    """The autocast dtype for ``wanted`` (auto, bf16, fp32) on ``device``, and the reason in words.
+def choose_precision(precision: str, device: torch.device) -> tuple[torch.dtype, str]:
+    """The autocast dtype for ``precision`` (auto, bf16 or fp32), and the reason in words.
 
-    Weights, losses and the optimizer stay in fp32. On the CPU bf16 is chosen only where the
-    processor multiplies it natively: emulated it is slower than fp32.
+    Weights, losses and the optimizer stay in fp32. On a CPU, auto chooses bf16 only if the
+    processor multiplies it natively: emulated, it is slower than fp32.
     """
-    if wanted not in ("auto", "bf16", "fp32"):
-        raise ValueError(f"precision must be auto, bf16 or fp32, got {wanted!r}")
-    if wanted != "auto":
-        return {"bf16": torch.bfloat16, "fp32": torch.float32}[wanted], "asked for"
+    if precision not in ("auto", "bf16", "fp32"):
+        raise ValueError(f"precision must be auto, bf16 or fp32, got {precision!r}")
+    if precision != "auto":
+        return {"bf16": torch.bfloat16, "fp32": torch.float32}[precision], "asked for"
     if device.type == "cuda":
         if torch.cuda.is_bf16_supported(including_emulation=False):
             return torch.bfloat16, "the GPU multiplies bf16"

@@ -7,7 +7,7 @@ emoji-small: two styles, from pip packages; the default data of `python -m ito.t
 import argparse
 from pathlib import Path
 
-from ito.cli import user_errors
+from ito.cli import output_path, user_errors
 from ito.data import emoji_full, emoji_small
 from ito.data.emoji import default_cache
 from ito.files import naming
@@ -32,6 +32,8 @@ def main(arguments: list[str] | None = None) -> None:
 
 def prepare(options: argparse.Namespace) -> Path:
     cache = default_cache()
+    if options.out:
+        output_path("--out", options.out)
     chosen = options.size is not None or options.permissive_only
     if options.name == "emoji-small":
         if chosen:

@@ -1,7 +1,7 @@
-"""The processes of `torchrun` that train one model together, and what they tell each other.
+"""The processes of `torchrun` that train one model together, and their communication.
 
-Every rank holds the whole data and the whole model, and takes its slice of each batch. Gradients
-are averaged by one all-reduce, as the global batch of `ito_kernels` needs it.
+Every rank holds all data and the complete model, and takes its slice of each global batch.
+Gradients are averaged by one all-reduce, for which the losses of `ito_kernels` are exact.
 """
 
 import os
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from ito.cli import USER_ERRORS, reason
 
 T = TypeVar("T")
-LOST = "another rank has ended"  # the losses' collectives say so too
+LOST = "another rank has ended"  # also in errors of the losses' collectives
 
 
 class RankLost(ConnectionError):
@@ -25,10 +25,10 @@ class RankLost(ConnectionError):
 
 
 class Ranks:
-    """Rank, size and group as `torchrun` sets them; alone (`group` None) without it.
+    """Rank, size and group as `torchrun` sets them. Without it there is one rank and no group.
 
-    As a context it joins the group, on gloo for tensors of the CPU and NCCL for those of a GPU.
-    Ranks other than 0 print nothing.
+    Entering the context joins the group: gloo for CPU tensors, NCCL for GPU tensors. Ranks other
+    than 0 print nothing.
     """
 
     def __init__(self):
@@ -60,30 +60,30 @@ class Ranks:
         if kind is None:
             dist.destroy_process_group()
         elif kind is FloatingPointError and not self.leads:
-            sys.exit(1)  # the loss is that of all ranks, and rank 0 says so
+            sys.exit(1)  # all ranks have the same loss, and rank 0 prints the error
         elif kind in (RankLost, RuntimeError) and LOST in str(error):
             raise RankLost(f"rank {self.rank}: {error}") from None
 
     def local_slice(self, count: int) -> slice:
-        """This rank's of `count` items: as even as can be, each item on one rank."""
+        """This rank's part of `count` items; sizes differ by at most 1."""
         return slice(self.rank * count // self.size, (self.rank + 1) * count // self.size)
 
-    def any(self, asked: bool) -> bool:
-        """Whether any rank was asked: the same answer on all."""
+    def any(self, value: bool) -> bool:
+        """True on all ranks if `value` is true on any of them."""
         if self.group is None:
-            return asked
-        return bool(all_reduce(torch.tensor(float(asked)), self.group, "a question to all"))
+            return value
+        return bool(all_reduce(torch.tensor(float(value)), self.group, "a question to all ranks"))
 
-    def all_gather_dicts(self, found: dict) -> dict:
-        """The dicts of all ranks in one, the same on all."""
+    def all_gather_dicts(self, local: dict) -> dict:
+        """The dicts of all ranks, merged into one."""
         if self.group is None:
-            return found
-        every: list[dict] = [{}] * self.size
-        dist.all_gather_object(every, found)
-        return {key: value for part in every for key, value in part.items()}
+            return local
+        gathered: list[dict] = [{}] * self.size
+        dist.all_gather_object(gathered, local)
+        return {key: value for part in gathered for key, value in part.items()}
 
     def average_grads(self, parameters: list[Tensor]) -> None:
-        """Gradients become their mean over ranks, by one all-reduce."""
+        """Replace gradients by their mean over ranks, with one all-reduce."""
         if self.group is None:
             return
         grads = [p.grad for p in parameters if p.grad is not None]
@@ -95,37 +95,37 @@ class Ranks:
 
     @contextmanager
     def together(self) -> Iterator[None]:
-        """The body on every rank; a user's error on any ends all of them, and is told once.
+        """A user's error in the body on any rank ends all ranks, and is printed once.
 
-        The body must hold no collective: a rank that failed would not take part.
+        The body must hold no collective: a rank that failed would not take part in it.
         """
-        found = None
+        own_error = None
         try:
             yield
         except USER_ERRORS as error:
             if self.group is None:
                 raise
-            found = error
+            own_error = error
         if self.group is None:
             return
-        told: list[str | None] = [None] * self.size
-        dist.all_gather_object(told, reason(found) if found else None)
-        failed = [rank for rank, text in enumerate(told) if text is not None]
+        errors: list[str | None] = [None] * self.size
+        dist.all_gather_object(errors, reason(own_error) if own_error else None)
+        failed = [rank for rank, text in enumerate(errors) if text is not None]
         if failed and not self.leads:
             sys.exit(2)
-        if found:
-            raise found
+        if own_error:
+            raise own_error
         if failed:
-            raise ValueError(f"rank {failed[0]}: {told[failed[0]]}")
+            raise ValueError(f"rank {failed[0]}: {errors[failed[0]]}")
 
     @contextmanager
     def quiet(self) -> Iterator[None]:
-        """What every rank would say alike, as argparse's complaint, is said by rank 0 alone."""
+        """Only rank 0 writes to stderr, for messages that all ranks would print, as argparse's."""
         with open(os.devnull, "w") as null, redirect_stderr(sys.stderr if self.leads else null):
             yield
 
     def leader_first(self, call: Callable[[], T]) -> T:
-        """`call()` on rank 0, then on the others, who find what it prepared."""
+        """`call()` on rank 0 first, then on the others, which find what it has prepared."""
         result = None
         for turn in (True, False):
             with self.together():
@@ -135,7 +135,7 @@ class Ranks:
 
 
 def all_reduce(x: Tensor, group: dist.ProcessGroup, what: str) -> Tensor:
-    """The sum of x over ranks, in place. Raises RankLost naming what failed."""
+    """The sum of x over ranks, in place. Raises RankLost; `what` names the sum in its message."""
     try:
         dist.all_reduce(x, group=group)
     except RuntimeError as error:
@@ -155,15 +155,15 @@ class _AllReduceSum(torch.autograd.Function):
 
 
 def all_reduce_sum(x: Tensor, group: dist.ProcessGroup | None) -> Tensor:
-    """The sum over ranks, which each rank may use in its own way: in backward their gradients are
-    added up by another all-reduce."""
+    """The sum over ranks. Backward sums the gradients of all ranks by another all-reduce, so each
+    rank may use the result in its own way."""
     return x if group is None else _AllReduceSum.apply(x, group)
 
 
 def all_gather_rows(x: Tensor, group: dist.ProcessGroup | None) -> tuple[Tensor, int]:
-    """The rows of all ranks, rank after rank, and the place of this rank's first.
+    """The rows of all ranks in the order of the ranks, and the index of this rank's first row.
 
-    Numbers of rows may differ. Gradients are added up over ranks, as in `all_reduce_sum`.
+    The numbers of rows may differ. Gradients are summed over ranks, as in `all_reduce_sum`.
     """
     if group is None:
         return x, 0
@@ -179,8 +179,8 @@ def all_gather_rows(x: Tensor, group: dist.ProcessGroup | None) -> tuple[Tensor,
 class GlobalBatchNorm(nn.BatchNorm2d):
     """Batch normalisation over the pictures of all ranks, whose numbers may differ.
 
-    torch's SyncBatchNorm needs GPUs. The weights and statistics are those of the `BatchNorm2d`
-    that it takes the place of.
+    It shares the weights and statistics of the `BatchNorm2d` that it replaces. torch's
+    SyncBatchNorm needs GPUs.
     """
 
     def __init__(self, like: nn.BatchNorm2d, group: dist.ProcessGroup):
@@ -206,9 +206,9 @@ class GlobalBatchNorm(nn.BatchNorm2d):
 
 
 def normalise_globally(model: nn.Module, group: dist.ProcessGroup | None) -> None:
-    """Every `BatchNorm2d` of the model becomes one over all ranks.
+    """Replace every `BatchNorm2d` of the model by a `GlobalBatchNorm`.
 
-    Raises ValueError for batch normalisation of another kind, unless it is locked.
+    Raises ValueError for other kinds of batch normalisation, unless they are locked.
     """
     if group is None:
         return
@@ -220,6 +220,6 @@ def normalise_globally(model: nn.Module, group: dist.ProcessGroup | None) -> Non
                 p.requires_grad for p in child.parameters()
             ):
                 raise ValueError(
-                    f"{type(child).__name__} of the image encoder sees one rank's pictures alone: "
+                    f"{type(child).__name__} of the image encoder sees only one rank's pictures: "
                     "train on one rank, or with --lock-image"
                 )

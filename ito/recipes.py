@@ -1,4 +1,4 @@
-"""What presets set where an option is not given."""
+"""The values that presets give to options which are not given."""
 
 from ito.data.augment import PAPER
 

@@ -1,8 +1,10 @@
-"""The folder of a run: what it holds, who writes it, its log, what an error leaves of it."""
+"""The folder of a run: its files, its lock, its log, and what can be resumed after an error."""
 
+import errno
 import hashlib
 import json
 import os
+import signal
 import socket
 import stat
 from collections.abc import Iterator
@@ -16,8 +18,15 @@ from ito.checkpoint import checkpoints
 from ito.cli import reason
 from ito.config import Config
 from ito.data.dataset import Dataset
-from ito.data.records import irregular
-from ito.files import naming, undamaged, write_atomically, write_text
+from ito.files import (
+    TEMPORARY,
+    naming,
+    read_text,
+    require_file,
+    undamaged,
+    write_atomically,
+    write_text,
+)
 from ito.ranks import RankLost
 
 try:
@@ -25,22 +34,22 @@ try:
 except ImportError:  # Windows
     fcntl = None
 
-HELD: set[FileIO] = set()
+LOCK_FILES: set[FileIO] = set()  # of the locks that this process has
 
 
-# --- what it holds ---
+# --- files ---
 
 
 class RunFolder:
-    """Where each thing of a run is: no other module knows these names.
+    """The paths of a run's files. No other module knows these names.
 
-    `python -m ito.train` writes the first group, each attribute from its beginning or its first
-    checkpoint on; `ito.search` and `ito.compare` add the second.
+    `python -m ito.train` writes the first group: some when it begins, the others with its first
+    checkpoint. `ito.search` and `ito.compare` write the second.
     """
 
     def __init__(self, path: str | Path):
         self.path = Path(path)
-        # that it is there says nothing: the lock is the kernel's, the file says whose it is
+        # The lock is the kernel's; this file only says which process has it.
         self.lock = self.path / ".lock"
         self.config = self.path / "config.json"
         self.environment = self.path / "environment.json"
@@ -58,30 +67,30 @@ class RunFolder:
         return Config.load(self.config)
 
     def read_environment(self) -> dict:
-        """What the numbers depend on beside the configuration, as the run began."""
+        """What the numbers depend on apart from the configuration, when the run began."""
         with undamaged(self.environment):
-            found = dict(json.loads(self.environment.read_text(encoding="utf-8")))
+            found = dict(json.loads(read_text(self.environment)))
             return found | ({"sha256": dict(found["sha256"])} if "sha256" in found else {})
 
     def log(self) -> "Log":
         return Log(self.metrics)
 
 
-# --- who writes ---
+# --- the lock ---
 
 
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Meanwhile no other process that asks for this lock writes what a run continues from.
+    """Hold the folder's lock, so that only one process writes what a run is resumed from.
 
-    It ends with the process, however that ends. Where there are no locks a printed line says so.
-    Raises BlockingIOError naming the process that has the folder, OSError where the lock is a link
-    or no regular file: what a link leads to would be overwritten.
+    The lock ends with the process, however that ends. Where locks are not supported, a warning is
+    printed. Raises BlockingIOError naming the process that has the lock, and OSError if the lock
+    file is a link (its target would be overwritten) or no regular file, or cannot be written.
     """
     path = RunFolder(folder).lock
     with FileIO(path, "r+", opener=open_lock) as file:
         if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
-            raise OSError(f"{path} is no regular file: remove it")
+            raise OSError(f"{path} is not a regular file: remove it")
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -90,149 +99,203 @@ def locked(folder: Path) -> Iterator[None]:
             raise BlockingIOError(
                 f"{folder} is in use by {holder}: wait until it ends, or name another folder"
             ) from None
-        except (AttributeError, OSError) as error:  # Windows; a file system without locks
+        except (AttributeError, OSError) as error:  # Windows, or a file system without locks
             why = reason(error) if fcntl else "not on this system"
             print(f"warning    {folder} cannot be locked ({why}): run one process in it at a time")
         with naming(path):
             file.truncate(0)
             file.write(f"process {os.getpid()} on {socket.gethostname()}\n".encode())
-        HELD.add(file)
+        LOCK_FILES.add(file)
         try:
             yield
         finally:
-            HELD.discard(file)
+            LOCK_FILES.discard(file)
 
 
 def open_lock(path: Path, _flags: int) -> int:
-    """Opened to read and write, made if it is missing; a link is refused, a pipe not waited for."""
-    options = ("O_CLOEXEC", "O_NOFOLLOW", "O_NONBLOCK", "O_BINARY")  # Windows has the last alone
+    """Open to read and write, or create. A link is refused; a pipe does not block."""
+    options = ("O_CLOEXEC", "O_NOFOLLOW", "O_NONBLOCK", "O_BINARY")  # Windows has only the last
     flags = sum(getattr(os, name, 0) for name in options)
-    return os.open(path, os.O_RDWR | os.O_CREAT | flags, 0o666)
+    try:
+        return os.open(path, os.O_RDWR | os.O_CREAT | flags, 0o666)
+    except OSError as error:
+        folder = os.path.dirname(path)
+        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS) and not writable(folder):
+            raise OSError(f"{folder} is not writable: {error.strerror}") from error
+        raise
 
 
-def let_go() -> None:
-    """A child that shares the open file would keep the lock of a parent that has died."""
-    for file in HELD:
+def writable(folder: str) -> bool:
+    return os.access(folder, os.W_OK, effective_ids=os.access in os.supports_effective_ids)
+
+
+def close_lock_files() -> None:
+    """In a forked child, which otherwise keeps the lock if its parent dies."""
+    for file in LOCK_FILES:
         file.close()
 
 
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=let_go)
+    os.register_at_fork(after_in_child=close_lock_files)
+
+
+# --- new and resumed runs ---
 
 
 def refuse_used(run: Path) -> None:
-    """Raises FileExistsError; a folder that holds no more than its lock is as good as new."""
-    lock = RunFolder(run).lock
-    if run.exists() and (not run.is_dir() or any(path != lock for path in run.iterdir())):
+    """Raises FileExistsError if `run` is not a folder, or holds files of a run.
+
+    The lock and temporary files do not count: a run that was killed before it had written its
+    config.json leaves them.
+    """
+    if run.is_dir():
+        found = (path.name for path in run.iterdir())
+        used = any(name != ".lock" and not TEMPORARY.fullmatch(name) for name in found)
+    else:
+        used = run.exists()
+    if used:
         raise FileExistsError(f"{run} exists; name another --out, or continue it with --resume")
 
 
 @contextmanager
 def created(run: Path, named: bool) -> Iterator[None]:
-    """Make the folder and lock it; it may be there already, empty, only if the user named it."""
+    """Create the folder and lock it. If the user named it, it may exist already, unused."""
     try:
         run.mkdir(parents=True, exist_ok=named)
     except OSError as error:
         raise OSError(f"--out: cannot create {run}: {error.strerror}") from error
     with locked(run):
         refuse_used(run)
+        for path in run.glob(".*.tmp"):
+            path.unlink()
         yield
 
 
-def clean(folder: Path) -> None:
-    """Remove what a writer of checkpoints that was killed has left; under the lock it is no one's.
+def remove_temporary_files(folder: Path) -> None:
+    """Remove temporary files that a killed process has left in `checkpoints` and `model`.
 
-    Other folders may be written by commands that need no lock.
+    These are written under the lock only. In the rest of the folder a command without the lock may
+    be writing.
     """
-    for path in RunFolder(folder).checkpoints.glob(".*.tmp"):
+    run = RunFolder(folder)
+    for path in (*run.checkpoints.glob(".*.tmp"), *run.model.glob(".*.tmp")):
         path.unlink()
 
 
 @contextmanager
 def resumable(folder: Path) -> Iterator[None]:
-    """An OSError of the body also says from where the run can go on."""
+    """Adds to an OSError of the body how the run can be continued."""
     try:
         yield
     except RankLost:
         raise
     except OSError as error:
-        step = max(checkpoints(RunFolder(folder).checkpoints, strict=False), default=None)
-        what = "no checkpoint yet" if step is None else f"the checkpoint of step {step} is kept"
-        resume = f"python -m ito.train --resume {folder}"
-        raise OSError(f"{reason(error)} ({what}; continue with: {resume})") from error
+        raise OSError(f"{reason(error)} ({kept(folder)})") from error
 
 
-# --- its log ---
+class Stopped(SystemExit):
+    """Ctrl-C or SIGTERM was received."""
+
+
+@contextmanager
+def stoppable(folder: Path) -> Iterator[None]:
+    """Ctrl-C or SIGTERM in the body ends the process, with a line that says what is kept."""
+
+    def stop(number: int, _) -> None:
+        raise Stopped(128 + number)
+
+    before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    except Stopped:
+        print(f"stopped    {kept(folder)}")
+        raise
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def kept(folder: Path) -> str:
+    """The checkpoint that a run can be continued from, and the command, in words."""
+    run = RunFolder(folder)
+    step = max(checkpoints(run.checkpoints, strict=False), default=None)
+    if step is None and not run.config.exists():
+        return "nothing is written yet"
+    what = "no checkpoint yet" if step is None else f"the checkpoint of step {step} is kept"
+    return f"{what}; continue with: python -m ito.train --resume {folder}"
+
+
+# --- the log ---
 
 
 class Log:
-    """A file of lines: an object per log step ("train") and per evaluation ("eval").
+    """A file of JSON lines, one per logged step ("train") and per evaluation ("eval").
 
-    `count` is how many of these it holds, for a checkpoint to remember.
+    A "stream" line at the end of a streamed run counts the skipped records. `count` is the number
+    of all other lines; a checkpoint remembers it.
     """
 
     def __init__(self, path: Path):
         self.path, self.count = path, 0
 
     def start(self) -> None:
-        """Empty, whatever a run that was killed before its first checkpoint has logged."""
+        """Create or empty the file; a run that was killed before its first checkpoint has a log."""
         write_text(self.path, "")
 
     def write(self, kind: str, step: int, values: dict[str, float]) -> None:
         line = json.dumps({"kind": kind, "step": step} | values) + "\n"
-        # one write of the system for a line, so that who reads meanwhile finds it whole
+        # The buffer is larger than any line, so that a line is written by one system call and
+        # another process never reads a part of it.
         with naming(self.path), self.path.open("ab", buffering=1 << 20) as file:
             file.write(line.encode())
         self.count += kind != "stream"
 
     def read(self, kind: str | None = None) -> list[dict]:
-        """The records, of one kind. Raises ValueError naming a line that cannot be read."""
+        """The records, of one kind or all. Raises ValueError naming a line that cannot be read."""
         records = []
-        for number, line in enumerate(self.path.read_bytes().splitlines(), 1):
+        for number, line in enumerate(require_file(self.path).read_bytes().splitlines(), 1):
             with undamaged(Path(f"{self.path}:{number}")):
                 record = json.loads(line)
                 if kind in (None, record["kind"]):
                     records.append(record)
         return records
 
-    def rewind(self, step: int, wanted: int | None) -> list[str]:
-        """Drop what was logged after `step`, and what cannot be read. Returns what is amiss.
+    def rewind(self, step: int, expected: int | None) -> list[str]:
+        """Drop the lines after `step`, and those that cannot be read. Returns the problems found.
 
-        wanted: the `count` at that step, if it is known. Raises ValueError if it is no file.
+        expected: the `count` at that step, if known. Raises ValueError if it is not a regular file.
         """
-        if self.path.exists() and (found := irregular(self.path)):
-            raise ValueError(f"{self.path} is {found}, not a file")
-        amiss, kept = [], []
-        text = self.path.read_bytes() if self.path.exists() else b""
+        problems, kept_lines = [], []
+        text = require_file(self.path).read_bytes() if self.path.exists() else b""
         *lines, rest = text.split(b"\n")
         for number, line in enumerate(lines, 1):
             try:
                 record = json.loads(line)
                 kind, logged = record["kind"], int(record["step"])
             except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
-                amiss.append(f"line {number} cannot be read and is dropped")
+                problems.append(f"line {number} cannot be read and is dropped")
                 continue
             if logged <= step:
-                kept.append(line + b"\n")
+                kept_lines.append(line + b"\n")
                 self.count += kind != "stream"
         if rest:
-            amiss.append(f"line {len(lines) + 1} is cut off and dropped")
-        if wanted is not None and self.count != wanted:
-            amiss.append(
-                f"up to step {step} it has {self.count} records, where {wanted} were written: "
-                "curves and report are those of what is left"
+            problems.append(f"line {len(lines) + 1} is cut off and dropped")
+        if expected is not None and self.count != expected:
+            problems.append(
+                f"up to step {step} it has {self.count} records, but {expected} were written: "
+                "curves and report show those that it has"
             )
-        if b"".join(kept) != text or not self.path.exists():
+        if b"".join(kept_lines) != text or not self.path.exists():
             with write_atomically(self.path) as temporary:
-                temporary.write_bytes(b"".join(kept))
-        return amiss
+                temporary.write_bytes(b"".join(kept_lines))
+        return problems
 
 
-# --- its data ---
+# --- the data ---
 
 
 def fingerprint(dataset: Dataset) -> dict[str, str]:
-    """Hashes of what training and its scores depend on, by name; not of where the files lie."""
+    """Hashes of the data that training and scores depend on, by name. Paths are not hashed."""
     texts = {
         "items": [dataset.items, dataset.image_item.tolist()],
         "captions": dataset.captions,

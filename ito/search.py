@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from PIL import Image
 
-from ito.cli import shown, user_errors
+from ito.cli import one_line, output_path, user_errors
 from ito.config import add_options
 from ito.data.dataset import report_skipped
 from ito.files import write_atomically
@@ -21,15 +21,15 @@ from ito.scoring.contact_sheet import contact_sheet
 from ito.scoring.index import Index
 from ito.source import choose_data, open_dataset
 
-LONGEST_PATH = 4096  # Linux's PATH_MAX: a longer query is a text, whatever its end
+LONGEST_PATH = 4096  # Linux's PATH_MAX: a longer query is a text, even if it ends in .png
 
 
 def embed(encoder: Encoder, query: str) -> torch.Tensor:
-    """(1, E) of a picture, where the query names a file, or of the text that it is.
+    """The embedding (1, E) of the query: of a picture if it names a file, else of a text.
 
-    Raises ValueError naming a picture that does not exist or cannot be read.
+    Raises ValueError if the picture does not exist or cannot be read.
     """
-    # not Path.is_file, which raises where a text is too long for a file's name
+    # Path.is_file would raise for a text that is too long to be a file's name.
     named = os.path.isfile(query) or Path(query).suffix.lower() in Image.registered_extensions()
     if named and len(query) <= LONGEST_PATH:
         try:
@@ -66,12 +66,12 @@ def main(arguments: list[str] | None = None) -> None:
             raise ValueError(f"-k must be at least 1, got {options.k}")
         if options.serve is None and not options.queries:
             raise ValueError("nothing to search for: name a text or a picture's file, or --serve")
-        out = options.out or RunFolder(options.run).contact_sheet
+        out = output_path("--out", options.out or RunFolder(options.run).contact_sheet)
         if out.is_dir():
             raise ValueError(f"--out {out} is a folder: name a file for the contact sheet")
         if options.serve is not None:
             from ito.scoring.search_page import (
-                serve,  # before the work, so that a missing package is told at once
+                serve,  # imported before the work, so that a missing package is reported at once
             )
         options.split = None
         encoder = load(options.run)
@@ -89,7 +89,7 @@ def main(arguments: list[str] | None = None) -> None:
         for query, values, pictures in zip(
             options.queries, scores.tolist(), found.tolist(), strict=True
         ):
-            print(shown(query))
+            print(one_line(query))
             for value, picture in zip(values, pictures, strict=True):
                 print(f"  {value:6.3f}  {index.name(picture):32} {index.dataset.files[picture]}")
         sheet = contact_sheet(index, options.queries, scores, found)

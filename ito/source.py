@@ -1,4 +1,4 @@
-"""The data set that a configuration, or a command line, names."""
+"""Opens the data set that a configuration or a command line names."""
 
 import argparse
 from pathlib import Path
@@ -18,7 +18,7 @@ from ito.stream import Stream
 
 
 def open_dataset(config: Config, cache: Path | None = None) -> Dataset:
-    """Load `config.train_data` into memory, or `config.val_data` where that is streamed.
+    """Load `config.train_data` into memory; if that is streamed, `config.val_data`.
 
     An emoji set is prepared in `cache` on first use.
     """
@@ -27,21 +27,22 @@ def open_dataset(config: Config, cache: Path | None = None) -> Dataset:
         config.load_size,
         split_seed=None if config.stream else config.split_seed,
         max_pixels=config.max_pixels,
-        **reading(config),
+        **reader_options(config),
     )
 
 
 def open_data(
     config: Config, cache: Path | None, workers: int, ranks: Ranks
 ) -> tuple[Dataset, Dataset | Stream]:
-    """What is scored and what is trained on: one set in memory, or a set and this rank's stream."""
-    scored = open_dataset(config, cache)
+    """The evaluation data and the training data: the same data set in memory, or, with --stream, a
+    data set in memory and this rank's stream."""
+    eval_data = open_dataset(config, cache)
     if not config.stream:
-        return scored, scored
+        return eval_data, eval_data
     if config.batch_size % ranks.size:
         raise ValueError(
-            f"--stream gives ranks equal parts: --batch-size {config.batch_size} is no multiple of "
-            f"{ranks.size} ranks"
+            "--stream gives ranks equal parts: --batch-size must be a multiple of "
+            f"{ranks.size} ranks, got {config.batch_size}"
         )
     if config.fusion_text == "shuffled" and config.batch_size < 2 * ranks.size:
         raise ValueError(
@@ -50,7 +51,7 @@ def open_data(
         )
     if workers < 0:
         raise ValueError(f"--workers must be at least 0, got {workers}")
-    return scored, Stream(
+    return eval_data, Stream(
         open_source(config, cache),
         config.load_size,
         config.batch_size // ranks.size,
@@ -64,11 +65,11 @@ def open_data(
 
 def open_source(config: Config, cache: Path | None = None) -> list[Shard]:
     """The shards of `config.train_data`, for `ito.stream`."""
-    return open_shards(locate(config.train_data, cache), **reading(config))
+    return open_shards(locate(config.train_data, cache), **reader_options(config))
 
 
-def reading(config: Config) -> dict[str, str | bool]:
-    """The options of `open_shards`."""
+def reader_options(config: Config) -> dict[str, str | bool]:
+    """The options of `open_shards` that the configuration sets."""
     names = ("csv_separator", "csv_img_key", "csv_caption_key", "untrusted_data")
     return {name: getattr(config, name) for name in names}
 
@@ -89,7 +90,10 @@ def locate(data: str, cache: Path | None) -> Path:
 
 
 def choose_data(options: argparse.Namespace) -> tuple[Config, list[str] | None]:
-    """The run's configuration with the data asked for, and which splits (None: the held-out)."""
+    """The run's configuration with the data that the options name, and the splits to score.
+
+    None for the splits means the held-out ones.
+    """
     config = from_options(options, RunFolder(options.run).read_config())
     if options.data is None:
         return config, options.split

@@ -1,8 +1,8 @@
-"""Batches from a source that does not fit in memory: shuffled, decoded by worker processes.
+"""Batches of a data set that does not fit into memory: shuffled, and decoded by worker processes.
 
-Order is decided in this process from names and captions alone; only then are pictures read. So a
-batch depends on the seed, its number and the rank, not on the number of workers, and a stream that
-starts at batch n reads no picture before it.
+This process decides the order from names and captions, before any picture is read. So a batch
+depends on the seed, its number and the rank, and not on the number of workers. A stream that starts
+at batch n reads no picture of the batches before it.
 """
 
 import hashlib
@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from torch.utils.data import Dataset as MapStyle
 
-from ito.batches import Batch, generator, pick, trimmed
+from ito.batches import Batch, generator, pick, without_padding_columns
 from ito.config import Config
 from ito.data.pictures import MAX_PIXELS, decode
 from ito.data.records import Record, Shard, Skipped
@@ -26,37 +26,39 @@ from ito.data.shards import Member
 from ito.model.tokenizer import Tokenizer
 from ito.ranks import Ranks
 
-DOUBTFUL = 8  # groups that did not fill a batch: are there enough pictures that can be read?
+# After so many groups that did not fill a batch, count whether enough pictures can be read at all.
+GROUPS_BEFORE_COUNT = 8
 
 
 @dataclass
 class Decoded:
-    """`images` uint8 (n, 3, S, S) and their n records."""
+    """`images` uint8 (n, 3, S, S), and the n records that they belong to."""
 
     images: Tensor
     records: list[Record]
 
 
 class Stream:
-    """Endless batches of `batch_size` different items each, over and over the shards' records.
+    """Endless batches of `batch_size` different items each, epoch after epoch.
 
-    A pass gives each record once: shards in random order, dealt out to the ranks, records through a
-    shuffle buffer. A record whose item is in the batch already waits for the next; where an item
-    has so many records that more than `buffer` wait, those that waited longest are left out. In the
-    place of a picture that cannot be read the batch has that of a record soon to come, which is in
-    a batch of its own as well. Records of a split other than "train" are left out.
+    In an epoch each record is used once. Shards are shuffled and divided among the ranks, and
+    records go through a shuffle buffer. A record whose item is already in the batch waits for the
+    next one. If more than `buffer` records wait, because an item has very many, the oldest are left
+    out. A picture that cannot be read is replaced by that of a later record, which is also used in
+    its own batch. Records of a split other than "train" are left out.
 
     Args:
         shards: see `ito.data.records.open_shards`; at least one per rank.
         image_size: pixels per side; see `ito.data.pictures.decode`.
-        max_pixels: a picture of more is not decoded, but skipped.
-        workers: processes that decode; 0 decodes in this one.
-        buffer: records held to be shuffled, and as many that wait; names and captions only.
+        max_pixels: pictures with more are skipped without being decoded.
+        workers: processes that decode; 0 decodes in this process.
+        buffer: size of the shuffle buffer, in records (names and captions, no pictures), and the
+            most records that wait.
 
-    `skipped` is what was left out so far, reasons by place.
+    `skipped` holds the reasons of all records left out so far, by where they stand.
 
     Raises ValueError if there are fewer shards than ranks, or if all shards together have fewer
-    items than a batch; when iterated, if they have fewer with a picture that can be read.
+    items than a batch; while iterating, if fewer items have a picture that can be read.
     """
 
     def __init__(
@@ -74,7 +76,7 @@ class Stream:
     ):
         if len(shards) < world_size:
             raise ValueError(
-                f"want at least a shard for each of {world_size} ranks, got {len(shards)}"
+                f"expected at least one shard for each of {world_size} ranks, got {len(shards)}"
             )
         self.shards, self.batch_size = shards, batch_size
         self.decoder = Decoder(image_size, max_pixels)
@@ -84,7 +86,7 @@ class Stream:
         self.require("different items")
 
     def batches(self, start: int = 0) -> Iterator[Decoded]:
-        """Batch `start` and those after it."""
+        """Batch `start` and all that follow."""
         groups, sent = itertools.tee(itertools.islice(self.groups(), start, None))
         loader = DataLoader(
             self.decoder,
@@ -103,7 +105,7 @@ class Stream:
             yield found
 
     def filled(self, found: Decoded, following: Iterator[list[Record]]) -> Decoded:
-        """The batch with readable pictures of the groups that follow, a whole one."""
+        """The batch, filled up with readable pictures of the groups that follow."""
         images, records = [found.images], list(found.records)
         items = {record.item for record in records}
         for number, group in enumerate(following, 1):
@@ -119,7 +121,7 @@ class Stream:
                 images.append(image)
                 records.append(record)
                 items.add(record.item)
-            if number == DOUBTFUL:
+            if number == GROUPS_BEFORE_COUNT:
                 self.require("different items with a picture that can be read", self.readable)
 
     def describe(self) -> str:
@@ -132,31 +134,31 @@ class Stream:
         while True:
             group: dict[str, Record] = {}
             repeated: deque[Record] = deque(maxlen=self.buffer)
-            first = iter(waiting)
-            for record in itertools.chain(first, records):
+            earlier = iter(waiting)
+            for record in itertools.chain(earlier, records):
                 if record.item in group:
                     repeated.append(record)
                     continue
                 group[record.item] = record
                 if len(group) == self.batch_size:
                     break
-            waiting = deque([*repeated, *first], maxlen=self.buffer)
+            waiting = deque([*repeated, *earlier], maxlen=self.buffer)
             yield list(group.values())
 
     def epoch(self, number: int) -> Iterator[Record]:
-        """This rank's records of a pass, shuffled; its shards of one pass may have none."""
+        """This rank's records of an epoch, shuffled; there may be none in its shards."""
         order = torch.randperm(len(self.shards), generator=generator(self.seed, "shards", number))
         chance = random.Random(f"{self.seed}:{number}:{self.rank}")
-        held: list[Record] = []
+        buffer: list[Record] = []
         for record in self.records(order[self.rank :: self.world_size].tolist()):
-            held.append(record)
-            if len(held) > self.buffer:
-                yield swap_out(held, chance)
-        while held:
-            yield swap_out(held, chance)
+            buffer.append(record)
+            if len(buffer) > self.buffer:
+                yield pop_random(buffer, chance)
+        while buffer:
+            yield pop_random(buffer, chance)
 
     def records(self, numbers: Iterable[int]) -> Iterator[Record]:
-        """The records to train on of some shards, in their order."""
+        """The training records of these shards, in the order of the files."""
         for number in numbers:
             for record in self.shards[number]():
                 if isinstance(record, Skipped):
@@ -165,17 +167,20 @@ class Stream:
                     yield record
 
     def require(self, what: str, usable: Callable[[Record], bool] = lambda record: True) -> None:
-        """Raise ValueError unless all shards together have a batch of them; read no further."""
+        """Raise ValueError unless all shards together have a batch of usable items.
+
+        Reads only until there are enough.
+        """
         items: set[str] = set()
         for record in self.records(range(len(self.shards))):
             if record.item not in items and usable(record):
                 items.add(record.item)
             if len(items) == self.batch_size:
                 return
-        left_out = "; ".join(": ".join(found) for found in list(self.skipped.items())[:3])
+        examples = "; ".join(": ".join(found) for found in list(self.skipped.items())[:3])
         raise ValueError(
             f"batch_size must be at most the number of {what}, {len(items)} in {len(self.shards)} "
-            f"shards ({len(self.skipped)} records skipped{': ' * bool(left_out)}{left_out}); "
+            f"shards ({len(self.skipped)} records skipped{': ' * bool(examples)}{examples}); "
             f"got {self.batch_size}"
         )
 
@@ -186,14 +191,15 @@ class Stream:
         return not reasons
 
 
-def swap_out(held: list[Record], chance: random.Random) -> Record:
-    place = chance.randrange(len(held))
-    held[place], held[-1] = held[-1], held[place]
-    return held.pop()
+def pop_random(records: list[Record], chance: random.Random) -> Record:
+    place = chance.randrange(len(records))
+    records[place], records[-1] = records[-1], records[place]
+    return records.pop()
 
 
 class Decoder(MapStyle):
-    """Pictures of a batch: uint8 (n, 3, S, S) of those that can be read, and why not by number."""
+    """From places of pictures to uint8 (n, 3, S, S), of the n that can be read, and the reasons why
+    the others cannot, by their index."""
 
     def __init__(self, image_size: int, max_pixels: int):
         self.image_size, self.max_pixels = image_size, max_pixels
@@ -211,18 +217,18 @@ class Decoder(MapStyle):
 
 
 def first_captions(shards: list[Shard], limit: int) -> list[str]:
-    """The first `limit` captions to train on, or all there are, in the shards' order."""
+    """The first `limit` training captions in the order of the shards, or all if there are fewer."""
     records = (r for shard in shards for r in shard() if isinstance(r, Record))
     captions = (c for r in records if r.split in (None, "train") for c in r.captions)
     return list(itertools.islice(captions, limit))
 
 
 class StreamBatches:
-    """A stream for the trainer, as `ito.batches.Batches` is for a set in memory.
+    """A stream with the interface of `ito.batches.Batches`.
 
-    Each rank streams an equal part of the batch, and knows no other captions. An item has one
-    drawing here, the same in its V views. Steps that follow one another are read ahead; any other
-    starts anew.
+    Each rank streams an equal part of the global batch, and knows only its own captions. All V
+    views of an item show the same picture. A step that does not follow the last one starts the
+    stream anew.
     """
 
     def __init__(
@@ -250,17 +256,17 @@ class StreamBatches:
         ]
         ids = torch.stack([self.tokenizer(list(texts)) for texts in zip(*chosen, strict=True)])
         views, count = self.config.views, len(found.records)
-        places = torch.arange(views)[:, None] * self.size + self.first + torch.arange(count)
+        positions = torch.arange(views)[:, None] * self.size + self.first + torch.arange(count)
         return Batch(
             found.images.to(self.device).expand(views, *found.images.shape),
-            places,
+            positions,
             views * self.size,
-            trimmed(ids),
+            without_padding_columns(ids),
             slice(None),
             torch.tensor([hashed(record.item) for record in found.records]),
         )
 
 
 def hashed(item: str) -> int:
-    """63 bits: two of a million items are equal once in 18 million data sets."""
+    """63 bits: of a million items, two have the same hash in one of 18 million data sets."""
     return int.from_bytes(hashlib.sha256(item.encode()).digest()[:8], "big") >> 1

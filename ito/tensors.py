@@ -1,4 +1,4 @@
-"""Files of tensors (safetensors) that hold a checksum of their content, which that format lacks."""
+"""Safetensors files with a checksum of their content, which the format itself lacks."""
 
 import hashlib
 import json
@@ -8,9 +8,11 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save
 
+from ito.files import require_file
+
 
 def checksum(weights: dict[str, torch.Tensor]) -> str:
-    """SHA-256 of names and values, in the order of the names."""
+    """SHA-256 of names and values, in alphabetical order."""
     found = hashlib.sha256()
     for name, value in sorted(weights.items()):
         found.update(name.encode())
@@ -19,23 +21,25 @@ def checksum(weights: dict[str, torch.Tensor]) -> str:
 
 
 class WrongChecksum(ValueError):
-    """The file is not what was written, however well it reads."""
+    """The file can be read, but its content is not what was written."""
 
 
-def verify(found: str, wanted: str | None) -> None:
-    if wanted not in (found, None):
+def verify(found: str, expected: str | None) -> None:
+    if expected not in (found, None):
         raise WrongChecksum
 
 
 def save_tensors(tensors: dict[str, torch.Tensor], **sums: str) -> bytes:
-    """A safetensors file with a checksum of its own, which that format lacks, and with others."""
+    """The bytes of a safetensors file with a checksum of the tensors, and further ones, `sums`."""
     sums |= {"tensors": checksum(tensors)}
-    return save(tensors, {"sha256": json.dumps(sums)})  # safetensors has no order of several
+    return save(
+        tensors, {"sha256": json.dumps(sums)}
+    )  # one entry: safetensors does not keep the order of several
 
 
 def load_tensors(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
-    """The tensors, and the checksums if there are any. Raises WrongChecksum."""
-    with safe_open(path, "pt") as file:
+    """The tensors, and the checksums if the file has any. Raises WrongChecksum."""
+    with safe_open(require_file(path), "pt") as file:
         sums = json.loads((file.metadata() or {}).get("sha256", "{}"))
     tensors = load_file(path)
     verify(checksum(tensors), sums.get("tensors"))

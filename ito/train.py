@@ -18,28 +18,29 @@ import torch
 from tqdm import tqdm
 
 from ito.checkpoint import checkpoints, load_checkpoint, save_checkpoint
-from ito.cli import user_errors
+from ito.cli import output_path, user_errors
 from ito.compiled import choose_compile, compile_towers
 from ito.config import Config, add_options, from_options
-from ito.data.dataset import Dataset, report_skipped
+from ito.data.dataset import Dataset, report_repeated, report_skipped
 from ito.data.records import Skipped
 from ito.files import undamaged, write_text
-from ito.model.exported import export, load, saved_tokenizer
+from ito.model.exported import Encoder, export, load, saved_tokenizer
 from ito.model.pretrained import OURS, load_tokenizer
 from ito.model.tokenizer import Tokenizer, report_cut
-from ito.objectives import own_parts
+from ito.objectives import user_file
 from ito.precision import choose_precision
 from ito.ranks import Ranks
 from ito.recipes import PRESETS
 from ito.run import (
     RunFolder,
-    clean,
     created,
     digest,
     fingerprint,
     locked,
     refuse_used,
+    remove_temporary_files,
     resumable,
+    stoppable,
 )
 from ito.scoring.evaluation import evaluate
 from ito.scoring.report_page import write_report
@@ -56,40 +57,53 @@ def main(arguments: list[str] | None = None) -> Path:
     run_options(parser)
     add_options(parser)
     with user_errors():
-        with Ranks() as ranks, ExitStack() as lock:
+        with Ranks() as ranks, ExitStack() as held:  # the lock and the signal handlers
+            # the options
             with ranks.together(), ranks.quiet():
                 options = parser.parse_args(arguments)
                 if options.resume:
                     folder, config = options.resume, resumed_config(options)
-                    if ranks.leads:
-                        lock.enter_context(locked(folder))
-                        clean(folder)
                 else:
-                    folder = options.out or Path("runs") / datetime.now().strftime("%Y%m%d-%H%M%S")
-                    config = from_options(options)
-                    if ranks.leads:
-                        with locked(folder) if RunFolder(folder).lock.exists() else nullcontext():
-                            refuse_used(folder)
-            scored, data = ranks.leader_first(
+                    folder, config = new_folder(options), from_options(options)
+                if ranks.leads and options.resume:
+                    held.enter_context(locked(folder))
+                    remove_temporary_files(folder)
+                elif ranks.leads:
+                    with locked(folder) if RunFolder(folder).lock.exists() else nullcontext():
+                        refuse_used(folder)
+            if ranks.leads:
+                held.enter_context(stoppable(folder))
+
+            # the data
+            eval_data, train_data = ranks.leader_first(
                 lambda: open_data(config, options.cache, options.workers, ranks)
             )
+
+            # the model; a new folder is made only when all options and data are known to be good
             with ranks.together():
-                run = Run(folder, config, scored, data, options, ranks)
-                if ranks.leads and not options.resume:  # not before all of the input has passed
-                    lock.enter_context(created(folder, named=options.out is not None))
+                run = Run(folder, config, eval_data, train_data, options, ranks)
+                if ranks.leads and not options.resume:
+                    held.enter_context(created(folder, named=options.out is not None))
                 if ranks.leads and not run.resumed:
                     run.begin()
+
+            # the training, and the report
             began = time.perf_counter()
             with resumable(folder):
                 step = run.train()
                 seconds = time.perf_counter() - began
                 if config.stream:
-                    data.skipped = ranks.all_gather_dicts(data.skipped)
+                    train_data.skipped = ranks.all_gather_dicts(train_data.skipped)
                 if ranks.leads:
                     run.finish(step, seconds)
-        if step < config.steps:
-            sys.exit(128 + (run.stopped_by or signal.SIGTERM))  # or another rank was told to stop
+        if step < config.steps:  # this rank was stopped by a signal, or another one was
+            sys.exit(128 + (run.stopped_by or signal.SIGTERM))
         return folder
+
+
+def new_folder(options: argparse.Namespace) -> Path:
+    folder = options.out or Path("runs") / datetime.now().strftime("%Y%m%d-%H%M%S")
+    return output_path("--out", folder)
 
 
 def run_options(parser: argparse.ArgumentParser) -> None:
@@ -128,13 +142,16 @@ def run_options(parser: argparse.ArgumentParser) -> None:
 def thread_count(text: str) -> int:
     if int(text) < 1:
         raise argparse.ArgumentTypeError(f"must be at least 1, got {text}")
-    if int(text) > 1024:  # OpenMP would end the process without a word
+    if int(text) > 1024:  # OpenMP would end the process without a message
         raise argparse.ArgumentTypeError(f"must be at most 1024, got {text}")
     return int(text)
 
 
 def resumed_config(options: argparse.Namespace) -> Config:
-    """The configuration of the run to resume; nothing but its intervals may be given anew."""
+    """The configuration of the run to resume.
+
+    Raises ValueError for options that change it; intervals and micro-batches may change.
+    """
     run = options.resume
     if options.preset:
         raise ValueError(f"--resume keeps the run's configuration: drop --preset {options.preset}")
@@ -158,11 +175,17 @@ def resumed_config(options: argparse.Namespace) -> Config:
 
 
 def choose_device(name: str | None, saved: str | None, ranks: Ranks) -> torch.device:
-    """The one named, or the run's before, or a GPU where there is one; each rank has its own."""
+    """The device of that name, else the one the run began on, else a GPU if there is one.
+
+    On GPUs each rank takes the one of its local rank.
+    """
     asked = name or saved or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.empty(0, device=asked).device
-    except (RuntimeError, AssertionError) as error:  # no such name; a build or machine without it
+    except (
+        RuntimeError,
+        AssertionError,
+    ) as error:  # an unknown name, or a device that this build or machine lacks
         raise ValueError(f"--device {asked}: {str(error).splitlines()[0]}") from None
     if device.type not in ("cpu", "cuda"):
         raise ValueError(f"--device {asked}: training runs on cpu or cuda")
@@ -177,67 +200,46 @@ def choose_device(name: str | None, saved: str | None, ranks: Ranks) -> torch.de
     return device
 
 
-STREAMED = 10_000  # captions that a stream is known again by
+HASHED_CAPTIONS = 10_000  # of a stream, to find out whether it has changed
 
 
 class Run:
-    """A run from its folder's newest checkpoint, or from scratch: set up, trained, finished.
+    """One training run: set up, from its newest checkpoint or from scratch, trained, finished.
 
-    Every rank computes; rank 0 alone evaluates, on `dataset`, and writes.
+    Every rank trains. Only rank 0 evaluates, on `eval_data`, and writes files.
 
-    Raises ValueError and OSError naming what does not fit, before anything is written.
+    Raises ValueError or OSError for whatever does not fit, before anything is written.
     """
 
     def __init__(
         self,
         folder: Path,
         config: Config,
-        dataset: Dataset,
-        data: Dataset | Stream,
+        eval_data: Dataset,
+        train_data: Dataset | Stream,
         options: argparse.Namespace,
         ranks: Ranks,
     ):
         self.folder, self.config, self.ranks = folder, config, ranks
-        self.dataset, self.data = dataset, data
+        self.eval_data, self.train_data = eval_data, train_data
         self.files = RunFolder(folder)
         self.log = self.files.log()
-        found = options.resume and checkpoints(self.files.checkpoints)
-        state = load_checkpoint(self.files.checkpoints) if found else None
+        self.first_step = 0
+        self.stopped_by: int | None = None  # the number of a signal
+
+        has_checkpoint = options.resume and checkpoints(self.files.checkpoints)
+        state = load_checkpoint(self.files.checkpoints) if has_checkpoint else None
+        self.resumed = state is not None
         machine = self.choose_machine(options, state)
-        print(f"data       {config.train_data}: {data.describe()}")
-        if config.stream:
-            print(f"val        {config.val_data}: {dataset.describe()}")
-        if dataset.skipped:
-            print(report_skipped(dataset.skipped))
-        for name, value in machine.items():
-            print(f"{name:10} {value}")
+        self.print_setup(machine)
+
         pretrained = load(config.pretrained) if config.pretrained and not state else None
-        read = [caption for names in dataset.captions for caption in names]
-        if state:
-            self.tokenizer = saved_tokenizer(state, self.files.model)
-        elif pretrained:
-            self.tokenizer = pretrained.tokenizer
-            print(f"pretrained {config.pretrained}, step {pretrained.step}")
-        elif config.text_encoder != OURS:
-            self.tokenizer = load_tokenizer(config)
-        else:
-            captions = training_captions(data, config.tokenizer_captions)
-            self.tokenizer = Tokenizer.train(captions, config.vocab_size, config.context_length)
-            read += captions if config.stream else []
-        if cut := report_cut(read, self.tokenizer):
-            print(cut)
-        self.trainer = Trainer(config, data, self.tokenizer, self.device, self.dtype, ranks)
+        self.tokenizer = self.choose_tokenizer(state, pretrained)
+        self.trainer = Trainer(config, train_data, self.tokenizer, self.device, self.dtype, ranks)
         if self.compile:
             compile_towers(self.trainer.model, self.trainer.objective)
-        if self.trainer.batches.size < config.batch_size:
-            size, wanted = self.trainer.batches.size, config.batch_size
-            print(f"batch      {size}: all training items there are; --batch-size is {wanted}")
-        for split in dataset.held_out_splits():
-            if len(dataset.image_item[dataset.rows(split)].unique()) == 1:
-                print(f"warning    {split} holds 1 item: R@1 is 100 % whatever is learned")
-        self.first = 0  # the step to begin with
-        self.resumed = state is not None
-        self.stopped_by: int | None = None
+        self.print_warnings()
+
         if state:
             self.resume(state)
         elif options.resume:
@@ -245,41 +247,120 @@ class Run:
         if pretrained:
             self.trainer.start_from(pretrained.model, config.pretrained)
 
+    # --- set-up ---
+
     def choose_machine(self, options: argparse.Namespace, state: dict | None) -> dict[str, str]:
-        """Device, threads and dtype; resumed, as before: anything else would change the numbers."""
-        self.before, precision = {}, options.precision
+        """Set device, threads and dtype, and return them in words.
+
+        A resumed run keeps those it began with: others would change the numbers.
+        """
+        self.saved_environment, precision = {}, options.precision
         if state or (options.resume and self.files.environment.exists()):
-            self.before = self.files.read_environment()
+            self.saved_environment = self.files.read_environment()
             with undamaged(self.files.environment):
-                was = state["dtype"] if state else self.before["dtype"]
-                precision = {"torch.bfloat16": "bf16", "torch.float32": "fp32"}[was]
+                saved = state["dtype"] if state else self.saved_environment["dtype"]
+                precision = {"torch.bfloat16": "bf16", "torch.float32": "fp32"}[saved]
             if options.precision not in ("auto", precision):
                 raise ValueError(
                     f"--resume keeps the run's precision, {precision}: "
                     f"drop --precision {options.precision}"
                 )
-        kept = self.before if self.before.get("ranks", 1) == self.ranks.size else {}
-        if threads := options.threads or kept.get("threads"):
+        same_ranks = self.saved_environment.get("ranks", 1) == self.ranks.size
+        saved_threads = self.saved_environment.get("threads") if same_ranks else None
+        if threads := options.threads or saved_threads:
             torch.set_num_threads(threads)
-        self.device = choose_device(options.device, self.before.get("device"), self.ranks)
-        self.dtype, reason = choose_precision(precision, self.device)
-        wanted = options.compile or self.before.get("compile", False)
-        self.compile, why = choose_compile(wanted, self.device)
+        saved_device = self.saved_environment.get("device")
+        self.device = choose_device(options.device, saved_device, self.ranks)
+        self.dtype, why_dtype = choose_precision(precision, self.device)
+        asked = options.compile or self.saved_environment.get("compile", False)
+        self.compile, why_compile = choose_compile(asked, self.device)
         ranks = f"{self.ranks.size} ranks, each " if self.ranks.size > 1 else ""
         threads = f"{torch.get_num_threads()} threads"
         return {
             "machine": f"{ranks}{self.device}, {threads}, torch {torch.__version__}",
-            "precision": f"{str(self.dtype).removeprefix('torch.')}: {reason}",
-            "compile": f"{'yes' if self.compile else 'no'}: {why}",
+            "precision": f"{str(self.dtype).removeprefix('torch.')}: {why_dtype}",
+            "compile": f"{'yes' if self.compile else 'no'}: {why_compile}",
         }
 
-    def environment(self) -> dict:
-        """What the numbers depend on beside the configuration."""
-        content = fingerprint(self.dataset)
+    def print_setup(self, machine: dict[str, str]) -> None:
+        print(f"data       {self.config.train_data}: {self.train_data.describe()}")
         if self.config.stream:
-            first = training_captions(self.data, STREAMED)
-            content["stream"] = digest(json.dumps(first).encode())
-        own = own_parts(self.config.objective)
+            print(f"val        {self.config.val_data}: {self.eval_data.describe()}")
+        if self.eval_data.skipped:
+            print(report_skipped(self.eval_data.skipped))
+        if repeated := report_repeated(self.eval_data):
+            print(repeated)
+        for name, value in machine.items():
+            print(f"{name:10} {value}")
+
+    def choose_tokenizer(self, state: dict | None, pretrained: Encoder | None) -> Tokenizer:
+        """The checkpoint's, that of --pretrained, the text encoder's, or a new one."""
+        config = self.config
+        captions = [caption for names in self.eval_data.captions for caption in names]
+        if state:
+            tokenizer = saved_tokenizer(state, self.files)
+        elif pretrained:
+            tokenizer = pretrained.tokenizer
+            print(f"pretrained {config.pretrained}, step {pretrained.step}")
+        elif config.text_encoder != OURS:
+            tokenizer = load_tokenizer(config)
+        else:
+            learned = training_captions(self.train_data, config.tokenizer_captions)
+            tokenizer = Tokenizer.train(learned, config.vocab_size, config.context_length)
+            captions += learned if config.stream else []
+        if cut := report_cut(captions, tokenizer):
+            print(cut)
+        return tokenizer
+
+    def print_warnings(self) -> None:
+        size, asked = self.trainer.batches.size, self.config.batch_size
+        if size < asked:
+            print(f"batch      {size}: all training items there are; --batch-size is {asked}")
+        for split in self.eval_data.held_out_splits():
+            if len(self.eval_data.image_item[self.eval_data.rows(split)].unique()) == 1:
+                print(f"warning    {split} holds 1 item: R@1 is 100 % whatever is learned")
+
+    def resume(self, state: dict) -> None:
+        """Load a checkpoint; rank 0 cuts the log back to its step and says what has changed.
+
+        Raises ValueError if the checkpoint is not of this run.
+        """
+        self.first_step = state["step"]
+        if self.first_step > self.config.steps:
+            path = checkpoints(self.files.checkpoints)[self.first_step]
+            raise ValueError(
+                f"{path} is beyond the {self.config.steps} steps "
+                "of the run's config.json: one of them is another run's"
+            )
+        with undamaged(self.files.checkpoints):
+            self.trainer.load(state)
+        if not self.ranks.leads:
+            return
+        if self.first_step < self.config.steps:
+            print(f"resume     {self.folder} from step {self.first_step}")
+        else:
+            print(
+                f"resume     {self.folder} is finished: it has all of its {self.first_step} steps"
+            )
+        saved, now = dict(self.saved_environment), self.environment()
+        if "sha256" not in saved or "logged" not in state:
+            print("note       an older version began this: changed data, a cut log go unnoticed")
+        for name, value in saved.pop("sha256", {}).items():
+            if now["sha256"].get(name) != value:
+                print(f"warning    {name} of the data changed since the run began: numbers differ")
+        for name, value in saved.items():
+            if now.get(name) != value:
+                print(f"warning    {name} was {value}, is {now.get(name)}: numbers may differ")
+        for problem in self.log.rewind(self.first_step, state.get("logged")):
+            print(f"warning    {self.log.path}: {problem}")
+
+    def environment(self) -> dict:
+        """What the numbers depend on, apart from the configuration."""
+        hashes = fingerprint(self.eval_data)
+        if self.config.stream:
+            captions = training_captions(self.train_data, HASHED_CAPTIONS)
+            hashes["stream"] = digest(json.dumps(captions).encode())
+        loss_file = user_file(self.config.objective)
         return {
             "python": platform.python_version(),
             "torch": torch.__version__,
@@ -289,52 +370,24 @@ class Run:
             "threads": torch.get_num_threads(),
             "dtype": str(self.dtype),
             "compile": self.compile,
-            "data": self.data.describe(),
-            "sha256": content,
-            **({"objective": digest(own[0].read_bytes())} if own else {}),
+            "data": self.train_data.describe(),
+            "sha256": hashes,
+            **({"objective": digest(loss_file[0].read_bytes())} if loss_file else {}),
         }
 
-    def resume(self, state: dict) -> None:
-        """Raises ValueError if the checkpoint is not of this run."""
-        self.first = state["step"]
-        if self.first > self.config.steps:
-            path = checkpoints(self.files.checkpoints)[self.first]
-            raise ValueError(
-                f"{path} is beyond the {self.config.steps} steps "
-                "of the run's config.json: one of them is another run's"
-            )
-        with undamaged(self.files.checkpoints):
-            self.trainer.load(state)
-        if not self.ranks.leads:
-            return
-        if self.first < self.config.steps:
-            print(f"resume     {self.folder} from step {self.first}")
-        else:
-            print(f"resume     {self.folder} is finished: it has all of its {self.first} steps")
-        now = self.environment()
-        if "sha256" not in self.before or "logged" not in state:
-            print("note       an older version began this: changed data, a cut log go unnoticed")
-        for name, was in self.before.pop("sha256", {}).items():
-            if now["sha256"].get(name) != was:
-                print(f"warning    {name} of the data changed since the run began: numbers differ")
-        for name, was in self.before.items():
-            if now.get(name) != was:
-                print(f"warning    {name} was {was}, is {now.get(name)}: numbers may differ")
-        for amiss in self.log.rewind(self.first, state.get("logged")):
-            print(f"warning    {self.log.path}: {amiss}")
+    # --- training ---
 
     def begin(self) -> None:
-        """Write what the folder holds before the first step."""
+        """Evaluate the untrained model, and write the files that exist before the first step."""
         untrained = self.scores()
         self.config.save(self.files.config)
-        text = json.dumps(self.environment(), indent=2) + "\n"
-        write_text(self.files.environment, text)
+        write_text(self.files.environment, json.dumps(self.environment(), indent=2) + "\n")
         self.log.start()
         self.log.write("eval", 0, untrained)
 
     def train(self) -> int:
-        """To `config.steps`, or until any rank is interrupted. Returns the steps that are done."""
-        config, step, began = self.config, self.first, time.perf_counter()
+        """Train to `config.steps`, or until a signal stops any rank. Returns the steps done."""
+        config, step, began = self.config, self.first_step, time.perf_counter()
         with Interrupt() as interrupt, self.progress_bar() as bar:
             while step < config.steps and not self.ranks.any(interrupt.number is not None):
                 terms = self.trainer.step(step)
@@ -359,90 +412,92 @@ class Run:
     def progress_bar(self) -> tqdm:
         return tqdm(
             total=self.config.steps,
-            initial=self.first,
+            initial=self.first_step,
             desc="training",
             unit="step",
             dynamic_ncols=True,
-            mininterval=0.1 if sys.stderr.isatty() else 10,  # seconds: a log file is read later
+            mininterval=0.1 if sys.stderr.isatty() else 10,  # seconds; few lines in a log file
             disable=not self.ranks.leads,
         )
 
     def speed(self, step: int, seconds: float) -> dict[str, float]:
-        pictures = (step - self.first) * self.trainer.batches.size * self.config.views
-        share = self.trainer.input_seconds / self.trainer.seconds
-        return {"images_per_second": pictures / seconds, "seconds": seconds, "input_share": share}
+        images = (step - self.first_step) * self.trainer.batches.size * self.config.views
+        input_share = self.trainer.input_seconds / self.trainer.seconds
+        return {
+            "images_per_second": images / seconds,
+            "seconds": seconds,
+            "input_share": input_share,
+        }
 
     def scores(self) -> dict[str, float]:
-        return evaluate(self.trainer.model, self.tokenizer, self.dataset)
+        return evaluate(self.trainer.model, self.tokenizer, self.eval_data)
 
     def checkpoint(self, step: int) -> None:
+        """Export the model, and save what the run can be resumed from."""
+        model, load_size = self.trainer.model, self.config.load_size
+        export(model, self.tokenizer, load_size, step, self.files.model)
         about = {
             "dtype": str(self.dtype),
             "tokenizer": self.tokenizer.bpe.to_str(),
             "logged": self.log.count,
-            "architecture": self.trainer.model.architecture,
-            "load_size": self.config.load_size,
+            "architecture": model.architecture,
+            "load_size": load_size,
         }
-        model = self.trainer.model
-        export(model, self.tokenizer, self.config.load_size, step, self.files.model)
         save_checkpoint(self.files.checkpoints, step, self.trainer.state() | about)
 
     def finish(self, step: int, seconds: float) -> None:
-        """The report and the table, or how to go on."""
-        folder = self.folder
+        """Write the report and print the scores; or, of a stopped run, how to continue it."""
         if step < self.config.steps:
-            print(
-                f"stopped after step {step}; continue with: python -m ito.train --resume {folder}"
-            )
+            command = f"python -m ito.train --resume {self.folder}"
+            print(f"stopped after step {step}; continue with: {command}")
             return
-        if self.config.stream and self.first < step:
-            self.log.write("stream", step, {"skipped": len(self.data.skipped)})
-        report = write_report(folder, load(folder), self.dataset)
+        trained = step - self.first_step
+        if self.config.stream and trained:
+            self.log.write("stream", step, {"skipped": len(self.train_data.skipped)})
+        report = write_report(self.folder, load(self.folder), self.eval_data)
         if evaluations := self.log.read("eval"):
             print(table({"before": evaluations[0], "after": evaluations[-1]}))
-        if self.first < step:
-            share = 1 - self.trainer.input_seconds / self.trainer.seconds
-            print(f"trained    {step - self.first} steps in {seconds:.0f} s")
-            print(f"compute    {share:.1%} of a step; the rest waits for its batch")
-            if busy := self.trainer.loader_seconds / self.trainer.seconds:
-                print(
-                    f"           beside it, the thread that prepares batches is busy for {busy:.1%}"
-                )
-        if self.config.stream and self.data.skipped:
-            print(report_skipped([Skipped(*found) for found in self.data.skipped.items()]))
-        for name, path in (
-            ("model", self.files.model),
-            ("metrics", self.log.path),
-            ("report", report),
-        ):
-            print(f"{name:10} {path}")
+        if trained:
+            compute = 1 - self.trainer.input_seconds / self.trainer.seconds
+            loader = self.trainer.loader_seconds / self.trainer.seconds
+            print(f"trained    {trained} steps in {seconds:.0f} s")
+            print(f"compute    {compute:.1%} of a step; in the rest the model waits for its batch")
+            if loader:
+                print(f"           the thread that prepares batches is busy for {loader:.1%} of it")
+        if self.config.stream and self.train_data.skipped:
+            skipped = self.train_data.skipped.items()
+            print(report_skipped([Skipped(*record) for record in skipped]))
+        print(f"model      {self.files.model}")
+        print(f"metrics    {self.log.path}")
+        print(f"report     {report}")
 
 
 def progress(terms: dict[str, float], rate: float) -> str:
-    """The terms of the loss, the scale and the speed, for the bar."""
-    shown = [n for n in terms if n not in ("loss", "logit_scale", "logit_bias", "grad_norm", "lr")]
-    parts = [f"{name} {terms[name]:.3f}" for name in shown]
+    """The terms of the loss, the logit scale and the speed, for the progress bar."""
+    hidden = ("loss", "logit_scale", "logit_bias", "grad_norm", "lr")
+    parts = [f"{name} {value:.3f}" for name, value in terms.items() if name not in hidden]
     return " ".join([*parts, f"scale {terms['logit_scale']:.1f} {rate:.0f} img/s"])
 
 
 def training_captions(data: Dataset | Stream, limit: int = Config.tokenizer_captions) -> list[str]:
-    """All of a set in memory, the first `limit` of a stream."""
+    """All captions of a data set in memory, the first `limit` of a stream."""
     if isinstance(data, Stream):
         return first_captions(data.shards, limit)
     return [caption for item in data.training_items() for caption in data.captions[item]]
 
 
 class Interrupt:
-    """Turns Ctrl-C and SIGTERM into a question asked between steps, never in the middle of one."""
+    """Notes Ctrl-C and SIGTERM, so that the loop can end between two steps."""
 
     number: int | None = None  # of the signal
 
     def __enter__(self):
-        self.before = {s: signal.signal(s, self.note) for s in (signal.SIGINT, signal.SIGTERM)}
+        signals = (signal.SIGINT, signal.SIGTERM)
+        self.handlers = {number: signal.signal(number, self.note) for number in signals}
         return self
 
     def __exit__(self, *_):
-        for number, handler in self.before.items():
+        for number, handler in self.handlers.items():
             signal.signal(number, handler)
 
     def note(self, number: int, _) -> None:

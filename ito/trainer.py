@@ -1,4 +1,4 @@
-"""The optimisation: towers, an objective, one step after the other, on one rank or several."""
+"""The training step: model, objective, optimizer and batches, on one rank or several."""
 
 import math
 import time
@@ -21,22 +21,23 @@ from ito_kernels.gradcache import gradcache_backward
 
 
 class Trainer:
-    """Everything that changes while training. Step n depends on the state and on n alone.
+    """The model, the objective, the optimizer, and one training step.
 
-    The number of ranks and of micro-batches changes what is computed by rounding only: each rank
-    takes its slice of the same batch with the same random numbers.
+    A step depends only on the state and on its number. Ranks and micro-batches change its result
+    by rounding only: each rank takes its slice of the same batch, with the same random numbers.
+
+    On a CPU a thread prepares the next batch while a step computes. On a GPU it does not: a second
+    batch would take memory, and be augmented on the stream that the step uses.
+
+    `seconds` is the time of all steps so far, `input_seconds` the part of it in which the model
+    waited for its batch, `loader_seconds` the processor time of the thread.
 
     Args:
-        data: a set in memory, or this rank's stream of one.
-        dtype: of the towers and the objective's modules under autocast; bfloat16 or float32.
-        ranks: those that share the batch; alone by default.
+        data: a data set in memory, or this rank's stream.
+        dtype: of autocast, bfloat16 or float32.
+        ranks: the processes that share the batch; one process by default.
 
-    While a step computes, a thread chooses, reads and augments the batch of the next one; not on a
-    GPU, where it would be held twice and augmented on the step's own queue. Of the `seconds` that
-    steps took so far, the model waited `input_seconds` for its batch; the thread used
-    `loader_seconds` of a processor meanwhile.
-
-    Raises ValueError if the batch has fewer items than there are ranks times micro-batches.
+    Raises ValueError if the batch has fewer items than ranks times micro-batches.
     """
 
     def __init__(
@@ -50,6 +51,7 @@ class Trainer:
     ):
         self.config, self.device, self.dtype = config, device, dtype
         self.ranks = ranks or Ranks()
+
         torch.manual_seed(config.seed)
         self.model = DualEncoder(
             image_size=config.image_size,
@@ -69,8 +71,9 @@ class Trainer:
         self.locked = self.model.lockable(config.locked).requires_grad_(False)
         normalise_globally(self.model, self.ranks.group)
         self.objective = objective_class(config.objective)(config, self.model).to(device)
-        owned = [*self.model.parameters(), *self.objective.parameters()]
-        self.parameters = [p for p in owned if p.requires_grad]
+
+        parameters = [*self.model.parameters(), *self.objective.parameters()]
+        self.parameters = [p for p in parameters if p.requires_grad]
         self.optimizer = torch.optim.AdamW(
             [
                 {"params": [p for p in self.parameters if p.ndim >= 2]},
@@ -82,23 +85,18 @@ class Trainer:
             weight_decay=config.weight_decay,
             fused=True,
         )
-        source = StreamBatches if isinstance(data, Stream) else Batches
-        self.batches = source(data, tokenizer, config, self.ranks, device)
-        self.loader = ThreadPoolExecutor(1, "loader")
-        self.ahead: dict[int, Future] = {}
-        # It gets one thread of torch's: more would stand in the way of those that compute. A thread
-        # keeps what it sets after its first question (before, it takes what was set last).
-        threads = torch.get_num_threads()
-        self.loader.submit(torch.get_num_threads).result()
-        self.loader.submit(torch.set_num_threads, 1).result()
-        torch.set_num_threads(threads)
-        self.input_seconds = self.loader_seconds = self.seconds = 0.0
+
+        make_batches = StreamBatches if isinstance(data, Stream) else Batches
+        self.batches = make_batches(data, tokenizer, config, self.ranks, device)
         parts = self.ranks.size * config.accum_freq
         if self.batches.size < parts:
             raise ValueError(
                 f"a batch of {self.batches.size} items cannot be cut into {parts} parts: "
                 f"{self.ranks.size} ranks x {config.accum_freq} micro-batches (--accum-freq)"
             )
+        self.loader = one_thread_loader()
+        self.ahead: dict[int, Future] = {}  # the next batch, by its number
+        self.input_seconds = self.loader_seconds = self.seconds = 0.0
 
     def step(self, number: int) -> dict[str, float]:
         """One optimizer step; `number` counts from 0. Returns what to log.
@@ -106,18 +104,20 @@ class Trainer:
         Raises FloatingPointError if the loss is not finite, before any weight changes.
         """
         began = self.now()
-        views, ids, item = self.prepared(number)
+        views, ids, item = self.next_batch(number)
         ready = self.now()
+
         self.model.train()
-        self.locked.eval()  # batch normalisation too stays as it was
+        self.locked.eval()  # the statistics of its batch normalisation stay as they were
         self.optimizer.zero_grad()
         random = generator(self.config.seed, "objective", number)
         step = Step(number + 1, number / self.config.steps, item, random)
         loss, terms = self.backward(views, ids, step)
         if not loss.isfinite():
             raise FloatingPointError(f"the loss of step {number} is {loss.item()}")
+
         self.ranks.average_grads(self.parameters)
-        norm = nn.utils.clip_grad_norm_(self.parameters, self.config.grad_clip)
+        grad_norm = nn.utils.clip_grad_norm_(self.parameters, self.config.grad_clip)
         lr = self.learning_rate(number)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
@@ -125,38 +125,44 @@ class Trainer:
         with torch.no_grad():
             self.model.logit_scale.clamp_(0, MAX_LOGIT_SCALE)
         self.objective.clamp()
+
         logged = {
             "loss": loss.item(),
             **{name: term.item() for name, term in terms.items()},
             "logit_scale": self.model.logit_scale.exp().item(),
-            "grad_norm": norm.item(),
+            "grad_norm": grad_norm.item(),
             "lr": lr,
         }
         ended = self.now()
-        self.input_seconds += between(began, ready)
-        self.seconds += between(began, ended)
+        self.input_seconds += seconds_between(began, ready)
+        self.seconds += seconds_between(began, ended)
         return logged
 
-    def prepared(self, number: int) -> tuple[Tensor, Tensor, Tensor]:
-        """`batch(number)`, prepared ahead where the last call was for the step before."""
+    # --- the batch ---
+
+    def next_batch(self, number: int) -> tuple[Tensor, Tensor, Tensor]:
+        """`batch(number)`, from the loader's thread if the last call was for `number` - 1.
+
+        Starts to prepare the batch after it.
+        """
         ahead, self.ahead = self.ahead, {}
-        wait(ahead.values())  # whatever step it is for: a stream is at one place
-        # The first is prepared here: a stream's workers are to be forked from the main thread.
+        wait(ahead.values())  # also if it is another step's: a stream can be read by one thread
+        # The first batch is prepared here, so that a stream's workers are forked from the main
+        # thread.
         batch = ahead[number].result() if number in ahead else self.batch(number)
         if self.device.type == "cpu" and number + 1 < self.config.steps:
-            self.ahead = {number + 1: self.loader.submit(self.prepare, number + 1)}
+            self.ahead = {number + 1: self.loader.submit(self.timed_batch, number + 1)}
         return batch
 
-    def prepare(self, number: int) -> tuple[Tensor, Tensor, Tensor]:
-        """`batch(number)`, timed, for the thread."""
+    def timed_batch(self, number: int) -> tuple[Tensor, Tensor, Tensor]:
         began = time.thread_time()
         batch = self.batch(number)
         self.loader_seconds += time.thread_time() - began
         return batch
 
     def batch(self, number: int) -> tuple[Tensor, Tensor, Tensor]:
-        """This rank's n items of batch `number`: views (V, n, 3, S, S), token ids (C, n, L) and the
-        items' numbers (n,)."""
+        """This rank's n items of batch `number`: augmented views (V, n, 3, S, S), token ids
+        (C, n, L) and item numbers (n,)."""
         batch = self.batches(number)
         ids = self.objective.texts(batch.ids, generator(self.config.seed, "texts", number))
         views = augment(
@@ -164,16 +170,19 @@ class Trainer:
             self.config.image_size,
             generator(self.config.seed, "augment", number),
             self.config.augmentation,
-            batch.places.flatten(),
-            batch.total,
+            batch.positions.flatten(),
+            batch.count,
         )
-        ids, item = ids[:, batch.local].to(self.device), batch.item.to(self.device)
-        return views.unflatten(0, batch.places.shape), ids, item
+        ids, item = ids[:, batch.local_rows].to(self.device), batch.item.to(self.device)
+        return views.unflatten(0, batch.positions.shape), ids, item
+
+    # --- forward and backward ---
 
     def backward(self, views: Tensor, ids: Tensor, step: Step) -> tuple[Tensor, Terms]:
-        """Add the gradient of the batch's loss to `.grad`; return the loss and its terms.
+        """Add the gradient of the global batch's loss to `.grad`. Returns the loss and its terms.
 
-        Micro-batches leave out the convolutions: batch normalisation needs the whole batch.
+        The convolutions see all local rows at once, because batch normalisation needs them. The
+        rest of the towers runs in micro-batches, and the loss sees the global batch (GradCache).
         """
 
         def loss(*features: Tensor) -> tuple[Tensor, Terms]:
@@ -207,7 +216,7 @@ class Trainer:
         return torch.autocast(self.device.type, self.dtype, self.dtype != torch.float32)
 
     def now(self) -> "float | torch.cuda.Event":
-        """When what was asked of the device so far is done."""
+        """The time; on a GPU, an event after all work that was queued so far."""
         if self.device.type != "cuda":
             return time.perf_counter()
         event = torch.cuda.Event(enable_timing=True)
@@ -215,7 +224,7 @@ class Trainer:
         return event
 
     def learning_rate(self, number: int) -> float:
-        """Linear warm-up, then half a cosine down to 0 at the last step."""
+        """Linear warm-up, then half a cosine to 0 at the last step."""
         warmup = self.config.warmup * self.config.steps
         if number < warmup:
             return self.config.lr * (number + 1) / (warmup + 1)
@@ -223,9 +232,12 @@ class Trainer:
         return self.config.lr * 0.5 * (1 + math.cos(math.pi * progress))
 
     def start_from(self, model: DualEncoder, name: str) -> None:
-        """Take the towers' weights. Raises ValueError where the architectures differ."""
-        other, own = model.architecture, self.model.architecture
-        if wrong := [f"{key} {other.get(key)}" for key in own if other.get(key) != own[key]]:
+        """Copy the towers' weights from `model`, which `--pretrained` names.
+
+        Raises ValueError if the architectures differ.
+        """
+        other, ours = model.architecture, self.model.architecture
+        if wrong := [f"{key} {other.get(key)}" for key in ours if other.get(key) != ours[key]]:
             raise ValueError(f"--pretrained {name} has {', '.join(wrong)}: give the same options")
         for tower in ("image", "text"):
             getattr(self.model, tower).load_state_dict(getattr(model, tower).state_dict())
@@ -242,9 +254,20 @@ class Trainer:
             getattr(self, name).load_state_dict(state[name])
 
 
-def between(start: "float | torch.cuda.Event", end: "float | torch.cuda.Event") -> float:
+def one_thread_loader() -> ThreadPoolExecutor:
+    """A thread for which torch computes on one thread: more would slow down those of the step."""
+    threads = torch.get_num_threads()
+    loader = ThreadPoolExecutor(1, "loader")
+    # A thread keeps its own number only once it has asked for one.
+    loader.submit(torch.get_num_threads).result()
+    loader.submit(torch.set_num_threads, 1).result()
+    torch.set_num_threads(threads)
+    return loader
+
+
+def seconds_between(start: "float | torch.cuda.Event", end: "float | torch.cuda.Event") -> float:
     """Seconds from one `Trainer.now()` to another."""
     if isinstance(start, float):
         return end - start
-    end.synchronize()  # no wait: the loss was read before it
+    end.synchronize()  # returns at once: the loss was read after this work
     return start.elapsed_time(end) / 1000

@@ -1,10 +1,10 @@
-"""Random views of a batch of pictures, driven by an explicit generator.
+"""Random views of a batch of pictures, with an explicit random generator.
 
-On tensors and on the whole batch: one `grid_sample` crops, resizes and flips; brightness, contrast,
-saturation, hue and greyscale compose to one 3×4 affine map of the colours per picture.
+All operations run on tensors of the complete batch: one `grid_sample` crops, resizes and flips;
+brightness, contrast, saturation, hue and greyscale are one 3×4 affine map of colours per picture.
 
-Why not kornia: it takes no `torch.Generator` (it draws from the global one), and its chain costs 4
-to 6 times as much. 256 pictures, 64 → 32 px, 2 threads, median ms per batch: the paper's recipe
+Not kornia, because it takes no `torch.Generator` (it uses the global one), and its chain costs 4 to
+6 times as much. 256 pictures, 64 → 32 px, 2 threads, median ms per batch: the paper's recipe
 12.7 here, 49.8 in kornia 0.9.0 (`cropping_mode="resample"`, the faster one); the defaults 6.8
 and 40.4, where a training step takes about 300.
 """
@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-MEAN = STD = 0.5  # of the float pictures that the encoders get, in every channel
+MEAN = STD = 0.5  # of the encoders' float inputs, in every channel
 LUMA = (0.299, 0.587, 0.114)  # ITU-R BT.601
 
 
@@ -30,8 +30,9 @@ class Augmentation:
     is below 0.3 px: no blur); a flip changes the meaning of arrows, hands and most flags.
 
     A `scale` above 1 shows the picture smaller, on white. `warp` bends it smoothly, by about this
-    share of half a side. With probability `stroke_p` edges get a dark outline, with half of it dark
-    lines fade, both by a random amount: what artists drawing the same thing differ in most.
+    share of half a side. With probability `stroke_p` edges get a dark outline, with half that
+    probability dark lines fade, both by a random amount: drawings of the same thing by different
+    artists differ in this most.
     """
 
     scale: tuple[float, float] = (0.8, 1.0)
@@ -51,7 +52,7 @@ class Augmentation:
             if not all(0 <= v < math.inf for v in several):
                 raise ValueError(f"{name} must be finite and not negative, got {value}")
             if name.endswith("_p") and value > 1:
-                raise ValueError(f"{name} is a probability: want at most 1, got {value}")
+                raise ValueError(f"{name} is a probability: expected at most 1, got {value}")
         for name in ("scale", "ratio", "blur_sigma"):
             low, high = getattr(self, name)
             if not 0 < low <= high:
@@ -64,7 +65,7 @@ class Augmentation:
 PAPER = Augmentation(scale=(0.5, 1.0), jitter=(0.4, 0.4, 0.4, 0.1), blur_p=0.5, flip_p=0.5)
 # open_clip's for CLIP: a mild crop and nothing else
 CROP = Augmentation(scale=(0.9, 1.0), jitter=(0.0, 0.0, 0.0, 0.0), jitter_p=0.0, gray_p=0.0)
-# for drawings whose other artists' versions are to be recognised
+# for drawings, of which other artists' versions are to be recognised
 DRAWINGS = Augmentation(
     scale=(0.7, 1.3),
     ratio=(0.9, 1.1),
@@ -79,26 +80,26 @@ def augment(
     out_size: int,
     generator: torch.Generator,
     config: Augmentation,
-    places: torch.Tensor | None = None,
-    batch: int | None = None,
+    positions: torch.Tensor | None = None,
+    count: int | None = None,
 ) -> torch.Tensor:
     """One random view of every picture: uint8 (B, 3, S, S) to float32 (B, 3, out, out), normalised.
 
     All random numbers of a batch come from one draw of `generator`, so views are reproducible and a
     run resumes exactly. Differences from torchvision's chain: the jitter's order is fixed, nothing
-    is clamped between its steps, hue turns about the grey axis (linear, as in YIQ), a crop wider
-    than the picture is narrowed to it unless `scale` exceeds 1. Sampling is bilinear, free of
-    aliases down to half the size.
+    is clamped between its steps, hue is a rotation about the grey axis (linear, as in YIQ), and a
+    crop wider than the picture is narrowed to it unless `scale` exceeds 1. Sampling is bilinear,
+    without aliasing down to half the size.
 
-    With `places` (B,), the pictures stand there in a batch of `batch`, and get the views that they
-    would get if all of it were given: so ranks share a batch.
+    `positions` (B,) are those of the pictures in a global batch of `count`. A picture gets the same
+    view as if the complete global batch were given, so the number of ranks changes nothing.
 
     Raises ValueError if S is more than twice `out_size`.
     """
     check(images, out_size)
     # drawn on the generator's device: a CPU generator gives the same views on every device
-    u = torch.rand(48, batch or len(images), generator=generator, device=generator.device)
-    u = (u if places is None else u[:, places]).to(images.device)
+    u = torch.rand(48, count or len(images), generator=generator, device=generator.device)
+    u = (u if positions is None else u[:, positions]).to(images.device)
     bend = warp(u[15:48], out_size, config) if config.warp > 0 else None
     x = crop(images.float().div_(255), out_size, u[:5], config, bend)
     if config.stroke_p > 0:
@@ -110,7 +111,7 @@ def augment(
 
 
 def eval_transform(images: torch.Tensor, out_size: int) -> torch.Tensor:
-    """The whole picture, sampled as `augment` does: uint8 (B, 3, S, S) to float32 (B, 3, out, out).
+    """The complete picture, without augmentation: uint8 (B, 3, S, S) to float32 (B, 3, out, out).
 
     Raises ValueError if S is more than twice `out_size`.
     """
@@ -195,7 +196,7 @@ def stroke(x: torch.Tensor, u: torch.Tensor, config: Augmentation) -> torch.Tens
 
 
 def brightest(x: torch.Tensor) -> torch.Tensor:
-    """The maximum of each pixel's 3×3 neighbours, itself among them.
+    """The maximum of each pixel and its 3×3 neighbours.
 
     Rows, then columns: `max_pool2d` takes 17 ms for (128, 3, 32, 32) on one core, this 2.
     """
@@ -231,7 +232,7 @@ def color(x: torch.Tensor, u: torch.Tensor, config: Augmentation) -> torch.Tenso
 
 
 def blur(x: torch.Tensor, u: torch.Tensor, config: Augmentation) -> torch.Tensor:
-    """Gaussian blur of the rows that win their coin; `u` (2, B): coin, sigma."""
+    """Gaussian blur of a random part of the rows; `u` (2, B): coin, sigma."""
     unit = x.shape[-1] / 224
     rows = (u[0] < config.blur_p).nonzero().squeeze(1)
     if not len(rows):

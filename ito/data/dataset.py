@@ -1,30 +1,31 @@
-"""Pictures and captions into memory, from any source that ito/data/records.py reads.
+"""Data sets in memory, from any source that ito/data/records.py reads.
 
-Every picture is decoded and resized once and kept as uint8: 64 × 64 is 12 kB, so 80,000 fit in a
-gigabyte, and an epoch touches no file. What does not fit is streamed: ito/stream.py.
+Every picture is decoded and resized once and kept as uint8: 64 × 64 pixels are 12 kB, so 80,000
+pictures fit into a gigabyte, and an epoch reads no file. Larger sets are streamed: ito/stream.py.
 """
 
 import hashlib
 import itertools
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
-from ito.cli import shown
+from ito.cli import one_line
 from ito.data.pictures import MAX_PIXELS, decode
 from ito.data.records import Record, Skipped, cpu_count, open_shards
 
 
 @dataclass
 class Dataset:
-    """K decoded pictures of n items; several pictures may show one item.
+    """K decoded pictures of n items; several pictures may show the same item.
 
-    `images` uint8 (K, 3, S, S); `image_item` int64 (K,), an index into the per-item lists;
-    `files` (where each is), `split`, `style` per picture; `items` (keys), `captions`,
-    `translations` ({language: names}), `group`, `subgroup` per item; `skipped` (file and row,
-    reason) per record left out.
+    Per picture: `images` uint8 (K, 3, S, S); `image_item` int64 (K,), indices into the lists of
+    items; `files`, the paths; `split`; `style`.
+    Per item: `items`, the keys; `captions`; `translations`, {language: names}; `group`; `subgroup`.
+    `skipped`: the records left out, with their place and the reason.
     """
 
     images: torch.Tensor
@@ -40,13 +41,13 @@ class Dataset:
     skipped: list[Skipped]
 
     def rows(self, split: str) -> torch.Tensor:
-        """Picture indices, int64, of one split."""
+        """The indices of a split's pictures, int64."""
         return torch.tensor([i for i, name in enumerate(self.split) if name == split]).long()
 
     def training_items(self) -> list[int]:
-        """Indices of the items with a picture to train on, in the order of the pictures.
+        """Indices of the items with a training picture, in the order of the pictures.
 
-        Raises ValueError if there are fewer than 2: in-batch negatives are other items.
+        Raises ValueError if there are fewer than 2, because in-batch negatives are other items.
         """
         found = list(dict.fromkeys(self.image_item[self.rows("train")].tolist()))
         if len(found) < 2:
@@ -57,7 +58,7 @@ class Dataset:
         return found
 
     def held_out_splits(self) -> list[str]:
-        """The splits not trained on; drawings of known concepts before unknown concepts.
+        """All splits except "train", in alphabetical order, but "heldout_concept" last.
 
         Raises ValueError if there are none.
         """
@@ -67,7 +68,7 @@ class Dataset:
         if not found:
             raise ValueError(
                 'evaluation needs at least 1 picture of a split other than "train", found none '
-                f"({self.describe()}); without any split in the data a tenth of the items, of 2 or "
+                f"({self.describe()}); if the data names no split, a tenth of the items, of 2 or "
                 "more, is held out"
             )
         return found
@@ -90,13 +91,14 @@ def load_dataset(
     """Read everything that `ito.data.records.open_shards` finds at `path`, and decode its pictures.
 
     If no record names a split, 10 % of the items (at least one), by hash of item and `split_seed`,
-    are "heldout"; without a seed all are "val". If some do, a record that names none is "train".
-    Pictures are centred squares of `image_size` pixels on white. The order is the source's,
-    whatever the number of `workers`. `options` are those of `open_shards`.
+    are "heldout"; items that share a picture, to the pixel, are on the same side. Without a seed
+    all are "val". If some records name a split, one that names none is "train".
+    Pictures become centred squares of `image_size` pixels on white. The order is that of the
+    source, for any number of `workers`. `options` are those of `open_shards`.
 
-    An unreadable picture, one of more than `max_pixels`, or an empty caption skips its record;
-    `Dataset.skipped` names them. Raises what `open_shards` raises, and ValueError if no record is
-    left.
+    A record is skipped, and listed in `Dataset.skipped`, if its picture cannot be read or has more
+    than `max_pixels`, or its caption is empty. Raises what `open_shards` raises, and ValueError if
+    all records are skipped.
     """
     found = [record for shard in open_shards(path, **options) for record in shard()]
     records = [r for r in found if isinstance(r, Record)]
@@ -104,7 +106,7 @@ def load_dataset(
     images, kept, unreadable = decode_all(records, image_size, max_pixels, workers)
     skipped += unreadable
     if not kept:
-        reasons = "; ".join(shown(f"{where}: {reason}") for where, reason in skipped[:3])
+        reasons = "; ".join(one_line(f"{where}: {reason}") for where, reason in skipped[:3])
         about = f"{len(skipped)} records skipped: {reasons}" if skipped else "it holds no record"
         raise ValueError(f"no usable picture in {path} ({about})")
 
@@ -118,7 +120,8 @@ def load_dataset(
     elif split_seed is None:
         split = ["val"] * len(kept)
     else:
-        held = held_out(list(index), split_seed)
+        groups = groups_by_picture(images, [index[r.item] for r in kept], list(index))
+        held = held_out(groups, split_seed)
         split = ["heldout" if r.item in held else "train" for r in kept]
     return Dataset(
         images=images,
@@ -149,37 +152,95 @@ def union(lists) -> list[str]:
 def decode_all(
     records: list[Record], size: int, max_pixels: int, workers: int | None
 ) -> tuple[torch.Tensor, list[Record], list[Skipped]]:
-    """uint8 (K, 3, size, size), the record of each, and what was skipped; in order.
+    """Pictures uint8 (K, 3, size, size), their K records, and the skipped records, in order.
 
-    A picture that several records of an item name is decoded, and counted, once.
+    If several records of an item name the same picture, it is decoded and counted once.
     """
-    shown = {}
+    distinct = {}
     for r in records:
-        shown.setdefault((r.image, r.item, r.split), r)
-    images = torch.empty(len(shown), 3, size, size, dtype=torch.uint8)
+        distinct.setdefault((r.image, r.item, r.split), r)
+    images = torch.empty(len(distinct), 3, size, size, dtype=torch.uint8)
     kept, bad = [], {}
-    with ThreadPoolExecutor(workers or cpu_count()) as pool:
-        pictures = pool.map(lambda r: decode(r.image, size, max_pixels), shown.values())
-        for r, picture in zip(shown.values(), pictures, strict=True):
+    pool = ThreadPoolExecutor(workers or cpu_count())
+    try:
+        pictures = pool.map(lambda r: decode(r.image, size, max_pixels), distinct.values())
+        for r, picture in zip(distinct.values(), pictures, strict=True):
             if isinstance(picture, str):
                 bad[r.image] = picture
             else:
                 images[len(kept)] = torch.from_numpy(picture).permute(2, 0, 1)
                 kept.append(r)
+    finally:
+        pool.shutdown(cancel_futures=True)  # so that Ctrl-C does not wait for all other pictures
     skipped = [Skipped(r.where, bad[r.image]) for r in records if r.image in bad]
     return images[: len(kept)], kept, skipped
 
 
-def held_out(items: list[str], seed: int) -> set[str]:
-    """The 10 % of the items, at least one of two, with the lowest hash."""
-    order = sorted(items, key=lambda item: hashlib.sha256(f"{seed}:{item}".encode()).digest())
-    return set(order[: max(len(items) // 10, min(1, len(items) - 1))])
+def groups_by_picture(
+    images: torch.Tensor, image_item: list[int], items: list[str]
+) -> list[list[str]]:
+    """The items in groups: items that share a picture, equal to the pixel, are in the same one."""
+    parent = list(range(len(items)))  # union-find
+
+    def root(n: int) -> int:
+        while parent[n] != n:
+            parent[n] = n = parent[parent[n]]
+        return n
+
+    first: dict[bytes, int] = {}
+    for hashed, item in zip(picture_hashes(images), image_item, strict=True):
+        parent[root(item)] = root(first.setdefault(hashed, item))
+    groups: dict[int, list[str]] = {}
+    for n, item in enumerate(items):
+        groups.setdefault(root(n), []).append(item)
+    return list(groups.values())
+
+
+def picture_hashes(images: torch.Tensor) -> list[bytes]:
+    return [hashlib.sha256(picture.numpy()).digest() for picture in images]
+
+
+def held_out(groups: list[list[str]], seed: int) -> set[str]:
+    """About 10 % of the items, but at least 1 of 2 or more; all items of a group or none.
+
+    Groups are taken in the order of their lowest hash if they fit into the 10 %. If none fits, the
+    smallest group is taken, unless it is the only one.
+    """
+
+    def lowest_hash(group: list[str]) -> bytes:
+        return min(hashlib.sha256(f"{seed}:{item}".encode()).digest() for item in group)
+
+    items = sum(map(len, groups))
+    count = max(items // 10, min(1, items - 1))
+    order = sorted(groups, key=lowest_hash)
+    held: set[str] = set()
+    for group in order:
+        if len(held) + len(group) <= count:
+            held.update(group)
+    return held or set(min(order, key=len) if len(order) > 1 else ())
+
+
+def report_repeated(dataset: Dataset) -> str:
+    """How many held-out pictures are also training pictures, equal to the pixel, in words; "" if
+    none is."""
+    hashes = picture_hashes(dataset.images)
+    trained = {x for x, split in zip(hashes, dataset.split, strict=True) if split == "train"}
+    repeated = Counter(
+        split
+        for x, split in zip(hashes, dataset.split, strict=True)
+        if split != "train" and x in trained
+    )
+    return "\n".join(
+        f"warning    {count} of {dataset.split.count(split)} pictures of {split} are training "
+        "pictures too: their scores do not measure generalisation"
+        for split, count in repeated.items()
+    )
 
 
 def report_skipped(skipped: list[Skipped], limit: int = 10) -> str:
-    """Their number, then the first `limit` of them, a line each; nothing if there are none."""
+    """Their number, then the first `limit` of them, one per line; "" if there are none."""
     if not skipped:
         return ""
     lines = [f"skipped {len(skipped)} records:"]
-    lines += [f"  {shown(f'{where}: {reason}')}" for where, reason in skipped[:limit]]
+    lines += [f"  {one_line(f'{where}: {reason}')}" for where, reason in skipped[:limit]]
     return "\n".join(lines + ["  …"] * (len(skipped) > limit))

@@ -1,7 +1,7 @@
-"""What the emoji sets share: names, families, splits, drawing, and how a set is published.
+"""Common parts of the emoji sets: names, families, splits, drawing, and publishing.
 
-Splits go by hash of the concept *family*: variants in gender, colour, size, direction or clock
-time are on one side, so that no trained variant gives a held-out one away.
+Splits are made by hash of the concept *family*: variants in gender, colour, size, direction or
+clock time are in the same split, so that no training variant resembles a held-out one.
 """
 
 import hashlib
@@ -17,12 +17,12 @@ from pathlib import Path
 from PIL import Image
 
 GENDERED = r"\b(man|men|woman|women|boy|girl|male|female|mrs)\b"
-# what tells the variants of a concept family apart
+# the words in which variants of a concept family differ
 VARIANT = (
     GENDERED + r"|\b(person|people|child|adult|older|old|mx|and|facing right|large|medium|small|"
     r"light|dark|red|orange|yellow|green|blue|purple|brown|black|white|grey|pink)\b"
 )
-# variants that have a word of their own
+# variants that are named by another word
 SAME_FAMILY = {"mermaid": "merperson", "merman": "merperson", "princess": "prince"}
 SAME_FAMILY |= {"with crown": "prince", "santa claus": "claus", "": "person"}
 
@@ -46,7 +46,7 @@ def code_points(text: str) -> str:
 
 
 def family(name: str) -> str:
-    """The name without gender, colour, size and direction: `blue heart` and `red heart` are one."""
+    """The name without gender, colour, size and direction; the same for `blue` and `red heart`."""
     if name.startswith("flag for "):
         return name
     if re.search(r"o'clock|thirty$", name):
@@ -56,7 +56,7 @@ def family(name: str) -> str:
 
 
 def distinct_names(first: str, aliases: Iterable[str]) -> list[str]:
-    """The first name, then the aliases that describe and say something new."""
+    """The first name, then the aliases that are descriptions and are not the same words again."""
     unique = {}
     for name in [first, *(alias for alias in aliases if is_description(alias, first))]:
         unique.setdefault(re.sub(r"\W", "", name.lower()), name)
@@ -64,7 +64,8 @@ def distinct_names(first: str, aliases: Iterable[str]) -> list[str]:
 
 
 def is_description(alias: str, name: str) -> bool:
-    """Not a code ("fr", "+1", "flag ac", "dog2", "cjk ideograph 5408"), and not misleading.
+    """Whether an alias is no code ("fr", "+1", "flag ac", "dog2", "cjk ideograph 5408"), and is
+    not misleading.
 
     Unicode's own names say BLACK and WHITE for filled and outlined, whatever the colour drawn:
     "heavy black heart" is the red one.
@@ -75,7 +76,7 @@ def is_description(alias: str, name: str) -> bool:
 
 
 def drop_shared_names(concepts: dict) -> None:
-    """An alias that several concepts claim stays with the one whose first name it is, or goes."""
+    """Remove aliases that several concepts have; a first name keeps to its concept."""
     firsts = {concept["captions"][0].lower() for concept in concepts.values()}
     claims = Counter(name.lower() for c in concepts.values() for name in c["captions"])
     for concept in concepts.values():
@@ -86,7 +87,7 @@ def drop_shared_names(concepts: dict) -> None:
 
 
 def share(text: str) -> float:
-    """A number in [0, 1) that the text's hash decides."""
+    """A number in [0, 1), from the text's hash."""
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") / 2**64
 
 
@@ -94,14 +95,14 @@ def share(text: str) -> float:
 
 
 def render(svg: str, size: int) -> bytes:
-    """PNG bytes of a drawing, its empty border cut on all sides alike by up to a ninth of the side.
+    """PNG bytes of a drawing; its border is cut equally on all sides, by at most 1/9 of a side.
 
-    OpenMoji keeps a border of 11 px of 72 (the median side), Twemoji none: uncut, half the pixels
-    of a small picture draw nothing. R@1 on held-out drawings after 1,000 steps, image to text and
-    back: 26.8 and 28.3 % cut, 20.4 and 21.9 % uncut (means of two seeds, 409 candidates). At most
-    a ninth, so that a small square stays smaller than a large one.
+    OpenMoji has a border of 11 px of 72 (the median side), Twemoji none: with the border, half the
+    pixels of a small picture are empty. R@1 on held-out drawings after 1,000 steps, image to text
+    and text to image: 26.8 and 28.3 % cut, 20.4 and 21.9 % uncut (means of two seeds, 409
+    candidates). At most 1/9, so that a small square remains smaller than a large one.
     """
-    drawn = size * 4 // 3  # of which 3/4 or more is kept
+    drawn = size * 4 // 3  # at least 3/4 of it is kept
     image = Image.open(io.BytesIO(rasterize(svg, drawn))).convert("RGBA")
     box = image.getchannel("A").point(lambda alpha: 255 * (alpha > 8)).getbbox()
     left, top, right, bottom = box or (0, 0, drawn, drawn)
@@ -113,7 +114,7 @@ def render(svg: str, size: int) -> bytes:
 def rasterize(svg: str, size: int) -> bytes:
     from resvg_py import svg_to_bytes
 
-    # without system fonts, which differ between machines: nothing in the sets is text
+    # no system fonts: the sets contain no text, and the result is the same on every machine
     return svg_to_bytes(svg_string=svg, width=size, height=size, skip_system_fonts=True)
 
 
@@ -131,15 +132,15 @@ def on_white(png: bytes) -> Image.Image:
 
 
 def pixels(png: bytes) -> bytes:
-    """A hash that two pictures share if they look the same to the pixel."""
+    """A hash, equal for pictures with equal pixels on white."""
     return hashlib.sha256(on_white(png).tobytes()).digest()
 
 
 def owner(keys: Iterable[str], concepts: dict) -> str:
-    """Which of the concepts that share a drawing keeps it: a picture has one meaning.
+    """Which of the concepts with the same drawing keeps it, so that a picture has one meaning.
 
-    Territories under their state's flag, families and professions that an artist draws once. The
-    ungendered name stays, then the shortest (Norway rather than Svalbard & Jan Mayen).
+    Examples are territories with their state's flag, and families and professions that an artist
+    draws once. An ungendered name wins, then the shortest (Norway before Svalbard & Jan Mayen).
     """
 
     def rank(key: str):
@@ -153,10 +154,10 @@ def owner(keys: Iterable[str], concepts: dict) -> str:
 
 
 def publish(out: Path, title: str, write: Callable[[Path], None]) -> Path:
-    """Fill the folder `out` by `write` and return it; does nothing if that set is there already.
+    """Fill the folder `out` with `write` and return it; does nothing if it holds that set already.
 
-    The folder appears complete or not at all: it is built beside `out` and renamed. A set is known
-    by its data card: `write` gives the folder a README.md whose first line is `# title`.
+    The folder is built next to `out` and renamed when it is complete. A set is recognised by its
+    data card: `write` must create a README.md whose first line is `# title`.
 
     Raises FileExistsError if `out` holds something else.
     """
@@ -171,7 +172,7 @@ def publish(out: Path, title: str, write: Callable[[Path], None]) -> Path:
         write(building)
         building.rename(out)
     except OSError:
-        if not is_published(out, title):  # else another process was faster
+        if not is_published(out, title):  # if it is, another process was faster
             raise
     finally:
         shutil.rmtree(building, ignore_errors=True)

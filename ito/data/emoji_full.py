@@ -1,6 +1,6 @@
-"""The full emoji set: every concept as up to 14 styles draw it, named in 28 languages.
+"""The full emoji set: every concept in up to 14 drawing styles, named in 28 languages.
 
-Written in both formats that users bring: `images/` with `captions.jsonl`, and WebDataset shards.
+Written in two formats: `images/` with `captions.jsonl`, and WebDataset shards.
 """
 
 import io
@@ -30,14 +30,15 @@ from ito.data.npm import fetch
 from ito.data.records import cpu_count
 from ito.data.shards import write_shards
 
-# Raise the number when a rule below changes: a cached set is used as it is, never rebuilt.
+# Raise the number when a rule below changes: a cached set is never rebuilt.
 FOLDER = "emoji-full-2"
 SIZE = 96  # pixels per side
 HELDOUT_CONCEPT = 0.14  # share of the families
 HELDOUT_STYLES = ("noto", "noto-v1")
 HUES = "red|orange|yellow|green|blue|purple|brown|pink"
-COLOURED_FLAGS = ("rainbow flag", "transgender flag")  # beside those of places
-HOLLOW = {"openmoji-black": ("black cat", "black small square")}  # outlined like the white one
+COLOURED_FLAGS = ("rainbow flag", "transgender flag")  # in addition to those of places
+# black things that are drawn as outlines, like the white ones
+HOLLOW = {"openmoji-black": ("black cat", "black small square")}
 HUE, COLOUR = rf"\b({HUES})\b", rf"\b(light blue|{HUES}|black|white|grey)\b"
 PUBLISHED = ("captions", "keywords", "translations", "group", "subgroup")
 
@@ -47,10 +48,10 @@ Drawings = dict[tuple[str, str], bytes]  # PNG bytes by (style, key)
 def prepare_emoji_full(
     out: Path, cache: Path, *, size: int = SIZE, permissive_only: bool = False
 ) -> Path:
-    """Write the full set to the folder `out` and return it; does nothing if it is there already.
+    """Write the full set to the folder `out` and return it; does nothing if it exists already.
 
-    `size` is the pictures' side in pixels. With `permissive_only`, without the styles whose licence
-    asks to share alike. The npm packages are kept in `cache`.
+    `size` is the pictures' side in pixels. `permissive_only` leaves out styles with share-alike
+    licences. The npm packages are kept in `cache`.
 
     Raises ImportError without resvg-py, FileExistsError if `out` holds something else, and what
     `ito.data.npm.fetch` raises.
@@ -77,7 +78,7 @@ def write_set(out: Path, files: dict[str, Path], title: str, size: int) -> None:
         import resvg_py  # noqa: F401
     except ImportError:
         raise ImportError(
-            "the emoji set needs resvg-py, not installed here: pip install ito_kernels[emoji]"
+            "the emoji set needs resvg-py, not installed here: pip install 'ito_kernels[emoji]'"
         ) from None
     concepts = read_concepts(files)
     drop_shared_names(concepts)
@@ -118,7 +119,7 @@ def split_of(style: str, family: str) -> str:
 
 
 def draw(drawings: dict[str, dict[str, str | bytes]], size: int) -> Drawings:
-    """Every drawing as PNG, by concept and then style; on all processors."""
+    """Every drawing as PNG, sorted by concept and style; uses all processors."""
     jobs = sorted((key, style) for style, found in drawings.items() for key in found)
     with ProcessPoolExecutor(cpu_count()) as pool:
         pictures = pool.map(
@@ -139,14 +140,14 @@ def draw_one(drawing: str | bytes, bordered: bool, size: int) -> bytes:
     return render(drawing, size) if bordered else rasterize(drawing, size)
 
 
-# --- what is left out ---
+# --- exclusions ---
 
 
 def drop_colourless(drawings: dict, concepts: dict, excluded: Counter) -> None:
-    """One-colour drawings of what only a colour tells apart: flags, skin tones, hearts, apples.
+    """Drop one-colour drawings of concepts that differ only in colour: flags, skin tones, hearts.
 
-    A concept is told by its colour if its name without colours is another's too and one of them
-    has a hue: black and white flags stay, black and red hearts do not.
+    Concepts differ only in colour if their names without colours are equal and one of them has a
+    hue: black and white flags stay, black and red hearts do not.
     """
     name = {key: concept["captions"][0] for key, concept in concepts.items()}
     stem = {key: re.sub(COLOUR, "", name[key]) for key in concepts}
@@ -176,7 +177,7 @@ def drop_blank(png: Drawings, excluded: Counter) -> None:
 
 
 def drop_identical(png: Drawings, concepts: dict, excluded: Counter) -> None:
-    """A picture that shows several concepts, to the pixel, stays with one of them."""
+    """Keep a picture that shows several concepts, equal to the pixel, for one of them only."""
     groups = defaultdict(list)
     for at, data in png.items():
         groups[pixels(data)].append(at)
@@ -189,7 +190,7 @@ def drop_identical(png: Drawings, concepts: dict, excluded: Counter) -> None:
 
 
 def drop_untrainable(png: Drawings, concepts: dict, excluded: Counter) -> None:
-    """Concepts to be known in training that only the held-out styles draw."""
+    """Drop drawings of the split heldout_style whose concept has no drawing in another style."""
     trained = {key for style, key in png if style not in HELDOUT_STYLES}
     for style, key in list(png):
         if key not in trained and split_of(style, concepts[key]["family"]) == "heldout_style":

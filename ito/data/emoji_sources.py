@@ -1,6 +1,6 @@
-"""What the full emoji set is made from: npm packages, and what is read out of them.
+"""The sources of the full emoji set: npm packages, and how they are read.
 
-A concept is an emoji of emojibase, its key the code points without U+FE0F. A drawing is an SVG
+A concept is an emoji of emojibase; its key is its code points without U+FE0F. A drawing is an SVG
 text, or the bytes of a WebP picture. Icon sets that list their characters are matched by these, the
 others by name.
 """
@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 from ito.data.emoji import clean, code_points, distinct_names, family
 
-# name@version and SHA-512: they are the data
+# name@version and SHA-512, pinned because they are the data
 # fmt: off
 PACKAGES = [
     ("@iconify-json/noto@1.2.9",
@@ -84,7 +84,7 @@ STYLES = {
     "openmoji-black": Style("openmoji", "CC-BY-SA-4.0", "OpenMoji", one_colour=True, bordered=True),
 }
 
-# Icons whose name misleads, and the name of what they show, or None to leave them out:
+# Icons with a misleading name, and the name of what they show, or None to leave them out:
 # a piano, a palm, a ribbon, a country
 MISNAMED = {
     "emojione-v1": {"keyboard": None},
@@ -119,8 +119,8 @@ MISNAMED = {
     "streamline": {"turkey": None},
 }
 
-# Variants of a family beside those of `ito.data.emoji.VARIANT`: a held-out drawing must not be the
-# mirror image of a trained one. Not there, as the small set's splits are what they are.
+# Words in which variants differ, in addition to `ito.data.emoji.VARIANT`: a held-out drawing must
+# not be the mirror image of a training one. In VARIANT they would change the small set's splits.
 DIRECTION = (
     r"\b((left|right|up|down)(wards)?|facing|front|oncoming|forward|reverse|next|first|last|"
     r"waxing|waning|increasing|decreasing|horizontal|vertical|inbox|outbox)\b"
@@ -128,7 +128,7 @@ DIRECTION = (
 
 
 def members(tarball: Path, pattern: str) -> dict[str, bytes]:
-    """Files of an npm tarball whose path in the package matches the whole pattern."""
+    """Files of an npm tarball whose path in the package matches the pattern."""
     with tarfile.open(tarball) as tar:
         return {
             name: tar.extractfile(member).read()
@@ -191,7 +191,7 @@ def read_concepts(files: dict[str, Path]) -> dict[str, dict]:
 
 
 def full_family(name: str) -> str:
-    """The name's family, its directions taken together: `up arrow` and `left arrow` are one."""
+    """The name's family without directions; the same for `up arrow` and `left arrow`."""
     return family(re.sub(DIRECTION, "", name))
 
 
@@ -202,7 +202,7 @@ def aliases_of(tables: dict) -> dict[str, list[str]]:
         if path.startswith("en/shortcodes/") or path == "meta/unicode-names":
             for code, names in table.items():
                 names = [names] if isinstance(names, str) else names
-                # a comma: Unicode's name of a sequence lists its characters
+                # Unicode's name of a sequence lists its characters, separated by commas
                 aliases[code_points(code)] += [
                     clean(name.replace("-", " ").lower()) for name in names if "," not in name
                 ]
@@ -210,7 +210,7 @@ def aliases_of(tables: dict) -> dict[str, list[str]]:
 
 
 def distinct_keywords(words: list[str], names: list[str]) -> list[str]:
-    """Words, not emoticons or codes, that are not the name itself."""
+    """The keywords that are words, not emoticons or codes, and are not names."""
     taken = {name.lower() for name in names}
     words = (clean(word).lower() for word in words)
     return list(dict.fromkeys(w for w in words if re.search(r"[a-z]{3}", w) and w not in taken))
@@ -258,9 +258,8 @@ def slug(name: str) -> str:
 
 
 def slug_tables(concepts: dict, sets) -> list[dict[str, str]]:
-    """Keys by slug, the surest first: labels, names in sets with characters, other names.
-
-    A slug that stands for several concepts is in no table.
+    """Tables of keys by slug, the most reliable first: labels, icon names of sets with characters,
+    other names. A slug of several concepts is in no table.
     """
     labels, icons, others = defaultdict(set), defaultdict(set), defaultdict(set)
     for key, concept in concepts.items():

@@ -1,6 +1,6 @@
-"""Data packages from the npm registry, by npm itself: its registry, proxy and login are the user's.
+"""Downloads data packages with npm, so that the user's registry, proxy and login are used.
 
-Only the tarballs are fetched; nothing is installed and no script of theirs runs.
+Only the tarballs are fetched; nothing is installed, and no script of a package runs.
 """
 
 import base64
@@ -13,22 +13,22 @@ from pathlib import Path
 
 
 def fetch(packages: list[tuple[str, str]], folder: Path) -> dict[str, Path]:
-    """Tarballs of `packages`, pairs of `name@version` and base64 SHA-512, as paths by their name.
+    """Paths of tarballs by package name; `packages` are pairs (name@version, base64 SHA-512).
 
-    What `folder` holds already is used. Every file's hash is checked, every time.
+    Tarballs that `folder` already holds are not fetched. All hashes are checked every time.
 
     Raises OSError if there is no npm or it fails, ValueError if a fetched file has another hash.
     """
     paths = {spec: folder / tarball(spec) for spec, _ in packages}
-    missing = {spec: want for spec, want in packages if digest(paths[spec]) != want}
+    missing = {spec: expected for spec, expected in packages if digest(paths[spec]) != expected}
     if missing:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=".fetch-", dir=folder) as fetched:
             pack(list(missing), Path(fetched))
-            for spec, want in missing.items():
+            for spec, expected in missing.items():
                 path = Path(fetched, tarball(spec))
-                if digest(path) != want:
-                    raise ValueError(f"{spec}: SHA-512 is {digest(path)}, want {want}")
+                if digest(path) != expected:
+                    raise ValueError(f"{spec}: SHA-512 is {digest(path)}, expected {expected}")
                 path.replace(paths[spec])
     return {spec.rpartition("@")[0]: path for spec, path in paths.items()}
 

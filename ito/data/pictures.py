@@ -1,8 +1,8 @@
-"""Pictures as people have them: opened within limits, and made squares of one size.
+"""Opens pictures within limits of their size, and makes squares of one size of them.
 
-What a file says of itself is checked before anything of it is decoded. A JPEG is decoded at a
-fraction of its size. A JPEG 2000 is not: Pillow's `reduce` fails at many sizes, and shifts the
-pictures of others (by up to 10 of 255 in the mean, of coloured noise at 8 to 32 px).
+The header is checked before anything is decoded. A JPEG is decoded at a fraction of its size. A
+JPEG 2000 is not: Pillow's `reduce` fails at many sizes, and shifts pictures of other sizes (by up
+to 10 of 255 in the mean, for coloured noise at 8 to 32 px).
 """
 
 import io
@@ -11,26 +11,27 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from ito.data.records import irregular
 from ito.data.shards import Member
+from ito.files import irregular
 
-# Pillow's MAX_IMAGE_PIXELS, from which it warns of bombs; it opens none of more than twice as many.
-# So many take, in each thread that decodes, 0.1 GB (PNG of a palette), 0.35 (PNG, TIFF of colours;
-# twice as much where EXIF turns them), 0.8 (AVIF), 1.4 (WebP) or 1.6 (JPEG 2000).
+# Pillow's MAX_IMAGE_PIXELS, above which it warns of decompression bombs; above twice as many it
+# opens no picture. In each thread that decodes, a picture of this size takes 0.1 GB (PNG with a
+# palette), 0.35 (other PNG, TIFF; twice as much if EXIF rotates it), 0.8 (AVIF), 1.4 (WebP) or 1.6
+# (JPEG 2000).
 MAX_PIXELS = 89_478_485
-LARGE = 2**24  # pixels: a larger picture is made smaller before its colours are converted
-# Those that are known by their first bytes, and that Pillow decodes itself: EPS starts Ghostscript,
-# ICO and ICNS hold pictures of other sizes than they say.
+LARGE = 2**24  # pixels; larger pictures are reduced before their colours are converted
+# Formats with a signature that Pillow decodes itself. Not EPS, which starts Ghostscript; nor ICO
+# and ICNS, which hold pictures of other sizes than their headers say.
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "TIFF", "BMP", "JPEG2000", "AVIF", "PPM")
 TILE_WIDTH, TILE_LENGTH, ORIENTATION = 322, 323, 274  # tags of TIFF and EXIF
 
 
 class Refused(ValueError):
-    """What keeps a picture from being opened or decoded, as the end of a sentence about it."""
+    """Why a picture is not opened or decoded; the message continues "picture NAME …"."""
 
 
 def decode(image: Path | Member, size: int, max_pixels: int = MAX_PIXELS) -> np.ndarray | str:
-    """uint8 (size, size, 3) on white, the short side resized and the centre kept; or the reason."""
+    """The centred square, resized, on white, uint8 (size, size, 3); or why it cannot be read."""
     try:
         with open_picture(image, size) as picture:
             return square(picture, size, max_pixels)
@@ -47,10 +48,10 @@ def decode(image: Path | Member, size: int, max_pixels: int = MAX_PIXELS) -> np.
 
 
 def open_picture(image: Path | Member, size: int) -> Image.Image:
-    """Its header alone is read; of a JPEG no more will be decoded than 2·size pixels a side need.
+    """Open a picture, reading only its header. A JPEG will be decoded at a fraction of its size, of
+    at least 2·size pixels per side.
 
-    Raises Refused where there is no file but something that could wait for ever, and what Pillow
-    raises.
+    Raises Refused if it is not a regular file, which could block for ever, and Pillow's errors.
     """
     if isinstance(image, Member):
         file = io.BytesIO(image.read_bytes())
@@ -64,25 +65,27 @@ def open_picture(image: Path | Member, size: int) -> Image.Image:
 
 
 def square(picture: Image.Image, size: int, max_pixels: int = MAX_PIXELS) -> np.ndarray:
-    """What `decode` makes of an open picture. Raises Refused if it has more than `max_pixels`."""
+    """`decode` for an open picture. Raises Refused if it has more than `max_pixels`."""
     width, height = picture.size
-    tags = getattr(picture, "tag_v2", {})  # a tile is decoded whole, however small its picture
+    tags = getattr(
+        picture, "tag_v2", {}
+    )  # a tile is decoded completely, even if the picture is smaller
     pixels = max(width * height, tags.get(TILE_WIDTH, 0) * tags.get(TILE_LENGTH, 0))
     if pixels > max_pixels:
         raise Refused(f"has {pixels} pixels ({width} × {height}), above --max-pixels {max_pixels}")
-    picture.load()  # of a PNG, what stands behind the pixels too
-    if picture.getexif().get(ORIENTATION, 1) != 1:  # or all of it would be copied
+    picture.load()  # of a PNG also the metadata after the pixels, as EXIF
+    if picture.getexif().get(ORIENTATION, 1) != 1:  # exif_transpose always copies the picture
         picture = ImageOps.exif_transpose(picture)
     picture = on_white(picture) if pixels <= LARGE else shrunk(picture, size)
     return np.array(ImageOps.fit(picture, (size, size), Image.Resampling.BICUBIC))
 
 
 def on_white(picture: Image.Image) -> Image.Image:
-    if picture.mode.startswith("I;16"):  # which Pillow would clip at 255, not scale
+    if picture.mode.startswith("I;16"):  # Pillow would clip it at 255 instead of scaling it
         picture = Image.fromarray((np.asarray(picture) >> 8).astype(np.uint8))
     if picture.mode == "RGB":
         return picture
-    if picture.mode == "La":  # which Pillow converts to LA alone
+    if picture.mode == "La":  # Pillow converts it only to LA
         picture = picture.convert("LA")
     picture = picture.convert("RGBA")
     white = Image.new("RGBA", picture.size, "white")
@@ -91,20 +94,21 @@ def on_white(picture: Image.Image) -> Image.Image:
 
 
 def shrunk(picture: Image.Image, size: int) -> Image.Image:
-    """On white, by a whole factor smaller, the short side 2·size or more pixels; band after band.
+    """The picture on white, reduced by an integer factor so that its short side is at least 2·size.
 
-    On white as a whole, a picture would take 12 bytes a pixel beside what it was decoded to. Of the
-    long side only what the centred square needs is kept: a picture of one row is one band.
+    It is converted in bands of rows: converted at once, it would take 12 more bytes per pixel. Of
+    the long side only the part that the centred square needs is kept, because a picture of one row
+    is one band.
     """
     width, height = picture.size
     factor = max(1, min(width, height) // (2 * size))
     columns, rows = width // factor, height // factor
     left, top = (width - factor * columns) // 2, (height - factor * rows) // 2
     side = min(columns, rows)
-    kept = side + 2 * (2 * side // size + 3)  # bicubic sees 2 pixels of the result further
-    beside, over = (max(0, n - kept) // 2 for n in (columns, rows))
-    columns, rows = columns - 2 * beside, rows - 2 * over
-    left, top = left + factor * beside, top + factor * over
+    kept = side + 2 * (2 * side // size + 3)  # bicubic reads up to 2 pixels of the result beyond
+    cut_x, cut_y = (max(0, n - kept) // 2 for n in (columns, rows))
+    columns, rows = columns - 2 * cut_x, rows - 2 * cut_y
+    left, top = left + factor * cut_x, top + factor * cut_y
     small = Image.new("RGB", (columns, rows))
     band = max(1, LARGE // 16 // (factor * factor * columns))
     for row in range(0, rows, band):

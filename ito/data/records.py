@@ -1,7 +1,7 @@
-"""Where pictures and captions come from: a reader for each format, one record for all.
+"""Reads data sets of several formats as records of a picture and its captions.
 
-A source is a list of shards, so that a set that does not fit in memory can be read a shard at a
-time: the tars of a WebDataset, or a thousand rows of a table.
+A source is a list of shards, so that a data set that does not fit into memory can be read shard by
+shard: the tars of a WebDataset, or a thousand rows of a table.
 """
 
 import csv
@@ -9,7 +9,7 @@ import io
 import itertools
 import json
 import os
-import stat
+import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -17,21 +17,16 @@ from pathlib import Path
 from typing import NamedTuple
 
 from ito.data.shards import Member, Sample, expand, read_samples
+from ito.files import follow_links, irregular, require_file
 
 PICTURES = ("bmp", "gif", "jpeg", "jpg", "png", "tif", "tiff", "webp")
-ROWS = 1000  # of a table, to a shard
-KINDS = {
-    stat.S_IFDIR: "a folder",
-    stat.S_IFIFO: "a named pipe",
-    stat.S_IFSOCK: "a socket",
-    stat.S_IFCHR: "a device",
-    stat.S_IFBLK: "a device",
-}
+ROWS = 1000  # of a table, per shard
+EXPECTED = "expected a folder with captions.jsonl or tars, a CSV, or a tar pattern"
 
 
 @dataclass
 class Record:
-    """A picture, where it is, with its captions."""
+    """The place of a picture, and its captions."""
 
     where: str
     image: Path | Member
@@ -45,7 +40,7 @@ class Record:
 
 
 class Skipped(NamedTuple):
-    """A record that is left out: where it stands, and why."""
+    """A record that is left out: its place (file and row), and the reason."""
 
     where: str
     reason: str
@@ -64,21 +59,23 @@ def open_shards(
 ) -> list[Shard]:
     """The shards of a folder with `captions.jsonl`, of an open_clip CSV, or of WebDataset tars.
 
-    `captions.jsonl` has one object per line: `image` (relative to the folder), `captions` (a list)
-    or `caption`, and optionally `item` (rows with the same one show the same thing; default: the
-    image's path), `split`, `style`, `group`, `subgroup`, `translations`. The CSV's options are
-    open_clip's; its paths are relative to the working directory, as there, or to the CSV. Tars are
-    a folder of them, one, or a pattern, `shard-{00000..00012}.tar`; a sample's captions are its
-    `.json`'s, which has the fields of a line of `captions.jsonl`, or its `.txt`; its item is by
-    default its name with the tar's, and the folders that tell the tars apart.
+    - `captions.jsonl` has one object per line: `image` (relative to the folder), `captions` (a
+      list) or `caption`, and optionally `item` (lines with the same one show the same thing;
+      default: the image's path), `split`, `style`, `group`, `subgroup`, `translations`.
+    - The CSV has open_clip's options. Its paths are relative to the CSV or, as in open_clip, to the
+      working directory.
+    - Tars are given as a folder, as one file, or as a pattern, `shard-{00000..00012}.tar`. The
+      captions of a sample are in its `.json`, with the fields of a line of `captions.jsonl`, or in
+      its `.txt`. By default its item is the path of the tar, from the folder that all tars share,
+      and the sample's name.
 
-    Paths of pictures may lead anywhere, unless `untrusted_data`: then a picture, or a tar of a
-    folder, that is outside the folder that was named, or the CSV's, is skipped; links are followed
-    first. A tar's links and names never lead to files. Of what is no regular file, a named pipe
-    alone is read, and only where it is the CSV.
+    Paths of pictures may lead anywhere, unless `untrusted_data`. Then a picture, or a tar of a
+    folder, is skipped if it lies outside the given folder, or that of the CSV, after links are
+    followed. Links and names inside a tar never lead to files. Only regular files are read; but the
+    CSV may be a named pipe.
 
-    Raises FileNotFoundError if there is no such file, and ValueError naming file and row where a
-    line of `captions.jsonl` is malformed. In a tar or a CSV that skips the record.
+    Raises FileNotFoundError if there is no such file, and ValueError naming file and row if a line
+    of `captions.jsonl` is malformed. Malformed samples of a tar and rows of a CSV are skipped.
     """
     path = Path(path)
     if path.suffix == ".tar" or (path.is_dir() and not (path / "captions.jsonl").exists()):
@@ -87,29 +84,36 @@ def open_shards(
             raise FileNotFoundError(f"{path} holds no captions.jsonl and no .tar")
         if missing := [str(tar) for tar in tars if not tar.is_file()]:
             raise FileNotFoundError(f"no data at {', '.join(missing[:3])} ({len(missing)} missing)")
-        folder = os.path.commonpath([tar.parent for tar in tars])  # items know no more of the path
-        root = path.resolve() if untrusted_data and path.is_dir() else None
+        # Items are named by the path below this folder, so that they do not depend on where it is.
+        folder = os.path.commonpath([tar.parent for tar in tars])
+        root = follow_links(path) if untrusted_data and path.is_dir() else None
         return [partial(read_tar, tar, str(tar.relative_to(folder)), root) for tar in tars]
-    root = (path if path.is_dir() else path.parent).resolve() if untrusted_data else None
+    folder = path if path.is_dir() else path.parent
+    root = follow_links(folder) if untrusted_data else None
+    if root and re.fullmatch("/dev|/dev/fd|/proc/.*", str(root)):  # <(a program) is /dev/fd/63
+        raise ValueError(
+            f"{path} lies in no folder of pictures, as --untrusted-data needs: "
+            "write the CSV to a file next to the pictures"
+        )
     if path.is_dir():
         source = path / "captions.jsonl"
         if root and leads_out(source, root):
-            raise ValueError(f"{source} leads out of the folder, which --untrusted-data refuses")
+            raise ValueError(f"{source} leads out of the folder, which --untrusted-data forbids")
         rows = read_jsonl(source)
     elif path.suffix == ".jsonl":
         raise ValueError(f"{path}: name the folder that holds captions.jsonl, not the file")
+    elif path.suffix[1:].lower() in PICTURES:
+        raise ValueError(f"{path} is one picture: {EXPECTED}")
     elif path.exists():
         rows = read_csv(path, csv_separator, csv_img_key, csv_caption_key)
     else:
-        raise FileNotFoundError(
-            f"no data at {path}: want a folder with captions.jsonl or tars, a CSV, or a tar pattern"
-        )
-    checked = [check(r, root) if isinstance(r, Record) else r for r in rows]
+        raise FileNotFoundError(f"no data at {path}: {EXPECTED}")
+    checked = [check_record(r, root) if isinstance(r, Record) else r for r in rows]
     return [partial(iter, checked[at : at + ROWS]) for at in range(0, len(checked), ROWS)]
 
 
-def check(record: Record, root: Path | None = None) -> Record | Skipped:
-    """The record, or why its texts are of no use, or its picture is none under `root`."""
+def check_record(record: Record, root: Path | None = None) -> Record | Skipped:
+    """The record; or the reason to skip it, if its texts or the path of its picture are bad."""
     if not record.captions:
         return Skipped(record.where, "empty caption")
     about = [record.item, record.split, record.style, record.group, record.subgroup]
@@ -125,17 +129,8 @@ def check(record: Record, root: Path | None = None) -> Record | Skipped:
 
 
 def leads_out(path: Path, root: Path) -> bool:
-    """Whether a path, its links followed, is outside the resolved folder `root`."""
+    """Whether a path, after its links are followed, is outside the folder `root`."""
     return "\0" in str(path) or not Path(os.path.realpath(path)).is_relative_to(root)
-
-
-def irregular(path: Path) -> str:
-    """What it is instead of a file, "a named pipe", an empty text if it is one. Raises OSError.
-
-    To open a named pipe waits for ever, to read a device may not end.
-    """
-    mode = path.stat().st_mode
-    return "" if stat.S_ISREG(mode) else KINDS.get(stat.S_IFMT(mode), "something else")
 
 
 # --- tars ---
@@ -156,7 +151,7 @@ def read_tar(tar: Path, name: str, root: Path | None) -> Iterator[Record | Skipp
             seen.add(sample.key)
             try:
                 yield from_sample(sample, where, f"{name}/{sample.key}")
-            except (ValueError, RecursionError) as error:  # not JSON, UTF-8, the fields we know
+            except (ValueError, RecursionError) as error:  # not JSON, not UTF-8, wrong fields
                 yield Skipped(where, str(error))
     except ValueError as error:
         yield Skipped(str(tar), str(error))
@@ -170,11 +165,11 @@ def from_sample(sample: Sample, where: str, name: str) -> Record | Skipped:
         )
     fields = json.loads(sample.contents.get("json", b"{}"))
     if not isinstance(fields, dict):
-        raise ValueError(f"want a JSON object, got {str(fields)[:60]}")
+        raise ValueError(f"expected a JSON object, got {str(fields)[:60]}")
     record = from_fields(fields, where, sample.members[pictures[0]], name)
     if not record.captions and "txt" in sample.contents:
-        record.captions = texts(sample.contents["txt"].decode())
-    return check(record)
+        record.captions = text_list(sample.contents["txt"].decode())
+    return check_record(record)
 
 
 # --- captions.jsonl ---
@@ -192,8 +187,8 @@ def parse(line: str, where: str, folder: Path) -> Record:
         raise ValueError(f"{where}: not JSON: {error}") from None
     try:
         if not isinstance(fields, dict):
-            raise ValueError(f"want a JSON object, got {line.strip()[:60]}")
-        image = text(fields, "image")
+            raise ValueError(f"expected a JSON object, got {line.strip()[:60]}")
+        image = text_field(fields, "image")
         if image is None:
             raise ValueError(f"names no image; its fields are {list(fields)}")
         if "captions" not in fields and "caption" not in fields:
@@ -204,34 +199,34 @@ def parse(line: str, where: str, folder: Path) -> Record:
 
 
 def from_fields(fields: dict, where: str, image: Path | Member, name: str) -> Record:
-    """The record of one JSON object; its item is the image's name unless it says otherwise.
+    """The record of a JSON object. Its item is the image's name by default.
 
-    Raises ValueError naming the field that is malformed.
+    Raises ValueError naming the malformed field.
     """
     translations = fields.get("translations") or {}
     if not isinstance(translations, dict):
         raise ValueError(f"translations must be an object, got {translations!r}")
-    if "/" in (text(fields, "split") or ""):  # it begins the scores' names, "val/i2t/R@1"
+    if "/" in (text_field(fields, "split") or ""):  # names of scores begin with it: "val/i2t/R@1"
         raise ValueError(f"split must be a name without /, got {fields['split']!r}")
     return Record(
         where,
         image,
-        text(fields, "item") or name,
-        texts(fields.get("captions")) or texts(fields.get("caption")),
-        {language: texts(names) for language, names in translations.items()},
-        *(text(fields, name) for name in ("split", "style", "group", "subgroup")),
+        text_field(fields, "item") or name,
+        text_list(fields.get("captions")) or text_list(fields.get("caption")),
+        {language: text_list(names) for language, names in translations.items()},
+        *(text_field(fields, name) for name in ("split", "style", "group", "subgroup")),
     )
 
 
-def text(fields: dict, name: str) -> str | None:
+def text_field(fields: dict, name: str) -> str | None:
     value = fields.get(name)
     if not isinstance(value, str | None):
         raise ValueError(f"{name} must be a text, got {value!r}")
     return value
 
 
-def texts(value) -> list[str]:
-    """One text, several, or null, without the empty ones."""
+def text_list(value) -> list[str]:
+    """A text, a list of texts, or null, as a list without empty texts."""
     value = [value] if isinstance(value, str) else value or []
     if not isinstance(value, list) or not all(isinstance(text, str) for text in value):
         raise ValueError(f"captions must be a text or a list of texts, got {value!r}")
@@ -268,7 +263,7 @@ def read_csv(
             after, row = read_row(lines, at, separator)
             if any(is_row(line) for line in lines[at + 1 : after]):
                 raise csv.Error(f"its quote is closed in line {after} only, with rows between")
-        except csv.Error as error:  # this line alone is lost, not all up to the next quote
+        except csv.Error as error:  # skip this line only, not all lines up to the next quote
             records.append(Skipped(where, f"not CSV: {error}"))
             after = at + 1
             continue
@@ -276,9 +271,11 @@ def read_csv(
             continue
         row += [""] * (len(columns) - len(row))
         name = row[img]
-        beside = source.parent / name
-        path = beside if beside.exists() else Path(name)
-        records.append(Record(where, path, name, texts(row[caption]), {}, None, None, None, None))
+        next_to_csv = source.parent / name
+        path = next_to_csv if next_to_csv.exists() else Path(name)
+        records.append(
+            Record(where, path, name, text_list(row[caption]), {}, None, None, None, None)
+        )
     return records
 
 
@@ -291,18 +288,18 @@ def read_row(lines: list[str], at: int, separator: str) -> tuple[int, list[str]]
 
 
 def read_text(source: Path, pipe: bool = False) -> str:
-    """Of a file, or with `pipe` of one that another program writes while it is read."""
-    found = irregular(source)
-    if found and not (pipe and found == "a named pipe"):
-        raise ValueError(f"{source} is {found}, not a file")
+    """The text of a regular file, or with `pipe` also of a named pipe."""
+    if not (pipe and irregular(source) == "a named pipe"):
+        require_file(source)
     data = source.read_bytes()
     try:
         return data.decode("utf-8-sig")  # spreadsheets write a byte order mark
     except UnicodeDecodeError as error:
         row = data.count(b"\n", 0, error.start) + 1
-        raise ValueError(f"{source}:{row}: not UTF-8: {error}") from None
+        hint = f"; {EXPECTED}" if pipe else ""
+        raise ValueError(f"{source}:{row}: not UTF-8: {error.reason}{hint}") from None
 
 
 def cpu_count() -> int:
-    """The processors that this process may use."""
+    """The number of processors that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()

@@ -1,8 +1,8 @@
 """WebDataset tar shards: a sample is the files that share a name up to its first dot.
 
-`000017.jpg`, `000017.txt` and `000017.json` are one. Reading takes the names and the captions in
-order and leaves the pictures where they are, known by their place in the tar: shuffling a million
-samples moves no pixel.
+`000017.jpg`, `000017.txt` and `000017.json` are one sample. Names and captions are read in order.
+Pictures are not read, only their offsets in the tar are noted: shuffling a million samples moves no
+pixel.
 """
 
 import hashlib
@@ -41,7 +41,7 @@ class Sample(NamedTuple):
 
 
 def expand(pattern: str) -> list[Path]:
-    """The paths of `shard-{00000..00012}.tar`, in order, both ends included."""
+    """The paths that the pattern `shard-{00000..00012}.tar` stands for, both ends included."""
     found = re.search(RANGE, pattern)
     if not found:
         return [Path(pattern)]
@@ -56,16 +56,17 @@ def expand(pattern: str) -> list[Path]:
 
 
 def read_samples(tar: Path) -> Iterator[Sample]:
-    """The samples of a shard in its order; a repeated file begins a sample of the same key.
+    """The samples of a shard in order. A file whose name is repeated begins a new sample.
 
-    Raises ValueError where it is damaged or cut off, after the samples before that.
+    Raises ValueError where the tar is damaged or cut off, after all samples before that.
     """
     sample = None
     try:
-        # names may be any bytes, and are printed
+        # names may be any bytes, and must be printable
         with tarfile.open(tar, "r:", errors="backslashreplace") as archive:
             for info in archive:
-                if not info.isfile() or info.issparse():  # links lead out; a hole may be a terabyte
+                # links may lead out of the tar, and a sparse file may expand to a terabyte
+                if not info.isfile() or info.issparse():
                     continue
                 key, kind = split_name(info.name)
                 if sample and (key != sample.key or kind in sample.members):
@@ -77,7 +78,7 @@ def read_samples(tar: Path) -> Iterator[Sample]:
                     sample.contents[kind] = archive.extractfile(info).read()
             if sample:
                 yield sample
-            archive.fileobj.seek(archive.offset)  # tarfile ends quietly at what is no header
+            archive.fileobj.seek(archive.offset)  # tarfile stops silently at a bad header
             ending = archive.fileobj.read(512)
     except tarfile.TarError as error:
         raise ValueError(f"damaged, or not an uncompressed tar: {error}") from None
@@ -98,9 +99,9 @@ def split_name(name: str) -> tuple[str, str]:
 
 
 def write_shards(folder: Path, records: list[dict], pictures: Iterable[bytes]) -> None:
-    """`SPLIT-00000.tar` and so on, of records with `image`, `captions` and `split`, and PNG bytes.
+    """Write `SPLIT-00000.tar` and so on: records with `image`, `captions` and `split`, and PNGs.
 
-    The order is by hash of the image's path, so that every shard is a sample of the whole.
+    Records are sorted by the hash of the image's path, so that every shard is a random sample.
     """
     folder.mkdir()
     samples = sorted(

@@ -1,4 +1,4 @@
-"""Embeddings of many pictures and texts, a batch at a time, without augmentation or gradient."""
+"""Embeds many pictures or texts in batches, without augmentation or gradient."""
 
 import torch
 

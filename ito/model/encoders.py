@@ -1,7 +1,7 @@
 """The two towers of the dual encoder: a compact ViT over a CNN stem, and a text transformer.
 
-Both return ``(tokens, pooled)`` in the joint width, not normalised: the tokens feed the fusion
-module during training, the pooled vectors are the embeddings.
+Both return ``(tokens, pooled)`` in the joint width, not normalised. The fusion module uses the
+tokens during training; the pooled vectors are the embeddings.
 """
 
 import math
@@ -17,9 +17,9 @@ STEM = ((48, 4, 4), (64, 3, 1), (128, 3, 2), (128, 3, 1))  # channels, kernel, s
 
 
 def attention(query: Tensor, key: Tensor, value: Tensor, key_mask: Tensor | None) -> Tensor:
-    """``softmax(Q Kᵀ / √d) V`` for ``(B, H, L, d)``; True in ``key_mask`` is a key that is seen.
+    """``softmax(Q Kᵀ / √d) V`` for ``(B, H, L, d)``.
 
-    ``key_mask`` is ``(B, L)``, or ``(B, L, L)`` with what each query sees.
+    ``key_mask`` is True for keys that may be attended to: ``(B, L)``, or ``(B, L, L)`` per query.
     """
     mask = key_mask
     if mask is not None:
@@ -27,10 +27,10 @@ def attention(query: Tensor, key: Tensor, value: Tensor, key_mask: Tensor | None
     if query.is_cuda:
         return F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
     # On the CPU the fused op is slower at these lengths (256 x 4 heads x 33 tokens x 32, forward +
-    # backward: fp32 18 against 12 ms, bf16 108 against 15 ms on two cores). The softmax is of fp32
-    # scores: of bf16 rows shorter than 32 it goes element by element (128 x 4 heads x 29 tokens,
-    # forward + backward: 7.3 against 1.3 ms).
-    # One dimension at least: a tensor of none would leave bf16 scores bf16.
+    # backward: fp32 18 against 12 ms, bf16 108 against 15 ms on two cores). The softmax takes fp32
+    # scores: in bf16 PyTorch computes rows shorter than 32 element by element (128 x 4 heads x 29
+    # tokens, forward + backward: 7.3 against 1.3 ms).
+    # The bias has a dimension at least: a 0-d tensor would not promote bf16 scores to fp32.
     bias = torch.zeros(1 if mask is None else mask.shape, device=query.device)
     if mask is not None:
         bias.masked_fill_(~mask, float("-inf"))
@@ -72,30 +72,31 @@ class Block(nn.Module):
         return x + self.mlp(self.norm_mlp(x))
 
     def attend_first(self, normed: Tensor, key_mask: Tensor | None) -> Tensor:
-        """Attention of position 0 alone, ``(B, 1, W)``, without keys and values of the others.
+        """Attention of position 0 only, ``(B, 1, W)``, without computing keys and values.
 
-        ``q·(W_K x) = (W_Kᵀ q)·x`` and ``Σ p (W_V x) = W_V (Σ p x)``: what asks and what is found
-        go through the weights, L tokens do not. The keys' bias adds the same to every score of a
-        softmax, so it cancels.
+        ``q·(W_K x) = (W_Kᵀ q)·x`` and ``Σ p (W_V x) = W_V (Σ p x)``: one query and one result are
+        multiplied by the weights instead of L tokens. The keys' bias adds the same number to every
+        score of a softmax, so it cancels.
         """
         query, key, value = self.qkv.weight.unflatten(0, (3, self.heads, -1))
         query_bias, _, value_bias = self.qkv.bias.view(3, self.heads, -1)
-        asked = torch.einsum("bw,hdw->bhd", normed[:, 0], query) + query_bias
-        # `attention` divides by √W, the heads want √d
-        asked = torch.einsum("bhd,hdw->bhw", asked, key) * self.heads**0.5
-        found = attention(asked[:, None], normed[:, None], normed[:, None], key_mask)[:, 0]
-        found = torch.einsum("bhw,hdw->bhd", found, value) + value_bias
-        return found.flatten(1)[:, None]
+        q = torch.einsum("bw,hdw->bhd", normed[:, 0], query) + query_bias
+        # `attention` divides by √W, but the heads need √d
+        q = torch.einsum("bhd,hdw->bhw", q, key) * self.heads**0.5
+        mixed = attention(q[:, None], normed[:, None], normed[:, None], key_mask)[:, 0]
+        mixed = torch.einsum("bhw,hdw->bhd", mixed, value) + value_bias
+        return mixed.flatten(1)[:, None]
 
 
 def initialise(module: nn.Module, residual: float = 1.0) -> None:
-    """Normal with the variance of the fan-in; `residual` multiplies what blocks add to the stream.
+    """Normal weights with variance 1 / fan-in; `residual` scales the last layer of each branch.
 
-    The usual 0.02 suits widths near 768. At 128 it is 4 times too small: steps of AdamW at 1e-3 are
-    then 5 % of a weight, and after 500 steps the alignment loss was 1.17, where this reached 0.86.
-    GPT-2's `residual`, 1/√(2·depth), suits fusion (R@1 of ITO, seeds 0 and 1: 37.2 and 35.5 %, at 1
-    32.6 and 33.6). Our shallow towers go without: with it three text blocks learned later (at 1e-3,
-    seed 0: 30.8 %, with three times as much 34.8). CLIP's, twelve blocks deep, keep it.
+    The usual standard deviation of 0.02 suits widths near 768. At 128 it is 4 times too small:
+    steps of AdamW at 1e-3 are then 5 % of a weight, and the alignment loss after 500 steps was 1.17
+    instead of 0.86. GPT-2's `residual`, 1/√(2·depth), suits fusion (R@1 of ITO, seeds 0 and 1: 37.2
+    and 35.5 %, with `residual` 1 32.6 and 33.6). The shallow towers here use 1: with GPT-2's, three
+    text blocks learned later (at 1e-3, seed 0: 30.8 %, with three times as much 34.8). CLIP's
+    towers, twelve blocks deep, use it.
     """
     for name, child in module.named_modules():
         if isinstance(child, nn.Linear):
@@ -119,8 +120,8 @@ def convolutions(stem: tuple[tuple[int, int, int], ...], width: int) -> nn.Seque
             nn.ReLU(inplace=True),
         ]
         channels = out_channels
-    # No ReLU behind the last norm: patches start centred over the batch, pictures apart from
-    # each other (alignment loss after 200 steps 3.14 instead of 3.57).
+    # No ReLU after the last norm: the patches then start centred over the batch, and embeddings of
+    # different pictures differ (alignment loss after 200 steps 3.14 instead of 3.57).
     last = nn.Conv2d(channels, width, 1, bias=False)
     return nn.Sequential(*layers, last, nn.BatchNorm2d(width))
 
@@ -136,8 +137,8 @@ class ImageEncoder(nn.Module):
         stem: (channels, kernel, stride) of the convolutions; the strides multiply to 8.
 
     ``forward(images (B, 3, S, S)) -> tokens (B, 1 + grid², E), pooled (B, E)``; token 0 is CLS.
-    It is ``attend(convolve(images))``. Batch normalisation lets pictures see each other in
-    ``convolve``; in ``attend`` each stands alone.
+    It is ``attend(convolve(images))``. In ``convolve`` pictures depend on each other through batch
+    normalisation; in ``attend`` they do not.
     """
 
     def __init__(
@@ -183,7 +184,7 @@ class ImageEncoder(nn.Module):
     def attend(self, features: Tensor) -> tuple[Tensor, Tensor]:
         patches = features.flatten(2).transpose(1, 2)
         cls = self.cls.to(patches.dtype).expand(patches.shape[0], 1, -1)
-        if self.cls_of_patches:  # makes CLS a usable read-out from the first step
+        if self.cls_of_patches:  # so that CLS is informative from the first step
             cls = cls + patches.mean(1, keepdim=True)
         # An fp32 embedding would silently promote a bf16 stream for the rest of the tower.
         x = torch.cat([cls, patches], 1) + self.positions.to(patches.dtype)
@@ -198,7 +199,7 @@ class TextEncoder(nn.Module):
 
     ``forward(ids (B, L) int64) -> tokens (B, L, E), pooled (B, E)``; L ≤ context_length, id 0 is
     padding, masked on the keys; ``pooled`` is the mean over the real tokens. With ``causal`` a
-    token sees those before it alone, and ``pooled`` is the last real one, the end of the text.
+    token attends to itself and those before it, and ``pooled`` is the last real one, the end token.
     """
 
     def __init__(
@@ -244,14 +245,13 @@ class TextEncoder(nn.Module):
 
 
 class DualEncoder(nn.Module):
-    """Both towers and the learnable scale: everything that inference needs, and nothing else.
+    """Both towers and the learnable logit scale: everything that inference needs.
 
-    `width` is that of the text tower and of the joint embedding, `image_width` (None: the same)
-    that of the image tower, and so for `heads`. With `patch_size` the towers are CLIP's: a plain
-    ViT, without its normalisation before the blocks, and a causal text transformer. With
-    `image_encoder` or `text_encoder` (see `ito.model.pretrained`) that tower is another package's
-    and of its own shape. `architecture` keeps the arguments, so that a file of weights can say what
-    it belongs to.
+    `width` is that of the text tower and of the joint embedding, `image_width` that of the image
+    tower (None: the same); likewise `heads`. With `patch_size` the towers are CLIP's: a plain ViT,
+    without the normalisation before its blocks, and a causal text transformer. With `image_encoder`
+    or `text_encoder` (see `ito.model.pretrained`) a tower comes from another package and has its
+    own shape. `architecture` holds the arguments, which are saved with the weights.
     """
 
     def __init__(
@@ -311,8 +311,8 @@ class DualEncoder(nn.Module):
         self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
 
     def lockable(self, locked: str) -> nn.ModuleList:
-        """The weights that `locked` (none, image, text, both) keeps: a tower of ours, or the body
-        of another package's, whose projection is trained."""
+        """The modules that `locked` (none, image, text, both) excludes from training: a tower, or,
+        of another package's tower, the body without its projection."""
         towers = {"none": (), "both": ("image", "text")}.get(locked, (locked,))
         parts = (getattr(self, tower) for tower in towers)
         return nn.ModuleList(getattr(part, "body", part) for part in parts)

@@ -1,8 +1,8 @@
 """The exported dual encoder: written by `python -m ito.export RUN`, read by `ito.load(RUN)`.
 
-Its folder holds `model.safetensors`, `config.json`, `tokenizer.json`. The fusion module is not in
-it: inference costs what a plain dual encoder costs. The weights' file holds checksums of its own
-and of the tokenizer's content.
+Its folder holds `model.safetensors`, `config.json` and `tokenizer.json`. The fusion module is not
+part of it: inference costs as much as with a plain dual encoder. The file of weights holds
+checksums of the weights and of the tokenizer.
 """
 
 import hashlib
@@ -17,7 +17,7 @@ from PIL import Image
 from tokenizers import Tokenizer as BPE
 
 from ito.data.pictures import MAX_PIXELS, Refused, decode, square
-from ito.files import naming, undamaged, write_atomically
+from ito.files import FileError, naming, read_text, require_file, undamaged, write_atomically
 from ito.model.embed import embed_images, embed_texts
 from ito.model.encoders import DualEncoder
 from ito.model.tokenizer import Tokenizer
@@ -29,10 +29,10 @@ WEIGHTS, ABOUT, TOKENS = "model.safetensors", "config.json", "tokenizer.json"
 
 
 def export(model: DualEncoder, tokenizer: Tokenizer, load_size: int, step: int, out: Path) -> None:
-    """Write the model as it is after `step` steps to the folder `out`.
+    """Write the model, as it is after `step` steps, to the folder `out`.
 
-    Each file appears atomically, and none before all are written: a full disk leaves what was
-    there. Raises OSError naming the file.
+    Files are replaced only when all of them are written, so a full disk leaves the old ones. Raises
+    OSError naming the file.
     """
     weights = {
         name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()
@@ -54,8 +54,8 @@ def export(model: DualEncoder, tokenizer: Tokenizer, load_size: int, step: int, 
 class Encoder:
     """An exported model. Embeddings are unit rows, fp32, on the CPU: `image @ text.T` are cosines.
 
-    `model`, `tokenizer` and `step` (optimizer steps it was trained for) are public, and so is
-    `max_pixels`, above which a picture is refused.
+    Attributes: `model`, `tokenizer`, `step` (optimizer steps it was trained for), and `max_pixels`;
+    larger pictures are refused.
     """
 
     max_pixels = MAX_PIXELS
@@ -64,10 +64,10 @@ class Encoder:
         self.model, self.tokenizer, self.load_size, self.step = model, tokenizer, load_size, step
 
     def encode_image(self, images: Picture | Sequence[Picture]) -> torch.Tensor:
-        """Pictures to `(K, E)`: PIL images, paths, uint8 tensors (3, H, W), or one (K, 3, H, W).
+        """Embeddings `(K, E)` of PIL images, paths, uint8 tensors (3, H, W), or one (K, 3, H, W).
 
-        Each is seen as in training: its centred square, on white. Raises ValueError naming a
-        picture that cannot be read or is too large, or a tensor of another shape or dtype.
+        As in training, the model sees the centred square of a picture, on white. Raises ValueError
+        naming a picture that cannot be read or is too large, or a tensor of another shape or dtype.
         """
         if isinstance(images, Image.Image | str | Path):
             images = [images]
@@ -80,7 +80,7 @@ class Encoder:
         return embed_images(self.model, pixels)
 
     def encode_text(self, texts: str | Sequence[str]) -> torch.Tensor:
-        """Texts to `(K, E)`; a text longer than the context is cut."""
+        """Embeddings `(K, E)` of texts; texts longer than the context are cut."""
         texts = [texts] if isinstance(texts, str) else list(texts)
         if not texts:
             return torch.empty(0, self.model.architecture["width"])
@@ -100,7 +100,7 @@ class Encoder:
                 return square(picture, self.load_size, self.max_pixels)
             except Refused as error:
                 raise ValueError(f"images[{number}]: the picture {error}") from None
-            except OSError as error:  # of a file that is read only now
+            except OSError as error:  # Pillow reads the file only now
                 raise ValueError(f"images[{number}]: unreadable picture: {error}") from None
         pixels = decode(Path(picture), self.load_size, self.max_pixels)
         if isinstance(pixels, str):
@@ -111,18 +111,18 @@ class Encoder:
 def load(run: str | Path, device: str | torch.device = "cpu") -> Encoder:
     """The exported model of a run folder, or of a `model/` folder itself.
 
-    Raises FileNotFoundError if there is none, ValueError naming a file of it that is damaged: a
-    model that an older version exported has no checksums, and is taken as it is.
+    Raises FileNotFoundError if there is none, and ValueError naming a file that is damaged. Models
+    exported by older versions have no checksums and are not verified.
     """
     exported = RunFolder(run).model
     folder = exported if exported.is_dir() else Path(run)
     if not (folder / WEIGHTS).exists():
         raise FileNotFoundError(
             f"{run} holds no exported model ({exported.name}/{WEIGHTS}); a run writes it with its "
-            "first checkpoint, and `python -m ito.export RUN` from its newest one"
+            "first checkpoint, and `python -m ito.export RUN` from its newest"
         )
     with undamaged(folder / ABOUT) as path:
-        about = json.loads(path.read_text(encoding="utf-8"))
+        about = json.loads(read_text(path))
         model = DualEncoder(**about["architecture"])
         load_size, step = about["load_size"], about["step"]
     with undamaged(folder / WEIGHTS) as path:
@@ -130,15 +130,30 @@ def load(run: str | Path, device: str | torch.device = "cpu") -> Encoder:
         model.load_state_dict(weights)
     model.to(device, memory_format=torch.channels_last).eval().requires_grad_(False)
     with undamaged(folder / TOKENS) as path:
-        verify(hashlib.sha256(path.read_bytes()).hexdigest(), sums.get("tokenizer"))
+        verify(hashlib.sha256(require_file(path).read_bytes()).hexdigest(), sums.get("tokenizer"))
         tokenizer = Tokenizer.load(path)
+        require_fit(tokenizer, model.architecture, path)
     return Encoder(model, tokenizer, load_size, step)
 
 
-def saved_tokenizer(state: dict, exported: Path) -> Tokenizer:
-    """That of a checkpoint; older ones have it with the exported model alone, where nothing checks
-    it. Raises ValueError naming a file that is damaged."""
-    if "tokenizer" in state:
-        return Tokenizer(BPE.from_str(state["tokenizer"]))
-    with undamaged(exported / TOKENS) as path:
-        return Tokenizer.load(path)
+def saved_tokenizer(state: dict, run: RunFolder) -> Tokenizer:
+    """The tokenizer of a checkpoint.
+
+    Checkpoints of older versions hold none: it is then read from the exported model,
+    `model/tokenizer.json`, without a checksum.
+
+    Raises ValueError naming the file if it is damaged, or does not fit the checkpoint's model.
+    """
+    inside = "tokenizer" in state
+    with undamaged(run.checkpoints if inside else run.model / TOKENS) as path:
+        tokenizer = Tokenizer(BPE.from_str(state["tokenizer"])) if inside else Tokenizer.load(path)
+        require_fit(tokenizer, state["architecture"], path)
+    return tokenizer
+
+
+def require_fit(tokenizer: Tokenizer, architecture: dict, path: Path) -> None:
+    """Raises FileError if the tokenizer's sizes are not those of the text tower."""
+    for name in ("vocab_size", "context_length"):
+        found, expected = getattr(tokenizer, name), architecture[name]
+        if found != expected:
+            raise FileError(f"{path} is of another model: {name} {found}, expected {expected}")

@@ -33,9 +33,9 @@ class Fusion(nn.Module):
     """Pre-norm bidirectional blocks over [image tokens ; text tokens], final norm, read-out.
 
     Args:
-        grid: side of the image's patch grid; width: the joint width E; depth, heads: of the blocks.
+        grid: side of the image's patch grid; width: the joint width E; depth, heads of the blocks.
         readout: ``cls`` (position 0, the image's CLS), ``mean`` (over all real tokens) or ``token``
-            (a learned token of its own, put at position 0).
+            (an additional learned token, at position 0).
     """
 
     def __init__(self, grid: int, width: int, depth: int = 2, heads: int = 4, readout: str = "cls"):
@@ -76,7 +76,7 @@ class Fusion(nn.Module):
         x = torch.cat(parts, 1)
         always = text_mask.new_ones(batch, x.shape[1] - text_mask.shape[1])
         key_mask = torch.cat([always, text_mask], 1)
-        # Position 0 alone is read out (unless "mean"), so the last block computes nothing else.
+        # Unless the read-out is "mean", only position 0 is used: the last block computes no other.
         for block in self.blocks[:-1]:
             x = block(x, key_mask)
         x = self.norm(self.blocks[-1](x, key_mask, first_only=self.readout != "mean"))

@@ -1,9 +1,9 @@
-"""The dual encoder as an ONNX pair, `image_encoder.onnx` and `text_encoder.onnx`.
+"""The dual encoder as two ONNX files, `image_encoder.onnx` and `text_encoder.onnx`.
 
-Each gives unit rows, fp32, for any batch size. The image encoder takes the pixels that the model
-sees, float32 (B, 3, S, S) with `(x / 255 - 0.5) / 0.5`; the text encoder takes token ids, int64
-(B, context_length), padded with 0, of `tokenizer.json`. The scale of training and the preprocessing
-are in each file's metadata, S and context_length in its input's shape.
+Each gives unit rows, fp32, for any batch size. The image encoder takes float32 (B, 3, S, S), pixels
+normalised by `(x / 255 - 0.5) / 0.5`; the text encoder takes token ids of `tokenizer.json`, int64
+(B, context_length), padded with 0. The logit scale and the preprocessing are in each file's
+metadata, S and context_length in the shape of its input.
 """
 
 import importlib.util
@@ -24,7 +24,7 @@ PACKAGES = ("onnx", "onnxscript")
 
 
 class Half(nn.Module):
-    """One tower with its normalisation, as a module that can be exported."""
+    """One tower with its L2 normalisation, as a module that can be exported."""
 
     def __init__(self, model: DualEncoder, encode: str):
         super().__init__()
@@ -36,7 +36,7 @@ class Half(nn.Module):
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Without what the exporter says of itself: torch's deprecations, torchvision's absence."""
+    """Hide the exporter's own warnings: torch's deprecations, the absence of torchvision."""
     logger = logging.getLogger("torch.onnx")
     level = logger.level
     logger.setLevel(logging.ERROR)
@@ -51,12 +51,13 @@ def quiet() -> Iterator[None]:
 def export_onnx(model: DualEncoder, out: Path) -> list[Path]:
     """Write both files to the folder `out`, each atomically, and return their paths.
 
-    Raises ImportError naming the extra if a package that PyTorch's exporter needs is missing.
+    Raises ImportError if a package that PyTorch's exporter needs is missing; it names the extra.
     """
     missing = [name for name in PACKAGES if importlib.util.find_spec(name) is None]
     if missing:
         raise ImportError(
-            f"--onnx needs {', '.join(missing)}, not installed here: pip install ito_kernels[onnx]"
+            f"--onnx needs {', '.join(missing)}, not installed here: "
+            "pip install 'ito_kernels[onnx]'"
         )
     model = model.cpu().eval()
     size, length = model.image.image_size, model.text.context_length
@@ -77,8 +78,8 @@ def export_onnx(model: DualEncoder, out: Path) -> list[Path]:
                 verbose=False,
             )
         batch = program.model.graph.inputs[0].shape[0]
-        if isinstance(batch, int):  # the exporter took the example's for the only one
-            raise RuntimeError(f"the {name} encoder was exported for batches of {batch} alone")
+        if isinstance(batch, int):  # the exporter has fixed the example's batch size
+            raise RuntimeError(f"the {name} encoder was exported for batches of {batch} only")
         program.model.metadata_props.update(about | {k: str(v) for k, v in details.items()})
         path = out / f"{name}_encoder.onnx"
         with write_atomically(path) as temporary:

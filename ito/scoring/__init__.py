@@ -1,1 +1,1 @@
-"""What a trained model knows: scores, search, reports, comparisons."""
+"""Scores of a trained model, search, reports and comparisons."""

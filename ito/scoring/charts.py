@@ -6,15 +6,15 @@ from collections.abc import Sequence
 
 COLOURS = ("#2463a8", "#c4572b", "#3d8a4f", "#7a4fa3", "#a88b24", "#28a0ae", "#c2417c", "#6b4226")
 COLOURS += ("#8cb82b", "#777777")
-POINTS = 300  # of a line: more are not told apart at this width
+POINTS = 300  # per line: more cannot be distinguished at this width
 WIDTH, HEIGHT = 320, 190
 Point = tuple[float, float]
 
 
 def lines(title: str, series: dict[str, list[Point]]) -> str:
-    """Lines over steps with round numbers on both axes; "" where there is no finite point.
+    """A chart of lines over training steps; "" if there is no finite point.
 
-    Of more than POINTS points of a line, every nth is drawn, the last always.
+    Of a line with more than POINTS points, every nth is drawn, including the last.
     """
     drawn = {name: thin([p for p in line if math.isfinite(p[1])]) for name, line in series.items()}
     points = [point for line in drawn.values() for point in line]
@@ -64,7 +64,7 @@ def lines(title: str, series: dict[str, list[Point]]) -> str:
 
 
 def points(title: str, groups: dict[str, tuple[Sequence[Point], Sequence[str], str]]) -> str:
-    """A map: `groups[name]` is its points, their names (shown under the mouse) and "o" or "x"."""
+    """A map; `groups[name]` has points, their names (shown on hover) and the marker "o" or "x"."""
     every = [p for place, _, _ in groups.values() for p in place]
     (left, right), (low, high) = ((min(axis), max(axis)) for axis in zip(*every, strict=True))
     above = 24 + 15 * ((len(groups) + 1) // 2)
@@ -109,6 +109,6 @@ def thin(line: list[Point]) -> list[Point]:
 
 
 def round_step(span: float) -> float:
-    """1, 2 or 5 times a power of ten, so that three to seven steps make up the span."""
+    """1, 2 or 5 times a power of ten, so that the span has three to seven steps."""
     power = 10.0 ** math.floor(math.log10(span / 3))
     return max(step for step in (power, 2 * power, 5 * power) if step <= span / 3 * 1.0001)

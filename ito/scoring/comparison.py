@@ -1,7 +1,7 @@
-"""What a comparison found: tables and pictures of several runs, written as `comparison.md`.
+"""The report of a comparison: tables and pictures of several runs, written as `comparison.md`.
 
-R@1 is the mean of both directions on the first held-out split (drawings never seen of things that
-were). Deviations are over seeds. Differences are paired by seed, with the 95 % interval of
+R@1 is the mean of both directions on the first held-out split (new drawings of trained concepts).
+Standard deviations are over seeds. Differences are paired by seed, with the 95 % interval of
 Student's t: 4.3 standard errors for three seeds.
 """
 
@@ -20,7 +20,7 @@ import torch
 from ito.config import Config
 from ito.data.augment import Augmentation
 from ito.data.dataset import Dataset
-from ito.files import write_atomically, write_text
+from ito.files import read_text, write_atomically, write_text
 from ito.model.exported import WEIGHTS, load
 from ito.objectives import OPTIONS
 from ito.run import RunFolder
@@ -31,10 +31,10 @@ from ito.source import open_dataset
 
 # 97.5 % quantiles of Student's t, by degrees of freedom
 T = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
-# who is expected to beat whom, by the paper
+# pairs of objectives; the paper expects the first to be better
 EXPECTED = (("ito", "ito-align"), ("ito-align", "clip-aug"), ("clip-aug", "clip"))
 BASE = "ito"  # what ablations are compared with
-# what arms may differ in; plain CLIP has an augmentation of its own
+# options in which arms may differ; plain CLIP has its own augmentation
 DECIDED = ("objective", "seed", *OPTIONS, *vars(Augmentation()))
 
 
@@ -62,13 +62,13 @@ class Result:
             run.read_environment(),
             log.read("train"),
             log.read("eval"),
-            json.loads(run.evaluation.read_text(encoding="utf-8")),
-            json.loads(run.cost.read_text(encoding="utf-8"))["peak_bytes"],
+            json.loads(read_text(run.evaluation)),
+            json.loads(read_text(run.cost))["peak_bytes"],
         )
 
     @property
     def split(self) -> str:
-        """The first held-out split, which stands for the run."""
+        """The first held-out split, by which runs are compared."""
         return next(name for name in self.evaluations[0] if "/" in name).split("/")[0]
 
     def curve(self, metric: str) -> list[tuple[int, float]]:
@@ -84,10 +84,10 @@ class Result:
         return self.value(self.evaluations[-1], metric)
 
     def aligning(self) -> list[tuple[int, float]]:
-        """(step, alignment loss), the mean of ten logged steps.
+        """(step, alignment loss), averaged over ten logged steps; only of softmax losses of pairs.
 
-        Of softmax losses of pairs: sigmoid losses are others, and a pooled one of V views and a
-        caption cannot fall below ½ ln V.
+        Sigmoid losses are not comparable, and a pooled one of V views and a caption cannot fall
+        below ½ ln V.
         """
         if self.config.denominator == "pooled":
             return []
@@ -142,7 +142,7 @@ def write_comparison(out: Path, cache: Path | None = None) -> Path:
 
 
 def check_equal(runs: list[Result]) -> None:
-    """Raises ValueError naming two runs that differ in more than arms and seeds do."""
+    """Raises ValueError naming two runs that differ in other options than arms and seeds do."""
     first = runs[0]
     for run in runs:
         for a, b in (
@@ -158,9 +158,9 @@ def check_equal(runs: list[Result]) -> None:
 
 
 def measured(folders: dict[str, Path], out: Path, cache: Path | None) -> dict[str, StepCost]:
-    """`step_costs`, kept in `out` for the next report of the same arms."""
+    """`step_costs`, saved in `out` for the next report of the same arms."""
     path = out / "step_costs.json"
-    known = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    known = json.loads(read_text(path)) if path.exists() else {}
     fields = {field.name for field in dataclasses.fields(StepCost)}
     if known.keys() != folders.keys() or any(cost.keys() != fields for cost in known.values()):
         print(f"timing steps of {', '.join(folders)}", flush=True)
@@ -178,7 +178,7 @@ def rows(header: list[str], lines: list[list[str]]) -> str:
 
 
 def spread(values: list[float], form: Callable[[float], str]) -> str:
-    """mean ± deviation over seeds."""
+    """Mean ± standard deviation over seeds."""
     values = [x for x in values if not math.isnan(x)]
     if not values:
         return ""
@@ -247,13 +247,13 @@ def equal_steps(arms: dict[str, list[Result]]) -> str:
 
 
 def probes(arms: dict[str, list[Result]]) -> str:
-    """What `python -m ito.evaluate` adds to the scores that training logs."""
+    """The scores that `python -m ito.evaluate` adds to those of training."""
     columns = (
         ("linear probe, concepts", "linear_probe/concepts/top1", percent),
         ("k-NN, concepts", "knn/concepts/top1", percent),
         ("linear probe, subgroups", "linear_probe/subgroups/top1", percent),
         ("zero-shot, prompt ensemble", "zero_shot/names/ensemble", percent),
-        ("modality told apart", "modality/classifier", percent),
+        ("modality classifier", "modality/classifier", percent),
         ("uniformity, images", "geometry/uniformity_images", plain),
         ("uniformity, names", "geometry/uniformity_texts", plain),
         ("alignment", "geometry/alignment", plain),
@@ -273,7 +273,7 @@ def probes(arms: dict[str, list[Result]]) -> str:
 
 
 def equal_time(arms: dict[str, list[Result]], costs: dict[str, StepCost]) -> str:
-    """Each run at the time at which the quickest arm has ended."""
+    """The scores of each run at the time at which the fastest arm has ended."""
     budget = min(costs[arm].seconds * runs[0].config.steps for arm, runs in arms.items())
     lines = []
     for arm, runs in arms.items():
@@ -288,7 +288,7 @@ def equal_time(arms: dict[str, list[Result]], costs: dict[str, StepCost]) -> str
         )
     table = rows(["objective", "steps by then", "R@1", "gap"], lines)
     return (
-        f"After {budget:.0f} s of steps, when the quickest has ended: from the same runs' curves "
+        f"After {budget:.0f} s of steps, when the fastest has ended: from the same runs' curves "
         "and the cost of a step (below). The learning rate of the slower ones has not come down "
         f"yet, which is to their disadvantage.\n\n{table}"
     )
@@ -315,7 +315,7 @@ def paired(a: list[Result], b: list[Result], metric: str) -> list[float]:
 
 
 def interval(values: list[float], form: Callable[[float], str]) -> str:
-    """The mean, with its 95 % interval if there are several."""
+    """The mean, with its 95 % interval if there are several values."""
     if not values:
         return ""
     mean = statistics.mean(values)
@@ -328,7 +328,7 @@ def interval(values: list[float], form: Callable[[float], str]) -> str:
 
 
 def matched_gap(arms: dict[str, list[Result]]) -> str:
-    """The gap when runs were equally far, by R@1 and by the alignment loss: gaps track progress."""
+    """The modality gap at equal R@1 and at equal alignment loss, because it depends on progress."""
     quality = min(max(v for _, v in r.curve("R@1")) for runs in arms.values() for r in runs)
     by_quality = gaps_when(arms, lambda r: reached(r.curve("R@1"), quality))
     text = f"When R@1 first reaches {quality:.1%}, which every run does.\n\n{by_quality}"
@@ -340,12 +340,12 @@ def matched_gap(arms: dict[str, list[Result]]) -> str:
     return (
         f"{text}\n\nWhen the alignment loss in training (the mean of ten logged batches) first "
         f"reaches {loss:.2f}, for the objectives that have that loss. Pictures under mild "
-        f"augmentation reach it sooner than they reach the same R@1.\n\n{by_loss}"
+        f"augmentation reach this loss sooner than the same R@1.\n\n{by_loss}"
     )
 
 
 def gaps_when(arms: dict[str, list[Result]], when: Callable[[Result], float]) -> str:
-    """Gap and scale of each run at the step that `when` names."""
+    """Gap and scale of each run at the step that `when` returns."""
     lines = []
     for arm, runs in arms.items():
         steps = [when(r) for r in runs]
@@ -360,7 +360,7 @@ def gaps_when(arms: dict[str, list[Result]], when: Callable[[Result], float]) ->
 
 
 def at(curve: list[tuple[float, float]], step: float) -> float:
-    """The curve at a step, linearly between its points."""
+    """The value of the curve at a step, interpolated linearly."""
     for (a, x), (b, y) in pairwise(curve):
         if step <= b:
             return x + (y - x) * max(step - a, 0) / (b - a)
@@ -368,7 +368,7 @@ def at(curve: list[tuple[float, float]], step: float) -> float:
 
 
 def reached(curve: list[tuple[float, float]], target: float) -> float:
-    """The first step at which the curve is at `target`."""
+    """The first step at which the curve reaches `target`."""
     for (a, x), (b, y) in pairwise(curve):
         if y >= target:
             return a if x >= target else a + (b - a) * (target - x) / (y - x)
@@ -376,7 +376,7 @@ def reached(curve: list[tuple[float, float]], target: float) -> float:
 
 
 def cost_table(arms: dict[str, list[Result]], costs: dict[str, StepCost]) -> str:
-    quickest = min(cost.seconds for cost in costs.values())
+    fastest = min(cost.seconds for cost in costs.values())
     lines = []
     for arm, runs in arms.items():
         cost = costs[arm]
@@ -385,20 +385,20 @@ def cost_table(arms: dict[str, list[Result]], costs: dict[str, StepCost]) -> str
             [
                 arm,
                 f"{1000 * cost.seconds:.0f}",
-                f"{cost.seconds / quickest:.2f}",
+                f"{cost.seconds / fastest:.2f}",
                 percent(cost.input / cost.seconds),
                 f"{1000 * cost.loader:.1f}",
                 f"{max(r.peak_bytes for r in runs) / 2**20:.0f}",
                 f"{weights.stat().st_size / 2**20:.1f}",
             ]
         )
-    header = ["objective", "ms a step", "× the quickest", "waiting for its batch, %"]
-    header += ["batch prepared beside it, ms", "peak memory, MiB", "exported model, MiB"]
+    header = ["objective", "ms per step", "× the fastest", "waiting for its batch, %"]
+    header += ["preparing the next batch, ms", "peak memory, MiB", "exported model, MiB"]
     return rows(header, lines) + (
-        "\n\nSteps are timed by turns in one process; a thread prepares the next batch while one "
-        "computes. The exported model is the two towers alone, "
-        "the same for every objective: so is the cost of inference. Memory is the process's, "
-        "pictures and evaluation included."
+        "\n\nSteps are timed in turns in one process; a thread prepares the next batch while one "
+        "computes. The exported model has the two towers only, "
+        "so it and the cost of inference are the same for all objectives. Memory is that of the "
+        "process, with data and evaluation."
     )
 
 
@@ -432,7 +432,8 @@ def draw_curves(arms: dict[str, list[Result]], path: Path) -> None:
 
 
 def draw_maps(arms: dict[str, list[Result]], path: Path, cache: Path | None) -> str:
-    """Pictures and names of the held-out split, of each arm's first run; how they were laid out."""
+    """Draw pictures and names of the held-out split, of each arm's first run, as a map. Returns the
+    name of the projection."""
     plt = pyplot()
     columns = min(len(arms), 4)
     height = -(-len(arms) // columns)
@@ -464,7 +465,7 @@ def pyplot():
         import matplotlib
     except ImportError:
         raise ImportError(
-            "a comparison draws with matplotlib: pip install ito_kernels[compare]"
+            "a comparison draws with matplotlib: pip install 'ito_kernels[compare]'"
         ) from None
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt

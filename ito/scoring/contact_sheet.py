@@ -1,18 +1,18 @@
-"""What a search found as one picture: a row per query, with the pictures, scores and names."""
+"""The results of a search as one picture: a row per query, with pictures, scores and names."""
 
 from collections.abc import Sequence
 
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
-from ito.cli import shown
+from ito.cli import one_line
 from ito.scoring.index import Index
 
 CELL, PICTURE, LINE = 120, 96, 16  # pixels of the contact sheet
 
 
 def sheet_font() -> ImageFont.FreeTypeFont:
-    """A font of the system, with accents and other alphabets, or Pillow's own, without."""
+    """A system font, which has accents and other alphabets; else Pillow's own, which has none."""
     for name in ("DejaVuSans.ttf", "Arial.ttf"):
         try:
             return ImageFont.truetype(name, 12)
@@ -31,14 +31,14 @@ def contact_sheet(
     draw = ImageDraw.Draw(sheet)
 
     def write(x: int, y: int, text: str, width: int, colour: str) -> None:
-        text = " ".join(text.split())  # line breaks cannot be measured
+        text = " ".join(text.split())  # Pillow cannot measure text with line breaks
         while draw.textlength(text, font) > width:
             text = text.rstrip("…")[:-1] + "…"
         draw.text((x, y), text, fill=colour, font=font)
 
     for row, query in enumerate(queries):
         top = row * height + LINE // 2
-        write(LINE, top, shown(query), sheet.width - 2 * LINE, "black")
+        write(LINE, top, one_line(query), sheet.width - 2 * LINE, "black")
         for column, picture in enumerate(found[row].tolist()):
             left = LINE + column * CELL
             pixels = index.dataset.images[picture].permute(1, 2, 0).numpy()

@@ -1,7 +1,7 @@
-"""What a training step of each run costs, all of them measured by turns in one process.
+"""The cost of a training step of each run, measured in turns in one process.
 
-The logged seconds of runs say as much about what else the machine was doing: two seeds of the same
-objective, trained at other times beside other runs, differed by 1.3.
+The logged seconds of runs depend on the load of the machine: two seeds of the same objective,
+trained at different times next to other runs, differed by a factor of 1.3.
 """
 
 import statistics
@@ -24,8 +24,8 @@ WARMUP, ROUNDS = 3, 20
 
 @dataclass(frozen=True)
 class StepCost:
-    """Medians: seconds of a step, those of them in which the model waited for its batch, and those
-    of a processor that the thread beside it took to prepare the next one."""
+    """Medians, in seconds: of a step, of the part in which the model waited for its batch, and of
+    the processor time in which the loader's thread prepared the next batch."""
 
     seconds: float
     input: float
@@ -33,16 +33,18 @@ class StepCost:
 
 
 def step_costs(runs: dict[str, Path], cache: Path | None = None) -> dict[str, StepCost]:
-    """Of finished runs on the same data, by name: the first steps of each, trained anew, with the
-    threads, dtype and device of the run."""
+    """Train the first steps of finished runs on the same data again, with their threads, dtype and
+    device, and return the costs by name."""
     trainers: dict[str, Trainer] = {}
     data = None
     for name, folder in runs.items():
         config = RunFolder(folder).read_config()
-        config = replace(config, steps=max(config.steps, WARMUP + ROUNDS + 1))  # none is the last
+        config = replace(
+            config, steps=max(config.steps, WARMUP + ROUNDS + 1)
+        )  # so that a next batch is always prepared
         environment = RunFolder(folder).read_environment()
         torch.set_num_threads(environment["threads"])
-        if data is None or config.stream:  # a stream is at one place, each run at its own
+        if data is None or config.stream:  # a stream has one position, so each run needs its own
             _, data = open_data(config, cache, 0, Ranks())
         trainers[name] = Trainer(
             config,
@@ -59,7 +61,7 @@ def step_costs(runs: dict[str, Path], cache: Path | None = None) -> dict[str, St
             before = clocks(trainer)
             trainer.step(number)
             ended = time.perf_counter()
-            wait(trainer.ahead.values())  # in its own time, not in the next trainer's
+            wait(trainer.ahead.values())  # count it here, not in the next trainer's time
             late = time.perf_counter() - ended
             took, waited, loader = (b - a for a, b in zip(before, clocks(trainer), strict=True))
             spent[name].append((took + late, waited + late, loader))

@@ -1,6 +1,6 @@
-"""What a model knows about the pictures of a data set: the scores of each split, by name.
+"""The scores of a model on each split of a data set, by name.
 
-Those that training logs, and those that `python -m ito.evaluate` adds.
+`evaluate` has those that training logs, `evaluate_fully` those of `python -m ito.evaluate`.
 """
 
 import torch
@@ -22,15 +22,15 @@ from ito.scoring.metrics import (
 from ito_kernels import alignment_loss, uniformity_loss
 
 PROMPTS = ("{}", "a picture of {}", "a drawing of {}", "a photo of {}", "an icon of {}")
-ALL = "all"  # every picture of a data set, as one split
+ALL = "all"  # all pictures of a data set, as one split
 
 
 def evaluate(model: DualEncoder, tokenizer: Tokenizer, dataset: Dataset) -> dict[str, float]:
     """The scores that training logs, of every held-out split, as `split/metric`.
 
-    An item's first caption stands for it. Retrieval is among the split's own pictures and items.
-    `zero_shot/names`: the most similar name of *all* items of the data set, trained on or not.
-    `zero_shot/subgroups`, where the data has them: the most similar subgroup, by its words alone.
+    An item's first caption is its text. Retrieval is within the split's pictures and items.
+    `zero_shot/names`: classification by the names of *all* items of the data set, including those
+    trained on. `zero_shot/subgroups`: by the names of the subgroups, if the data has any.
 
     Raises ValueError if nothing is held out.
     """
@@ -39,7 +39,7 @@ def evaluate(model: DualEncoder, tokenizer: Tokenizer, dataset: Dataset) -> dict
     for split in dataset.held_out_splits():
         rows = dataset.rows(split)
         images = embed_images(model, dataset.images[rows])
-        scores |= under(split, basic_scores(images, dataset.image_item[rows], classes))
+        scores |= with_prefix(split, basic_scores(images, dataset.image_item[rows], classes))
     return scores
 
 
@@ -50,13 +50,13 @@ def evaluate_fully(
     splits: list[str],
     prompts: tuple[str, ...] = PROMPTS,
 ) -> dict[str, float]:
-    """`evaluate`'s scores, of `splits`, and those too dear to compute while training.
+    """The scores of `evaluate` for `splits`, and others that take too long during training.
 
     `zero_shot/…/ensemble`: a class is the mean of its `prompts`. `linear_probe`, `knn`: classifiers
-    of the images' embeddings, fitted on the split "train" and so only where there is one; by
-    subgroup, and by concept (item). `modality/classifier`; `geometry/` uniformity of each modality
-    and alignment of the pairs; `languages/` mean rank variance over the data's translations.
-    `splits` may hold ALL. Raises ValueError naming a split that the data lacks.
+    of image embeddings by subgroup and by concept (item), fitted on the split "train" if there is
+    one. `modality/classifier`. `geometry/`: uniformity of each modality, alignment of the pairs.
+    `languages/`: mean rank variance over the data's translations. `splits` may contain ALL. Raises
+    ValueError naming a split that the data lacks.
     """
     missing = [name for name in splits if name != ALL and name not in dataset.split]
     if missing:
@@ -80,26 +80,26 @@ def evaluate_fully(
         if len(images) > 1 and len(item.unique()) > 1:
             items = item.unique()
             names = classes.names[items]
-            found |= under("modality", probes.modality_classifier(images, names, item, items))
+            found |= with_prefix("modality", probes.modality_classifier(images, names, item, items))
             found |= {
                 "geometry/uniformity_images": uniformity_loss(images).item(),
                 "geometry/uniformity_texts": uniformity_loss(names).item(),
             }
         found["geometry/alignment"] = alignment_loss(images, texts).item()
         found |= language_scores(model, tokenizer, dataset, images, item)
-        scores |= under(split, found)
+        scores |= with_prefix(split, found)
     return scores
 
 
-def under(prefix: str, scores: dict[str, float]) -> dict[str, float]:
+def with_prefix(prefix: str, scores: dict[str, float]) -> dict[str, float]:
     return {f"{prefix}/{name}": value for name, value in scores.items()}
 
 
 class Classes:
-    """What a picture can be told to be: embeddings of all names, and of groups by their words.
+    """The classes of zero-shot classification: embeddings of all names, and of groups' names.
 
-    `names` (n, E), an item each. With `prompts`, `ensembles` too. A picture without a group has
-    the label -1 there.
+    `names` (n, E) has one row per item. With `prompts` there are `ensembles` too. Pictures without
+    a group have the label -1.
     """
 
     def __init__(self, model, tokenizer, dataset, groupings, prompts=None):
@@ -127,7 +127,7 @@ class Classes:
             }
 
     def of(self, item: torch.Tensor, embeddings: dict[str, torch.Tensor]):
-        """(kind, embeddings, label of each item) of every kind that these items have."""
+        """(kind, class embeddings, label of each item) for every kind that these items have."""
         for kind, emb in embeddings.items():
             labels = self.index[kind][item]
             if (labels >= 0).any():
@@ -140,12 +140,12 @@ def basic_scores(images: torch.Tensor, item: torch.Tensor, classes: Classes) -> 
     scores = retrieval(images, names, item, candidates)
     for kind, emb, labels in classes.of(item, classes.plain):
         known = labels >= 0
-        scores |= under(f"zero_shot/{kind}", zero_shot(images[known], emb, labels[known]))
-    return scores | under("modality", modality_gap(images, names))
+        scores |= with_prefix(f"zero_shot/{kind}", zero_shot(images[known], emb, labels[known]))
+    return scores | with_prefix("modality", modality_gap(images, names))
 
 
 def probe_scores(train_emb, train_item, test_emb, test_item, subgroup) -> dict[str, float]:
-    """By subgroup and by concept, each where at least 2 labels are on both sides."""
+    """Scores by subgroup and by concept, each if at least 2 labels occur in both sets."""
     place = {name: n for n, name in enumerate(sorted({s for s in subgroup if s is not None}))}
     index = torch.tensor([place.get(name, -1) for name in subgroup])
     scores = {}
@@ -155,16 +155,16 @@ def probe_scores(train_emb, train_item, test_emb, test_item, subgroup) -> dict[s
         if len(y[fit][torch.isin(y[fit], y_test[test])].unique()) < 2:
             continue
         sides = train_emb[fit], y[fit], test_emb[test], y_test[test]
-        scores |= under(f"linear_probe/{kind}", probes.linear_probe(*sides))
-        scores |= under(f"knn/{kind}", probes.knn(*sides))
+        scores |= with_prefix(f"linear_probe/{kind}", probes.linear_probe(*sides))
+        scores |= with_prefix(f"knn/{kind}", probes.knn(*sides))
     return scores
 
 
 def language_scores(model, tokenizer, dataset, images, item) -> dict[str, float]:
-    """Mean rank variance over the captions' language and those that half of the items or more have.
+    """Mean rank variance over the captions' language and all that at least half of the items have.
 
-    Of the items that have a name in each of them; nothing if that leaves fewer than 2 items, or no
-    second language.
+    Only items with a name in each of these languages are used. Empty if they are fewer than 2, or
+    if there is no second language.
     """
     names = {n: dataset.translations[n] for n in item.unique().tolist()}
     languages = sorted({language for texts in names.values() for language in texts})

@@ -1,11 +1,11 @@
-"""Every picture of a data set as an embedding, to be searched."""
+"""Embeddings of all pictures of a data set, for search."""
 
 import hashlib
 from pathlib import Path
 
 import torch
 
-from ito.cli import shown
+from ito.cli import one_line
 from ito.data.dataset import Dataset
 from ito.files import undamaged, write_atomically
 from ito.model.exported import Encoder
@@ -14,10 +14,10 @@ from ito.tensors import checksum, load_tensors, save_tensors
 
 
 class Index:
-    """Every picture of a data set, trained on or held out, embedded by a model.
+    """Embeddings of all pictures of a data set, training and held-out.
 
-    `search(queries (Q, E), k)` gives cosines and picture indices, (Q, k) each, best first; k is at
-    most the number of pictures.
+    `search(queries (Q, E), k)` returns cosines and picture indices, (Q, k) each, best first; k is
+    cut to the number of pictures.
     """
 
     def __init__(self, encoder: Encoder, dataset: Dataset, embeddings: torch.Tensor):
@@ -25,7 +25,7 @@ class Index:
 
     @classmethod
     def open(cls, run: Path, encoder: Encoder, dataset: Dataset) -> "Index":
-        """With embeddings kept in the run folder, under a hash of the weights and the pictures."""
+        """The index, with embeddings saved in the run folder by a hash of weights and pictures."""
         key = hashlib.sha256(dataset.images.numpy())
         key.update(checksum(encoder.model.state_dict()).encode())
         path = RunFolder(run).index / f"{key.hexdigest()[:16]}.safetensors"
@@ -41,5 +41,5 @@ class Index:
         return (queries @ self.embeddings.T).topk(min(k, len(self.embeddings)))
 
     def name(self, picture: int) -> str:
-        """The first caption of what the picture shows, as much of it as is shown."""
-        return shown(self.dataset.captions[int(self.dataset.image_item[picture])][0])
+        """The first caption of the picture's item, shortened for display."""
+        return one_line(self.dataset.captions[int(self.dataset.image_item[picture])][0])

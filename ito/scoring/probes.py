@@ -1,12 +1,12 @@
-"""Classifiers on frozen embeddings: logistic regression, k nearest neighbours, which modality.
+"""Classifiers on frozen embeddings: logistic regression, k nearest neighbours, modality.
 
-Embeddings are (N, D), any float dtype; labels are integers (N,). Deterministic: no random numbers.
+Embeddings are (N, D), of any float dtype; labels are integers (N,). No random numbers are used.
 """
 
 import torch
 import torch.nn.functional as F
 
-from ito.scoring.metrics import check, mean_per_class, unit
+from ito.scoring.metrics import check_ids, mean_per_class, unit_rows
 
 PENALTIES = (1e0, 1e-1, 1e-2, 1e-3, 1e-4)
 ITERATIONS = 100  # of L-BFGS, at most
@@ -18,15 +18,15 @@ def linear_probe(
     test_emb: torch.Tensor,
     test_labels: torch.Tensor,
 ) -> dict[str, float]:
-    """Accuracy of a logistic regression on the training embeddings, as CLIP's linear probe.
+    """Accuracy of a logistic regression on the training embeddings, like CLIP's linear probe.
 
-    Only labels that both sides have count: `train`, `test` and `classes` say how much is left. The
-    L2 penalty is the best of PENALTIES on every fifth training picture of a class, from the second
-    on, and the fit is then repeated on all; where no class has two, it is the middle one.
-    `top1`, `top5`, `mean_per_class`, `chance` = 1/classes, `penalty`.
+    Only labels that occur in both sets are used: `train`, `test` and `classes` count what remains.
+    The L2 penalty of PENALTIES is chosen on every fifth training picture of a class, starting with
+    the second, and the fit is repeated on all of them; if no class has two pictures, it is the
+    middle one. Returns also `top1`, `top5`, `mean_per_class`, `chance` = 1/classes, `penalty`.
 
     Source: Radford et al. 2021, section 3.2 (L-BFGS, the penalty by a sweep).
-    Raises ValueError where shapes disagree, or if fewer than 2 labels are on both sides.
+    Raises ValueError if shapes do not match, or if fewer than 2 labels occur in both sets.
     """
     train, test = shared_classes(train_emb, train_labels, test_emb, test_labels)
     (x, y), (x_test, y_test) = train, test
@@ -37,7 +37,7 @@ def linear_probe(
     penalty = PENALTIES[len(PENALTIES) // 2]
     if held.any():
         right, parameters = [], None
-        for candidate in PENALTIES:  # strong first: its solution is a warm start for the next
+        for candidate in PENALTIES:  # strongest first: a solution is a warm start for the next
             parameters = fit(x[~held], y[~held], classes, candidate, parameters)
             right.append(int((scores(x[held], parameters).argmax(1) == y[held]).sum()))
         penalty = PENALTIES[right.index(max(right))]
@@ -60,16 +60,16 @@ def knn(
     k: int = 20,
     temperature: float = 0.07,
 ) -> dict[str, float]:
-    """Accuracy of the vote of the k nearest training pictures, each of `exp(cos / temperature)`.
+    """Accuracy of a vote of the k nearest training pictures, weighted by `exp(cos / temperature)`.
 
     Labels as in `linear_probe`; k is at most the number of training pictures. Source: Wu et al.
     2018, "Unsupervised Feature Learning via Non-Parametric Instance Discrimination"; k and
     temperature are those that DINO reports.
-    Raises ValueError where shapes disagree, or if fewer than 2 labels are on both sides.
+    Raises ValueError if shapes do not match, or if fewer than 2 labels occur in both sets.
     """
     (x, y), (x_test, y_test) = shared_classes(train_emb, train_labels, test_emb, test_labels)
     classes, k = int(y.max()) + 1, min(k, len(y))
-    near, index = (unit(x_test) @ unit(x).T).topk(k)
+    near, index = (unit_rows(x_test) @ unit_rows(x).T).topk(k)
     votes = torch.zeros(len(x_test), classes)
     votes.scatter_add_(1, y[index], ((near - 1) / temperature).exp())
     return {
@@ -88,22 +88,24 @@ def modality_classifier(
     image_item: torch.Tensor,
     text_item: torch.Tensor,
 ) -> dict[str, float]:
-    """How well a linear classifier tells images from texts: 0.5 if they are mixed, 1 if apart.
+    """Accuracy of a linear classifier of image against text embeddings: 0.5 if they are mixed.
 
-    A logistic regression fitted on every other item's rows and scored on those of the rest; the
-    mean of both modalities' accuracies, so that unequal numbers do not matter.
-    image_emb (N, D), text_emb (M, D), of the items image_item (N,), text_item (M,); raises
-    ValueError unless each has rows of at least 2 items that the other has too.
+    A logistic regression is fitted on the rows of every other item and scored on the others. The
+    accuracies of both modalities are averaged, so that unequal numbers do not matter.
+    image_emb (N, D), text_emb (M, D), of the items image_item (N,), text_item (M,). Raises
+    ValueError unless at least 2 items have both images and texts.
     """
-    check("image_item", image_item, image_emb)
-    check("text_item", text_item, text_emb)
+    check_ids("image_item", image_item, image_emb)
+    check_ids("text_item", text_item, text_emb)
     shared = image_item[torch.isin(image_item, text_item)].unique()
     if len(shared) < 2:
         raise ValueError(f"need at least 2 items of both modalities, got {len(shared)}")
     sides = []
     for emb, item in ((image_emb, image_item), (text_emb, text_item)):
         known = torch.isin(item, shared)
-        sides.append((unit(emb[known]).double(), torch.searchsorted(shared, item[known]) % 2 == 0))
+        sides.append(
+            (unit_rows(emb[known]).double(), torch.searchsorted(shared, item[known]) % 2 == 0)
+        )
     x = torch.cat([emb[fitted] for emb, fitted in sides])
     y = torch.cat([torch.full((int(f.sum()),), n) for n, (_, f) in enumerate(sides)])
     parameters = fit(x, y, 2, 1e-4)
@@ -115,16 +117,16 @@ def modality_classifier(
 
 
 def shared_classes(train_emb, train_labels, test_emb, test_labels):
-    """Unit rows and labels, renumbered, of the classes that both sides have."""
-    check("train_labels", train_labels, train_emb)
-    check("test_labels", test_labels, test_emb)
+    """Unit rows and renumbered labels of the classes that occur in both sets."""
+    check_ids("train_labels", train_labels, train_emb)
+    check_ids("test_labels", test_labels, test_emb)
     shared = train_labels[torch.isin(train_labels, test_labels)].unique()
     if len(shared) < 2:
-        raise ValueError(f"need at least 2 labels on both sides, got {len(shared)}")
+        raise ValueError(f"need at least 2 labels that occur in both sets, got {len(shared)}")
     sides = []
     for emb, labels in ((train_emb, train_labels), (test_emb, test_labels)):
         known = torch.isin(labels, shared)
-        sides.append((unit(emb[known]), torch.searchsorted(shared, labels[known])))
+        sides.append((unit_rows(emb[known]), torch.searchsorted(shared, labels[known])))
     return sides
 
 
@@ -139,7 +141,7 @@ def place_in_class(labels: torch.Tensor) -> torch.Tensor:
 
 
 def fit(x, y, classes: int, penalty: float, start=None):
-    """Weights (C, D) and biases (C,) of `mean cross-entropy + penalty/2 · ‖weights‖²`."""
+    """Weights (C, D) and biases (C,) that minimise `cross-entropy + penalty/2 · ‖weights‖²`."""
     if start is None:
         start = x.new_zeros(classes, x.shape[1]), x.new_zeros(classes)
     weight, bias = (value.clone().requires_grad_() for value in start)

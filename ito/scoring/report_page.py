@@ -1,7 +1,7 @@
-"""`report.html` of a run, one self-contained file.
+"""`report.html` of a run, a self-contained file.
 
-Scores, curves, a map of both modalities, what the model finds and what it takes for what, the
-configuration and the machine. It asks for nothing over the network.
+Scores, curves, a map of both modalities, search results, the worst mistakes, the configuration and
+the machine. The page loads nothing over the network.
 """
 
 import base64
@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 
 from ito.data.dataset import Dataset
-from ito.files import undamaged, write_text
+from ito.files import read_text, undamaged, write_text
 from ito.model.exported import Encoder
 from ito.run import RunFolder
 from ito.scoring import charts
@@ -24,8 +24,8 @@ from ito.scoring.projections import PROJECTIONS
 from ito.scoring.scores import DIRECTIONS, sections
 
 QUERIES, SHOWN, MISTAKES = 8, 6, 12
-MAPPED = 300  # pairs in the map: more hide each other
-# logged at every step and no term of the loss, with what ends in these words
+MAPPED = 300  # pairs in the map: more would hide each other
+# names, and endings of names, that are logged at every step but are no terms of the loss
 NOT_LOSSES = ("kind", "step", "logit_scale", "logit_bias", "grad_norm", "lr")
 NOT_LOSS_UNITS = ("seconds", "_per_second", "_norm", "_share", "_mib", "_ms")
 STYLE = """
@@ -48,10 +48,10 @@ figure { margin: 0; min-width: 0; font-size: 11px; line-height: 1.3; }
 .query { display: grid; grid-template-columns: 11rem 1fr; gap: .3rem .8rem; align-items: center;
          margin: .6rem 0; }
 .found { display: grid; grid-template-columns: repeat(6, minmax(0, 5rem)); gap: .5rem; }
-.told { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(15rem, 100%), 1fr));
+.cards { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(15rem, 100%), 1fr));
         gap: .8rem; font-size: 13px; }
-.told > div { display: grid; grid-template-columns: 52px 1fr 52px; gap: .6rem; }
-.told ol { margin: 0; padding-left: 1.2rem; } .told .right { color: #2c6b3b; font-weight: 600; }
+.cards > div { display: grid; grid-template-columns: 52px 1fr 52px; gap: .6rem; }
+.cards ol { margin: 0; padding-left: 1.2rem; } .cards .right { color: #2c6b3b; font-weight: 600; }
 .settings { columns: 17rem; font-size: 13px; } .settings div { break-inside: avoid; }
 .settings code { float: right; max-width: 60%; overflow-wrap: anywhere; text-align: right; }
 .settings div { overflow: hidden; border-bottom: 1px solid #eee; padding: .1rem 0; }
@@ -65,7 +65,7 @@ figure { margin: 0; min-width: 0; font-size: 11px; line-height: 1.3; }
 def write_report(run: Path, encoder: Encoder, dataset: Dataset, project: str = "pca") -> Path:
     """Write the run's report from the logged metrics, the configuration and the exported model.
 
-    `project` chooses the map, "pca" or "umap" (of the package umap-learn).
+    `project` is the projection of the map, "pca" or "umap" (package umap-learn).
     """
     files = RunFolder(run)
     records = files.log().read()
@@ -94,7 +94,7 @@ def write_report(run: Path, encoder: Encoder, dataset: Dataset, project: str = "
     for title, path in (("Configuration", files.config), ("Environment", files.environment)):
         if path.exists():
             with undamaged(path):
-                parts.append(settings(title, json.loads(path.read_text(encoding="utf-8"))))
+                parts.append(settings(title, json.loads(read_text(path))))
     page = (
         '<!doctype html><html lang="en"><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
@@ -148,13 +148,13 @@ def curve_charts(records: list[dict], splits: list[str]) -> str:
     return "".join(parts)
 
 
-def spaced(count: int, wanted: int) -> torch.Tensor:
-    """`wanted` indices of `range(count)`, evenly spaced; all of them if it is fewer."""
-    return torch.linspace(0, count - 1, min(count, wanted)).long()
+def spaced(count: int, number: int) -> torch.Tensor:
+    """`number` indices of `range(count)`, evenly spaced; all if there are fewer."""
+    return torch.linspace(0, count - 1, min(count, number)).long()
 
 
 def embedding_map(view: EmbeddedSplit, project: str) -> str:
-    """Both modalities in the plane, coloured by modality and by group: an x is a text."""
+    """Maps of both modalities, coloured by modality and by group; texts are drawn as x."""
     chosen = spaced(len(view.items), MAPPED)
     first = torch.stack([(view.item == n).nonzero()[0, 0] for n in chosen])
     count = len(chosen)
@@ -173,16 +173,16 @@ def embedding_map(view: EmbeddedSplit, project: str) -> str:
     return f'<h3>Embedding map</h3><p>{about}</p><div class="grid">{maps}</div>'
 
 
-def pick(places, names, wanted: list[bool], mark: str):
-    kept = [n for n, yes in enumerate(wanted) if yes]
+def pick(places, names, chosen: list[bool], mark: str):
+    kept = [n for n, yes in enumerate(chosen) if yes]
     return [places[n] for n in kept], [names[n] for n in kept], mark
 
 
 def text_to_image(view: EmbeddedSplit) -> str:
-    """Evenly spaced captions with the pictures that come first; right ones framed green."""
+    """Evenly spaced captions with their first pictures; correct ones are framed green."""
     asked = spaced(len(view.items), QUERIES)
     best = (view.texts[asked] @ view.images.T).argsort(1, True)[:, :SHOWN]
-    parts = ["<h3>Text to image</h3><p>Framed green: the picture that was asked for.</p>"]
+    parts = ["<h3>Text to image</h3><p>Framed green: a picture of the caption.</p>"]
     for n, pictures in zip(asked.tolist(), best.tolist(), strict=True):
         found = "".join(
             f"<figure{' class=right' if view.item[p] == n else ''}>{img(view, p)}"
@@ -197,28 +197,28 @@ def text_to_image(view: EmbeddedSplit) -> str:
 
 
 def image_to_text(view: EmbeddedSplit) -> str:
-    """Evenly spaced pictures with the captions that come first."""
+    """Evenly spaced pictures with their first captions."""
     asked = spaced(len(view.images), QUERIES)
     best = (view.images[asked] @ view.texts.T).argsort(1, True)[:, :5]
-    parts = ['<h3>Image to text</h3><div class="told">']
+    parts = ['<h3>Image to text</h3><div class="cards">']
     for p, items in zip(asked.tolist(), best.tolist(), strict=True):
-        told = "".join(
+        names = "".join(
             f"<li{' class=right' if view.item[p] == n else ''}>{html.escape(view.names[n])}</li>"
             for n in items
         )
-        parts.append(f"<div>{img(view, p)}<ol>{told}</ol></div>")
+        parts.append(f"<div>{img(view, p)}<ol>{names}</ol></div>")
     return "".join([*parts, "</div>"])
 
 
 def mistakes(view: EmbeddedSplit) -> str:
-    """The pictures whose own caption comes last, with the one that comes first instead."""
+    """The pictures whose own caption has the worst rank, with the picture of the first caption."""
     rank, _ = ranks(view.images, view.texts, view.item, torch.arange(len(view.items)))
     worst = [p for p in rank.argsort(descending=True).tolist() if rank[p] > 1][:MISTAKES]
     if not worst:
         return ""
     taken = (view.images[worst] @ view.texts.T).argmax(1)
     parts = [
-        '<h3>Worst mistakes</h3><p>Right: what the picture was taken for.</p><div class="told">'
+        '<h3>Worst mistakes</h3><p>Right: what the picture was taken for.</p><div class="cards">'
     ]
     for p, wrong in zip(worst, taken.tolist(), strict=True):
         other = int((view.item == wrong).nonzero()[0, 0])

@@ -1,4 +1,4 @@
-"""Scores for reading: the table that commands print, and clip_benchmark's files for machines."""
+"""Formats scores: the table that commands print, and the files of clip_benchmark."""
 
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -9,7 +9,7 @@ DIRECTIONS = {"i2t": "image to text", "t2i": "text to image"}
 
 @dataclass
 class Section:
-    """The scores of one split: `rows` of a label, a cell per column and the chance level or ""."""
+    """The scores of one split; `rows` are (label, one cell per column, chance level or "")."""
 
     title: str
     notes: list[str]
@@ -18,9 +18,9 @@ class Section:
 
 
 def sections(columns: dict[str, dict[str, float]]) -> list[Section]:
-    """Every split of the last of `columns` (`{"before": scores, "after": scores}`), for reading.
+    """A section per split of the last of `columns`, `{"before": scores, "after": scores}`.
 
-    A score that no column has is left out; one that an earlier column lacks is blank there.
+    Only scores of the last column are shown; one that another column lacks is blank there.
     """
     last = columns[list(columns)[-1]]
     found = []
@@ -39,7 +39,7 @@ def sections(columns: dict[str, dict[str, float]]) -> list[Section]:
 
 
 def lines(split: str, last: dict[str, float]):
-    """(label, key, key of the chance level or None, format) in the order of reading."""
+    """(label, key, key of the chance level or None, format) in the order of the table."""
     for way, words in DIRECTIONS.items():
         key = f"{split}/{way}"
         yield f"{words} R@1", f"{key}/R@1", f"{key}/chance", ".1%"
@@ -72,7 +72,7 @@ def lines(split: str, last: dict[str, float]):
 
 
 def certain(split: str, scores: dict[str, float]) -> list[str]:
-    """What in a split's retrieval says nothing about the model, because it cannot be otherwise."""
+    """Notes on retrieval scores that are 100 % for any model, because there are few candidates."""
     notes = []
     for way, words in DIRECTIONS.items():
         candidates = scores[f"{split}/{way}/candidates"]
@@ -90,7 +90,7 @@ def count(number: int, noun: str) -> str:
 
 
 def table(columns: dict[str, dict[str, float]]) -> str:
-    """The scores as text, a column per evaluation (`{"before": ..., "after": ...}`)."""
+    """The scores as text, with a column per evaluation (`{"before": ..., "after": ...}`)."""
     text = []
     for section in sections(columns):
         text.append(section.title)
@@ -102,12 +102,11 @@ def table(columns: dict[str, dict[str, float]]) -> str:
 
 
 def clip_benchmark(scores: dict[str, float], data: str, run: Path) -> list[dict]:
-    """The records that clip_benchmark writes, one for every split and task, of `scores`.
+    """`scores` as records of clip_benchmark, one per split and task.
 
-    `dataset` is `data/split`, with the classes where a task has several kinds; `model` is "ito",
-    `pretrained` the run. `clip_benchmark build *.json` makes one table of them and others'.
-    Zero-shot scores are those of the bare names, where clip_benchmark takes the mean of many
-    prompts.
+    `dataset` is `data/split`, followed by the kind of classes if a task has several; `model` is
+    "ito", `pretrained` the run. `clip_benchmark build *.json` combines them with others in a table.
+    Zero-shot scores use the names without a prompt; clip_benchmark's use the mean of many prompts.
     """
     found = []
 

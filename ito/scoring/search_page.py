@@ -1,8 +1,8 @@
-"""The page of `python -m ito.search RUN --serve`: a text box, and pictures to click for their like.
+"""The page of `python -m ito.search RUN --serve`: search by text, or by clicking on a picture.
 
-Plain HTML from one request, no script. It listens on 127.0.0.1 only and answers no other host name,
-so that no page of the web can read it through the browser. It reads no request's body; lines and
-headers of more than 64 kB, and queries of more than QUERY characters, are refused.
+Plain HTML without scripts. The server listens on 127.0.0.1 only and answers no other host name, so
+that no web page can read it through the browser. It reads no request body. Request lines and
+headers above 64 kB, and queries above QUERY characters, are refused.
 """
 
 import html
@@ -14,7 +14,7 @@ import sys
 import torch
 from PIL import Image
 
-from ito.cli import shown
+from ito.cli import one_line
 from ito.scoring.index import Index
 
 try:
@@ -28,7 +28,7 @@ try:
 except ImportError as error:
     raise ImportError(
         f"--serve needs starlette and uvicorn ({error.name} is not installed here): "
-        "pip install ito_kernels[search]"
+        "pip install 'ito_kernels[search]'"
     ) from None
 
 SHOWN = 24
@@ -58,7 +58,7 @@ def application(index: Index) -> Starlette:
     count = len(index.dataset.images)
 
     def number(text: str) -> int | None:
-        """A picture's, if it is one; int raises at thousands of digits."""
+        """The number of a picture, or None; `int` raises at thousands of digits."""
         return int(text) if text.isdecimal() and len(text) < 20 and int(text) < count else None
 
     def home(request: Request) -> Response:
@@ -69,7 +69,7 @@ def application(index: Index) -> Starlette:
         if like is not None:
             picture = number(like)
             if picture is None:
-                return PlainTextResponse(f"like must be in [0, {count}), got {shown(like)}", 400)
+                return PlainTextResponse(f"like must be in [0, {count}), got {one_line(like)}", 400)
             results = tiles(index, index.embeddings[picture][None])
             about = f'<img src="/picture/{picture}" alt="">Pictures like this one: '
             about += html.escape(index.name(picture))
@@ -88,10 +88,10 @@ def application(index: Index) -> Starlette:
         )
 
     def picture(request: Request) -> Response:
-        wanted = request.path_params["number"]
-        found = number(wanted)
+        asked = request.path_params["number"]
+        found = number(asked)
         if found is None:
-            message = f"picture must be in [0, {count}), got {shown(wanted)}"
+            message = f"picture must be in [0, {count}), got {one_line(asked)}"
             return PlainTextResponse(message, 404)
         buffer = io.BytesIO()
         pixels = index.dataset.images[found].permute(1, 2, 0).numpy()
@@ -116,20 +116,20 @@ def tiles(index: Index, query: torch.Tensor) -> str:
 
 
 def serve(index: Index, port: int) -> None:
-    """Serve until interrupted, then exit with 143 after SIGTERM, as a shell has it.
+    """Serve until interrupted; exits with status 143 after SIGTERM, as usual in a shell.
 
-    Raises OSError naming --serve if the port cannot be had.
+    Raises OSError naming --serve if the port is not available.
     """
     listener = socket.socket()
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         listener.bind(("127.0.0.1", port))
-        listener.listen()  # from here on connections wait for the server, none is refused
+        listener.listen()  # from now on connections wait for the server instead of being refused
     except (OSError, OverflowError) as error:
         reason = error.strerror if isinstance(error, OSError) else "must be in [0, 65535]"
         raise OSError(f"--serve {port}: {reason}") from None
     print(f"http://127.0.0.1:{listener.getsockname()[1]} (Ctrl-C ends it)", flush=True)
-    # h11 bounds a request's head; httptools, where it is installed, does not
+    # h11 limits the size of a request's headers; httptools, which uvicorn prefers, does not
     config = uvicorn.Config(application(index), log_level="warning", http="h11")
     signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
-    uvicorn.Server(config).run([listener])  # catches signals, ends, and raises them again
+    uvicorn.Server(config).run([listener])  # on a signal it ends, and raises the signal again

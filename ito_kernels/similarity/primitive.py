@@ -128,10 +128,10 @@ def similarity_softplus(
     """For each row of S, the sum of softplus(S) over its negatives and of softplus(-S) over its
     positives.
 
-    S = scale·a·bᵀ + biases is never formed. Arguments and errors are those of
-    `similarity_logsumexp`, except that `row_weights` is one (N,) tensor without gradient. With it
-    the result is the 0-d sum Σ_i row_weights_i · row_i. Its gradients are computed in the forward
-    pass, except in fp16: 3 matrix products instead of 4 on the cpu and triton backends.
+    S = scale·a·bᵀ + biases is never formed. Arguments and errors are as in `similarity_logsumexp`,
+    except that `row_weights` is one (N,) tensor without gradient. With it the result is the 0-d sum
+    Σ_i row_weights_i · row_i. Its gradients are computed in the forward pass, except in fp16: 3
+    matrix products instead of 4 on the cpu and triton backends.
 
     Returns (N,), or 0-d with `row_weights`, in fp32 (fp64 for fp64 features).
     """

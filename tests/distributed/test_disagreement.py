@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 from support import processes
 from support.losses_on_ranks import LOSSES, QUEUE, SHARES, Model, N, batch, local_rows
+from support.losses_table import ROWS
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 import ito_kernels as ik
@@ -211,10 +212,8 @@ UNLIKE |= {
     )
     for name in LOSSES
 }
-# one of each kind, and the next one
-EACH = ("clip", "mean", "supcon", "nt_xent", "siglip", "mnrl", "one to k", "ito pair", "decoupled")
-EACH += ("matryoshka", "decoupled softmax", "multi head", "cwcl", "soft targets", "uniformity")
-EACH += ("alignment", "symile", "mixup", "clusters", "cacr")
+# each loss, and the next one
+EACH = tuple(ROWS)
 UNLIKE |= {
     f"{one} and {other}": (partial(of_model, one), partial(of_model, other), "the call must be the")
     for one, other in zip(EACH, (*EACH[1:], EACH[0]), strict=True)

@@ -154,6 +154,15 @@ def test_cuda_is_built_for_a_cuda_build_of_torch(version, cuda, built, why, tmp_
     assert ("but there is no nvcc" in out) == built
 
 
+@pytest.mark.parametrize(("prefix", "seen"), [("sys.base_prefix", True), ("'/nowhere'", False)])
+def test_the_user_s_packages_are_looked_through_where_python_sees_them(prefix, seen, tmp_path):
+    """pip's build does not (PYTHONNOUSERSITE); a virtual environment may be closed to them."""
+    code = f"import site, sys; site.PREFIXES = [{prefix}]; print(*setup.site_folders(), sep='\\n')"
+    found = in_setup(code, PYTHONUSERBASE=str(tmp_path), PYTHONNOUSERSITE="1").stdout.split("\n")
+    assert found[0].startswith(str(tmp_path)) == seen
+    assert any(path.endswith(("site-packages", "dist-packages")) for path in found)
+
+
 def test_cuda_is_not_built_without_torch(tmp_path):
     out = in_setup(f"print(*setup.wants_cuda([{str(tmp_path)!r}]))").stdout
     assert out.startswith("False there is no torch in ")

@@ -2,6 +2,7 @@
 forward and backward."""
 
 import pytest
+from support.losses_table import ROWS
 from support.memory import linux, printed
 from support.problems import AVAILABLE
 
@@ -9,67 +10,34 @@ SCRIPT = """
 import sys
 import torch
 import ito_kernels as ik
+from support.losses_table import ROWS, Inputs
 from support.memory import growth
 from torch.nn.functional import normalize
 
 backend, n, names = sys.argv[1], int(sys.argv[2]), sys.argv[3:]
 x, y, z = (normalize(torch.randn(n, 8)).requires_grad_() for _ in range(3))
+halves = {"query_ids": torch.arange(n) % 2, "key_ids": torch.arange(n) % 2}  # n * n / 2 positives
+infonce = ik.multi_positive_infonce
+OF_TWO_CLASSES = {
+    "margin": lambda a, b, **ids: infonce(a, b, 10.0, false_negative_margin=0.1, **ids),
+    "decoupled softmax": lambda a, b, **ids: ik.decoupled_softmax_loss(a, b, 10.0, **ids),
+    "cacr": lambda a, b, **ids: ik.cacr_loss(a, b, **ids),
+}
 
-def run(loss, n):
-    a, b, c, ids = x[:n], y[:n], z[:n], torch.arange(n) // 4
-    by_id = {"query_ids": ids, "key_ids": ids}
-    by_class = {"query_ids": ids % 2, "key_ids": ids % 2}  # n * n / 2 positive pairs
-    infonce = ik.multi_positive_infonce
-    pairs = torch.randint(0, n, (4 * n, 2))
-    soft = {"target_queries": c, "target_keys": b, "target_scale": 10.0}
-    queue = {"queue": c.detach(), "queue_ids": ids + 3}
-    return {
-        "clip": lambda: ik.clip_loss(a, b, 10.0),
-        "ids": lambda: infonce(a, b, 10.0, positives="in", **by_id),
-        "siglip": lambda: ik.siglip_loss(a, b, 10.0, -10.0),
-        "supcon": lambda: ik.supcon_loss(a, ids),
-        "smoothing": lambda: infonce(a, b, 10.0, label_smoothing=0.1, **by_id, **queue),
-        "weights and biases": lambda: infonce(
-            a, b, 10.0, query_weights=torch.rand(n), key_bias=torch.randn(n), **by_id
-        ),
-        "pairs": lambda: infonce(a, b, 10.0, positive_pairs=pairs, return_stats=True)[0],
-        "reweighted pairs": lambda: infonce(
-            a, b, 10.0, positive_pairs=pairs, debias=0.1, hardness=0.5
-        ),
-        "queue": lambda: infonce(a, b, 10.0, **by_id, **queue),
-        "hard negatives": lambda: infonce(a, b, 10.0, hard_negatives=c[:, None], **by_id),
-        "margin": lambda: infonce(a, b, 10.0, false_negative_margin=0.1, **by_id),
-        "smoothed margin": lambda: infonce(
-            a, b, a.new_full((n,), 10.0), false_negative_margin=0.1, label_smoothing=0.1, **by_id,
-            **queue,
-        ),
-        "debias and hardness": lambda: infonce(a, b, 10.0, debias=0.1, hardness=0.5, **by_id),
-        "decoupled": lambda: ik.decoupled_contrastive_loss(a, b, 10.0, **by_id),
-        "decoupled softmax": lambda: ik.decoupled_softmax_loss(a, b, 10.0, **by_id),
-        "margin of classes": lambda: infonce(a, b, 10.0, false_negative_margin=0.1, **by_class),
-        "decoupled softmax of classes": lambda: ik.decoupled_softmax_loss(a, b, 10.0, **by_class),
-        "cacr of classes": lambda: ik.cacr_loss(a, b, **by_class),
-        "mnrl": lambda: ik.mnrl_loss(a, b, c),
-        "cwcl": lambda: ik.cwcl_loss(a, b, 10.0, reference=c, symmetric=True),
-        "soft": lambda: ik.soft_target_infonce(a, b, 10.0, **soft),
-        "uniformity": lambda: ik.uniformity_loss(a),
-        "alignment": lambda: ik.alignment_loss(a, b),
-        "symile": lambda: ik.symile_loss(a, b, c, 10.0),
-        "one to k": lambda: ik.one_to_k_loss(a, b[:, None], 10.0),
-        "mixup": lambda: ik.mixup_infonce(a, b, 10.0, partners=ids, mixing=0.3),
-        "clusters": lambda: ik.cluster_weighted_infonce(
-            a, b, 10.0, query_clusters=ids % 8, key_clusters=ids % 8, weights=torch.rand(8, 8)
-        ),
-        "cacr": lambda: ik.cacr_loss(a, b, **by_id),
-        "matryoshka": lambda: ik.matryoshka_loss(ik.clip_loss, a, b, dims=(4, 8), logit_scale=10.0),
-    }[loss]()
+def run(name, n):
+    loss, _, option = name.partition(" ")
+    if loss == "classes":
+        return OF_TWO_CLASSES[option](x[:n], y[:n], **{k: i[:n] for k, i in halves.items()})
+    return ROWS[loss][option].call(loss, Inputs.of(x[:n], y[:n], z[:n].detach()))
 
 with ik.use_backend(backend):
     for name in names:
         run(name, 64).backward()  # what is loaded once does not count
         print(growth(lambda: run(name, n).backward()))
 """
-LOSSES = [line.split('"')[1] for line in SCRIPT.splitlines() if line.startswith('        "')]
+LOSSES = [f"{loss} {option}" for loss, rows in ROWS.items() for option in rows]
+LOSSES += ["classes margin", "classes decoupled softmax", "classes cacr"]
+OF_THE_PRIMITIVE = ["clip_loss ", "siglip_loss ", "supcon_loss temperature, empty"]
 KERNELS = [b for b in AVAILABLE if b in ("chunked", "cpu")]
 
 
@@ -84,7 +52,7 @@ def grown(backend: str, n: int, names: list[str], **environment: str) -> dict[st
 def test_peak_memory(backend):
     """A fraction of one dense fp32 matrix, 144 MiB; without the tiles that the kernels keep. What
     needs more than the primitive is the same on both backends."""
-    names = LOSSES if backend == KERNELS[-1] else LOSSES[:4]
+    names = LOSSES if backend == KERNELS[-1] else OF_THE_PRIMITIVE
     found = grown(backend, 6144, names, ITO_TILE_CACHE_BYTES="0")
     assert max(found.values()) < 100, found
 

@@ -1,4 +1,4 @@
-"""The rows of docs/losses.md: what they call and what they promise of it; that none is missing."""
+"""Every loss with every option: the backends agree, only first-order gradients, none is missing."""
 
 import inspect
 import re
@@ -6,12 +6,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from support.losses_table import BACKENDS, PAGE, ROWS, D, N, page
+from support.losses_table import BACKENDS, PAGE, ROWS, Inputs, page
 from support.problems import AVAILABLE
 from torch.nn.functional import normalize
 
 import ito_kernels as ik
 
+N, D = 24, 8
 # tested in tests/distributed/
 ELSEWHERE = ("group", "chunk_size")
 CASES = [(loss, option) for loss, rows in ROWS.items() for option in rows]
@@ -25,7 +26,7 @@ def test_cell(loss, option, backend):
 
     def value_and_grads(dtype, backend):
         leaves = [v.to(dtype).requires_grad_() for v in (x, y)]
-        value = ROWS[loss][option].call(loss, *leaves, z.to(dtype), backend=backend)
+        value = ROWS[loss][option].call(loss, Inputs.of(*leaves, z.to(dtype)), backend=backend)
         return [value, *torch.autograd.grad(value, leaves, materialize_grads=True)]
 
     ours, truth = (
@@ -44,7 +45,7 @@ def test_what_is_not_first_order_reverse_mode_raises(loss, option):
     x, y, z = (normalize(torch.randn(N, D), dim=1) for _ in range(3))
 
     def call(x):
-        return ROWS[loss][option].call(loss, x, y, z)
+        return ROWS[loss][option].call(loss, Inputs.of(x, y, z))
 
     leaf = x.clone().requires_grad_()
     with pytest.raises(RuntimeError, match="first-order gradients only"):

@@ -9,6 +9,7 @@ from torch.nn.functional import normalize
 from torch.nn.parallel import DistributedDataParallel
 
 import ito_kernels as ik
+from support.losses_table import ROWS, Inputs
 
 N, D = 13, 5
 SHARES = {1: [13], 2: [9, 4], 3: [6, 2, 5], 4: [5, 1, 3, 4]}  # rows of each rank
@@ -153,12 +154,8 @@ LOSSES = {
     ),
     "siglip sum": lambda x, y, s, b, r, **o: ik.siglip_loss(x, y, s, b, reduction="sum", **o),
     "mnrl": lambda x, y, s, b, r, **o: ik.mnrl_loss(x, y, torch.stack([-y, x + y], 1), s, **o),
-    "one to k": lambda x, y, s, b, r, **o: ik.one_to_k_loss(x, torch.stack([y, x - y], 1), s, **o),
     "ito pair": partial(ito, denominator="pair"),
     "ito pooled": partial(ito, denominator="pooled"),
-    "matryoshka": lambda x, y, s, b, r, **o: ik.matryoshka_loss(
-        ik.clip_loss, x, y, dims=[2, D], logit_scale=s, **o
-    ),
     "multi head": lambda x, y, s, b, r, **o: ik.multi_head_loss(
         ik.decoupled_contrastive_loss,
         *(torch.stack([z, z.flip(1)]) for z in (x, y)),
@@ -219,7 +216,6 @@ LOSSES = {
     "soft targets": partial(soft, alpha=0.7),
     "soft targets, one way": partial(soft, symmetric=False),
     "uniformity": lambda x, y, s, b, r, **o: ik.uniformity_loss(x + 0.1 * y, s.sqrt(), **o),
-    "alignment": lambda x, y, s, b, r, **o: ik.alignment_loss(x, y, 1.5, **o),
     "symile": symile,
     "mixup": lambda x, y, s, b, r, **o: ik.mixup_infonce(
         x, y, s, partners=5 * r % N, mixing=WEIGHTS[0, r], symmetric=True, **o
@@ -228,6 +224,15 @@ LOSSES = {
     "clusters by ids": lambda *z, **o: clusters(*z, **ids(z[-1]), **o),
     "cacr": lambda x, y, s, b, r, **o: ik.cacr_loss(x, y, **ids(r), t_positive=2.0, **o),
 }  # fmt: skip
+
+
+def of_table(loss, option, x, y, s, b, r, **o):
+    inputs = Inputs(x, y, normalize(x - y, dim=1), r, N, s)
+    return ROWS[loss][option].call(loss, inputs, **o)
+
+
+for loss, rows in ROWS.items():
+    LOSSES[loss] = partial(of_table, loss, next(iter(rows)))
 
 
 def batch(dtype=torch.float64):

@@ -1,8 +1,10 @@
-"""The table of docs/losses.md: every loss with every option. What follows it is not made here.
+"""Every loss with every option, as calls that many tests make, and the table of docs/losses.md.
 
-`python tests/support/losses_table.py` writes the table. A row is a call; for each backend its value
-and gradients in fp32 are compared with the reference in fp64, and it names the test that compares
-the reference with the formula. tests/losses/test_table.py does so.
+tests/losses/test_table.py compares each call on each backend with the reference in fp64, and each
+names the test that compares the reference with the formula. tests/losses/test_linear_memory.py
+measures the memory of each, and tests/distributed/test_global_batch.py compares the first call of
+each loss on several ranks with one process. `python tests/support/losses_table.py` writes the table
+of the page.
 """
 
 import inspect
@@ -11,32 +13,62 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
 import ito_kernels as ik
 
 PAGE = Path(__file__).parents[2] / "docs" / "losses.md"
 BACKENDS = ("reference", "chunked", "cpu", "triton")
-N, D = 24, 8
 SCALE = 12.0
-IDS = torch.arange(N) // 2
+
+
+class Inputs(NamedTuple):
+    """Features of (N, D) with D ≥ 5, of which z may be no unit vectors. rows: their numbers among
+    the `total` rows of all ranks."""
+
+    x: Tensor
+    y: Tensor
+    z: Tensor
+    rows: Tensor
+    total: int
+    scale: float | Tensor = SCALE
+
+    @classmethod
+    def of(cls, x: Tensor, y: Tensor, z: Tensor) -> "Inputs":
+        return cls(x, y, z, torch.arange(len(x)), len(x))
+
+
+class Made(NamedTuple):
+    """An argument that is made of the inputs."""
+
+    of: Callable[[Inputs], object]
+
+
+X, Y, Z = (Made(lambda at, i=i: at[i]) for i in range(3))
+XY = Made(lambda at: torch.stack([at.x, at.y]))
+SCALES = Made(lambda at: at.scale)
+SCALE_PER_ROW = Made(lambda at: at.scale * row_weights(at))
+TEMPERATURE = Made(lambda at: 1 / at.scale)
+IDS = Made(lambda at: at.rows // 2)
 BY_ID = {"query_ids": IDS, "key_ids": IDS}
-WEIGHTS = torch.linspace(0.5, 2, N)
-PAIRS = torch.stack([torch.arange(N), (torch.arange(N) * 5) % N], 1)
+WEIGHTS = Made(lambda at: row_weights(at))
+PAIRS = Made(lambda at: torch.stack([at.rows, (at.rows * 5) % at.total], 1))
+PRIORS = Made(lambda at: 0.1 * row_weights(at))
+SHARES = Made(lambda at: row_weights(at) / 2)
+PADDED = Made(lambda at: at.rows // 2 - 3)
+QUEUE = {
+    "queue": Made(lambda at: torch.linspace(-1, 1, 7 * at.z.shape[1]).view(7, -1).to(at.z.dtype)),
+    "queue_ids": torch.arange(7),
+}
 CLUSTERS = {
-    "query_clusters": torch.arange(N) % 3,
-    "key_clusters": torch.arange(N) % 3,
+    "query_clusters": Made(lambda at: at.rows % 3),
+    "key_clusters": Made(lambda at: at.rows % 3),
     "weights": torch.tensor([[0.5, 2.0, 1.0], [1.0, 0.7, 3.0], [0.2, 1.5, 1.0]]),
 }
 
 
-class Made(NamedTuple):
-    """An argument that is made of the features: three of (N, D)."""
-
-    of: Callable
-
-
-X, Y, Z = (Made(lambda *features, i=i: features[i]) for i in range(3))
-XY = Made(lambda x, y, z: torch.stack([x, y]))
+def row_weights(at: Inputs) -> Tensor:
+    return 0.5 + (at.rows % 8).to(at.x.dtype) / 8
 
 
 class Row(NamedTuple):
@@ -45,9 +77,9 @@ class Row(NamedTuple):
     options: dict
     value: Callable  # of what the loss returns
 
-    def call(self, loss: str, x, y, z, **where):
+    def call(self, loss: str, inputs: Inputs, **where) -> Tensor:
         def made(given):
-            return given.of(x, y, z) if isinstance(given, Made) else given
+            return given.of(inputs) if isinstance(given, Made) else given
 
         options = {name: made(given) for name, given in self.options.items()}
         return self.value(getattr(ik, loss)(*map(made, self.args), **options, **where))
@@ -61,7 +93,7 @@ def pair(test: str, *args, **options) -> Row:
     return row(test, X, Y, *args, **options)
 
 
-def infonce(test: str, scale=SCALE, **options) -> Row:
+def infonce(test: str, scale=SCALES, **options) -> Row:
     return pair(test, scale, **options)
 
 
@@ -73,7 +105,7 @@ MARGIN = "test_margin.py::test_"
 ROWS = {
     "multi_positive_infonce": {
         "logit_scale for all": infonce(f"{FORMULA}clip_loss_in_fp32"),
-        "logit_scale per query": infonce(f"{FORMULA}scale_per_row", SCALE * WEIGHTS),
+        "logit_scale per query": infonce(f"{FORMULA}scale_per_row", SCALE_PER_ROW),
         'query_ids, key_ids, positives="mean"': infonce(
             f"{FORMULA}multi_positive_infonce", **BY_ID
         ),
@@ -82,31 +114,31 @@ ROWS = {
         "symmetric=False": infonce(f"{FORMULA}multi_positive_infonce", symmetric=False),
         "exclude_self": infonce(f"{FORMULA}exclude_self", exclude_self=True, **BY_ID),
         'empty="drop"': infonce(
-            f"{FORMULA}multi_positive_infonce", empty="drop", query_ids=IDS - 3
+            f"{FORMULA}multi_positive_infonce",
+            empty="drop",
+            query_ids=PADDED,
         ),
         "label_smoothing": infonce(f"{OPTION}by_ids", label_smoothing=0.1),
         "query_weights, key_weights": infonce(
             f"{OPTION}by_ids", query_weights=WEIGHTS, key_weights=WEIGHTS, **BY_ID
         ),
-        "key_bias": infonce(f"{OPTION}by_ids", key_bias=WEIGHTS.log()),
+        "key_bias": infonce(f"{OPTION}by_ids", key_bias=Made(lambda at: row_weights(at).log())),
         "positive_pairs, positive_weights": infonce(
             f"{OPTION}positive_pairs", positive_pairs=PAIRS, positive_weights=WEIGHTS
         ),
-        "queue, queue_ids": infonce(f"{OPTION}by_ids", queue=Z, queue_ids=IDS, **BY_ID),
-        "hard_negatives": infonce(
-            f"{OPTION}by_ids", hard_negatives=Made(lambda x, y, z: z[:, None])
-        ),
+        "queue, queue_ids": infonce(f"{OPTION}by_ids", **QUEUE, **BY_ID),
+        "hard_negatives": infonce(f"{OPTION}by_ids", hard_negatives=Made(lambda at: at.z[:, None])),
         "false_negative_margin": infonce(
             f"{MARGIN}both_directions", false_negative_margin=0.1, **BY_ID
         ),
         "false_negative_margin, label_smoothing, logit_scale per query": infonce(
             f"{MARGIN}what_the_kernels_do_not_sum",
-            SCALE * WEIGHTS,
+            SCALE_PER_ROW,
             false_negative_margin=0.1,
             label_smoothing=0.1,
         ),
         "debias": infonce(f"{OPTION}by_ids", debias=0.1, **BY_ID),
-        "debias per query": infonce(f"{OPTION}scale_and_prior_per_query", debias=0.1 * WEIGHTS),
+        "debias per query": infonce(f"{OPTION}scale_and_prior_per_query", debias=PRIORS),
         "hardness": infonce(f"{OPTION}by_ids", hardness=0.5, **BY_ID),
         "normalize": infonce(f"{FORMULA}normalize", normalize=True),
         'reduction="sum"': infonce(f"{FORMULA}reductions", reduction="sum"),
@@ -120,27 +152,27 @@ ROWS = {
         "query_ids, key_ids": infonce(f"{FORMULA}clip_loss_by_ids", **BY_ID),
     },
     "siglip_loss": {
-        "": pair(f"{FORMULA}siglip_default_ids_are_the_diagonal", SCALE, -6.0),
+        "": pair(f"{FORMULA}siglip_default_ids_are_the_diagonal", SCALES, -6.0),
         "image_ids, text_ids": pair(
-            f"{FORMULA}siglip_loss", SCALE, -6.0, image_ids=IDS, text_ids=IDS
+            f"{FORMULA}siglip_loss", SCALES, -6.0, image_ids=IDS, text_ids=IDS
         ),
         "normalize, reduction": pair(
-            f"{FORMULA}siglip_loss", SCALE, -6.0, normalize=True, reduction="sum"
+            f"{FORMULA}siglip_loss", SCALES, -6.0, normalize=True, reduction="sum"
         ),
     },
     "supcon_loss": {
-        "temperature, empty": row(f"{FORMULA}supcon_loss", X, IDS, 0.1, empty="drop"),
-        "base_temperature": row(f"{FORMULA}supcon_loss", X, IDS, 0.1, 0.07),
-        'positives="in"': row(f"{OTHER}supcon_l_in", X, IDS, 0.1, positives="in"),
+        "temperature, empty": row(f"{FORMULA}supcon_loss", X, IDS, TEMPERATURE, empty="drop"),
+        "base_temperature": row(f"{FORMULA}supcon_loss", X, IDS, TEMPERATURE, 0.07),
+        'positives="in"': row(f"{OTHER}supcon_l_in", X, IDS, TEMPERATURE, positives="in"),
     },
-    "nt_xent_loss": {"temperature": pair(f"{FORMULA}nt_xent_loss", 0.1)},
+    "nt_xent_loss": {"temperature": pair(f"{FORMULA}nt_xent_loss", TEMPERATURE)},
     "ito_loss": {
         'denominator="pair"': row(
-            f"{FORMULA}ito_loss_pair", XY, Z, XY, SCALE, value=lambda found: found[0]
+            f"{FORMULA}ito_loss_pair", XY, Z, XY, SCALES, value=lambda found: found[0]
         ),
         'denominator="pooled", lambda_fusion': row(
             f"{FORMULA}ito_loss_pooled",
-            *(XY, Z, XY, SCALE),
+            *(XY, Z, XY, SCALES),
             lambda_fusion=1.0,
             denominator="pooled",
             value=lambda found: found[0],
@@ -155,7 +187,7 @@ ROWS = {
         "symmetric=False": infonce(f"{OTHER}decoupled", symmetric=False),
     },
     "mnrl_loss": {
-        "scale": pair(f"{OTHER}mnrl", scale=SCALE),
+        "scale": pair(f"{OTHER}mnrl", scale=SCALES),
         "negatives": pair(f"{OTHER}mnrl", Z),
         "normalize=False": pair(f"{OTHER}mnrl", Z, normalize=False),
     },
@@ -178,20 +210,25 @@ ROWS = {
     "alignment_loss": {"alpha": pair(f"{OTHER}alignment", 2.0)},
     "symile_loss": {
         "generator": pair(
-            f"{OTHER}symile", Z, SCALE, Made(lambda *_: torch.Generator().manual_seed(1))
+            f"{OTHER}symile", Z, SCALES, Made(lambda at: torch.Generator().manual_seed(1))
         )
     },
     "one_to_k_loss": {
-        "": row(f"{MIXED}one_to_k", X, Made(lambda x, y, z: torch.stack([y, z], 1)), SCALE),
+        "": row(f"{MIXED}one_to_k", X, Made(lambda at: torch.stack([at.y, at.z], 1)), SCALES),
         "symmetric=False": row(
             f"{MIXED}one_to_k",
-            *(X, Made(lambda x, y, z: torch.stack([y, z], 1)), SCALE),
+            *(X, Made(lambda at: torch.stack([at.y, at.z], 1)), SCALES),
             symmetric=False,
         ),
     },
     "mixup_infonce": {
         "partners, mixing": infonce(f"{MIXED}mixup", partners=IDS, mixing=0.3),
-        "symmetric": infonce(f"{MIXED}mixup", partners=IDS, mixing=WEIGHTS / 2, symmetric=True),
+        "symmetric": infonce(
+            f"{MIXED}mixup",
+            partners=IDS,
+            mixing=SHARES,
+            symmetric=True,
+        ),
     },
     "cluster_weighted_infonce": {
         "query_ids, key_ids": infonce(f"{MIXED}cluster_weights", **CLUSTERS, **BY_ID),
@@ -203,28 +240,25 @@ ROWS = {
     },
     "matryoshka_loss": {
         "dims, weights, normalize": row(
-            f"{MIXED}matryoshka", ik.clip_loss, X, Y, dims=(4, 8), logit_scale=SCALE
+            f"{MIXED}matryoshka", ik.clip_loss, X, Y, dims=(2, 4), logit_scale=SCALES
         )
     },
     "multi_head_loss": {
         "logit_scale": row(
             f"{MIXED}multi_head",
-            *(ik.clip_loss, Made(lambda x, y, z: x[None]), Made(lambda x, y, z: y[None])),
-            logit_scale=torch.tensor([SCALE]),
+            *(ik.clip_loss, Made(lambda at: at.x[None]), Made(lambda at: at.y[None])),
+            logit_scale=Made(lambda at: torch.as_tensor(at.scale).reshape(1)),
         )
     },
 }
-START = "| loss | option | " + " | ".join(BACKENDS) + " | formula tested by |"
+START = "| loss | what it is | " + " | ".join(BACKENDS) + " |"
 
 
 def table() -> str:
-    lines = [START, "|---|---|" + "---|" * len(BACKENDS) + "---|"]
-    for loss, rows in ROWS.items():
+    lines = [START, "|---|---|" + "---|" * len(BACKENDS)]
+    for loss in ROWS:
         summary = inspect.getdoc(getattr(ik, loss)).splitlines()[0]
-        lines.append(f"| **`{loss}`** | {summary} |" + " |" * (len(BACKENDS) + 1))
-        for name, row in rows.items():
-            option = f"`{name}`" if name else "default"
-            lines.append(f"| | {option} |" + " ✓ |" * len(BACKENDS) + f" `{row.test}` |")
+        lines.append(f"| `{loss}` | {summary} |" + " ✓ |" * len(BACKENDS))
     return "\n".join(lines) + "\n"
 
 

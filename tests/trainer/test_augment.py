@@ -215,7 +215,7 @@ def test_bad_pictures_are_named(images, message):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"gray_p": 2.0}, "gray_p is a probability: want at most 1, got 2.0"),
+        ({"gray_p": 2.0}, "gray_p is a probability: expected at most 1, got 2.0"),
         ({"flip_p": -0.1}, "flip_p must be finite and not negative, got -0.1"),
         ({"warp": float("nan")}, "warp must be finite and not negative, got nan"),
         ({"jitter": (0.1, 0.1, 0.1, -1.0)}, "jitter must be finite and not negative"),

@@ -64,7 +64,7 @@ def test_a_flag_is_given_without_a_value(tmp_path):
 
 
 def test_what_the_arms_differ_in_is_refused_as_an_option(tmp_path):
-    with pytest.raises(ValueError, match="--lambda-fusion is what the runs"):
+    with pytest.raises(ValueError, match="--lambda-fusion is set by the arms"):
         compare.plan(options(tmp_path, lambda_fusion=1.0))
 
 

@@ -1,6 +1,7 @@
 """The readers of users' data, and the data set that they make."""
 
 import json
+import os
 import re
 
 import numpy as np
@@ -8,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-from ito.data.dataset import load_dataset, report_skipped
+from ito.data.dataset import held_out, load_dataset, report_repeated, report_skipped
 from ito.model.exported import Encoder
 
 
@@ -164,7 +165,7 @@ GOOD = {"image": "a.png", "caption": "a"}
         ('{"image": "a.png", ', r"captions.jsonl:2: not JSON"),
         ("[" * 100_000, r"captions.jsonl:2: not JSON: .*recursion"),
         (f'{{"item": {"9" * 5000}}}', r"captions.jsonl:2: not JSON: Exceeds the limit"),
-        ("[1, 2]", r"captions.jsonl:2: want a JSON object, got \[1, 2\]"),
+        ("[1, 2]", r"captions.jsonl:2: expected a JSON object, got \[1, 2\]"),
         ({"file": "a.png", "caption": "a"}, r"captions.jsonl:2: names no image.*'file'"),
         ({"image": 3, "caption": "a"}, r"captions.jsonl:2: image must be a text, got 3"),
         ({"image": "a.png", "text": "a"}, r"captions.jsonl:2: has no captions.*'text'"),
@@ -270,13 +271,11 @@ def test_a_quote_that_is_not_closed_costs_its_own_row(tmp_path, captions, kept, 
 
 @pytest.mark.parametrize(("items", "held"), [(1, 0), (2, 1), (9, 1), (10, 1), (100, 10)])
 def test_without_splits_a_tenth_of_the_items_is_held_out(tmp_path, items, held):
-    draw(tmp_path / "a.png", (1, 2, 3))
-    draw(tmp_path / "b.png", (1, 2, 3))
-    rows = [
-        {"image": image, "caption": f"{n}", "item": f"{n}"}
-        for n in range(items)
-        for image in ("a.png", "b.png")
-    ]
+    rows = []
+    for n in range(items):
+        for image in (f"{n}a.png", f"{n}b.png"):
+            draw(tmp_path / image, (n, 2, 3))
+            rows.append({"image": image, "caption": f"{n}", "item": f"{n}"})
     write(tmp_path, *rows)
     data = load_dataset(tmp_path, 2)
 
@@ -293,22 +292,89 @@ def test_without_splits_a_tenth_of_the_items_is_held_out(tmp_path, items, held):
         assert heldout(load_dataset(tmp_path, 2, split_seed=1)) != heldout(data)
 
 
+@pytest.mark.parametrize("copied", [False, True])  # the picture's path or its bytes are equal
+def test_items_that_share_a_picture_are_on_the_same_side(tmp_path, copied):
+    rows = []
+    for n in range(100):
+        shared = n - n % 5  # five items of the first fifty share a picture
+        name = f"{n if copied or n >= 50 else shared}.png"
+        draw(tmp_path / name, (shared if n < 50 else n, 2, 3))
+        rows.append({"image": name, "caption": f"{n}", "item": f"{n}"})
+        draw(tmp_path / f"own{n}.png", (n, 200, 3))
+        rows.append({"image": f"own{n}.png", "caption": f"{n}", "item": f"{n}"})
+    write(tmp_path, *rows)
+    for seed in range(6):
+        data = load_dataset(tmp_path, 2, split_seed=seed)
+        side = dict(zip(data.files, data.split, strict=True))
+        sides = [side[str(tmp_path / f"own{n}.png")] for n in range(100)]
+        assert sides.count("heldout") == 10
+        for n in range(0, 50, 5):
+            assert len(set(sides[n : n + 5])) == 1
+        assert report_repeated(data) == ""
+
+
+def test_groups_that_are_too_large_to_hold_out_are_trained_on():
+    groups = [[f"{n}" for n in range(18)], ["a"], ["b"]]
+    for seed in range(5):
+        assert held_out(groups, seed) == {"a", "b"}
+        assert held_out(groups[:1], seed) == set()
+        assert held_out([groups[0], ["c", "d", "e", "f"]], seed) == {"c", "d", "e", "f"}
+
+
+def test_held_out_pictures_that_are_trained_on_are_counted(tmp_path):
+    for n in range(4):
+        draw(tmp_path / f"{n}.png", (n, 2, 3))
+    draw(tmp_path / "copy.png", (1, 2, 3))
+    splits = ["train", "train", "val", "val"]
+    rows = [{"image": f"{n}.png", "caption": "a", "split": s} for n, s in enumerate(splits)]
+    assert report_repeated(load_dataset(write(tmp_path, *rows), 2)) == ""
+    rows.append({"image": "copy.png", "caption": "a", "split": "val"})
+    said = report_repeated(load_dataset(write(tmp_path, *rows), 2))
+    assert said.startswith("warning    1 of 3 pictures of val are training pictures too")
+
+
+@pytest.mark.parametrize("name", ["a.png", "a.JPG", "a.csv", "a"])
+def test_a_picture_in_the_place_of_a_data_set_is_told(tmp_path, name):
+    Image.new("RGB", (8, 8)).save(tmp_path / name, "PNG")
+    with pytest.raises(ValueError, match=rf"^{tmp_path}/{name}.*expected a folder with") as error:
+        load_dataset(tmp_path / name, 4)
+    assert ("is one picture" in str(error.value)) == (name in ("a.png", "a.JPG"))
+    assert "\n" not in str(error.value)
+
+
+def test_untrusted_data_from_a_pipe_is_refused(tmp_path, monkeypatch):
+    """As a shell's <(a program) gives it: there is no folder that its pictures may lie in."""
+    draw(tmp_path / "a.png", (1, 2, 3))
+    monkeypatch.chdir(tmp_path)
+    for untrusted in (False, True):
+        end, start = os.pipe()
+        os.write(start, b"filepath\ttitle\na.png\ta\n")
+        os.close(start)
+        try:
+            if untrusted:
+                with pytest.raises(ValueError, match=f"^/dev/fd/{end} lies in no folder .*untrust"):
+                    load_dataset(f"/dev/fd/{end}", 4, untrusted_data=True)
+            else:
+                assert load_dataset(f"/dev/fd/{end}", 4).captions == [["a"]]
+        finally:
+            os.close(end)
+
+
 @pytest.mark.parametrize(
     ("splits", "message"),
     [
         ([None], "training needs at least 2 .*, found 1 .1 items, 1 pictures: 1 train"),
-        (
-            [None] * 2,
-            "training needs at least 2 .*, found 1 .*: 1 heldout, 1 train",
-        ),
+        ([None] * 2, "training needs at least 2 .*, found 1 .*: 1 train, 1 heldout"),
         (["train", "val", "val"], "training needs at least 2 .*, found 1 .*: 1 train, 2 val"),
         (["training"] * 3, "training needs at least 2 .*, found 0 .*: 3 training"),
         (["train"] * 3, "evaluation needs at least 1 picture .*, found none .*: 3 train"),
     ],
 )
 def test_too_little_to_train_on_or_to_hold_out_is_named(tmp_path, splits, message):
-    draw(tmp_path / "a.png", (1, 2, 3))
-    rows = [GOOD | {"item": str(n), "split": split} for n, split in enumerate(splits)]
+    rows = []
+    for n, split in enumerate(splits):
+        draw(tmp_path / f"{n}.png", (n, 2, 3))
+        rows.append({"image": f"{n}.png", "caption": "a", "split": split})
     data = load_dataset(write(tmp_path, *rows), 4)
     with pytest.raises(ValueError, match=message):
         data.training_items(), data.held_out_splits()

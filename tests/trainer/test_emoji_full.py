@@ -493,7 +493,7 @@ def test_another_hash_a_failing_npm_and_no_npm_are_errors(registry, tmp_path, mo
         npm.fetch([("name@1", "x")], cache)
     (registry / "name-1.tgz").write_bytes(b"other")
     with pytest.raises(
-        ValueError, match=rf"name@1: SHA-512 is {re.escape(sha512(b'other'))}, want x"
+        ValueError, match=rf"name@1: SHA-512 is {re.escape(sha512(b'other'))}, expected x"
     ):
         npm.fetch([("name@1", "x")], cache)
     monkeypatch.setenv("PATH", str(tmp_path))

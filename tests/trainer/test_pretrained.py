@@ -197,7 +197,7 @@ def test_the_encoder_decides_the_sizes_that_are_not_given():
         ("--image-encoder patches --lock-text", "name a run, or a pretrained --text-encoder"),
         (
             "--pretrained run --text-encoder words --lock-image --lock-text",
-            "together train the projections of pretrained encoders alone, got image_encoder=ours",
+            "together train only the projections of pretrained encoders, got image_encoder=ours",
         ),
     ],
 )
@@ -212,7 +212,7 @@ def test_bodies_that_do_not_fit_are_named(monkeypatch):
     with pytest.raises(ValueError, match="image_size 2 does not fit --image-encoder patches"):
         PretrainedImage({"name": "patches", "image_size": 16}, 2, 8)
     model = nn.ModuleList([nn.BatchNorm3d(2)])  # ranks share that of pictures alone
-    with pytest.raises(ValueError, match="BatchNorm3d of the image encoder sees one rank's"):
+    with pytest.raises(ValueError, match="BatchNorm3d of the image encoder sees only one rank's"):
         normalise_globally(model, object())
     normalise_globally(model.requires_grad_(False), object())
     config = Config(image_encoder="convolution")
@@ -223,7 +223,7 @@ def test_bodies_that_do_not_fit_are_named(monkeypatch):
     with pytest.raises(ValueError, match=r"image_encoder convolution: Error.*\s+Missing key"):
         pretrained.load_weights(other, config)
     monkeypatch.setitem(sys.modules, "timm", None)
-    with pytest.raises(ImportError, match=r"needs timm: pip install ito_kernels\[timm\]"):
+    with pytest.raises(ImportError, match=r"needs timm: pip install 'ito_kernels\[timm\]'"):
         Config(image_encoder="timm:resnet18")
 
 

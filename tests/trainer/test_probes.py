@@ -59,7 +59,7 @@ def test_labels_of_one_side_do_not_count():
     for probe in (linear_probe, knn):
         got = probe(emb, train, emb, test)
         assert (got["classes"], got["train"], got["test"]) == (2, 4, 3)
-        with pytest.raises(ValueError, match="at least 2 labels on both sides, got 1"):
+        with pytest.raises(ValueError, match="at least 2 labels that occur in both sets, got 1"):
             probe(emb, train, emb, torch.tensor([0, 9, 9, 9, 9, 9]))
         with pytest.raises(ValueError, match=r"test_labels must have shape \(6,\), got \(5,\)"):
             probe(emb, train, emb, test[:5])

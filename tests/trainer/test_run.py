@@ -7,9 +7,12 @@ import resource
 import shutil
 import signal
 import socket
+import tempfile
 import threading
+import time
 import zipfile
 from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
 import torch
@@ -17,11 +20,12 @@ from safetensors.torch import load_file, save_file
 from support.quick_run import QUICK, steady
 
 import ito
-from ito import compare, export, run, search, train
+from ito import compare, evaluate, export, prepare, report, run, search, train
 from ito.checkpoint import load_checkpoint, save_checkpoint
 from ito.cli import user_errors
 from ito.data.dataset import load_dataset
-from ito.files import write_atomically
+from ito.files import naming, write_atomically
+from ito.model.tokenizer import Tokenizer
 from ito.run import Log, RunFolder, fingerprint, locked, resumable
 from ito.trainer import Trainer
 
@@ -206,7 +210,7 @@ def test_a_step_that_cannot_be_is_refused(copy, capsys):
     newest = copy / "checkpoints" / "step_0000006.pt"
     renamed = newest.rename(newest.with_name("step_0000009.pt"))
     said = refused(train, "--resume", copy, capsys=capsys)
-    assert f"{renamed} holds step 6, which is not its name's: remove it" in said
+    assert f"{renamed} holds step 6, which is not the step of its name: remove it" in said
     state = torch.load(renamed, weights_only=True)
     torch.save(state | {"step": -6}, newest)
     renamed.unlink()
@@ -238,8 +242,8 @@ def test_a_log_that_has_lost_lines_is_told(tmp_path):
 
     assert rewound(b"".join(lines)) == ([], [1, 2, 3, 4, 5, 6])
     assert rewound(b"".join(lines), 3, 3) == ([], [1, 2, 3])
-    short = "up to step 6 it has 5 records, where 6 were written: curves and report are those of "
-    short += "what is left"
+    short = "up to step 6 it has 5 records, but 6 were written: curves and report show those that "
+    short += "it has"
     assert rewound(b"".join(lines[:2] + lines[3:])) == ([short], [1, 2, 4, 5, 6])
     cut = "line 6 is cut off and dropped"
     assert rewound(b"".join(lines[:6])[:-4]) == ([cut, short], [1, 2, 3, 4, 5])
@@ -257,10 +261,10 @@ def test_resuming_tells_what_the_log_has_lost(copy, capsys):
     train.main(["--resume", str(copy)])
     said = capsys.readouterr().out
     assert f"warning    {copy}/metrics.jsonl: line 8 is cut off and dropped" in said
-    assert "up to step 6 it has 7 records, where 9 were written" in said
+    assert "up to step 6 it has 7 records, but 9 were written" in said
     (copy / "metrics.jsonl").unlink()
     train.main(["--resume", str(copy)])
-    assert "it has 0 records, where 9 were written" in capsys.readouterr().out
+    assert "it has 0 records, but 9 were written" in capsys.readouterr().out
 
 
 def test_data_that_changed_since_the_run_began_is_told(data, copy, tmp_path, capsys):
@@ -358,6 +362,66 @@ def test_a_full_disk_names_the_file_and_what_is_kept(name, copy, capsys):
     assert not list(copy.rglob(".*.tmp"))
 
 
+def stop_by(number: int):
+    def stop(*_):
+        signal.raise_signal(number)
+
+    return stop
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_run_that_is_stopped_before_its_first_step_tells_what_is_kept(
+    number, status, data, copy, tmp_path, monkeypatch, capsys
+):
+    (copy / "checkpoints" / "step_0000006.pt").unlink()
+    before = signal.getsignal(number)
+    monkeypatch.setattr(train, "open_data", stop_by(number))
+
+    def said(*arguments) -> str:
+        with pytest.raises(SystemExit) as end:
+            train.main([str(argument) for argument in arguments])
+        assert end.value.code == status
+        assert signal.getsignal(number) is before
+        return capsys.readouterr().out.splitlines()[-1]
+
+    resume = f"continue with: python -m ito.train --resume {copy}"
+    assert said("--resume", copy) == f"stopped    the checkpoint of step 3 is kept; {resume}"
+    new = said("--train-data", data, "--out", tmp_path / "new")
+    assert new == "stopped    nothing is written yet"
+    shutil.rmtree(copy / "checkpoints")
+    assert said("--resume", copy) == f"stopped    no checkpoint yet; {resume}"
+
+
+@pytest.mark.parametrize("name", ["config.json", "environment.json"])
+def test_a_run_that_is_killed_while_it_writes_its_first_files_starts_again(
+    name, data, tmp_path, monkeypatch
+):
+    """Killed by no signal that can be handled, so that nothing is cleaned up."""
+    run, arguments = tmp_path / "run", ["--train-data", str(data), "--out", str(tmp_path / "run")]
+    child = os.fork()
+    if not child:
+        replace = os.replace
+
+        def killed(source, target):
+            if os.path.basename(target) == name:
+                os.kill(os.getpid(), signal.SIGKILL)
+            replace(source, target)
+
+        monkeypatch.setattr(os, "replace", killed)
+        try:
+            train.main([*arguments, *QUICK])
+        finally:
+            os._exit(1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
+    assert [path.name for path in run.iterdir() if path.suffix == ".tmp"]
+    if name == "config.json":
+        train.main([*arguments, *QUICK, "--steps", "1"])
+        assert not list(run.glob(".*.tmp"))
+    else:
+        train.main(["--resume", str(run)])
+    assert list((run / "checkpoints").iterdir())
+
+
 def test_a_checkpoint_of_another_name_ends_no_training(tmp_path):
     (tmp_path / "checkpoints").mkdir()
     (tmp_path / "checkpoints" / "step_best.pt").write_bytes(b"a copy")
@@ -382,6 +446,142 @@ def test_a_lock_that_is_a_link_or_a_pipe_is_refused(tmp_path):
         with pytest.raises(OSError, match=r"\.lock"), locked(tmp_path / name):
             pass
     assert victim.read_text(encoding="utf-8") == "kept"
+
+
+@contextmanager
+def unprivileged():
+    """Without root's right to write everywhere."""
+    if root := os.geteuid() == 0:
+        os.seteuid(65534)
+    try:
+        yield
+    finally:
+        if root:
+            os.seteuid(0)
+
+
+@pytest.mark.parametrize("used", [False, True])
+def test_a_folder_that_cannot_be_written_is_told_as_such(used):
+    with tempfile.TemporaryDirectory() as name:  # not in tmp_path, which is root's alone
+        folder = Path(name)
+        if used:
+            (folder / ".lock").touch(0o444)
+        folder.chmod(0o555)
+        message = f"^{folder} is not writable: Permission denied$"
+        with unprivileged(), pytest.raises(OSError, match=message), locked(folder):
+            pass
+        folder.chmod(0o777)
+        if used:  # another user's lock in a folder of all
+            with unprivileged(), pytest.raises(PermissionError, match=r"\.lock"), locked(folder):
+                pass
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "metrics.jsonl",
+        "environment.json",
+        "model/config.json",
+        "model/tokenizer.json",
+        "model/model.safetensors",
+        "checkpoints/step_0000006.pt",
+    ],
+)
+def test_a_pipe_in_the_place_of_a_file_of_a_run_is_named(name, copy, capsys):
+    """Whoever opens it would wait for ever; after a while it is let go, and finds no text."""
+    path = copy / name
+    path.unlink()
+    os.mkfifo(path)
+    timer = threading.Timer(20, lambda: os.close(os.open(path, os.O_RDWR)))
+    timer.daemon = True
+    timer.start()
+    command = train if name.startswith(("checkpoints", "metrics", "environment")) else evaluate
+    arguments = ("--resume", copy) if command is train else (copy,)
+    began = time.monotonic()
+    assert f"{path} is a named pipe, not a file" in refused(command, *arguments, capsys=capsys)
+    if name == "metrics.jsonl":
+        assert f"{path} is a named pipe" in refused(report, copy, capsys=capsys)
+    timer.cancel()
+    assert time.monotonic() - began < 20
+
+
+@pytest.mark.parametrize("older", [False, True])
+def test_a_tokenizer_of_another_model_is_named(older, copy, capsys):
+    tokens, newest = copy / "model" / "tokenizer.json", copy / "checkpoints" / "step_0000006.pt"
+    state = torch.load(newest, weights_only=True)
+    other = Tokenizer.train(["a b c"], 259, 8)
+    other.save(tokens)
+    if older:
+        del state["tokenizer"]
+    else:
+        state["tokenizer"] = other.bpe.to_str()
+    torch.save(state, newest)
+    path = tokens if older else copy / "checkpoints"
+    for command in ((train, "--resume", copy), (export, copy)):
+        said = refused(*command, capsys=capsys)
+        assert said == f"error: {path} is of another model: vocab_size 259, expected 300"
+    if not older:
+        torch.save(state | {"tokenizer": "{"}, newest)
+        assert f"{path} is damaged" in refused(export, copy, capsys=capsys)
+    weights = copy / "model" / "model.safetensors"
+    save_file(load_file(weights), weights)  # as older versions wrote it, without checksums
+    with pytest.raises(ValueError, match=r"tokenizer.json is of another model: vocab_size 259"):
+        ito.load(copy)
+
+
+def test_only_an_error_of_the_file_itself_names_it(tmp_path):
+    def handled():
+        try:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        except OSError:
+            raise RuntimeError("something else")  # noqa: B904
+
+    def replaced():
+        try:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        except OSError:
+            raise KeyError("a name") from None
+
+    for body, error in ((handled, RuntimeError), (replaced, KeyError)):
+        with pytest.raises(error), naming(tmp_path / "file"):
+            body()
+        with pytest.raises(error), write_atomically(tmp_path / "file"):
+            body()
+    with pytest.raises(OSError, match=f"{tmp_path}/file"), naming(tmp_path / "file"):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+
+@pytest.mark.parametrize(
+    ("command", "arguments", "option"),
+    [
+        (evaluate, "{run} --json {loop}", "--json {loop}"),
+        (evaluate, "{run} --json {loop}/scores.json", "--json {loop}/scores.json"),
+        (evaluate, "{run} --clip-benchmark {loop}", "--clip-benchmark {loop}"),
+        (search, "{run} cat --out {loop}", "--out {loop}"),
+        (export, "{run} --out {loop}", "--out {loop}"),
+        (export, "{run} --open-clip {loop}", "--open-clip {loop}"),
+        (train, "--out {loop}", "--out {loop}"),
+        (train, "--out {loop}/run", "--out {loop}/run"),
+        (compare, "--out {loop}", "--out {loop}"),
+        (prepare, "emoji-small --out {loop}", "--out {loop}"),
+    ],
+)
+def test_links_that_form_a_loop_are_told_by_option(command, arguments, option, copy, capsys):
+    loop = copy / "a"
+    loop.symlink_to(copy / "b")
+    (copy / "b").symlink_to(loop)
+    places = {"run": copy, "loop": loop}
+    said = refused(command, *arguments.format(**places).split(), capsys=capsys)
+    assert said == f"error: {option.format(**places)}: Too many levels of symbolic links"
+
+
+def test_links_that_form_a_loop_in_place_of_a_file_are_told(tmp_path):
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    for path in (tmp_path / "loop", tmp_path / "loop" / "file"):
+        with pytest.raises(OSError, match=f"symbolic links: '{path}'"), write_atomically(path):
+            pass
+    with pytest.raises(OSError, match="symbolic links"):
+        load_dataset(tmp_path / "loop" / "table.csv", 8, untrusted_data=True)
 
 
 def test_a_log_that_is_a_pipe_or_nested_too_deep(tmp_path):

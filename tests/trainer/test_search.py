@@ -219,7 +219,7 @@ def test_the_page_names_its_extra(run, monkeypatch, capsys):
         search.main([str(run), "--serve"])
     error = capsys.readouterr().err
     assert "--serve needs starlette and uvicorn" in error
-    assert "pip install ito_kernels[search]" in error
+    assert "pip install 'ito_kernels[search]'" in error
 
 
 # --- the report ---
@@ -314,5 +314,5 @@ def test_onnx_names_its_extra(run, tmp_path, monkeypatch):
     from ito.model import onnx
 
     monkeypatch.setattr(onnx, "PACKAGES", ("torch", "not_a_package"))
-    with pytest.raises(ImportError, match=r"needs not_a_package, .* ito_kernels\[onnx\]"):
+    with pytest.raises(ImportError, match=r"needs not_a_package, .* 'ito_kernels\[onnx\]'"):
         onnx.export_onnx(ito.load(run).model, tmp_path)

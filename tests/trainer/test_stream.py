@@ -152,7 +152,7 @@ def test_bad_samples_are_skipped_and_named(tmp_path):
         "a.tar:blank": "empty caption",
         "a.tar:json": "Expecting",
         "a.tar:deep": "recursion",
-        "a.tar:list": "want a JSON object, got [1]",
+        "a.tar:list": "expected a JSON object, got [1]",
         "a.tar:field": "split must be a text, got 3",
         "a.tar:latin": "can't decode",
         "a.tar:broken": "of no known format",
@@ -231,7 +231,7 @@ def test_ranks_share_the_records_out(tmp_path):
         assert len(own) in (12, 18)
     assert len(found) == 42
     assert set(found.values()) == {1}
-    with pytest.raises(ValueError, match="at least a shard for each of 8 ranks, got 7"):
+    with pytest.raises(ValueError, match="at least one shard for each of 8 ranks, got 7"):
         Stream(shards, 4, 2, world_size=8)
 
 
@@ -368,7 +368,7 @@ def test_batches_for_the_trainer(tmp_path):
     assert first.pictures.shape == (3, 5, 3, 4, 4)
     assert first.pictures.dtype == torch.uint8
     assert torch.equal(first.pictures[0], first.pictures[2])
-    ids = first.ids[:, first.local]
+    ids = first.ids[:, first.local_rows]
     assert ids.shape[:2] == (2, 5)
     known = {tuple(row) for row in tokenizer(["one", "two words", "three words here"]).tolist()}
     for first, second in zip(*ids.tolist(), strict=True):
@@ -390,8 +390,8 @@ def test_ranks_have_places_of_their_own_in_the_batch(tmp_path):
     for ranks.rank in range(2):
         stream = Stream(shards, 4, 5, rank=ranks.rank, world_size=2)
         batch = StreamBatches(stream, tokenizer, Config(views=3), ranks, CPU)(0)
-        assert batch.total == 30
-        seen += batch.places.flatten().tolist()
+        assert batch.count == 30
+        seen += batch.positions.flatten().tolist()
     assert sorted(seen) == list(range(30))
 
 
