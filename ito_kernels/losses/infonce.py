@@ -32,7 +32,7 @@ from .pools import (
     QueueCandidates,
     UnpairedCandidates,
 )
-from .positive_pairs import PositivePairs, PositivesById, PositivesByPair
+from .positive_pairs import PositivePairs, PositivesAsCandidates, PositivesById, PositivesByPair
 from .precision import to_accumulate_dtype, to_autocast_dtype, without_autocast
 from .reweighting import debiased, hardness_weighted
 from .scores import Scores
@@ -50,6 +50,7 @@ def multi_positive_infonce(
     symmetric: bool = True,
     exclude_self: bool = False,
     empty: str = "zero",
+    in_batch: bool = True,
     label_smoothing: float = 0.0,
     query_weights: Tensor | None = None,
     key_weights: Tensor | None = None,
@@ -107,6 +108,9 @@ def multi_positive_infonce(
             twice as a positive and once in D_i. A pair with weight 0 is a negative. Memory O(P·D).
             With debias or hardness, the negatives are summed in PyTorch, a panel of rows at a time,
             on every backend.
+        in_batch: False: the other keys of the batch are no negatives. The candidates of a query are
+            its positives, the queue and its hard negatives (MoCo). Needs `queue` or
+            `hard_negatives`, and symmetric=False.
         queue, queue_ids: (Q, D) keys without gradient and (Q,) integers: further negatives for
             query→key. A queue key with the id of a query is no candidate of that query; one with a
             negative id is no candidate at all.
@@ -184,6 +188,7 @@ def multi_positive_infonce(
         normalize=normalize,
         reduction=reduction,
         return_stats=return_stats,
+        in_batch=in_batch,
         label_smoothing=label_smoothing,
         query_weights=query_weights,
         key_weights=key_weights,
@@ -337,22 +342,28 @@ class AnchorLosses(NamedTuple):
 def _positive_pairs(o: Options, scores: Scores) -> PositivePairs | None:
     """The positives as pairs, or None if the kernels find them by ids.
 
-    Without ids, hardness takes the diagonal as pairs: this saves a pass over S.
+    Without ids, hardness and `in_batch=False` take the diagonal as pairs: this saves a pass over S.
     """
     if o.positive_pairs is not None:
         return PositivePairs(scores, *o.positive_pairs, o.positive_weights)
-    if o.hardness and scores.query_ids is None:
+    if (o.hardness or not o.in_batch) and scores.query_ids is None:
         rows = torch.arange(len(scores.queries), device=scores.queries.device)
         return PositivePairs(scores, rows, rows, None)
     return None
 
 
 def candidate_pools(
-    o: Options, scores: Scores, side: str, pairs: PositivePairs | None
+    o: Options,
+    scores: Scores,
+    side: str,
+    pairs: PositivePairs | None,
+    positives: PositivesById | PositivesByPair,
 ) -> CombinedPools:
     """The candidates whose exponentials the denominator sums: all of them, or only the negatives if
     these are reweighted."""
-    if o.reweights_negatives and o.positive_pairs is not None:
+    if not o.in_batch:
+        pools = [] if o.reweights_negatives else [PositivesAsCandidates(positives)]
+    elif o.reweights_negatives and o.positive_pairs is not None:
         pools = [UnpairedCandidates(pairs, side, o.powers)]
     else:
         kind = "linear" if o.positives == "mean" and not o.reweights_negatives else "lse"
@@ -370,12 +381,13 @@ def anchor_losses(
     o: Options, scores: Scores, side: str, pairs: PositivePairs | None = None
 ) -> AnchorLosses:
     """log D - T for each anchor of a direction."""
-    candidates = candidate_pools(o, scores, side, pairs)
     if pairs:
         positives = PositivesByPair(pairs, side)
     else:
-        positives = PositivesById(scores, side, o.reweights_negatives)
-    shift = candidates.reference_shift(o.powers[-1])
+        positives = PositivesById(scores, side, o.reweights_negatives and o.in_batch)
+    candidates = candidate_pools(o, scores, side, pairs, positives)
+    # the largest score of the batch may be far above those of the candidates that are left
+    shift = candidates.reference_shift(o.powers[-1]) if o.in_batch else positives.reference_shift()
     k = positives.count()
     has_positive = k > 0
     if o.positives == "mean":

@@ -37,6 +37,7 @@ class Options(NamedTuple):
     reduction: str = "mean"
     return_stats: bool = False
     # These need several calls of the primitive.
+    in_batch: bool = True
     label_smoothing: float = 0.0
     query_weights: Tensor | None = None
     key_weights: Tensor | None = None
@@ -54,9 +55,12 @@ class Options(NamedTuple):
     def single_pass(self) -> bool:
         """Whether all options that need several calls of the primitive have their defaults."""
         # a generator would take three times as long as this list
-        return self.label_smoothing == 0 and not [
-            x for x in self[_FIRST_MULTI_PASS_FIELD:] if x is not None
-        ]
+        optional = self[_FIRST_OPTIONAL_FIELD:]
+        return (
+            self.in_batch
+            and self.label_smoothing == 0
+            and not [x for x in optional if x is not None]
+        )
 
     @property
     def reweights_negatives(self) -> bool:
@@ -83,7 +87,7 @@ class Options(NamedTuple):
         return self._replace(queue=queue, hard_negatives=hard)
 
 
-_FIRST_MULTI_PASS_FIELD = Options._fields.index("label_smoothing") + 1
+_FIRST_OPTIONAL_FIELD = Options._fields.index("label_smoothing") + 1
 
 
 def check_options(o: Options, args: Arguments) -> Options:
@@ -96,6 +100,7 @@ def check_options(o: Options, args: Arguments) -> Options:
         exclude_self=o.exclude_self,
         normalize=o.normalize,
         return_stats=o.return_stats,
+        in_batch=o.in_batch,
     )
     check_choice("positives", o.positives, ("mean", "sum", "in"))
     check_choice("empty", o.empty, ("zero", "drop"))
@@ -124,6 +129,11 @@ def _check_multi_pass_options(o: Options, args: Arguments) -> Options:
         raise ValueError(
             "false_negative_margin must be 0 or more with positive_pairs, so that no positive"
             f" leaves the denominator, got {o.false_negative_margin}"
+        )
+    if not o.in_batch and (o.symmetric or (o.queue is None and o.hard_negatives is None)):
+        raise ValueError(
+            "in_batch=False leaves the queue and the hard negatives as negatives: it needs one of"
+            f" them, and symmetric=False; got symmetric={o.symmetric}"
         )
     if o.label_smoothing and o.reweights_negatives:
         raise ValueError(

@@ -7,6 +7,8 @@ Both classes return, for the anchors of one direction,
     log_sum(shift)             log Σ w·e^{S - shift} over the positives, 0 without any
     log_sum_unweighted(shift)  the same with every distinct pair once and weight 1: the positives'
                                part of the denominator
+    sum_unweighted(shift)      Σ (S - shift) and their number, likewise of the distinct pairs
+    reference_shift()          a constant close to the scores of the positives
 """
 
 from __future__ import annotations
@@ -44,6 +46,14 @@ class PositivesById:
         return torch.where(self.count() > 0, statistics[self.side].positive_statistic(shift), 0)
 
     log_sum_unweighted = log_sum
+
+    def sum_unweighted(self, shift: Tensor) -> tuple[Tensor, Tensor]:
+        return self.mean(shift) * self.count(), self.count()
+
+    def reference_shift(self) -> Tensor:
+        exclude = self.exclude_positives
+        statistics = self.scores.statistics(positives="lse", exclude_positives=exclude)
+        return statistics[self.side].shift
 
 
 class PositivePairs:
@@ -103,11 +113,23 @@ class PositivesByPair:
         return self._log_sum(shift, self.pairs.weights)
 
     def log_sum_unweighted(self, shift: Tensor) -> Tensor:
+        return self._log_sum(shift, self._distinct())
+
+    def sum_unweighted(self, shift: Tensor) -> tuple[Tensor, Tensor]:
+        distinct = self._distinct()
+        total = self._sum_per_anchor(distinct * self._shifted_scores(shift))
+        return total, self._sum_per_anchor(distinct)
+
+    def reference_shift(self) -> Tensor:
+        return self.mean(torch.zeros_like(self._count)).detach()
+
+    def _distinct(self) -> Tensor:
+        """1 for the first of equal pairs, 0 for the others and for pairs with weight 0."""
         ordered, order = self.pairs.linear_indices("row").sort(stable=True)
         first = ordered >= 0
         first[1:] &= ordered[1:] != ordered[:-1]
         first = torch.empty_like(first).index_copy_(0, order, first)
-        return self._log_sum(shift, first.to(shift.dtype))
+        return first.to(self._count.dtype)
 
     def _shifted_scores(self, shift: Tensor) -> Tensor:
         """S - shift of each pair."""
@@ -142,3 +164,19 @@ class PositivesByPair:
         total = self._sum_per_anchor(weights * exp)
         maximum = maximum if row else self.batch.local_columns(maximum)
         return torch.where(total > 0, total, 1).log() + maximum
+
+
+class PositivesAsCandidates:
+    """The positives as a pool of candidates (see `pools`): all that `in_batch=False` leaves of the
+    batch."""
+
+    def __init__(self, positives: PositivesById | PositivesByPair):
+        self.positives = positives
+
+    def log_sum(self, power: float, shift: Tensor) -> Tensor:
+        assert power == 1, "reweighting sums the negatives alone"
+        log_sum = self.positives.log_sum_unweighted(shift)
+        return torch.where(self.positives.count() > 0, log_sum, -torch.inf)
+
+    def total(self, shift: Tensor) -> tuple[Tensor, Tensor]:
+        return self.positives.sum_unweighted(shift)

@@ -27,6 +27,10 @@ from .triton import Triton
 REGISTRY: dict[str, Backend] = {
     backend.name: backend for backend in (Reference(), Chunked(), Cpu(), Triton(), CUDA, SIMT)
 }
+_BY_PRIORITY = sorted(
+    (backend for backend in REGISTRY.values() if backend.priority is not None),
+    key=lambda backend: -backend.priority,
+)
 
 
 class _Block:
@@ -56,11 +60,10 @@ def backends() -> dict[str, BackendStatus]:
     return {backend.name: BackendStatus(*backend.status()) for backend in ordered}
 
 
-@cache
-def _automatic(device: str) -> tuple[Backend, ...]:
-    """The backends to choose from for a device type, in order of preference."""
-    found = [x for x in REGISTRY.values() if x.priority is not None and x.device in (None, device)]
-    return tuple(sorted(found, key=lambda backend: -backend.priority))
+def _automatic(problem: Problem) -> list[Backend]:
+    """The backends to choose from for the problem's device, in order of preference."""
+    device = problem.a.device.type
+    return [backend for backend in _BY_PRIORITY if backend.device in (None, device)]
 
 
 @contextmanager
@@ -97,7 +100,7 @@ def choose(problem: Problem, name: str | None = None) -> Backend:
     """
     name, source = requested(name)
     if name is None:
-        for backend in _automatic(problem.a.device.type):
+        for backend in _automatic(problem):
             if backend.supports(problem)[0]:
                 return backend
             if not torch.compiler.is_compiling() and (warning := backend.missed(problem)):
@@ -141,7 +144,7 @@ def why(problem: Problem, name: str | None = None) -> str:
     if name is not None:
         return f"asked for by {source}"
     passed = []
-    choice = _automatic(problem.a.device.type)
+    choice = _automatic(problem)
     for backend in choice:
         ok, reason = backend.supports(problem)
         if ok:

@@ -156,8 +156,9 @@ def test_the_dispatcher_knows_no_backend_by_name(monkeypatch):
             return problem.n == 6, "wants six rows"
 
     def chosen(best, n: int) -> str:
-        monkeypatch.setitem(dispatch.REGISTRY, "best", best)
-        dispatch._automatic.cache_clear()
+        entries = [best, *dispatch.REGISTRY.values()]
+        ranked = sorted((x for x in entries if x.priority is not None), key=lambda x: -x.priority)
+        monkeypatch.setattr(dispatch, "_BY_PRIORITY", ranked)
         return ik.explain(torch.randn(n, 3), torch.randn(n, 3)).split("backend ")[1]
 
     assert chosen(Best(), 6).startswith("best: the first of best, ")

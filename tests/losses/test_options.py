@@ -68,6 +68,8 @@ def oracle(q, k, scale, row_ids=None, col_ids=None, **o):
                 continue
             pos, w, neg = [], [], []
             for j in range(len(others)):
+                if not (weights[i, j] if rows else weights[j, i]) and not o.get("in_batch", True):
+                    continue
                 if others[j] < 0 or (o.get("exclude_self") and i == j):
                     continue
                 a, b = (i, j) if rows else (j, i)
@@ -210,6 +212,30 @@ def test_self_pairs_of_sides_padded_differently(name):
     options = make(name, 9, 9, 5) | {"exclude_self": True}
     loss = ik.multi_positive_infonce(q, k, 4.0, query_ids=ids[0], key_ids=ids[1], **options)
     check(loss, oracle(q, k, 4.0, *ids, **options), [q, k])
+
+
+@pytest.mark.parametrize(
+    "name", ["queue", "hard", "queue ids, hard, smoothing", "all but smoothing"]
+)
+@pytest.mark.parametrize("positives", ["mean", "in", "sum"])
+@pytest.mark.parametrize("by", ["row", "ids", "pairs"])
+def test_in_batch(by, positives, name):
+    """MoCo: the other keys of the batch are no candidates."""
+    q, k = unit(9, 5).requires_grad_(), unit(9, 5, seed=1).requires_grad_()
+    scale = torch.tensor(4.0, dtype=F64, requires_grad=True)
+    options = make(name, 9, 9, 5) | {"in_batch": False, "symmetric": False, "positives": positives}
+    options.pop("key_weights", None)
+    ids = (None, None)
+    if by == "ids":
+        ids = random_ids(9, 5, 2, padded=True), random_ids(9, 4, 3, padded=True)
+        options["exclude_self"] = True
+    if by == "pairs":
+        options.pop("queue_ids", None)
+        options["positive_pairs"] = pairs_of(9, 9, 12)
+        options["positive_pairs"] = options["positive_pairs"].unique(dim=0)
+    given = dict(zip(("query_ids", "key_ids"), ids, strict=True))
+    loss = ik.multi_positive_infonce(q, k, scale, **given, **options)
+    check(loss, oracle(q, k, scale, *ids, **options), leaves_of(q, k, scale, options))
 
 
 @pytest.mark.parametrize("reduction", ["none", "sum"])
@@ -572,6 +598,9 @@ BAD = [
     (ValueError, r"key_bias must have shape \(5,\)", {"key_bias": torch.ones(4)}),
     (ValueError, r"queue must have shape \(Q, D\) with D = 3", {"queue": torch.randn(4, 2)}),
     (TypeError, "queue must be torch.float32", {"queue": torch.randn(4, 3).double()}),
+    (ValueError, "in_batch=False .* needs one of them", {"in_batch": False, "symmetric": False}),
+    (ValueError, "in_batch=False .* symmetric=True", {"in_batch": False, "queue": X}),
+    (TypeError, "in_batch must be True or False, got 0", {"in_batch": 0}),
     (ValueError, "queue_ids need queue", {"queue_ids": IDS}),
     (ValueError, r"queue_ids must have shape \(5,\)", {"queue": X, "queue_ids": IDS[:3]}),
     (ValueError, "queue_ids are compared", {"queue": X, "queue_ids": IDS, "positive_pairs": PAIRS}),

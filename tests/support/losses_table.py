@@ -127,6 +127,9 @@ ROWS = {
             f"{OPTION}positive_pairs", positive_pairs=PAIRS, positive_weights=WEIGHTS
         ),
         "queue, queue_ids": infonce(f"{OPTION}by_ids", **QUEUE, **BY_ID),
+        "in_batch=False": infonce(
+            f"{OPTION}in_batch", in_batch=False, symmetric=False, **QUEUE, **BY_ID
+        ),
         "hard_negatives": infonce(f"{OPTION}by_ids", hard_negatives=Made(lambda at: at.z[:, None])),
         "false_negative_margin": infonce(
             f"{MARGIN}both_directions", false_negative_margin=0.1, **BY_ID
