@@ -19,7 +19,7 @@ from support.quick_run import QUICK, TINY, steady, write_set
 import ito
 from ito import evaluate as evaluate_command
 from ito import train
-from ito.batches import Batches, trimmed
+from ito.batches import Batches, without_padding_columns
 from ito.compiled import choose_compile, compile_towers
 from ito.config import Config
 from ito.data.augment import Augmentation
@@ -173,8 +173,8 @@ def test_batches_hold_distinct_items_whose_views_and_captions_differ(data):
 
 def test_no_token_is_lost_where_padding_is_cut_off():
     ids = torch.tensor([[[1, 7, 2, 0, 0], [1, 2, 0, 0, 0]], [[1, 2, 0, 0, 0], [1, 9, 2, 0, 0]]])
-    assert torch.equal(trimmed(ids), ids[..., :3])
-    assert torch.equal(trimmed(ids[..., :3]), ids[..., :3])
+    assert torch.equal(without_padding_columns(ids), ids[..., :3])
+    assert torch.equal(without_padding_columns(ids[..., :3]), ids[..., :3])
 
 
 def test_a_run_leaves_what_it_promises(finished):
