@@ -254,6 +254,7 @@ ROWS = {
         )
     },
 }
+WITHOUT_KERNELS = {"alignment_loss"}
 START = "| loss | what it is | " + " | ".join(BACKENDS) + " |"
 
 
