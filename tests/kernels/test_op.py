@@ -109,7 +109,7 @@ def test_gradcheck(backend, positives, same, monkeypatch):
 
     for scale in (tensor(), tensor(n)):
         assert torch.autograd.gradcheck(
-            f, (tensor(n, 3), tensor(m, 3), scale, tensor(n), tensor(m))
+            f, (tensor(n, 3), tensor(m, 3), scale, tensor(n), tensor(m)), fast_mode=True
         )
 
 

@@ -119,7 +119,10 @@ def test_languages_are_those_that_the_items_have(scored):
         dataset.translations = [dict(texts) for texts in translations]
         del dataset.translations[first]["de"]
         fewer = evaluation.language_scores(*args)
-        for n in others:
+        for n in others[:2]:
+            del dataset.translations[n]["de"]
+        rare = evaluation.language_scores(*args)
+        for n in others[2:]:
             del dataset.translations[n]["de"]
         gone = evaluation.language_scores(*args)
         dataset.translations = [{} for _ in translations]
@@ -130,6 +133,7 @@ def test_languages_are_those_that_the_items_have(scored):
     finally:
         dataset.translations = translations
     assert (fewer["languages/count"], fewer["languages/items"]) == (3, 4)
+    assert (rare["languages/count"], rare["languages/items"]) == (2, 5)  # of 2 items in 5
     assert (gone["languages/count"], gone["languages/items"]) == (2, 5)
     assert none == {}
     assert agreed["languages/t2i/mean_rank_variance"] == 0

@@ -20,7 +20,7 @@ from ito import source, train
 from ito.config import Config
 from ito.data.dataset import load_dataset
 from ito.model.tokenizer import Tokenizer
-from ito.ranks import Ranks
+from ito.ranks import GlobalBatchNorm, Ranks
 from ito.run import locked
 from ito.trainer import Trainer
 
@@ -97,6 +97,22 @@ def test_ranks_and_micro_batches_give_the_numbers_of_one_process(data):
                 assert got == pytest.approx(want, rel=1e-11), (name, which)
 
 
+def normalised() -> dict:
+    """What a GlobalBatchNorm of this rank's pictures has in common with torch's of all of them."""
+    ranks = joined()
+    x = torch.randn(7, 3, 4, 4, generator=torch.Generator().manual_seed(0))
+    whole = torch.nn.BatchNorm2d(3)
+    ours, part = GlobalBatchNorm(torch.nn.BatchNorm2d(3), ranks.group), ranks.local_slice(7)
+    found = {"output": (ours(x[part]), whole(x)[part])}
+    found |= {name: (value, whole.state_dict()[name]) for name, value in ours.state_dict().items()}
+    return {name: torch.allclose(*pair, atol=1e-6) for name, pair in found.items()}
+
+
+def test_batch_normalisation_over_ranks_is_torch_s_of_the_whole_batch():
+    names = ["output", *torch.nn.BatchNorm2d(3).state_dict()]
+    assert processes.run(normalised, 2) == [dict.fromkeys(names, True)] * 2
+
+
 @pytest.mark.parametrize("size", [2, 3])
 def test_shares_are_the_batch_without_duplicates_or_drops(data, size):
     trainer = make(data, fusion_text="shuffled")
@@ -114,10 +130,11 @@ def test_shares_are_the_batch_without_duplicates_or_drops(data, size):
 def test_shuffled_texts_are_another_item_s_and_another_s_in_each_view(data):
     trainer = make(data, fusion_text="shuffled", views=3)
     ids = torch.arange(15)[None, :, None]
-    texts = trainer.objective.texts(ids, torch.Generator().manual_seed(0))[..., 0]
-    assert texts.shape == (4, 15)
-    for item in range(15):
-        assert texts[:, item].unique().numel() == 4
+    for seed in range(20):
+        texts = trainer.objective.texts(ids, torch.Generator().manual_seed(seed))[..., 0]
+        assert texts.shape == (4, 15)
+        for item in range(15):
+            assert texts[:, item].unique().numel() == 4
 
 
 def test_a_batch_too_small_to_cut_is_refused(data):

@@ -272,6 +272,14 @@ def test_items_of_a_batch_differ_and_none_is_lost(tmp_path):
         Stream(open_shards(tmp_path), 4, 7)
 
 
+def test_a_record_that_repeats_an_item_waits_for_the_next_batch(tmp_path):
+    records = [Record(f"{n}", tmp_path, f"{n % 3}", ["a"], {}, *[None] * 4) for n in range(6)]
+    for seed in range(5):
+        groups = Stream([lambda: iter(records)], 4, 3, seed=seed, buffer=10).groups()
+        found = {record.where for group in itertools.islice(groups, 2) for record in group}
+        assert len(found) == 6
+
+
 def test_an_item_of_half_the_records_ends_no_stream_and_fills_no_memory(tmp_path):
     records = [
         Record(f"{n}", tmp_path, "often" if n % 2 else f"{n}", ["a"], {}, *[None] * 4)

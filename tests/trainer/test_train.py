@@ -19,7 +19,7 @@ from support.quick_run import QUICK, TINY, steady, write_set
 import ito
 from ito import evaluate as evaluate_command
 from ito import train
-from ito.batches import Batches
+from ito.batches import Batches, without_padding_columns
 from ito.compiled import choose_compile, compile_towers
 from ito.config import Config
 from ito.data.augment import Augmentation
@@ -123,6 +123,15 @@ def test_matrices_alone_decay_and_the_learning_rate_warms_up_and_falls(data):
     assert rates[-1] < 1e-3
 
 
+def test_the_scale_stays_at_100(data):
+    dataset = load_dataset(data, 64)
+    tokenizer = Tokenizer.train([c for names in dataset.captions for c in names], 300, 8)
+    config = Config(width=32, heads=2, steps=4, batch_size=8)
+    trainer = Trainer(config, dataset, tokenizer, CPU, torch.float32)
+    torch.nn.init.constant_(trainer.model.logit_scale, 5.0)  # a multiplier of 148
+    assert trainer.step(0)["logit_scale"] == pytest.approx(100)
+
+
 # --- batches ---
 
 
@@ -148,12 +157,24 @@ def test_batches_hold_distinct_items_whose_views_and_captions_differ(data):
         assert (ids != 0).any(1).any(0).all()  # no column is padding everywhere
         seen |= set(items[0].tolist())
     assert len(seen) == 36
+    passes = [
+        torch.cat([dataset.image_item[batches.choose(step)[0][0]] for step in range(at, at + 3)])
+        for at in (0, 3)
+    ]
+    assert not torch.equal(*passes)  # each in an order of its own
+    assert torch.equal(passes[0].sort().values, passes[1].sort().values)
     again = batches.choose(1)
     batches.choose(2)
     assert all(torch.equal(a, b) for a, b in zip(again, batches.choose(1), strict=True))
 
 
 # --- runs ---
+
+
+def test_no_token_is_lost_where_padding_is_cut_off():
+    ids = torch.tensor([[[1, 7, 2, 0, 0], [1, 2, 0, 0, 0]], [[1, 2, 0, 0, 0], [1, 9, 2, 0, 0]]])
+    assert torch.equal(without_padding_columns(ids), ids[..., :3])
+    assert torch.equal(without_padding_columns(ids[..., :3]), ids[..., :3])
 
 
 def test_a_run_leaves_what_it_promises(finished):
