@@ -41,7 +41,8 @@ LOCK_FILES: set[FileIO] = set()  # of the locks that this process has
 
 
 class RunFolder:
-    """The paths of a run's files. No other module knows these names.
+    """The paths of a run's files. No other module of ito knows these names, except that
+    `checkpoint.py` names the files in `checkpoints/`, and `model/exported.py` those in `model/`.
 
     `python -m ito.train` writes the first group: some when it begins, the others with its first
     checkpoint. `ito.search` and `ito.compare` write the second.
@@ -143,7 +144,7 @@ if hasattr(os, "register_at_fork"):
 
 
 def refuse_used(run: Path) -> None:
-    """Raises FileExistsError if `run` is not a folder, or holds files of a run.
+    """Raises FileExistsError if `run` is not a folder, or holds any file.
 
     The lock and temporary files do not count: a run that was killed before it had written its
     config.json leaves them.

@@ -42,7 +42,7 @@ class Call {
     float *scores = nullptr, *dots = nullptr, *da = nullptr, *scratch = nullptr;
     RunningStats row;     // of the row block in work
     RunningStats col;     // of all columns, over the thread's row blocks
-    RunningStats unread;  // of a column block
+    RunningStats unread;  // column statistics of a tile on the diagonal: those of its rows
     float* col_bias = nullptr;
     SideVectors row_side;
     int64_t packed = -1;  // the row block that `a` holds
@@ -111,7 +111,7 @@ class Call {
   std::unique_ptr<const Turns> turns_;
   std::unique_ptr<std::atomic<int>[]> next_turn_;  // at each column block
   float* cache_ = nullptr;
-  int64_t cached_tiles_ = 0;  // of each row block: those of the smallest offsets
+  int64_t cached_tiles_ = 0;  // of each row block (or thread): those of the smallest offsets
   bool cache_per_thread_ = false;
 };
 

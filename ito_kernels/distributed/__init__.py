@@ -15,9 +15,9 @@ have the same interface:
 - `all_gather_rows`, the rows of all ranks at once, for what the primitive cannot compute, in memory
   O(global·D).
 
-The backward of each is its adjoint with respect to the sum over ranks of their losses. That sum is
-W times the loss for W ranks, and averaging gradients divides by W. The same holds for every
-composition of them.
+In backward each gives the gradient of the sum of all ranks' losses. The ranks' losses are equal, so
+that this sum is W times the loss for W ranks, and averaging the gradients of parameters over ranks
+gives the gradient of the loss. The same holds for every composition of them.
 
 All ranks must call the same losses in the same order with the same options. `agreement` compares
 the calls and raises on all ranks if they differ.

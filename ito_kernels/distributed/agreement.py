@@ -39,7 +39,8 @@ class _Call(threading.local):
     """The current call of this rank.
 
     description: that of the losses in progress, the outermost first.
-    before_exchange: whether the next collective of the other ranks is an exchange of sizes.
+    before_exchange: whether other ranks may be waiting in an exchange of sizes. An error is then
+        sent to them.
     """
 
     def __init__(self):

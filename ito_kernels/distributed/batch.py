@@ -80,8 +80,8 @@ class GlobalBatch:
 
     Sums and statistics are those of the global batch. Gradients are too, if every rank
     differentiates its result and the gradients of parameters are *averaged* over ranks, as
-    DistributedDataParallel and `fully_shard` do. Features get W times their gradient, where W is
-    the number of ranks.
+    DistributedDataParallel and `fully_shard` do. Before that average, the gradient of the features
+    is W times that of one process, where W is the number of ranks.
     """
 
     def __init__(
@@ -149,7 +149,8 @@ class GlobalBatch:
         return self.shards.side(side).total
 
     def global_ids(self, side: str) -> Tensor:
-        """The ids of all ranks' rows of a side. It contains some padding of -1."""
+        """The ids of all ranks' rows of a side. Each rank's are padded with -1 to the same length:
+        positions are not global row numbers."""
         return self.shards.side(side).all_ids.flatten()
 
     def local_columns(self, x: Tensor) -> Tensor:

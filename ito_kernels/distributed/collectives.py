@@ -1,6 +1,7 @@
 """The collectives of a global batch, started asynchronously.
 
-torch 2.13 renamed some of them. All calls of torch.distributed collectives are in this file.
+torch 2.13 renamed some of them. All calls of torch.distributed collectives are in this file, except
+`all_gather_object` in `agreement.py`.
 """
 
 from __future__ import annotations

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..similarity.primitive import logsumexp_of, softplus_of
+from ..similarity.op import logsumexp_of, softplus_of
 from ..similarity.spec import Problem, SideUpstream, Stats, Upstream, as_autocast_problem
 
 

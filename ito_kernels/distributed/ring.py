@@ -33,6 +33,7 @@ class Ring:
                 x = kept[number]
             else:
                 x = padded(keys, part) if t == 0 else in_flight.wait()
+            # the next rank needs the keys unless this is their last step or it has kept them
             send_on = t < self.size - 1 and number + 1 >= len(kept)
             in_flight = self.start("keys", part, x) if send_on else None
             owner = (self.rank - t) % self.size

@@ -114,6 +114,6 @@ class Sharding:
                     col_bias=None if bias is None else bias[low:high],
                     col_ids=ids[low:high],
                     exclude_self=is_local,
-                    diagonal=-part.start if is_local else 0,
+                    diagonal=-part.start if is_local else 0,  # row i is column i - part.start here
                 ),
             )

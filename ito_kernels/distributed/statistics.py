@@ -18,7 +18,8 @@ from .sharding import Sharding
 class PartialStats(NamedTuple):
     """The fields of `SideStats`, over a part of the pairs.
 
-    count: the number of positives if `pos` is a sum, which is relative to `max`; else None.
+    count: the number of positives if `pos` is a sum: if `max` changes by x, `pos` changes by
+        count·x. None if `pos` is a logarithm.
     """
 
     max: Tensor

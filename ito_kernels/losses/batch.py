@@ -164,9 +164,10 @@ def check_arguments(
     if query_ids is not None or key_ids is not None:
         # with a group, GlobalBatch fills in the default: the global row numbers
         same = query_ids is key_ids
-        rows = torch.arange(n, device=device) if group is None else None
-        query_ids = rows if query_ids is None else query_ids
-        key_ids = rows if key_ids is None else key_ids
+        if group is None and query_ids is None:
+            query_ids = torch.arange(n, device=device)
+        elif group is None and key_ids is None:
+            key_ids = torch.arange(m, device=device)
         if query_ids is not None:
             query_ids = check_ids(names.query_ids, query_ids, n, names.queries, device)
         if same and n == m:

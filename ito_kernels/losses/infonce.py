@@ -301,7 +301,7 @@ def _multi_pass_infonce(
     )
     with without_autocast(queries.device):
         positives = None
-        if o.single_pass and o.return_stats:  # one pass for the losses and the diagnostics
+        if o.single_pass and o.return_stats:  # "none": one pass for losses and diagnostics
             positives = "linear" if o.positives == "mean" else "lse"
             scores.statistics(positives=positives, hardest=True)
         limited = scores if o.false_negative_margin is None else apply_margin(scores, o)
@@ -366,6 +366,7 @@ def candidate_pools(
     elif o.reweights_negatives and o.positive_pairs is not None:
         pools = [UnpairedCandidates(pairs, side, o.powers)]
     else:
+        # the same arguments as in `positives`, so that one pass serves both
         kind = "linear" if o.positives == "mean" and not o.reweights_negatives else "lse"
         kind = None if pairs or o.hardness else kind
         exclude = o.reweights_negatives

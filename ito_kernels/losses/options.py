@@ -1,7 +1,8 @@
 """The options of `multi_positive_infonce`: their defaults, and which combinations are valid.
 
 A new option is a field of `Options`, a check in `check_options`, and code in the module whose
-behaviour it changes: `infonce.py`, `pools.py`, `margin.py` or `reweighting.py`.
+behaviour it changes: `infonce.py`, `pools.py`, `positive_pairs.py`, `scores.py`, `margin.py` or
+`reweighting.py`.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ class Options(NamedTuple):
     normalize: bool = False
     reduction: str = "mean"
     return_stats: bool = False
-    # These need several calls of the primitive.
+    # Any other value of these than the default needs several calls of the primitive.
     in_batch: bool = True
     label_smoothing: float = 0.0
     query_weights: Tensor | None = None
@@ -53,14 +54,11 @@ class Options(NamedTuple):
 
     @property
     def single_pass(self) -> bool:
-        """Whether all options that need several calls of the primitive have their defaults."""
+        """Whether all options that need several calls of the primitive have their defaults. True
+        also for reduction="none", which needs the statistics instead of their sum."""
+        given = zip(self[_MULTI_PASS:], _DEFAULTS, strict=True)
         # a generator would take three times as long as this list
-        optional = self[_FIRST_OPTIONAL_FIELD:]
-        return (
-            self.in_batch
-            and self.label_smoothing == 0
-            and not [x for x in optional if x is not None]
-        )
+        return not [x for x, default in given if x is not default]
 
     @property
     def reweights_negatives(self) -> bool:
@@ -87,7 +85,8 @@ class Options(NamedTuple):
         return self._replace(queue=queue, hard_negatives=hard)
 
 
-_FIRST_OPTIONAL_FIELD = Options._fields.index("label_smoothing") + 1
+_MULTI_PASS = Options._fields.index("in_batch")
+_DEFAULTS = tuple(Options._field_defaults.values())[_MULTI_PASS:]
 
 
 def check_options(o: Options, args: Arguments) -> Options:

@@ -167,10 +167,10 @@ class HardNegatives:
         if scores.row_limit is not None:
             self.above_limit = products > scores.row_limit[:, None]
         scaled = scores.scale.reshape(-1, 1) * products
-        self.scores = scaled.masked_fill(self.above_limit, -torch.inf)
+        self.values = scaled.masked_fill(self.above_limit, -torch.inf)
 
     def log_sum(self, power: float, shift: Tensor) -> Tensor:
-        scores = power * (self.scores - shift[:, None])
+        scores = power * (self.values - shift[:, None])
         empty = (scores == -torch.inf).all(1)  # the gradient of logsumexp would be NaN
         total = scores.masked_fill(empty[:, None], 0).logsumexp(1)
         return total.masked_fill(empty, -torch.inf)
@@ -179,7 +179,7 @@ class HardNegatives:
         return (~self.above_limit).sum(1)
 
     def total(self, shift: Tensor) -> tuple[Tensor, Tensor]:
-        scores = (self.scores - shift[:, None]).masked_fill(self.above_limit, 0)
+        scores = (self.values - shift[:, None]).masked_fill(self.above_limit, 0)
         return scores.sum(1), self.count()
 
 

@@ -1,6 +1,6 @@
 """The positives of InfoNCE: the keys with an anchor's id, or pairs in a list.
 
-Both classes return, for the anchors of one direction,
+`PositivesById` and `PositivesByPair` return, for the anchors of one direction,
 
     count()                    the number of positives, or the sum of their weights
     mean(shift)                the weighted mean of S - shift over the positives
@@ -24,8 +24,8 @@ from .scores import OTHER_SIDE, Scores
 class PositivesById:
     """The keys whose id equals that of the anchor.
 
-    exclude_positives: whether the pass that computes the denominator, and `log_sum` with it, leaves
-    the positives out.
+    exclude_positives: whether the pass that `log_sum` shares with the denominator leaves the
+        positives out of max and logsum. `pos` always has them.
     """
 
     def __init__(self, scores: Scores, side: str, exclude_positives: bool):
@@ -80,7 +80,8 @@ class PositivePairs:
         return self.rows if side == "row" else self.cols
 
     def linear_indices(self, side: str) -> Tensor:
-        """anchor · (number of candidates) + candidate for each pair, with local anchor numbers.
+        """anchor · (number of candidates) + candidate for each pair of this rank, and for "col" of
+        all ranks, because a local column may be paired with any row. Anchors have local numbers.
         -1 for pairs with weight 0 and for anchors of other ranks."""
         batch = self.scores.global_batch
         local, first_row = batch.local_range(side), batch.local_range("row").start

@@ -1,7 +1,7 @@
 """Statistics of the scores S = scale·queries·keysᵀ for each direction of a loss.
 
-A direction is named by its anchors: "row" for query→key, whose anchors are the queries, and "col"
-for key→query.
+A direction (`side` in the code) is named by its anchors: "row" for query→key, whose anchors are the
+queries, and "col" for key→query.
 """
 
 from __future__ import annotations
@@ -215,7 +215,7 @@ class Scores:
         )
         return a, b, mask
 
-    # Counts and sums, without a pass over S.
+    # Counts and sums. Only with limits do they take a pass over S.
 
     def positive_counts(self, side: str) -> Tensor:
         """k, the number of positives of each anchor."""
@@ -266,8 +266,8 @@ class Scores:
         return self.global_batch.all_reduce_mean(losses, where)
 
     def score_sums(self, side: str) -> tuple[Tensor, Tensor]:
-        """Σ S over the candidates of each anchor, and the number of candidates, in O((N + M)·D)
-        operations."""
+        """Σ S over the candidates of each anchor, and the number of candidates. Without limits in
+        O((N + M)·D) operations."""
         bias = self.bias(side)
         if bias is not None and self.key_ids is not None:
             bias = bias.masked_fill(self.key_ids < 0, 0)

@@ -6,8 +6,8 @@ The similarity matrix S is defined by
 
 Pairs (i, j) fall into three kinds:
 
-- *excluded*: a row or column with a negative id (padding); self pairs under `exclude_self`; with
-  `row_limit` other than positive pairs with <a_i, b_j> > row_limit_i.
+- *excluded*: a row or column with a negative id (padding); self pairs under `exclude_self`; pairs
+  above `row_limit`, that is <a_i, b_j> > row_limit_i, that are not positive.
 - *positive*: equal ids; without ids, j = i + diagonal.
 - *negative*: the rest.
 
@@ -36,6 +36,8 @@ class Problem(NamedTuple):
     row_ids: (N,), col_ids: (M,), int64; both or neither.
     row_limit: (N,), accumulate dtype, without gradient.
     positives: None, "linear" or "lse": see `SideStats.pos`.
+    exclude_self: exclude the self pairs. exclude_positives: leave the positives out of max and
+        logsum.
     diagonal: column i + diagonal is the self pair of row i, and without ids its positive. Other
         than 0 for a block of a larger matrix.
     rows, cols: which statistics to compute. hardest: whether to compute `SideStats.neg_max`.
@@ -119,9 +121,10 @@ class Problem(NamedTuple):
 class SideStats(NamedTuple):
     """Statistics of the rows, or of the columns, in the accumulate dtype.
 
-    max:     maximum over the pairs that are not excluded; -inf without any. It has no gradient: it
-             only shifts the other statistics, and `max + logsum` has the right gradient.
-    logsum:  log Σ exp(S - max) over the pairs that are not excluded; -inf without any.
+    max:     maximum over the pairs that are not excluded, or with `exclude_positives` over the
+             negatives alone; -inf without any. It has no gradient: it only shifts the other
+             statistics, and `max + logsum` has the right gradient.
+    logsum:  log Σ exp(S - max) over the same pairs; -inf without any.
     pos:     "linear": Σ (S - max) over the positives; "lse": log Σ exp(S - max) over them. A `max`
              of -inf counts as 0 here. None if positives are not asked for.
     neg_max: maximum over the negatives; -inf without any. It has no gradient. None if it is not

@@ -676,6 +676,13 @@ def test_padding_may_hold_anything_beyond_the_batch_too(options):
         assert torch.equal(clean, padded)
 
 
+@pytest.mark.parametrize("given", ["query_ids", "key_ids"])
+def test_pairs_and_ids_of_one_side_with_more_keys(given):
+    ids = torch.arange(5 if given == "query_ids" else 7)
+    with pytest.raises(ValueError, match="positive_pairs replace query_ids and key_ids"):
+        ik.multi_positive_infonce(X, torch.randn(7, 3), 1.0, positive_pairs=PAIRS, **{given: ids})
+
+
 def test_an_unknown_option_is_told_by_the_loss_that_got_it():
     x = torch.eye(3)
     for name in ("clip_loss", "multi_positive_infonce"):

@@ -87,7 +87,7 @@ def pairs(x, y, s, b, r, weighted=True, **o):
 
 
 def all_options(x, y, s, b, r, symmetric=True, **o):
-    """Those that go together; the biases' gradient is the scale's and the model's bias's."""
+    """Options that go together. key_bias is made of the model's bias, to compare its gradient."""
     return ik.multi_positive_infonce(
         x,
         y,
@@ -116,7 +116,7 @@ def soft(x, y, s, b, r, **o):
 
 
 def symile(x, y, s, b, r, group=None, **o):
-    """The first rank's permutations."""
+    """Generators differ between ranks; the loss must use the first rank's."""
     generator = torch.Generator().manual_seed(dist.get_rank() if group else 0)
     return ik.symile_loss(x, y, x - y, s, generator, group=group, **o)
 

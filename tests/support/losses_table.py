@@ -101,7 +101,7 @@ FORMULA, OPTION = "test_formulas.py::test_", "test_options.py::test_"
 OTHER, MIXED = "test_others.py::test_", "test_mixed.py::test_"
 MARGIN = "test_margin.py::test_"
 
-# {loss: {what stands in the table: the row}}
+# {loss: {the options of the call, in words: the call}}. Every option of a loss must be named.
 ROWS = {
     "multi_positive_infonce": {
         "logit_scale for all": infonce(f"{FORMULA}clip_loss_in_fp32"),
