@@ -58,7 +58,11 @@ class Options(NamedTuple):
         also for reduction="none", which needs the statistics instead of their sum."""
         given = zip(self[_MULTI_PASS:], _DEFAULTS, strict=True)
         # a generator would take three times as long as this list
-        return not [x for x, default in given if x is not default]
+        return not [
+            x
+            for x, default in given
+            if x is not default and (isinstance(x, Tensor) or x != default)
+        ]
 
     @property
     def reweights_negatives(self) -> bool:
