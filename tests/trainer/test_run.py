@@ -7,6 +7,8 @@ import resource
 import shutil
 import signal
 import socket
+import subprocess
+import sys
 import tempfile
 import threading
 import time
@@ -393,26 +395,19 @@ def test_a_run_that_is_stopped_before_its_first_step_tells_what_is_kept(
 
 
 @pytest.mark.parametrize("name", ["config.json", "environment.json"])
-def test_a_run_that_is_killed_while_it_writes_its_first_files_starts_again(
-    name, data, tmp_path, monkeypatch
-):
+def test_a_run_that_is_killed_while_it_writes_its_first_files_starts_again(name, data, tmp_path):
     """Killed by no signal that can be handled, so that nothing is cleaned up."""
     run, arguments = tmp_path / "run", ["--train-data", str(data), "--out", str(tmp_path / "run")]
-    child = os.fork()
-    if not child:
-        replace = os.replace
-
-        def killed(source, target):
-            if os.path.basename(target) == name:
-                os.kill(os.getpid(), signal.SIGKILL)
-            replace(source, target)
-
-        monkeypatch.setattr(os, "replace", killed)
-        try:
-            train.main([*arguments, *QUICK])
-        finally:
-            os._exit(1)
-    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
+    code = (
+        "import os, signal, sys; from ito import train; replace = os.replace\n"
+        "def killed(source, target):\n"
+        f"    if os.path.basename(target) == {name!r}: os.kill(os.getpid(), signal.SIGKILL)\n"
+        "    replace(source, target)\n"
+        "os.replace = killed; train.main(sys.argv[1:])"
+    )
+    # a process of its own: one that is forked from this one may not use its threads
+    ended = subprocess.run([sys.executable, "-c", code, *arguments, *QUICK], capture_output=True)
+    assert ended.returncode == -signal.SIGKILL, ended.stderr
     assert [path.name for path in run.iterdir() if path.suffix == ".tmp"]
     if name == "config.json":
         train.main([*arguments, *QUICK, "--steps", "1"])
