@@ -263,7 +263,7 @@ void logsumexp_backward(const Problem& p, const Stats& stats, const Upstream& up
 }
 
 void logsumexp_both(const Problem& p, Stats stats, const Upstream& up, const Grads& grads,
-                    float* total, int64_t cache_bytes, const Run& run) {
+                    float* total, TileCache cache, const Run& run) {
   Call::Wants wants;
   wants.keys = p.row_ids || p.exclude_self || p.exclude_positives || p.row_limit || p.hardest ||
                p.positives != Positives::kNone;
@@ -280,7 +280,7 @@ void logsumexp_both(const Problem& p, Stats stats, const Upstream& up, const Gra
     if (p.cols) stats.col = stats_in(cols, m, positives);
   }
   Call call(p, run, wants, grads);
-  const TileCache cache = call.new_cache(cache_bytes);
+  if (!cache.data) cache = call.new_cache(cache.bytes);
   if (!one_pass) call.forward(stats, cache);
   call.backward(stats, up, cache, one_pass);
   *total = static_cast<float>(

@@ -121,15 +121,16 @@ void bind(py::module_& m) {
     logsumexp_backward(p, statistics, up, out, kept, how);
   });
   m.def("cpu_both", [](const py::tuple& f, const py::tuple& s, const py::tuple& u,
-                       const py::tuple& g, const py::tuple& total, int64_t cache_bytes, int n) {
+                       const py::tuple& g, const py::tuple& total, const py::tuple& c, int n) {
     const Problem p = problem(f);
     const Stats statistics = stats(s);
     const Upstream up = upstream(u);
     const Grads out = grads(g);
+    const TileCache kept = cache(c);
     float* const sum = vector(total);
     const Run how = run(n, p);
     const py::gil_scoped_release release;
-    logsumexp_both(p, statistics, up, out, sum, cache_bytes, how);
+    logsumexp_both(p, statistics, up, out, sum, kept, how);
   });
   m.def("cpu_softplus", [](const py::tuple& f, const py::tuple& loss, const py::tuple& u,
                            const py::tuple& g, int n) {

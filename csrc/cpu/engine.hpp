@@ -23,9 +23,9 @@ void logsumexp_backward(const Problem&, const Stats&, const Upstream&, const Gra
 // α·pos over the rows + Σ v·logsum + β·pos over the columns, with (u, α), (v, β) the upstream
 // gradients. Null statistics are not wanted. A problem of rows only takes one pass: a row block's
 // statistics are complete before its gradient is taken, so that its scores are computed once if
-// they fit into `cache_bytes` of memory, which the call takes and gives back.
+// they fit into the cache. A cache without memory is taken from the working memory of the call.
 void logsumexp_both(const Problem&, Stats, const Upstream&, const Grads&, float* total,
-                    int64_t cache_bytes, const Run&);
+                    TileCache, const Run&);
 
 // Row sums (unless `loss` is null) and gradients (unless the upstream gradient `u` is null), in one
 // pass.
