@@ -60,6 +60,7 @@ def multi_positive_infonce(
     queue: Tensor | None = None,
     queue_ids: Tensor | None = None,
     hard_negatives: Tensor | None = None,
+    hard_negative_ids: Tensor | None = None,
     false_negative_margin: float | None = None,
     debias: float | Tensor | None = None,
     hardness: float | None = None,
@@ -114,8 +115,9 @@ def multi_positive_infonce(
         queue, queue_ids: (Q, D) keys without gradient and (Q,) integers: further negatives for
             query→key. A queue key with the id of a query is no candidate of that query; one with a
             negative id is no candidate at all.
-        hard_negatives: (N, K, D), with gradient: further negatives of their own query only, for
-            query→key.
+        hard_negatives, hard_negative_ids: (N, K, D), with gradient, and (N, K) integers: further
+            negatives of their own query only, for query→key. One with the id of its query is no
+            candidate. A negative id is padding, for queries with fewer than K.
         false_negative_margin: m. A negative leaves D_i if its inner product with the anchor exceeds
             that of the anchor's most similar positive by more than m. This includes the queue and
             the hard negatives. In key→query the key is the anchor. It takes one or two more passes
@@ -198,6 +200,7 @@ def multi_positive_infonce(
         queue=queue,
         queue_ids=queue_ids,
         hard_negatives=hard_negatives,
+        hard_negative_ids=hard_negative_ids,
         false_negative_margin=false_negative_margin,
         debias=debias,
         hardness=hardness,
@@ -374,7 +377,7 @@ def candidate_pools(
     if side == "row" and o.queue is not None:
         pools.append(QueueCandidates(scores, o.queue, o.queue_ids))
     if side == "row" and o.hard_negatives is not None:
-        pools.append(HardNegatives(scores, o.hard_negatives))
+        pools.append(HardNegatives(scores, o.hard_negatives, o.hard_negative_ids))
     return CombinedPools(pools, scores.ids(side))
 
 

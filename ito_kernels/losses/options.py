@@ -48,6 +48,7 @@ class Options(NamedTuple):
     queue: Tensor | None = None
     queue_ids: Tensor | None = None
     hard_negatives: Tensor | None = None
+    hard_negative_ids: Tensor | None = None
     false_negative_margin: float | None = None
     debias: float | Tensor | None = None
     hardness: float | None = None
@@ -177,7 +178,29 @@ def _check_multi_pass_options(o: Options, args: Arguments) -> Options:
             raise ValueError(
                 f"hard_negatives must hold K keys for each of {n} queries, got {tuple(h.shape)}"
             )
-    return o
+    elif o.hard_negative_ids is not None:
+        raise ValueError("hard_negative_ids need hard_negatives, which are missing")
+    return o if o.hard_negative_ids is None else _check_hard_negative_ids(o, device)
+
+
+def _check_hard_negative_ids(o: Options, device: torch.device) -> Options:
+    """Check the ids of the hard negatives. Padded hard negatives, which may hold any values, become
+    0."""
+    if o.positive_pairs is not None:
+        raise ValueError(
+            "hard_negative_ids are compared with query_ids, which positive_pairs replace"
+        )
+    hard, ids = o.hard_negatives, check_tensor("hard_negative_ids", o.hard_negative_ids)
+    if ids.shape != hard.shape[:2]:
+        raise ValueError(
+            f"hard_negative_ids must have shape {tuple(hard.shape[:2])}, one id for each of the"
+            f" hard_negatives, got {tuple(ids.shape)}"
+        )
+    flat = check_ids("hard_negative_ids", ids.reshape(-1), ids.numel(), "hard_negatives", device)
+    ids = flat.view(ids.shape)
+    return o._replace(
+        hard_negatives=hard.masked_fill((ids < 0)[:, :, None], 0), hard_negative_ids=ids
+    )
 
 
 def localize_pairs(o: Options, rows: range, cols: range) -> Options:

@@ -154,20 +154,27 @@ class QueueCandidates:
 
 
 class HardNegatives:
-    """K keys for each query, (N, K, D). They are candidates of that query only."""
+    """K keys for each query, (N, K, D). They are candidates of that query only.
 
-    def __init__(self, scores: Scores, hard_negatives: Tensor):
+    ids: (N, K), or None. A key with the id of its query, or a negative id, is no candidate.
+    """
+
+    def __init__(self, scores: Scores, hard_negatives: Tensor, ids: Tensor | None):
         rows = to_accumulate_dtype(scores.queries)
         if scores.query_ids is not None:  # padded rows may contain any values
             padded = (scores.query_ids < 0)[:, None]
             rows = rows.masked_fill(padded, 0)
             hard_negatives = hard_negatives.masked_fill(padded[:, :, None], 0)
         products = torch.bmm(to_accumulate_dtype(hard_negatives), rows[:, :, None]).squeeze(2)
-        self.above_limit = torch.zeros_like(products, dtype=torch.bool)
+        self.excluded = torch.zeros_like(products, dtype=torch.bool)
+        if ids is not None:
+            own = scores.query_ids
+            own = torch.arange(len(ids), device=ids.device) if own is None else own
+            self.excluded = (ids < 0) | (ids == own[:, None])
         if scores.row_limit is not None:
-            self.above_limit = products > scores.row_limit[:, None]
+            self.excluded = self.excluded | (products > scores.row_limit[:, None])
         scaled = scores.scale.reshape(-1, 1) * products
-        self.values = scaled.masked_fill(self.above_limit, -torch.inf)
+        self.values = scaled.masked_fill(self.excluded, -torch.inf)
 
     def log_sum(self, power: float, shift: Tensor) -> Tensor:
         scores = power * (self.values - shift[:, None])
@@ -176,10 +183,10 @@ class HardNegatives:
         return total.masked_fill(empty, -torch.inf)
 
     def count(self) -> Tensor:
-        return (~self.above_limit).sum(1)
+        return (~self.excluded).sum(1)
 
     def total(self, shift: Tensor) -> tuple[Tensor, Tensor]:
-        scores = (self.values - shift[:, None]).masked_fill(self.above_limit, 0)
+        scores = (self.values - shift[:, None]).masked_fill(self.excluded, 0)
         return scores.sum(1), self.count()
 
 

@@ -87,7 +87,10 @@ def oracle(q, k, scale, row_ids=None, col_ids=None, **o):
                     if ids is None or (ids[j] >= 0 and ids[j] != own[i]):
                         neg.append(scale[i] * (q[i] @ key))
             if rows and o.get("hard_negatives") is not None:
-                neg += [scale[i] * (q[i] @ key) for key in o["hard_negatives"][i]]
+                keep = range(len(o["hard_negatives"][i]))
+                if o.get("hard_negative_ids") is not None:
+                    keep = [j for j in keep if o["hard_negative_ids"][i, j] not in (own[i], -1)]
+                neg += [scale[i] * (q[i] @ o["hard_negatives"][i, j]) for j in keep]
             anchor_weight = 1 if given is None else given[i]
             if pos or o.get("empty") != "drop":
                 weight_sum = weight_sum + anchor_weight
@@ -135,6 +138,10 @@ def make(name, n, m, d):
         "queue": {"queue": queue},
         "queue ids": {"queue": queue, "queue_ids": queue_ids},
         "hard": {"hard_negatives": hard},
+        "hard ids": {
+            "hard_negatives": hard,
+            "hard_negative_ids": random_ids(3 * n, 4, 14, padded=True).view(n, 3),
+        },
         "debias": {"debias": 0.1},
         "debias floor": {"debias": 0.9},
         "hardness": {"hardness": 0.7},
@@ -159,8 +166,9 @@ def make(name, n, m, d):
     }[name]
 
 
-NAMES = """smoothing; weights; weights, drop; bias; bias, smoothing; queue; queue ids; hard; debias;
-debias floor; hardness; debias, hardness; queue ids, hard, smoothing; all but smoothing"""
+NAMES = """smoothing; weights; weights, drop; bias; bias, smoothing; queue; queue ids; hard;
+hard ids; debias; debias floor; hardness; debias, hardness; queue ids, hard, smoothing;
+all but smoothing"""
 NAMES = [x.strip() for x in NAMES.split(";")]
 
 
@@ -543,6 +551,22 @@ def test_padding_may_hold_anything():
             assert (grad[ids < 0] == 0).all()
 
 
+@pytest.mark.parametrize("normalize", [False, True])
+def test_padded_hard_negatives_may_hold_anything(normalize):
+    hard = unit(6, 2, 4, seed=3)
+    ids = torch.tensor([[7, -1], [-1, -1], [8, 9], [3, 3], [7, 7], [-1, 9]])
+    bad = hard.masked_fill((ids < 0)[:, :, None], torch.nan).requires_grad_()
+    results = []
+    for h in (hard, bad):
+        options = {"hard_negatives": h, "hard_negative_ids": ids, "normalize": normalize}
+        results.append(ik.multi_positive_infonce(unit(6, 4), unit(6, 4, seed=1), 5.0, **options))
+    assert torch.equal(*results)
+    grad = torch.autograd.grad(results[1], bad)[0]
+    assert grad.isfinite().all()
+    assert (grad[ids < 0] == 0).all()
+    assert (grad[3] == 0).all()  # both are the anchor's own
+
+
 def test_features_that_are_not_finite_show():
     q, k = unit(6, 4), unit(6, 4, seed=1)
     q[2, 0] = torch.nan
@@ -606,6 +630,22 @@ BAD = [
     (ValueError, "queue_ids are compared", {"queue": X, "queue_ids": IDS, "positive_pairs": PAIRS}),
     (ValueError, r"hard_negatives must have shape \(N, K, D\)", {"hard_negatives": X}),
     (ValueError, "hard_negatives must hold K keys for each of 5", {"hard_negatives": X[:4, None]}),
+    (ValueError, "hard_negative_ids need hard_negatives", {"hard_negative_ids": IDS}),
+    (
+        ValueError,
+        r"hard_negative_ids must have shape \(5, 2\).* got \(5,\)",
+        {"hard_negatives": torch.randn(5, 2, 3), "hard_negative_ids": IDS},
+    ),
+    (
+        TypeError,
+        "hard_negative_ids must have an integer dtype",
+        {"hard_negatives": torch.randn(5, 1, 3), "hard_negative_ids": torch.ones(5, 1)},
+    ),
+    (
+        ValueError,
+        "hard_negative_ids are compared",
+        {"hard_negatives": X[:, None], "hard_negative_ids": IDS[:, None], "positive_pairs": PAIRS},
+    ),
     (TypeError, "positive_pairs must be a tensor", {"positive_pairs": [[0, 1]]}),
     (TypeError, "positive_pairs must have an integer dtype", {"positive_pairs": PAIRS.float()}),
     (ValueError, r"positive_pairs must have shape \(P, 2\)", {"positive_pairs": IDS}),

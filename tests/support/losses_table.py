@@ -131,6 +131,11 @@ ROWS = {
             f"{OPTION}in_batch", in_batch=False, symmetric=False, **QUEUE, **BY_ID
         ),
         "hard_negatives": infonce(f"{OPTION}by_ids", hard_negatives=Made(lambda at: at.z[:, None])),
+        "hard_negative_ids": infonce(
+            f"{OPTION}by_ids",
+            hard_negatives=Made(lambda at: at.z[:, None]),
+            hard_negative_ids=Made(lambda at: at.rows[:, None] % 5 - 1),
+        ),
         "false_negative_margin": infonce(
             f"{MARGIN}both_directions", false_negative_margin=0.1, **BY_ID
         ),
