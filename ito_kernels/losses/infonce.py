@@ -62,6 +62,7 @@ def multi_positive_infonce(
     hard_negatives: Tensor | None = None,
     hard_negative_ids: Tensor | None = None,
     false_negative_margin: float | None = None,
+    margin_type: str = "absolute",
     debias: float | Tensor | None = None,
     hardness: float | None = None,
     normalize: bool = False,
@@ -125,6 +126,8 @@ def multi_positive_infonce(
             count the remaining negatives. label_smoothing is over the remaining candidates. Their
             sum is computed in PyTorch, a panel of rows at a time, on every backend; so is D in
             key→query with a logit_scale per query.
+        margin_type: "absolute", as above; with "relative" the margin is m times the absolute value
+            of the inner product of the anchor and its most similar positive.
         debias: τ⁺ < 1, the proportion of negatives that are false, a number or (N,). The negatives'
             part of D_i becomes max{(Σ_neg exp S - n·τ⁺·mean_pos exp S) / (1 - τ⁺),
             n·exp(-logit_scale)} with n negatives. Both directions; τ⁺ per query needs N = M.
@@ -202,6 +205,7 @@ def multi_positive_infonce(
         hard_negatives=hard_negatives,
         hard_negative_ids=hard_negative_ids,
         false_negative_margin=false_negative_margin,
+        margin_type=margin_type,
         debias=debias,
         hardness=hardness,
     )

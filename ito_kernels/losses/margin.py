@@ -20,14 +20,15 @@ def apply_margin(scores: Scores, o: Options) -> Scores:
 
         <a_i, b_j> > max_{p ∈ P_i} <a_i, b_p> + margin
 
-    in both directions. An anchor without a positive keeps all of its negatives.
+    in both directions. A relative margin is multiplied by the absolute value of that maximum. An
+    anchor without a positive keeps all of its negatives.
     """
     largest_product = _largest_positive_products(scores, o)
-    margin = o.false_negative_margin
+    rounding = 0.0
     if o.positive_pairs is not None:
         # The kernels get no ids of the pairs: for them every pair is a negative, including (i, i).
         # Rounding must not put a positive above its own limit. Their sums of D products are wrong
-        # by far less than 1e-5 times the product of the norms, which is added to the margin.
+        # by far less than 1e-5 times the product of the norms, which is added to the limit.
         no_positives = (
             torch.zeros_like(largest_product["row"]).long(),
             torch.ones_like(largest_product["col"]).long(),
@@ -37,11 +38,12 @@ def apply_margin(scores: Scores, o: Options) -> Scores:
             to_accumulate_dtype(x).square().sum(1).amax().sqrt()
             for x in (scores.queries, scores.keys)
         ]
-        margin = margin + 1e-5 * scores.global_batch.all_reduce_max(torch.stack(norms)).prod()
-    limit = {
-        side: torch.where(x == -torch.inf, torch.inf, x + margin)
-        for side, x in largest_product.items()
-    }
+        rounding = 1e-5 * scores.global_batch.all_reduce_max(torch.stack(norms)).prod()
+    limit = {}
+    for side, x in largest_product.items():
+        factor = x.abs() if o.margin_type == "relative" else 1.0
+        margin = o.false_negative_margin * factor + rounding
+        limit[side] = torch.where(x == -torch.inf, torch.inf, x + margin)
     return replace(
         scores, row_limit=limit["row"], col_limit=limit["col"] if scores.symmetric else None
     )

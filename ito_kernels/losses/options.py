@@ -50,6 +50,7 @@ class Options(NamedTuple):
     hard_negatives: Tensor | None = None
     hard_negative_ids: Tensor | None = None
     false_negative_margin: float | None = None
+    margin_type: str = "absolute"
     debias: float | Tensor | None = None
     hardness: float | None = None
 
@@ -129,6 +130,9 @@ def _check_multi_pass_options(o: Options, args: Arguments) -> Options:
             "false_negative_margin", o.false_negative_margin, -math.inf
         ),
     )
+    check_choice("margin_type", o.margin_type, ("absolute", "relative"))
+    if o.margin_type == "relative" and o.false_negative_margin is None:
+        raise ValueError("margin_type='relative' needs false_negative_margin, which is missing")
     if o.positive_pairs is not None and (o.false_negative_margin or 0) < 0:
         raise ValueError(
             "false_negative_margin must be 0 or more with positive_pairs, so that no positive"

@@ -26,6 +26,7 @@ def dense(a, b, ids_a, ids_b, margin, *, positives="mean", exclude_self=False, e
         positive = torch.cat([positive, torch.zeros_like(extra[1])], 1)
         allowed = torch.cat([allowed, extra[1]], 1)
     top = dot.masked_fill(~positive, -torch.inf).amax(1)
+    margin = margin * top.abs() if o.get("margin_type") == "relative" else margin
     limit = torch.where(top == -torch.inf, torch.inf, top + margin)
     negative = allowed & ~positive & ~(dot > limit[:, None])
     S, k = o.get("scale", SCALE) * dot, positive.sum(1).double()
@@ -82,7 +83,10 @@ def with_more(*options: dict) -> list[tuple]:
     return [*((backend, {}) for backend in BACKENDS), *(("chunked", more) for more in options)]
 
 
-@pytest.mark.parametrize(("backend", "more"), with_more({"debias": 0.1}, {"hardness": 0.7}))
+@pytest.mark.parametrize(
+    ("backend", "more"),
+    with_more({"debias": 0.1}, {"hardness": 0.7}, {"margin_type": "relative"}),
+)
 @pytest.mark.parametrize("positives", ["mean", "in", "sum"])
 @pytest.mark.parametrize("margin", [-0.1, 0.0, 0.15])
 def test_both_directions(backend, positives, margin, more):
@@ -254,8 +258,26 @@ def test_half_precision_meets_in_fp32():
         assert torch.equal(x, y)
 
 
+@pytest.mark.parametrize("margin", [0.0, 0.3])
+def test_relative_margin_of_pairs(margin):
+    """Those of ids, where both say the same."""
+    a, b, ids_a, ids_b = (x for x in make(padded=False))
+    options = {"false_negative_margin": margin, "margin_type": "relative"}
+    pairs = (ids_a[:, None] == ids_b).nonzero()
+    ours = ik.multi_positive_infonce(a, b, SCALE, positive_pairs=pairs, **options)
+    losses = (
+        dense(a, b, ids_a, ids_b, margin, **options),
+        dense(b, a, ids_b, ids_a, margin, **options),
+    )
+    torch.testing.assert_close(ours, (losses[0].mean() + losses[1].mean()) / 2)
+
+
 def test_bad_margins():
     a, b, _, _ = make(padded=False)
+    with pytest.raises(ValueError, match="margin_type must be one of 'absolute', 'relative', got"):
+        ik.clip_loss(a, b, SCALE, false_negative_margin=0.1, margin_type="cosine")
+    with pytest.raises(ValueError, match="margin_type='relative' needs false_negative_margin"):
+        ik.clip_loss(a, b, SCALE, margin_type="relative")
     with pytest.raises(ValueError, match="false_negative_margin must be finite, got nan"):
         ik.clip_loss(a, b, SCALE, false_negative_margin=float("nan"))
     with pytest.raises(ValueError, match="0 or more with positive_pairs"):

@@ -139,6 +139,9 @@ ROWS = {
         "false_negative_margin": infonce(
             f"{MARGIN}both_directions", false_negative_margin=0.1, **BY_ID
         ),
+        'margin_type="relative"': infonce(
+            f"{MARGIN}both_directions", false_negative_margin=0.3, margin_type="relative", **BY_ID
+        ),
         "false_negative_margin, label_smoothing, logit_scale per query": infonce(
             f"{MARGIN}what_the_kernels_do_not_sum",
             SCALE_PER_ROW,
