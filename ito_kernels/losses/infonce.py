@@ -15,6 +15,7 @@ gradients.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -63,6 +64,7 @@ def multi_positive_infonce(
     hard_negative_ids: Tensor | None = None,
     false_negative_margin: float | None = None,
     margin_type: str = "absolute",
+    margin_on: str = "all",
     debias: float | Tensor | None = None,
     hardness: float | None = None,
     normalize: bool = False,
@@ -128,6 +130,7 @@ def multi_positive_infonce(
             key→query with a logit_scale per query.
         margin_type: "absolute", as above; with "relative" the margin is m times the absolute value
             of the inner product of the anchor and its most similar positive.
+        margin_on: "all" negatives, or those "in_batch" only: not the queue and the hard negatives.
         debias: τ⁺ < 1, the proportion of negatives that are false, a number or (N,). The negatives'
             part of D_i becomes max{(Σ_neg exp S - n·τ⁺·mean_pos exp S) / (1 - τ⁺),
             n·exp(-logit_scale)} with n negatives. Both directions; τ⁺ per query needs N = M.
@@ -206,6 +209,7 @@ def multi_positive_infonce(
         hard_negative_ids=hard_negative_ids,
         false_negative_margin=false_negative_margin,
         margin_type=margin_type,
+        margin_on=margin_on,
         debias=debias,
         hardness=hardness,
     )
@@ -378,6 +382,8 @@ def candidate_pools(
         kind = None if pairs or o.hardness else kind
         exclude = o.reweights_negatives
         pools = [InBatchCandidates(scores, side, positives=kind, exclude_positives=exclude)]
+    if o.margin_on == "in_batch":
+        scores = replace(scores, row_limit=None)
     if side == "row" and o.queue is not None:
         pools.append(QueueCandidates(scores, o.queue, o.queue_ids))
     if side == "row" and o.hard_negatives is not None:

@@ -51,6 +51,7 @@ class Options(NamedTuple):
     hard_negative_ids: Tensor | None = None
     false_negative_margin: float | None = None
     margin_type: str = "absolute"
+    margin_on: str = "all"
     debias: float | Tensor | None = None
     hardness: float | None = None
 
@@ -131,8 +132,10 @@ def _check_multi_pass_options(o: Options, args: Arguments) -> Options:
         ),
     )
     check_choice("margin_type", o.margin_type, ("absolute", "relative"))
-    if o.margin_type == "relative" and o.false_negative_margin is None:
-        raise ValueError("margin_type='relative' needs false_negative_margin, which is missing")
+    check_choice("margin_on", o.margin_on, ("all", "in_batch"))
+    for name, value in (("margin_type", "relative"), ("margin_on", "in_batch")):
+        if getattr(o, name) == value and o.false_negative_margin is None:
+            raise ValueError(f"{name}={value!r} needs false_negative_margin, which is missing")
     if o.positive_pairs is not None and (o.false_negative_margin or 0) < 0:
         raise ValueError(
             "false_negative_margin must be 0 or more with positive_pairs, so that no positive"

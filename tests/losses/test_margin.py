@@ -28,7 +28,10 @@ def dense(a, b, ids_a, ids_b, margin, *, positives="mean", exclude_self=False, e
     top = dot.masked_fill(~positive, -torch.inf).amax(1)
     margin = margin * top.abs() if o.get("margin_type") == "relative" else margin
     limit = torch.where(top == -torch.inf, torch.inf, top + margin)
-    negative = allowed & ~positive & ~(dot > limit[:, None])
+    above = dot > limit[:, None]
+    if o.get("margin_on") == "in_batch":
+        above[:, len(b) :] = False
+    negative = allowed & ~positive & ~above
     S, k = o.get("scale", SCALE) * dot, positive.sum(1).double()
     if o.get("key_bias") is not None:
         S = torch.cat([S[:, : len(b)] + o["key_bias"], S[:, len(b) :]], 1)
@@ -171,8 +174,10 @@ def test_one_tower_and_no_ids(one_tower, per_query):
         assert (x - y).abs().max() < 1e-11
 
 
+@pytest.mark.parametrize("margin_on", ["all", "in_batch"])
 @pytest.mark.parametrize("more", [{}, {"debias": 0.1}, {"hardness": 0.7}, {"label_smoothing": 0.3}])
-def test_queue_and_hard_negatives(more):
+def test_queue_and_hard_negatives(more, margin_on):
+    more = more | {"margin_on": margin_on}
     a, b, ids_a, ids_b = make(padded=False)
     g = torch.Generator().manual_seed(5)
     queue = normalize(torch.randn(30, D, generator=g, dtype=torch.float64), dim=1)
@@ -276,6 +281,8 @@ def test_bad_margins():
     a, b, _, _ = make(padded=False)
     with pytest.raises(ValueError, match="margin_type must be one of 'absolute', 'relative', got"):
         ik.clip_loss(a, b, SCALE, false_negative_margin=0.1, margin_type="cosine")
+    with pytest.raises(ValueError, match="margin_on='in_batch' needs false_negative_margin"):
+        ik.clip_loss(a, b, SCALE, margin_on="in_batch")
     with pytest.raises(ValueError, match="margin_type='relative' needs false_negative_margin"):
         ik.clip_loss(a, b, SCALE, margin_type="relative")
     with pytest.raises(ValueError, match="false_negative_margin must be finite, got nan"):

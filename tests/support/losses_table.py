@@ -139,6 +139,13 @@ ROWS = {
         "false_negative_margin": infonce(
             f"{MARGIN}both_directions", false_negative_margin=0.1, **BY_ID
         ),
+        'margin_on="in_batch"': infonce(
+            f"{MARGIN}queue_and_hard_negatives",
+            false_negative_margin=0.1,
+            margin_on="in_batch",
+            **QUEUE,
+            **BY_ID,
+        ),
         'margin_type="relative"': infonce(
             f"{MARGIN}both_directions", false_negative_margin=0.3, margin_type="relative", **BY_ID
         ),
