@@ -120,7 +120,7 @@ def open_lock(path: Path, _flags: int) -> int:
     try:
         return os.open(path, os.O_RDWR | os.O_CREAT | flags, 0o666)
     except OSError as error:
-        folder = os.path.dirname(path)
+        folder = os.path.dirname(path) or "."
         if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS) and not writable(folder):
             raise OSError(f"{folder} is not writable: {error.strerror}") from error
         raise

@@ -1,6 +1,6 @@
 """Faults planted into the code, one at a time: do the tests catch them?
 
-    python tests/faults.py                    all of them, about half an hour on one core
+    python tests/faults.py                    all of them, about an hour on one core
     python tests/faults.py --only 'csrc|ring' those whose name or file matches; --list names them
     python tests/faults.py --record after     also writes the column "after" of docs/faults.md
 

@@ -114,7 +114,8 @@ def multi_positive_infonce(
             on every backend.
         in_batch: False: the other keys of the batch are no negatives. The candidates of a query are
             its positives, the queue and its hard negatives (MoCo). Needs `queue` or
-            `hard_negatives`, and symmetric=False.
+            `hard_negatives`, and symmetric=False. Without ids and without a group it takes no pass
+            over S; else one, with positives="mean" two.
         queue, queue_ids: (Q, D) keys without gradient and (Q,) integers: further negatives for
             query→key. A queue key with the id of a query is no candidate of that query; one with a
             negative id is no candidate at all.

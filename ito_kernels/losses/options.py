@@ -64,7 +64,7 @@ class Options(NamedTuple):
         return not [
             x
             for x, default in given
-            if x is not default and (isinstance(x, Tensor) or x != default)
+            if x is not default and (not isinstance(x, _COMPARABLE) or x != default)
         ]
 
     @property
@@ -92,6 +92,7 @@ class Options(NamedTuple):
         return self._replace(queue=queue, hard_negatives=hard)
 
 
+_COMPARABLE = (bool, int, float, str)  # a tensor and an array compare element by element
 _MULTI_PASS = Options._fields.index("in_batch")
 _DEFAULTS = tuple(Options._field_defaults.values())[_MULTI_PASS:]
 
@@ -136,6 +137,11 @@ def _check_multi_pass_options(o: Options, args: Arguments) -> Options:
     for name, value in (("margin_type", "relative"), ("margin_on", "in_batch")):
         if getattr(o, name) == value and o.false_negative_margin is None:
             raise ValueError(f"{name}={value!r} needs false_negative_margin, which is missing")
+    if o.margin_on == "in_batch" and not o.in_batch:
+        raise ValueError(
+            "margin_on='in_batch' spares the queue and the hard negatives, and with in_batch=False"
+            " there are no other negatives: give one or the other"
+        )
     if o.positive_pairs is not None and (o.false_negative_margin or 0) < 0:
         raise ValueError(
             "false_negative_margin must be 0 or more with positive_pairs, so that no positive"

@@ -51,9 +51,8 @@ class PositivesById:
         return self.mean(shift) * self.count(), self.count()
 
     def reference_shift(self) -> Tensor:
-        exclude = self.exclude_positives
-        statistics = self.scores.statistics(positives="lse", exclude_positives=exclude)
-        return statistics[self.side].shift
+        zero = torch.zeros_like(self.scores.statistics(positives="lse")[self.side].shift)
+        return self.log_sum(zero).detach()
 
 
 class PositivePairs:

@@ -421,3 +421,12 @@ def test_the_cache_may_change_after_compilation(monkeypatch):
         monkeypatch.setenv("ITO_TILE_CACHE_BYTES", size)
         ours = torch.autograd.grad(compiled(t["a"], t["b"]), t["a"])[0]
         torch.testing.assert_close(ours, expected)
+
+
+def test_batched_gradients():
+    """Several upstream gradients at a time, which PyTorch maps over the backward pass."""
+    x, y = torch.randn(5, 3, requires_grad=True), torch.randn(5, 3)
+    by = torch.tensor([1.0, 2.0])
+    (batched,) = torch.autograd.grad(ik.clip_loss(x, y, 2.0), x, by, is_grads_batched=True)
+    (single,) = torch.autograd.grad(ik.clip_loss(x, y, 2.0), x)
+    torch.testing.assert_close(batched, by[:, None, None] * single)

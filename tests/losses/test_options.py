@@ -4,6 +4,7 @@ one anchor after the other in fp64; bad input, padding and features that are not
 import math
 from functools import partial
 
+import numpy as np
 import pytest
 import torch
 from support.formulas import check, random_ids, unit
@@ -244,6 +245,22 @@ def test_in_batch(by, positives, name):
     given = dict(zip(("query_ids", "key_ids"), ids, strict=True))
     loss = ik.multi_positive_infonce(q, k, scale, **given, **options)
     check(loss, oracle(q, k, scale, *ids, **options), leaves_of(q, k, scale, options))
+
+
+@pytest.mark.parametrize("positives", ["mean", "in"])
+def test_in_batch_keeps_its_digits(positives):
+    """A key of the batch that is no candidate, and far above all that are: it must not matter."""
+    q = unit(2, 4)
+    k = torch.stack([0.1 * q[0], q[0]])  # the second query's key is like the first query
+    queue, ids = 0.02 * unit(5, 4, seed=3), torch.arange(2)
+    options = {"in_batch": False, "symmetric": False, "positives": positives, "query_ids": ids}
+    options |= {"key_ids": ids, "query_weights": torch.tensor([1.0, 0.0])}
+    truth = oracle(
+        *(q, k, 100.0, ids, ids),
+        **(options | {"queue": queue, "query_weights": torch.tensor([1.0, 0.0], dtype=F64)}),
+    )
+    loss = ik.multi_positive_infonce(q.float(), k.float(), 100.0, queue=queue.float(), **options)
+    torch.testing.assert_close(loss.double(), truth, rtol=1e-3, atol=0)
 
 
 @pytest.mark.parametrize("reduction", ["none", "sum"])
@@ -622,6 +639,14 @@ BAD = [
     (ValueError, r"key_bias must have shape \(5,\)", {"key_bias": torch.ones(4)}),
     (ValueError, r"queue must have shape \(Q, D\) with D = 3", {"queue": torch.randn(4, 2)}),
     (TypeError, "queue must be torch.float32", {"queue": torch.randn(4, 3).double()}),
+    (TypeError, "query_weights must be a tensor, got ndarray", {"query_weights": np.ones(5)}),
+    (TypeError, "queue must be a tensor, got ndarray", {"queue": np.ones((4, 3))}),
+    (
+        ValueError,
+        "margin_on='in_batch' spares",
+        {"in_batch": False, "symmetric": False, "queue": X}
+        | {"false_negative_margin": 0.1, "margin_on": "in_batch"},
+    ),
     (ValueError, "in_batch=False .* needs one of them", {"in_batch": False, "symmetric": False}),
     (ValueError, "in_batch=False .* symmetric=True", {"in_batch": False, "queue": X}),
     (TypeError, "in_batch must be True or False, got 0", {"in_batch": 0}),

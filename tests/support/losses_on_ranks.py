@@ -186,6 +186,26 @@ LOSSES = {
         false_negative_margin=0.1,
         **o,
     ),
+    "queue alone": partial(
+        by_ids, in_batch=False, symmetric=False, queue=QUEUE, queue_ids=QUEUE_IDS
+    ),
+    "hard negatives alone": lambda x, y, s, b, r, **o: ik.multi_positive_infonce(
+        x,
+        y,
+        s,
+        hard_negatives=torch.stack([x - y, x + y], 1),
+        hard_negative_ids=torch.stack([r, 3 * r % N], 1) - 1,
+        in_batch=False,
+        symmetric=False,
+        **o,
+    ),
+    "margin, relative, in batch": partial(
+        by_ids,
+        false_negative_margin=0.1,
+        margin_type="relative",
+        margin_on="in_batch",
+        queue=QUEUE,
+    ),
     "margin, diagonal": partial(infonce, false_negative_margin=0.1, debias=0.1),
     "margin, smoothing": partial(
         margin, label_smoothing=0.2, queue=QUEUE, queue_ids=QUEUE_IDS, exclude_self=True
