@@ -483,7 +483,7 @@ class _WithGradients(torch.autograd.Function):
             and type(upstream) is Tensor
             and not torch.compiler.is_compiling()
             and not torch._C._len_torch_dispatch_stack()
-            and torch._C._functorch.maybe_current_level() is None  # batched gradients
+            and not torch._C._functorch.is_legacy_batchedtensor(upstream)  # is_grads_batched=True
             and not torch._C._autograd._get_current_graph_task_keep_graph()
             and upstream.item() == 1
         )
