@@ -97,7 +97,7 @@ def multi_positive_infonce(
         positives: "mean", "in" or "sum", as above.
         symmetric: average the losses of query→key and key→query. False: query→key only.
         exclude_self: leave out the pairs (i, i), for queries and keys from the same tower. Needs
-            N = M and ids: without ids the pairs (i, i) are the only positives, and the loss is 0.
+            N = M. Without ids the pairs (i, i) are the only positives: the loss is then 0.
         empty: an anchor without a positive counts as 0 in the mean ("zero") or is left out of the
             mean ("drop"; the mean of no anchors is 0).
         label_smoothing: ε from 0 to 1: (1 - ε)·loss + ε·(log D_i - mean of S over all candidates of

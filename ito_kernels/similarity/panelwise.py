@@ -183,7 +183,7 @@ class _PerRow(torch.autograd.Function):
                 else:
                     grads = ctx.gradient(grad[rows], out[rows], scores, numbers, *panel_args)
                 gradients.add(rows, *grads)
-        return None, None, None, None, *gradients.sums
+        return None, None, None, None, *gradients.result()
 
 
 class _Sum(torch.autograd.Function):
@@ -196,7 +196,7 @@ class _Sum(torch.autograd.Function):
             value, grads = function(scores, numbers, *panel_args)
             total += value
             gradients.add(rows, *grads)
-        ctx.save_for_backward(*gradients.sums)
+        ctx.save_for_backward(*gradients.result())
         return total
 
     @staticmethod
@@ -242,16 +242,18 @@ def _panel_gradients(
 
 
 class _Gradients:
-    """Sums the gradients of queries, keys and arguments over the panels.
+    """Sums the gradients of queries, keys and arguments over the panels, in fp32 at least: the sum
+    over 128 panels of a bf16 scale would be 7 % off.
 
     needs_grad: whether queries, keys and each argument need a gradient.
     """
 
     def __init__(self, queries, keys, args, row_args: int, needs_grad: Sequence[bool]):
         self.queries, self.keys, self.row_args = queries, keys, row_args
+        self.tensors = (queries, keys, *args)
         self.sums = [
-            torch.zeros_like(x) if w else None
-            for x, w in zip((queries, keys, *args), needs_grad, strict=True)
+            torch.zeros_like(x, dtype=accumulate_dtype(x.dtype)) if w else None
+            for x, w in zip(self.tensors, needs_grad, strict=True)
         ]
 
     def add(self, rows: slice, scores_grad: Tensor | None, *arg_grads: Tensor | None) -> None:
@@ -263,3 +265,8 @@ class _Gradients:
         for i, (total, x) in enumerate(zip(arg_sums, arg_grads, strict=True)):
             if total is not None and x is not None:
                 (total[rows] if i < self.row_args else total).add_(x)
+
+    def result(self) -> list[Tensor | None]:
+        """The gradients in the dtypes of their tensors."""
+        pairs = zip(self.sums, self.tensors, strict=True)
+        return [None if total is None else total.to(x.dtype) for total, x in pairs]

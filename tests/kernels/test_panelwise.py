@@ -205,3 +205,21 @@ def test_a_panel_has_the_rows_that_fit(panel_bytes, rows):
     ik.panelwise(function, torch.ones(7, 2), torch.ones(5, 2), panel_bytes=panel_bytes)
     assert max(found) == rows
     assert sum(found) == 7
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_arguments_of_16_bits_are_summed_in_fp32(dtype):
+    """Of many panels, the small gradients that come last are not lost."""
+    q, k = (normalize(torch.randn(512, 16), dim=1) for _ in range(2))
+
+    def loss(scores, rows, scale):
+        scores = scale * scores
+        return scores.logsumexp(1) - scores.gather(1, rows[:, None])[:, 0]
+
+    grads = []
+    for kind in (dtype, torch.float64):
+        scale = torch.tensor(9.0, dtype=kind, requires_grad=True)
+        x, y = (q, k) if kind == dtype else (q.double(), k.double())
+        value = ik.panelwise(loss, x, y, key_args=(scale,), panel_bytes=4 * 512)
+        grads.append(torch.autograd.grad(value.mean(), scale)[0].double())
+    assert abs(grads[0] - grads[1]) <= 0.02 * abs(grads[1])
