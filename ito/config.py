@@ -102,8 +102,8 @@ class Config:
     views: int = option(
         None,
         "objective",
-        "augmented views per item and step (default: ito 2, slip 3, others 1; only ito accepts "
-        "other values)",
+        "augmented views per item and step (default: ito 2, slip 3, others 1; only ito and your "
+        "own objective accept other values)",
         least=1,
         kind=int,
     )

@@ -52,7 +52,10 @@ def main(arguments: list[str] | None = None) -> None:
             from ito.model.open_clip import export_open_clip
 
             export_open_clip(model, tokenizer, options.open_clip)
-        print(f"exported step {step} to {out}")
+        onnx = " (safetensors and ONNX)" if options.onnx else ""
+        print(f"exported step {step} to {out}{onnx}")
+        if options.open_clip:
+            print(f"exported step {step} to {options.open_clip} (open_clip)")
 
 
 if __name__ == "__main__":

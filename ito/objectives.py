@@ -408,6 +408,11 @@ class UserObjective(Objective):
                     f"--objective {self.config.objective}: {name} must be a tensor of one number, "
                     f"got {got}"
                 )
+        if torch.is_grad_enabled() and not loss.requires_grad:
+            raise ValueError(
+                f"--objective {self.config.objective}: its loss must have a gradient: it must be "
+                "computed from image, text or logit_scale, without detach()"
+            )
         return loss.reshape(()), terms
 
 

@@ -114,7 +114,7 @@ class Trainer:
         step = Step(number + 1, number / self.config.steps, item, random)
         loss, terms = self.backward(views, ids, step)
         if not loss.isfinite():
-            raise FloatingPointError(f"the loss of step {number} is {loss.item()}")
+            raise FloatingPointError(f"the loss of step {number + 1} is {loss.item()}")
 
         self.ranks.average_grads(self.parameters)
         grad_norm = nn.utils.clip_grad_norm_(self.parameters, self.config.grad_clip)

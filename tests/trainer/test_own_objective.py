@@ -55,6 +55,9 @@ def short(image, text):
 def wide(image, text, logit_scale, **about):
     return image[0] @ text[0].T
 
+def detached(image, text, logit_scale, **about):
+    return image.detach().mean()
+
 def named(image, text, logit_scale, **about):
     return image.mean(), {"scores": 2.0}
 
@@ -156,6 +159,7 @@ def test_a_module_s_parameters_are_trained_saved_and_resumed(
             "own.py:short",
             "short must take (image, text, logit_scale, *, item, step, generator, gro",
         ),
+        ("own.py:detached", "own.py:detached: its loss must have a gradient"),
         ("own.py:wide", "own.py:wide: its loss must be a tensor of one number, got (6, 6)"),
         ("own.py:named", "own.py:named: scores must be a tensor of one number, got float"),
         ("own.py:broken", "own.py:broken: RuntimeError in line 43: "),
