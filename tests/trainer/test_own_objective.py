@@ -162,7 +162,7 @@ def test_a_module_s_parameters_are_trained_saved_and_resumed(
         ("own.py:detached", "own.py:detached: its loss must have a gradient"),
         ("own.py:wide", "own.py:wide: its loss must be a tensor of one number, got (6, 6)"),
         ("own.py:named", "own.py:named: scores must be a tensor of one number, got float"),
-        ("own.py:broken", "own.py:broken: RuntimeError in line 43: "),
+        ("own.py:broken", "own.py:broken: RuntimeError in line 46: "),
         ("syntax.py:clip", "syntax.py:clip: SyntaxError: "),
         (
             "own.py",
