@@ -90,7 +90,7 @@ def multi_positive_infonce(
         queries, keys: (N, D) and (M, D), fp32, bf16 or fp16 (fp64 on the reference and chunked
             backends), L2-normalised unless `normalize`.
         logit_scale: the multiplier itself (1 / temperature), not its logarithm: a number, a 0-d
-            tensor or an (N,) tensor.
+            tensor (or of shape (1,)) or an (N,) tensor.
         query_ids, key_ids: (N,) and (M,) integers; equal ids are positives. Each defaults to the
             row number, which needs N = M. A negative id marks a padded row: it is no anchor, no
             candidate and no part of the mean, and its features are not read.

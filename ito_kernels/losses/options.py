@@ -147,10 +147,13 @@ def _check_multi_pass_options(o: Options, args: Arguments) -> Options:
             "false_negative_margin must be 0 or more with positive_pairs, so that no positive"
             f" leaves the denominator, got {o.false_negative_margin}"
         )
-    if not o.in_batch and (o.symmetric or (o.queue is None and o.hard_negatives is None)):
+    extra = "a queue or hard_negatives"
+    if o.queue is None and o.hard_negatives is None:
+        extra = "neither queue nor hard_negatives"
+    if not o.in_batch and (o.symmetric or extra.startswith("neither")):
         raise ValueError(
             "in_batch=False leaves the queue and the hard negatives as negatives: it needs one of"
-            f" them, and symmetric=False; got symmetric={o.symmetric}"
+            f" them, and symmetric=False; got {extra}, and symmetric={o.symmetric}"
         )
     if o.label_smoothing and o.reweights_negatives:
         raise ValueError(
@@ -285,7 +288,7 @@ def _check_debias(tau: object, scale: Tensor, queries: Tensor, m: int, symmetric
         return tau
     tau = check_number("debias", tau.item() if isinstance(tau, Tensor) else tau, 0, 1)
     if tau == 1:
-        raise ValueError("debias must be less than 1: it is the proportion of false negatives")
+        raise ValueError("debias, the proportion of false negatives, must be less than 1, got 1")
     return torch.full((), tau, dtype=accumulate_dtype(queries.dtype), device=queries.device)
 
 

@@ -613,7 +613,7 @@ BAD = [
     ),
     (ValueError, "hardness must be from 0 upwards, finite, got -1", {"hardness": -1}),
     (ValueError, "debias must be from 0 to 1, got 2", {"debias": 2}),
-    (ValueError, "debias must be less than 1", {"debias": 1.0}),
+    (ValueError, "debias, .* must be less than 1, got 1", {"debias": 1.0}),
     (ValueError, r"debias must have shape \(5,\)", {"debias": torch.ones(4)}),
     (ValueError, "debias bounds the negatives of a key", {"debias": 0.1, "scale": torch.ones(5)}),
     (ValueError, r"query_weights must have shape \(5,\)", {"query_weights": torch.ones(4)}),
@@ -647,7 +647,11 @@ BAD = [
         {"in_batch": False, "symmetric": False, "queue": X}
         | {"false_negative_margin": 0.1, "margin_on": "in_batch"},
     ),
-    (ValueError, "in_batch=False .* needs one of them", {"in_batch": False, "symmetric": False}),
+    (
+        ValueError,
+        "in_batch=False .* got neither queue nor",
+        {"in_batch": False, "symmetric": False},
+    ),
     (ValueError, "in_batch=False .* symmetric=True", {"in_batch": False, "queue": X}),
     (TypeError, "in_batch must be True or False, got 0", {"in_batch": 0}),
     (ValueError, "queue_ids need queue", {"queue_ids": IDS}),
