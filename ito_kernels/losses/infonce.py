@@ -24,6 +24,7 @@ from torch import Tensor
 from ..distributed import GlobalBatch, LocalBatch, global_ranges, same_on_every_rank
 from ..similarity.spec import Problem, SideUpstream, Upstream, as_autocast_problem
 from .batch import Arguments, check_arguments
+from .common import normalize_rows
 from .margin import apply_margin
 from .options import Options, check_options, localize_pairs
 from .pools import (
@@ -52,6 +53,7 @@ def multi_positive_infonce(
     exclude_self: bool = False,
     empty: str = "zero",
     in_batch: bool = True,
+    equal_ids: str = "positive",
     label_smoothing: float = 0.0,
     query_weights: Tensor | None = None,
     key_weights: Tensor | None = None,
@@ -65,8 +67,12 @@ def multi_positive_infonce(
     false_negative_margin: float | None = None,
     margin_type: str = "absolute",
     margin_on: str = "all",
+    guide_queries: Tensor | None = None,
+    guide_keys: Tensor | None = None,
     debias: float | Tensor | None = None,
     hardness: float | None = None,
+    hardness_mode: str | None = None,
+    hardness_strength: float = 0.0,
     normalize: bool = False,
     reduction: str = "mean",
     return_stats: bool = False,
@@ -116,6 +122,10 @@ def multi_positive_infonce(
             its positives, the queue and its hard negatives (MoCo). Needs `queue` or
             `hard_negatives`, and symmetric=False. Without ids and without a group it takes no pass
             over S; else one, with positives="mean" two.
+        equal_ids: "positive", as above. With "ignore" the positive of row i is key i alone, and all
+            other pairs with equal ids are left out, in both directions: accidental hits of
+            recommenders, repeated captions. Needs N = M. If query i or key i is padded, neither is
+            an anchor.
         queue, queue_ids: (Q, D) keys without gradient and (Q,) integers: further negatives for
             query→key. A queue key with the id of a query is no candidate of that query; one with a
             negative id is no candidate at all.
@@ -132,12 +142,22 @@ def multi_positive_infonce(
         margin_type: "absolute", as above; with "relative" the margin is m times the absolute value
             of the inner product of the anchor and its most similar positive.
         margin_on: "all" negatives, or those "in_batch" only: not the queue and the hard negatives.
+        guide_queries, guide_keys: (N, E) and (M, E), without gradient: embeddings of another model.
+            The margin compares their inner products instead (GISTEmbed), and not those of the queue
+            and the hard negatives, for which there are none. The scores are computed in PyTorch, a
+            panel of rows at a time, on every backend.
         debias: τ⁺ < 1, the proportion of negatives that are false, a number or (N,). The negatives'
             part of D_i becomes max{(Σ_neg exp S - n·τ⁺·mean_pos exp S) / (1 - τ⁺),
             n·exp(-logit_scale)} with n negatives. Both directions; τ⁺ per query needs N = M.
         hardness: β ≥ 0. Negatives are weighted by exp(βS), divided by its mean over the negatives,
             before `debias` is applied. Both directions. Three passes over S instead of one.
-        normalize: L2-normalise queries, keys, queue and hard negatives first.
+        hardness_mode, hardness_strength: α ≥ 0. Negatives of that kind have the score
+            S_ij + α·<q_i, k_j>, whose second term has no gradient (LLaVE, EmbeddingGemma). The
+            kinds are "in_batch", the other keys of the batch, in both directions; "hard", the hard
+            negatives; and "all" negatives, with the queue. sentence-transformers' names are taken
+            too. For "in_batch" and "all" one pass over S without ids and group, else three. With a
+            logit_scale per query, S is computed in PyTorch, a panel of rows at a time.
+        normalize: L2-normalise queries, keys, queue, hard negatives and the guide's rows first.
         reduction: "mean" over the anchors; "sum"; or "none", which returns (N,), for symmetric the
             pair (N,), (M,).
         return_stats: also return a dict of tensors without gradient. `row_loss`, `row_lse` (N,),
@@ -161,10 +181,10 @@ def multi_positive_infonce(
             torch.compile keeps the backend that it was compiled with, whatever `use_backend` and
             ITO_BACKEND are set to later.
 
-        With `debias`, `hardness`, `positive_pairs`, `queue` or `hard_negatives`, half precision
-        features are computed in fp32, because the loss is a difference of results of several
-        passes. The same holds for symmetric with `false_negative_margin` and a logit_scale per
-        query.
+        With `debias`, `hardness`, `hardness_mode`, `equal_ids="ignore"`, `positive_pairs`, `queue`,
+        `hard_negatives` or a guide, half precision features are computed in fp32, because the loss
+        is a difference of results of several passes. The same holds for symmetric with
+        `false_negative_margin` and a logit_scale per query.
 
     Returns:
         The loss, a 0-d fp32 tensor (fp64 for fp64 features), or as `reduction` says. With
@@ -177,7 +197,8 @@ def multi_positive_infonce(
 
     Sources: van den Oord et al. 2018 (InfoNCE); Khosla et al. 2020, eq. 2 and 3 (SupCon);
     Miech et al. 2020 (MIL-NCE); He et al. 2020 (queue); Yi et al. 2019 (logQ correction); Chuang et
-    al. 2020 (debias); Robinson et al. 2021 (hardness).
+    al. 2020 (debias); Robinson et al. 2021 (hardness); Solatorio 2024 (guide); Lan et al. 2025,
+    eq. 5 (hardness_mode).
     """
     args = check_arguments(
         queries,
@@ -198,6 +219,7 @@ def multi_positive_infonce(
         reduction=reduction,
         return_stats=return_stats,
         in_batch=in_batch,
+        equal_ids=equal_ids,
         label_smoothing=label_smoothing,
         query_weights=query_weights,
         key_weights=key_weights,
@@ -211,8 +233,12 @@ def multi_positive_infonce(
         false_negative_margin=false_negative_margin,
         margin_type=margin_type,
         margin_on=margin_on,
+        guide_queries=guide_queries,
+        guide_keys=guide_keys,
         debias=debias,
         hardness=hardness,
+        hardness_mode=hardness_mode,
+        hardness_strength=hardness_strength,
     )
     return infonce(args, options)
 
@@ -229,6 +255,11 @@ def infonce(args: Arguments, options: Options) -> Tensor | tuple:
     if o.normalize:
         args = args.with_normalized_rows()
         o = o.map_extra_candidates(lambda x: torch.nn.functional.normalize(x, dim=-1))
+        if o.guide_queries is not None:
+            o = o._replace(
+                guide_queries=normalize_rows(o.guide_queries, args.query_ids),
+                guide_keys=normalize_rows(o.guide_keys, args.key_ids),
+            )
     if not o.single_pass or o.reduction == "none":
         return _multi_pass_infonce(o, args, batch)
 
@@ -267,7 +298,7 @@ def infonce(args: Arguments, options: Options) -> Tensor | tuple:
     with torch.no_grad():
         scores.store_pass(stats, positives)
         anchors = {side: anchor_losses(o, scores, side) for side in scores.directions}
-        return loss, _diagnostics(scores, anchors, positives)
+        return loss, _diagnostics(o, scores, anchors, positives)
 
 
 def _statistics_weights(
@@ -316,15 +347,18 @@ def _multi_pass_infonce(
         if o.single_pass and o.return_stats:  # "none": one pass for losses and diagnostics
             positives = "linear" if o.positives == "mean" else "lse"
             scores.statistics(positives=positives, hardest=True)
-        limited = scores if o.false_negative_margin is None else apply_margin(scores, o)
-        pairs = _positive_pairs(o, limited)
-        anchors = {side: anchor_losses(o, limited, side, pairs) for side in scores.directions}
+        pairs = _positive_pairs(o, scores)
+        limited = scores if o.false_negative_margin is None else apply_margin(scores, o, pairs)
+        negatives = _negatives_apart(o, limited)
+        anchors = {
+            side: anchor_losses(o, limited, side, pairs, negatives) for side in scores.directions
+        }
         weights = {"row": o.query_weights, "col": o.key_weights}
         losses = tuple(_reduce(o, scores, side, x, weights[side]) for side, x in anchors.items())
         loss = losses[0]
         if o.symmetric:
             loss = losses if o.reduction == "none" else 0.5 * (losses[0] + losses[1])
-        return (loss, _diagnostics(scores, anchors, positives)) if o.return_stats else loss
+        return (loss, _diagnostics(o, scores, anchors, positives)) if o.return_stats else loss
 
 
 def _same_scale_shape_on_all_ranks(scale: Tensor, batch: GlobalBatch, queries: int) -> Tensor:
@@ -354,14 +388,25 @@ class AnchorLosses(NamedTuple):
 def _positive_pairs(o: Options, scores: Scores) -> PositivePairs | None:
     """The positives as pairs, or None if the kernels find them by ids.
 
-    Without ids, hardness and `in_batch=False` take the diagonal as pairs: this saves a pass over S.
+    Without ids, positives whose scores are needed apart from the negatives' are the pairs (i, i):
+    this saves a pass over S.
     """
     if o.positive_pairs is not None:
         return PositivePairs(scores, *o.positive_pairs, o.positive_weights)
-    if (o.hardness or not o.in_batch) and scores.query_ids is None:
-        rows = torch.arange(len(scores.queries), device=scores.queries.device)
-        return PositivePairs(scores, rows, rows, None)
+    apart = o.hardness or o.boost("in_batch") or not o.in_batch
+    if o.equal_ids == "ignore" or (apart and scores.query_ids is None):
+        return PositivePairs.of_rows(scores)
     return None
+
+
+def _negatives_apart(o: Options, scores: Scores) -> Scores | None:
+    """The scores of the batch's negatives where they differ from `scores`, else None."""
+    boost, ignore = o.boost("in_batch"), o.equal_ids == "ignore"
+    if not (boost or ignore):
+        return None
+    if ignore:  # the positives are (i, i), whatever their ids
+        scores = replace(scores, exclude_self=True)
+    return scores.boosted(boost) if boost else scores
 
 
 def candidate_pools(
@@ -369,38 +414,54 @@ def candidate_pools(
     scores: Scores,
     side: str,
     pairs: PositivePairs | None,
+    negatives: Scores | None,
     positives: PositivesById | PositivesByPair,
 ) -> CombinedPools:
     """The candidates whose exponentials the denominator sums: all of them, or only the negatives if
     these are reweighted."""
-    if not o.in_batch:
-        pools = [] if o.reweights_negatives else [PositivesAsCandidates(positives)]
-    elif o.reweights_negatives and o.positive_pairs is not None:
-        pools = [UnpairedCandidates(pairs, side, o.powers)]
-    else:
-        # the same arguments as in `positives`, so that one pass serves both
-        kind = "linear" if o.positives == "mean" and not o.reweights_negatives else "lse"
-        kind = None if pairs or o.hardness else kind
-        exclude = o.reweights_negatives
-        pools = [InBatchCandidates(scores, side, positives=kind, exclude_positives=exclude)]
-    if o.margin_on == "in_batch":
+    apart = negatives is not None or o.reweights_negatives  # negatives apart from the positives
+    pools = []
+    if not o.reweights_negatives and (apart or not o.in_batch):
+        pools.append(PositivesAsCandidates(positives))
+    if o.in_batch:
+        if apart and o.positive_pairs is not None:
+            pools.append(UnpairedCandidates(negatives or scores, pairs, side, o.powers))
+        elif negatives is not None:
+            kind = "linear" if o.label_smoothing else None
+            options = {"positives": kind, "exclude_positives": True}
+            pools.append(InBatchCandidates(negatives, side, **options))
+        else:
+            # the same arguments as in `positives`, so that one pass serves both
+            kind = "linear" if o.positives == "mean" and not o.reweights_negatives else "lse"
+            kind = None if pairs or o.hardness else kind
+            options = {"positives": kind, "exclude_positives": apart}
+            pools.append(InBatchCandidates(scores, side, **options))
+    if o.margin_on == "in_batch" or scores.guide is not None:
         scores = replace(scores, row_limit=None)
     if side == "row" and o.queue is not None:
-        pools.append(QueueCandidates(scores, o.queue, o.queue_ids))
+        pools.append(QueueCandidates(scores, o.queue, o.queue_ids, o.boost("queue")))
     if side == "row" and o.hard_negatives is not None:
-        pools.append(HardNegatives(scores, o.hard_negatives, o.hard_negative_ids))
+        ids, boost = o.hard_negative_ids, o.boost("hard")
+        pools.append(HardNegatives(scores, o.hard_negatives, ids, boost))
     return CombinedPools(pools, scores.ids(side))
 
 
 def anchor_losses(
-    o: Options, scores: Scores, side: str, pairs: PositivePairs | None = None
+    o: Options,
+    scores: Scores,
+    side: str,
+    pairs: PositivePairs | None = None,
+    negatives: Scores | None = None,
 ) -> AnchorLosses:
-    """log D - T for each anchor of a direction."""
+    """log D - T for each anchor of a direction.
+
+    negatives: the scores of the batch's negatives, if they differ from `scores`.
+    """
     if pairs:
         positives = PositivesByPair(pairs, side)
     else:
         positives = PositivesById(scores, side, o.reweights_negatives and o.in_batch)
-    candidates = candidate_pools(o, scores, side, pairs, positives)
+    candidates = candidate_pools(o, scores, side, pairs, negatives, positives)
     # the largest score of the batch may be far above those of the candidates that are left
     shift = candidates.reference_shift(o.powers[-1]) if o.in_batch else positives.reference_shift()
     k = positives.count()
@@ -431,7 +492,8 @@ def anchor_losses(
     loss = torch.where(has_positive | log_d.isnan(), log_d - target, 0)
     if not o.return_stats:
         return AnchorLosses(loss, k)
-    score = None if o.positive_pairs is None else positives.mean(shift) + shift
+    listed = o.positive_pairs is not None or o.equal_ids == "ignore"
+    score = positives.mean(shift) + shift if listed else None
     return AnchorLosses(loss, k, log_d + shift, score)
 
 
@@ -452,7 +514,7 @@ def _reduce(
     if o.reduction == "sum":
         return batch.all_reduce_loss(loss.sum())
     weights = torch.ones_like(anchors.k) if weights is None else weights
-    if o.empty == "drop":
+    if o.empty == "drop" or o.equal_ids == "ignore":  # with "ignore", only padding has no positive
         weights = weights.masked_fill(anchors.k <= 0, 0)
     elif ids is not None:
         weights = weights.masked_fill(ids < 0, 0)
@@ -462,7 +524,7 @@ def _reduce(
 
 @torch.no_grad()
 def _diagnostics(
-    scores: Scores, anchors: dict[str, AnchorLosses], positives: str | None = None
+    o: Options, scores: Scores, anchors: dict[str, AnchorLosses], positives: str | None = None
 ) -> dict:
     """The dict of `return_stats`.
 
@@ -476,21 +538,24 @@ def _diagnostics(
         f"{side}_{name}" for side in ("row", "col") for name in ("loss", "lse", "accuracy")
     )
     all_reduce_mean, rows, statistics = scores.global_batch.all_reduce_mean, anchors["row"], None
-    if rows.positive_score is None:
+    if o.positive_pairs is None:
         statistics = scores.statistics(positives=positives or "linear", hardest=True)
     for side, x in anchors.items():
         out[f"{side}_loss"], out[f"{side}_lse"] = x.loss.detach(), x.log_d.detach()
         if statistics:
-            correct = statistics[side].max > statistics[side].neg_max
+            best = statistics[side].max if x.positive_score is None else x.positive_score
+            correct = best > statistics[side].neg_max
             out[f"{side}_accuracy"] = all_reduce_mean(correct.to(x.loss.dtype), x.k > 0)
     out["hardest_negative_score"] = None
     score = rows.positive_score
-    if statistics:
+    if statistics and score is None:
         row = statistics["row"]
         pos = row.pos
         if positives == "lse":  # "lse" does not give the mean score: one more forward pass
             pos = scores.logsumexp(positives="linear", cols=False).row_pos
         score = pos / rows.k.clamp(min=1) + row.max
+    if statistics:
+        row = statistics["row"]
         out["hardest_negative_score"] = all_reduce_mean(row.neg_max, row.neg_max != -torch.inf)
     out["positive_score"] = all_reduce_mean(score, rows.k > 0)
     return out

@@ -9,21 +9,32 @@ import torch
 from torch import Tensor
 
 from .options import Options
-from .precision import row_dot, take_rows, to_accumulate_dtype
+from .positive_pairs import PositivePairs
+from .precision import to_accumulate_dtype
 from .scores import Scores
 from .tiles import largest_positives
 
 
 @torch.no_grad()
-def apply_margin(scores: Scores, o: Options) -> Scores:
+def apply_margin(scores: Scores, o: Options, pairs: PositivePairs | None) -> Scores:
     """Return the scores with limits that leave out each negative (i, j) of an anchor i with
 
         <a_i, b_j> > max_{p ∈ P_i} <a_i, b_p> + margin
 
     in both directions. A relative margin is multiplied by the absolute value of that maximum. An
-    anchor without a positive keeps all of its negatives.
+    anchor without a positive keeps all of its negatives. With a guide, the inner products are those
+    of its features.
+
+    pairs: the positives, or None if ids define them.
     """
-    largest_product = _largest_positive_products(scores, o)
+    a, b = scores.queries, scores.keys
+    if o.guide_queries is not None:
+        a, b = guide = o.guide_queries, o.guide_keys
+        scores = replace(scores, guide=guide)
+    a, b = to_accumulate_dtype(a), to_accumulate_dtype(b)
+    if pairs is None and scores.query_ids is None:
+        pairs = PositivePairs.of_rows(scores)
+    largest_product = _largest_positive_products(scores, a, b, pairs)
     rounding = 0.0
     if o.positive_pairs is not None:
         # The kernels get no ids of the pairs: for them every pair is a negative, including (i, i).
@@ -34,11 +45,8 @@ def apply_margin(scores: Scores, o: Options) -> Scores:
             torch.ones_like(largest_product["col"]).long(),
         )
         scores = replace(scores, global_batch=scores.global_batch.with_ids(*no_positives))
-        norms = [
-            to_accumulate_dtype(x).square().sum(1).amax().sqrt()
-            for x in (scores.queries, scores.keys)
-        ]
-        rounding = 1e-5 * scores.global_batch.all_reduce_max(torch.stack(norms)).prod()
+        norms = torch.stack([x.square().sum(1).amax().sqrt() for x in (a, b)])
+        rounding = 1e-5 * scores.global_batch.all_reduce_max(norms).prod()
     limit = {}
     for side, x in largest_product.items():
         factor = x.abs() if o.margin_type == "relative" else 1.0
@@ -49,25 +57,22 @@ def apply_margin(scores: Scores, o: Options) -> Scores:
     )
 
 
-def _largest_positive_products(scores: Scores, o: Options) -> dict[str, Tensor]:
-    """The largest inner product of each anchor with one of its positives, -inf without any."""
+def _largest_positive_products(
+    scores: Scores, a: Tensor, b: Tensor, pairs: PositivePairs | None
+) -> dict[str, Tensor]:
+    """The largest inner product of each anchor with one of its positives, -inf without any.
+
+    a, b: the features of the queries and of the keys that are compared.
+    """
     batch = scores.global_batch
-    a = to_accumulate_dtype(scores.queries)
-    b = to_accumulate_dtype(batch.all_gather_rows(scores.keys))
-    if o.positive_pairs is None and scores.query_ids is not None:
+    if pairs is None:
         key_ids = batch.all_gather_rows(scores.key_ids)
+        b = batch.all_gather_rows(b)
         row, col = largest_positives(a, b, scores.query_ids, key_ids, scores.diagonal)
     else:
-        pairs = o.positive_pairs
-        if pairs is None:
-            pairs = torch.arange(len(a), device=a.device).expand(2, -1)
-        dot = row_dot(take_rows(a, pairs[0]), take_rows(b, pairs[1]))
-        if scores.exclude_self:
-            dot = dot.masked_fill(pairs[0] + scores.diagonal == pairs[1], -torch.inf)
-        if o.positive_weights is not None:
-            dot = dot.masked_fill(o.positive_weights == 0, -torch.inf)
+        products = pairs.inner_products(a, b).masked_fill(pairs.weights == 0, -torch.inf)
         row, col = (
-            x.new_full((len(x),), -torch.inf).scatter_reduce(0, anchors, dot, "amax")
-            for x, anchors in zip((a, b), pairs, strict=True)
+            products.new_full((size,), -torch.inf).scatter_reduce(0, anchors, products, "amax")
+            for size, anchors in ((len(a), pairs.rows), (batch.global_count("col"), pairs.cols))
         )
     return {"row": row, "col": batch.local_columns(batch.all_reduce_max(col))}

@@ -19,6 +19,8 @@ class Mask(NamedTuple):
     row_ids, col_ids: a pair with a negative id is left out. Equal ids are positives; without ids
         the positive of row i is column i + diagonal.
     row_limit: negatives with an inner product above it are left out.
+    guide: features of rows and columns, (N, E) and (M, E). The limits compare their inner products
+        instead.
     pairs: linear indices i·M + j of further pairs to leave out; negative entries are ignored.
     exclude_self: leave out (i, i + diagonal).
     exclude_positives: leave out the positives.
@@ -31,6 +33,7 @@ class Mask(NamedTuple):
     exclude_self: bool = False
     exclude_positives: bool = False
     diagonal: int = 0
+    guide: tuple[Tensor, Tensor] | None = None
 
     def __call__(self, rows: Tensor, dot: Tensor) -> Tensor:
         """The mask of a panel, True where a pair is left out.
@@ -54,7 +57,8 @@ class Mask(NamedTuple):
         if self.row_limit is not None or self.exclude_positives:
             positive = self._positive(rows, dot)
         if self.row_limit is not None:
-            above = dot > self.row_limit[rows, None]
+            guided = dot if self.guide is None else self.guide[0][rows] @ self.guide[1].T
+            above = guided > self.row_limit[rows, None]
             masked.append(above if positive is None else above.logical_and_(~positive))
         if self.exclude_positives:
             masked.append(positive)
@@ -82,6 +86,7 @@ def masked_log_sums(
     bias: Tensor | None,
     mask: Callable[[Tensor, Tensor], Tensor],
     powers: tuple[float, ...],
+    boost: float = 0.0,
 ) -> tuple[Tensor, Tensor, list[Tensor]]:
     """Row statistics of S = scale·a·bᵀ + bias over the pairs that `mask` does not leave out.
 
@@ -89,13 +94,14 @@ def masked_log_sums(
         scale: (N, 1) or (M,). bias: (M,) or None.
         mask: called with the row numbers and inner products of a panel; True leaves a pair out.
         powers: exponents p.
+        boost: α; S has the further term α·a·bᵀ without gradient.
 
     Returns the maximum of each row (N,), -inf for a row without pairs; the number of its pairs
     (N,); and for each p log Σ_j exp(p·(S_ij - max_i)), (N,). Only the last have gradients.
     """
 
     def masked_scores(dot: Tensor, masked: Tensor, scale: Tensor, *bias: Tensor) -> Tensor:
-        scores = dot * scale
+        scores = dot * (scale + boost if boost else scale)
         for x in bias:
             scores += x
         return scores.masked_fill_(masked, -torch.inf)

@@ -19,6 +19,7 @@ from ..similarity.spec import (
     autocast_enabled,
     check_bias,
     check_ids,
+    check_pair,
     check_tensor,
     check_weight,
     is_number,
@@ -39,6 +40,7 @@ class Options(NamedTuple):
     return_stats: bool = False
     # Any other value of these than the default needs several calls of the primitive.
     in_batch: bool = True
+    equal_ids: str = "positive"
     label_smoothing: float = 0.0
     query_weights: Tensor | None = None
     key_weights: Tensor | None = None
@@ -52,8 +54,12 @@ class Options(NamedTuple):
     false_negative_margin: float | None = None
     margin_type: str = "absolute"
     margin_on: str = "all"
+    guide_queries: Tensor | None = None
+    guide_keys: Tensor | None = None
     debias: float | Tensor | None = None
     hardness: float | None = None
+    hardness_mode: str | None = None
+    hardness_strength: float = 0.0
 
     @property
     def single_pass(self) -> bool:
@@ -77,12 +83,19 @@ class Options(NamedTuple):
         """The exponents p for which the denominator needs Σ e^{p·S}."""
         return (self.hardness, 1 + self.hardness) if self.hardness else (1.0,)
 
+    def boost(self, kind: str) -> float:
+        """The hardness_strength of the negatives "in_batch", "hard" or in the "queue"; 0 if
+        hardness_mode does not include them."""
+        return self.hardness_strength if self.hardness_mode in (kind, "all") else 0.0
+
     def needs_accumulate_dtype(self, scale: Tensor) -> bool:
         """Whether scores from different computations are combined outside the kernels, so that
         features must not be rounded to half precision."""
-        extra = (self.positive_pairs, self.queue, self.hard_negatives)
+        extra = (self.positive_pairs, self.queue, self.hard_negatives, self.guide_queries)
         in_panels = self.false_negative_margin is not None and self.symmetric and scale.ndim > 0
-        return self.reweights_negatives or in_panels or any(x is not None for x in extra)
+        apart = self.hardness_mode is not None or self.equal_ids == "ignore"
+        separate = self.reweights_negatives or in_panels or apart
+        return separate or any(x is not None for x in extra)
 
     def map_extra_candidates(self, function: Callable[[Tensor], Tensor]) -> Options:
         """Apply `function` to the queue and to the hard negatives, if given."""
@@ -95,6 +108,17 @@ class Options(NamedTuple):
 _COMPARABLE = (bool, int, float, str)  # a tensor and an array compare element by element
 _MULTI_PASS = Options._fields.index("in_batch")
 _DEFAULTS = tuple(Options._field_defaults.values())[_MULTI_PASS:]
+
+
+# the names of sentence-transformers for the hardness modes
+HARDNESS_MODES = {
+    "in_batch": "in_batch",
+    "hard": "hard",
+    "all": "all",
+    "in_batch_negatives": "in_batch",
+    "hard_negatives": "hard",
+    "all_negatives": "all",
+}
 
 
 def check_options(o: Options, args: Arguments) -> Options:
@@ -147,6 +171,7 @@ def _check_multi_pass_options(o: Options, args: Arguments) -> Options:
             "false_negative_margin must be 0 or more with positive_pairs, so that no positive"
             f" leaves the denominator, got {o.false_negative_margin}"
         )
+    o = _check_equal_ids(_check_guide(_check_hardness_mode(o), args), args)
     extra = "a queue or hard_negatives"
     if o.queue is None and o.hard_negatives is None:
         extra = "neither queue nor hard_negatives"
@@ -197,6 +222,76 @@ def _check_multi_pass_options(o: Options, args: Arguments) -> Options:
     elif o.hard_negative_ids is not None:
         raise ValueError("hard_negative_ids need hard_negatives, which are missing")
     return o if o.hard_negative_ids is None else _check_hard_negative_ids(o, device)
+
+
+def _check_hardness_mode(o: Options) -> Options:
+    strength = check_number("hardness_strength", o.hardness_strength, 0, math.inf)
+    if o.hardness_mode is None:
+        if strength:
+            raise ValueError(f"hardness_strength={strength} needs hardness_mode, which is missing")
+        return o
+    check_choice("hardness_mode", o.hardness_mode, (None, *HARDNESS_MODES))
+    given = {
+        "label_smoothing": o.label_smoothing > 0,
+        "debias": o.debias is not None,
+        "hardness": o.hardness is not None,
+    }
+    for name, is_given in given.items():
+        if is_given:
+            raise ValueError(
+                f"hardness_mode changes the scores of negatives, for which {name} is not defined:"
+                " give one of the two"
+            )
+    mode = HARDNESS_MODES[o.hardness_mode]
+    if mode == "hard" and o.hard_negatives is None:
+        raise ValueError(f"hardness_mode={o.hardness_mode!r} needs hard_negatives, got none")
+    if mode == "in_batch" and not o.in_batch:
+        raise ValueError(f"hardness_mode={o.hardness_mode!r} needs in_batch=True, got False")
+    return o._replace(hardness_mode=mode if strength else None, hardness_strength=strength)
+
+
+def _check_guide(o: Options, args: Arguments) -> Options:
+    if o.guide_queries is None and o.guide_keys is None:
+        return o
+    for name in ("guide_queries", "guide_keys", "false_negative_margin"):
+        if getattr(o, name) is None:
+            raise ValueError(
+                "guide_queries, guide_keys and false_negative_margin are needed together, because"
+                f" the margin compares the guide's inner products; {name} is missing"
+            )
+    if not o.in_batch:
+        raise ValueError(
+            "guide_queries and guide_keys concern the negatives of the batch, which in_batch=False"
+            " leaves out: give one or the other"
+        )
+    check_pair("guide_queries", o.guide_queries, "guide_keys", o.guide_keys)
+    return o._replace(
+        guide_queries=args.check_constant_features(
+            "guide_queries", o.guide_queries, len(args.queries)
+        ),
+        guide_keys=args.check_constant_features("guide_keys", o.guide_keys, len(args.keys)),
+    )
+
+
+def _check_equal_ids(o: Options, args: Arguments) -> Options:
+    check_choice("equal_ids", o.equal_ids, ("positive", "ignore"))
+    if o.equal_ids == "positive":
+        return o
+    given = {"exclude_self": o.exclude_self, "positive_pairs": o.positive_pairs is not None}
+    for name, is_given in given.items():
+        if is_given:
+            raise ValueError(
+                f"equal_ids='ignore' makes (i, i) the only positives: it cannot be combined with"
+                f" {name}"
+            )
+    n, m = len(args.queries), len(args.keys)
+    if n != m:
+        raise ValueError(
+            f"equal_ids='ignore' needs the same number of {args.names.queries} and"
+            f" {args.names.keys}, got {n} and {m}"
+        )
+    has_ids = args.query_ids is not None or args.key_ids is not None
+    return o if has_ids else o._replace(equal_ids="positive")  # all ids differ
 
 
 def _check_hard_negative_ids(o: Options, device: torch.device) -> Options:

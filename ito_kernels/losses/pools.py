@@ -11,16 +11,18 @@ A new kind of candidate is a class here and a line in `infonce.candidate_pools`.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
 from ..similarity import similarity_logsumexp
 from ..similarity.pairs import count_positives, finite_shift
 from ..similarity.spec import Stats
-from .masked import Mask, masked_log_sums, unmasked_sums
+from .masked import Mask, unmasked_sums
 from .positive_pairs import PositivePairs
-from .precision import logaddexp, to_accumulate_dtype
-from .scores import OTHER_SIDE, Direction, Scores
+from .precision import logaddexp, multiply_gradient, to_accumulate_dtype
+from .scores import Direction, Scores
 
 
 class InBatchCandidates:
@@ -43,7 +45,12 @@ class InBatchCandidates:
 
     def total(self, shift: Tensor) -> tuple[Tensor, Tensor]:
         total, number = self.scores.score_sums(self.side)
-        return total - number * shift, number
+        total = total - number * shift
+        if self.negatives_only:  # `positives` is "linear" in the pass that was asked for
+            k = self.scores.positive_counts(self.side)
+            total = total - k * self._direction(1.0).positive_statistic(shift, k)
+            number = number - k
+        return total, number
 
     def reference_shift(self, power: float) -> Tensor:
         """A constant close to the largest score of each anchor, 0 without candidates."""
@@ -61,23 +68,11 @@ class UnpairedCandidates:
     powers: the exponents for which `log_sum` will be called.
     """
 
-    def __init__(self, pairs: PositivePairs, side: str, powers: tuple[float, ...]):
-        scores, batch, row = pairs.scores, pairs.scores.global_batch, side == "row"
-        a = scores.features(side)
-        b = batch.all_gather_rows(scores.features(OTHER_SIDE[side]))
-        scale, bias = scores.scale.expand(len(scores.queries)), scores.bias(side)
-        mask = Mask(
-            None,
-            None,
-            scores.limit(side),
-            pairs=pairs.linear_indices(side),
-            exclude_self=scores.exclude_self,
-            diagonal=batch.local_range(side).start,
-        )
-        scale = scale[:, None] if row else batch.all_gather_rows(scale)
-        bias = None if bias is None else batch.all_gather_rows(bias)
+    def __init__(self, scores: Scores, pairs: PositivePairs, side: str, powers: tuple[float, ...]):
         self.powers = powers
-        self.max, self.number, self.log_sums = masked_log_sums(a, b, scale, bias, mask, powers)
+        self.max, self.number, self.log_sums = scores.masked_log_sums(
+            side, powers, pairs=pairs.linear_indices(side)
+        )
 
     def log_sum(self, power: float, shift: Tensor) -> Tensor:
         return self.log_sums[self.powers.index(power)] + power * (self.max - shift)
@@ -94,9 +89,14 @@ class QueueCandidates:
     that query.
 
     queue: (Q, D). queue_ids: (Q,), or None if no key of the queue has the id of a query.
+    boost: as in `Scores`.
     """
 
-    def __init__(self, scores: Scores, queue: Tensor, queue_ids: Tensor | None):
+    def __init__(self, scores: Scores, queue: Tensor, queue_ids: Tensor | None, boost: float = 0.0):
+        if boost:  # as in `Scores.boosted`; the queue has no gradient, so any scale will do
+            factor = (scores.scale / (scores.scale + boost)).detach().reshape(-1, 1)
+            queries = multiply_gradient(scores.queries, factor)
+            scores = replace(scores, queries=queries, scale=scores.scale + boost)
         self.scores, self.has_ids = scores, queue_ids is not None
         self.queue = queue.detach().to(scores.queries.dtype)
         n, device, ids = len(scores.queries), queue.device, scores.query_ids
@@ -157,9 +157,12 @@ class HardNegatives:
     """K keys for each query, (N, K, D). They are candidates of that query only.
 
     ids: (N, K), or None. A key with the id of its query, or a negative id, is no candidate.
+    boost: as in `Scores`.
     """
 
-    def __init__(self, scores: Scores, hard_negatives: Tensor, ids: Tensor | None):
+    def __init__(
+        self, scores: Scores, hard_negatives: Tensor, ids: Tensor | None, boost: float = 0.0
+    ):
         rows = to_accumulate_dtype(scores.queries)
         if scores.query_ids is not None:  # padded rows may contain any values
             padded = (scores.query_ids < 0)[:, None]
@@ -174,6 +177,8 @@ class HardNegatives:
         if scores.row_limit is not None:
             self.excluded = self.excluded | (products > scores.row_limit[:, None])
         scaled = scores.scale.reshape(-1, 1) * products
+        if boost:
+            scaled = scaled + boost * products.detach()
         self.values = scaled.masked_fill(self.excluded, -torch.inf)
 
     def log_sum(self, power: float, shift: Tensor) -> Tensor:

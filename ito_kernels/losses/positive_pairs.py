@@ -63,20 +63,47 @@ class PositivePairs:
 
     With a group, rows are this rank's local row numbers. Columns are global: the keys of all ranks
     are gathered.
+
+    padding: which pairs have a padded row or column, whose features may be NaN; None for none.
     """
 
-    def __init__(self, scores: Scores, rows: Tensor, cols: Tensor, weights: Tensor | None):
-        self.scores, self.rows, self.cols = scores, rows, cols
-        keys = scores.global_batch.all_gather_rows(scores.keys)
+    def __init__(
+        self,
+        scores: Scores,
+        rows: Tensor,
+        cols: Tensor,
+        weights: Tensor | None,
+        padding: Tensor | None = None,
+    ):
+        self.scores, self.rows, self.cols, self.padding = scores, rows, cols, padding
         scale = scores.scale[rows] if scores.scale.ndim else scores.scale
-        products = row_dot(take_rows(scores.queries, rows), take_rows(keys, cols))
-        self.pair_scores = scale * products
+        self.pair_scores = scale * self.inner_products(scores.queries, scores.keys)
         self.weights = torch.ones_like(self.pair_scores) if weights is None else weights
+        if padding is not None:
+            self.weights = self.weights.masked_fill(padding, 0)
         if scores.exclude_self:
             self.weights = self.weights.masked_fill(rows + scores.diagonal == cols, 0)
 
+    @classmethod
+    def of_rows(cls, scores: Scores) -> PositivePairs:
+        """Row i of the queries and row i of the keys, unless one of the two is padded."""
+        rows = torch.arange(len(scores.queries), device=scores.queries.device)
+        padding = None
+        if scores.query_ids is not None:
+            padding = (scores.query_ids < 0) | (scores.key_ids < 0)
+        start = scores.global_batch.local_range("row").start
+        return cls(scores, rows, rows + start, None, padding)
+
     def anchors(self, side: str) -> Tensor:
         return self.rows if side == "row" else self.cols
+
+    def inner_products(self, queries: Tensor, keys: Tensor) -> Tensor:
+        """The inner product of each pair, (P,). queries, keys: this rank's, of any width."""
+        a = take_rows(queries, self.rows)
+        b = take_rows(self.scores.global_batch.all_gather_rows(keys), self.cols)
+        if self.padding is not None:
+            a, b = (x.masked_fill(self.padding[:, None], 0) for x in (a, b))
+        return row_dot(a, b)
 
     def linear_indices(self, side: str) -> Tensor:
         """anchor · (number of candidates) + candidate for each pair of this rank, and for "col" of
@@ -133,12 +160,13 @@ class PositivesByPair:
 
     def _shifted_scores(self, shift: Tensor) -> Tensor:
         """S - shift of each pair."""
-        bias = self.pairs.scores.bias(self.side)
+        bias, padding = self.pairs.scores.bias(self.side), self.pairs.padding
         shift = shift if self.side == "row" else self.batch.all_gather_rows(shift)
         scores = self.pairs.pair_scores - take_rows(shift, self.anchors)
         if bias is None:
             return scores
-        return scores + take_rows(self.batch.all_gather_rows(bias), self.pairs.cols)
+        bias = take_rows(self.batch.all_gather_rows(bias), self.pairs.cols)
+        return scores + (bias if padding is None else bias.masked_fill(padding, 0))
 
     def _full_per_anchor(self, x: Tensor, value: float) -> Tensor:
         """A vector filled with `value`: one element per local row, or per column of all ranks."""
@@ -167,8 +195,7 @@ class PositivesByPair:
 
 
 class PositivesAsCandidates:
-    """The positives as a pool of candidates (see `pools`): all that `in_batch=False` leaves of the
-    batch."""
+    """The positives as a pool of candidates (see `pools`), apart from the batch's negatives."""
 
     def __init__(self, positives: PositivesById | PositivesByPair):
         self.positives = positives
@@ -180,3 +207,6 @@ class PositivesAsCandidates:
 
     def total(self, shift: Tensor) -> tuple[Tensor, Tensor]:
         return self.positives.sum_unweighted(shift)
+
+    def reference_shift(self, power: float) -> Tensor:
+        return self.positives.reference_shift()

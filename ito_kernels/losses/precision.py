@@ -9,6 +9,7 @@ from ..similarity.spec import accumulate_dtype, autocast_enabled, without_autoca
 
 __all__ = [
     "logaddexp",
+    "multiply_gradient",
     "row_dot",
     "take_rows",
     "to_accumulate_dtype",
@@ -44,6 +45,11 @@ def logaddexp(x: Tensor, y: Tensor) -> Tensor:
     both_empty = (x == -torch.inf) & (y == -torch.inf)
     total = torch.logaddexp(x.masked_fill(both_empty, 0), y.masked_fill(both_empty, 0))
     return total.masked_fill(both_empty, -torch.inf)
+
+
+def multiply_gradient(x: Tensor, factor: Tensor) -> Tensor:
+    """x, with a gradient that is multiplied by `factor`. The values are the same bits."""
+    return x.detach() + factor * (x - x.detach())
 
 
 def take_rows(x: Tensor, rows: Tensor) -> Tensor:

@@ -17,7 +17,7 @@ from ..distributed import GlobalBatch, LocalBatch
 from ..similarity.pairs import count_positives, finite_shift
 from ..similarity.spec import Stats
 from .masked import Mask, masked_log_sums, unmasked_sums
-from .precision import row_dot, to_accumulate_dtype
+from .precision import multiply_gradient, row_dot, to_accumulate_dtype
 
 OTHER_SIDE = {"row": "col", "col": "row"}
 
@@ -58,6 +58,8 @@ class Scores:
     key_bias: (M,), added to the scores in the direction "row" only.
     row_limit, col_limit: (N,) and (M,). In its direction, an anchor's negatives with an inner
         product above its limit are left out.
+    guide: (N, E) and (M, E), constants. The limits apply to their inner products.
+    boost: α. S has the further term α·queries·keysᵀ, without gradient. See `boosted`.
 
     With a group, all tensors hold this rank's rows; counts and sums are over the global batch. The
     results of the primitive are cached. One call computes both directions where it can.
@@ -73,6 +75,8 @@ class Scores:
     key_bias: Tensor | None = None
     row_limit: Tensor | None = None
     col_limit: Tensor | None = None
+    guide: tuple[Tensor, Tensor] | None = None
+    boost: float = 0.0
     _pass_cache: dict = field(init=False, default_factory=dict)
 
     @property
@@ -108,10 +112,24 @@ class Scores:
         """The number of rows of a side on all ranks, padding included."""
         return self.global_batch.global_count(side)
 
+    def boosted(self, strength: float) -> Scores:
+        """The scores S + strength·sg(queries·keysᵀ), where sg stops the gradient.
+
+        They are those at scale + strength, with features whose gradients are multiplied by
+        scale / (scale + strength). With a scale per query, the gradients of the keys have no common
+        factor: the statistics are computed in PyTorch, a panel at a time.
+        """
+        if self.scale.ndim:
+            return replace(self, boost=strength)
+        factor, same = (self.scale / (self.scale + strength)).detach(), self.keys is self.queries
+        queries = multiply_gradient(self.queries, factor)
+        keys = queries if same else multiply_gradient(self.keys, factor)
+        return replace(self, queries=queries, keys=keys, scale=self.scale + strength)
+
     # Passes over S.
 
     def logsumexp(self, power: float = 1.0, **options) -> Stats | Tensor:
-        """Call the primitive for power·S, without the bias and the limits."""
+        """Call the primitive for power·S, without the bias, the limits and the boost."""
         return self.global_batch.similarity_logsumexp(
             self.queries,
             self.keys,
@@ -146,6 +164,8 @@ class Scores:
 
     def _statistics(self, power: float, **options) -> dict[str, Direction]:
         call = partial(self.logsumexp, power, **options)
+        if self.guide is not None or self.boost:
+            return {side: self._in_panels(side, power, **options) for side in self.directions}
         if self.key_bias is None and self.row_limit is None:
             stats = call(cols=self.symmetric)
             return {side: Direction.from_stats(stats, side) for side in self.directions}
@@ -156,7 +176,7 @@ class Scores:
         if self.symmetric and self.col_limit is None:
             by_side["col"] = Direction.from_stats(call(rows=False), "col")
         elif self.symmetric and self.scale.ndim:
-            by_side["col"] = self._limited_columns(power, **options)
+            by_side["col"] = self._in_panels("col", power, **options)
         elif self.symmetric:
             by_side["col"] = self._transposed()._statistics(power, **options)["row"]
         return by_side
@@ -172,46 +192,82 @@ class Scores:
             key_bias=None,
             row_limit=self.col_limit,
             col_limit=None,
+            guide=self.guide and self.guide[::-1],
         )
 
-    def _limited_columns(
-        self, power: float, positives: str | None = None, exclude_positives: bool = False
+    def _in_panels(
+        self, side: str, power: float, positives: str | None = None, exclude_positives: bool = False
     ) -> Direction:
-        """The direction "col" with a limit per key and a scale per query.
+        """A direction with what no kernel supports: limits of a guide, a boost, or a limit per key
+        and a scale per query.
 
-        No kernel supports this combination: the logsumexp is computed in PyTorch, a panel at a
-        time. No limit leaves out a positive, so a kernel computes the positives.
+        The logsumexp is computed in PyTorch, a panel at a time. No limit leaves out a positive, so
+        a kernel computes the positives.
         """
-        a, b, mask = self._transposed()._masked_operands(exclude_positives=exclude_positives)
-        scale = power * self.global_batch.all_gather_rows(self.scale)
-        maximum, _, (logsum,) = masked_log_sums(a, b, scale, None, mask, (1.0,))
-        if positives is None:
-            return Direction(maximum, finite_shift(maximum), logsum)
-        stats = self.logsumexp(
-            power, rows=False, positives=positives, exclude_positives=exclude_positives
-        )
-        number = self.positive_counts("col") if positives == "linear" else 1
+        scores = self
+        if power != 1:
+            bias = None if self.key_bias is None else power * self.key_bias
+            scale, boost = power * self.scale, power * self.boost
+            scores = replace(self, scale=scale, key_bias=bias, boost=boost)
+        maximum, _, (logsum,) = scores.masked_log_sums(side, (1.0,), exclude_positives)
         shift = finite_shift(maximum)
-        pos = stats.col_pos + number * (finite_shift(stats.col_max) - shift)
-        return Direction(maximum, shift, logsum, pos)
+        if positives is None:
+            return Direction(maximum, shift, logsum)
+        options = {"positives": positives, "exclude_positives": exclude_positives}
+        if side == "row" and self.key_bias is not None:
+            options["col_bias"] = scores.key_bias
+        stats = scores.logsumexp(rows=side == "row", cols=side == "col", **options)
+        of_kernel = Direction.from_stats(stats, side)
+        number = self.positive_counts(side) if positives == "linear" else 1
+        return Direction(maximum, shift, logsum, of_kernel.pos + number * (of_kernel.shift - shift))
 
-    def _masked_operands(self, exclude_positives: bool = False) -> tuple[Tensor, Tensor, Mask]:
+    def masked_log_sums(
+        self,
+        side: str,
+        powers: tuple[float, ...],
+        exclude_positives: bool = False,
+        pairs: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor, list[Tensor]]:
+        """`masked.masked_log_sums` of a direction.
+
+        pairs: linear indices of further pairs to leave out.
+        """
+        a, b, mask = (self if side == "row" else self._transposed())._masked_operands(
+            exclude_positives, pairs
+        )
+        batch, bias = self.global_batch, self.bias(side)
+        if self.key_ids is not None and bias is not None:  # padded keys may have any bias
+            bias = bias.masked_fill(self.key_ids < 0, 0)
+        bias = None if bias is None else batch.all_gather_rows(bias)
+        scale = self.scale.expand(len(self.queries))
+        scale = scale[:, None] if side == "row" else batch.all_gather_rows(scale)
+        return masked_log_sums(a, b, scale, bias, mask, powers, self.boost)
+
+    def _masked_operands(
+        self, exclude_positives: bool = False, pairs: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Mask]:
         """The local queries, the keys of all ranks, and the mask of their excluded pairs."""
         batch, row_ids, col_ids = self.global_batch, self.query_ids, self.key_ids
-        a, b = (
-            to_accumulate_dtype(self.queries),
-            to_accumulate_dtype(batch.all_gather_rows(self.keys)),
-        )
+        a, b, guide = self.queries, self.keys, self.guide
         if row_ids is not None:  # padded rows may contain any values
+
+            def without_padding(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+                padding = (row_ids < 0)[:, None], (self.key_ids < 0)[:, None]
+                return x.masked_fill(padding[0], 0), y.masked_fill(padding[1], 0)
+
+            a, b = without_padding(a, b)
+            guide = guide and without_padding(*guide)
             col_ids = batch.all_gather_rows(col_ids)
-            a, b = (x.masked_fill((i < 0)[:, None], 0) for x, i in ((a, row_ids), (b, col_ids)))
+        a, b = to_accumulate_dtype(a), to_accumulate_dtype(batch.all_gather_rows(b))
         mask = Mask(
             row_ids,
             col_ids,
             self.row_limit,
+            pairs=pairs,
             exclude_self=self.exclude_self,
             exclude_positives=exclude_positives,
             diagonal=batch.local_range("row").start,
+            guide=guide and (guide[0], batch.all_gather_rows(guide[1])),
         )
         return a, b, mask
 

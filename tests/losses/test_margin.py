@@ -26,13 +26,20 @@ def dense(a, b, ids_a, ids_b, margin, *, positives="mean", exclude_self=False, e
         positive = torch.cat([positive, torch.zeros_like(extra[1])], 1)
         allowed = torch.cat([allowed, extra[1]], 1)
     top = dot.masked_fill(~positive, -torch.inf).amax(1)
+    compared = dot.detach()
+    if o.get("guide") is not None:  # it says nothing of what is beyond the batch
+        compared = torch.full_like(compared, -torch.inf)
+        compared[:, : len(b)] = o["guide"][0] @ o["guide"][1].T
+        top = compared.masked_fill(~positive, -torch.inf).amax(1)
     margin = margin * top.abs() if o.get("margin_type") == "relative" else margin
     limit = torch.where(top == -torch.inf, torch.inf, top + margin)
-    above = dot > limit[:, None]
+    above = compared > limit[:, None]
     if o.get("margin_on") == "in_batch":
         above[:, len(b) :] = False
     negative = allowed & ~positive & ~above
     S, k = o.get("scale", SCALE) * dot, positive.sum(1).double()
+    if o.get("hardness_mode") == "all":
+        S = S + o["hardness_strength"] * (dot * ~positive).detach()
     if o.get("key_bias") is not None:
         S = torch.cat([S[:, : len(b)] + o["key_bias"], S[:, len(b) :]], 1)
     exp, some = S.exp(), k > 0
@@ -275,6 +282,102 @@ def test_relative_margin_of_pairs(margin):
         dense(b, a, ids_b, ids_a, margin, **options),
     )
     torch.testing.assert_close(ours, (losses[0].mean() + losses[1].mean()) / 2)
+
+
+@pytest.mark.parametrize("margin_type", ["absolute", "relative"])
+@pytest.mark.parametrize("positives", ["mean", "in", "sum"])
+@pytest.mark.parametrize("per_query", [False, True])
+@pytest.mark.parametrize(
+    "more",
+    [
+        {},
+        {"label_smoothing": 0.3},
+        {"debias": 0.1, "hardness": 0.7},
+        {"hardness_mode": "all", "hardness_strength": 3.0},
+    ],
+)
+def test_guide(more, per_query, positives, margin_type):
+    """GISTEmbed: the margin compares embeddings of another model. A queue and hard negatives have
+    none and stay."""
+    a, b, ids_a, ids_b = make(m=53, groups=25)
+    guide = tuple(x[:, :7] + 0.3 * y[:, :7] for x, y in ((a, a.roll(1, 1)), (b, b.roll(1, 1))))
+    scale, bias = torch.linspace(2, 8, 41).double(), torch.linspace(-1, 1, 53).double()
+    g = torch.Generator().manual_seed(5)
+    queue = normalize(torch.randn(30, D, generator=g, dtype=torch.float64), dim=1)
+    hard = normalize(torch.randn(41, 4, D, generator=g, dtype=torch.float64), dim=2)
+    inputs = tuple(x.requires_grad_() for x in (a, b, scale, bias, hard))
+    scales = scale if per_query else scale[-1]
+    if "debias" in more:  # needs one scale for the keys' direction
+        scales = torch.tensor(SCALE).double()
+        inputs = (a, b, bias, hard)
+    nan = [(i < 0)[:, None] for i in (ids_a, ids_b)]
+    padded = (x.masked_fill(i, torch.nan) for x, i in zip((a, b), nan, strict=True))
+    padded_guide = [x.masked_fill(i, torch.nan) for x, i in zip(guide, nan, strict=True)]
+    options = {"false_negative_margin": -0.05, "margin_type": margin_type, **more}
+    ours = ik.multi_positive_infonce(
+        *padded,
+        scales,
+        query_ids=ids_a,
+        key_ids=ids_b,
+        positives=positives,
+        key_bias=bias.masked_fill(ids_b < 0, torch.nan),
+        queue=queue,
+        hard_negatives=hard,
+        guide_queries=padded_guide[0],
+        guide_keys=padded_guide[1],
+        reduction="none",
+        **options,
+    )
+    extra = torch.cat([a @ queue.T, (hard * a[:, None]).sum(2)], 1)
+    extra = extra, (ids_a >= 0)[:, None].expand(-1, 34)
+    rows = {**options, "positives": positives, "guide": guide, "scale": scales.reshape(-1, 1)}
+    cols = {**rows, "guide": guide[::-1], "scale": scales.reshape(1, -1)}
+    truth = (
+        dense(a, b, ids_a, ids_b, -0.05, key_bias=bias, extra=extra, **rows),
+        dense(b, a, ids_b, ids_a, -0.05, **cols),
+    )
+    unguided = dense(b, a, ids_b, ids_a, -0.05, **{**cols, "guide": None})
+    assert (unguided - truth[1]).abs().max() > 1e-2
+    compare(ours, truth, inputs, 1e-11)
+
+
+def test_guide_without_ids_and_of_pairs():
+    a, b, *_ = make(padded=False)
+    guide = (a + b.roll(1, 0), b + a.roll(3, 0))
+    given = {"guide_queries": guide[0], "guide_keys": guide[1], "normalize": True}
+    given |= {"false_negative_margin": 0.0}
+    ids = torch.arange(41)
+    norm = tuple(normalize(x, dim=1) for x in guide)
+    truth = (
+        dense(a, b, ids, ids, 0.0, guide=norm).mean()
+        + dense(b, a, ids, ids, 0.0, guide=norm[::-1]).mean()
+    ) / 2
+    torch.testing.assert_close(ik.clip_loss(2 * a, 3 * b, SCALE, **given), truth)
+    own = {"positive_pairs": ids.expand(2, -1).T}
+    torch.testing.assert_close(ik.clip_loss(a, b, SCALE, **own, **given), truth)
+    own = {"query_ids": ids % 9, "key_ids": ids % 9, "equal_ids": "ignore"}
+    assert ik.clip_loss(a, b, SCALE, **own, **given) != truth
+
+
+def test_bad_guides():
+    a, b, _, _ = make(padded=False)
+    both = {"guide_queries": a, "guide_keys": b}
+    for option in ("guide_queries", "guide_keys", "false_negative_margin"):
+        given = {**both, "false_negative_margin": 0.1}
+        del given[option]
+        if option != "false_negative_margin":
+            with pytest.raises(ValueError, match=f"{option} is missing"):
+                ik.clip_loss(a, b, SCALE, **given)
+        else:
+            with pytest.raises(ValueError, match="false_negative_margin is missing"):
+                ik.clip_loss(a, b, SCALE, **given)
+    both["false_negative_margin"] = 0.1
+    with pytest.raises(ValueError, match="guide_keys must have 41 rows, got 40"):
+        ik.clip_loss(a, b, SCALE, **{**both, "guide_keys": b[:40]})
+    with pytest.raises(ValueError, match="guide_queries and guide_keys must have the same"):
+        ik.clip_loss(a, b, SCALE, **{**both, "guide_keys": b[:, :4]})
+    with pytest.raises(ValueError, match="in_batch=False"):
+        ik.clip_loss(a, b, SCALE, symmetric=False, in_batch=False, queue=a, **both)
 
 
 def test_bad_margins():

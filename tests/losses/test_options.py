@@ -32,6 +32,15 @@ def oracle(q, k, scale, row_ids=None, col_ids=None, **o):
             weights[i, j] += 1 if given is None else given[p]
     else:
         weights = torch.tensor([[float(r == c and r >= 0) for c in col_ids] for r in row_ids])
+    ignore = o.get("equal_ids") == "ignore"
+    if ignore:
+        both = [float(r >= 0 and c >= 0) for r, c in zip(row_ids, col_ids, strict=True)]
+        weights = torch.diag(torch.tensor(both))
+
+    def harder(score, inner_product, *modes):
+        if o.get("hardness_mode") in modes:
+            return score + o["hardness_strength"] * inner_product.detach()
+        return score
 
     def term(i, pos, w, neg, tau):
         """One anchor's loss from its positives' scores and weights and its negatives' scores."""
@@ -64,7 +73,7 @@ def oracle(q, k, scale, row_ids=None, col_ids=None, **o):
         own, others = (row_ids, col_ids) if rows else (col_ids, row_ids)
         given = o.get("query_weights" if rows else "key_weights")
         for i in range(len(own)):
-            if own[i] < 0:
+            if own[i] < 0 or (ignore and others[i] < 0):
                 losses.append(torch.zeros((), dtype=F64))
                 continue
             pos, w, neg = [], [], []
@@ -72,6 +81,8 @@ def oracle(q, k, scale, row_ids=None, col_ids=None, **o):
                 if not (weights[i, j] if rows else weights[j, i]) and not o.get("in_batch", True):
                     continue
                 if others[j] < 0 or (o.get("exclude_self") and i == j):
+                    continue
+                if ignore and i != j and own[i] == others[j]:
                     continue
                 a, b = (i, j) if rows else (j, i)
                 score = scale[a] * (q[a] @ k[b])
@@ -81,17 +92,18 @@ def oracle(q, k, scale, row_ids=None, col_ids=None, **o):
                     pos.append(score)
                     w.append(weights[a, b])
                 else:
-                    neg.append(score)
+                    neg.append(harder(score, q[a] @ k[b], "in_batch", "all"))
             if rows and o.get("queue") is not None:
                 ids = o.get("queue_ids")
                 for j, key in enumerate(o["queue"].detach()):
                     if ids is None or (ids[j] >= 0 and ids[j] != own[i]):
-                        neg.append(scale[i] * (q[i] @ key))
+                        neg.append(harder(scale[i] * (q[i] @ key), q[i] @ key, "all"))
             if rows and o.get("hard_negatives") is not None:
                 keep = range(len(o["hard_negatives"][i]))
                 if o.get("hard_negative_ids") is not None:
                     keep = [j for j in keep if o["hard_negative_ids"][i, j] not in (own[i], -1)]
-                neg += [scale[i] * (q[i] @ o["hard_negatives"][i, j]) for j in keep]
+                products = [q[i] @ o["hard_negatives"][i, j] for j in keep]
+                neg += [harder(scale[i] * dot, dot, "hard", "all") for dot in products]
             anchor_weight = 1 if given is None else given[i]
             if pos or o.get("empty") != "drop":
                 weight_sum = weight_sum + anchor_weight
@@ -245,6 +257,91 @@ def test_in_batch(by, positives, name):
     given = dict(zip(("query_ids", "key_ids"), ids, strict=True))
     loss = ik.multi_positive_infonce(q, k, scale, **given, **options)
     check(loss, oracle(q, k, scale, *ids, **options), leaves_of(q, k, scale, options))
+
+
+@pytest.mark.parametrize("mode", ["in_batch", "hard", "all"])
+@pytest.mark.parametrize("positives", ["mean", "in", "sum"])
+@pytest.mark.parametrize("by", ["row", "ids", "self", "pairs", "ignore"])
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("per_query", [True, False])
+def test_hardness_mode(per_query, symmetric, by, positives, mode):
+    """LLaVE: negatives score S_ij + α·sg(<q_i, k_j>)."""
+    q, k = unit(9, 5).requires_grad_(), unit(9, 5, seed=1).requires_grad_()
+    scale = torch.linspace(2, 6, 9, dtype=F64) if per_query else torch.tensor(4.0, dtype=F64)
+    scale.requires_grad_()
+    options = make("queue ids, hard, smoothing", 9, 9, 5) | {"positives": positives}
+    options |= {"symmetric": symmetric, "hardness_mode": mode, "hardness_strength": 3.0}
+    options["key_bias"] = make("bias", 9, 9, 5)["key_bias"]
+    del options["label_smoothing"]
+    ids = (None, None)
+    if by in ("ids", "self", "ignore"):
+        ids = random_ids(9, 5, 2, padded=True), random_ids(9, 4, 3, padded=True)
+        options["exclude_self"] = by == "self"
+        options["equal_ids"] = "ignore" if by == "ignore" else "positive"
+    if by == "pairs":
+        options.pop("queue_ids")
+        options["positive_pairs"] = pairs_of(9, 9, 12).unique(dim=0)
+    given = dict(zip(("query_ids", "key_ids"), ids, strict=True))
+    for backend in ("reference", "chunked"):
+        loss = ik.multi_positive_infonce(q, k, scale, **given, backend=backend, **options)
+        check(loss, oracle(q, k, scale, *ids, **options), leaves_of(q, k, scale, options))
+
+
+def test_hardness_mode_has_the_names_of_sentence_transformers():
+    q, k, hard = unit(6, 5), unit(6, 5, seed=1), unit(6, 2, 5, seed=2)
+    for mode in ("in_batch", "hard", "all"):
+        short, long = (
+            ik.clip_loss(q, k, 4.0, hard_negatives=hard, hardness_mode=x, hardness_strength=3.0)
+            for x in (mode, f"{mode}_negatives")
+        )
+        assert short == long != ik.clip_loss(q, k, 4.0, hard_negatives=hard)
+        assert ik.clip_loss(q, k, 4.0, hard_negatives=hard, hardness_mode=mode) == ik.clip_loss(
+            q, k, 4.0, hard_negatives=hard
+        )
+
+
+@pytest.mark.parametrize("name", ["plain", "in_batch", *NAMES])
+@pytest.mark.parametrize("positives", ["mean", "in", "sum"])
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_equal_ids_are_ignored(symmetric, positives, name):
+    """Accidental hits: key i is the only positive of query i, whatever their own ids say."""
+    q, k = unit(9, 5).requires_grad_(), unit(9, 5, seed=1).requires_grad_()
+    scale = torch.tensor(4.0, dtype=F64, requires_grad=True)
+    options = {} if name == "plain" else make(name, 9, 9, 5) if name != "in_batch" else {}
+    if name == "in_batch":
+        options, symmetric = make("queue ids", 9, 9, 5) | {"in_batch": False}, False
+    options |= {"positives": positives, "symmetric": symmetric, "equal_ids": "ignore"}
+    if not symmetric:
+        options.pop("key_weights", None)
+    ids = random_ids(9, 4, 2, padded=True), random_ids(9, 4, 3, padded=True)
+    truth = oracle(q, k, scale, *ids, **options)
+    padded = (x.masked_fill((i < 0)[:, None], torch.nan) for x, i in zip((q, k), ids, strict=True))
+    if options.get("key_bias") is not None:
+        bias = options["key_bias"].masked_fill(ids[1] < 0, torch.nan)
+        options["key_bias"] = bias
+    given = dict(zip(("query_ids", "key_ids"), ids, strict=True))
+    loss = ik.multi_positive_infonce(*padded, scale, **given, **options)
+    check(loss, truth, [x for x in leaves_of(q, k, scale, options) if x.is_leaf])
+
+
+def test_equal_ids_without_ids_change_nothing():
+    q, k = unit(9, 5), unit(9, 5, seed=1)
+    assert ik.clip_loss(q, k, 4.0, equal_ids="ignore") == ik.clip_loss(q, k, 4.0)
+
+
+def test_stats_of_equal_ids_that_are_ignored():
+    """The accuracy asks whether key i is above all candidates with another id."""
+    q = torch.eye(4, 5, dtype=F64)
+    k = q.roll(1, 0) + 0.5 * q  # of key i and key i - 1, the latter is more similar to query i
+    ids = torch.tensor([0, 0, 1, 2])
+    _, stats = ik.clip_loss(
+        q, k, 2.0, query_ids=ids, key_ids=ids, equal_ids="ignore", return_stats=True
+    )
+    dots = q @ k.T
+    other = ids[:, None] != ids
+    correct = dots.diag() > dots.masked_fill(~other, -torch.inf).amax(1)
+    assert stats["row_accuracy"] == correct.double().mean() == 0.25
+    torch.testing.assert_close(stats["positive_score"], 2 * dots.diag().mean())
 
 
 @pytest.mark.parametrize("positives", ["mean", "in"])
