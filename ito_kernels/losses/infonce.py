@@ -331,7 +331,8 @@ def _multi_pass_infonce(
 ) -> Tensor | tuple:
     """InfoNCE with any options, as a composition of several calls of the primitive."""
     queries, keys, scale = args[:3]
-    if o.false_negative_margin is not None and isinstance(batch, GlobalBatch):
+    shape_matters = o.false_negative_margin is not None or o.boost("in_batch")
+    if shape_matters and isinstance(batch, GlobalBatch):
         scale = _same_scale_shape_on_all_ranks(scale, batch, len(queries))
     o = o.map_extra_candidates(to_autocast_dtype)
     same = keys is queries

@@ -324,6 +324,51 @@ def test_equal_ids_are_ignored(symmetric, positives, name):
     check(loss, truth, [x for x in leaves_of(q, k, scale, options) if x.is_leaf])
 
 
+@pytest.mark.parametrize(
+    ("message", "options"),
+    [
+        ("hardness_strength=2.0 needs hardness_mode", {"hardness_strength": 2.0}),
+        ("hardness_strength must be from 0", {"hardness_mode": "all", "hardness_strength": -1.0}),
+        ("hardness_mode must be one of", {"hardness_mode": "hardest", "hardness_strength": 1.0}),
+        ("needs hard_negatives", {"hardness_mode": "hard", "hardness_strength": 1.0}),
+        ("label_smoothing is not", {"hardness_mode": "in_batch", "label_smoothing": 0.1}),
+        ("debias is not", {"hardness_mode": "in_batch", "debias": 0.1}),
+        ("hardness is not", {"hardness_mode": "in_batch", "hardness": 0.1}),
+        (
+            "hardness_mode='in_batch_negatives' needs in_batch=True",
+            {"hardness_mode": "in_batch_negatives", "in_batch": False, "symmetric": False}
+            | {"queue": torch.ones(3, 5, dtype=F64)},
+        ),
+        ("equal_ids must be one of", {"equal_ids": "drop"}),
+        ("exclude_self", {"equal_ids": "ignore", "exclude_self": True}),
+        ("positive_pairs", {"equal_ids": "ignore", "positive_pairs": torch.zeros(1, 2).long()}),
+    ],
+)
+def test_bad_modes(message, options):
+    with pytest.raises(ValueError, match=message):
+        ik.clip_loss(unit(6, 5), unit(6, 5, seed=1), 4.0, **options)
+
+
+def test_ignored_ids_need_as_many_keys_as_queries():
+    ids = {"query_ids": torch.arange(6), "key_ids": torch.arange(7)}
+    with pytest.raises(ValueError, match="equal_ids='ignore' needs the same number of queries"):
+        ik.multi_positive_infonce(unit(6, 5), unit(7, 5), 4.0, equal_ids="ignore", **ids)
+
+
+@pytest.mark.parametrize("padded", ["query_ids", "key_ids"])
+@pytest.mark.parametrize(
+    "more", [{}, {"hardness_mode": "in_batch", "hardness_strength": 2.0}, {"label_smoothing": 0.1}]
+)
+def test_ignored_ids_of_which_none_is_left(padded, more):
+    q, k = unit(6, 5).requires_grad_(), unit(6, 5, seed=1).requires_grad_()
+    ids = {"query_ids": torch.zeros(6).long(), "key_ids": torch.zeros(6).long()}
+    ids[padded] = ids[padded] - 1
+    loss = ik.multi_positive_infonce(q, k, 4.0, equal_ids="ignore", **ids, **more)
+    assert loss == 0
+    for grad in torch.autograd.grad(loss, (q, k)):
+        assert not grad.any()
+
+
 def test_equal_ids_without_ids_change_nothing():
     q, k = unit(9, 5), unit(9, 5, seed=1)
     assert ik.clip_loss(q, k, 4.0, equal_ids="ignore") == ik.clip_loss(q, k, 4.0)

@@ -70,6 +70,7 @@ PAIR_WEIGHTS = torch.rand(len(PAIRS), generator=G, dtype=torch.float64)
 PAIR_WEIGHTS[::4] = 0
 REFERENCE = normalize(torch.randn(2, N, 3, generator=G, dtype=torch.float64), dim=2)
 CLUSTERS = torch.randint(3, (2, N), generator=G)
+GUIDE = normalize(torch.randn(2, N, 4, generator=G, dtype=torch.float64), dim=2)
 
 
 def pairs(x, y, s, b, r, weighted=True, **o):
@@ -215,6 +216,33 @@ LOSSES = {
     ),
     "margin, diagonal, scale per query": lambda x, y, s, b, r, **o: ik.clip_loss(
         x, y, s * (1 + r.to(s.dtype) / N), false_negative_margin=0.1, hardness=0.5, **o
+    ),
+    "guide": lambda x, y, s, b, r, **o: margin(
+        x, y, s, b, r, guide_queries=GUIDE[0, r], guide_keys=GUIDE[1, r], label_smoothing=0.2, **o
+    ),
+    "guide, pairs": lambda x, y, s, b, r, **o: pairs(
+        *(x, y, s, b, r),
+        false_negative_margin=0.1,
+        guide_queries=GUIDE[0, r],
+        guide_keys=GUIDE[1, r],
+        **o,
+    ),
+    "equal ids ignored": partial(by_ids, equal_ids="ignore", queue=QUEUE, queue_ids=QUEUE_IDS),
+    "equal ids ignored, margin, smoothing": partial(
+        margin, equal_ids="ignore", label_smoothing=0.2, empty="drop"
+    ),
+    "hardness mode": partial(
+        by_ids, hardness_mode="all", hardness_strength=2.0, queue=QUEUE, queue_ids=QUEUE_IDS
+    ),
+    "hardness mode, diagonal": partial(infonce, hardness_mode="in_batch", hardness_strength=2.0),
+    "hardness mode, pairs": partial(pairs, hardness_mode="in_batch", hardness_strength=2.0),
+    "hardness mode, scale per query": lambda x, y, s, b, r, **o: margin(
+        *(x, y, s * (1 + r.to(s.dtype) / N), b, r),
+        hardness_mode="all",
+        hardness_strength=2.0,
+        equal_ids="ignore",
+        hard_negatives=torch.stack([x - y, x + y], 1),
+        **o,
     ),
     "debias": partial(by_ids, debias=0.1),
     "debias per query": lambda x, y, s, b, r, **o: by_ids(x, y, s, b, r, debias=PRIORS[r], **o),

@@ -155,6 +155,34 @@ ROWS = {
             false_negative_margin=0.1,
             label_smoothing=0.1,
         ),
+        "guide_queries, guide_keys": infonce(
+            f"{MARGIN}guide",
+            false_negative_margin=0.1,
+            guide_queries=Made(lambda at: at.z[:, :4]),
+            guide_keys=Made(lambda at: at.z.roll(1, 0)[:, :4]),
+            **BY_ID,
+        ),
+        'equal_ids="ignore"': infonce(
+            f"{OPTION}equal_ids_are_ignored", equal_ids="ignore", **BY_ID
+        ),
+        'equal_ids="ignore", label_smoothing': infonce(
+            f"{OPTION}equal_ids_are_ignored", equal_ids="ignore", label_smoothing=0.1, **BY_ID
+        ),
+        "hardness_mode, hardness_strength": infonce(
+            f"{OPTION}hardness_mode",
+            hardness_mode="all",
+            hardness_strength=5.0,
+            hard_negatives=Made(lambda at: at.z[:, None]),
+            **QUEUE,
+            **BY_ID,
+        ),
+        "hardness_mode, logit_scale per query": infonce(
+            f"{OPTION}hardness_mode",
+            SCALE_PER_ROW,
+            hardness_mode="in_batch",
+            hardness_strength=5.0,
+            **BY_ID,
+        ),
         "debias": infonce(f"{OPTION}by_ids", debias=0.1, **BY_ID),
         "debias per query": infonce(f"{OPTION}scale_and_prior_per_query", debias=PRIORS),
         "hardness": infonce(f"{OPTION}by_ids", hardness=0.5, **BY_ID),
