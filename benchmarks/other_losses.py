@@ -16,7 +16,7 @@ from torch import Tensor
 
 import ito_kernels as ik
 
-PRIOR, HARDNESS, MARGIN, SOFT, MIXED, CLUSTERS = 0.1, 0.5, 0.1, 0.4, 0.7, 8
+PRIOR, HARDNESS, STRENGTH, MARGIN, SOFT, MIXED, CLUSTERS = 0.1, 0.5, 9.0, 0.1, 0.4, 0.7, 8
 
 
 class Loss(NamedTuple):
@@ -134,6 +134,35 @@ def margin(x: Inputs) -> Tensor:
         return cross_entropy((x.log_scale.exp() * dot).masked_fill(false, -torch.inf))
 
     return mean_of_directions(rows, x.a @ x.b.T)
+
+
+def equal_ids(x: Inputs) -> Tensor:
+    same = (x.ids[:, None] == x.ids).fill_diagonal_(False)
+    return mean_of_directions(
+        lambda scores: cross_entropy(scores.masked_fill(same, -torch.inf)), scores_of(x)
+    )
+
+
+def hardness_mode(x: Inputs) -> Tensor:
+    dot = x.a @ x.b.T
+    harder = STRENGTH * dot.detach().clone().fill_diagonal_(0)
+    return mean_of_directions(cross_entropy, x.log_scale.exp() * dot + harder)
+
+
+def guide(x: Inputs) -> Tensor:
+    guide = guides(x)
+    products = guide[0] @ guide[1].T
+    scores = scores_of(x)
+
+    def rows(scores: Tensor, products: Tensor) -> Tensor:
+        false = products > products.diagonal()[:, None] + MARGIN
+        return cross_entropy(scores.masked_fill(false, -torch.inf))
+
+    return (rows(scores, products) + rows(scores.T, products.T)) / 2
+
+
+def guides(x: Inputs) -> tuple[Tensor, Tensor]:
+    return x.b.detach(), x.a.detach()
 
 
 def one_to_k(x: Inputs) -> Tensor:
@@ -272,4 +301,20 @@ OTHER_LOSSES = {
         ),
     ),
     "margin": Loss(margin, infonce(false_negative_margin=MARGIN)),
+    "equal_ids": Loss(
+        equal_ids,
+        infonce(equal_ids="ignore", query_ids=lambda x: x.ids, key_ids=lambda x: x.ids),
+        grouped=True,
+    ),
+    "hardness_mode": Loss(
+        hardness_mode, infonce(hardness_mode="in_batch", hardness_strength=STRENGTH)
+    ),
+    "guide": Loss(
+        guide,
+        infonce(
+            false_negative_margin=MARGIN,
+            guide_queries=lambda x: guides(x)[0],
+            guide_keys=lambda x: guides(x)[1],
+        ),
+    ),
 }

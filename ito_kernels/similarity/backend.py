@@ -46,6 +46,10 @@ class Backend:
         """Bytes of memory that the forward pass can use to keep scores for backward; 0 for none."""
         return 0
 
+    def new_cache(self, problem: Problem, size: int) -> Tensor:
+        """`size` bytes for the scores that the forward pass of `problem` keeps for backward."""
+        return problem.a.new_empty(size, dtype=torch.uint8)
+
     def logsumexp_forward(self, problem: Problem, cache: Tensor | None = None) -> Stats:
         raise NotImplementedError
 

@@ -1,14 +1,18 @@
 """Native kernels for CPU tensors: fp32, bf16 and fp16 features, accumulated in fp32.
 
 Tiles of S are reduced while they are in the processor's cache. The backward pass computes them
-again, or reads those that the forward pass kept: up to ITO_TILE_CACHE_BYTES, 64 MiB by default. The
-kernels run on PyTorch's OpenMP threads, `torch.get_num_threads()` of them. With the same number of
-threads the results are the same bit for bit.
+again, or reads those that the forward pass kept: up to ITO_TILE_CACHE_BYTES, 64 MiB by default, for
+all passes together that await their backward pass. The kernels run on PyTorch's OpenMP threads,
+`torch.get_num_threads()` of them. With the same number of threads the results are the same bit for
+bit.
 
 Environment: ITO_CPU_ISA forces an instruction set, one of `instruction_sets()`.
 """
 
 from __future__ import annotations
+
+from itertools import count
+from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor
@@ -27,6 +31,10 @@ TILE_CACHE_BYTES = 64 << 20
 # ones are PyTorch's memory: at N = 2048 the module would map 27 MiB and touch them for the first
 # time in every call, which takes 5 % longer.
 SMALL_CACHE_BYTES = 4 << 20
+# The caches of forward passes, which autograd frees in the backward pass. A loss of three passes
+# would otherwise keep 192 MiB.
+_live_caches: WeakValueDictionary[int, Tensor] = WeakValueDictionary()
+_cache_numbers = count()
 
 
 class Cpu(Backend):
@@ -66,11 +74,18 @@ class Cpu(Backend):
         return _native.cpu_describe(_fields(problem), torch.get_num_threads())
 
     def cache_bytes(self, problem: Problem) -> int:
-        """Memory to keep scores for backward, 4 bytes each, up to ITO_TILE_CACHE_BYTES."""
+        """Memory to keep scores for backward, 4 bytes each, up to what other passes have left of
+        ITO_TILE_CACHE_BYTES."""
         budget = byte_budget("ITO_TILE_CACHE_BYTES", TILE_CACHE_BYTES)
+        if not torch.compiler.is_compiling():  # a compiled call always has what it was compiled for
+            budget = max(0, budget - sum(x.numel() for x in _live_caches.values()))
         # tiles are rounded up to whole panels
         n, m = problem.a.shape[0], problem.m
         return min(budget, 4 * (n + n // 4 + 64) * (m + m // 4 + 64))
+
+    def new_cache(self, problem: Problem, size: int) -> Tensor:
+        cache = _live_caches[next(_cache_numbers)] = super().new_cache(problem, size)
+        return cache
 
     def logsumexp_forward(self, problem: Problem, cache: Tensor | None = None) -> Stats:
         """Keeps as many scores in `cache` as fit."""

@@ -265,7 +265,7 @@ class Logsumexp(NamedTuple):
                 return self.compute()
         if any(early):
             return Result(*backend.logsumexp_both(problem, with_stats, weights, early))
-        cache = problem.a.new_empty(cache_bytes, dtype=torch.uint8) if cache_bytes else None
+        cache = backend.new_cache(problem, cache_bytes) if cache_bytes else None
         stats = backend.logsumexp_forward(problem, cache)
         return Result(weighted_sum(stats, weights), stats, cache=cache)
 

@@ -17,6 +17,7 @@ from support.problems import CASES, Case, leaves, make, tensors, turned
 from torch.nn.functional import normalize
 
 import ito_kernels as ik
+from ito_kernels.similarity import cpu as cpu_module
 from ito_kernels.similarity import dispatch
 from ito_kernels.similarity.cpu import instruction_sets
 from ito_kernels.similarity.spec import Needs, Problem, SideUpstream, Upstream
@@ -171,6 +172,24 @@ def test_the_cache_saves_products(monkeypatch, threads):
     rows_only = {"symmetric": False}
     assert measured(lambda: ik.multi_positive_infonce(x, y, 10.0, **rows_only)) == 3
     assert measured(lambda: ik.multi_positive_infonce(x, y.detach(), 10.0, **rows_only)) == 2
+
+
+def test_passes_share_the_cache(monkeypatch):
+    """Passes that await their backward pass keep no more than the budget, with the same bits."""
+
+    def gradients() -> tuple[torch.Tensor, ...]:
+        loss = ik.clip_loss(x, y, 10.0, hardness=0.5)
+        kept = sum(cache.numel() for cache in cpu_module._live_caches.values())
+        assert 0 < kept <= 5_000_000
+        return torch.autograd.grad(loss, (x, y))
+
+    x, y = (normalize(torch.randn(1024, 16), dim=1).requires_grad_() for _ in range(2))
+    monkeypatch.setenv("ITO_TILE_CACHE_BYTES", "5000000")  # S has 4,194,304
+    shared = gradients()
+    assert not cpu_module._live_caches
+    monkeypatch.setenv("ITO_TILE_CACHE_BYTES", "1000000")
+    for a, b in zip(shared, gradients(), strict=True):
+        assert torch.equal(a, b)
 
 
 @pytest.mark.parametrize("value", ["-1", "", "64MiB"])
