@@ -394,7 +394,8 @@ def _positive_pairs(o: Options, scores: Scores) -> PositivePairs | None:
     """
     if o.positive_pairs is not None:
         return PositivePairs(scores, *o.positive_pairs, o.positive_weights)
-    apart = o.hardness or o.boost("in_batch") or not o.in_batch
+    guided = o.guide_queries is not None
+    apart = o.hardness or o.boost("in_batch") or not o.in_batch or guided
     if o.equal_ids == "ignore" or (apart and scores.query_ids is None):
         return PositivePairs.of_rows(scores)
     return None

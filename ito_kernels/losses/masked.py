@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from ..similarity.first_order import first_order_only, reverse_mode_only
 from ..similarity.pairs import finite_shift
-from ..similarity.panelwise import panelwise
+from ..similarity.panelwise import panelwise, row_panels
 
 
 class Mask(NamedTuple):
@@ -18,7 +19,8 @@ class Mask(NamedTuple):
 
     row_ids, col_ids: a pair with a negative id is left out. Equal ids are positives; without ids
         the positive of row i is column i + diagonal.
-    row_limit: negatives with an inner product above it are left out.
+    row_limit, col_limit: for the direction of the rows or of the columns, negatives with an inner
+        product above it are left out.
     guide: features of rows and columns, (N, E) and (M, E). The limits compare their inner products
         instead.
     pairs: linear indices i·M + j of further pairs to leave out; negative entries are ignored.
@@ -33,13 +35,34 @@ class Mask(NamedTuple):
     exclude_self: bool = False
     exclude_positives: bool = False
     diagonal: int = 0
+    col_limit: Tensor | None = None
     guide: tuple[Tensor, Tensor] | None = None
 
     def __call__(self, rows: Tensor, dot: Tensor) -> Tensor:
-        """The mask of a panel, True where a pair is left out.
+        """The mask of a panel in the direction of the rows, True where a pair is left out.
 
         rows: the row numbers of the panel. dot: its inner products.
         """
+        return self.by_side(rows, dot, ("row",))[0]
+
+    def by_side(self, rows: Tensor, dot: Tensor, sides: tuple[str, ...]) -> list[Tensor]:
+        """The masks of a panel in the directions `sides`, "row" or "col"."""
+        limits = {"row": self.row_limit, "col": self.col_limit}
+        limited = any(limits[side] is not None for side in sides)
+        positive = self._positive(rows, dot) if limited or self.exclude_positives else None
+        shared = self._without_limits(rows, dot, positive)
+        if not limited:
+            return [shared] * len(sides)
+        guided = dot if self.guide is None else self.guide[0][rows] @ self.guide[1].T
+        masks = []
+        for side in sides:
+            above = guided > (limits[side][rows, None] if side == "row" else limits[side])
+            if positive is not None:
+                above.logical_and_(~positive)
+            masks.append(above.logical_or_(shared))
+        return masks
+
+    def _without_limits(self, rows: Tensor, dot: Tensor, positive: Tensor | None) -> Tensor:
         masked = []
         if self.pairs is not None:
             # scatter into a flat panel with one more element, which takes the pairs of other panels
@@ -54,19 +77,13 @@ class Mask(NamedTuple):
             masked.append((ids < 0) | (self.col_ids < 0))
         if self.exclude_self:
             masked.append(self._diagonal(rows, dot))
-        if self.row_limit is not None or self.exclude_positives:
-            positive = self._positive(rows, dot)
-        if self.row_limit is not None:
-            guided = dot if self.guide is None else self.guide[0][rows] @ self.guide[1].T
-            above = guided > self.row_limit[rows, None]
-            masked.append(above if positive is None else above.logical_and_(~positive))
         if self.exclude_positives:
             masked.append(positive)
         if not masked:
             return torch.zeros_like(dot, dtype=torch.bool)
         total = masked[0]
         for mask in masked[1:]:
-            total.logical_or_(mask)
+            total = total | mask
         return total
 
     def _positive(self, rows: Tensor, dot: Tensor) -> Tensor | None:
@@ -79,62 +96,133 @@ class Mask(NamedTuple):
         return columns == rows[:, None] + self.diagonal
 
 
-def masked_log_sums(
+class MaskedStatistics(NamedTuple):
+    """Statistics of S for each row or column, over the pairs that are not left out.
+
+    max: -inf without pairs. number: of the pairs. log_sums: for each power p, log Σ exp(p·(S -
+    max)), (powers, N) or (powers, M). Only the last have gradients.
+    """
+
+    max: Tensor
+    number: Tensor
+    log_sums: Tensor
+
+
+def masked_statistics(
     a: Tensor,
     b: Tensor,
     scale: Tensor,
     bias: Tensor | None,
-    mask: Callable[[Tensor, Tensor], Tensor],
+    mask: Mask,
     powers: tuple[float, ...],
+    sides: tuple[str, ...],
     boost: float = 0.0,
-) -> tuple[Tensor, Tensor, list[Tensor]]:
-    """Row statistics of S = scale·a·bᵀ + bias over the pairs that `mask` does not leave out.
+) -> dict[str, MaskedStatistics]:
+    """Statistics of S = scale·a·bᵀ over the pairs that `mask` does not leave out, in the directions
+    `sides`. One pass over the panels for both.
 
     Args:
-        scale: (N, 1) or (M,). bias: (M,) or None.
-        mask: called with the row numbers and inner products of a panel; True leaves a pair out.
+        scale: (N,). bias: (M,) or None, added to S in the direction "row".
         powers: exponents p.
         boost: α; S has the further term α·a·bᵀ without gradient.
-
-    Returns the maximum of each row (N,), -inf for a row without pairs; the number of its pairs
-    (N,); and for each p log Σ_j exp(p·(S_ij - max_i)), (N,). Only the last have gradients.
     """
+    reverse_mode_only(a, b, scale, *(() if bias is None else (bias,)))
+    values = iter(_Statistics.apply(_Panels(mask, powers, sides, boost), a, b, scale, bias))
+    return {side: MaskedStatistics(next(values), next(values), next(values)) for side in sides}
 
-    def masked_scores(dot: Tensor, masked: Tensor, scale: Tensor, *bias: Tensor) -> Tensor:
-        scores = dot * (scale + boost if boost else scale)
-        for x in bias:
-            scores += x
-        return scores.masked_fill_(masked, -torch.inf)
 
-    def function(dot: Tensor, rows: Tensor, *scale_and_bias: Tensor) -> Tensor:
-        masked = mask(rows, dot)
-        scores = masked_scores(dot, masked, *scale_and_bias)
-        maximum, number = scores.amax(1), dot.shape[1] - masked.sum(1)
-        scores.sub_(finite_shift(maximum)[:, None])
-        sums = [(p * scores).exp_().sum(1).log_() for p in powers]
-        return torch.stack([maximum, number.to(maximum.dtype), *sums], 1)
+class _Panels(NamedTuple):
+    """The constants of `masked_statistics`."""
 
-    def gradient(
-        grad: Tensor, value: Tensor, dot: Tensor, rows: Tensor, *scale_and_bias: Tensor
-    ) -> tuple:
-        scale, shift = scale_and_bias[0], finite_shift(value)
-        scores = masked_scores(dot, mask(rows, dot), *scale_and_bias).sub_(shift[:, :1])
-        weights = torch.zeros_like(scores)
-        for p, log_sum, grad_log_sum in zip(powers, shift.T[2:], grad.T[2:], strict=True):
-            terms = (p * scores).sub_(log_sum[:, None]).exp_()
-            weights.addcmul_(terms, p * grad_log_sum[:, None])
-        grad_bias = [weights.sum(0) for _ in scale_and_bias[1:]]
-        if scale.ndim == 2:
-            grad_scale = torch.linalg.vecdot(weights, dot)[:, None]
-        else:
-            grad_scale = dot.mul_(weights).sum(0)
-        return weights.mul_(scale), grad_scale, *grad_bias
+    mask: Mask
+    powers: tuple[float, ...]
+    sides: tuple[str, ...]
+    boost: float
 
-    biases = () if bias is None else (bias,)
-    row_args, key_args = ((scale,), biases) if scale.ndim == 2 else ((), (scale, *biases))
-    statistics = panelwise(function, a, b, row_args=row_args, key_args=key_args, gradient=gradient)
-    maximum, number, *sums = statistics.unbind(1)
-    return maximum.detach(), number.detach(), sums
+    def scores(
+        self, a: Tensor, b: Tensor, scale: Tensor, bias: Tensor | None
+    ) -> Iterator[tuple[slice, Tensor, dict[str, Tensor], dict[str, Tensor]]]:
+        """For each panel: its rows, its inner products, and by direction its scores, -inf where a
+        pair is left out, and its mask."""
+        numbers = torch.arange(len(a), device=a.device)
+        for rows in row_panels(len(a), len(b)):
+            dot = a[rows] @ b.T
+            masks = dict(
+                zip(self.sides, self.mask.by_side(numbers[rows], dot, self.sides), strict=True)
+            )
+            scores = {}
+            for side, masked in masks.items():
+                x = dot * (scale[rows, None] + self.boost if self.boost else scale[rows, None])
+                if side == "row" and bias is not None:
+                    x += bias
+                scores[side] = x.masked_fill_(masked, -torch.inf)
+            yield rows, dot, scores, masks
+
+
+class _Statistics(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, panels: _Panels, a, b, scale, bias) -> tuple[Tensor, ...]:
+        powers = panels.powers
+        out = {}
+        for side in panels.sides:
+            size = len(a) if side == "row" else len(b)
+            sums = a.new_zeros(len(powers), size)
+            out[side] = [a.new_full((size,), -torch.inf), a.new_zeros(size), sums]
+        for rows, _, scores, masks in panels.scores(a, b, scale, bias):
+            for side, x in scores.items():
+                maximum, number, sums = out[side]
+                if side == "row":
+                    maximum[rows] = x.amax(1)
+                    number[rows] = (~masks[side]).sum(1).to(number.dtype)
+                    x.sub_(finite_shift(maximum[rows])[:, None])
+                    for total, p in zip(sums, powers, strict=True):
+                        total[rows] = (p * x).exp_().sum(1)
+                else:
+                    largest = torch.maximum(maximum, x.amax(0))
+                    number += (~masks[side]).sum(0)
+                    shift = finite_shift(largest)
+                    x.sub_(shift)
+                    for total, p in zip(sums, powers, strict=True):
+                        total.mul_((p * (maximum - shift)).exp_()).add_((p * x).exp_().sum(0))
+                    out[side][0] = largest
+        for _, _, sums in out.values():
+            sums.log_()
+        values = [x for statistics in out.values() for x in statistics]
+        ctx.save_for_backward(a, b, scale, bias, *values)
+        ctx.panels = panels
+        ctx.mark_non_differentiable(*(x for i, x in enumerate(values) if i % 3 < 2))
+        return tuple(values)
+
+    @staticmethod
+    def backward(ctx, *grads: Tensor) -> tuple:
+        first_order_only()
+        a, b, scale, bias, *values = ctx.saved_tensors
+        panels, needs = ctx.panels, ctx.needs_input_grad[1:]
+        grad_a, grad_b = torch.empty_like(a), torch.zeros_like(b)
+        grad_scale, grad_bias = torch.empty_like(scale), None
+        if bias is not None:
+            grad_bias = torch.zeros_like(bias)
+        for rows, dot, scores, _ in panels.scores(a, b, scale, bias):
+            weights = torch.zeros_like(dot)
+            for i, (side, x) in enumerate(scores.items()):
+                shift, log_sums, grad = (
+                    finite_shift(values[3 * i]),
+                    finite_shift(values[3 * i + 2]),
+                    grads[3 * i + 2],
+                )
+                part = (rows, None) if side == "row" else slice(None)
+                x.sub_(shift[part])
+                for p, log_sum, g in zip(panels.powers, log_sums, grad, strict=True):
+                    terms = (p * x).sub_(log_sum[part]).exp_()
+                    weights.addcmul_(terms, p * g[part])
+                if side == "row" and needs[3]:
+                    grad_bias += weights.sum(0)
+            grad_scale[rows] = torch.linalg.vecdot(weights, dot)
+            weights *= scale[rows, None]
+            grad_a[rows] = weights @ b
+            grad_b.addmm_(weights.T, a[rows])
+        found = (grad_a, grad_b, grad_scale, grad_bias)
+        return None, *(x if needed else None for x, needed in zip(found, needs, strict=True))
 
 
 def unmasked_sums(

@@ -70,9 +70,9 @@ class UnpairedCandidates:
 
     def __init__(self, scores: Scores, pairs: PositivePairs, side: str, powers: tuple[float, ...]):
         self.powers = powers
-        self.max, self.number, self.log_sums = scores.masked_log_sums(
-            side, powers, pairs=pairs.linear_indices(side)
-        )
+        self.max, self.number, self.log_sums = scores.unpaired_statistics(
+            pairs.linear_indices(), powers
+        )[side]
 
     def log_sum(self, power: float, shift: Tensor) -> Tensor:
         return self.log_sums[self.powers.index(power)] + power * (self.max - shift)

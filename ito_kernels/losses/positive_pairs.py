@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ..similarity.pairs import finite_shift
 from .precision import row_dot, take_rows
-from .scores import OTHER_SIDE, Scores
+from .scores import Scores
 
 
 class PositivesById:
@@ -105,19 +105,10 @@ class PositivePairs:
             a, b = (x.masked_fill(self.padding[:, None], 0) for x in (a, b))
         return row_dot(a, b)
 
-    def linear_indices(self, side: str) -> Tensor:
-        """anchor · (number of candidates) + candidate for each pair of this rank, and for "col" of
-        all ranks, because a local column may be paired with any row. Anchors have local numbers.
-        -1 for pairs with weight 0 and for anchors of other ranks."""
-        batch = self.scores.global_batch
-        local, first_row = batch.local_range(side), batch.local_range("row").start
-        anchors, others, weights = self.rows + first_row, self.cols, self.weights
-        if side == "col":  # a local column may be paired with a row of any rank
-            anchors, others = batch.all_gather_rows(others), batch.all_gather_rows(anchors)
-            weights = batch.all_gather_rows(weights)
-        index = (anchors - local.start) * batch.global_count(OTHER_SIDE[side]) + others
-        is_local = (anchors >= local.start) & (anchors < local.stop)
-        return torch.where(is_local & (weights != 0), index, -1)
+    def linear_indices(self) -> Tensor:
+        """row · (number of columns) + column for each pair, -1 for pairs with weight 0."""
+        index = self.rows * self.scores.global_batch.global_count("col") + self.cols
+        return torch.where(self.weights != 0, index, -1)
 
 
 class PositivesByPair:
@@ -152,7 +143,7 @@ class PositivesByPair:
 
     def _distinct(self) -> Tensor:
         """1 for the first of equal pairs, 0 for the others and for pairs with weight 0."""
-        ordered, order = self.pairs.linear_indices("row").sort(stable=True)
+        ordered, order = self.pairs.linear_indices().sort(stable=True)
         first = ordered >= 0
         first[1:] &= ordered[1:] != ordered[:-1]
         first = torch.empty_like(first).index_copy_(0, order, first)

@@ -16,7 +16,7 @@ from torch import Tensor
 from ..distributed import GlobalBatch, LocalBatch
 from ..similarity.pairs import count_positives, finite_shift
 from ..similarity.spec import Stats
-from .masked import Mask, masked_log_sums, unmasked_sums
+from .masked import Mask, MaskedStatistics, masked_statistics, unmasked_sums
 from .precision import multiply_gradient, row_dot, to_accumulate_dtype
 
 OTHER_SIDE = {"row": "col", "col": "row"}
@@ -165,7 +165,7 @@ class Scores:
     def _statistics(self, power: float, **options) -> dict[str, Direction]:
         call = partial(self.logsumexp, power, **options)
         if self.guide is not None or self.boost:
-            return {side: self._in_panels(side, power, **options) for side in self.directions}
+            return self._in_panels(self.directions, power, **options)
         if self.key_bias is None and self.row_limit is None:
             stats = call(cols=self.symmetric)
             return {side: Direction.from_stats(stats, side) for side in self.directions}
@@ -176,7 +176,7 @@ class Scores:
         if self.symmetric and self.col_limit is None:
             by_side["col"] = Direction.from_stats(call(rows=False), "col")
         elif self.symmetric and self.scale.ndim:
-            by_side["col"] = self._in_panels("col", power, **options)
+            by_side |= self._in_panels(("col",), power, **options)
         elif self.symmetric:
             by_side["col"] = self._transposed()._statistics(power, **options)["row"]
         return by_side
@@ -196,9 +196,13 @@ class Scores:
         )
 
     def _in_panels(
-        self, side: str, power: float, positives: str | None = None, exclude_positives: bool = False
-    ) -> Direction:
-        """A direction with what no kernel supports: limits of a guide, a boost, or a limit per key
+        self,
+        sides: tuple[str, ...],
+        power: float,
+        positives: str | None = None,
+        exclude_positives: bool = False,
+    ) -> dict[str, Direction]:
+        """Directions with what no kernel supports: limits of a guide, a boost, or a limit per key
         and a scale per query.
 
         The logsumexp is computed in PyTorch, a panel at a time. No limit leaves out a positive, so
@@ -209,39 +213,74 @@ class Scores:
             bias = None if self.key_bias is None else power * self.key_bias
             scale, boost = power * self.scale, power * self.boost
             scores = replace(self, scale=scale, key_bias=bias, boost=boost)
-        maximum, _, (logsum,) = scores.masked_log_sums(side, (1.0,), exclude_positives)
-        shift = finite_shift(maximum)
+        by_side = {
+            side: Direction(x.max, finite_shift(x.max), x.log_sums[0])
+            for side, x in scores.masked_statistics(sides, (1.0,), exclude_positives).items()
+        }
         if positives is None:
-            return Direction(maximum, shift, logsum)
+            return by_side
+        unlimited = replace(scores, row_limit=None, col_limit=None, guide=None, boost=0.0)
         options = {"positives": positives, "exclude_positives": exclude_positives}
-        if side == "row" and self.key_bias is not None:
-            options["col_bias"] = scores.key_bias
-        stats = scores.logsumexp(rows=side == "row", cols=side == "col", **options)
-        of_kernel = Direction.from_stats(stats, side)
-        number = self.positive_counts(side) if positives == "linear" else 1
-        return Direction(maximum, shift, logsum, of_kernel.pos + number * (of_kernel.shift - shift))
+        if sides == ("col",):
+            stats = unlimited.logsumexp(rows=False, **options)
+            of_kernel = {"col": Direction.from_stats(stats, "col")}
+        else:
+            of_kernel = unlimited.statistics(**options)
+        for side, x in by_side.items():
+            number = self.positive_counts(side) if positives == "linear" else 1
+            pos = of_kernel[side].pos + number * (of_kernel[side].shift - x.shift)
+            by_side[side] = x._replace(pos=pos)
+        return by_side
 
-    def masked_log_sums(
+    def masked_statistics(
         self,
-        side: str,
+        sides: tuple[str, ...],
         powers: tuple[float, ...],
         exclude_positives: bool = False,
         pairs: Tensor | None = None,
-    ) -> tuple[Tensor, Tensor, list[Tensor]]:
-        """`masked.masked_log_sums` of a direction.
+    ) -> dict[str, MaskedStatistics]:
+        """`masked.masked_statistics` of this rank's anchors.
 
-        pairs: linear indices of further pairs to leave out.
+        pairs: linear indices of further pairs to leave out, each of a local row.
         """
-        a, b, mask = (self if side == "row" else self._transposed())._masked_operands(
-            exclude_positives, pairs
-        )
-        batch, bias = self.global_batch, self.bias(side)
-        if self.key_ids is not None and bias is not None:  # padded keys may have any bias
-            bias = bias.masked_fill(self.key_ids < 0, 0)
-        bias = None if bias is None else batch.all_gather_rows(bias)
-        scale = self.scale.expand(len(self.queries))
-        scale = scale[:, None] if side == "row" else batch.all_gather_rows(scale)
-        return masked_log_sums(a, b, scale, bias, mask, powers, self.boost)
+        batch, bias = self.global_batch, self.key_bias
+        a, b, mask = self._masked_operands(exclude_positives, pairs)
+        if bias is not None:
+            if self.key_ids is not None:  # padded keys may have any bias
+                bias = bias.masked_fill(self.key_ids < 0, 0)
+            bias = batch.all_gather_rows(bias)
+        scale = self.scale.expand(len(a)).contiguous()
+        by_side = masked_statistics(a, b, scale, bias, mask, powers, sides, self.boost)
+        if "col" in by_side:
+            by_side["col"] = self._of_all_rows(by_side["col"], powers)
+        return by_side
+
+    def unpaired_statistics(
+        self, pairs: Tensor, powers: tuple[float, ...]
+    ) -> dict[str, MaskedStatistics]:
+        """Those of all pairs but `pairs`, linear indices. Cached for one list of pairs."""
+        key = "unpaired", powers
+        if key not in self._pass_cache:
+            self._pass_cache[key] = self.masked_statistics(self.directions, powers, pairs=pairs)
+        return self._pass_cache[key]
+
+    def _of_all_rows(
+        self, columns: MaskedStatistics, powers: tuple[float, ...]
+    ) -> MaskedStatistics:
+        """Merge the statistics of all ranks' columns over the rows of each rank. Return those of
+        this rank's columns."""
+        batch = self.global_batch
+        if isinstance(batch, LocalBatch):
+            return columns
+        maximum, number = batch.all_reduce_max(columns.max), batch.all_reduce_sum(columns.number)
+        shift = finite_shift(maximum)
+        log_sums = [
+            (log_sum + p * (columns.max - shift)).exp()
+            for p, log_sum in zip(powers, columns.log_sums, strict=True)
+        ]
+        sums = batch.all_reduce_sum(torch.stack(log_sums))
+        sums = torch.where(number > 0, sums, 1).log().masked_fill(number == 0, -torch.inf)
+        return MaskedStatistics(*(batch.local_columns(x) for x in (maximum, number, sums)))
 
     def _masked_operands(
         self, exclude_positives: bool = False, pairs: Tensor | None = None
@@ -267,6 +306,7 @@ class Scores:
             exclude_self=self.exclude_self,
             exclude_positives=exclude_positives,
             diagonal=batch.local_range("row").start,
+            col_limit=None if self.col_limit is None else batch.all_gather_rows(self.col_limit),
             guide=guide and (guide[0], batch.all_gather_rows(guide[1])),
         )
         return a, b, mask
