@@ -113,9 +113,10 @@ def test_every_loss_checks_the_group(error, message, value):
         lambda: ik.soft_target_infonce(X, Y, 1.0, **SOFT, **value),
         lambda: ik.uniformity_loss(X, **value),
         lambda: ik.alignment_loss(X, Y, **value),
-        lambda: ik.symile_loss(X, Y, X, 1.0, **value),
+        lambda: ik.symile_loss([X, Y, X], 1.0, **value),
         lambda: ik.cluster_weighted_infonce(X, Y, 1.0, **CLUSTERS, **value),
         lambda: ik.cacr_loss(X, Y, **value),
+        lambda: ik.rince_loss(X, Y, 1.0, q=0.5, lam=0.1, **value),
     ):
         with pytest.raises(error, match=message):
             call()
