@@ -10,6 +10,7 @@ from .geometry import (
     spectral_contrastive_loss,
     uniformity_loss,
 )
+from .global_contrastive import global_contrastive_loss
 from .infonce import multi_positive_infonce
 from .ito import ito_loss
 from .mixtures import mix_hard_negatives, mixup_infonce
@@ -28,6 +29,7 @@ __all__ = [
     "cwcl_loss",
     "decoupled_contrastive_loss",
     "decoupled_softmax_loss",
+    "global_contrastive_loss",
     "ito_loss",
     "matryoshka_loss",
     "mix_hard_negatives",

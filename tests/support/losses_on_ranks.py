@@ -273,6 +273,17 @@ LOSSES = {
     "symile, all": lambda x, y, s, b, r, **o: ik.symile_loss(
         [x, y, x - y], s * (1 + r.to(s.dtype) / N), negatives="all", **o
     ),
+    "global contrastive, temperature for each row": lambda x, y, s, b, r, **o: (
+        ik.global_contrastive_loss(
+            x,
+            y,
+            tuple(weights * r.to(s.dtype).add(9) / s for weights in (0.1, 0.2)),
+            *(z.detach().abs()[:, 0] for z in (x, y)),
+            gamma=0.3,
+            rho=2.0,
+            **o,
+        )[0]
+    ),
     "rince, one way, scale per row": lambda x, y, s, b, r, **o: ik.rince_loss(
         x, y, s * (1 + r.to(s.dtype) / N), q=0.3, lam=0.05, symmetric=False, **o
     ),

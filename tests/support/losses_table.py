@@ -9,6 +9,7 @@ of the page.
 
 import inspect
 from collections.abc import Callable
+from operator import itemgetter
 from pathlib import Path
 from typing import NamedTuple
 
@@ -97,6 +98,12 @@ def pair(test: str, *args, **options) -> Row:
 
 def infonce(test: str, scale=SCALES, **options) -> Row:
     return pair(test, scale, **options)
+
+
+def global_contrastive(temperature: Made, **options) -> Row:
+    test, averages = "test_global_contrastive.py::test_formula", (WEIGHTS, SHARES)
+    value = itemgetter(0)
+    return pair(test, temperature, *averages, gamma=0.6, value=value, **options)
 
 
 FORMULA, OPTION = "test_formulas.py::test_", "test_options.py::test_"
@@ -261,6 +268,13 @@ ROWS = {
     "orthogonality_loss": {
         "y": pair(f"{OTHER}orthogonality"),
         "one tower": row(f"{OTHER}orthogonality", X),
+    },
+    "global_contrastive_loss": {
+        "temperature, eps": global_contrastive(TEMPERATURE, eps=1e-3),
+        "temperature for each row, rho": global_contrastive(
+            Made(lambda at: (1 / at.scale * row_weights(at), 2 / at.scale * row_weights(at))),
+            rho=6.5,
+        ),
     },
     "rince_loss": {
         "": infonce(f"{RINCE}formula", q=0.3, lam=0.1),
