@@ -16,7 +16,7 @@ from torch.nn.functional import normalize
 from ito_kernels import clip_loss, symile_loss
 
 SIGNS, WIDTH, NOISE = 16, 32, 0.1
-DIM, BATCH, STEPS, SCALE = 32, 128, 400, 100.0  # of the embeddings and the training
+DIM, BATCH, STEPS, SCALE = 32, 128, 300, 100.0  # of the embeddings and the training
 CANDIDATES = 1000
 
 
