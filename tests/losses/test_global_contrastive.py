@@ -57,7 +57,8 @@ def moving_averages(n, dtype=F64, some_zero=True):
 
 def temperature_of(kind, n, low=0.2):
     if kind == "pair":
-        return tuple(torch.linspace(low, 0.9, n, dtype=F64).requires_grad_() for _ in range(2))
+        ends = (low, 0.9), (0.7, low)
+        return tuple(torch.linspace(*end, n, dtype=F64).requires_grad_() for end in ends)
     return torch.tensor(low, dtype=F64, requires_grad=True)
 
 
@@ -144,6 +145,18 @@ def test_features_that_are_not_finite_show(wrong):
     for pair in ((bad, y), (y, bad)):
         loss, *_ = ik.global_contrastive_loss(*pair, 0.1, *torch.zeros(2, 6), gamma=0.5)
         assert not loss.isfinite()
+
+
+def test_autocast():
+    """Features as autocast rounds them, everything else in fp32."""
+    x, y = (unit(20, 8, seed=s, dtype=torch.float32) for s in range(2))
+    u = moving_averages(20, torch.float32)
+    truth = ik.global_contrastive_loss(*(z.bfloat16().float() for z in (x, y)), 0.1, *u, gamma=0.5)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = ik.global_contrastive_loss(x, y, 0.1, *u, gamma=0.5)
+    for a, b in zip(found, truth, strict=True):
+        assert a.dtype == torch.float32
+        torch.testing.assert_close(a, b)
 
 
 # ---- the module

@@ -252,6 +252,7 @@ def calls(x, y, z, ids, backend=None):
         "soft": lambda: ik.soft_target_infonce(x, y, 20.0, **targets, **where),
         "uniformity": lambda: ik.uniformity_loss(x, **where),
         "alignment": lambda: ik.alignment_loss(x, y, **where),
+        "rince": lambda: ik.rince_loss(x, y, 20.0, q=0.3, lam=0.1, **where),
         "symile": lambda: ik.symile_loss([x, y, z], 20.0, generator=seeded(), **where),
     }
 
