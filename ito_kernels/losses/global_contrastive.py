@@ -113,20 +113,22 @@ def global_contrastive_loss(
         sides = [*scores.statistics().values()]
         if one_each:
             sides.append(_text_statistics(scores, 1 / temperatures[1]))
-        positive = row_dot(scores.queries, scores.keys)
+        positive = row_dot(scores.queries, scores.keys).double()
         total, averages_out = 0, []
         for side, tau, u in zip(sides, temperatures, averages, strict=True):
-            log_g = side.logsum + (side.max - 1 / tau * positive)
-            log_g = log_g.double() - math.log(n - 1)
+            log_g = side.logsum.double() + (side.max.double() - (1 / tau).double() * positive)
+            # g is greater than 0 unless a feature is infinite
+            log_g = torch.where(log_g == -torch.inf, torch.nan, log_g - math.log(n - 1))
             log_u = _log_moving_average(u.double(), log_g.detach(), gamma)
             log_denominator = torch.logaddexp(log_u, torch.full_like(log_u, _log(eps)))
             # only its gradients count: those of the features, and a part of that of τ
             surrogate = (tau.detach() * (log_g - log_denominator).exp()).sum()
             value = (tau.double() * (log_denominator + rho)).sum()
             total = total + value + (surrogate - surrogate.detach())
-            largest = torch.finfo(u.dtype).max
-            averages_out.append(log_u.exp().clamp(max=largest).to(u.dtype))
-        loss = (batch.all_reduce_loss(total) / n).to(positive.dtype)
+            new_u = log_u.exp().clamp(max=torch.finfo(u.dtype).max)
+            new_u = torch.where(log_u < torch.inf, new_u, log_u)  # inf and NaN of the features
+            averages_out.append(new_u.to(u.dtype))
+        loss = (batch.all_reduce_loss(total) / n).to(scores.queries.dtype)
     return loss, *averages_out
 
 
@@ -189,7 +191,8 @@ class GlobalContrastiveLoss(nn.Module):
     """`global_contrastive_loss` with the moving averages u of a data set.
 
     In training mode a call updates u of the rows in `indices`; in evaluation mode it does not. If a
-    sample occurs twice in a batch, both rows use its u, and the last row's new u is kept.
+    sample occurs twice in a batch, both rows use its u, and the last row's new u is kept. A new u
+    that is not finite is not kept: the step can be skipped, as `GradScaler` does.
 
     With a group, every rank keeps u of the whole data set and gets the values of all ranks: u is
     equal on all ranks, the sampler may give any sample to any rank, and one rank's `state_dict` is
@@ -293,5 +296,6 @@ def _loss_of_data_set(
             # the last row of each sample: the same for all its rows, so that their order is free
             order = indices.argsort(stable=True)
             last = order[torch.searchsorted(indices[order], indices, right=True) - 1]
-            u_image[indices], u_text[indices] = averages[last].unbind(1)
+            for u, new in zip((u_image, u_text), averages[last].unbind(1), strict=True):
+                u[indices] = torch.where(new.isfinite(), new, u[indices])
     return loss

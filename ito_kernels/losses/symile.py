@@ -12,7 +12,7 @@ from torch.nn.functional import softplus
 
 from ..distributed import same_on_every_rank
 from ..similarity.first_order import first_order_only, reverse_mode_only
-from ..similarity.op import logsumexp_gradients, logsumexp_of
+from ..similarity.op import logsumexp_gradients, logsumexp_of, readable_gradients
 from ..similarity.pairs import finite_shift
 from ..similarity.spec import Needs, Problem, SideStats, SideUpstream, Stats, Upstream
 from .batch import Names, check_arguments
@@ -129,7 +129,8 @@ def symile_loss(
                     backend=backend,
                 )
                 maximum, logsum = stats.row_max, stats.row_logsum
-            total = total + softplus(logsum + (maximum - positive), threshold=40).sum()
+            losses = softplus(logsum + (maximum - positive), threshold=40)
+            total = total + (losses + 0 * positive).sum()  # NaN where the positive is infinite
         return batch.all_reduce_loss(total) / (number * n)
 
 
@@ -162,8 +163,9 @@ class _LogSumOverPairs(torch.autograd.Function):
     def backward(ctx, _, grad: Tensor) -> tuple:
         first_order_only()
         anchors, y, z, scale, numbers, maximum, logsum = ctx.saved_tensors
-        stats, upstream = Stats(SideStats(maximum, logsum)), Upstream(SideUpstream(grad))
+        (grad,) = readable_gradients([grad])
         sums = [torch.zeros_like(x) for x in (anchors, y, z, scale)]
+        stats, upstream = Stats(SideStats(maximum, logsum)), Upstream(SideUpstream(grad))
         needs = Needs(a=True, b=True, scale=True)
         for block, problem in _blocks(anchors, y, z, scale, numbers):
             found = logsumexp_gradients(problem, stats, upstream, needs, ctx.backend)

@@ -147,6 +147,16 @@ def test_features_that_are_not_finite_show(wrong):
         assert not loss.isfinite()
 
 
+@pytest.mark.parametrize("backend", AVAILABLE)
+def test_an_infinite_feature_shows_if_it_makes_its_pair_the_best(backend):
+    """Its row has a positive of +inf and negatives of -inf, which no exponential shows."""
+    x, y = unit(6, 4, dtype=torch.float32), unit(6, 4, seed=1, dtype=torch.float32)
+    x[2, 0], y[:, 0], y[2, 0] = torch.inf, -0.1, 0.1
+    assert not ik.global_contrastive_loss(
+        x, y, 0.1, *torch.zeros(2, 6), gamma=0.5, backend=backend
+    )[0].isfinite()
+
+
 def test_autocast():
     """Features as autocast rounds them, everything else in fp32."""
     x, y = (unit(20, 8, seed=s, dtype=torch.float32) for s in range(2))
@@ -187,6 +197,21 @@ def test_the_module_keeps_the_averages_of_the_data_set():
     module.eval()(x, y, 0.2, indices)
     assert torch.equal(module.u_image, before)
     assert repr(module) == "GlobalContrastiveLoss(20, gamma=0.3, eps=1e-14, rho=2.0)"
+
+
+@pytest.mark.parametrize("wrong", [torch.nan, torch.inf])
+def test_a_step_that_is_not_finite_leaves_the_averages(wrong):
+    x, y = unit(5, 4, dtype=torch.float32), unit(5, 4, seed=1, dtype=torch.float32)
+    module, indices = ik.GlobalContrastiveLoss(9), torch.arange(5)
+    module(x, y, 0.2, indices)
+    before = [u.clone() for u in module.buffers()]
+    bad = x.clone()
+    bad[2, 0] = wrong
+    assert not module(bad, y, 0.2, indices).isfinite()
+    for u, old in zip(module.buffers(), before, strict=True):
+        assert u.isfinite().all()
+        assert (u == old)[2]
+    assert module(x, y, 0.2, indices).isfinite()
 
 
 def test_of_equal_indices_the_last_row_is_kept():

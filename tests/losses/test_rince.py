@@ -111,6 +111,14 @@ def test_features_that_are_not_finite_show():
                 assert not loss.isfinite()
 
 
+@pytest.mark.parametrize("backend", AVAILABLE)
+def test_an_infinite_feature_shows_if_it_makes_its_pair_the_best(backend):
+    """Its row has a positive of +inf and negatives of -inf, which no exponential shows."""
+    x, y = unit(6, 4, dtype=torch.float32), unit(6, 4, seed=1, dtype=torch.float32)
+    x[2, 0], y[:, 0], y[2, 0] = torch.inf, -0.1, 0.1
+    assert not ik.rince_loss(x, y, 5.0, q=0.5, lam=1, backend=backend).isfinite()
+
+
 X = torch.randn(5, 3)
 BAD = [
     (ValueError, "q must be greater than 0 and at most 1, got 0", {"q": 0}),

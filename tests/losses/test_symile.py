@@ -119,6 +119,14 @@ def test_features_that_are_not_finite_show(wrong):
     assert not ik.symile_loss(modalities, 5.0, negatives="all").isfinite()
 
 
+@pytest.mark.parametrize("backend", AVAILABLE)
+def test_an_infinite_feature_shows_if_it_makes_its_pair_the_best(backend):
+    """Its row has a positive of +inf and negatives of -inf, which no exponential shows."""
+    x, y = (x.detach().float() for x in features(2, 6))
+    x[2, 0], y[:, 0], y[2, 0] = torch.inf, -0.1, 0.1
+    assert not ik.symile_loss([x, y], 5.0, negatives="all", backend=backend).isfinite()
+
+
 X, G = torch.randn(5, 3), torch.Generator()
 BAD = [
     (TypeError, "modalities must be a sequence of tensors, got Tensor", lambda: ik.symile_loss(torch.stack([X, X]), 1.0)),
