@@ -166,14 +166,18 @@ class _LogSumOverPairs(torch.autograd.Function):
         (grad,) = readable_gradients([grad])
         sums = [torch.zeros_like(x) for x in (anchors, y, z, scale)]
         stats, upstream = Stats(SideStats(maximum, logsum)), Upstream(SideUpstream(grad))
-        needs = Needs(a=True, b=True, scale=True)
+        of_anchors, of_y, of_z, of_scale, *_ = ctx.needs_input_grad
+        needs = Needs(a=of_anchors, b=of_y or of_z, scale=of_scale)
         for block, problem in _blocks(anchors, y, z, scale, numbers):
             found = logsumexp_gradients(problem, stats, upstream, needs, ctx.backend)
-            products = found.b.view(-1, *z.shape)
-            sums[0] += found.a
-            sums[1][block] = (products * z).sum(1)
-            sums[2] += (products * y[block, None]).sum(0)
-            sums[3] += found.scale
+            if needs.a:
+                sums[0] += found.a
+            if needs.b:
+                products = found.b.view(-1, *z.shape)
+                sums[1][block] = (products * z).sum(1)
+                sums[2] += (products * y[block, None]).sum(0)
+            if needs.scale:
+                sums[3] += found.scale
         return *sums, None, None
 
 

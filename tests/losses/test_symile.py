@@ -72,6 +72,17 @@ def test_all(n, block, per_row, backend, monkeypatch):
     check(loss, all_triples(modalities, scale), [*modalities, scale])
 
 
+@pytest.mark.parametrize("trained", range(4))
+def test_all_with_one_part_trained(trained):
+    """The gradients that are not asked for are not computed."""
+    leaves = [*features(3, 7), scale_of(7, False)]
+    for i, x in enumerate(leaves):
+        x.requires_grad_(i == trained)
+    *modalities, scale = leaves
+    loss = ik.symile_loss(modalities, scale, negatives="all", backend="chunked")
+    check(loss, all_triples(modalities, scale), [leaves[trained]])
+
+
 @pytest.mark.parametrize("backend", PLAIN)
 def test_all_of_two_modalities_is_clip(backend):
     x, y = features(2, 9)
