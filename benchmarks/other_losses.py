@@ -271,7 +271,10 @@ OTHER_LOSSES = {
     "symile": Loss(
         symile,
         lambda x, scale, **call_options: ik.symile_loss(
-            x.a, x.b, constant_features(x), scale, torch.Generator().manual_seed(0), **call_options
+            [x.a, x.b, constant_features(x)],
+            scale,
+            generator=torch.Generator().manual_seed(0),
+            **call_options,
         ),
     ),
     "hard_debiased": Loss(hard_debiased, infonce(hardness=HARDNESS, debias=PRIOR)),

@@ -2,6 +2,7 @@
 
 from . import losses
 from .losses import *  # noqa: F403
+from .losses.global_contrastive import GlobalContrastiveLoss
 from .modules import (
     ClipLoss,
     ItoLoss,
@@ -19,6 +20,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "ClipLoss",
+    "GlobalContrastiveLoss",
     "ItoLoss",
     "MultiPositiveInfoNCE",
     "NTXentLoss",

@@ -10,10 +10,12 @@ from .geometry import (
     spectral_contrastive_loss,
     uniformity_loss,
 )
+from .global_contrastive import global_contrastive_loss
 from .infonce import multi_positive_infonce
 from .ito import ito_loss
 from .mixtures import mix_hard_negatives, mixup_infonce
 from .retrieval import mnrl_loss, one_to_k_loss
+from .rince import rince_loss
 from .soft import cwcl_loss, soft_target_infonce
 from .supcon import nt_xent_loss, supcon_loss
 from .symile import symile_loss
@@ -27,6 +29,7 @@ __all__ = [
     "cwcl_loss",
     "decoupled_contrastive_loss",
     "decoupled_softmax_loss",
+    "global_contrastive_loss",
     "ito_loss",
     "matryoshka_loss",
     "mix_hard_negatives",
@@ -37,6 +40,7 @@ __all__ = [
     "nt_xent_loss",
     "one_to_k_loss",
     "orthogonality_loss",
+    "rince_loss",
     "siglip_loss",
     "soft_target_infonce",
     "spectral_contrastive_loss",

@@ -82,6 +82,17 @@ def softplus_of(problem: Problem, row_weights: Tensor | None, backend: str | Non
     return (_apply_softplus(*inputs, call, False) if any(needs) else call.compute())[0]
 
 
+def logsumexp_gradients(
+    problem: Problem, stats: Stats, upstream: Upstream, needs: Needs, backend: str | None
+) -> Grads:
+    """The gradients of a checked problem. `stats` may be those of a larger problem that this one is
+    a block of."""
+    no_cache = problem.a.new_empty(0, dtype=torch.uint8)
+    chosen = dispatch.choose(problem, backend)
+    call = LogsumexpBackward(problem, chosen, stats, no_cache, upstream, needs)
+    return _present_grads(needs, iter(_run(_LOGSUMEXP_BACKWARD, call)))
+
+
 def _early_allowed(problem: Problem) -> bool:
     """Whether gradients may be formed in the forward pass, given weights.
 

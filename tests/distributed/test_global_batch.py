@@ -246,6 +246,26 @@ def modules():
         ik.ClipLoss(world_size=size + 1)(image, text, scale)
 
 
+def data_set_averages():
+    """u of the data set is that of one process, on every rank, also of a sample that two ranks hold
+    and if the ranks change places."""
+    size, rank = dist.get_world_size(), dist.get_rank()
+    image, text, *_ = (z.detach() for z in Model()(*batch()))
+    alone = ik.GlobalContrastiveLoss(20, gamma=0.3)
+    shared = ik.GlobalContrastiveLoss(20, gamma=0.3, group=dist.group.WORLD, chunk_size=3)
+    for step in range(3):
+        indices = (3 * torch.arange(N) + step) % 11
+        order = torch.cat([rows_of(SHARES[size], (r + step) % size) for r in range(size)])
+        rows = rows_of(SHARES[size], (rank + step) % size)
+        truth = alone(image[order], text[order], 0.2, indices[order])
+        value = shared(image[rows], text[rows], 0.2, indices[rows])
+        torch.testing.assert_close(value, truth, rtol=1e-7, atol=1e-7)
+        for ours, theirs in zip(shared.buffers(), alone.buffers(), strict=True):
+            torch.testing.assert_close(ours, theirs)
+    with pytest.raises(ValueError, match="indices must be row numbers of 20 samples"):
+        shared(image[rows], text[rows], 0.2, indices[rows] + 20 * (rank == 0))
+
+
 def narrow(dtype, backend):
     """bf16 and fp16 within twice the error of one process, and fp32 sums over ranks."""
     g = torch.Generator().manual_seed(1)
@@ -390,7 +410,17 @@ CHECKS = {
 }
 for check in (
     *(subgroup, device_mesh, fully_sharded, accumulated, compiled_encoders, per_anchor, statistics),
-    *(modules, autocast, partly_kept, deterministic, not_a_number, unlike, traffic, memory),
+    *(
+        modules,
+        data_set_averages,
+        autocast,
+        partly_kept,
+        deterministic,
+        not_a_number,
+        unlike,
+        traffic,
+        memory,
+    ),
 ):
     CHECKS[check.__name__] = check
 

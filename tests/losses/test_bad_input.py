@@ -113,9 +113,12 @@ def test_every_loss_checks_the_group(error, message, value):
         lambda: ik.soft_target_infonce(X, Y, 1.0, **SOFT, **value),
         lambda: ik.uniformity_loss(X, **value),
         lambda: ik.alignment_loss(X, Y, **value),
-        lambda: ik.symile_loss(X, Y, X, 1.0, **value),
+        lambda: ik.symile_loss([X, Y, X], 1.0, **value),
         lambda: ik.cluster_weighted_infonce(X, Y, 1.0, **CLUSTERS, **value),
         lambda: ik.cacr_loss(X, Y, **value),
+        lambda: ik.rince_loss(X, Y, 1.0, q=0.5, lam=0.1, **value),
+        lambda: ik.global_contrastive_loss(X, Y, 0.1, *torch.ones(2, 5), gamma=0.5, **value),
+        lambda: ik.GlobalContrastiveLoss(5, **value)(X, Y, 0.1, IDS),
     ):
         with pytest.raises(error, match=message):
             call()

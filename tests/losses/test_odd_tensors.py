@@ -107,7 +107,7 @@ def every_loss(x, y, z, ids, backend):
     yield ik.mixup_infonce(x, y, 9.0, partners=ids, mixing=0.3, **where)
     yield ik.uniformity_loss(x, **where)
     yield ik.alignment_loss(x, y)
-    yield ik.symile_loss(x, y, z, 9.0, generator=torch.Generator().manual_seed(0), **where)
+    yield ik.symile_loss([x, y, z], 9.0, generator=torch.Generator().manual_seed(0), **where)
     yield ik.cacr_loss(x, y)
     yield ik.cluster_weighted_infonce(x, y, 9.0, **clusters, **where)
     yield ik.matryoshka_loss(ik.clip_loss, x, y, dims=[2, 4], logit_scale=9.0, **where)

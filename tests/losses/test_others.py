@@ -217,31 +217,7 @@ def test_moments_need_two_rows(loss):
         loss(torch.ones(3, 3), torch.ones(2, 3))
 
 
-# ---- three modalities
-
-
-@pytest.mark.parametrize("backend", PLAIN)
-@pytest.mark.parametrize("n", [1, 2, 12])
-def test_symile(n, backend):
-    x, y, z = (unit(n, 5, seed=s).requires_grad_() for s in range(3))
-    scale, total = leaf(6.0), 0
-    g = torch.Generator().manual_seed(7)
-    for a, b, c in ((x, y, z), (y, x, z), (z, x, y)):
-        others = b[torch.randperm(n, generator=g)] * c[torch.randperm(n, generator=g)]
-        S = torch.where(torch.eye(n, dtype=torch.bool), (a * b * c).sum(1), a @ others.T)
-        total = total + cross_entropy(scale * S, torch.arange(n))
-    g = torch.Generator().manual_seed(7)
-    loss = ik.symile_loss(x, y, z, scale, g, backend=backend)
-    check(loss, total / 3, [x, y, z, scale])
-
-
-def test_symile_without_a_generator_follows_the_seed():
-    x, y, z = (unit(9, 5, seed=s) for s in range(3))
-    torch.manual_seed(3)
-    first = ik.symile_loss(x, y, z, 5.0)
-    assert ik.symile_loss(x, y, z, 5.0) != first
-    torch.manual_seed(3)
-    assert ik.symile_loss(x, y, z, 5.0) == first
+# ---- classes
 
 
 def test_supcon_l_in():
@@ -276,7 +252,8 @@ def calls(x, y, z, ids, backend=None):
         "soft": lambda: ik.soft_target_infonce(x, y, 20.0, **targets, **where),
         "uniformity": lambda: ik.uniformity_loss(x, **where),
         "alignment": lambda: ik.alignment_loss(x, y, **where),
-        "symile": lambda: ik.symile_loss(x, y, z, 20.0, seeded(), **where),
+        "rince": lambda: ik.rince_loss(x, y, 20.0, q=0.3, lam=0.1, **where),
+        "symile": lambda: ik.symile_loss([x, y, z], 20.0, generator=seeded(), **where),
     }
 
 
@@ -359,7 +336,6 @@ BAD = [
     (ValueError, "the same number of rows", lambda: ik.cwcl_loss(X, Y[:4], 1.0, reference=X)),
     (TypeError, "^scale must be a number or a tensor, got str", lambda: ik.mnrl_loss(X, Y, scale="a")),
     (TypeError, "alpha must be a number, got NoneType", lambda: ik.soft_target_infonce(X, Y, 1.0, **SOFT, alpha=None)),
-    (TypeError, "generator must be a torch.Generator or None, got int", lambda: ik.symile_loss(X, Y, Y, 1.0, generator=3)),
     (ValueError, r"temperature must be a number or 0-d, got shape \(5,\)", lambda: ik.nt_xent_loss(X, Y, torch.ones(5))),
     (ValueError, "alpha must be from 0 to 1, got 2", lambda: ik.soft_target_infonce(X, Y, 1.0, **SOFT, alpha=2)),
     (ValueError, "the same number of rows", lambda: ik.soft_target_infonce(X, Y[:4], 1.0, **SOFT, alpha=0.5)),
@@ -370,7 +346,6 @@ BAD = [
     (ValueError, "t must be a number or a 0-d", lambda: ik.uniformity_loss(X, torch.ones(5))),
     (ValueError, "x and y must have the same number of rows", lambda: ik.alignment_loss(X, Y[:4])),
     (ValueError, "alpha must be finite and greater", lambda: ik.alignment_loss(X, Y, 0)),
-    (ValueError, "x and z must have the same number of rows", lambda: ik.symile_loss(X, Y, Y[:4], 1.0)),
     (ValueError, "positives must be one of 'mean', 'in'", lambda: ik.supcon_loss(X, torch.arange(5), positives="sum")),
 ]  # fmt: skip
 

@@ -116,10 +116,11 @@ def soft(x, y, s, b, r, **o):
     return ik.soft_target_infonce(x, y, s, target_queries=c, target_keys=e, target_scale=3.0, **o)
 
 
-def symile(x, y, s, b, r, group=None, **o):
+def symile(x, y, s, b, r, group=None, number=3, **o):
     """Generators differ between ranks; the loss must use the first rank's."""
     generator = torch.Generator().manual_seed(dist.get_rank() if group else 0)
-    return ik.symile_loss(x, y, x - y, s, generator, group=group, **o)
+    modalities = [x, y, x - y, x + 2 * y][:number]
+    return ik.symile_loss(modalities, s, generator=generator, group=group, **o)
 
 
 def clusters(x, y, s, b, r, **o):
@@ -265,6 +266,27 @@ LOSSES = {
     "soft targets, one way": partial(soft, symmetric=False),
     "uniformity": lambda x, y, s, b, r, **o: ik.uniformity_loss(x + 0.1 * y, s.sqrt(), **o),
     "symile": symile,
+    "symile, four": partial(symile, number=4),
+    "symile, two, scale per row": lambda x, y, s, b, r, **o: symile(
+        x, y, s * (1 + r.to(s.dtype) / N), b, r, number=2, **o
+    ),
+    "symile, all": lambda x, y, s, b, r, **o: ik.symile_loss(
+        [x, y, x - y], s * (1 + r.to(s.dtype) / N), negatives="all", **o
+    ),
+    "global contrastive, temperature for each row": lambda x, y, s, b, r, **o: (
+        ik.global_contrastive_loss(
+            x,
+            y,
+            tuple(weights * r.to(s.dtype).add(9) / s for weights in (0.1, 0.2)),
+            *(z.detach().abs()[:, 0] for z in (x, y)),
+            gamma=0.3,
+            rho=2.0,
+            **o,
+        )[0]
+    ),
+    "rince, one way, scale per row": lambda x, y, s, b, r, **o: ik.rince_loss(
+        x, y, s * (1 + r.to(s.dtype) / N), q=0.3, lam=0.05, symmetric=False, **o
+    ),
     "mixup": lambda x, y, s, b, r, **o: ik.mixup_infonce(
         x, y, s, partners=5 * r % N, mixing=WEIGHTS[0, r], symmetric=True, **o
     ),

@@ -9,6 +9,7 @@ of the page.
 
 import inspect
 from collections.abc import Callable
+from operator import itemgetter
 from pathlib import Path
 from typing import NamedTuple
 
@@ -45,10 +46,12 @@ class Made(NamedTuple):
 
 
 X, Y, Z = (Made(lambda at, i=i: at[i]) for i in range(3))
+XYZ = Made(lambda at: [at.x, at.y, at.z])
 XY = Made(lambda at: torch.stack([at.x, at.y]))
 SCALES = Made(lambda at: at.scale)
 SCALE_PER_ROW = Made(lambda at: at.scale * row_weights(at))
 TEMPERATURE = Made(lambda at: 1 / at.scale)
+SEEDED = Made(lambda at: torch.Generator().manual_seed(1))
 IDS = Made(lambda at: at.rows // 2)
 BY_ID = {"query_ids": IDS, "key_ids": IDS}
 WEIGHTS = Made(lambda at: row_weights(at))
@@ -97,9 +100,16 @@ def infonce(test: str, scale=SCALES, **options) -> Row:
     return pair(test, scale, **options)
 
 
+def global_contrastive(temperature: Made, **options) -> Row:
+    test, averages = "test_global_contrastive.py::test_formula", (WEIGHTS, SHARES)
+    value = itemgetter(0)
+    return pair(test, temperature, *averages, gamma=0.6, value=value, **options)
+
+
 FORMULA, OPTION = "test_formulas.py::test_", "test_options.py::test_"
 OTHER, MIXED = "test_others.py::test_", "test_mixed.py::test_"
 MARGIN = "test_margin.py::test_"
+RINCE, SYMILE = "test_rince.py::test_", "test_symile.py::test_"
 
 # {loss: {the options of the call, in words: the call}}. Every option of a loss must be named.
 ROWS = {
@@ -259,10 +269,20 @@ ROWS = {
         "y": pair(f"{OTHER}orthogonality"),
         "one tower": row(f"{OTHER}orthogonality", X),
     },
+    "global_contrastive_loss": {
+        "temperature, eps": global_contrastive(TEMPERATURE, eps=1e-3),
+        "temperature for each row, rho": global_contrastive(
+            Made(lambda at: (1 / at.scale * row_weights(at), 2 / at.scale * row_weights(at))),
+            rho=6.5,
+        ),
+    },
+    "rince_loss": {
+        "": infonce(f"{RINCE}formula", q=0.3, lam=0.1),
+        "symmetric=False": infonce(f"{RINCE}formula", q=1.0, lam=0.5, symmetric=False),
+    },
     "symile_loss": {
-        "generator": pair(
-            f"{OTHER}symile", Z, SCALES, Made(lambda at: torch.Generator().manual_seed(1))
-        )
+        "generator": row(f"{SYMILE}shuffled", XYZ, SCALES, generator=SEEDED),
+        "negatives": row(f"{SYMILE}all", XYZ, SCALES, negatives="all"),
     },
     "one_to_k_loss": {
         "": row(f"{MIXED}one_to_k", X, Made(lambda at: torch.stack([at.y, at.z], 1)), SCALES),
