@@ -326,9 +326,7 @@ class NTXentLoss(PrintsOptions, nn.Module):
         self.temperature, self.group, self.chunk_size = temperature, group, chunk_size
 
     def forward(self, z1: Tensor, z2: Tensor) -> Tensor:
-        return nt_xent_loss(
-            z1, z2, self.temperature, group=self.group, chunk_size=self.chunk_size
-        )
+        return nt_xent_loss(z1, z2, self.temperature, group=self.group, chunk_size=self.chunk_size)
 
 
 class ItoLoss(PrintsOptions, nn.Module):

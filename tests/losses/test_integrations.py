@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 from support import processes
 from support.formulas import random_ids
+from support.memory import linux, printed
 from torch.nn.functional import normalize
 
 import ito_kernels as ik
@@ -231,26 +232,103 @@ def test_pytorch_metric_learning_labels(name, kind):
     agree(ours(x, labels, **given), theirs(x, labels, **given), [x, ref])
 
 
-@pytest.mark.parametrize("name", METRIC_LOSSES)
-def test_pytorch_metric_learning_options(name):
+def random_list(of_triplets=False):
+    """Pairs of 20 anchors and 30 others in any order, some listed several times, as (a1, p, a2, n),
+    or triplets. Anchor 0 has one positive alone, 1 only negatives, 2 nothing."""
+    g = torch.Generator().manual_seed(4)
+    a = torch.cat([torch.randint(3, 20, (120,), generator=g), torch.tensor([0, 5, 5])])
+    others = torch.randint(0, 15, (2, 123), generator=g)
+    p, n = 2 * others[0], 2 * others[1] + 1  # no pair is positive and negative
+    if of_triplets:
+        return a, p, n
+    a2 = torch.randint(3, 20, (123,), generator=g)
+    a2[:2] = 1
+    return a, p, a2, n
+
+
+def options_of_metric_losses(name):
+    """Every distance and reducer that both packages have."""
     both("pytorch_metric_learning")
     from pytorch_metric_learning import distances, reducers, regularizers
 
-    own = {"SupConLoss": reducers.AvgNonZeroReducer, "NTXentLoss": reducers.MeanReducer}[name]
-    x, labels = features(20, 8), random_ids(20, 4, 2)
-    for options in (
-        {"distance": None, "reducer": None, "collect_stats": False, "embedding_regularizer": None},
-        {"distance": distances.CosineSimilarity(), "reducer": own()},
-        {"distance": distances.DotProductSimilarity(), "temperature": 0.5},
-        {"distance": distances.DotProductSimilarity(normalize_embeddings=False), "temperature": 3},
-        {"distance": distances.CosineSimilarity(p=1), "temperature": 0.5},
-        {"embedding_regularizer": regularizers.LpRegularizer(), "embedding_reg_weight": 0.3},
-        {"embedding_regularizer": regularizers.LpRegularizer(), "reducer": own()},
-        {"temperature": torch.nn.Parameter(torch.tensor(0.4))},
-    ):
+    l2 = partial(distances.LpDistance, p=2, power=2)
+    options = {
+        "nothing": {
+            "distance": None,
+            "reducer": None,
+            "collect_stats": False,
+            "embedding_regularizer": None,
+        },
+        "cosine": {"distance": distances.CosineSimilarity(), "temperature": 0.5},
+        "dot": {"distance": distances.DotProductSimilarity(), "temperature": 0.5},
+        "dot, as they are": {
+            "distance": distances.DotProductSimilarity(normalize_embeddings=False),
+            "temperature": 3,
+        },
+        "of an L1 norm": {"distance": distances.CosineSimilarity(p=1), "temperature": 0.5},
+        "squared L2": {"distance": l2(), "temperature": 0.5},
+        "squared L2, as they are": {"distance": l2(normalize_embeddings=False), "temperature": 3},
+        "regularizer": {
+            "embedding_regularizer": regularizers.LpRegularizer(),
+            "embedding_reg_weight": 0.3,
+        },
+        "regularizer and reducer": {
+            "embedding_regularizer": regularizers.LpRegularizer(),
+            "reducer": reducers.MeanReducer(),
+        },
+        "learned temperature": {"temperature": torch.nn.Parameter(torch.tensor(0.4))},
+        "mean": {"reducer": reducers.MeanReducer()},
+        "sum": {"reducer": reducers.SumReducer()},
+        "mean of what is not 0": {"reducer": reducers.AvgNonZeroReducer()},
+    }
+    if name == "SupConLoss":
+        options |= {
+            "threshold": {"reducer": reducers.ThresholdReducer(low=5.0, high=9.0)},
+            "weighted": {"reducer": reducers.ClassWeightedReducer(torch.tensor([1.0, 2, 3, 4]))},
+            "per anchor": {"reducer": reducers.PerAnchorReducer()},
+            "several": {"reducer": reducers.MultipleReducers({"loss": reducers.SumReducer()})},
+        }
+    return options
+
+
+@pytest.mark.parametrize("name", METRIC_LOSSES)
+@pytest.mark.parametrize("given", ["labels", "labels and ref_emb", "pairs", "triplets"])
+def test_pytorch_metric_learning_options(name, given):
+    """Each with the pairs of labels and with pairs in a list."""
+    x, labels, ref = features(20, 8), random_ids(20, 4, 2), features(30, 8)
+    of_ref = {"ref_emb": ref, "ref_labels": random_ids(30, 4, 3)}
+    arguments = {
+        "labels": {},
+        "labels and ref_emb": of_ref,
+        "pairs": of_ref | {"indices_tuple": random_list()},
+        "triplets": of_ref | {"indices_tuple": random_list(of_triplets=True)},
+    }[given]
+    for options in options_of_metric_losses(name).values():
         ours, theirs = metric_losses(name, **options)
-        leaves = [x, *ours.parameters()]
-        agree(ours(x, labels), theirs(x, labels), leaves)
+        leaves = [x, *ours.parameters(), *([ref] if arguments else [])]
+        agree(ours(x, labels, **arguments), theirs(x, labels, **arguments), leaves)
+
+
+def test_pytorch_metric_learning_losses_of_anchors():
+    """DoNothingReducer returns them unreduced."""
+    both("pytorch_metric_learning")
+    from pytorch_metric_learning.reducers import DoNothingReducer
+
+    x, labels = features(20, 8), random_ids(20, 4, 2)
+    for pairs in (None, random_list()):
+        losses = metric_losses("SupConLoss", reducer=DoNothingReducer())
+        arguments = {
+            "indices_tuple": pairs,
+            "ref_emb": torch.cat([x, x]),
+            "ref_labels": labels.repeat(2),
+        }
+        found = [loss(x, labels, **arguments)["loss"] for loss in losses]
+        assert found[0].keys() == found[1].keys()
+        assert found[0]["reduction_type"] == found[1]["reduction_type"]
+        assert torch.equal(found[0]["indices"], found[1]["indices"])
+        a, b = (x["losses"] for x in found)
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+        agree((a * a).sum(), (b * b).sum(), [x])
 
 
 @pytest.mark.parametrize("name", METRIC_LOSSES)
@@ -259,11 +337,21 @@ def test_pytorch_metric_learning_says_what_it_cannot(name):
     from pytorch_metric_learning import distances, reducers
 
     loss = getattr(ours, name)
-    other = reducers.MeanReducer if name == "SupConLoss" else reducers.AvgNonZeroReducer
+    wrong_reducers = [object()]
+    if name == "NTXentLoss":
+        wrong_reducers += [
+            reducers.ThresholdReducer(low=0),
+            reducers.AvgNonZeroReducer(high=1.0),
+            reducers.ClassWeightedReducer(torch.ones(4)),
+            reducers.DoNothingReducer(),
+            reducers.PerAnchorReducer(),
+        ]
     for argument, values in {
-        "reducer": [other(), reducers.SumReducer(), reducers.AvgNonZeroReducer(high=1.0), object()],
+        "reducer": wrong_reducers,
         "distance": [
             distances.LpDistance(),
+            distances.LpDistance(power=1),
+            distances.LpDistance(p=1, power=2),
             distances.CosineSimilarity(power=2),
             distances.SNRDistance(),
             object(),
@@ -275,6 +363,8 @@ def test_pytorch_metric_learning_says_what_it_cannot(name):
                 loss(**{argument: value})
     with pytest.raises(NotImplementedError, match="collect_stats"):
         loss(distance=distances.CosineSimilarity(collect_stats=True))
+    with pytest.raises(NotImplementedError, match="collect_stats"):
+        loss(reducer=type(loss().reducer)(collect_stats=True))
     x, labels = torch.randn(4, 3), torch.arange(4)
     late = loss()
     late.distance = distances.LpDistance()
@@ -287,6 +377,34 @@ def test_pytorch_metric_learning_says_what_it_cannot(name):
     for wrong in (0, -0.1, torch.inf, torch.nan, torch.zeros(()), torch.ones(2)):
         with pytest.raises(ValueError, match="temperature must be"):
             loss(temperature=wrong)
+
+
+@pytest.mark.parametrize("name", METRIC_LOSSES)
+def test_pytorch_metric_learning_refuses_lists(name):
+    ours, _ = both("pytorch_metric_learning")
+    loss, x, i = getattr(ours, name)(), torch.randn(4, 3), torch.tensor
+    good = i([0, 1])
+    for pairs, error, message in (
+        ((good, good), ValueError, r"indices_tuple must be \(anchors, positives, .* tuple of 2"),
+        (torch.ones(3, 2), ValueError, "indices_tuple must be .* got Tensor"),
+        (
+            (good, i([1, 4]), good),
+            ValueError,
+            r"positive pairs of indices_tuple\[1\] .* from 0 to 3",
+        ),
+        ((good, good, i([0, -1])), ValueError, r"negative pairs of indices_tuple\[1\] .* -1 to 0"),
+        ((good, good, good, i([2])), ValueError, "as many anchors as others, got 2 and 1"),
+        ((good, good, good, i([[2, 3]])), ValueError, r"must be 1-D, got shape \(1, 2\)"),
+        ((good, good, good, i([2.0, 3])), TypeError, "a tensor of integers, got torch.float32"),
+        ((good, good, good, i([True, False])), TypeError, "a tensor of integers, got torch.bool"),
+        ((good, good, good, [2, 3]), TypeError, "a tensor of integers, got list"),
+    ):
+        with pytest.raises(error, match=message):
+            loss(x, indices_tuple=pairs)
+    if name == "SupConLoss":
+        both_kinds = good, i([2, 3]), good, i([1, 3])
+        with pytest.raises(ValueError, match="lists a pair as positive and as negative"):
+            loss(x, indices_tuple=both_kinds)
 
 
 @pytest.mark.parametrize("name", METRIC_LOSSES)
@@ -312,12 +430,62 @@ def test_pytorch_metric_learning_cross_batch_memory(name, mined):
 def test_pytorch_metric_learning_miners(name):
     ours, theirs = metric_losses(name)
     from pytorch_metric_learning import miners
+    from pytorch_metric_learning.utils.loss_and_miner_utils import get_all_pairs_indices
 
-    x, labels = features(20, 8), random_ids(20, 4, 2)
-    for miner in (miners.MultiSimilarityMiner(), miners.TripletMarginMiner(0.2)):
+    x, ref, labels = features(20, 8), features(30, 8), random_ids(20, 4, 2)
+    ref_labels = labels[torch.arange(30) % 20]
+    for miner in (
+        miners.MultiSimilarityMiner(),
+        miners.TripletMarginMiner(0.2),
+        miners.BatchHardMiner(),
+        miners.BatchEasyHardMiner(),
+        miners.PairMarginMiner(0.5, 1.5),
+    ):
         pairs = miner(x, labels)
         agree(ours(x, labels, pairs), theirs(x, labels, pairs), [x])
         agree(ours(x, indices_tuple=pairs), theirs(x, indices_tuple=pairs), [x])
+        pairs = miner(x, labels, ref, ref_labels)
+        given = {"indices_tuple": pairs, "ref_emb": ref, "ref_labels": ref_labels}
+        agree(ours(x, labels, **given), theirs(x, labels, **given), [x, ref])
+    # all pairs of the labels in a list are the labels
+    agree(ours(x, indices_tuple=get_all_pairs_indices(labels)), ours(x, labels), [x])
+
+
+@pytest.mark.parametrize("name", METRIC_LOSSES)
+def test_pytorch_metric_learning_lists_of_little(name):
+    """Nothing listed, one kind only, or one pair of both: the package returns 0."""
+    losses = metric_losses(name)
+    x, few, none = features(6, 4), torch.tensor([0, 0, 1]), torch.tensor([]).long()
+    for pairs in (
+        (none, none, none),  # a miner that found nothing
+        (few, few + 2, none, none),
+        (none, none, few, few + 2),
+        (few[:1], few[:1] + 1, few[:1], few[:1] + 2),
+        (few[:1], few[:1] + 1, few[1:], few[1:] + 2),
+    ):
+        agree(*(loss(x, indices_tuple=pairs) for loss in losses), [x])
+
+
+@linux
+@pytest.mark.parametrize("name", METRIC_LOSSES)
+def test_pytorch_metric_learning_memory_of_lists(name):
+    """Less than half of one dense fp32 matrix, 256 MiB; the package takes several."""
+    both("pytorch_metric_learning")
+    script = """
+import sys
+import torch
+from ito_kernels.integrations import pytorch_metric_learning as ours
+from support.memory import growth
+
+n, loss = 8192, getattr(ours, sys.argv[1])()
+x = torch.randn(n, 64, requires_grad=True)
+a = torch.arange(n).repeat(8)
+for size in (64, n):  # what is loaded once does not count
+    pairs = a[:size], (a[:size] * 5) % size, a[:size], (a[:size] * 5 + 1) % size
+    grown = growth(lambda: loss(x[:size], indices_tuple=pairs).backward())
+print(grown)
+"""
+    assert float(*printed(script, name)) < 128
 
 
 @pytest.mark.parametrize("name", METRIC_LOSSES)
