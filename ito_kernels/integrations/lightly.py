@@ -18,6 +18,7 @@ from torch.nn.functional import normalize, softplus
 
 from ..distributed import global_batch, global_row_numbers
 from ..losses.common import check_temperature, scale_from_temperature
+from ..losses.decoupled import decoupled_contrastive_loss
 from ..losses.precision import row_dot, to_accumulate_dtype, to_autocast_dtype, without_autocast
 from ..losses.supcon import nt_xent_loss
 from ..options_repr import PrintsOptions
@@ -64,7 +65,7 @@ class NTXentLoss(PrintsOptions, nn.Module):
         self._next = 0  # the row that the next batch is written to
 
     def forward(self, out0: Tensor, out1: Tensor) -> Tensor:
-        check_pair("out0", out0, "out1", out1)
+        _check_views(out0, out1)
         out0, out1 = normalize(out0, dim=1), normalize(out1, dim=1)
         group = gathering_group(self.gather_distributed)
         if self.bank is None:
@@ -92,6 +93,14 @@ class NTXentLoss(PrintsOptions, nn.Module):
         self._next += room
         if self._next == len(self.bank):
             self._next = 0
+
+
+def _check_views(out0: Tensor, out1: Tensor) -> None:
+    check_pair("out0", out0, "out1", out1)
+    if len(out0) != len(out1):
+        raise ValueError(
+            f"out0 and out1 must have the same number of rows, got {len(out0)} and {len(out1)}"
+        )
 
 
 class DCLLoss(PrintsOptions, nn.Module):
@@ -128,35 +137,26 @@ class DCLLoss(PrintsOptions, nn.Module):
         self.gather_distributed = gather_distributed
 
     def forward(self, out0: Tensor, out1: Tensor) -> Tensor:
-        check_pair("out0", out0, "out1", out1)
+        _check_views(out0, out1)
         n, group = len(out0), gathering_group(self.gather_distributed)
-        if len(out1) != n:
-            raise ValueError(
-                f"out0 and out1 must have the same number of rows, got {n} and {len(out1)}"
-            )
         if n == 1 and group is None:
             raise ValueError("out0 must have at least 2 rows, because the others are negatives")
         scale = scale_from_temperature(self.temperature, out0)
         out0, out1 = normalize(out0, dim=1), normalize(out1, dim=1)
-        weights = self._weights(out0, out1), self._weights(out1, out0)
-        a, b = (to_accumulate_dtype(to_autocast_dtype(x)) for x in (out0, out1))
-        with without_autocast(a.device):
-            views, ids = torch.cat([a, b]), global_row_numbers(n, group, a.device).repeat(2)
-            batch = global_batch(group, views, views, ids, ids)
-            stats = batch.similarity_logsumexp(
-                *(views, views, scale),
-                row_ids=batch.query_ids,
-                col_ids=batch.key_ids,
-                exclude_positives=True,  # both views of the item
-                cols=False,
-            )
-            positives = torch.cat(weights) * (scale * row_dot(a, b)).repeat(2)
-            losses = stats.row_max + stats.row_logsum - positives
-            return batch.all_reduce_mean(losses, torch.ones_like(ids, dtype=torch.bool))
+        if self.weight_fn is not None:
+            weights = (self._weights(out0, out1) + self._weights(out1, out0)) / 2
+        views, ids = torch.cat([out0, out1]), global_row_numbers(n, group, out0.device).repeat(2)
+        by_item = {"query_ids": ids, "key_ids": ids, "exclude_self": True, "symmetric": False}
+        loss = decoupled_contrastive_loss(views, views, scale, **by_item, group=group)
+        if self.weight_fn is None:
+            return loss
+        with without_autocast(out0.device):
+            positives = scale * row_dot(to_autocast_dtype(out0), to_autocast_dtype(out1))
+            everything = torch.ones_like(ids[:n], dtype=torch.bool)
+            batch = global_batch(group, out0, out1)
+            return loss + batch.all_reduce_mean((1 - weights) * positives, everything)
 
     def _weights(self, v: Tensor, w: Tensor) -> Tensor:
-        if self.weight_fn is None:
-            return v.new_ones(len(v))
         weights = self.weight_fn(v, w)
         if not isinstance(weights, Tensor):
             raise TypeError(f"weight_fn must return a tensor, got {type(weights).__name__}")

@@ -52,10 +52,11 @@ def images_and_texts(n=33, d=24):
 
 
 @pytest.mark.parametrize("bias", [None, -3.0])
-def test_open_clip(bias):
+@pytest.mark.parametrize("shape", [(), (1,)])  # of the model's parameters
+def test_open_clip(bias, shape):
     ours, theirs = (package.ClipLoss() for package in both("open_clip"))
-    leaves = [*images_and_texts(), torch.tensor(14.0, requires_grad=True)]
-    inputs = [*leaves, None if bias is None else torch.tensor(bias)]
+    leaves = [*images_and_texts(), torch.full(shape, 14.0, requires_grad=True)]
+    inputs = [*leaves, None if bias is None else torch.full(shape, bias)]
     agree(ours(*inputs), theirs(*inputs), leaves)
     assert ours(*inputs, output_dict=True).keys() == theirs(*inputs, output_dict=True).keys()
     if bias:  # a gradient of 0 where theirs has one of rounding
@@ -66,6 +67,7 @@ def test_open_clip(bias):
 
 @pytest.mark.parametrize("bias", [None, -10.0])
 def test_open_clip_siglip(bias):
+    """chunk_size is of the main branch, not of the releases."""
     ours, theirs = both("open_clip")
     x, y = images_and_texts()
     leaves = [x, y, torch.tensor(10.0, requires_grad=True)]
@@ -74,6 +76,10 @@ def test_open_clip_siglip(bias):
     for dist_impl in (None, "bidir", "shift", "reduce", "gather"):
         values = [x.SigLipLoss(dist_impl=dist_impl)(*leaves, bias) for x in (ours, theirs)]
         agree(*values, wanted)
+    for flags in ({"chunk_size": 10}, {"cache_labels": True}):  # which change neither value
+        agree(ours.SigLipLoss(**flags)(*leaves, bias), values[1], wanted)
+        if flags.keys() <= inspect.signature(theirs.SigLipLoss).parameters.keys():
+            agree(values[0], theirs.SigLipLoss(**flags)(*leaves, bias), wanted)
 
 
 def rebuilt(name):
@@ -107,15 +113,20 @@ def test_open_clip_coca():
 
 
 def test_open_clip_signatures():
+    """Those of the release and of the main branch, which differ in two arguments."""
     ours, theirs = both("open_clip")
+    extra = {
+        ("ClipLoss", "__init__"): {"use_horovod": False},
+        ("SigLipLoss", "__init__"): {"chunk_size": 0},
+        ("SigLipLoss", "forward"): {"logit_bias": None},  # theirs must be passed
+    }
     for name in ("ClipLoss", "SigLipLoss"):
         for method in ("__init__", "forward", "get_logits", "get_ground_truth"):
             a, b = (
                 {k: p.default for k, p in inspect.signature(function).parameters.items()}
                 for function in (getattr(getattr(x, name), method) for x in (ours, theirs))
             )
-            extra = {"chunk_size": 0} if (name, method) == ("SigLipLoss", "__init__") else {}
-            assert a == b | extra  # chunk_size: of its main branch
+            assert a == b | extra.get((name, method), {})
         loss, peer = getattr(ours, name)(), getattr(theirs, name)()
         public = {k for k in vars(peer) if not k.startswith("_")} - {"training"}
         assert {k: getattr(loss, k) for k in public} == {k: getattr(peer, k) for k in public}
@@ -584,17 +595,73 @@ def test_lightly_with_a_memory_bank(gather):
     assert not ours.state_dict()
 
 
+DCL_OPTIONS = [
+    {},
+    {"temperature": 0.3},
+    {"temperature": torch.nn.Parameter(torch.tensor(0.4))},
+    {"gather_distributed": True},  # of one process: theirs
+]
+OF_DCL = [
+    *(("DCLLoss", options) for options in DCL_OPTIONS),
+    ("DCLLoss", {"weight_fn": lambda x, y: (x - y).square().sum(1)}),  # it has a gradient
+    ("DCLLoss", {"weight_fn": lambda x, y: x[:, 0].detach(), "temperature": 0.2}),  # not symmetric
+    *(("DCLWLoss", options) for options in DCL_OPTIONS),
+    ("DCLWLoss", {"sigma": 0.2, "temperature": 0.2}),
+]
+# lightly makes a tensor of a tensor
+quiet = pytest.mark.filterwarnings("ignore:To copy construct from a tensor")
+
+
+@quiet
+@pytest.mark.parametrize(("name", "options"), OF_DCL)
+def test_lightly_decoupled(name, options):
+    ours, theirs = (getattr(package, name)(**options) for package in both("lightly"))
+    for size in (33, 2):
+        x, y = features(size, 24), features(size, 24)
+        agree(ours(x, y), theirs(x, y), [x, y, *ours.parameters()])
+
+
+def test_decoupled_contrastive_loss_of_two_views_is_lightly_s():
+    _, theirs = both("lightly")
+    x, y = features(33, 24), features(33, 24)
+    z, ids = torch.cat([normalize(x, dim=1), normalize(y, dim=1)]), torch.arange(33).repeat(2)
+    options = {"query_ids": ids, "key_ids": ids, "exclude_self": True, "symmetric": False}
+    loss = ik.decoupled_contrastive_loss(z, z, 1 / 0.3, **options)
+    agree(loss, theirs.DCLLoss(0.3)(x, y), [x, y])
+
+
+def test_lightly_signatures():
+    for name in ("NTXentLoss", "DCLLoss", "DCLWLoss"):
+        a, b = (
+            {k: p.default for k, p in inspect.signature(getattr(x, name)).parameters.items()}
+            for x in both("lightly")
+        )
+        assert a == b
+
+
 def lightly_on_ranks():
     ours, theirs = both("lightly")
     rank, size = dist.get_rank(), dist.get_world_size()
     g = torch.Generator().manual_seed(rank)
     x, y = (torch.randn(6, 8, generator=g).requires_grad_() for _ in range(2))
-    loss, peer = (p.NTXentLoss(0.2, gather_distributed=True)(x, y) for p in (ours, theirs))
-    parts = peer.detach().clone()
-    dist.all_reduce(parts)  # theirs are each of this rank's rows
-    torch.testing.assert_close(loss, parts / size)
-    grads = [torch.autograd.grad(z, (x, y)) for z in (loss, peer)]
-    torch.testing.assert_close(*grads)
+    for name, options in (
+        ("NTXentLoss", {}),
+        ("DCLLoss", {}),
+        ("DCLLoss", {"weight_fn": lambda x, y: (x - y).square().sum(1)}),
+        ("DCLWLoss", {"sigma": 0.3}),
+    ):
+        for gather in (True, False):
+            loss, peer = (
+                getattr(p, name)(0.2, gather_distributed=gather, **options)(x, y)
+                for p in (ours, theirs)
+            )
+            parts = peer.detach().clone()
+            if gather:
+                dist.all_reduce(parts)  # theirs are each of this rank's rows
+                parts /= size
+            torch.testing.assert_close(loss, parts)
+            grads = [torch.autograd.grad(z, (x, y)) for z in (loss, peer)]
+            torch.testing.assert_close(*grads)
 
     options = {"memory_bank_size": (20, 8), "gather_distributed": True}
     torch.manual_seed(5)
