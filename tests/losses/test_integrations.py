@@ -66,12 +66,13 @@ def test_open_clip(bias, shape):
 
 
 @pytest.mark.parametrize("bias", [None, -10.0])
-def test_open_clip_siglip(bias):
+@pytest.mark.parametrize("shape", [(), (1,)])
+def test_open_clip_siglip(bias, shape):
     """chunk_size is of the main branch, not of the releases."""
     ours, theirs = both("open_clip")
     x, y = images_and_texts()
-    leaves = [x, y, torch.tensor(10.0, requires_grad=True)]
-    bias = bias and torch.tensor(bias, requires_grad=True)
+    leaves = [x, y, torch.full(shape, 10.0, requires_grad=True)]
+    bias = bias and torch.full(shape, bias, requires_grad=True)
     wanted = leaves if bias is None else [*leaves, bias]
     for dist_impl in (None, "bidir", "shift", "reduce", "gather"):
         values = [x.SigLipLoss(dist_impl=dist_impl)(*leaves, bias) for x in (ours, theirs)]
@@ -320,6 +321,39 @@ def test_pytorch_metric_learning_options(name, given):
         agree(ours(x, labels, **arguments), theirs(x, labels, **arguments), leaves)
 
 
+@pytest.mark.parametrize("name", METRIC_LOSSES)
+def test_pytorch_metric_learning_in_double(name):
+    """To 1e-10, where nothing underflows."""
+    both("pytorch_metric_learning")
+    from pytorch_metric_learning.distances import LpDistance
+
+    x = torch.randn(20, 8, dtype=torch.float64, requires_grad=True)
+    ref = torch.randn(30, 8, dtype=torch.float64, requires_grad=True)
+    labels, ref_labels = random_ids(20, 4, 2), random_ids(30, 4, 3)
+    for distance in (None, LpDistance(power=2)):
+        for pairs in (None, random_list(), random_list(of_triplets=True)):
+            tau = torch.nn.Parameter(torch.tensor(0.4, dtype=torch.float64))
+            losses = metric_losses(name, distance=distance, temperature=tau)
+            values = [loss(x, labels, pairs, ref, ref_labels) for loss in losses]
+            torch.testing.assert_close(*values, rtol=1e-10, atol=0)
+            for grads in zip(*(torch.autograd.grad(v, [x, ref, tau]) for v in values), strict=True):
+                torch.testing.assert_close(*grads, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", METRIC_LOSSES)
+def test_squared_distances_of_rows_far_from_0(name):
+    """Products of 8 million, distances of 16: without the mean of the rows they would be 1 off."""
+    both("pytorch_metric_learning")
+    from pytorch_metric_learning.distances import LpDistance
+
+    x, labels = 1000 + torch.randn(20, 8), random_ids(20, 4, 2)
+    ours, theirs = metric_losses(name, distance=LpDistance(power=2, normalize_embeddings=False))
+    for pairs in (None, random_list()):
+        arguments = (labels, pairs, torch.cat([x, x]), labels.repeat(2))
+        truth = theirs(x.double(), *arguments[:2], arguments[2].double(), arguments[3])
+        torch.testing.assert_close(ours(x, *arguments), truth.float(), rtol=1e-5, atol=1e-6)
+
+
 def test_pytorch_metric_learning_losses_of_anchors():
     """DoNothingReducer returns them unreduced."""
     both("pytorch_metric_learning")
@@ -555,6 +589,36 @@ def test_where_pytorch_metric_learning_leaves_the_paper():
     torch.testing.assert_close(loss(far, labels), torch.tensor(200.0))
     smallest = torch.tensor(torch.finfo(torch.float32).tiny)
     torch.testing.assert_close(peer(far, labels), -smallest.log())
+
+
+@pytest.mark.parametrize("name", METRIC_LOSSES)
+def test_pytorch_metric_learning_prints_its_options(name):
+    """Beside the names of the distance and the reducer, which the package prints."""
+    ours, _ = both("pytorch_metric_learning")
+    from pytorch_metric_learning import distances, regularizers
+
+    temperature, reducer = {
+        "SupConLoss": ("0.1", "reducer.low=0, reducer.high=None"),
+        "NTXentLoss": ("0.07", ""),
+    }[name]
+    loss = getattr(ours, name)()
+    reducer = reducer and f", {reducer}"
+    assert loss.extra_repr() == (
+        f"temperature={temperature}, embedding_reg_weight=1, collect_stats=False,"
+        f" distance.normalize_embeddings=True, distance.p=2, distance.power=1{reducer}"
+    )
+    assert "(distance): CosineSimilarity()" in repr(loss)
+    loss = getattr(ours, name)(
+        distance=distances.LpDistance(power=2, normalize_embeddings=False),
+        embedding_regularizer=regularizers.LpRegularizer(),
+        embedding_reg_weight=0.3,
+        temperature=torch.nn.Parameter(torch.tensor(0.5)),
+    )
+    for text in (
+        *("temperature=tensor(0.5000)", "embedding_reg_weight=0.3", "(distance): LpDistance()"),
+        *("distance.normalize_embeddings=False", "distance.power=2", "LpRegularizer"),
+    ):
+        assert text in repr(loss)
 
 
 # ---- lightly
