@@ -544,7 +544,11 @@ def test_pytorch_metric_learning_without_positives(name):
 
 def pytorch_metric_learning_on_ranks(name, efficient):
     losses = metric_losses(name)
-    from pytorch_metric_learning.utils.distributed import DistributedLossWrapper
+    from pytorch_metric_learning.miners import MultiSimilarityMiner
+    from pytorch_metric_learning.utils.distributed import (
+        DistributedLossWrapper,
+        DistributedMinerWrapper,
+    )
 
     rank, size = dist.get_rank(), dist.get_world_size()
     g = torch.Generator().manual_seed(0)
@@ -553,6 +557,21 @@ def pytorch_metric_learning_on_ranks(name, efficient):
     labels = labels.chunk(size)[rank]
     ours, theirs = (DistributedLossWrapper(loss, efficient=efficient) for loss in losses)
     agree(ours(x, labels), theirs(x, labels), [x])
+    pairs = DistributedMinerWrapper(MultiSimilarityMiner(), efficient=efficient)(x, labels)
+    agree(ours(x, labels, pairs), theirs(x, labels, pairs), [x])
+
+
+def pytorch_metric_learning_memory_on_ranks(name):
+    losses = metric_losses(name)
+    from pytorch_metric_learning.losses import CrossBatchMemory
+    from pytorch_metric_learning.utils.distributed import DistributedLossWrapper
+
+    g = torch.Generator().manual_seed(dist.get_rank())
+    ours, theirs = (DistributedLossWrapper(CrossBatchMemory(x, 8, memory_size=50)) for x in losses)
+    for step in range(4):
+        x = torch.randn(10, 8, generator=g).requires_grad_()
+        labels = random_ids(10, 4, step)
+        agree(ours(x, labels), theirs(x, labels), [x])
 
 
 def test_where_pytorch_metric_learning_leaves_the_paper():
@@ -896,6 +915,10 @@ ON_RANKS = {
         f"{name}, efficient={efficient}": partial(pytorch_metric_learning_on_ranks, name, efficient)
         for name in METRIC_LOSSES
         for efficient in (False, True)
+    }
+    | {
+        f"{name}, memory": partial(pytorch_metric_learning_memory_on_ranks, name)
+        for name in METRIC_LOSSES
     },
     "lightly": {"both": lightly_on_ranks},
     "sentence_transformers": {
