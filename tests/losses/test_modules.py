@@ -24,6 +24,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import ito_kernels as ik
 from ito_kernels.integrations import lightly
+from ito_kernels.integrations.listed_pairs import ListedPairs
 
 
 def pair():
@@ -149,6 +150,7 @@ def test_a_subclass_of_siglip_with_logits():
     [
         *((ik.ClipLoss, name) for name in ("get_logits", "get_ground_truth")),
         *((ik.SigLipLoss, name) for name in ("get_logits", "get_ground_truth", "_loss")),
+        (ik.SigLipLoss, "_chunked_loss"),  # of open_clip's main branch
     ],
 )
 def test_logits_that_forward_would_not_use_are_refused(base, name):
@@ -388,6 +390,25 @@ def lightly_gathered():
     bank = lightly.NTXentLoss(0.5, (20, 5), gather_distributed=True)
     bank(x[rows].requires_grad_(), y[rows])
     torch.testing.assert_close(bank.bank[:13], y.float())  # of all ranks, in their order
+
+
+# ---- pairs in a list, as pytorch-metric-learning's losses get them
+
+
+@pytest.mark.parametrize("ordered", [False, True])
+def test_listed_pairs_are_counted_in_any_panel(ordered):
+    g = torch.Generator().manual_seed(0)
+    rows, columns = (torch.randint(0, n, (60,), generator=g) for n in (9, 7))
+    rows = rows.sort()[0] if ordered else rows
+    pairs = ListedPairs("pairs", rows, columns, (9, 7))
+    dense = torch.zeros(9, 7)
+    for i, j in zip(rows.tolist(), columns.tolist(), strict=True):
+        dense[i, j] += 1
+    assert dense.max() > 1
+    assert (dense == 0).any()
+    for start, stop in ((0, 9), (0, 4), (4, 5), (5, 9)):
+        panel = torch.full((stop - start, 7), torch.nan)
+        assert torch.equal(pairs.counts(torch.arange(start, stop), panel), dense[start:stop])
 
 
 # ---- on two ranks
