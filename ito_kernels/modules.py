@@ -20,13 +20,15 @@ from .losses import (
     supcon_loss,
 )
 from .losses.common import check_choice
+from .options_repr import PrintsOptions
 
-# the options of `multi_positive_infonce`, without the arguments of every call of the module
-_OPTIONS = [
-    name
+# the options of `multi_positive_infonce` and their defaults, without the arguments of every call of
+# the module
+_OPTIONS = {
+    name: parameter.default
     for name, parameter in inspect.signature(multi_positive_infonce).parameters.items()
     if parameter.kind is parameter.KEYWORD_ONLY and name not in ("query_ids", "key_ids")
-]
+}
 
 
 def _check_world_size(world_size: object) -> None:
@@ -55,7 +57,7 @@ def _check_logits_are_not_redefined(loss: nn.Module, base: type) -> None:
 
     In open_clip that changes the loss. Here `forward` does not call these methods.
     """
-    for name in ("get_logits", "get_ground_truth", "_loss"):
+    for name in ("get_logits", "get_ground_truth", "_loss", "_chunked_loss"):
         if getattr(type(loss), name, None) is not getattr(base, name, None):
             raise NotImplementedError(
                 f"{type(loss).__name__} redefines {name}, which {base.__name__}.forward of"
@@ -63,7 +65,7 @@ def _check_logits_are_not_redefined(loss: nn.Module, base: type) -> None:
             )
 
 
-class ClipLoss(nn.Module):
+class ClipLoss(PrintsOptions, nn.Module):
     """`clip_loss` as a replacement for open_clip's `ClipLoss`, with its constructor, call and
     attributes.
 
@@ -168,13 +170,13 @@ class ClipLoss(nn.Module):
         return {"contrastive_loss": loss} if output_dict else loss
 
 
-class SigLipLoss(nn.Module):
+class SigLipLoss(PrintsOptions, nn.Module):
     """`siglip_loss` as a replacement for open_clip's `SigLipLoss`, with its constructor, call and
     attributes.
 
     With `world_size` > 1 the batch is that of all ranks of the default group, and every rank gets
     the global loss. In open_clip a rank gets the part of its own images. A `logit_bias` of None is
-    0. `cache_labels`, `rank`, `dist_impl` and `chunk_size` have no effect; the last two are
+    no bias. `cache_labels`, `rank`, `dist_impl` and `chunk_size` have no effect; the last two are
     checked. `forward` forms no logits; subclasses may call `get_logits` and `get_ground_truth`.
 
     Raises ValueError for an unknown `dist_impl` or a negative `chunk_size`; other errors as
@@ -242,17 +244,16 @@ class SigLipLoss(nn.Module):
         image_features: Tensor,
         text_features: Tensor,
         logit_scale: float | Tensor,
-        logit_bias: float | Tensor | None,
+        logit_bias: float | Tensor | None = None,
         output_dict: bool = False,
     ) -> Tensor | dict[str, Tensor]:
         _check_logits_are_not_redefined(self, SigLipLoss)
         group = _default_group(self.world_size)
-        bias = 0.0 if logit_bias is None else logit_bias
-        loss = siglip_loss(image_features, text_features, logit_scale, bias, group=group)
+        loss = siglip_loss(image_features, text_features, logit_scale, logit_bias, group=group)
         return {"contrastive_loss": loss} if output_dict else loss
 
 
-class MultiPositiveInfoNCE(nn.Module):
+class MultiPositiveInfoNCE(PrintsOptions, nn.Module):
     """`multi_positive_infonce` with options fixed at construction.
 
     Tensors that belong to a batch (queue, hard negatives, pairs, weights) are passed to the call.
@@ -261,13 +262,16 @@ class MultiPositiveInfoNCE(nn.Module):
 
     def __init__(self, **options):
         super().__init__()
-        unknown = options.keys() - _OPTIONS
+        unknown = options.keys() - _OPTIONS.keys()
         if unknown:
             raise TypeError(
                 f"MultiPositiveInfoNCE has no option {', '.join(sorted(unknown))}: expected some of"
                 f" {', '.join(_OPTIONS)}"
             )
         self.options = options
+
+    def printed_options(self) -> dict[str, object]:
+        return _OPTIONS | self.options
 
     def forward(
         self,
@@ -284,7 +288,7 @@ class MultiPositiveInfoNCE(nn.Module):
         )
 
 
-class SupConLoss(nn.Module):
+class SupConLoss(PrintsOptions, nn.Module):
     """`supcon_loss` with its options fixed at construction."""
 
     def __init__(
@@ -298,27 +302,33 @@ class SupConLoss(nn.Module):
     ):
         super().__init__()
         self.temperature, self.base_temperature, self.empty = temperature, base_temperature, empty
-        self.options = {"positives": positives, "group": group, "chunk_size": chunk_size}
+        self.group, self.chunk_size, self.positives = group, chunk_size, positives
 
     def forward(self, features: Tensor, labels: Tensor) -> Tensor:
         return supcon_loss(
-            features, labels, self.temperature, self.base_temperature, self.empty, **self.options
+            features,
+            labels,
+            self.temperature,
+            self.base_temperature,
+            self.empty,
+            positives=self.positives,
+            group=self.group,
+            chunk_size=self.chunk_size,
         )
 
 
-class NTXentLoss(nn.Module):
+class NTXentLoss(PrintsOptions, nn.Module):
     """`nt_xent_loss` with its temperature fixed at construction."""
 
     def __init__(self, temperature: float = 0.5, group=None, chunk_size: int | None = None):
         super().__init__()
-        self.temperature = temperature
-        self.group_options = {"group": group, "chunk_size": chunk_size}
+        self.temperature, self.group, self.chunk_size = temperature, group, chunk_size
 
     def forward(self, z1: Tensor, z2: Tensor) -> Tensor:
-        return nt_xent_loss(z1, z2, self.temperature, **self.group_options)
+        return nt_xent_loss(z1, z2, self.temperature, group=self.group, chunk_size=self.chunk_size)
 
 
-class ItoLoss(nn.Module):
+class ItoLoss(PrintsOptions, nn.Module):
     """`ito_loss` with its options fixed at construction."""
 
     def __init__(
@@ -330,7 +340,7 @@ class ItoLoss(nn.Module):
     ):
         super().__init__()
         self.lambda_fusion, self.denominator = lambda_fusion, denominator
-        self.group_options = {"group": group, "chunk_size": chunk_size}
+        self.group, self.chunk_size = group, chunk_size
 
     def forward(
         self,
@@ -346,5 +356,6 @@ class ItoLoss(nn.Module):
             logit_scale,
             lambda_fusion=self.lambda_fusion,
             denominator=self.denominator,
-            **self.group_options,
+            group=self.group,
+            chunk_size=self.chunk_size,
         )

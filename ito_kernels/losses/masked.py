@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.functional import softplus
 
 from ..similarity.first_order import first_order_only, reverse_mode_only
 from ..similarity.pairs import finite_shift
@@ -49,7 +50,7 @@ class Mask(NamedTuple):
         """The masks of a panel in the directions `sides`, "row" or "col"."""
         limits = {"row": self.row_limit, "col": self.col_limit}
         limited = any(limits[side] is not None for side in sides)
-        positive = self._positive(rows, dot) if limited or self.exclude_positives else None
+        positive = self.positives(rows, dot) if limited or self.exclude_positives else None
         shared = self._without_limits(rows, dot, positive)
         if not limited:
             return [shared] * len(sides)
@@ -86,7 +87,8 @@ class Mask(NamedTuple):
             total = total | mask
         return total
 
-    def _positive(self, rows: Tensor, dot: Tensor) -> Tensor | None:
+    def positives(self, rows: Tensor, dot: Tensor) -> Tensor | None:
+        """The positives of a panel; None if they are `pairs`, which are left out."""
         if self.row_ids is not None:
             return self.row_ids[rows, None] == self.col_ids
         return self._diagonal(rows, dot) if self.pairs is None else None
@@ -243,3 +245,43 @@ def unmasked_sums(
         return None, unmasked(dot, rows).T @ grad
 
     return panelwise(function, a.detach(), b.detach(), key_args=(x,), gradient=gradient)
+
+
+def masked_softplus_sums(
+    a: Tensor, b: Tensor, scale: Tensor, bias: Tensor, weights: Tensor, mask: Mask
+) -> Tensor:
+    """Σ_j weights_j · softplus(±S_ij) for every row of S = scale·a·bᵀ + bias, (N,), over the pairs
+    that `mask` does not leave out: softplus(-S) at its positives, else softplus(S).
+
+    scale: (N,). bias: 0-d. weights: (M,), without gradient.
+    """
+
+    def signed_scores(dot: Tensor, rows: Tensor, scale: Tensor, bias: Tensor) -> tuple:
+        sign, positive = torch.ones_like(dot), mask.positives(rows, dot)
+        if positive is not None:
+            sign.masked_fill_(positive, -1)
+        scores = (dot * scale[:, None]).add_(bias).mul_(sign)
+        return scores.masked_fill_(mask(rows, dot), -torch.inf), sign
+
+    def function(dot: Tensor, rows: Tensor, scale: Tensor, bias: Tensor, weights: Tensor) -> Tensor:
+        scores, _ = signed_scores(dot, rows, scale, bias)
+        # above its default threshold of 20, torch's softplus returns x, with an error of 2e-9
+        return softplus(scores, threshold=40) @ weights
+
+    def gradient(
+        grad: Tensor,
+        _,
+        dot: Tensor,
+        rows: Tensor,
+        scale: Tensor,
+        bias: Tensor,
+        weights: Tensor,
+    ) -> tuple:
+        scores, sign = signed_scores(dot, rows, scale, bias)
+        # the derivative of softplus is the sigmoid
+        grads = scores.sigmoid_().mul_(sign).mul_(weights).mul_(grad[:, None])
+        grad_scale, grad_bias = torch.linalg.vecdot(grads, dot), grads.sum()
+        return grads.mul_(scale[:, None]), grad_scale, grad_bias, None
+
+    key_args = (bias, weights)
+    return panelwise(function, a, b, row_args=(scale,), key_args=key_args, gradient=gradient)

@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 from support import processes
 from support.formulas import random_ids
+from support.memory import linux, printed
 from torch.nn.functional import normalize
 
 import ito_kernels as ik
@@ -51,10 +52,11 @@ def images_and_texts(n=33, d=24):
 
 
 @pytest.mark.parametrize("bias", [None, -3.0])
-def test_open_clip(bias):
+@pytest.mark.parametrize("shape", [(), (1,)])  # of the model's parameters
+def test_open_clip(bias, shape):
     ours, theirs = (package.ClipLoss() for package in both("open_clip"))
-    leaves = [*images_and_texts(), torch.tensor(14.0, requires_grad=True)]
-    inputs = [*leaves, None if bias is None else torch.tensor(bias)]
+    leaves = [*images_and_texts(), torch.full(shape, 14.0, requires_grad=True)]
+    inputs = [*leaves, None if bias is None else torch.full(shape, bias)]
     agree(ours(*inputs), theirs(*inputs), leaves)
     assert ours(*inputs, output_dict=True).keys() == theirs(*inputs, output_dict=True).keys()
     if bias:  # a gradient of 0 where theirs has one of rounding
@@ -64,15 +66,21 @@ def test_open_clip(bias):
 
 
 @pytest.mark.parametrize("bias", [None, -10.0])
-def test_open_clip_siglip(bias):
+@pytest.mark.parametrize("shape", [(), (1,)])
+def test_open_clip_siglip(bias, shape):
+    """chunk_size is of the main branch, not of the releases."""
     ours, theirs = both("open_clip")
     x, y = images_and_texts()
-    leaves = [x, y, torch.tensor(10.0, requires_grad=True)]
-    bias = bias and torch.tensor(bias, requires_grad=True)
+    leaves = [x, y, torch.full(shape, 10.0, requires_grad=True)]
+    bias = bias and torch.full(shape, bias, requires_grad=True)
     wanted = leaves if bias is None else [*leaves, bias]
     for dist_impl in (None, "bidir", "shift", "reduce", "gather"):
         values = [x.SigLipLoss(dist_impl=dist_impl)(*leaves, bias) for x in (ours, theirs)]
         agree(*values, wanted)
+    for flags in ({"chunk_size": 10}, {"cache_labels": True}):  # which change neither value
+        agree(ours.SigLipLoss(**flags)(*leaves, bias), values[1], wanted)
+        if flags.keys() <= inspect.signature(theirs.SigLipLoss).parameters.keys():
+            agree(values[0], theirs.SigLipLoss(**flags)(*leaves, bias), wanted)
 
 
 def rebuilt(name):
@@ -106,15 +114,20 @@ def test_open_clip_coca():
 
 
 def test_open_clip_signatures():
+    """Those of the release and of the main branch, which differ in two arguments."""
     ours, theirs = both("open_clip")
+    extra = {
+        ("ClipLoss", "__init__"): {"use_horovod": False},
+        ("SigLipLoss", "__init__"): {"chunk_size": 0},
+        ("SigLipLoss", "forward"): {"logit_bias": None},  # theirs must be passed
+    }
     for name in ("ClipLoss", "SigLipLoss"):
         for method in ("__init__", "forward", "get_logits", "get_ground_truth"):
             a, b = (
                 {k: p.default for k, p in inspect.signature(function).parameters.items()}
                 for function in (getattr(getattr(x, name), method) for x in (ours, theirs))
             )
-            extra = {"chunk_size": 0} if (name, method) == ("SigLipLoss", "__init__") else {}
-            assert a == b | extra  # chunk_size: of its main branch
+            assert a == b | extra.get((name, method), {})
         loss, peer = getattr(ours, name)(), getattr(theirs, name)()
         public = {k for k in vars(peer) if not k.startswith("_")} - {"training"}
         assert {k: getattr(loss, k) for k in public} == {k: getattr(peer, k) for k in public}
@@ -231,26 +244,136 @@ def test_pytorch_metric_learning_labels(name, kind):
     agree(ours(x, labels, **given), theirs(x, labels, **given), [x, ref])
 
 
-@pytest.mark.parametrize("name", METRIC_LOSSES)
-def test_pytorch_metric_learning_options(name):
+def random_list(of_triplets=False):
+    """Pairs of 20 anchors and 30 others in any order, some listed several times, as (a1, p, a2, n),
+    or triplets. Anchor 0 has one positive alone, 1 only negatives, 2 nothing."""
+    g = torch.Generator().manual_seed(4)
+    a = torch.cat([torch.randint(3, 20, (120,), generator=g), torch.tensor([0, 5, 5])])
+    others = torch.randint(0, 15, (2, 123), generator=g)
+    p, n = 2 * others[0], 2 * others[1] + 1  # no pair is positive and negative
+    if of_triplets:
+        return a, p, n
+    a2 = torch.randint(3, 20, (123,), generator=g)
+    a2[:2] = 1
+    return a, p, a2, n
+
+
+def options_of_metric_losses(name):
+    """Every distance and reducer that both packages have."""
     both("pytorch_metric_learning")
     from pytorch_metric_learning import distances, reducers, regularizers
 
-    own = {"SupConLoss": reducers.AvgNonZeroReducer, "NTXentLoss": reducers.MeanReducer}[name]
-    x, labels = features(20, 8), random_ids(20, 4, 2)
-    for options in (
-        {"distance": None, "reducer": None, "collect_stats": False, "embedding_regularizer": None},
-        {"distance": distances.CosineSimilarity(), "reducer": own()},
-        {"distance": distances.DotProductSimilarity(), "temperature": 0.5},
-        {"distance": distances.DotProductSimilarity(normalize_embeddings=False), "temperature": 3},
-        {"distance": distances.CosineSimilarity(p=1), "temperature": 0.5},
-        {"embedding_regularizer": regularizers.LpRegularizer(), "embedding_reg_weight": 0.3},
-        {"embedding_regularizer": regularizers.LpRegularizer(), "reducer": own()},
-        {"temperature": torch.nn.Parameter(torch.tensor(0.4))},
-    ):
+    l2 = partial(distances.LpDistance, p=2, power=2)
+    options = {
+        "nothing": {
+            "distance": None,
+            "reducer": None,
+            "collect_stats": False,
+            "embedding_regularizer": None,
+        },
+        "cosine": {"distance": distances.CosineSimilarity(), "temperature": 0.5},
+        "dot": {"distance": distances.DotProductSimilarity(), "temperature": 0.5},
+        "dot, as they are": {
+            "distance": distances.DotProductSimilarity(normalize_embeddings=False),
+            "temperature": 3,
+        },
+        "of an L1 norm": {"distance": distances.CosineSimilarity(p=1), "temperature": 0.5},
+        "squared L2": {"distance": l2(), "temperature": 0.5},
+        "squared L2, as they are": {"distance": l2(normalize_embeddings=False), "temperature": 3},
+        "regularizer": {
+            "embedding_regularizer": regularizers.LpRegularizer(),
+            "embedding_reg_weight": 0.3,
+        },
+        "regularizer and reducer": {
+            "embedding_regularizer": regularizers.LpRegularizer(),
+            "reducer": reducers.MeanReducer(),
+        },
+        "learned temperature": {"temperature": torch.nn.Parameter(torch.tensor(0.4))},
+        "mean": {"reducer": reducers.MeanReducer()},
+        "sum": {"reducer": reducers.SumReducer()},
+        "mean of what is not 0": {"reducer": reducers.AvgNonZeroReducer()},
+    }
+    if name == "SupConLoss":
+        options |= {
+            "threshold": {"reducer": reducers.ThresholdReducer(low=5.0, high=9.0)},
+            "weighted": {"reducer": reducers.ClassWeightedReducer(torch.tensor([1.0, 2, 3, 4]))},
+            "per anchor": {"reducer": reducers.PerAnchorReducer()},
+            "several": {"reducer": reducers.MultipleReducers({"loss": reducers.SumReducer()})},
+        }
+    return options
+
+
+@pytest.mark.parametrize("name", METRIC_LOSSES)
+@pytest.mark.parametrize("given", ["labels", "labels and ref_emb", "pairs", "triplets"])
+def test_pytorch_metric_learning_options(name, given):
+    """Each with the pairs of labels and with pairs in a list."""
+    x, labels, ref = features(20, 8), random_ids(20, 4, 2), features(30, 8)
+    of_ref = {"ref_emb": ref, "ref_labels": random_ids(30, 4, 3)}
+    arguments = {
+        "labels": {},
+        "labels and ref_emb": of_ref,
+        "pairs": of_ref | {"indices_tuple": random_list()},
+        "triplets": of_ref | {"indices_tuple": random_list(of_triplets=True)},
+    }[given]
+    for options in options_of_metric_losses(name).values():
         ours, theirs = metric_losses(name, **options)
-        leaves = [x, *ours.parameters()]
-        agree(ours(x, labels), theirs(x, labels), leaves)
+        leaves = [x, *ours.parameters(), *([ref] if arguments else [])]
+        agree(ours(x, labels, **arguments), theirs(x, labels, **arguments), leaves)
+
+
+@pytest.mark.parametrize("name", METRIC_LOSSES)
+def test_pytorch_metric_learning_in_double(name):
+    """To 1e-10, where nothing underflows."""
+    both("pytorch_metric_learning")
+    from pytorch_metric_learning.distances import LpDistance
+
+    x = torch.randn(20, 8, dtype=torch.float64, requires_grad=True)
+    ref = torch.randn(30, 8, dtype=torch.float64, requires_grad=True)
+    labels, ref_labels = random_ids(20, 4, 2), random_ids(30, 4, 3)
+    for distance in (None, LpDistance(power=2)):
+        for pairs in (None, random_list(), random_list(of_triplets=True)):
+            tau = torch.nn.Parameter(torch.tensor(0.4, dtype=torch.float64))
+            losses = metric_losses(name, distance=distance, temperature=tau)
+            values = [loss(x, labels, pairs, ref, ref_labels) for loss in losses]
+            torch.testing.assert_close(*values, rtol=1e-10, atol=0)
+            for grads in zip(*(torch.autograd.grad(v, [x, ref, tau]) for v in values), strict=True):
+                torch.testing.assert_close(*grads, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", METRIC_LOSSES)
+def test_squared_distances_of_rows_far_from_0(name):
+    """Products of 8 million, distances of 16: without the mean of the rows they would be 1 off."""
+    both("pytorch_metric_learning")
+    from pytorch_metric_learning.distances import LpDistance
+
+    x, labels = 1000 + torch.randn(20, 8), random_ids(20, 4, 2)
+    ours, theirs = metric_losses(name, distance=LpDistance(power=2, normalize_embeddings=False))
+    for pairs in (None, random_list()):
+        arguments = (labels, pairs, torch.cat([x, x]), labels.repeat(2))
+        truth = theirs(x.double(), *arguments[:2], arguments[2].double(), arguments[3])
+        torch.testing.assert_close(ours(x, *arguments), truth.float(), rtol=1e-5, atol=1e-6)
+
+
+def test_pytorch_metric_learning_losses_of_anchors():
+    """DoNothingReducer returns them unreduced."""
+    both("pytorch_metric_learning")
+    from pytorch_metric_learning.reducers import DoNothingReducer
+
+    x, labels = features(20, 8), random_ids(20, 4, 2)
+    for pairs in (None, random_list()):
+        losses = metric_losses("SupConLoss", reducer=DoNothingReducer())
+        arguments = {
+            "indices_tuple": pairs,
+            "ref_emb": torch.cat([x, x]),
+            "ref_labels": labels.repeat(2),
+        }
+        found = [loss(x, labels, **arguments)["loss"] for loss in losses]
+        assert found[0].keys() == found[1].keys()
+        assert found[0]["reduction_type"] == found[1]["reduction_type"]
+        assert torch.equal(found[0]["indices"], found[1]["indices"])
+        a, b = (x["losses"] for x in found)
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+        agree((a * a).sum(), (b * b).sum(), [x])
 
 
 @pytest.mark.parametrize("name", METRIC_LOSSES)
@@ -259,11 +382,21 @@ def test_pytorch_metric_learning_says_what_it_cannot(name):
     from pytorch_metric_learning import distances, reducers
 
     loss = getattr(ours, name)
-    other = reducers.MeanReducer if name == "SupConLoss" else reducers.AvgNonZeroReducer
+    wrong_reducers = [object()]
+    if name == "NTXentLoss":
+        wrong_reducers += [
+            reducers.ThresholdReducer(low=0),
+            reducers.AvgNonZeroReducer(high=1.0),
+            reducers.ClassWeightedReducer(torch.ones(4)),
+            reducers.DoNothingReducer(),
+            reducers.PerAnchorReducer(),
+        ]
     for argument, values in {
-        "reducer": [other(), reducers.SumReducer(), reducers.AvgNonZeroReducer(high=1.0), object()],
+        "reducer": wrong_reducers,
         "distance": [
             distances.LpDistance(),
+            distances.LpDistance(power=1),
+            distances.LpDistance(p=1, power=2),
             distances.CosineSimilarity(power=2),
             distances.SNRDistance(),
             object(),
@@ -275,6 +408,8 @@ def test_pytorch_metric_learning_says_what_it_cannot(name):
                 loss(**{argument: value})
     with pytest.raises(NotImplementedError, match="collect_stats"):
         loss(distance=distances.CosineSimilarity(collect_stats=True))
+    with pytest.raises(NotImplementedError, match="collect_stats"):
+        loss(reducer=type(loss().reducer)(collect_stats=True))
     x, labels = torch.randn(4, 3), torch.arange(4)
     late = loss()
     late.distance = distances.LpDistance()
@@ -287,6 +422,34 @@ def test_pytorch_metric_learning_says_what_it_cannot(name):
     for wrong in (0, -0.1, torch.inf, torch.nan, torch.zeros(()), torch.ones(2)):
         with pytest.raises(ValueError, match="temperature must be"):
             loss(temperature=wrong)
+
+
+@pytest.mark.parametrize("name", METRIC_LOSSES)
+def test_pytorch_metric_learning_refuses_lists(name):
+    ours, _ = both("pytorch_metric_learning")
+    loss, x, i = getattr(ours, name)(), torch.randn(4, 3), torch.tensor
+    good = i([0, 1])
+    for pairs, error, message in (
+        ((good, good), ValueError, r"indices_tuple must be \(anchors, positives, .* tuple of 2"),
+        (torch.ones(3, 2), ValueError, "indices_tuple must be .* got Tensor"),
+        (
+            (good, i([1, 4]), good),
+            ValueError,
+            r"positive pairs of indices_tuple\[1\] .* from 0 to 3",
+        ),
+        ((good, good, i([0, -1])), ValueError, r"negative pairs of indices_tuple\[1\] .* -1 to 0"),
+        ((good, good, good, i([2])), ValueError, "as many anchors as others, got 2 and 1"),
+        ((good, good, good, i([[2, 3]])), ValueError, r"must be 1-D, got shape \(1, 2\)"),
+        ((good, good, good, i([2.0, 3])), TypeError, "a tensor of integers, got torch.float32"),
+        ((good, good, good, i([True, False])), TypeError, "a tensor of integers, got torch.bool"),
+        ((good, good, good, [2, 3]), TypeError, "a tensor of integers, got list"),
+    ):
+        with pytest.raises(error, match=message):
+            loss(x, indices_tuple=pairs)
+    if name == "SupConLoss":
+        both_kinds = good, i([2, 3]), good, i([1, 3])
+        with pytest.raises(ValueError, match="lists a pair as positive and as negative"):
+            loss(x, indices_tuple=both_kinds)
 
 
 @pytest.mark.parametrize("name", METRIC_LOSSES)
@@ -312,12 +475,62 @@ def test_pytorch_metric_learning_cross_batch_memory(name, mined):
 def test_pytorch_metric_learning_miners(name):
     ours, theirs = metric_losses(name)
     from pytorch_metric_learning import miners
+    from pytorch_metric_learning.utils.loss_and_miner_utils import get_all_pairs_indices
 
-    x, labels = features(20, 8), random_ids(20, 4, 2)
-    for miner in (miners.MultiSimilarityMiner(), miners.TripletMarginMiner(0.2)):
+    x, ref, labels = features(20, 8), features(30, 8), random_ids(20, 4, 2)
+    ref_labels = labels[torch.arange(30) % 20]
+    for miner in (
+        miners.MultiSimilarityMiner(),
+        miners.TripletMarginMiner(0.2),
+        miners.BatchHardMiner(),
+        miners.BatchEasyHardMiner(),
+        miners.PairMarginMiner(0.5, 1.5),
+    ):
         pairs = miner(x, labels)
         agree(ours(x, labels, pairs), theirs(x, labels, pairs), [x])
         agree(ours(x, indices_tuple=pairs), theirs(x, indices_tuple=pairs), [x])
+        pairs = miner(x, labels, ref, ref_labels)
+        given = {"indices_tuple": pairs, "ref_emb": ref, "ref_labels": ref_labels}
+        agree(ours(x, labels, **given), theirs(x, labels, **given), [x, ref])
+    # all pairs of the labels in a list are the labels
+    agree(ours(x, indices_tuple=get_all_pairs_indices(labels)), ours(x, labels), [x])
+
+
+@pytest.mark.parametrize("name", METRIC_LOSSES)
+def test_pytorch_metric_learning_lists_of_little(name):
+    """Nothing listed, one kind only, or one pair of both: the package returns 0."""
+    losses = metric_losses(name)
+    x, few, none = features(6, 4), torch.tensor([0, 0, 1]), torch.tensor([]).long()
+    for pairs in (
+        (none, none, none),  # a miner that found nothing
+        (few, few + 2, none, none),
+        (none, none, few, few + 2),
+        (few[:1], few[:1] + 1, few[:1], few[:1] + 2),
+        (few[:1], few[:1] + 1, few[1:], few[1:] + 2),
+    ):
+        agree(*(loss(x, indices_tuple=pairs) for loss in losses), [x])
+
+
+@linux
+@pytest.mark.parametrize("name", METRIC_LOSSES)
+def test_pytorch_metric_learning_memory_of_lists(name):
+    """Less than half of one dense fp32 matrix, 256 MiB; the package takes several."""
+    both("pytorch_metric_learning")
+    script = """
+import sys
+import torch
+from ito_kernels.integrations import pytorch_metric_learning as ours
+from support.memory import growth
+
+n, loss = 8192, getattr(ours, sys.argv[1])()
+x = torch.randn(n, 64, requires_grad=True)
+a = torch.arange(n).repeat(8)
+for size in (64, n):  # what is loaded once does not count
+    pairs = a[:size], (a[:size] * 5) % size, a[:size], (a[:size] * 5 + 1) % size
+    grown = growth(lambda: loss(x[:size], indices_tuple=pairs).backward())
+print(grown)
+"""
+    assert float(*printed(script, name)) < 128
 
 
 @pytest.mark.parametrize("name", METRIC_LOSSES)
@@ -331,7 +544,11 @@ def test_pytorch_metric_learning_without_positives(name):
 
 def pytorch_metric_learning_on_ranks(name, efficient):
     losses = metric_losses(name)
-    from pytorch_metric_learning.utils.distributed import DistributedLossWrapper
+    from pytorch_metric_learning.miners import MultiSimilarityMiner
+    from pytorch_metric_learning.utils.distributed import (
+        DistributedLossWrapper,
+        DistributedMinerWrapper,
+    )
 
     rank, size = dist.get_rank(), dist.get_world_size()
     g = torch.Generator().manual_seed(0)
@@ -340,6 +557,21 @@ def pytorch_metric_learning_on_ranks(name, efficient):
     labels = labels.chunk(size)[rank]
     ours, theirs = (DistributedLossWrapper(loss, efficient=efficient) for loss in losses)
     agree(ours(x, labels), theirs(x, labels), [x])
+    pairs = DistributedMinerWrapper(MultiSimilarityMiner(), efficient=efficient)(x, labels)
+    agree(ours(x, labels, pairs), theirs(x, labels, pairs), [x])
+
+
+def pytorch_metric_learning_memory_on_ranks(name):
+    losses = metric_losses(name)
+    from pytorch_metric_learning.losses import CrossBatchMemory
+    from pytorch_metric_learning.utils.distributed import DistributedLossWrapper
+
+    g = torch.Generator().manual_seed(dist.get_rank())
+    ours, theirs = (DistributedLossWrapper(CrossBatchMemory(x, 8, memory_size=50)) for x in losses)
+    for step in range(4):
+        x = torch.randn(10, 8, generator=g).requires_grad_()
+        labels = random_ids(10, 4, step)
+        agree(ours(x, labels), theirs(x, labels), [x])
 
 
 def test_where_pytorch_metric_learning_leaves_the_paper():
@@ -376,6 +608,36 @@ def test_where_pytorch_metric_learning_leaves_the_paper():
     torch.testing.assert_close(loss(far, labels), torch.tensor(200.0))
     smallest = torch.tensor(torch.finfo(torch.float32).tiny)
     torch.testing.assert_close(peer(far, labels), -smallest.log())
+
+
+@pytest.mark.parametrize("name", METRIC_LOSSES)
+def test_pytorch_metric_learning_prints_its_options(name):
+    """Beside the names of the distance and the reducer, which the package prints."""
+    ours, _ = both("pytorch_metric_learning")
+    from pytorch_metric_learning import distances, regularizers
+
+    temperature, reducer = {
+        "SupConLoss": ("0.1", "reducer.low=0, reducer.high=None"),
+        "NTXentLoss": ("0.07", ""),
+    }[name]
+    loss = getattr(ours, name)()
+    reducer = reducer and f", {reducer}"
+    assert loss.extra_repr() == (
+        f"temperature={temperature}, embedding_reg_weight=1, collect_stats=False,"
+        f" distance.normalize_embeddings=True, distance.p=2, distance.power=1{reducer}"
+    )
+    assert "(distance): CosineSimilarity()" in repr(loss)
+    loss = getattr(ours, name)(
+        distance=distances.LpDistance(power=2, normalize_embeddings=False),
+        embedding_regularizer=regularizers.LpRegularizer(),
+        embedding_reg_weight=0.3,
+        temperature=torch.nn.Parameter(torch.tensor(0.5)),
+    )
+    for text in (
+        *("temperature=tensor(0.5000)", "embedding_reg_weight=0.3", "(distance): LpDistance()"),
+        *("distance.normalize_embeddings=False", "distance.power=2", "LpRegularizer"),
+    ):
+        assert text in repr(loss)
 
 
 # ---- lightly
@@ -416,17 +678,73 @@ def test_lightly_with_a_memory_bank(gather):
     assert not ours.state_dict()
 
 
+DCL_OPTIONS = [
+    {},
+    {"temperature": 0.3},
+    {"temperature": torch.nn.Parameter(torch.tensor(0.4))},
+    {"gather_distributed": True},  # of one process: theirs
+]
+OF_DCL = [
+    *(("DCLLoss", options) for options in DCL_OPTIONS),
+    ("DCLLoss", {"weight_fn": lambda x, y: (x - y).square().sum(1)}),  # it has a gradient
+    ("DCLLoss", {"weight_fn": lambda x, y: x[:, 0].detach(), "temperature": 0.2}),  # not symmetric
+    *(("DCLWLoss", options) for options in DCL_OPTIONS),
+    ("DCLWLoss", {"sigma": 0.2, "temperature": 0.2}),
+]
+# lightly makes a tensor of a tensor
+quiet = pytest.mark.filterwarnings("ignore:To copy construct from a tensor")
+
+
+@quiet
+@pytest.mark.parametrize(("name", "options"), OF_DCL)
+def test_lightly_decoupled(name, options):
+    ours, theirs = (getattr(package, name)(**options) for package in both("lightly"))
+    for size in (33, 2):
+        x, y = features(size, 24), features(size, 24)
+        agree(ours(x, y), theirs(x, y), [x, y, *ours.parameters()])
+
+
+def test_decoupled_contrastive_loss_of_two_views_is_lightly_s():
+    _, theirs = both("lightly")
+    x, y = features(33, 24), features(33, 24)
+    z, ids = torch.cat([normalize(x, dim=1), normalize(y, dim=1)]), torch.arange(33).repeat(2)
+    options = {"query_ids": ids, "key_ids": ids, "exclude_self": True, "symmetric": False}
+    loss = ik.decoupled_contrastive_loss(z, z, 1 / 0.3, **options)
+    agree(loss, theirs.DCLLoss(0.3)(x, y), [x, y])
+
+
+def test_lightly_signatures():
+    for name in ("NTXentLoss", "DCLLoss", "DCLWLoss"):
+        a, b = (
+            {k: p.default for k, p in inspect.signature(getattr(x, name)).parameters.items()}
+            for x in both("lightly")
+        )
+        assert a == b
+
+
 def lightly_on_ranks():
     ours, theirs = both("lightly")
     rank, size = dist.get_rank(), dist.get_world_size()
     g = torch.Generator().manual_seed(rank)
     x, y = (torch.randn(6, 8, generator=g).requires_grad_() for _ in range(2))
-    loss, peer = (p.NTXentLoss(0.2, gather_distributed=True)(x, y) for p in (ours, theirs))
-    parts = peer.detach().clone()
-    dist.all_reduce(parts)  # theirs are each of this rank's rows
-    torch.testing.assert_close(loss, parts / size)
-    grads = [torch.autograd.grad(z, (x, y)) for z in (loss, peer)]
-    torch.testing.assert_close(*grads)
+    for name, options in (
+        ("NTXentLoss", {}),
+        ("DCLLoss", {}),
+        ("DCLLoss", {"weight_fn": lambda x, y: (x - y).square().sum(1)}),
+        ("DCLWLoss", {"sigma": 0.3}),
+    ):
+        for gather in (True, False):
+            loss, peer = (
+                getattr(p, name)(0.2, gather_distributed=gather, **options)(x, y)
+                for p in (ours, theirs)
+            )
+            parts = peer.detach().clone()
+            if gather:
+                dist.all_reduce(parts)  # theirs are each of this rank's rows
+                parts /= size
+            torch.testing.assert_close(loss, parts)
+            grads = [torch.autograd.grad(z, (x, y)) for z in (loss, peer)]
+            torch.testing.assert_close(*grads)
 
     options = {"memory_bank_size": (20, 8), "gather_distributed": True}
     torch.manual_seed(5)
@@ -597,6 +915,10 @@ ON_RANKS = {
         f"{name}, efficient={efficient}": partial(pytorch_metric_learning_on_ranks, name, efficient)
         for name in METRIC_LOSSES
         for efficient in (False, True)
+    }
+    | {
+        f"{name}, memory": partial(pytorch_metric_learning_memory_on_ranks, name)
+        for name in METRIC_LOSSES
     },
     "lightly": {"both": lightly_on_ranks},
     "sentence_transformers": {

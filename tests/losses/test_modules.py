@@ -1,5 +1,5 @@
 """The drop-ins that need no package but torch: `ClipLoss` and `SigLipLoss` as open_clip's training
-code and its subclasses use them, and lightly's `NTXentLoss`. test_integrations.py compares
+code and its subclasses use them, and lightly's losses. test_integrations.py compares
 with the packages themselves."""
 
 import inspect
@@ -24,6 +24,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import ito_kernels as ik
 from ito_kernels.integrations import lightly
+from ito_kernels.integrations.listed_pairs import ListedPairs
 
 
 def pair():
@@ -149,6 +150,7 @@ def test_a_subclass_of_siglip_with_logits():
     [
         *((ik.ClipLoss, name) for name in ("get_logits", "get_ground_truth")),
         *((ik.SigLipLoss, name) for name in ("get_logits", "get_ground_truth", "_loss")),
+        (ik.SigLipLoss, "_chunked_loss"),  # of open_clip's main branch
     ],
 )
 def test_logits_that_forward_would_not_use_are_refused(base, name):
@@ -180,7 +182,7 @@ def test_signatures_are_those_of_open_clip():
         (ik.ClipLoss().forward, of_call + "=None, output_dict=False)"),
         (ik.ClipLoss().get_logits, of_call + "=None)"),
         (ik.SigLipLoss, "(cache_labels=False, rank=0, world_size=1, dist_impl=None, chunk_size=0)"),
-        (ik.SigLipLoss().forward, of_call + ", output_dict=False)"),
+        (ik.SigLipLoss().forward, of_call + "=None, output_dict=False)"),
         (ik.SigLipLoss().get_logits, of_call + "=None)"),
     ):
         parameters = inspect.signature(function).parameters.values()
@@ -194,7 +196,8 @@ def test_what_siglip_accepts():
     for dist_impl in (None, "bidir", "shift", "reduce", "gather"):
         assert ik.SigLipLoss(dist_impl=dist_impl, chunk_size=4)(x, y, 9.0, -2.0) == truth
     assert ik.SigLipLoss().dist_impl == "bidir"
-    assert ik.SigLipLoss()(x, y, 9.0, None) == ik.siglip_loss(x, y, 9.0, 0.0)
+    for without_bias in (ik.SigLipLoss()(x, y, 9.0), ik.SigLipLoss()(x, y, 9.0, None)):
+        assert without_bias == ik.siglip_loss(x, y, 9.0, 0.0)
     with pytest.raises(ValueError, match="'bidir', 'shift', 'reduce', 'gather', got 'ring'"):
         ik.SigLipLoss(dist_impl="ring")
     for wrong in (-1, 1.5, None):
@@ -207,6 +210,82 @@ def test_ranks_that_are_none(module):
     for wrong in (0, -1, "2"):
         with pytest.raises(ValueError, match="world_size must be the number of ranks"):
             module(world_size=wrong)
+
+
+# ---- what they print
+
+
+@pytest.mark.parametrize(
+    ("module", "expected"),
+    [
+        (
+            ik.ClipLoss(True, world_size=3),
+            "ClipLoss(local_loss=True, gather_with_grad=False, cache_labels=False, rank=0,"
+            " world_size=3, use_horovod=False)",
+        ),
+        (
+            ik.SigLipLoss(chunk_size=7),
+            "SigLipLoss(cache_labels=False, rank=0, world_size=1, dist_impl='bidir', chunk_size=7)",
+        ),
+        (
+            ik.SupConLoss(torch.nn.Parameter(torch.tensor(0.25)), empty="drop"),
+            "SupConLoss(temperature=tensor(0.2500), base_temperature=None, empty='drop',"
+            " group=None, chunk_size=None, positives='mean')",
+        ),
+        (ik.NTXentLoss(), "NTXentLoss(temperature=0.5, group=None, chunk_size=None)"),
+        (
+            ik.ItoLoss(),
+            "ItoLoss(lambda_fusion=2.0, denominator='pair', group=None, chunk_size=None)",
+        ),
+        (
+            lightly.NTXentLoss(0.5, (4, 3)),
+            "NTXentLoss(temperature=0.5, memory_bank_size=(4, 3), gather_distributed=False)",
+        ),
+        (
+            lightly.DCLLoss(0.2),
+            "DCLLoss(temperature=0.2, weight_fn=None, gather_distributed=False)",
+        ),
+        (
+            lightly.DCLWLoss(sigma=0.3),
+            "DCLWLoss(temperature=0.1, sigma=0.3, gather_distributed=False)",
+        ),
+    ],
+)
+def test_modules_print_all_their_options(module, expected):
+    assert repr(module) == expected
+
+
+def test_multi_positive_infonce_prints_all_its_options():
+    """Those given and the defaults of the function; of a tensor the shape."""
+    printed = repr(ik.MultiPositiveInfoNCE(positives="in", queue=torch.ones(3, 2)))
+    given = {"positives": "'in'", "queue": "tensor of shape (3, 2)"}
+    for name, parameter in inspect.signature(ik.multi_positive_infonce).parameters.items():
+        if name in ("queries", "keys", "logit_scale", "query_ids", "key_ids"):
+            continue
+        text = f"{name}={given.get(name, repr(parameter.default))}"
+        assert any(f"{before}{text}{after}" in printed for before in "( " for after in ",)")
+
+
+def test_every_module_prints_its_options():
+    modules = [x for x in vars(ik).values() if isinstance(x, type)]
+    modules = [x for x in modules if issubclass(x, torch.nn.Module)]
+    assert ik.ClipLoss in modules
+    for module in modules:
+        assert module.extra_repr is not torch.nn.Module.extra_repr, module
+
+
+def test_a_subclass_prints_its_own_options_too():
+    class Handing(ik.ClipLoss):
+        def __init__(self, weight, unused=1, **options):
+            super().__init__(**options)
+            self.weight = weight
+
+    class Naming(ik.ClipLoss):
+        def __init__(self, rank):
+            super().__init__(rank=rank)
+
+    assert repr(Handing(2.0, rank=1)).startswith("Handing(weight=2.0, local_loss=False, gather")
+    assert repr(Naming(1)) == "Naming(rank=1)"
 
 
 # ---- lightly
@@ -249,14 +328,87 @@ def test_lightly_gathers_nothing_in_one_process(size):
     assert values[0] == values[1]
 
 
+def dcl(x, y, temperature, weights=1.0):
+    """DCL, eq. 6, item by item."""
+    x, y = (torch.nn.functional.normalize(z, dim=1) for z in (x, y))
+    losses = []
+    for i in range(len(x)):
+        others = [j for j in range(len(x)) if j != i]
+        candidates = torch.cat([x[others], y[others]])
+        w = weights if isinstance(weights, float) else weights[i]
+        positive = w * (x[i] @ y[i]) / temperature
+        losses += [((candidates @ z[i]) / temperature).logsumexp(0) - positive for z in (x, y)]
+    return sum(losses) / len(losses)
+
+
+def test_dcl_of_lightly():
+    x, y = pair()
+    tau = torch.tensor(0.3, dtype=torch.float64, requires_grad=True)
+    cosines = torch.nn.functional.cosine_similarity(x, y).detach()
+    exp = (cosines / 0.2).exp()
+    for loss, truth in (
+        (lightly.DCLLoss(tau), dcl(x, y, tau)),
+        (lightly.DCLLoss(tau, lambda x, y: x.new_full((6,), 0.5)), dcl(x, y, tau, 0.5)),
+        (lightly.DCLWLoss(tau, 0.2), dcl(x, y, tau, 2 - exp / exp.mean())),
+    ):
+        value = loss(x, y)
+        torch.testing.assert_close(value, truth, rtol=1e-12, atol=1e-12)
+        grads = (torch.autograd.grad(z, [x, y, tau], retain_graph=True) for z in (value, truth))
+        torch.testing.assert_close(*grads, rtol=1e-10, atol=1e-12)
+
+
+def test_what_lightly_s_losses_are_not_given():
+    x, y = pair()
+    for module in (lightly.NTXentLoss, lightly.DCLLoss, lightly.DCLWLoss):
+        with pytest.raises(ValueError, match="out0 and out1 must have the same number of rows"):
+            module()(x, y[:1])
+    with pytest.raises(ValueError, match="same number of rows, got 6 and 1"):
+        lightly.NTXentLoss(memory_bank_size=(4, 5))(x, y[:1])
+    for module in (lightly.DCLLoss, lightly.DCLWLoss):
+        with pytest.raises(ValueError, match="out0 must have at least 2 rows"):
+            module()(x[:1], y[:1])
+        with pytest.raises(ValueError, match="temperature must be"):
+            module(0.0)
+    with pytest.raises(TypeError, match=r"weight_fn must be a function or None, got 0\.5"):
+        lightly.DCLLoss(weight_fn=0.5)
+    with pytest.raises(TypeError, match="weight_fn must return a tensor, got float"):
+        lightly.DCLLoss(weight_fn=lambda x, y: 1.0)(x, y)
+    with pytest.raises(ValueError, match=r"one weight for each of 6 rows, got shape \(6, 1\)"):
+        lightly.DCLLoss(weight_fn=lambda x, y: x[:, :1])(x, y)
+    for sigma in (0.0, -1.0, float("nan")):
+        with pytest.raises(ValueError, match="sigma must be finite and greater than 0"):
+            lightly.DCLWLoss(sigma=sigma)
+
+
 def lightly_gathered():
     x, y = unit(13, 5), unit(13, 5, seed=1)
     rows = local_rows()
     loss = lightly.NTXentLoss(0.5, gather_distributed=True)(x[rows], y[rows])
     torch.testing.assert_close(loss, ik.nt_xent_loss(x, y, 0.5))
+    loss = lightly.DCLLoss(0.5, gather_distributed=True)(x[rows], y[rows])
+    torch.testing.assert_close(loss, dcl(x, y, 0.5))
     bank = lightly.NTXentLoss(0.5, (20, 5), gather_distributed=True)
     bank(x[rows].requires_grad_(), y[rows])
     torch.testing.assert_close(bank.bank[:13], y.float())  # of all ranks, in their order
+
+
+# ---- pairs in a list, as pytorch-metric-learning's losses get them
+
+
+@pytest.mark.parametrize("ordered", [False, True])
+def test_listed_pairs_are_counted_in_any_panel(ordered):
+    g = torch.Generator().manual_seed(0)
+    rows, columns = (torch.randint(0, n, (60,), generator=g) for n in (9, 7))
+    rows = rows.sort()[0] if ordered else rows
+    pairs = ListedPairs("pairs", rows, columns, (9, 7))
+    dense = torch.zeros(9, 7)
+    for i, j in zip(rows.tolist(), columns.tolist(), strict=True):
+        dense[i, j] += 1
+    assert dense.max() > 1
+    assert (dense == 0).any()
+    for start, stop in ((0, 9), (0, 4), (4, 5), (5, 9)):
+        panel = torch.full((stop - start, 7), torch.nan)
+        assert torch.equal(pairs.counts(torch.arange(start, stop), panel), dense[start:stop])
 
 
 # ---- on two ranks
