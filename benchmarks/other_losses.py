@@ -264,7 +264,7 @@ OTHER_LOSSES = {
     "uniformity": Loss(
         uniformity,
         lambda x, scale, **call_options: ik.uniformity_loss(
-            torch.cat([x.a, x.b]), scale, **call_options
+            torch.cat([x.a, x.b]), t=scale, **call_options
         ),
         one_tower=True,
     ),

@@ -174,7 +174,7 @@ class SigLipLoss(nn.Module):
 
     With `world_size` > 1 the batch is that of all ranks of the default group, and every rank gets
     the global loss. In open_clip a rank gets the part of its own images. A `logit_bias` of None is
-    0. `cache_labels`, `rank`, `dist_impl` and `chunk_size` have no effect; the last two are
+    no bias. `cache_labels`, `rank`, `dist_impl` and `chunk_size` have no effect; the last two are
     checked. `forward` forms no logits; subclasses may call `get_logits` and `get_ground_truth`.
 
     Raises ValueError for an unknown `dist_impl` or a negative `chunk_size`; other errors as
@@ -242,13 +242,12 @@ class SigLipLoss(nn.Module):
         image_features: Tensor,
         text_features: Tensor,
         logit_scale: float | Tensor,
-        logit_bias: float | Tensor | None,
+        logit_bias: float | Tensor | None = None,
         output_dict: bool = False,
     ) -> Tensor | dict[str, Tensor]:
         _check_logits_are_not_redefined(self, SigLipLoss)
         group = _default_group(self.world_size)
-        bias = 0.0 if logit_bias is None else logit_bias
-        loss = siglip_loss(image_features, text_features, logit_scale, bias, group=group)
+        loss = siglip_loss(image_features, text_features, logit_scale, logit_bias, group=group)
         return {"contrastive_loss": loss} if output_dict else loss
 
 

@@ -11,7 +11,7 @@ from ..distributed import same_on_every_rank
 from ..similarity.dispatch import check_name
 from ..similarity.panelwise import panelwise_sum
 from .batch import check_arguments
-from .options import check_number
+from .options import Options, check_number, check_options
 from .precision import without_autocast
 
 
@@ -24,6 +24,7 @@ def cacr_loss(
     key_ids: Tensor | None = None,
     t_positive: float = 1.0,
     t_negative: float = 0.9,
+    exclude_self: bool = False,
     group=None,
     chunk_size: int | None = None,
     backend: str | None = None,
@@ -43,11 +44,16 @@ def cacr_loss(
         queries, keys: (N, D) and (M, D), L2-normalised; bf16 and fp16 are computed in fp32.
         query_ids, key_ids: as in `multi_positive_infonce`.
         t_positive, t_negative: t⁺ and t⁻, 0 or more; 0 gives equal weights.
+        exclude_self: (i, i) is neither positive nor negative, for queries and keys from the same
+            tower. Needs N = M. Without ids no positives are left, and the first mean is 0.
         group, chunk_size: as in `multi_positive_infonce`.
         backend: its name is checked, but it has no effect.
 
-    Returns a 0-d fp32 tensor (fp64 for fp64 features). Raises as `multi_positive_infonce`.
-    Source: Zheng et al. 2021 (CACR); the defaults are those of the authors' CIFAR experiments.
+    Returns a 0-d fp32 tensor (fp64 for fp64 features), 0 without positives and negatives. Raises as
+    `multi_positive_infonce`.
+    Source: Zheng et al. 2021 (CACR), section 3, with its cost, the squared distance; the defaults
+    are those of the authors' CIFAR experiments. Its anchors draw one positive and K negatives; here
+    all of the batch are used.
     """
     t_positive = check_number("t_positive", t_positive, 0, math.inf)
     t_negative = check_number("t_negative", t_negative, 0, math.inf)
@@ -56,7 +62,8 @@ def cacr_loss(
     args = check_arguments(
         queries, keys, 1.0, group, chunk_size, "reference", ids=(query_ids, key_ids)
     )
-    scores = args.scores(symmetric=False)
+    check_options(Options(exclude_self=exclude_self), args)
+    scores = args.scores(symmetric=False, exclude_self=exclude_self)
     batch, a = scores.global_batch, scores.queries
     query_ids, key_ids = scores.query_ids, scores.key_ids
     if query_ids is None:
@@ -69,16 +76,20 @@ def cacr_loss(
         counts = (batch.all_reduce_sum((x > 0).sum()).clamp(min=1) for x in (k, negatives))
         shares = tuple((x > 0) / c.to(a.dtype) for x, c in zip((k, negatives), counts, strict=True))
 
-        padded = key_ids < 0
+        padded, first_self = key_ids < 0, scores.diagonal
+        columns = torch.arange(len(key_ids), device=a.device)
 
         def panel(dot: Tensor, rows: Tensor) -> tuple:
             """The panel's part of the loss and the gradient of its inner products."""
             different = query_ids[rows, None] != key_ids
+            excluded = padded
+            if first_self is not None:
+                excluded = padded | (columns == rows[:, None] + first_self)
             attraction, attraction_grad = _expected_cost(
-                dot, t_positive, different | padded, shares[0][rows, None]
+                dot, t_positive, different | excluded, shares[0][rows, None]
             )
             repulsion, repulsion_grad = _expected_cost(
-                dot, -t_negative, ~different | padded, shares[1][rows, None]
+                dot, -t_negative, ~different | excluded, shares[1][rows, None]
             )
             return attraction - repulsion, (attraction_grad.sub_(repulsion_grad),)
 

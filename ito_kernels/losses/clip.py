@@ -6,13 +6,18 @@ import math
 
 import torch
 from torch import Tensor
+from torch.nn.functional import softplus
 
-from ..distributed import same_on_every_rank
+from ..distributed import GlobalBatch, LocalBatch, global_ranges, same_on_every_rank
 from ..similarity.spec import accumulate_dtype, cast, check_tensor, scalar
-from .batch import Names, check_arguments
+from .batch import Arguments, Names, check_arguments
 from .common import REDUCTIONS, check_choice, check_flags
 from .infonce import infonce, multi_positive_infonce
-from .options import Options
+from .masked import Mask, masked_softplus_sums
+from .options import Options, check_anchor_weights, check_options, localize_pairs
+from .positive_pairs import PositivePairs
+from .precision import take_rows, without_autocast
+from .scores import Scores
 
 FEATURES = ("image_features", "text_features")
 CLIP = Names(*FEATURES, query_ids="query_ids", key_ids="key_ids")
@@ -70,10 +75,14 @@ def siglip_loss(
     image_features: Tensor,
     text_features: Tensor,
     logit_scale: float | Tensor,
-    logit_bias: float | Tensor,
+    logit_bias: float | Tensor | None = None,
     *,
     image_ids: Tensor | None = None,
     text_ids: Tensor | None = None,
+    positive_pairs: Tensor | None = None,
+    positive_weights: Tensor | None = None,
+    image_weights: Tensor | None = None,
+    text_weights: Tensor | None = None,
     normalize: bool = False,
     reduction: str = "mean",
     group=None,
@@ -82,20 +91,33 @@ def siglip_loss(
 ) -> Tensor:
     """Sigmoid loss over all pairs of an image and a text.
 
-        L = (1/N) Σ_ij softplus(-y_ij · S_ij),   S = logit_scale · images · textsᵀ + logit_bias
+        L = (1/N) Σ_ij w_ij · softplus(-y_ij · S_ij)
+        S = logit_scale · images · textsᵀ + logit_bias
 
-    with y_ij = 1 where the ids are equal and -1 elsewhere. S is never formed.
+    with y_ij = 1 where the ids are equal and -1 elsewhere. S is never formed. The weights w_ij are
+    image_weights_i · text_weights_j, 1 by default; those of a positive in `positive_pairs` are
+    multiplied by its weight.
 
     Args:
         image_features, text_features: (N, D) and (M, D), L2-normalised unless `normalize`.
         logit_scale: the multiplier itself: a number, a 0-d tensor or an (N,) tensor.
-        logit_bias: a number or a 0-d tensor.
+        logit_bias: a number or a 0-d tensor; None is no bias.
         image_ids, text_ids: (N,) and (M,) integers; equal ids are positives. Each defaults to the
             row number, which needs N = M. A negative id marks a padded row, which is ignored.
+        positive_pairs, positive_weights: (P, 2) integers, pairs (image, text), and (P,) weights,
+            without gradient. They replace the ids where positives are not a partition. The weights
+            of a pair that is listed twice add up, each 1 by default. A pair with weight 0 is left
+            out: it is neither positive nor negative. Memory O(P·D).
+        image_weights, text_weights: (N,) and (M,), 0 or more, without gradient. Weight 0 leaves out
+            all terms of the row. They do not change the divisor N.
         normalize: L2-normalise both sides first.
         reduction: "mean": the sum over pairs divided by the number of images N (not by N·M);
             "sum": the sum over pairs; "none": (N,), the sum over the texts for each image.
-        group, chunk_size, backend: as in `multi_positive_infonce`.
+        group, chunk_size, backend: as in `multi_positive_infonce`. With a group, pairs are global
+            row numbers, each passed by the rank of its image.
+
+    With `positive_pairs` or `text_weights`, which no kernel supports, the scores are computed in
+    PyTorch, a panel of rows at a time, on every backend, bf16 and fp16 features in fp32.
 
     Returns a 0-d fp32 tensor (fp64 for fp64 features); (N,) for "none".
 
@@ -104,10 +126,13 @@ def siglip_loss(
             kernel runs.
         RuntimeError: the requested backend cannot run here.
 
-    Source: Zhai et al. 2023 (SigLIP), eq. 1.
+    Source: Zhai et al. 2023 (SigLIP), eq. 1 of section 3.2, for one positive per image. Several
+    positives and all weights are not in the source.
     """
     check_flags(normalize=normalize)
     check_choice("reduction", reduction, REDUCTIONS)
+    if positive_pairs is not None and not (image_ids is text_ids is None):
+        raise ValueError("positive_pairs replace image_ids and text_ids: give one of the two")
     args = check_arguments(
         image_features,
         text_features,
@@ -117,31 +142,95 @@ def siglip_loss(
         backend,
         ids=(image_ids, text_ids),
         names=SIGLIP,
+        allow_unequal_rows=positive_pairs is not None,
     )
-    bias = _check_bias(logit_bias, args.queries)
+    images, texts = args.queries, args.keys
+    bias = None if logit_bias is None else _check_bias(logit_bias, images)
+    image_weights = _check_weights("image_weights", image_weights, images, args.query_ids)
+    text_weights = _check_weights("text_weights", text_weights, texts, args.key_ids)
+    options = Options(positive_pairs=positive_pairs, positive_weights=positive_weights)
+    if positive_pairs is not None or positive_weights is not None:
+        options = check_options(options, args)
+        ranges = global_ranges(len(images), len(texts), group, images.device)
+        options = localize_pairs(options, *ranges)
     batch = args.global_batch()
     args = args.with_batch_ids(batch)
     if normalize:
         args = args.with_normalized_rows()
-    images, texts, scale, image_ids, text_ids, *_ = args
     number = n = len(images)
-    if image_ids is not None:
-        number = batch.all_reduce_sum((image_ids >= 0).sum()).clamp(min=1)  # without padding
-    weights = None
+    if args.query_ids is not None:
+        number = batch.all_reduce_sum((args.query_ids >= 0).sum()).clamp(min=1)  # without padding
+    weights = image_weights
     if reduction != "none":
-        weights = torch.ones(n, dtype=bias.dtype, device=images.device)
+        weights = args.scale.new_ones(n) if weights is None else weights
         if reduction == "mean":
-            weights /= number
-    return batch.similarity_softplus(
-        images,
-        texts,
-        scale,
-        row_bias=bias.expand(n),
-        row_ids=image_ids,
-        col_ids=text_ids,
-        row_weights=weights,
+            weights = weights / number
+    if positive_pairs is not None or text_weights is not None:
+        rows = _weighted_rows(options, args, batch, bias, text_weights)
+        rows = rows if weights is None else rows * weights
+        return rows if reduction == "none" else batch.all_reduce_loss(rows.sum())
+    rows = batch.similarity_softplus(
+        args.queries,
+        args.keys,
+        args.scale,
+        row_bias=None if bias is None else bias.expand(n),
+        row_ids=args.query_ids,
+        col_ids=args.key_ids,
+        row_weights=None if reduction == "none" else weights,
         backend=backend,
     )
+    return rows * weights if reduction == "none" and weights is not None else rows
+
+
+def _weighted_rows(
+    o: Options,
+    args: Arguments,
+    batch: GlobalBatch | LocalBatch,
+    bias: Tensor | None,
+    text_weights: Tensor | None,
+) -> Tensor:
+    """Σ_j w_ij · softplus(-y_ij · S_ij) for each image, (N,), without the weights of the images.
+
+    Pairs in a list are left out of the panels, and their terms are added. To sum all pairs as
+    negatives first and correct the positives by softplus(-S) - softplus(S) would lose all digits
+    of a positive with a large score.
+    """
+    args = args.in_accumulate_dtype()
+    scores = Scores(batch, *args[:3], symmetric=False)
+    a, row_ids, col_ids = scores.queries, scores.query_ids, scores.key_ids
+    with without_autocast(a.device):
+        b = batch.all_gather_rows(scores.keys)
+        if row_ids is not None:  # padded rows may contain any values
+            col_ids = batch.all_gather_rows(col_ids)
+            a, b = (x.masked_fill((i < 0)[:, None], 0) for x, i in ((a, row_ids), (b, col_ids)))
+        bias = scores.scale.new_zeros(()) if bias is None else bias
+        if text_weights is None:
+            text_weights = scores.scale.new_ones(len(scores.keys))
+        text_weights = batch.all_gather_rows(text_weights)
+        mask, pairs = Mask(row_ids, col_ids), None
+        if o.positive_pairs is not None:
+            pairs = PositivePairs(scores, *o.positive_pairs, None)
+            mask = Mask(None, None, pairs=pairs.linear_indices("row"))
+
+        scale = scores.scale.expand(len(a))
+        rows = masked_softplus_sums(a, b, scale, bias, text_weights, mask)
+        if pairs is None:
+            return rows
+        weights = take_rows(text_weights, pairs.cols)
+        if o.positive_weights is not None:
+            weights = weights * o.positive_weights
+        terms = weights * softplus(-(pairs.pair_scores + bias), threshold=40)
+        return rows.index_put((pairs.rows,), terms, accumulate=True)
+
+
+def _check_weights(
+    name: str, weights: object, features: Tensor, ids: Tensor | None
+) -> Tensor | None:
+    """The weights, 0 for padding."""
+    if weights is None:
+        return None
+    weights = check_anchor_weights(name, weights, features, ids)
+    return weights if ids is None else weights.masked_fill(ids < 0, 0)
 
 
 def _check_bias(bias: object, like: Tensor) -> Tensor:

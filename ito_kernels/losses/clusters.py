@@ -14,6 +14,10 @@ from .batch import check_arguments
 from .common import check_flags
 from .options import check_value_range
 from .precision import row_dot, without_autocast
+from .scores import Direction
+
+# The logarithm of a weight of 0, below any score. A sum of negatives below its half has only such.
+LEFT_OUT = -1e4
 
 
 @same_on_every_rank
@@ -28,6 +32,7 @@ def cluster_weighted_infonce(
     query_ids: Tensor | None = None,
     key_ids: Tensor | None = None,
     symmetric: bool = True,
+    include_positives: bool = True,
     group=None,
     chunk_size: int | None = None,
     backend: str | None = None,
@@ -39,7 +44,9 @@ def cluster_weighted_infonce(
 
     with S = logit_scale · queries · keysᵀ. With `symmetric`, the mean of this and of the same loss
     along the columns. log w is a bias of rank C: it is computed as C more columns of the features,
-    and no matrix is formed. An anchor without a positive contributes 0.
+    and no matrix is formed. An anchor without a positive contributes 0. Without
+    `include_positives` the denominator is that of the weighted negatives alone, and an anchor
+    without a negative of weight above 0 contributes 0 too.
 
     Args:
         queries, keys: (N, D) and (M, D), L2-normalised; bf16 and fp16 are computed in fp32.
@@ -48,12 +55,14 @@ def cluster_weighted_infonce(
         weights: w, (C, C), 0 or more: w[cluster of the query, cluster of the key]. Its positive
             elements have a gradient. Negatives with weight 0 are left out.
         query_ids, key_ids: as in `multi_positive_infonce`.
+        include_positives: whether the denominator has the positives, as above.
         group, chunk_size, backend: as in `multi_positive_infonce`.
 
     Returns a 0-d fp32 tensor (fp64 for fp64 features). Raises as `multi_positive_infonce`.
-    Source: Yu et al. 2023 (AdaMEOW).
+    Source: Yu et al. 2023 (MEOW), section 4. Its denominator is that of include_positives=False
+    (there w_ii = 0). There w_ij comes from several clusterings; w may be any table here.
     """
-    check_flags(symmetric=symmetric)
+    check_flags(symmetric=symmetric, include_positives=include_positives)
     args = check_arguments(
         queries, keys, logit_scale, group, chunk_size, backend, ids=(query_ids, key_ids)
     )
@@ -77,8 +86,8 @@ def cluster_weighted_infonce(
     with without_autocast(device):
         dtype = scores.queries.dtype
         weights = weights.to(dtype)
-        # The bias of weight 0 becomes a feature, which must be finite: -1e4 is below any score.
-        bias = torch.where(weights > 0, torch.where(weights > 0, weights, 1).log(), -1e4)
+        # the bias of weight 0 becomes a feature, which must be finite
+        bias = torch.where(weights > 0, torch.where(weights > 0, weights, 1).log(), LEFT_OUT)
         query_columns = bias[rows] / scores.scale.reshape(-1, 1)
         key_columns = one_hot(cols, len(weights)).to(dtype)
         weighted = replace(
@@ -92,15 +101,30 @@ def cluster_weighted_infonce(
             # the positive of row i is key i: its scores need no pass over S
             positive = scores.scale * row_dot(scores.queries, scores.keys)
             for side, x in negatives.items():
-                terms = softplus(x.logsum + x.max - positive, threshold=40)
+                difference = x.logsum + (x.max - positive)
+                if include_positives:
+                    terms = softplus(difference, threshold=40)
+                else:
+                    terms = torch.where(_has_negatives(x), difference, 0)
                 losses.append(scores.mean(side, terms))
             return sum(losses) / len(losses)
-        sums, means = (scores.statistics(positives=kind) for kind in ("lse", "linear"))
+        means = scores.statistics(positives="linear")
+        sums = scores.statistics(positives="lse") if include_positives else means
         for side, direction in sums.items():
             shift, k = direction.shift, scores.positive_counts(side)
-            log_negatives = negatives[side].logsum + (negatives[side].max - shift)
-            counted = (k > 0) | direction.logsum.isnan()  # NaN reaches the loss from any anchor
-            pos = torch.where(counted, direction.pos, 0)
-            loss = torch.logaddexp(pos, log_negatives) - means[side].pos / k.clamp(min=1)
+            denominator = negatives[side].logsum + (negatives[side].max - shift)
+            counted = k > 0
+            if include_positives:
+                pos = torch.where(counted | direction.logsum.isnan(), direction.pos, 0)
+                denominator = torch.logaddexp(pos, denominator)
+            else:
+                counted = counted & _has_negatives(negatives[side])
+            counted = counted | direction.logsum.isnan()  # NaN reaches the loss from any anchor
+            loss = denominator - means[side].pos / k.clamp(min=1)
             losses.append(scores.mean(side, torch.where(counted, loss, 0)))
         return sum(losses) / len(losses)
+
+
+def _has_negatives(negatives: Direction) -> Tensor:
+    """Whether an anchor has a negative with a weight above 0. True where a score is NaN."""
+    return ~(negatives.max < LEFT_OUT / 2)

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.nn.functional import softplus
 
-from ..distributed import same_on_every_rank
-from .batch import check_arguments
-from .common import check_flags
+from ..distributed import global_ranges, same_on_every_rank
+from .batch import Arguments, check_arguments
 from .infonce import infonce
-from .options import Options
-from .precision import without_autocast
+from .options import Options, check_options, localize_pairs
+from .pools import UnpairedCandidates
+from .positive_pairs import PositivePairs, PositivesByPair
+from .precision import take_rows, without_autocast
 from .scores import Scores
 from .tiles import softplus_sums
 
@@ -24,6 +26,7 @@ def decoupled_contrastive_loss(
     query_ids: Tensor | None = None,
     key_ids: Tensor | None = None,
     symmetric: bool = True,
+    exclude_self: bool = False,
     group=None,
     chunk_size: int | None = None,
     backend: str | None = None,
@@ -41,16 +44,21 @@ def decoupled_contrastive_loss(
         logit_scale: the multiplier itself: a number, a 0-d tensor or an (N,) tensor.
         query_ids, key_ids: (N,) and (M,) integers; equal ids are positives. Each defaults to the
             row number, which needs N = M. A negative id marks a padded row, which is ignored.
+        symmetric: average with the same loss along the columns. False: query→key only.
+        exclude_self: (i, i) is neither positive nor negative, for queries and keys from the same
+            tower. Needs N = M. Without ids no positives are left: the loss is then 0.
         group, chunk_size, backend: as in `multi_positive_infonce`.
 
     Returns a 0-d fp32 tensor (fp64 for fp64 features). Raises as `multi_positive_infonce`.
-    Source: Yeh et al. 2022 (Decoupled contrastive learning).
+    Source: Yeh et al. 2022 (Decoupled contrastive learning), eq. 6. Its two views z1 and z2 are
+    queries = keys = [z1; z2] with the items' numbers as ids, exclude_self=True and symmetric=False.
+    It sums over the 2N anchors, this is the mean.
     """
-    check_flags(symmetric=symmetric)
     args = check_arguments(
         queries, keys, logit_scale, group, chunk_size, backend, ids=(query_ids, key_ids)
     )
-    scores = Scores(args.global_batch(), *args[:3], symmetric, backend=backend)
+    check_options(Options(symmetric=symmetric, exclude_self=exclude_self), args)
+    scores = Scores(args.global_batch(), *args[:3], symmetric, exclude_self, backend)
     weights = {}
     for side in scores.directions:
         k, negatives = (
@@ -77,6 +85,9 @@ def decoupled_softmax_loss(
     query_ids: Tensor | None = None,
     key_ids: Tensor | None = None,
     symmetric: bool = True,
+    exclude_self: bool = False,
+    positive_pairs: Tensor | None = None,
+    positive_weights: Tensor | None = None,
     group=None,
     chunk_size: int | None = None,
     backend: str | None = None,
@@ -86,27 +97,75 @@ def decoupled_softmax_loss(
         L = mean_i (1/k_i) Σ_{p ∈ P_i} [ log(exp S_ip + Σ_{j ∉ P_i} exp S_ij) - S_ip ]
           = mean_i (1/k_i) Σ_{p ∈ P_i} softplus(log Σ_{j ∉ P_i} exp S_ij - S_ip)
 
-    Arguments, `symmetric` and anchors without positives or negatives are as in
-    `decoupled_contrastive_loss`. In addition to the passes over S, the scores of the positives are
-    computed once more, in tiles of the matrix sorted by id: memory is O((N + M)·D) for any number
-    of positives. With ids it synchronises with the device once. bf16 and fp16 features are computed
-    in fp32, because positives and negatives are combined outside the kernels.
+    The first arguments, `symmetric`, `exclude_self` and anchors without positives or negatives are
+    as in `decoupled_contrastive_loss`. In addition to the passes over S, the scores of the
+    positives are computed once more, in tiles of the matrix sorted by id: memory is O((N + M)·D)
+    for any number of positives. With ids it synchronises with the device once. bf16 and fp16
+    features are computed in fp32, because positives and negatives are combined outside the kernels.
 
-    Returns a 0-d fp32 tensor (fp64 for fp64 features). Raises as `multi_positive_infonce`.
-    Source: Feeney and Hughes 2023 (SINCERE).
+    Args:
+        queries, keys, logit_scale, query_ids, key_ids, symmetric, exclude_self, group, chunk_size,
+            backend: as in `decoupled_contrastive_loss`.
+        positive_pairs, positive_weights: (P, 2) integers, pairs (i, j), and (P,) weights, which
+            replace the ids; N and M may differ. For rows only: they need symmetric=False. The mean
+            over P_i becomes a weighted mean. A pair that is listed twice counts twice as a
+            positive. A pair with weight 0 is a negative. Memory O(P·D). The negatives are summed in
+            PyTorch, a panel of rows at a time, on every backend.
+
+    Returns a 0-d fp32 tensor (fp64 for fp64 features). Raises as `multi_positive_infonce`, and
+    ValueError for pairs with symmetric=True.
+    Source: Feeney and Hughes 2023 (SINCERE), section 3. Its classes are queries = keys with the
+    labels as ids, exclude_self=True and symmetric=False. There every anchor has a positive.
     """
-    check_flags(symmetric=symmetric)
     args = check_arguments(
-        queries, keys, logit_scale, group, chunk_size, backend, ids=(query_ids, key_ids)
+        queries,
+        keys,
+        logit_scale,
+        group,
+        chunk_size,
+        backend,
+        ids=(query_ids, key_ids),
+        allow_unequal_rows=positive_pairs is not None,
     )
+    options = Options(
+        symmetric=symmetric,
+        exclude_self=exclude_self,
+        positive_pairs=positive_pairs,
+        positive_weights=positive_weights,
+    )
+    options = check_options(options, args)
+    if positive_pairs is not None:
+        if symmetric:
+            raise ValueError("positive_pairs are for rows only: use symmetric=False, got True")
+        return _softmax_over_unpaired(options, args)
     if query_ids is None and key_ids is None:  # one positive per anchor: this is InfoNCE
-        return infonce(args, Options(symmetric=symmetric))
-    scores = args.scores(symmetric)
+        return infonce(args, options)
+    scores = args.scores(symmetric, exclude_self)
     weights = {
         side: _share(scores, side) / scores.positive_counts(side).clamp(min=1)
         for side in scores.directions
     }
     return softmax_over_negatives(scores, weights)
+
+
+def _softmax_over_unpaired(o: Options, args: Arguments) -> Tensor:
+    """The loss of the rows for positives in a list: the negatives are all other keys."""
+    n, m, device = len(args.queries), len(args.keys), args.queries.device
+    o = localize_pairs(o, *global_ranges(n, m, args.group, device))
+    scores = args.scores(symmetric=False, exclude_self=o.exclude_self)
+    with without_autocast(device):
+        pairs = PositivePairs(scores, *o.positive_pairs, o.positive_weights)
+        negatives = UnpairedCandidates(pairs, "row", (1.0,))
+        shift = negatives.reference_shift(1.0)
+        log_negatives = negatives.log_sum(1.0, shift)
+        k = PositivesByPair(pairs, "row").count()
+        weights = pairs.weights / take_rows(torch.where(k > 0, k, 1), pairs.rows)
+        positives = pairs.pair_scores - take_rows(shift, pairs.rows)
+        # NaN or +inf reaches the loss even from an anchor without a positive
+        not_finite = 0 * log_negatives.masked_fill(log_negatives == -torch.inf, 0)
+        terms = softplus(take_rows(log_negatives, pairs.rows) - positives, threshold=40)
+        total = (weights * terms).sum() + not_finite.sum()
+        return scores.global_batch.all_reduce_loss(total) / scores.anchor_count("row")
 
 
 def softmax_over_negatives(scores: Scores, weights: dict[str, Tensor]) -> Tensor:

@@ -9,16 +9,18 @@ from torch import Tensor
 
 from ..distributed import GlobalBatch, LocalBatch, same_on_every_rank
 from ..similarity.dispatch import check_name
+from ..similarity.spec import is_number
 from .batch import Names, check_arguments
 from .precision import row_dot, to_accumulate_dtype, without_autocast
 
-UNIFORM, ALIGN = Names("x", "x", "t"), Names("x", "y", "alpha")
+UNIFORM, ALIGN = Names("x", "y", "t"), Names("x", "y", "alpha")
 MOMENTS = Names("x", "y")
 
 
 @same_on_every_rank
 def uniformity_loss(
     x: Tensor,
+    y: Tensor | None = None,
     t: float = 2.0,
     *,
     group=None,
@@ -27,36 +29,42 @@ def uniformity_loss(
 ) -> Tensor:
     """Uniformity: the logarithm of the mean Gaussian potential of all pairs.
 
-        L = log mean_{i ≠ j} exp(-t‖x_i - x_j‖²)
+        L = log mean_{i ≠ j} exp(-t‖x_i - y_j‖²)
 
-    computed as a logsumexp of 2t·x·xᵀ - t‖x_i‖² - t‖x_j‖², which is never formed.
+    computed as a logsumexp of 2t·x·yᵀ - t‖x_i‖² - t‖y_j‖², which is never formed.
 
     Args:
-        x: (N, D) with N ≥ 2, usually L2-normalised. bf16 and fp16 are computed in fp32, because
-            the gradients of the inner products and of the norms cancel outside the kernels.
-        t: a number greater than 0.
+        x, y: (N, D) with N ≥ 2, usually L2-normalised. y is x by default; row i of both is a
+            positive pair, which is left out. bf16 and fp16 are computed in fp32, because the
+            gradients of the inner products and of the norms cancel outside the kernels.
+        t: a number or a 0-d tensor greater than 0.
         group, chunk_size, backend: as in `multi_positive_infonce`.
 
     Returns a 0-d fp32 tensor (fp64 for fp64 features).
     Raises TypeError or ValueError that names an invalid argument.
-    Source: Wang and Isola 2020, eq. 7, without the pairs (i, i).
+    Source: Wang and Isola 2020, eq. 7, whose expectation is over independent samples: here the mean
+    without the pairs (i, i). With y it is the same of two modalities, which is not in the source.
     """
-    args = check_arguments(x, x, t, group, chunk_size, backend, names=UNIFORM)
+    if is_number(y) or (isinstance(y, Tensor) and y.ndim == 0):
+        raise TypeError(f"y must be a tensor of shape (N, D), got {y}: give t by name, as t={y}")
+    y = x if y is None else y
+    args = check_arguments(x, y, t, group, chunk_size, backend, names=UNIFORM)
     t = args.scale
     if t.ndim:
         raise ValueError(f"t must be a number or a 0-d tensor, got shape {tuple(t.shape)}")
     scores = args.scores()
-    batch, x, n = scores.global_batch, scores.queries, scores.global_count("col")
+    batch, x, y, n = scores.global_batch, scores.queries, scores.keys, scores.global_count("col")
     if n < 2:
         raise ValueError(f"x must have at least 2 rows, got {n}: uniformity is a mean over pairs")
     with without_autocast(x.device):
-        norms = -t * x.square().sum(1)
+        row_norms = -t * x.square().sum(1)
+        col_norms = row_norms if y is x else -t * y.square().sum(1)
         stats = batch.similarity_logsumexp(
             x,
-            x,
+            y,
             2 * t,
-            row_bias=norms,
-            col_bias=norms,
+            row_bias=row_norms,
+            col_bias=col_norms,
             row_ids=batch.query_ids,
             col_ids=batch.key_ids,
             exclude_self=True,

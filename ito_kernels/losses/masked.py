@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.functional import softplus
 
 from ..similarity.pairs import finite_shift
 from ..similarity.panelwise import panelwise
@@ -55,7 +56,7 @@ class Mask(NamedTuple):
         if self.exclude_self:
             masked.append(self._diagonal(rows, dot))
         if self.row_limit is not None or self.exclude_positives:
-            positive = self._positive(rows, dot)
+            positive = self.positives(rows, dot)
         if self.row_limit is not None:
             guided = dot if self.guide is None else self.guide[0][rows] @ self.guide[1].T
             above = guided > self.row_limit[rows, None]
@@ -69,7 +70,8 @@ class Mask(NamedTuple):
             total.logical_or_(mask)
         return total
 
-    def _positive(self, rows: Tensor, dot: Tensor) -> Tensor | None:
+    def positives(self, rows: Tensor, dot: Tensor) -> Tensor | None:
+        """The positives of a panel; None if they are `pairs`, which are left out."""
         if self.row_ids is not None:
             return self.row_ids[rows, None] == self.col_ids
         return self._diagonal(rows, dot) if self.pairs is None else None
@@ -155,3 +157,43 @@ def unmasked_sums(
         return None, unmasked(dot, rows).T @ grad
 
     return panelwise(function, a.detach(), b.detach(), key_args=(x,), gradient=gradient)
+
+
+def masked_softplus_sums(
+    a: Tensor, b: Tensor, scale: Tensor, bias: Tensor, weights: Tensor, mask: Mask
+) -> Tensor:
+    """Σ_j weights_j · softplus(±S_ij) for every row of S = scale·a·bᵀ + bias, (N,), over the pairs
+    that `mask` does not leave out: softplus(-S) at its positives, else softplus(S).
+
+    scale: (N,). bias: 0-d. weights: (M,), without gradient.
+    """
+
+    def signed_scores(dot: Tensor, rows: Tensor, scale: Tensor, bias: Tensor) -> tuple:
+        sign, positive = torch.ones_like(dot), mask.positives(rows, dot)
+        if positive is not None:
+            sign.masked_fill_(positive, -1)
+        scores = (dot * scale[:, None]).add_(bias).mul_(sign)
+        return scores.masked_fill_(mask(rows, dot), -torch.inf), sign
+
+    def function(dot: Tensor, rows: Tensor, scale: Tensor, bias: Tensor, weights: Tensor) -> Tensor:
+        scores, _ = signed_scores(dot, rows, scale, bias)
+        # above its default threshold of 20, torch's softplus returns x, with an error of 2e-9
+        return softplus(scores, threshold=40) @ weights
+
+    def gradient(
+        grad: Tensor,
+        _,
+        dot: Tensor,
+        rows: Tensor,
+        scale: Tensor,
+        bias: Tensor,
+        weights: Tensor,
+    ) -> tuple:
+        scores, sign = signed_scores(dot, rows, scale, bias)
+        # the derivative of softplus is the sigmoid
+        grads = scores.sigmoid_().mul_(sign).mul_(weights).mul_(grad[:, None])
+        grad_scale, grad_bias = torch.linalg.vecdot(grads, dot), grads.sum()
+        return grads.mul_(scale[:, None]), grad_scale, grad_bias, None
+
+    key_args = (bias, weights)
+    return panelwise(function, a, b, row_args=(scale,), key_args=key_args, gradient=gradient)

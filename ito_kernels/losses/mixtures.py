@@ -6,14 +6,14 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from ..distributed import global_row_numbers, same_on_every_rank
+from ..distributed import global_ranges, same_on_every_rank
 from ..similarity.panelwise import row_panels
 from ..similarity.spec import check_bias, check_ids, check_pair
 from .batch import PAIRED, check_arguments
-from .common import check_generator
-from .infonce import infonce
-from .options import Options, check_number, check_row_numbers, check_value_range
-from .precision import to_accumulate_dtype
+from .common import check_choice, check_flags, check_generator
+from .options import check_number, check_row_numbers, check_value_range
+from .positive_pairs import PositivePairs, PositivesByPair
+from .precision import to_accumulate_dtype, without_autocast
 
 
 @same_on_every_rank(free=("mixing",))
@@ -25,6 +25,7 @@ def mixup_infonce(
     partners: Tensor,
     mixing: float | Tensor,
     symmetric: bool = False,
+    key_targets: str = "normalized",
     group=None,
     chunk_size: int | None = None,
     backend: str | None = None,
@@ -40,30 +41,52 @@ def mixup_infonce(
         logit_scale: the multiplier itself: a number, a 0-d tensor or an (N,) tensor.
         partners: π, (N,) integers. With a group these are row numbers of the global batch.
         mixing: λ from 0 to 1, a number or (N,); no gradient.
-        symmetric: average with key→query. The positives of a key are the queries that contain its
-            sample, with the same weights, normalised per key.
+        symmetric: average with key→query, mean_j Σ_i T_ij (logsumexp_n S_nj - S_ij). The positives
+            of key j are the queries that contain its sample; a key in no query contributes 0.
+        key_targets: with symmetric, the weights T_ij of these positives: "normalized", λ_i and
+            1 - λ_i divided by their sum over i; or "sum", as they are, so that a key counts once
+            for each query that contains it.
         group, chunk_size, backend: as in `multi_positive_infonce`.
 
-    Returns a 0-d fp32 tensor (fp64 for fp64 features). Raises as `multi_positive_infonce`.
-    Source: Liu et al. 2024 (M3CoL), Kim et al. 2020 (MixCo).
+    Returns a 0-d fp32 tensor (fp64 for fp64 features). Raises as `multi_positive_infonce`, and
+    ValueError for key_targets="sum" without symmetric.
+    Sources: Kumar et al. 2024 (M3CoL), section 3: symmetric=True with key_targets="sum", averaged
+    over the modality that is mixed. Kim et al. 2020 (MixCo), section 3: symmetric=False.
+    key_targets="normalized" is in neither.
     """
+    check_flags(symmetric=symmetric)
+    check_choice("key_targets", key_targets, ("normalized", "sum"))
+    if key_targets == "sum" and not symmetric:
+        raise ValueError(
+            "key_targets='sum' weights the key→query direction: it needs symmetric=True, got False"
+        )
     args = check_arguments(queries, keys, logit_scale, group, chunk_size, backend, names=PAIRED)
     queries, n, device = args.queries, len(args.queries), args.queries.device
     partners = check_ids("partners", partners, n, "queries", device)
-    if group is None:  # with a group, `infonce` checks the pairs against the global batch
-        check_row_numbers("partners", partners, range(n), "queries")
     if isinstance(mixing, Tensor):
         share = check_value_range("mixing", check_bias("mixing", mixing, n, queries).detach(), 1)
     else:
         mixing = check_number("mixing", mixing, 0, 1)
         share = args.scale.new_full((n,), mixing)
-    rows = global_row_numbers(n, group, device)
-    options = Options(
-        positive_pairs=torch.stack([rows.repeat(2), torch.cat([rows, partners])], 1),
-        positive_weights=torch.cat([share, 1 - share]),
-        symmetric=symmetric,
-    )
-    return infonce(args, options)
+    rows, cols = global_ranges(n, n, group, device)
+    check_row_numbers("partners", partners, cols, "queries")
+    scores = args.scores(symmetric)
+    with without_autocast(device):
+        own = torch.arange(n, device=device)
+        pairs = PositivePairs(
+            scores,
+            rows=own.repeat(2),
+            cols=torch.cat([own + rows.start, partners]),
+            weights=torch.cat([share, 1 - share]),
+        )
+        losses = []
+        for side, direction in scores.statistics().items():
+            positives = PositivesByPair(pairs, side)
+            k = positives.count()
+            weight = k if key_targets == "sum" else (k > 0)
+            loss = direction.logsum - positives.mean(direction.shift)
+            losses.append(scores.mean(side, weight * loss))
+        return sum(losses) / len(losses)
 
 
 # Similarities of queries and queue in one panel: 2^22 scores are 16 MiB in fp32.

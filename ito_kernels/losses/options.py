@@ -186,12 +186,12 @@ def _check_multi_pass_options(o: Options, args: Arguments) -> Options:
             " hardness, whose denominator is not that of a softmax"
         )
     if o.query_weights is not None:
-        weights = _check_anchor_weights("query_weights", o.query_weights, queries, args.query_ids)
+        weights = check_anchor_weights("query_weights", o.query_weights, queries, args.query_ids)
         o = o._replace(query_weights=weights)
     if o.key_weights is not None:
         if not o.symmetric:
             raise ValueError("key_weights apply to the key→query direction: use symmetric=True")
-        weights = _check_anchor_weights("key_weights", o.key_weights, args.keys, args.key_ids)
+        weights = check_anchor_weights("key_weights", o.key_weights, args.keys, args.key_ids)
         o = o._replace(key_weights=weights)
     if o.key_bias is not None:
         o = o._replace(key_bias=check_bias("key_bias", o.key_bias, m, queries))
@@ -387,7 +387,7 @@ def _check_debias(tau: object, scale: Tensor, queries: Tensor, m: int, symmetric
     return torch.full((), tau, dtype=accumulate_dtype(queries.dtype), device=queries.device)
 
 
-def _check_anchor_weights(
+def check_anchor_weights(
     name: str, weights: object, features: Tensor, ids: Tensor | None
 ) -> Tensor:
     weights = check_weight(name, weights, len(features), features)

@@ -298,7 +298,7 @@ REFUSED = {
     ),
     "t": (
         lambda: ik.uniformity_loss(X, group=world()),
-        lambda: ik.uniformity_loss(X, torch.ones(4), group=world()),
+        lambda: ik.uniformity_loss(X, t=torch.ones(4), group=world()),
         r"ValueError: t must be a number or a 0-d tensor, got shape \(4,\)",
     ),
     "a caption too few": (

@@ -50,7 +50,7 @@ CALLS = [
     (TypeError, "image_ids must have an integer dtype", lambda: ik.siglip_loss(X, Y, 1.0, -1.0, image_ids=IDS.float())),
     (ValueError, r"text_ids must have shape \(5,\)", lambda: ik.siglip_loss(X, Y, 1.0, -1.0, text_ids=IDS[:2])),
     (ValueError, "logit_bias must be finite, got inf", lambda: ik.siglip_loss(X, Y, 1.0, float("inf"))),
-    (TypeError, "logit_bias must be a number or a tensor, got NoneType", lambda: ik.siglip_loss(X, Y, 1.0, None)),
+    (TypeError, "logit_bias must be a number or a tensor, got str", lambda: ik.siglip_loss(X, Y, 1.0, "-1")),
     (ValueError, r"logit_bias must be a number or a 0-d tensor, got shape \(5,\)", lambda: ik.siglip_loss(X, Y, 1.0, X[:, 0])),
     (TypeError, "logit_bias must have a floating-point dtype", lambda: ik.siglip_loss(X, Y, 1.0, torch.tensor(1))),
     (ValueError, "z1 and z2 must have the same number of rows, got 5 and 4", lambda: ik.nt_xent_loss(X, Y[:4])),

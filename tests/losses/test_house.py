@@ -125,7 +125,7 @@ X, Y = torch.randn(5, 3), torch.randn(4, 3)
         ("scale must be finite", lambda: ik.mnrl_loss(X, X, scale=0.0)),
         ("queries and negatives must have the same width", lambda: ik.mnrl_loss(X, X, X[:, :2])),
         ("x and y must be on the same device", lambda: ik.alignment_loss(X, X.to("meta"))),
-        ("t must be finite", lambda: ik.uniformity_loss(X, -1.0)),
+        ("t must be finite", lambda: ik.uniformity_loss(X, t=-1.0)),
         ("x and z must have the same width", lambda: ik.symile_loss(X, X, X[:, :2], 1.0)),
         ("one id for each row of text_features", lambda: ik.siglip_loss(X, X, 1.0, 0.0, text_ids=IDS)),  # noqa: E501
         ("image_views and text must be on", lambda: ik.ito_loss(X[None], X.to("meta"), None, 1.0, lambda_fusion=0)),  # noqa: E501

@@ -53,6 +53,31 @@ def test_mixup(mixing):
     both = ik.mixup_infonce(q, k, scale, **options, symmetric=True)
     check(both, 0.5 * (queries_as_anchors() + columns), [q, k, scale])
 
+    S = scale * q @ k.T
+    columns = sum(weights[i, j] * (S[:, j].logsumexp(0) - S[i, j]) for i in rows for j in rows) / 8
+    both = ik.mixup_infonce(q, k, scale, **options, symmetric=True, key_targets="sum")
+    check(both, 0.5 * (queries_as_anchors() + columns), [q, k, scale])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("key_targets", ["normalized", "sum"])
+def test_mixup_in_lower_precision_is_as_close_as_dense_pytorch(key_targets, dtype):
+    q, k = unit(48, 16).to(dtype), unit(48, 16, seed=1).to(dtype)
+    rows, partners = torch.arange(48), (torch.arange(48) * 5 + 3) % 48
+    T = torch.zeros(48, 48, dtype=F64)
+    T[rows, rows] += 0.3
+    T[rows, partners] += 0.7
+
+    def dense(q, k):
+        S = 50 * q @ k.T
+        keys = T.T if key_targets == "sum" else T.T / T.sum(0)[:, None]
+        return 0.5 * (cross_entropy(S, T.to(S.dtype)) + cross_entropy(S.T, keys.to(S.dtype)))
+
+    truth = dense(q.double(), k.double())
+    options = {"partners": partners, "mixing": 0.3, "symmetric": True, "key_targets": key_targets}
+    ours = ik.mixup_infonce(q, k, 50.0, **options)
+    assert abs(ours - truth) <= 2 * abs(dense(q, k) - truth) + 1e-5
+
 
 @pytest.mark.parametrize("panel", [1 << 22, 40])
 def test_mixed_hard_negatives(monkeypatch, panel):
@@ -92,7 +117,8 @@ def test_mixed_hard_negatives(monkeypatch, panel):
 @pytest.mark.parametrize("symmetric", [True, False])
 @pytest.mark.parametrize("with_ids", [True, False])
 @pytest.mark.parametrize("per_row", [True, False])
-def test_cluster_weights(with_ids, symmetric, per_row):
+@pytest.mark.parametrize("include_positives", [True, False])
+def test_cluster_weights(with_ids, symmetric, per_row, include_positives):
     n, m = (9, 7) if with_ids else (9, 9)
     q, k = unit(n, 5).requires_grad_(), unit(m, 5, seed=1).requires_grad_()
     scale = torch.linspace(1, 5, n, dtype=F64) if per_row else torch.tensor(4.0, dtype=F64)
@@ -112,8 +138,9 @@ def test_cluster_weights(with_ids, symmetric, per_row):
         for i in range(len(S)):
             same = [j for j in range(len(b)) if b[j] >= 0 and b[j] == a[i]]
             others = [j for j in range(len(b)) if b[j] >= 0 and b[j] != a[i]]
-            if same:
-                z = S[i, same].exp().sum() + (w[i, others] * S[i, others].exp()).sum()
+            if same and (include_positives or w[i, others].sum() > 0):
+                z = (w[i, others] * S[i, others].exp()).sum()
+                z = z + S[i, same].exp().sum() if include_positives else z
                 total = total + z.log() - S[i, same].mean()
         return total / (a >= 0).sum()
 
@@ -121,6 +148,7 @@ def test_cluster_weights(with_ids, symmetric, per_row):
     if symmetric:
         truth = 0.5 * (truth + direction(S.T, w.T, *ids[::-1]))
     given |= {"query_clusters": c, "key_clusters": e, "weights": weights, "symmetric": symmetric}
+    given |= {"include_positives": include_positives}
     loss = ik.cluster_weighted_infonce(q, k, scale, **given)
     torch.testing.assert_close(loss, truth)
     ours = torch.autograd.grad(loss, [q, k, scale, weights])
@@ -142,6 +170,44 @@ def test_a_weight_of_0_leaves_negatives_out_at_any_scale():
         symmetric=False,
     )
     assert loss == 0
+
+
+@pytest.mark.parametrize("by_id", [True, False])
+def test_anchors_without_negatives_in_their_denominator_are_0(by_id):
+    """All of weight 0, none of another id, all padded, one row: 0 with a gradient of 0."""
+    rows, zero = torch.arange(4), torch.zeros(4, dtype=torch.long)
+    cases = [(rows, torch.eye(4))]
+    cases += [(zero, torch.ones(4, 4)), (zero - 1, torch.ones(4, 4))] if by_id else []
+    for ids, weights in cases:
+        q, k = unit(4, 3).requires_grad_(), unit(4, 3, seed=1).requires_grad_()
+        weights = weights.double().requires_grad_()
+        loss = ik.cluster_weighted_infonce(
+            q,
+            k,
+            100.0,
+            query_clusters=rows,
+            key_clusters=rows,
+            weights=weights,
+            query_ids=ids if by_id else None,
+            key_ids=ids if by_id else None,
+            include_positives=False,
+        )
+        assert loss == 0
+        assert not any(g.any() for g in torch.autograd.grad(loss, [q, k, weights]))
+    q = unit(1, 3).requires_grad_()
+    options = {"query_clusters": zero[:1], "key_clusters": zero[:1], "weights": torch.ones(1, 1)}
+    loss = ik.cluster_weighted_infonce(q, q, 9.0, **options, include_positives=False)
+    assert loss == 0
+    assert not torch.autograd.grad(loss, q)[0].any()
+
+
+def test_a_nan_shows_without_positives_in_the_denominator():
+    q, k, c = unit(6, 4), unit(6, 4, seed=1), torch.arange(6) % 2
+    q[5] = torch.nan
+    options = {"query_clusters": c, "key_clusters": c, "weights": torch.ones(2, 2)}
+    for ids in ({}, {"query_ids": torch.arange(6), "key_ids": torch.arange(6) % 5}):
+        loss = ik.cluster_weighted_infonce(q, k, 9.0, **options, **ids, include_positives=False)
+        assert loss.isnan()
 
 
 def test_equal_cluster_weights_are_infonce():
@@ -180,6 +246,37 @@ def test_cacr(monkeypatch, with_ids, t_positive, t_negative):
     truth = torch.stack(attraction).mean() - torch.stack(repulsion).mean()
     loss = ik.cacr_loss(q, k, t_positive=t_positive, t_negative=t_negative, **given)
     check(loss, truth, [q, k])
+
+
+@pytest.mark.parametrize("with_ids", [True, False])
+def test_cacr_without_self(monkeypatch, with_ids):
+    """Two towers, so that (i, i) is no key with itself. Without ids only repulsion is left."""
+    monkeypatch.setattr("ito_kernels.similarity.panelwise.panel_rows", lambda columns: 4)
+    q, k = unit(11, 5).requires_grad_(), unit(11, 5, seed=1).requires_grad_()
+    ids, given = (torch.arange(11), torch.arange(11)), {}
+    if with_ids:
+        ids = random_ids(11, 4, 2, padded=True), random_ids(11, 4, 3, padded=True)
+        given = {"query_ids": ids[0], "key_ids": ids[1]}
+    means = []
+    for positives, t in ((True, 2.0), (False, -3.0)):
+        found = []
+        for i in range(11):
+            keys = [j for j in range(11) if j != i and ids[1][j] >= 0 and ids[0][i] >= 0]
+            keys = [j for j in keys if (ids[0][i] == ids[1][j]) == positives]
+            if keys:
+                cost = 2 - 2 * k[keys] @ q[i]
+                found.append(((t * cost).softmax(0) * cost).sum())
+        means.append(torch.stack(found).mean() if found else 0)
+    assert with_ids or means[0] == 0
+    loss = ik.cacr_loss(q, k, t_positive=2.0, t_negative=3.0, exclude_self=True, **given)
+    check(loss, means[0] - means[1], [q, k])
+
+
+def test_cacr_without_self_of_one_row():
+    q = unit(1, 3).requires_grad_()
+    loss = ik.cacr_loss(q, q, exclude_self=True)
+    assert loss == 0
+    assert not torch.autograd.grad(loss, q)[0].any()
 
 
 def test_cacr_without_negatives_or_positives():
@@ -229,6 +326,12 @@ BAD = [
     (TypeError, "keys must be a tensor", lambda: ik.one_to_k_loss(X, [Y], 1.0)),
     (ValueError, "the same number of rows", lambda: ik.mixup_infonce(X, Y[:4], 1.0, partners=IDS, mixing=0.5)),
     (ValueError, "mixing must be from 0 to 1, got 2", lambda: ik.mixup_infonce(X, Y, 1.0, partners=IDS, mixing=2)),
+    (ValueError, "key_targets must be one of 'normalized', 'sum', got 'mean'", lambda: ik.mixup_infonce(X, Y, 1.0, partners=IDS, mixing=0.5, symmetric=True, key_targets="mean")),
+    (ValueError, "key_targets='sum' weights the key→query direction: it needs symmetric=True", lambda: ik.mixup_infonce(X, Y, 1.0, partners=IDS, mixing=0.5, key_targets="sum")),
+    (TypeError, "symmetric must be True or False, got 1", lambda: ik.mixup_infonce(X, Y, 1.0, partners=IDS, mixing=0.5, symmetric=1)),
+    (TypeError, "include_positives must be True or False, got None", lambda: ik.cluster_weighted_infonce(X, Y, 1.0, **CLUSTERS, include_positives=None)),
+    (ValueError, "exclude_self needs the same number of queries and keys, got 5 and 4", lambda: ik.cacr_loss(X, Y[:4], query_ids=IDS, key_ids=IDS[:4], exclude_self=True)),
+    (TypeError, "exclude_self must be True or False, got 0", lambda: ik.cacr_loss(X, Y, exclude_self=0)),
     (ValueError, r"mixing must have shape \(5,\)", lambda: ik.mixup_infonce(X, Y, 1.0, partners=IDS, mixing=torch.ones(4))),
     (ValueError, r"partners must have shape \(5,\)", lambda: ik.mixup_infonce(X, Y, 1.0, partners=IDS[:4], mixing=0.5)),
     (ValueError, "queries and queue must have the same width", lambda: ik.mix_hard_negatives(X, Y[:, :2])),

@@ -22,15 +22,16 @@ def leaf(value):
 # ---- decoupled
 
 
-def decoupled(S, row_ids, col_ids, softmax):
+def decoupled(S, row_ids, col_ids, softmax, exclude_self=False):
     """One direction: for each anchor its positives against its negatives."""
     total, anchors = torch.zeros((), dtype=F64), 0
     for i in range(len(S)):
         if row_ids[i] < 0:
             continue
         anchors += 1
-        pos = [S[i, j] for j in range(S.shape[1]) if col_ids[j] == row_ids[i]]
-        neg = [S[i, j] for j in range(S.shape[1]) if col_ids[j] >= 0 and col_ids[j] != row_ids[i]]
+        keys = [j for j in range(S.shape[1]) if col_ids[j] >= 0 and not (exclude_self and i == j)]
+        pos = [S[i, j] for j in keys if col_ids[j] == row_ids[i]]
+        neg = [S[i, j] for j in keys if col_ids[j] != row_ids[i]]
         if not pos or not neg:
             continue
         others = sum(s.exp() for s in neg)
@@ -69,6 +70,124 @@ def test_decoupled_pairs_and_a_scale_per_query(softmax):
     check(loss(q, k, scale), truth, [q, k, scale])
     if softmax:  # with one positive it is InfoNCE
         check(loss(q, k, scale), ik.clip_loss(q, k, scale), [q, k, scale])
+
+
+@pytest.mark.parametrize("backend", PLAIN)
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("softmax", [True, False])
+def test_decoupled_without_self(softmax, symmetric, backend):
+    """Towers that differ, so that (i, i) is no key with itself; some anchors have no positives."""
+    q, k, scale = unit(11, 5).requires_grad_(), unit(11, 5, seed=1).requires_grad_(), leaf(4.0)
+    ids = random_ids(11, 4, 2, padded=True), random_ids(11, 4, 3, padded=True)
+    loss = ik.decoupled_softmax_loss if softmax else ik.decoupled_contrastive_loss
+    options = {"symmetric": symmetric, "exclude_self": True, "backend": backend}
+    ours = loss(q, k, scale, query_ids=ids[0], key_ids=ids[1], **options)
+    S = scale * q @ k.T
+    truth = decoupled(S, *ids, softmax, exclude_self=True)
+    if symmetric:
+        truth = 0.5 * (truth + decoupled(S.T, *ids[::-1], softmax, exclude_self=True))
+    check(ours, truth, [q, k, scale])
+    for given in ({}, {"query_ids": torch.arange(11)}):  # only (i, i) would be positive
+        empty = loss(q, k, scale, **given, **options)
+        assert empty == 0
+        assert not any(g.any() for g in torch.autograd.grad(empty, [q, k, scale]))
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_decoupled_contrastive_loss_of_two_views(symmetric):
+    """DCL as its paper writes it: for view k of item i, the other view against both views of all
+    other items. Two towers of the same features give it too, with self left out."""
+    views, scale = unit(2, 6, 5).requires_grad_(), leaf(7.0)
+    total = 0
+    for view in range(2):
+        for i in range(6):
+            others = [views[v, j] @ views[view, i] for v in range(2) for j in range(6) if j != i]
+            positive = scale * (views[0, i] @ views[1, i])
+            total = total - positive + (scale * torch.stack(others)).exp().sum().log()
+    z, ids = views.flatten(0, 1), torch.arange(6).repeat(2)
+    options = {"query_ids": ids, "key_ids": ids, "exclude_self": True}
+    ours = ik.decoupled_contrastive_loss(z, z, scale, **options, symmetric=symmetric)
+    check(ours, total / 12, [views, scale])  # S is symmetric
+
+
+def test_sincere():
+    """As its paper writes it: each pair of a class against the other classes alone."""
+    z, labels, scale = unit(12, 5).requires_grad_(), torch.arange(12) % 3, leaf(6.0)
+    total = 0
+    for s in range(12):
+        same = [p for p in range(12) if labels[p] == labels[s] and p != s]
+        noise = sum((scale * z[s] @ z[n]).exp() for n in range(12) if labels[n] != labels[s])
+        for p in same:
+            e = (scale * z[s] @ z[p]).exp()
+            total = total - (e / (e + noise)).log() / len(same)
+    options = {"query_ids": labels, "key_ids": labels, "exclude_self": True, "symmetric": False}
+    check(ik.decoupled_softmax_loss(z, z, scale, **options), total / 12, [z, scale])
+
+
+@pytest.mark.parametrize("backend", PLAIN)
+@pytest.mark.parametrize("exclude_self", [False, True])
+@pytest.mark.parametrize("weighted", [False, True])
+def test_decoupled_pairs(monkeypatch, weighted, exclude_self, backend):
+    """Query 2 has no positive, query 3 no negative; the pair (0, 1) is listed twice."""
+    monkeypatch.setattr("ito_kernels.similarity.panelwise.panel_rows", lambda columns: 3)
+    n, m = (7, 7) if exclude_self else (7, 9)
+    q, k = unit(n, 5).requires_grad_(), unit(m, 5, seed=1).requires_grad_()
+    scale = torch.linspace(1, 8, n, dtype=F64, requires_grad=True)
+    pairs = [(0, 1), (0, 1), (0, 0), (1, 4), (4, 4), (4, 0), (5, 3), (6, 2), (6, 5)]
+    pairs = torch.tensor(pairs + [(3, j) for j in range(m)])
+    g = torch.Generator().manual_seed(4)
+    weights = torch.rand(len(pairs), generator=g, dtype=F64) if weighted else None
+    if weighted:
+        weights[5] = 0  # (4, 0) is a negative
+    given = torch.ones(len(pairs), dtype=F64) if weights is None else weights
+    S, total = scale[:, None] * (q @ k.T), 0
+    for i in range(n):
+        mine = {}
+        for (a, b), w in zip(pairs.tolist(), given, strict=True):
+            if a == i and w > 0 and not (exclude_self and a == b):
+                mine[b] = mine.get(b, 0) + w
+        negatives = [j for j in range(m) if j not in mine and not (exclude_self and i == j)]
+        if not mine or not negatives:
+            continue
+        noise = S[i, negatives].exp().sum()
+        for p, w in mine.items():
+            term = (S[i, p].exp() + noise).log() - S[i, p]
+            total = total + w / sum(mine.values()) * term
+    options = {"positive_pairs": pairs, "positive_weights": weights, "symmetric": False}
+    ours = ik.decoupled_softmax_loss(
+        q, k, scale, exclude_self=exclude_self, backend=backend, **options
+    )
+    check(ours, total / n, [q, k, scale])
+
+
+def test_decoupled_pairs_of_none_and_of_a_bad_query():
+    q, k = unit(4, 3).requires_grad_(), unit(4, 3, seed=1).requires_grad_()
+    none = torch.empty(0, 2, dtype=torch.long)
+    loss = ik.decoupled_softmax_loss(q, k, 5.0, symmetric=False, positive_pairs=none)
+    assert loss == 0
+    assert not any(g.any() for g in torch.autograd.grad(loss, [q, k]))
+    bad = q.detach().clone()
+    bad[3] = torch.nan  # a query without positives
+    one = torch.tensor([[0, 1]])
+    assert ik.decoupled_softmax_loss(bad, k, 5.0, symmetric=False, positive_pairs=one).isnan()
+
+
+def test_decoupled_pairs_in_fp32_are_as_close_as_dense_pytorch():
+    """Well-separated pairs at a scale of 100: the loss is near 1e-4, the scores near 100."""
+    g = torch.Generator().manual_seed(3)
+    q = unit(64, 16)
+    k = normalize(q + 0.05 * torch.randn(64, 16, generator=g, dtype=F64))
+    q, k, rows = q.float(), k.float(), torch.arange(64)
+
+    def dense(q, k):
+        S = 100 * q @ k.T
+        noise = S.masked_fill(torch.eye(64, dtype=torch.bool), -torch.inf).logsumexp(1)
+        return (torch.logaddexp(S.diagonal(), noise) - S.diagonal()).mean()
+
+    truth = dense(q.double(), k.double())
+    pairs = torch.stack([rows, rows], 1)
+    ours = ik.decoupled_softmax_loss(q, k, 100.0, symmetric=False, positive_pairs=pairs)
+    assert abs(ours - truth) <= 2 * abs(dense(q, k) - truth) + 1e-7
 
 
 def test_decoupled_softmax_in_panels(monkeypatch):
@@ -114,7 +233,7 @@ def test_mnrl(negatives, normalized):
 
 
 @pytest.mark.parametrize("backend", PLAIN)
-@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("symmetric", [True, False, "infonce"])
 @pytest.mark.parametrize(("n", "d", "c"), [(1, 1, 1), (9, 5, 3), (30, 7, 40)])
 def test_cwcl(n, d, c, symmetric, backend):
     q, k, e = unit(n, d).requires_grad_(), unit(n, d, seed=1).requires_grad_(), unit(n, c, seed=2)
@@ -122,7 +241,9 @@ def test_cwcl(n, d, c, symmetric, backend):
     w = 0.5 + 0.5 * e @ e.T
     S, w = scale * q @ k.T, w / w.sum(1, keepdim=True)
     truth = -(w * log_softmax(S, 1)).sum(1).mean()
-    if symmetric:
+    if symmetric == "infonce":
+        truth = 0.5 * (truth + cross_entropy(S.T, torch.arange(n)))
+    elif symmetric:
         truth = 0.5 * (truth - (w * log_softmax(S.T, 1)).sum(1).mean())
     ours = ik.cwcl_loss(q, k, scale, reference=e, symmetric=symmetric, backend=backend)
     check(ours, truth, [q, k, scale])
@@ -130,23 +251,25 @@ def test_cwcl(n, d, c, symmetric, backend):
 
 @pytest.mark.parametrize("alpha", [0.0, 0.4, 1.0])
 @pytest.mark.parametrize("symmetric", [True, False])
-@pytest.mark.parametrize(("n", "m", "d", "c"), [(1, 1, 1, 1), (9, 9, 5, 3), (12, 30, 7, 40)])
+@pytest.mark.parametrize(
+    ("n", "m", "d", "c"), [(1, 1, 1, 1), (9, 9, 5, 3), (12, 30, 7, 40), (8, 5, 4, 3)]
+)
 def test_soft_targets(n, m, d, c, symmetric, alpha):
-    m = m if alpha == 1 else n
+    """Key i is query i's; the first keys, one for each query, are the anchors of key→query."""
+    if m < n and alpha < 1:
+        return  # raises: see BAD
     q, k = unit(n, d).requires_grad_(), unit(m, d, seed=1).requires_grad_()
     e, f = unit(n, c, seed=2).requires_grad_(), unit(m, c, seed=3).requires_grad_()
     scale = leaf(5.0)
     S, T = scale * q @ k.T, (3.0 * e @ f.T).detach()
 
     def direction(S, T):
-        target = alpha * T.softmax(1)
-        if alpha < 1:
-            target = target + (1 - alpha) * torch.eye(n, dtype=F64)
+        target = alpha * T.softmax(1) + (1 - alpha) * torch.eye(*S.shape, dtype=F64)
         return -(target * log_softmax(S, 1)).sum(1).mean()
 
     truth = direction(S, T)
     if symmetric:
-        truth = 0.5 * (truth + direction(S.T, T.T))
+        truth = 0.5 * (truth + direction(S.T[:n], T.T[:n]))
     options = {"target_queries": e, "target_keys": f, "target_scale": 3.0, "alpha": alpha}
     ours = ik.soft_target_infonce(q, k, scale, symmetric=symmetric, **options)
     check(ours, truth, [q, k, scale])
@@ -169,11 +292,21 @@ def test_soft_targets_with_a_scale_per_query():
 @pytest.mark.parametrize("backend", PLAIN)
 @pytest.mark.parametrize(("n", "d"), [(2, 1), (33, 7), (60, 70)])
 @pytest.mark.parametrize("t", [0.5, 2.0])
-def test_uniformity(n, d, t, backend):
+@pytest.mark.parametrize("towers", [1, 2])
+def test_uniformity(n, d, t, backend, towers):
     x = (1.3 * unit(n, d)).requires_grad_()  # not unit vectors: the norms count
-    pairs = [(x[i] - x[j]).square().sum() for i in range(n) for j in range(n) if i != j]
+    y = x if towers == 1 else (0.8 * unit(n, d, seed=1)).requires_grad_()
+    t, given = leaf(t), [] if towers == 1 else [y]
+    pairs = [(x[i] - y[j]).square().sum() for i in range(n) for j in range(n) if i != j]
     truth = torch.stack([(-t * p).exp() for p in pairs]).mean().log()
-    check(ik.uniformity_loss(x, t, backend=backend), truth, [x])
+    check(ik.uniformity_loss(x, *given, t=t, backend=backend), truth, [x, *given, t])
+
+
+@pytest.mark.parametrize("number", [2.0, 2, torch.tensor(2.0)])
+def test_uniformity_takes_t_by_name(number):
+    """t was the second argument before y was."""
+    with pytest.raises(TypeError, match=r"y must be a tensor.*got .*2.*: give t by name, as t="):
+        ik.uniformity_loss(X, number)
 
 
 @pytest.mark.parametrize("alpha", [0.5, 1.0, 2.0, 3.0])
@@ -362,13 +495,26 @@ BAD = [
     (TypeError, "generator must be a torch.Generator or None, got int", lambda: ik.symile_loss(X, Y, Y, 1.0, generator=3)),
     (ValueError, r"temperature must be a number or 0-d, got shape \(5,\)", lambda: ik.nt_xent_loss(X, Y, torch.ones(5))),
     (ValueError, "alpha must be from 0 to 1, got 2", lambda: ik.soft_target_infonce(X, Y, 1.0, **SOFT, alpha=2)),
-    (ValueError, "the same number of rows", lambda: ik.soft_target_infonce(X, Y[:4], 1.0, **SOFT, alpha=0.5)),
+    (ValueError, "keys must have at least as many rows as queries unless alpha is 1.*got 4 keys, 5 queries and alpha = 0.5", lambda: ik.soft_target_infonce(X, Y[:4], 1.0, **SOFT, alpha=0.5)),
     (ValueError, "target_keys must have 4 rows", lambda: ik.soft_target_infonce(X, Y[:4], 1.0, **SOFT)),
     (ValueError, "target_scale must be a number or a 0-d tensor", lambda: ik.soft_target_infonce(X, Y, 1.0, **{**SOFT, "target_scale": torch.ones(5)})),
     (ValueError, "x must have at least 2 rows", lambda: ik.uniformity_loss(X[:1])),
-    (ValueError, "t must be finite and greater than 0", lambda: ik.uniformity_loss(X, -1.0)),
-    (ValueError, "t must be a number or a 0-d", lambda: ik.uniformity_loss(X, torch.ones(5))),
+    (ValueError, "t must be finite and greater than 0", lambda: ik.uniformity_loss(X, t=-1.0)),
+    (ValueError, "t must be a number or a 0-d", lambda: ik.uniformity_loss(X, t=torch.ones(5))),
+    (ValueError, "x and y must have the same number of rows, got 5 and 4", lambda: ik.uniformity_loss(X, Y[:4])),
+    (TypeError, "y must be a tensor of shape .*, got list", lambda: ik.uniformity_loss(X, [Y])),
     (ValueError, "x and y must have the same number of rows", lambda: ik.alignment_loss(X, Y[:4])),
+    (ValueError, "exclude_self needs the same number of queries and keys, got 5 and 4", lambda: ik.decoupled_contrastive_loss(X, Y[:4], 1.0, query_ids=torch.arange(5), key_ids=torch.arange(4), exclude_self=True)),
+    (ValueError, "exclude_self needs the same number of queries and keys, got 5 and 4", lambda: ik.decoupled_softmax_loss(X, Y[:4], 1.0, symmetric=False, positive_pairs=torch.zeros(1, 2).long(), exclude_self=True)),
+    (TypeError, "exclude_self must be True or False, got 1", lambda: ik.decoupled_softmax_loss(X, Y, 1.0, exclude_self=1)),
+    (ValueError, "positive_pairs are for rows only: use symmetric=False, got True", lambda: ik.decoupled_softmax_loss(X, Y, 1.0, positive_pairs=torch.zeros(1, 2).long())),
+    (ValueError, "positive_weights need positive_pairs, which are missing", lambda: ik.decoupled_softmax_loss(X, Y, 1.0, symmetric=False, positive_weights=torch.ones(1))),
+    (ValueError, "positive_pairs replace query_ids and key_ids", lambda: ik.decoupled_softmax_loss(X, Y, 1.0, symmetric=False, query_ids=torch.arange(5), positive_pairs=torch.zeros(1, 2).long())),
+    (ValueError, r"positive_pairs must have shape \(P, 2\), got \(2, 3\)", lambda: ik.decoupled_softmax_loss(X, Y, 1.0, symmetric=False, positive_pairs=torch.zeros(2, 3).long())),
+    (ValueError, "positive_pairs must be row numbers of 5 keys, 0 to 4, got 5 to 5", lambda: ik.decoupled_softmax_loss(X, Y, 1.0, symmetric=False, positive_pairs=torch.tensor([[0, 5]]))),
+    (ValueError, "positive_weights must be 0 or more, got -1", lambda: ik.decoupled_softmax_loss(X, Y, 1.0, symmetric=False, positive_pairs=torch.zeros(1, 2).long(), positive_weights=-torch.ones(1))),
+    (TypeError, "symmetric must be True, False or 'infonce', got 1", lambda: ik.cwcl_loss(X, Y, 1.0, reference=X, symmetric=1)),
+    (TypeError, "symmetric must be True, False or 'infonce', got 'clip'", lambda: ik.cwcl_loss(X, Y, 1.0, reference=X, symmetric="clip")),
     (ValueError, "alpha must be finite and greater", lambda: ik.alignment_loss(X, Y, 0)),
     (ValueError, "x and z must have the same number of rows", lambda: ik.symile_loss(X, Y, Y[:4], 1.0)),
     (ValueError, "positives must be one of 'mean', 'in'", lambda: ik.supcon_loss(X, torch.arange(5), positives="sum")),

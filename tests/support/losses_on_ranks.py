@@ -263,7 +263,7 @@ LOSSES = {
     ),
     "soft targets": partial(soft, alpha=0.7),
     "soft targets, one way": partial(soft, symmetric=False),
-    "uniformity": lambda x, y, s, b, r, **o: ik.uniformity_loss(x + 0.1 * y, s.sqrt(), **o),
+    "uniformity": lambda x, y, s, b, r, **o: ik.uniformity_loss(x + 0.1 * y, t=s.sqrt(), **o),
     "symile": symile,
     "mixup": lambda x, y, s, b, r, **o: ik.mixup_infonce(
         x, y, s, partners=5 * r % N, mixing=WEIGHTS[0, r], symmetric=True, **o

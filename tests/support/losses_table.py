@@ -99,7 +99,7 @@ def infonce(test: str, scale=SCALES, **options) -> Row:
 
 FORMULA, OPTION = "test_formulas.py::test_", "test_options.py::test_"
 OTHER, MIXED = "test_others.py::test_", "test_mixed.py::test_"
-MARGIN = "test_margin.py::test_"
+MARGIN, SIGLIP = "test_margin.py::test_", "test_siglip.py::test_"
 
 # {loss: {the options of the call, in words: the call}}. Every option of a loss must be named.
 ROWS = {
@@ -205,6 +205,22 @@ ROWS = {
         "normalize, reduction": pair(
             f"{FORMULA}siglip_loss", SCALES, -6.0, normalize=True, reduction="sum"
         ),
+        "logit_bias=None": pair(f"{SIGLIP}no_bias", SCALES),
+        "positive_pairs, positive_weights": pair(
+            f"{SIGLIP}pairs", SCALES, -6.0, positive_pairs=PAIRS, positive_weights=WEIGHTS
+        ),
+        "image_weights": pair(
+            f"{SIGLIP}ids", SCALES, -6.0, image_weights=WEIGHTS, image_ids=IDS, text_ids=IDS
+        ),
+        "image_weights, text_weights": pair(
+            f"{SIGLIP}ids",
+            SCALE_PER_ROW,
+            -6.0,
+            image_weights=WEIGHTS,
+            text_weights=WEIGHTS,
+            image_ids=IDS,
+            text_ids=PADDED,
+        ),
     },
     "supcon_loss": {
         "temperature, empty": row(f"{FORMULA}supcon_loss", X, IDS, TEMPERATURE, empty="drop"),
@@ -227,10 +243,18 @@ ROWS = {
     "decoupled_contrastive_loss": {
         "query_ids, key_ids": infonce(f"{OTHER}decoupled", **BY_ID),
         "symmetric=False": infonce(f"{OTHER}decoupled", symmetric=False),
+        "exclude_self": infonce(f"{OTHER}decoupled_without_self", exclude_self=True, **BY_ID),
     },
     "decoupled_softmax_loss": {
         "query_ids, key_ids": infonce(f"{OTHER}decoupled", **BY_ID),
         "symmetric=False": infonce(f"{OTHER}decoupled", symmetric=False),
+        "exclude_self": infonce(f"{OTHER}decoupled_without_self", exclude_self=True, **BY_ID),
+        "positive_pairs, positive_weights": infonce(
+            f"{OTHER}decoupled_pairs",
+            symmetric=False,
+            positive_pairs=PAIRS,
+            positive_weights=WEIGHTS,
+        ),
     },
     "mnrl_loss": {
         "scale": pair(f"{OTHER}mnrl", scale=SCALES),
@@ -240,6 +264,7 @@ ROWS = {
     "cwcl_loss": {
         "": infonce(f"{OTHER}cwcl", reference=Z),
         "symmetric": infonce(f"{OTHER}cwcl", reference=Z, symmetric=True),
+        'symmetric="infonce"': infonce(f"{OTHER}cwcl", reference=Z, symmetric="infonce"),
     },
     "soft_target_infonce": {
         "": infonce(f"{OTHER}soft_targets", target_queries=Z, target_keys=Z, target_scale=8.0),
@@ -251,8 +276,19 @@ ROWS = {
             alpha=0.4,
             symmetric=False,
         ),
+        "alpha, more keys": row(
+            f"{OTHER}soft_targets",
+            *(X, Made(lambda at: torch.cat([at.y, at.z])), SCALES),
+            target_queries=Z,
+            target_keys=Made(lambda at: torch.cat([at.z, at.y.detach()])),
+            target_scale=8.0,
+            alpha=0.4,
+        ),
     },
-    "uniformity_loss": {"t": row(f"{OTHER}uniformity", X, 2.0)},
+    "uniformity_loss": {
+        "t": row(f"{OTHER}uniformity", X, t=2.0),
+        "y": pair(f"{OTHER}uniformity", t=2.0),
+    },
     "alignment_loss": {"alpha": pair(f"{OTHER}alignment", 2.0)},
     "spectral_contrastive_loss": {"": pair(f"{OTHER}spectral")},
     "orthogonality_loss": {
@@ -280,14 +316,21 @@ ROWS = {
             mixing=SHARES,
             symmetric=True,
         ),
+        'key_targets="sum"': infonce(
+            f"{MIXED}mixup", partners=IDS, mixing=SHARES, symmetric=True, key_targets="sum"
+        ),
     },
     "cluster_weighted_infonce": {
         "query_ids, key_ids": infonce(f"{MIXED}cluster_weights", **CLUSTERS, **BY_ID),
         "symmetric=False": infonce(f"{MIXED}cluster_weights", **CLUSTERS, symmetric=False),
+        "include_positives=False": infonce(
+            f"{MIXED}cluster_weights", **CLUSTERS, **BY_ID, include_positives=False
+        ),
     },
     "cacr_loss": {
         "query_ids, key_ids": pair(f"{MIXED}cacr", **BY_ID),
         "t_positive, t_negative": pair(f"{MIXED}cacr", t_positive=3.0, t_negative=2.0),
+        "exclude_self": pair(f"{MIXED}cacr_without_self", exclude_self=True, **BY_ID),
     },
     "matryoshka_loss": {
         "dims, weights, normalize": row(
