@@ -264,7 +264,7 @@ REFUSED = {
     "partners": (
         lambda: ik.mixup_infonce(X, Y, 2.0, partners=IDS_OF_FOUR, mixing=0.5, group=world()),
         lambda: ik.mixup_infonce(X, Y, 2.0, partners=99 + IDS_OF_FOUR, mixing=0.5, group=world()),
-        "ValueError: positive_pairs must be row numbers of",
+        "ValueError: partners must be row numbers of",
     ),
     "an unknown backend": (
         infonce,

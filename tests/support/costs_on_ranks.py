@@ -112,7 +112,7 @@ def traffic():
         expected["sizes"] += 2 * (size - 1) * 8
         assert counted(count(cacr, 0)) == counted(expected)
         # row numbers first; of pairs the keys are gathered whole
-        for loss, nbytes in ((pairs, 2 * 24 + 8), (mixup, 3 * 24 + 8), (nt_xent, 2 * 24)):
+        for loss, nbytes in ((pairs, 2 * 24 + 8), (mixup, 2 * 24 + 8), (nt_xent, 2 * 24)):
             assert count(loss, 0)["sizes"] == (size - 1) * nbytes
         expected = small | {"keys": gathered}
         # a frozen tower gets no gradient and sends none

@@ -111,9 +111,34 @@ def margin(x, y, s, b, r, **o):
     return by_ids(x, y, s, b, r, false_negative_margin=0.1, key_bias=b * r.to(b.dtype).cos(), **o)
 
 
-def soft(x, y, s, b, r, **o):
+def soft(x, y, s, b, r, more_keys=False, **o):
     c, e = REFERENCE[:, r]
+    if more_keys:
+        y, e = torch.cat([y, y - x]), torch.cat([e, -c])
     return ik.soft_target_infonce(x, y, s, target_queries=c, target_keys=e, target_scale=3.0, **o)
+
+
+def softmax_of_pairs(x, y, s, b, r, **o):
+    local = torch.isin(PAIRS[:, 0], r)
+    return ik.decoupled_softmax_loss(
+        *(x, y, s * (1 + r.to(s.dtype) / N)),
+        symmetric=False,
+        positive_pairs=PAIRS[local],
+        positive_weights=PAIR_WEIGHTS[local],
+        **o,
+    )
+
+
+def siglip_of_pairs(x, y, s, b, r, **o):
+    local = torch.isin(PAIRS[:, 0], r)
+    return ik.siglip_loss(
+        *(x, y, s, b),
+        positive_pairs=PAIRS[local],
+        positive_weights=PAIR_WEIGHTS[local],
+        image_weights=WEIGHTS[0, r],
+        text_weights=WEIGHTS[1, r],
+        **o,
+    )
 
 
 def symile(x, y, s, b, r, group=None, **o):
@@ -152,6 +177,18 @@ LOSSES = {
     "siglip": lambda x, y, s, b, r, **o: ik.siglip_loss(x, y, s, b, **o),
     "siglip by ids": lambda x, y, s, b, r, **o: ik.siglip_loss(
         x, y, s, b, image_ids=IDS[r], text_ids=OTHER_IDS[r], **o
+    ),
+    "siglip, pairs": siglip_of_pairs,
+    "siglip by ids, weights": lambda x, y, s, b, r, **o: ik.siglip_loss(
+        *(x, y, s * (1 + r.to(s.dtype) / N), b),
+        image_ids=IDS[r],
+        text_ids=OTHER_IDS[r],
+        image_weights=WEIGHTS[0, r],
+        text_weights=WEIGHTS[1, r],
+        **o,
+    ),
+    "siglip, no bias": lambda x, y, s, b, r, **o: ik.siglip_loss(
+        x, y, s, image_weights=WEIGHTS[0, r], **o
     ),
     "siglip sum": lambda x, y, s, b, r, **o: ik.siglip_loss(x, y, s, b, reduction="sum", **o),
     "mnrl": lambda x, y, s, b, r, **o: ik.mnrl_loss(x, y, torch.stack([-y, x + y], 1), s, **o),
@@ -258,18 +295,47 @@ LOSSES = {
     "decoupled softmax, diagonal": lambda x, y, s, b, r, **o: ik.decoupled_softmax_loss(
         x, y, s, **o
     ),
+    "decoupled, self excluded": lambda x, y, s, b, r, **o: ik.decoupled_contrastive_loss(
+        x, y, s, **ids(r), exclude_self=True, **o
+    ),
+    "decoupled softmax, self excluded": lambda x, y, s, b, r, **o: ik.decoupled_softmax_loss(
+        x, y, s, **ids(r), exclude_self=True, **o
+    ),
+    "decoupled softmax, pairs": softmax_of_pairs,
+    "decoupled softmax, pairs, self excluded": partial(softmax_of_pairs, exclude_self=True),
+    "cwcl, infonce": lambda x, y, s, b, r, **o: ik.cwcl_loss(
+        x, y, s, reference=REFERENCE[0, r], symmetric="infonce", **o
+    ),
     "cwcl": lambda x, y, s, b, r, **o: ik.cwcl_loss(
         x, y, s, reference=REFERENCE[0, r], symmetric=True, **o
     ),
     "soft targets": partial(soft, alpha=0.7),
     "soft targets, one way": partial(soft, symmetric=False),
+    "soft targets, more keys": partial(soft, more_keys=True, alpha=0.4),
     "uniformity": lambda x, y, s, b, r, **o: ik.uniformity_loss(x + 0.1 * y, t=s.sqrt(), **o),
+    "uniformity of two towers": lambda x, y, s, b, r, **o: ik.uniformity_loss(
+        x + 0.1 * y, y, s.sqrt(), **o
+    ),
     "symile": symile,
     "mixup": lambda x, y, s, b, r, **o: ik.mixup_infonce(
         x, y, s, partners=5 * r % N, mixing=WEIGHTS[0, r], symmetric=True, **o
     ),
+    "mixup, sum": lambda x, y, s, b, r, **o: ik.mixup_infonce(
+        *(x, y, s),
+        partners=5 * r % 4,
+        mixing=WEIGHTS[0, r],
+        symmetric=True,
+        key_targets="sum",
+        **o,
+    ),
     "clusters": clusters,
+    "clusters, negatives alone": lambda *z, **o: clusters(
+        *z, **ids(z[-1]), include_positives=False, **o
+    ),
     "clusters by ids": lambda *z, **o: clusters(*z, **ids(z[-1]), **o),
+    "cacr, self excluded": lambda x, y, s, b, r, **o: ik.cacr_loss(
+        x, y, **ids(r), exclude_self=True, **o
+    ),
     "cacr": lambda x, y, s, b, r, **o: ik.cacr_loss(x, y, **ids(r), t_positive=2.0, **o),
 }  # fmt: skip
 
