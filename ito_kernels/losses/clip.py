@@ -15,9 +15,7 @@ from .common import REDUCTIONS, check_choice, check_flags
 from .infonce import infonce, multi_positive_infonce
 from .masked import Mask, masked_softplus_sums
 from .options import Options, check_anchor_weights, check_options, localize_pairs
-from .positive_pairs import PositivePairs
-from .precision import take_rows, without_autocast
-from .scores import Scores
+from .precision import row_dot, take_rows, without_autocast
 
 FEATURES = ("image_features", "text_features")
 CLIP = Names(*FEATURES, query_ids="query_ids", key_ids="key_ids")
@@ -196,31 +194,29 @@ def _weighted_rows(
     of a positive with a large score.
     """
     args = args.in_accumulate_dtype()
-    scores = Scores(batch, *args[:3], symmetric=False)
-    a, row_ids, col_ids = scores.queries, scores.query_ids, scores.key_ids
+    a, row_ids, col_ids = args.queries, args.query_ids, args.key_ids
     with without_autocast(a.device):
-        b = batch.all_gather_rows(scores.keys)
-        if row_ids is not None:  # padded rows may contain any values
-            col_ids = batch.all_gather_rows(col_ids)
-            a, b = (x.masked_fill((i < 0)[:, None], 0) for x, i in ((a, row_ids), (b, col_ids)))
-        bias = scores.scale.new_zeros(()) if bias is None else bias
+        b = batch.all_gather_rows(args.keys)
+        scale = args.scale.expand(len(a))
+        bias = scale.new_zeros(()) if bias is None else bias
         if text_weights is None:
-            text_weights = scores.scale.new_ones(len(scores.keys))
+            text_weights = scale.new_ones(len(args.keys))
         text_weights = batch.all_gather_rows(text_weights)
-        mask, pairs = Mask(row_ids, col_ids), None
-        if o.positive_pairs is not None:
-            pairs = PositivePairs(scores, *o.positive_pairs, None)
-            mask = Mask(None, None, pairs=pairs.linear_indices("row"))
-
-        scale = scores.scale.expand(len(a))
-        rows = masked_softplus_sums(a, b, scale, bias, text_weights, mask)
-        if pairs is None:
-            return rows
-        weights = take_rows(text_weights, pairs.cols)
+        if o.positive_pairs is None:
+            if row_ids is not None:  # padded rows may contain any values
+                col_ids = batch.all_gather_rows(col_ids)
+                a, b = (x.masked_fill((i < 0)[:, None], 0) for x, i in ((a, row_ids), (b, col_ids)))
+            mask = Mask(row_ids, col_ids)
+            return masked_softplus_sums(a, b, scale, bias, text_weights, mask)
+        rows, cols = o.positive_pairs
+        mask = Mask(None, None, pairs=rows * len(b) + cols)
+        sums = masked_softplus_sums(a, b, scale, bias, text_weights, mask)
+        scores = scale[rows] * row_dot(take_rows(a, rows), take_rows(b, cols)) + bias
+        weights = text_weights[cols]
         if o.positive_weights is not None:
             weights = weights * o.positive_weights
-        terms = weights * softplus(-(pairs.pair_scores + bias), threshold=40)
-        return rows.index_put((pairs.rows,), terms, accumulate=True)
+        terms = weights * softplus(-scores, threshold=40)
+        return sums.index_put((rows,), terms, accumulate=True)
 
 
 def _check_weights(
