@@ -155,7 +155,7 @@ def _softmax_over_unpaired(o: Options, args: Arguments) -> Tensor:
     scores = args.scores(symmetric=False, exclude_self=o.exclude_self)
     with without_autocast(device):
         pairs = PositivePairs(scores, *o.positive_pairs, o.positive_weights)
-        negatives = UnpairedCandidates(pairs, "row", (1.0,))
+        negatives = UnpairedCandidates(scores, pairs, "row", (1.0,))
         shift = negatives.reference_shift(1.0)
         log_negatives = negatives.log_sum(1.0, shift)
         k = PositivesByPair(pairs, "row").count()
