@@ -257,9 +257,8 @@ def masked_softplus_sums(
     """
 
     def signed_scores(dot: Tensor, rows: Tensor, scale: Tensor, bias: Tensor) -> tuple:
-        sign, positive = torch.ones_like(dot), mask.positives(rows, dot)
-        if positive is not None:
-            sign.masked_fill_(positive, -1)
+        positive = mask.positives(rows, dot)
+        sign = 1 if positive is None else 1 - 2 * positive.to(dot.dtype)
         scores = (dot * scale[:, None]).add_(bias).mul_(sign)
         return scores.masked_fill_(mask(rows, dot), -torch.inf), sign
 

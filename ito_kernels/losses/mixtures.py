@@ -44,14 +44,14 @@ def mixup_infonce(
         symmetric: average with key→query, mean_j Σ_i T_ij (logsumexp_n S_nj - S_ij). The positives
             of key j are the queries that contain its sample; a key in no query contributes 0.
         key_targets: with symmetric, the weights T_ij of these positives: "normalized", λ_i and
-            1 - λ_i divided by their sum over i; or "sum", as they are, so that a key counts once
-            for each query that contains it.
+            1 - λ_i divided by their sum over i; or "sum", as they are, so that a key counts by
+            their sum.
         group, chunk_size, backend: as in `multi_positive_infonce`.
 
     Returns a 0-d fp32 tensor (fp64 for fp64 features). Raises as `multi_positive_infonce`, and
     ValueError for key_targets="sum" without symmetric.
     Sources: Kumar et al. 2024 (M3CoL), section 3: symmetric=True with key_targets="sum", averaged
-    over the modality that is mixed. Kim et al. 2020 (MixCo), section 3: symmetric=False.
+    over the modality that is mixed. Kim et al. 2020 (MixCo): symmetric=False.
     key_targets="normalized" is in neither.
     """
     check_flags(symmetric=symmetric)

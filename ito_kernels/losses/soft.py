@@ -51,8 +51,8 @@ def cwcl_loss(
         group, chunk_size, backend: as in `multi_positive_infonce`.
 
     Returns a 0-d fp32 tensor (fp64 for fp64 features). Raises as `multi_positive_infonce`.
-    Source: Srinivasa et al. 2023 (CWCL), section 3. Its total loss is symmetric="infonce", with the
-    frozen tower's modality as the reference; True is not in the source.
+    Source: Srinivasa et al. 2023 (CWCL). Its total loss is symmetric="infonce", with the frozen
+    tower's embeddings as `reference`; symmetric=True is not in the source.
     """
     if not (isinstance(symmetric, bool) or symmetric == "infonce"):
         raise TypeError(f"symmetric must be True, False or 'infonce', got {symmetric!r}")

@@ -46,6 +46,10 @@ def wanted(x=X):
     return x.clone().requires_grad_()
 
 
+def siglip_of_pairs(pairs):
+    return ik.siglip_loss(X, Y, 2.0, positive_pairs=pairs, group=world())
+
+
 def ito(views=2, **options):
     x = X.expand(views, 4, 6)
     return ik.ito_loss(x, Y, torch.stack([X, Y]), 2.0, group=world(), **options)
@@ -259,6 +263,11 @@ REFUSED = {
     "pairs of other ranks": (
         partial(infonce, positive_pairs=torch.zeros(0, 2, dtype=torch.long)),
         partial(infonce, positive_pairs=torch.tensor([[1, 10**6]])),
+        "ValueError: positive_pairs must be row numbers of",
+    ),
+    "pairs of images": (
+        partial(siglip_of_pairs, torch.zeros(0, 2, dtype=torch.long)),
+        partial(siglip_of_pairs, torch.tensor([[0, 10**6]])),
         "ValueError: positive_pairs must be row numbers of",
     ),
     "partners": (

@@ -318,6 +318,63 @@ def test_multi_head():
         check(ik.multi_head_loss(ik.clip_loss, x, y, logit_scale=scale), truth, [x, y, scale])
 
 
+def options_of_families(x, y, ids):
+    """The options of the families' losses that leave pairs out or weight them, as values."""
+    by_id = {"query_ids": ids, "key_ids": ids, "exclude_self": True}
+    more = {"target_queries": y.detach(), "target_keys": torch.cat([x, y]).detach()}
+    mixed = {"partners": (torch.arange(6) + 1) % 6, "mixing": 0.3, "symmetric": True}
+    return {
+        "decoupled": lambda: ik.decoupled_contrastive_loss(x, y, 9.0, **by_id),
+        "decoupled softmax": lambda: ik.decoupled_softmax_loss(x, y, 9.0, **by_id),
+        "cacr": lambda: ik.cacr_loss(x, y, **by_id),
+        "cwcl": lambda: ik.cwcl_loss(x, y, 9.0, reference=y, symmetric="infonce"),
+        "soft": lambda: ik.soft_target_infonce(
+            x, torch.cat([y, x]), 9.0, **more, target_scale=3.0, alpha=0.5
+        ),
+        "mixup": lambda: ik.mixup_infonce(x, y, 9.0, **mixed),
+        "mixup, sum": lambda: ik.mixup_infonce(x, y, 9.0, **mixed, key_targets="sum"),
+        "uniformity": lambda: ik.uniformity_loss(x, y),
+    }
+
+
+OPTIONS = list(options_of_families(*(torch.ones(6, 2) for _ in range(3))))
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_options_with_features_that_are_not_finite(name):
+    x, y = (unit(6, 4, seed=s, dtype=torch.float32) for s in range(2))
+    for wrong in (torch.nan, torch.inf):
+        for side in range(2):
+            pair = [x.clone(), y.clone()]
+            pair[side][2, 0] = wrong
+            for ids in (torch.arange(6), torch.arange(6) // 2):
+                assert not options_of_families(*pair, ids)[name]().isfinite()
+
+
+@pytest.mark.parametrize("name", ["decoupled", "decoupled softmax", "cacr"])
+def test_options_with_nothing_left(name):
+    """All padded, and without anything beside (i, i)."""
+    x, y = (unit(6, 4, seed=s).requires_grad_() for s in range(2))
+    with torch.no_grad():
+        x[1] = y[1] = torch.nan
+    ids = torch.full((6,), -1)
+    for rows in (6, 1):
+        a, b = (v[:rows].detach().requires_grad_() for v in (x, y))
+        loss = options_of_families(a, b, ids[:rows] + (rows == 1))[name]()
+        assert loss == 0
+        assert not any(g.any() for g in torch.autograd.grad(loss, [a, b]))
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_options_in_fp16(name):
+    x, y = (unit(6, 4, seed=s, dtype=torch.float16).requires_grad_() for s in range(2))
+    loss = options_of_families(x, y, torch.arange(6) // 2)[name]()
+    truth = options_of_families(x.float(), y.float(), torch.arange(6) // 2)[name]()
+    assert loss.dtype == torch.float32
+    torch.testing.assert_close(loss, truth, rtol=1e-5, atol=1e-5)
+    assert all(g.dtype == torch.float16 for g in torch.autograd.grad(loss, [x, y]))
+
+
 X, Y, IDS = torch.randn(5, 3), torch.randn(5, 3), torch.arange(5)
 CLUSTERS = {"query_clusters": IDS, "key_clusters": IDS, "weights": torch.ones(5, 5)}
 BAD = [
