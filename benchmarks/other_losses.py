@@ -6,6 +6,7 @@ towers' features without gradient.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -16,6 +17,7 @@ from torch import Tensor
 
 import ito_kernels as ik
 
+RINCE_Q, RINCE_LAMBDA = 0.1, 0.01
 PRIOR, HARDNESS, STRENGTH, MARGIN, SOFT, MIXED, CLUSTERS = 0.1, 0.5, 9.0, 0.1, 0.4, 0.7, 8
 
 
@@ -208,6 +210,84 @@ def cluster_weighted(x: Inputs) -> Tensor:
     return (cross_entropy(scores + log_weights) + cross_entropy(scores.T + log_weights.T)) / 2
 
 
+def dcl(x: Inputs) -> Tensor:
+    """DCL: both views of all items, without self pairs."""
+    z = torch.cat([x.a, x.b])
+    scores = x.log_scale.exp() * z @ z.T
+    same = torch.eye(len(x.a), dtype=torch.bool, device=z.device).repeat(2, 2)
+    positive = x.log_scale.exp() * (x.a * x.b).sum(1)
+    return scores.masked_fill(same, -torch.inf).logsumexp(1).mean() - positive.mean()
+
+
+def both_views(x: Inputs) -> dict[str, Tensor]:
+    ids = torch.arange(len(x.a), device=x.a.device).repeat(2)
+    return {"query_ids": ids, "key_ids": ids, "exclude_self": True}
+
+
+def softmax_of_pairs(x: Inputs) -> Tensor:
+    rows, cols = pairs(x).T
+    scores = scores_of(x)
+    listed = torch.zeros_like(scores, dtype=torch.bool)
+    listed[rows, cols] = True
+    negatives = scores.masked_fill(listed, -torch.inf).logsumexp(1)
+    return F.softplus(negatives[rows] - scores[rows, cols]).mean()
+
+
+def cacr(x: Inputs) -> Tensor:
+    costs = 2 - 2 * x.a @ x.b.T
+    own = torch.eye(len(costs), dtype=torch.bool, device=costs.device)
+    weights = (-0.9 * costs).masked_fill(own, -torch.inf).softmax(1)
+    # the scale takes no part, but every contender has its gradient
+    return costs.diagonal().mean() - (weights * costs).sum(1).mean() + 0 * x.log_scale
+
+
+def siglip_weights(x: Inputs) -> Tensor:
+    logits = scores_of(x) + x.bias
+    signs = 2 * torch.eye(len(logits), dtype=logits.dtype, device=logits.device) - 1
+    weights = row_weights(x)
+    return -(F.logsigmoid(signs * logits) * weights[:, None] * weights).sum() / len(logits)
+
+
+def row_weights(x: Inputs) -> Tensor:
+    return 0.5 + torch.arange(len(x.a), device=x.a.device) % 8 / 8
+
+
+def rince(x: Inputs) -> Tensor:
+    def rows(scores: Tensor) -> Tensor:
+        sums = (RINCE_Q * (math.log(RINCE_LAMBDA) + scores.logsumexp(1))).exp()
+        return ((sums - (RINCE_Q * scores.diagonal()).exp()) / RINCE_Q).mean()
+
+    return mean_of_directions(rows, scores_of(x))
+
+
+def global_contrastive(x: Inputs) -> Tensor:
+    """SogCLR's surrogate plus the value, whose gradient is that of the temperature."""
+    dot, tau = x.a @ x.b.T, (-x.log_scale).exp()
+    own, n = torch.eye(len(dot), dtype=torch.bool, device=dot.device), len(dot)
+
+    def rows(dot: Tensor, u: Tensor) -> Tensor:
+        g = ((dot - dot.diagonal()[:, None]) / tau).exp().masked_fill(own, 0).sum(1) / (n - 1)
+        u = (0.1 * u + 0.9 * g).detach() + 1e-14
+        surrogate = tau.detach() * (g / u).mean()
+        return tau * u.log().mean() + surrogate - surrogate.detach()
+
+    u = row_weights(x)
+    return rows(dot, u) + rows(dot.T, u)
+
+
+def joint_mnrl(x: Inputs) -> Tensor:
+    scale, own = x.log_scale.exp(), torch.eye(len(x.a), dtype=torch.bool, device=x.a.device)
+    docs = torch.cat([x.b, constant_features(x)])
+    query_to_doc = scale * x.a @ docs.T
+    scores = [
+        query_to_doc,
+        (scale * x.a @ x.a.T).masked_fill(own, -torch.inf),
+        scale * x.b @ x.a.T,
+        (scale * x.b @ docs.T).masked_fill(own.repeat(1, 2), -torch.inf),
+    ]
+    return cross_entropy(torch.cat(scores, 1))
+
+
 def by_ids(x: Inputs) -> dict[str, Tensor]:
     return {"query_ids": x.ids, "key_ids": x.ids}
 
@@ -304,6 +384,53 @@ OTHER_LOSSES = {
         ),
     ),
     "margin": Loss(margin, infonce(false_negative_margin=MARGIN)),
+    "joint_mnrl": Loss(
+        joint_mnrl,
+        lambda x, scale, **call_options: ik.mnrl_loss(
+            *(x.a, x.b, constant_features(x), scale),
+            directions=("query_to_doc", "query_to_query", "doc_to_query", "doc_to_doc"),
+            normalize=False,
+            **call_options,
+        ),
+    ),
+    "dcl": Loss(
+        dcl,
+        lambda x, scale, **call_options: ik.decoupled_contrastive_loss(
+            *(torch.cat([x.a, x.b]),) * 2, scale, symmetric=False, **both_views(x), **call_options
+        ),
+        one_tower=True,
+    ),
+    "softmax_of_pairs": Loss(
+        softmax_of_pairs,
+        lambda x, scale, **call_options: ik.decoupled_softmax_loss(
+            x.a, x.b, scale, symmetric=False, positive_pairs=pairs(x), **call_options
+        ),
+    ),
+    "cacr": Loss(
+        cacr,
+        lambda x, scale, **call_options: ik.cacr_loss(x.a, x.b, **call_options) + 0 * scale,
+    ),
+    "siglip_weights": Loss(
+        siglip_weights,
+        lambda x, scale, **call_options: ik.siglip_loss(
+            *(x.a, x.b, scale, x.bias),
+            image_weights=row_weights(x),
+            text_weights=row_weights(x),
+            **call_options,
+        ),
+    ),
+    "rince": Loss(
+        rince,
+        lambda x, scale, **call_options: ik.rince_loss(
+            x.a, x.b, scale, q=RINCE_Q, lam=RINCE_LAMBDA, **call_options
+        ),
+    ),
+    "global_contrastive": Loss(
+        global_contrastive,
+        lambda x, scale, **call_options: ik.global_contrastive_loss(
+            x.a, x.b, 1 / scale, row_weights(x), row_weights(x), gamma=0.9, **call_options
+        )[0],
+    ),
     "equal_ids": Loss(
         equal_ids,
         infonce(equal_ids="ignore", query_ids=lambda x: x.ids, key_ids=lambda x: x.ids),

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn.functional import softplus
 
+from ..similarity.budget import count_as_kept, tile_cache_left
 from ..similarity.first_order import first_order_only, reverse_mode_only
 from ..similarity.pairs import finite_shift
-from ..similarity.panelwise import panelwise, row_panels
+from ..similarity.panelwise import panel_rows, panelwise, row_panels
 
 
 class Mask(NamedTuple):
@@ -142,18 +143,22 @@ class _Panels(NamedTuple):
     boost: float
 
     def scores(
-        self, a: Tensor, b: Tensor, scale: Tensor, bias: Tensor | None
-    ) -> Iterator[tuple[slice, Tensor, dict[str, Tensor], dict[str, Tensor]]]:
+        self, a: Tensor, b: Tensor, scale: Tensor, bias: Tensor | None, kept: Sequence[Tensor] = ()
+    ) -> Iterator[tuple[slice, Tensor, dict[str, Tensor], list[Tensor]]]:
         """For each panel: its rows, its inner products, and by direction its scores, -inf where a
-        pair is left out, and its mask."""
-        numbers = torch.arange(len(a), device=a.device)
+        pair is left out, and its mask.
+
+        kept: the masks of the first panels.
+        """
+        numbers, kept = torch.arange(len(a), device=a.device), list(kept)
         for rows in row_panels(len(a), len(b)):
             dot = a[rows] @ b.T
-            masks = dict(
-                zip(self.sides, self.mask.by_side(numbers[rows], dot, self.sides), strict=True)
-            )
+            if kept:
+                masks, kept = kept[: len(self.sides)], kept[len(self.sides) :]
+            else:
+                masks = self.mask.by_side(numbers[rows], dot, self.sides)
             scores = {}
-            for side, masked in masks.items():
+            for side, masked in zip(self.sides, masks, strict=True):
                 x = dot * (scale[rows, None] + self.boost if self.boost else scale[rows, None])
                 if side == "row" and bias is not None:
                     x += bias
@@ -170,18 +175,22 @@ class _Statistics(torch.autograd.Function):
             size = len(a) if side == "row" else len(b)
             sums = a.new_zeros(len(powers), size)
             out[side] = [a.new_full((size,), -torch.inf), a.new_zeros(size), sums]
+        kept, left = [], tile_cache_left() if panels.mask.guide else 0
         for rows, _, scores, masks in panels.scores(a, b, scale, bias):
-            for side, x in scores.items():
+            if len(kept) == rows.start // panel_rows(len(b)) * len(masks):
+                left -= sum(x.nbytes for x in masks)
+                kept += [count_as_kept(x) for x in masks] if left >= 0 else []
+            for (side, x), masked in zip(scores.items(), masks, strict=True):
                 maximum, number, sums = out[side]
                 if side == "row":
                     maximum[rows] = x.amax(1)
-                    number[rows] = (~masks[side]).sum(1).to(number.dtype)
+                    number[rows] = (~masked).sum(1).to(number.dtype)
                     x.sub_(finite_shift(maximum[rows])[:, None])
                     for total, p in zip(sums, powers, strict=True):
                         total[rows] = (p * x).exp_().sum(1)
                 else:
                     largest = torch.maximum(maximum, x.amax(0))
-                    number += (~masks[side]).sum(0)
+                    number += (~masked).sum(0)
                     shift = finite_shift(largest)
                     x.sub_(shift)
                     for total, p in zip(sums, powers, strict=True):
@@ -190,7 +199,7 @@ class _Statistics(torch.autograd.Function):
         for _, _, sums in out.values():
             sums.log_()
         values = [x for statistics in out.values() for x in statistics]
-        ctx.save_for_backward(a, b, scale, bias, *values)
+        ctx.save_for_backward(a, b, scale, bias, *values, *kept)
         ctx.panels = panels
         ctx.mark_non_differentiable(*(x for i, x in enumerate(values) if i % 3 < 2))
         return tuple(values)
@@ -200,11 +209,12 @@ class _Statistics(torch.autograd.Function):
         first_order_only()
         a, b, scale, bias, *values = ctx.saved_tensors
         panels, needs = ctx.panels, ctx.needs_input_grad[1:]
+        values, kept = values[: 3 * len(panels.sides)], values[3 * len(panels.sides) :]
         grad_a, grad_b = torch.empty_like(a), torch.zeros_like(b)
         grad_scale, grad_bias = torch.empty_like(scale), None
         if bias is not None:
             grad_bias = torch.zeros_like(bias)
-        for rows, dot, scores, _ in panels.scores(a, b, scale, bias):
+        for rows, dot, scores, _ in panels.scores(a, b, scale, bias, kept):
             weights = torch.zeros_like(dot)
             for i, (side, x) in enumerate(scores.items()):
                 shift, log_sums, grad = (

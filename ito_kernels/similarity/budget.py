@@ -3,6 +3,32 @@
 from __future__ import annotations
 
 import os
+from itertools import count
+from weakref import WeakValueDictionary
+
+import torch
+from torch import Tensor
+
+TILE_CACHE_BYTES = 64 << 20
+# What forward passes have kept and autograd frees in their backward passes. With a budget for each
+# pass instead of one for all, a loss of three passes would keep 192 MiB.
+_kept: WeakValueDictionary[int, Tensor] = WeakValueDictionary()
+_numbers = count()
+
+
+def tile_cache_left() -> int:
+    """What other passes have left of ITO_TILE_CACHE_BYTES, for tiles kept for backward."""
+    budget = byte_budget("ITO_TILE_CACHE_BYTES", TILE_CACHE_BYTES)
+    if torch.compiler.is_compiling():  # a compiled call always has what it was compiled for
+        return budget
+    return max(0, budget - sum(x.nbytes for x in _kept.values()))
+
+
+def count_as_kept(x: Tensor) -> Tensor:
+    """Return x, whose memory counts until it is freed."""
+    if not torch.compiler.is_compiling():
+        _kept[next(_numbers)] = x
+    return x
 
 
 def byte_budget(variable: str, default: int) -> int:

@@ -11,14 +11,11 @@ Environment: ITO_CPU_ISA forces an instruction set, one of `instruction_sets()`.
 
 from __future__ import annotations
 
-from itertools import count
-from weakref import WeakValueDictionary
-
 import torch
 from torch import Tensor
 
 from .backend import Backend
-from .budget import byte_budget
+from .budget import count_as_kept, tile_cache_left
 from .native import MISSING, _native
 from .spec import Grads, Needs, Problem, SideStats, Stats, Upstream
 
@@ -26,15 +23,10 @@ from .spec import Grads, Needs, Problem, SideStats, Stats, Upstream
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 POSITIVES = (None, "linear", "lse")
 
-TILE_CACHE_BYTES = 64 << 20
 # Smaller caches lie in memory that the module keeps from call to call, which saves 1 µs. Larger
 # ones are PyTorch's memory: at N = 2048 the module would map 27 MiB and touch them for the first
 # time in every call, which takes 5 % longer.
 SMALL_CACHE_BYTES = 4 << 20
-# The caches of forward passes, which autograd frees in the backward pass. A loss of three passes
-# would otherwise keep 192 MiB.
-_live_caches: WeakValueDictionary[int, Tensor] = WeakValueDictionary()
-_cache_numbers = count()
 
 
 class Cpu(Backend):
@@ -76,16 +68,12 @@ class Cpu(Backend):
     def cache_bytes(self, problem: Problem) -> int:
         """Memory to keep scores for backward, 4 bytes each, up to what other passes have left of
         ITO_TILE_CACHE_BYTES."""
-        budget = byte_budget("ITO_TILE_CACHE_BYTES", TILE_CACHE_BYTES)
-        if not torch.compiler.is_compiling():  # a compiled call always has what it was compiled for
-            budget = max(0, budget - sum(x.numel() for x in _live_caches.values()))
         # tiles are rounded up to whole panels
         n, m = problem.a.shape[0], problem.m
-        return min(budget, 4 * (n + n // 4 + 64) * (m + m // 4 + 64))
+        return min(tile_cache_left(), 4 * (n + n // 4 + 64) * (m + m // 4 + 64))
 
     def new_cache(self, problem: Problem, size: int) -> Tensor:
-        cache = _live_caches[next(_cache_numbers)] = super().new_cache(problem, size)
-        return cache
+        return count_as_kept(super().new_cache(problem, size))
 
     def logsumexp_forward(self, problem: Problem, cache: Tensor | None = None) -> Stats:
         """Keeps as many scores in `cache` as fit."""

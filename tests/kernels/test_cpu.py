@@ -17,8 +17,7 @@ from support.problems import CASES, Case, leaves, make, tensors, turned
 from torch.nn.functional import normalize
 
 import ito_kernels as ik
-from ito_kernels.similarity import cpu as cpu_module
-from ito_kernels.similarity import dispatch
+from ito_kernels.similarity import budget, dispatch
 from ito_kernels.similarity.cpu import instruction_sets
 from ito_kernels.similarity.spec import Needs, Problem, SideUpstream, Upstream
 
@@ -179,14 +178,14 @@ def test_passes_share_the_cache(monkeypatch):
 
     def gradients() -> tuple[torch.Tensor, ...]:
         loss = ik.clip_loss(x, y, 10.0, hardness=0.5)
-        kept = sum(cache.numel() for cache in cpu_module._live_caches.values())
+        kept = sum(cache.nbytes for cache in budget._kept.values())
         assert 0 < kept <= 5_000_000
         return torch.autograd.grad(loss, (x, y))
 
     x, y = (normalize(torch.randn(1024, 16), dim=1).requires_grad_() for _ in range(2))
     monkeypatch.setenv("ITO_TILE_CACHE_BYTES", "5000000")  # S has 4,194,304
     shared = gradients()
-    assert not cpu_module._live_caches
+    assert not budget._kept
     monkeypatch.setenv("ITO_TILE_CACHE_BYTES", "1000000")
     for a, b in zip(shared, gradients(), strict=True):
         assert torch.equal(a, b)
