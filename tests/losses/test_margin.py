@@ -7,6 +7,7 @@ import torch
 from torch.nn.functional import normalize
 
 import ito_kernels as ik
+from ito_kernels.similarity import panelwise
 
 D, SCALE = 24, 5.0
 BACKENDS = [x for x in ("reference", "chunked", "cpu") if ik.backends()[x].available]
@@ -284,6 +285,15 @@ def test_relative_margin_of_pairs(margin):
     torch.testing.assert_close(ours, (losses[0].mean() + losses[1].mean()) / 2)
 
 
+@pytest.fixture
+def small_panels(monkeypatch):
+    """Panels of 10 rows or so, of which the masks of the first three are kept for backward."""
+    monkeypatch.setattr(panelwise, "PANEL_SCORES", 512)
+    monkeypatch.setattr(panelwise, "MIN_ROWS", 1)
+    monkeypatch.setenv("ITO_TILE_CACHE_BYTES", str(3 * 2 * 512))
+
+
+@pytest.mark.usefixtures("small_panels")
 @pytest.mark.parametrize("margin_type", ["absolute", "relative"])
 @pytest.mark.parametrize("positives", ["mean", "in", "sum"])
 @pytest.mark.parametrize("per_query", [False, True])
