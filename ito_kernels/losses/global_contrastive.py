@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..distributed import global_batch, same_on_every_rank
+from ..options_repr import PrintsOptions
 from ..similarity.spec import check_features, check_ids, check_scale, check_tensor
 from .batch import Arguments, Names, check_arguments
 from .options import check_number, check_row_numbers, check_value_range
@@ -187,7 +188,7 @@ def _log_moving_average(u: Tensor, log_g: Tensor, gamma: float) -> Tensor:
     return torch.where(u == 0, log_g, updated)
 
 
-class GlobalContrastiveLoss(nn.Module):
+class GlobalContrastiveLoss(PrintsOptions, nn.Module):
     """`global_contrastive_loss` with the moving averages u of a data set.
 
     In training mode a call updates u of the rows in `indices`; in evaluation mode it does not. If a
@@ -224,12 +225,9 @@ class GlobalContrastiveLoss(nn.Module):
         self.gamma = check_number("gamma", gamma, 0, 1)
         self.eps = check_number("eps", eps, 0, math.inf)
         self.rho = None if rho is None else check_number("rho", rho, 0, math.inf)
-        self.group, self.chunk_size = group, chunk_size
+        self.num_samples, self.group, self.chunk_size = num_samples, group, chunk_size
         self.register_buffer("u_image", torch.zeros(num_samples))
         self.register_buffer("u_text", torch.zeros(num_samples))
-
-    def extra_repr(self) -> str:
-        return f"{len(self.u_image)}, gamma={self.gamma}, eps={self.eps}, rho={self.rho}"
 
     def forward(
         self,

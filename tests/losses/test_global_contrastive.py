@@ -196,7 +196,8 @@ def test_the_module_keeps_the_averages_of_the_data_set():
     before = module.u_image.clone()
     module.eval()(x, y, 0.2, indices)
     assert torch.equal(module.u_image, before)
-    assert repr(module) == "GlobalContrastiveLoss(20, gamma=0.3, eps=1e-14, rho=2.0)"
+    options = "num_samples=20, gamma=0.3, eps=1e-14, rho=2.0, group=None, chunk_size=None"
+    assert repr(module) == f"GlobalContrastiveLoss({options})"
 
 
 @pytest.mark.parametrize("wrong", [torch.nan, torch.inf])
