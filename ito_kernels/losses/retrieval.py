@@ -340,6 +340,8 @@ class Ranking:
         self.guide = guide and {name: unit(x, dim=1) for name, x in guide.items()}
         if o.normalize:
             self.features = {name: unit(x, dim=1) for name, x in self.features.items()}
+        # what the margin compares
+        self.unit = self.guide or {name: x.detach() for name, x in self.features.items()}
         queries, positives = self.features["queries"], self.features["positives"]
         self.positive_score = self.scale * row_dot(queries, positives)
         self.limit = None if o.margin is None else self._limit()
@@ -348,14 +350,12 @@ class Ranking:
         if in_one_pass and "doc_to_query" in o.directions:
             self.symmetric = self._scores("queries", "positives", self.batch, symmetric=True)
 
-    @torch.no_grad()
     def _limit(self) -> Tensor:
         """The cosine above which a candidate is left out, (N,).
 
         The same cosine, computed by a kernel and here, differs by some units of the last digit.
         """
-        cosines = self.guide or self.features
-        own = row_dot(cosines["queries"], cosines["positives"])
+        own = row_dot(self.unit["queries"], self.unit["positives"])
         factor = own.abs() if self.o.margin_strategy == "relative" else 1.0
         return own - self.o.margin * factor + 64 * torch.finfo(own.dtype).eps
 
@@ -408,8 +408,8 @@ class Ranking:
         hard_negatives = self._per_query(self.features)
         ids = torch.ones_like(hard_negatives[:, :, 0], dtype=torch.long)
         if self.limit is not None:
-            cosines = self.guide or self.features
-            own = torch.bmm(self._per_query(cosines), cosines["queries"][:, :, None]).squeeze(2)
+            queries = self.unit["queries"][:, :, None]
+            own = torch.bmm(self._per_query(self.unit), queries).squeeze(2)
             ids = ids.masked_fill(own > self.limit[:, None], -1)  # an id of padding leaves it out
         without_limit = Scores(
             *(unequal, self.features["queries"], self.features["negatives"], self.scale),
