@@ -178,7 +178,7 @@ def _mean_of_this_rank(
     scale: float | Tensor,
     o: RankingOptions,
     directions: tuple[str, ...] | None = None,
-    group,
+    group=None,
 ) -> Tensor:
     """The mean over this rank's queries, which is the package's value, with the candidates of all
     ranks. directions: those of `Ranking`, instead of the options'."""
