@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import reduce
 from typing import NamedTuple
 
@@ -127,10 +128,11 @@ def mnrl_loss(
 
     Returns a 0-d fp32 tensor (fp64 for fp64 features). Raises as `multi_positive_infonce`, and for
     hardness "hard" without negatives.
-    Source: Henderson et al. 2017, eq. 4; Li et al. 2023 (GTE), eq. 2 (directions); Günther et al.
-    2024 (Jina), eq. 2 (per_direction); Lan et al. 2025, eq. 5 (hardness); Solatorio 2024, eq. 1
-    (guide); Zhang et al. 2025 (Qwen3 Embedding), eq. 1 (margin=-0.1). The options mean what they
-    do in sentence-transformers 6.2, and the defaults are its.
+    Source: sentence-transformers 6.2, whose meanings and defaults the options have. Henderson et
+    al. 2017, eq. 4; Li et al. 2023 (GTE, its improved contrastive loss: all directions); Günther
+    et al. 2024 (Jina Embeddings 2: per_direction); Lan et al. 2025, eq. 5 (hardness); Solatorio
+    2024 (GISTEmbed: guide); Zhang et al. 2025 (Qwen3 Embedding: all directions but doc_to_query,
+    with margin=-0.1; theirs also leaves out documents that equal the positive).
     """
     args = check_arguments(queries, positives, scale, group, chunk_size, backend, names=MNRL)
     o = RankingOptions(
@@ -412,11 +414,7 @@ class Ranking:
             queries = self.unit["queries"][:, :, None]
             own = torch.bmm(self._per_query(self.unit), queries).squeeze(2)
             ids = ids.masked_fill(own > self.limit[:, None], -1)  # an id of padding leaves it out
-        without_limit = Scores(
-            *(unequal, self.features["queries"], self.features["negatives"], self.scale),
-            symmetric=False,
-        )
-        own = HardNegatives(without_limit, hard_negatives, ids, hard)
+        own = HardNegatives(replace(of_all, row_limit=None), hard_negatives, ids, hard)
         return [self._of_others(of_others, in_batch), own.log_sum(1.0, self.positive_score)]
 
     def _per_query(self, features: dict[str, Tensor]) -> Tensor:

@@ -13,7 +13,7 @@ from torch.nn.functional import normalize
 import ito_kernels as ik
 from ito_kernels.gradcache import gradcache_backward
 
-N, D, E = 9, 5, 4
+N, D, E = 6, 5, 4
 F64 = torch.float64
 PLAIN = ("reference", "chunked")
 DIRECTIONS = ("query_to_doc", "query_to_query", "doc_to_query", "doc_to_doc")
@@ -158,7 +158,7 @@ def test_directions(directions, partition_mode, margin):
 @pytest.mark.parametrize(("mode", "strength"), HARDNESS)
 def test_scale_per_query_and_inner_products(mode, strength, cosines):
     """A margin compares cosines, whatever the scores are."""
-    for i, (directions, partition_mode) in enumerate(SETS):
+    for i, (directions, partition_mode) in enumerate(SETS[::2]):
         q, p, h, _, guide = made(seed=i)
         scale = torch.linspace(0.5, 2, N, dtype=F64, requires_grad=True)
         for margin in MARGINS[0], MARGINS[3], MARGINS[6]:
@@ -202,7 +202,7 @@ def test_texts_that_occur_twice_stay(guided):
     torch.testing.assert_close(ours.double(), truth, rtol=1e-6, atol=0)
 
 
-@pytest.mark.parametrize("backend", AVAILABLE)
+@pytest.mark.parametrize("backend", [b for b in AVAILABLE if b in ("cpu", "chunked")])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("noise", [0.02, 1.0])
 def test_accuracy(noise, dtype, backend):
@@ -213,7 +213,7 @@ def test_accuracy(noise, dtype, backend):
     for i, (options, negatives) in enumerate(product(ACCURACY, (True, False))):
         if options.get("hardness_mode") == "hard" and not negatives:
             continue
-        features = made(n=24, dtype=dtype, seed=i, noise=noise)
+        features = made(n=12, dtype=dtype, seed=i, noise=noise)
         leaves = [x.detach() for x in features[: 2 + negatives]]
         options = {**options, "scale": 30.0}
         if options.get("guide"):
@@ -295,15 +295,13 @@ def test_features_that_are_not_finite_show(wrong):
 
 
 def test_compiles_in_one_graph():
-    q, p, h, _, guide = made(dtype=torch.float32)
-    hardness = {"hardness_mode": "in_batch", "hardness_strength": 5.0}
-    for options in (hardness, {"guide": guide, "directions": DIRECTIONS[:2]}):
+    q, p, _, _, guide = made(dtype=torch.float32)
 
-        def loss(q, p, h, options=options):
-            return ik.mnrl_loss(q, p, h, **options)
+    def loss(q, p):
+        return ik.mnrl_loss(q, p, directions=DIRECTIONS[:2], guide=guide[:2])
 
-        compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
-        check(compiled(q, p, h), loss(q, p, h), [q, p, h], rtol=1e-6)
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
+    check(compiled(q, p), loss(q, p), [q, p], rtol=1e-6)
 
 
 def test_gradcache():
