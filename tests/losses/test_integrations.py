@@ -822,6 +822,11 @@ def in_one_row(column):
     return {"input_ids": ids.reshape(1, -1), "cu_seq_lens_q": starts, "cu_seq_lens_k": starts}
 
 
+def twice(column):
+    """The second half of the texts are those of the first."""
+    return {"input_ids": column["input_ids"][:6].repeat(2, 1)}
+
+
 WORDS = [f"w{i}" for i in range(50)]
 
 
@@ -988,7 +993,7 @@ def test_sentence_transformers_gist(name, words):
         CONTRASTS,
     ):
         options = {"margin": margin[0], "margin_strategy": margin[1], "temperature": 0.2}
-        layout = in_one_row if contrasts == CONTRASTS[1] else dict
+        layout = (dict, in_one_row, twice, dict)[CONTRASTS.index(contrasts)]
         assert_ranked_alike(
             name, columns, guide_words=words, layout=layout, **options, **contrasts, **cached
         )

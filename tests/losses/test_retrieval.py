@@ -283,6 +283,19 @@ def test_a_single_pair():
         check(*call(q, p, h, scale, None, negatives=False, **options), [q, p, scale])
 
 
+def test_autocast():
+    """Features are rounded as autocast rounds them, and everything else is computed in fp32."""
+    for options in ACCURACY:
+        q, p, h, _, guide = made(dtype=torch.float32)
+        if options.get("guide"):
+            options = {**options, "guide": guide}
+        truth = ik.mnrl_loss(*(x.bfloat16().float() for x in (q, p, h)), **options)
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = ik.mnrl_loss(q, p, h.bfloat16(), **options)
+        assert loss.dtype == torch.float32
+        check(loss, truth, [q, p, h], rtol=1e-6)
+
+
 @pytest.mark.parametrize("wrong", [math.nan, math.inf])
 def test_features_that_are_not_finite_show(wrong):
     for options, tensor in product(({}, *ACCURACY), range(3)):
