@@ -130,6 +130,8 @@ def masked_statistics(
         boost: α; S has the further term α·a·bᵀ without gradient.
     """
     reverse_mode_only(a, b, scale, *(() if bias is None else (bias,)))
+    if b is a and torch.compiler.is_compiling():
+        b = b.view_as(b)  # torch.compile cannot trace one tensor that is passed twice
     values = iter(_Statistics.apply(_Panels(mask, powers, sides, boost), a, b, scale, bias))
     return {side: MaskedStatistics(next(values), next(values), next(values)) for side in sides}
 

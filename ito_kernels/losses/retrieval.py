@@ -348,7 +348,7 @@ class Ranking:
         self.positive_score = self.scale * row_dot(queries, positives)
         self.limit = None if o.margin is None else self._limit()
         self.symmetric = None
-        in_one_pass = self.limit is None and not o.boost("in_batch") and not self.scale.ndim
+        in_one_pass = not o.boost("in_batch") and not self.scale.ndim
         if in_one_pass and "doc_to_query" in o.directions:
             self.symmetric = self._scores("queries", "positives", self.batch, symmetric=True)
 
@@ -374,6 +374,7 @@ class Ranking:
             symmetric=symmetric,
             backend=self.args.backend,
             row_limit=self.limit,
+            col_limit=self.limit if symmetric else None,
             guide=self.guide and (self.guide[anchors], self.guide[candidates]),
         )
 

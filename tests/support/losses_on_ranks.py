@@ -231,12 +231,6 @@ LOSSES = {
     "mnrl, all, scale per query": partial(
         ranking, per_query=True, hardness_mode="all", hardness_strength=2.0, margin=0.1
     ),
-    "hardness mode, scale per query": lambda x, y, s, b, r, **o: by_ids(
-        *(x, y, s * (1 + r.to(s.dtype) / N), b, r),
-        hardness_mode="in_batch",
-        hardness_strength=2.0,
-        **o,
-    ),
     "ito pair": partial(ito, denominator="pair"),
     "ito pooled": partial(ito, denominator="pooled"),
     "multi head": lambda x, y, s, b, r, **o: ik.multi_head_loss(
