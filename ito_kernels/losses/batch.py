@@ -175,3 +175,13 @@ def check_arguments(
         elif key_ids is not None:
             key_ids = check_ids(names.key_ids, key_ids, m, names.keys, device)
     return Arguments(queries, keys, scale, query_ids, key_ids, names, group, chunk_size, backend)
+
+
+def same_scale_shape_on_all_ranks(scale: Tensor, batch: GlobalBatch, queries: int) -> Tensor:
+    """Expand the scale to (queries,) if any rank has one per query.
+
+    The shape decides which collectives are called, and a scale of shape (1,) is read as 0-d: on a
+    rank with a single query, a scale per query looks like a scale for all.
+    """
+    per_query = batch.all_reduce_max(scale.new_tensor(float(scale.ndim))) > 0
+    return scale.expand(queries) if per_query else scale

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from ..distributed import GlobalBatch, LocalBatch, global_ranges, same_on_every_rank
 from ..similarity.spec import Problem, SideUpstream, Upstream, as_autocast_problem
-from .batch import Arguments, check_arguments
+from .batch import Arguments, check_arguments, same_scale_shape_on_all_ranks
 from .common import normalize_rows
 from .margin import apply_margin
 from .options import Options, check_options, localize_pairs
@@ -333,7 +333,7 @@ def _multi_pass_infonce(
     queries, keys, scale = args[:3]
     shape_matters = o.false_negative_margin is not None or o.boost("in_batch")
     if shape_matters and isinstance(batch, GlobalBatch):
-        scale = _same_scale_shape_on_all_ranks(scale, batch, len(queries))
+        scale = same_scale_shape_on_all_ranks(scale, batch, len(queries))
     o = o.map_extra_candidates(to_autocast_dtype)
     same = keys is queries
     queries, keys = to_autocast_dtype(queries), to_autocast_dtype(keys)
@@ -360,16 +360,6 @@ def _multi_pass_infonce(
         if o.symmetric:
             loss = losses if o.reduction == "none" else 0.5 * (losses[0] + losses[1])
         return (loss, _diagnostics(o, scores, anchors, positives)) if o.return_stats else loss
-
-
-def _same_scale_shape_on_all_ranks(scale: Tensor, batch: GlobalBatch, queries: int) -> Tensor:
-    """Expand the scale to (queries,) if any rank has one per query.
-
-    The shape decides which collectives are called, and a scale of shape (1,) is read as 0-d: on a
-    rank with a single query, a scale per query looks like a scale for all.
-    """
-    per_query = batch.all_reduce_max(scale.new_tensor(float(scale.ndim))) > 0
-    return scale.expand(queries) if per_query else scale
 
 
 class AnchorLosses(NamedTuple):

@@ -12,7 +12,7 @@ from torch.nn.functional import softplus
 from ..similarity.budget import count_as_kept, tile_cache_left
 from ..similarity.first_order import first_order_only, reverse_mode_only
 from ..similarity.pairs import finite_shift
-from ..similarity.panelwise import panel_rows, panelwise, row_panels
+from ..similarity.panelwise import panelwise, row_panels
 
 
 class Mask(NamedTuple):
@@ -130,6 +130,8 @@ def masked_statistics(
         boost: α; S has the further term α·a·bᵀ without gradient.
     """
     reverse_mode_only(a, b, scale, *(() if bias is None else (bias,)))
+    if b is a and torch.compiler.is_compiling():
+        b = b.view_as(b)  # torch.compile cannot trace one tensor that is passed twice
     values = iter(_Statistics.apply(_Panels(mask, powers, sides, boost), a, b, scale, bias))
     return {side: MaskedStatistics(next(values), next(values), next(values)) for side in sides}
 
@@ -175,11 +177,20 @@ class _Statistics(torch.autograd.Function):
             size = len(a) if side == "row" else len(b)
             sums = a.new_zeros(len(powers), size)
             out[side] = [a.new_full((size,), -torch.inf), a.new_zeros(size), sums]
-        kept, left = [], tile_cache_left() if panels.mask.guide else 0
+        # One buffer: between the panels' temporary tensors, masks of their own would fragment the
+        # heap, by 30 to 60 MiB for 8192 rows.
+        size = min(tile_cache_left(), len(a) * len(b) * len(panels.sides))
+        buffer = a.new_empty(size if panels.mask.guide else 0, dtype=torch.bool)
+        kept, used = [], 0
         for rows, _, scores, masks in panels.scores(a, b, scale, bias):
-            if len(kept) == rows.start // panel_rows(len(b)) * len(masks):
-                left -= sum(x.nbytes for x in masks)
-                kept += [count_as_kept(x) for x in masks] if left >= 0 else []
+            end = used + sum(x.numel() for x in masks)
+            if end <= len(buffer):
+                for x in masks:
+                    copy = buffer[used : used + x.numel()].view(x.shape).copy_(x)
+                    kept.append(count_as_kept(copy))
+                    used += x.numel()
+            else:
+                buffer = buffer[:used]  # the panels that are kept are the first
             for (side, x), masked in zip(scores.items(), masks, strict=True):
                 maximum, number, sums = out[side]
                 if side == "row":

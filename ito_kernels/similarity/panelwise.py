@@ -100,6 +100,10 @@ def panelwise(
             raise ValueError(f"panel_bytes must be at least 1, got {panel_bytes}")
         step = max(1, panel_bytes // (len(keys) * dtype.itemsize))
     reverse_mode_only(queries, keys, *row_args, *key_args)
+    if keys is queries and torch.compiler.is_compiling():
+        keys = keys.view_as(
+            keys
+        )  # torch.compile does not trace a function of the same tensor twice
     tensors = queries.to(dtype), keys.to(dtype), *row_args, *key_args
     return _PerRow.apply(function, gradient, step, len(row_args), *tensors)
 

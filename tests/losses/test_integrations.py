@@ -6,6 +6,7 @@ import functools
 import importlib
 import inspect
 from functools import partial
+from itertools import product
 
 import pytest
 import torch
@@ -773,18 +774,40 @@ DIRECTIONS = [
 
 
 class Encoder(torch.nn.Module):
-    """What the losses need of a SentenceTransformer."""
+    """What the losses need of a SentenceTransformer. seed: of its weights."""
 
-    def __init__(self):
+    max_seq_length, device = 6, torch.device("cpu")
+
+    def __init__(self, seed=1, words=None):
         super().__init__()
-        torch.manual_seed(1)
+        torch.manual_seed(seed)
         self.table = torch.nn.EmbeddingBag(50, 24)
+        if words is not None:
+            self.tokenizer = tokenizer(words)
 
     def __getitem__(self, index):
         return self.table
 
+    def preprocess(self, texts):
+        return {"input_ids": torch.tensor(self.tokenizer(texts)["input_ids"])}
+
     def forward(self, features):
-        return {"sentence_embedding": self.table(features["input_ids"])}
+        ids = features["input_ids"]
+        if "cu_seq_lens_q" in features:
+            embedding = self.table(ids[0], features["cu_seq_lens_q"][:-1])
+        else:
+            embedding = self.table(ids)
+        features["sentence_embedding"] = embedding
+        return features
+
+
+def tokenizer(words):
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    found = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, unk_token=words[0]))
+    found.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(tokenizer_object=found)
 
 
 def inputs(columns, n=12, seed=2):
@@ -792,13 +815,31 @@ def inputs(columns, n=12, seed=2):
     return [{"input_ids": torch.randint(0, 50, (n, 6), generator=g)} for _ in range(columns)]
 
 
-def ranked(name, columns, seed=2, **options):
-    """Of both packages the value and the gradient of one step."""
+def in_one_row(column):
+    """The texts of a column one after the other, without padding."""
+    ids = column["input_ids"]
+    starts = torch.arange(0, ids.numel() + 1, ids.shape[1])
+    return {"input_ids": ids.reshape(1, -1), "cu_seq_lens_q": starts, "cu_seq_lens_k": starts}
+
+
+def twice(column):
+    """The second half of the texts are those of the first."""
+    return {"input_ids": column["input_ids"][:6].repeat(2, 1)}
+
+
+WORDS = [f"w{i}" for i in range(50)]
+
+
+def ranked(name, columns, seed=2, guide_words=None, layout=dict, **options):
+    """Of both packages the value and the gradient of one step. guide_words: the vocabulary of a
+    guide, for the losses that have one."""
     found = []
     for package in both("sentence_transformers"):
-        model = Encoder()
-        loss = getattr(package, name)(model, **options)
-        value = loss([dict(f) for f in inputs(columns, seed=seed)], None)
+        model, guide = Encoder(words=WORDS), ()
+        if guide_words is not None:
+            guide = (Encoder(seed=5, words=guide_words),)
+        loss = getattr(package, name)(model, *guide, **options)
+        value = loss([layout(f) for f in inputs(columns, seed=seed)], None)
         value.backward()
         found.append((value.detach(), model.table.weight.grad, loss.get_config_dict()))
     return found
@@ -807,7 +848,8 @@ def ranked(name, columns, seed=2, **options):
 def assert_ranked_alike(*args, **options):
     (value, grad, config), (value2, grad2, config2) = ranked(*args, **options)
     torch.testing.assert_close(value, value2, rtol=1e-5, atol=1e-6)
-    torch.testing.assert_close(grad, grad2, rtol=1e-3, atol=1e-6)
+    torch.testing.assert_close(grad, grad2, rtol=1e-3, atol=1e-6 * grad2.abs().max().item())
+    assert config.pop("guide", None).__class__ is config2.pop("guide", None).__class__
     assert config == config2
 
 
@@ -890,18 +932,98 @@ def test_sentence_transformers_default_is_mnrl():
     torch.testing.assert_close(loss, ik.mnrl_loss(a, p, n))
 
 
+RANKING = ["MultipleNegativesRankingLoss", "CachedMultipleNegativesRankingLoss"]
+HARDNESS = ["in_batch_negatives", "hard_negatives", "all_negatives"]
+
+
+@pytest.mark.parametrize("mode", HARDNESS)
+@pytest.mark.parametrize("directions", DIRECTIONS)
+def test_sentence_transformers_hardness(directions, mode):
+    """Without negatives in the batch "hard_negatives" does nothing, as theirs."""
+    both("sentence_transformers")
+    from sentence_transformers.util import dot_score
+
+    hardness = {"hardness_mode": mode, "hardness_strength": 5.0}
+    for name, columns in product(RANKING, (2, 3, 4)):
+        for more in ({}, {"similarity_fct": dot_score, "scale": 1.5}):
+            assert_ranked_alike(name, columns, **directions, **hardness, **more)
+
+
+def test_sentence_transformers_options_set_later():
+    ours, theirs = both("sentence_transformers")
+    for name in RANKING:
+        values = []
+        for package in (ours, theirs):
+            loss = getattr(package, name)(Encoder())
+            loss.hardness_mode, loss.hardness_strength, loss.scale = "all_negatives", 5.0, 3.0
+            loss.directions = ("query_to_doc", "query_to_query")
+            values.append(loss(inputs(3), None))
+        torch.testing.assert_close(*values)
+
+
 @pytest.mark.parametrize(
-    "name", ["MultipleNegativesRankingLoss", "CachedMultipleNegativesRankingLoss"]
+    "name",
+    ["MultipleNegativesSymmetricRankingLoss", "CachedMultipleNegativesSymmetricRankingLoss"],
 )
-def test_sentence_transformers_says_what_it_cannot(name):
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_sentence_transformers_symmetric(name):
+    for columns, scale in product((2, 3), (20.0, 5.0)):
+        assert_ranked_alike(name, columns, scale=scale)
+    ours, theirs = (
+        inspect.signature(getattr(x, name).__init__) for x in both("sentence_transformers")
+    )
+    assert [(p.name, p.default) for p in ours.parameters.values()] == [
+        (p.name, p.default) for p in theirs.parameters.values()
+    ]
+
+
+GUIDED = ["GISTEmbedLoss", "CachedGISTEmbedLoss"]
+CONTRASTS = [
+    {"contrast_anchors": a, "contrast_positives": p} for a in (True, False) for p in (True, False)
+]
+
+
+@pytest.mark.parametrize("words", [WORDS, WORDS[::-1]], ids=["one tokenizer", "two"])
+@pytest.mark.parametrize("name", GUIDED)
+def test_sentence_transformers_gist(name, words):
+    cached = {"mini_batch_size": 5} if name.startswith("Cached") else {}
+    for columns, margin, contrasts in product(
+        (2, 3, 4) if cached else (2, 3),
+        ((0.0, "absolute"), (0.1, "absolute"), (-0.1, "absolute"), (0.3, "relative")),
+        CONTRASTS,
+    ):
+        options = {"margin": margin[0], "margin_strategy": margin[1], "temperature": 0.2}
+        layout = (dict, in_one_row, twice, dict)[CONTRASTS.index(contrasts)]
+        assert_ranked_alike(
+            name, columns, guide_words=words, layout=layout, **options, **contrasts, **cached
+        )
+    if not cached:
+        for package in both("sentence_transformers"):
+            loss = package.GISTEmbedLoss(Encoder(words=WORDS), Encoder(words=words))
+            with pytest.raises(ValueError, match="Expected 2 or 3 embeddings, got 4"):
+                loss(inputs(4), None)
+
+
+def test_sentence_transformers_gist_of_a_text_with_itself():
+    """Where the guide takes anchor and positive for equal, a text is no candidate of itself."""
     ours, _ = both("sentence_transformers")
-    hard = {"hardness_mode": "all_negatives", "hardness_strength": 5.0}
-    with pytest.raises(NotImplementedError, match="hardness_mode"):
-        getattr(ours, name)(Encoder(), **hard)
-    late = getattr(ours, name)(Encoder())
-    late.hardness_mode, late.hardness_strength = hard.values()
-    with pytest.raises(NotImplementedError, match="hardness_mode"):
-        late(inputs(2), None)
+    model, guide = Encoder(words=WORDS), Encoder(seed=5, words=WORDS)
+    (column,) = inputs(1)
+    loss = ours.GISTEmbedLoss(model, guide, temperature=0.5)
+    x, e = (normalize(m(dict(column))["sentence_embedding"]) for m in (model, guide))
+    assert (e @ e.T).fill_diagonal_(0).max() < 0.999  # all candidates stay
+    S = 2 * x @ x.T
+    others = S[~torch.eye(12, dtype=torch.bool)].view(12, 11)
+    truth = (torch.cat([S, others, others], 1).logsumexp(1) - S.diagonal()).mean()
+    torch.testing.assert_close(loss([dict(column), dict(column)], None), truth)
+
+
+def gist_on_ranks(name):
+    options = {"gather_across_devices": True, "temperature": 0.2, "guide_words": WORDS}
+    if name.startswith("Cached"):
+        options["mini_batch_size"] = 5
+    for columns, contrasts in product((2, 3), CONTRASTS):
+        assert_ranked_alike(name, columns, seed=dist.get_rank(), **options, **contrasts)
 
 
 # ---- on two ranks
@@ -923,9 +1045,15 @@ ON_RANKS = {
     "lightly": {"both": lightly_on_ranks},
     "sentence_transformers": {
         f"{name}, {i}": partial(sentence_transformers_on_ranks, name, directions)
-        for name in ("MultipleNegativesRankingLoss", "CachedMultipleNegativesRankingLoss")
-        for i, directions in enumerate(DIRECTIONS)
-    },
+        for name in RANKING
+        for i, directions in enumerate(
+            [
+                *DIRECTIONS,
+                *({"hardness_mode": mode, "hardness_strength": 5.0} for mode in HARDNESS),
+            ]
+        )
+    }
+    | {name: partial(gist_on_ranks, name) for name in GUIDED},
 }
 
 

@@ -156,6 +156,19 @@ def clusters(x, y, s, b, r, **o):
     )
 
 
+DIRECTIONS = ("query_to_doc", "query_to_query", "doc_to_query", "doc_to_doc")
+
+
+def ranking(x, y, s, b, r, guided=False, per_query=False, hard=True, **o):
+    """`mnrl_loss` with two negatives per query, a guide and a scale per query."""
+    negatives = torch.stack([x - y, x + 0.3 * y], 1) if hard else None
+    if guided:
+        e = REFERENCE[:, r]
+        o["guide"] = (*e, torch.stack([e[0] - e[1], e[1] + e[0].flip(1)], 1))[: 2 + hard]
+    s = s * (1 + r.to(s.dtype) / N) if per_query else s
+    return ik.mnrl_loss(x, y, negatives, s, **o)
+
+
 # from the rows' features, scale, bias and numbers; with the options of the group
 LOSSES = {
     "clip": lambda x, y, s, b, r, **o: ik.clip_loss(x, y, s, **o),
@@ -193,6 +206,31 @@ LOSSES = {
     ),
     "siglip sum": lambda x, y, s, b, r, **o: ik.siglip_loss(x, y, s, b, reduction="sum", **o),
     "mnrl": lambda x, y, s, b, r, **o: ik.mnrl_loss(x, y, torch.stack([-y, x + y], 1), s, **o),
+    "mnrl, all directions": partial(ranking, directions=DIRECTIONS),
+    "mnrl, per direction": partial(
+        ranking, directions=DIRECTIONS[::2], partition_mode="per_direction", hard=False
+    ),
+    "mnrl, per direction, scale per query": partial(
+        ranking,
+        directions=DIRECTIONS[::2],
+        partition_mode="per_direction",
+        per_query=True,
+        hard=False,
+    ),
+    "mnrl, margin": partial(ranking, directions=DIRECTIONS, margin=0.1),
+    "mnrl, relative margin, inner products": partial(
+        ranking, margin=0.2, margin_strategy="relative", normalize=False
+    ),
+    "mnrl, guide": partial(ranking, directions=DIRECTIONS, guided=True, margin=-0.1),
+    "mnrl, guide, hard": partial(
+        ranking, guided=True, hardness_mode="hard", hardness_strength=2.0
+    ),
+    "mnrl, in batch": partial(
+        ranking, directions=DIRECTIONS, hardness_mode="in_batch", hardness_strength=2.0
+    ),
+    "mnrl, all, scale per query": partial(
+        ranking, per_query=True, hardness_mode="all", hardness_strength=2.0, margin=0.1
+    ),
     "ito pair": partial(ito, denominator="pair"),
     "ito pooled": partial(ito, denominator="pooled"),
     "multi head": lambda x, y, s, b, r, **o: ik.multi_head_loss(

@@ -106,6 +106,11 @@ def global_contrastive(temperature: Made, **options) -> Row:
     return pair(test, temperature, *averages, gamma=0.6, value=value, **options)
 
 
+def ranking(scale=SCALES, **options) -> Row:
+    return pair("test_retrieval.py::test_directions", Z, scale=scale, **options)
+
+
+ALL_DIRECTIONS = ("query_to_doc", "query_to_query", "doc_to_query", "doc_to_doc")
 FORMULA, OPTION = "test_formulas.py::test_", "test_options.py::test_"
 OTHER, MIXED = "test_others.py::test_", "test_mixed.py::test_"
 MARGIN, SIGLIP = "test_margin.py::test_", "test_siglip.py::test_"
@@ -270,6 +275,23 @@ ROWS = {
         "scale": pair(f"{OTHER}mnrl", scale=SCALES),
         "negatives": pair(f"{OTHER}mnrl", Z),
         "normalize=False": pair(f"{OTHER}mnrl", Z, normalize=False),
+        "directions": ranking(directions=ALL_DIRECTIONS),
+        'directions, partition_mode="per_direction"': ranking(
+            directions=ALL_DIRECTIONS[::2], partition_mode="per_direction"
+        ),
+        'hardness_mode="in_batch", hardness_strength': ranking(
+            hardness_mode="in_batch", hardness_strength=5.0
+        ),
+        'hardness_mode="hard"': ranking(hardness_mode="hard", hardness_strength=5.0),
+        'hardness_mode="all"': ranking(hardness_mode="all", hardness_strength=5.0),
+        "hardness_mode, scale per query": ranking(
+            scale=SCALE_PER_ROW, hardness_mode="in_batch", hardness_strength=5.0
+        ),
+        "margin": ranking(margin=0.1, directions=ALL_DIRECTIONS),
+        'margin, margin_strategy="relative"': ranking(margin=0.3, margin_strategy="relative"),
+        "guide": ranking(
+            guide=Made(lambda at: (at.z, at.y, at.x)), margin=-0.1, directions=ALL_DIRECTIONS
+        ),
     },
     "cwcl_loss": {
         "": infonce(f"{OTHER}cwcl", reference=Z),
