@@ -26,19 +26,27 @@ from ..distributed import same_on_every_rank
 from ..losses.batch import check_arguments
 from ..losses.precision import without_autocast
 from ..losses.retrieval import MNRL, Ranking, RankingOptions, check_ranking_options, mnrl_loss
+from ..options_repr import PrintsOptions
 from .gathering import gathering_group
 
 _SYMMETRIC = {"directions": ("query_to_doc", "doc_to_query"), "partition_mode": "per_direction"}
 
 
-class MultipleNegativesRankingLoss(peer.MultipleNegativesRankingLoss):
+class _PrintsConfig(PrintsOptions):
+    def printed_options(self) -> dict[str, object]:
+        """The settings, without the models, which torch prints."""
+        settings = self.get_config_dict()
+        return {k: x for k, x in settings.items() if not isinstance(x, torch.nn.Module)}
+
+
+class MultipleNegativesRankingLoss(_PrintsConfig, peer.MultipleNegativesRankingLoss):
     def compute_loss_from_embeddings(self, embeddings: list[Tensor], labels: Tensor) -> Tensor:
         if len(embeddings) < 2:
             raise ValueError(f"Expected at least 2 embeddings, got {len(embeddings)}")
         return _ranking_loss(self, embeddings)
 
 
-class CachedMultipleNegativesRankingLoss(peer.CachedMultipleNegativesRankingLoss):
+class CachedMultipleNegativesRankingLoss(_PrintsConfig, peer.CachedMultipleNegativesRankingLoss):
     """The loss is computed for the whole batch at once, because no score matrix is formed. Only the
     encoder runs in mini-batches."""
 
@@ -82,7 +90,7 @@ class CachedMultipleNegativesSymmetricRankingLoss(CachedMultipleNegativesRanking
         )
 
 
-class GISTEmbedLoss(peer.GISTEmbedLoss):
+class GISTEmbedLoss(_PrintsConfig, peer.GISTEmbedLoss):
     def forward(self, sentence_features: Iterable[dict[str, Tensor]], labels: Tensor) -> Tensor:
         columns = list(sentence_features)
         if len(columns) not in (2, 3):
@@ -104,7 +112,7 @@ class GISTEmbedLoss(peer.GISTEmbedLoss):
         return batch_to_device(self.guide.preprocess(texts), self.guide.device)
 
 
-class CachedGISTEmbedLoss(peer.CachedGISTEmbedLoss):
+class CachedGISTEmbedLoss(_PrintsConfig, peer.CachedGISTEmbedLoss):
     """As in `CachedMultipleNegativesRankingLoss`, only the encoders run in mini-batches."""
 
     def calculate_loss(

@@ -179,7 +179,8 @@ class _Statistics(torch.autograd.Function):
             out[side] = [a.new_full((size,), -torch.inf), a.new_zeros(size), sums]
         # One buffer: between the panels' temporary tensors, masks of their own would fragment the
         # heap, by 30 to 60 MiB for 8192 rows.
-        size = min(tile_cache_left(), len(a) * len(b) * len(panels.sides))
+        # Half of the budget: what else a loss of four directions takes is 100 MiB.
+        size = min(tile_cache_left() // 2, len(a) * len(b) * len(panels.sides))
         buffer = a.new_empty(size if panels.mask.guide else 0, dtype=torch.bool)
         kept, used = [], 0
         for rows, _, scores, masks in panels.scores(a, b, scale, bias):

@@ -101,9 +101,7 @@ def panelwise(
         step = max(1, panel_bytes // (len(keys) * dtype.itemsize))
     reverse_mode_only(queries, keys, *row_args, *key_args)
     if keys is queries and torch.compiler.is_compiling():
-        keys = keys.view_as(
-            keys
-        )  # torch.compile does not trace a function of the same tensor twice
+        keys = keys.view_as(keys)  # torch.compile cannot trace one tensor that is passed twice
     tensors = queries.to(dtype), keys.to(dtype), *row_args, *key_args
     return _PerRow.apply(function, gradient, step, len(row_args), *tensors)
 

@@ -1004,6 +1004,16 @@ def test_sentence_transformers_gist(name, words):
                 loss(inputs(4), None)
 
 
+def test_sentence_transformers_print_their_settings():
+    ours, _ = both("sentence_transformers")
+    loss = ours.MultipleNegativesRankingLoss(Encoder(), hardness_mode="all_negatives")
+    assert "scale=20.0" in repr(loss)
+    assert "hardness_mode='all_negatives'" in repr(loss)
+    loss = ours.CachedGISTEmbedLoss(Encoder(words=WORDS), Encoder(words=WORDS), margin=0.1)
+    assert "margin=0.1" in loss.extra_repr()
+    assert "guide" not in loss.extra_repr()
+
+
 def test_sentence_transformers_gist_of_a_text_with_itself():
     """Where the guide takes anchor and positive for equal, a text is no candidate of itself."""
     ours, _ = both("sentence_transformers")
