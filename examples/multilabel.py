@@ -8,8 +8,8 @@ of the item's labels at random, takes most of these pairs for negatives.
 nDCG@10 of unseen items, whose gain is the similarity, mean ± standard deviation of 3 seeds:
 50.3 ± 0.5 % with one label, 57.9 ± 1.9 % with all (`multi_positive_infonce`; 55.8 ± 1.6 % without
 the weights), 58.7 ± 1.9 % with `decoupled_softmax_loss`, in which positives do not compete, and
-54.9 ± 1.8 % with `siglip_loss`. Each is the best of 2, 4, 6 and 8 epochs, because `supcon_loss` with
-one label becomes worse with more.
+54.9 ± 1.8 % with `siglip_loss`. Each is the best of 2, 4, 6 and 8 epochs, because more epochs make
+`supcon_loss` with one label worse.
 
     python examples/multilabel.py
 """
