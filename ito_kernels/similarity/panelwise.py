@@ -59,7 +59,7 @@ def panelwise(
             (r, M) of r queries with all keys, the row numbers (r,) of these queries, int64, the
             same rows of `row_args`, and `key_args`. It returns a tensor of shape (r,) or (r, …). It
             runs again in backward and must then return the same: no random numbers. A tensor that
-            needs a gradient must be an argument, not a variable of the surrounding code. The
+            needs a gradient must be an argument: one of the surrounding code raises an error. The
             function must not modify its arguments in place.
         queries, keys: (N, D) and (M, D). Scores are fp32, fp64 for fp64 features, also under
             autocast.
@@ -103,7 +103,8 @@ def panelwise(
     if keys is queries and torch.compiler.is_compiling():
         keys = keys.view_as(keys)  # torch.compile cannot trace one tensor that is passed twice
     tensors = queries.to(dtype), keys.to(dtype), *row_args, *key_args
-    return _PerRow.apply(function, gradient, step, len(row_args), *tensors)
+    by_autograd = gradient is None and torch.is_grad_enabled()
+    return _PerRow.apply(function, gradient, by_autograd, step, len(row_args), *tensors)
 
 
 def panelwise_sum(
@@ -150,11 +151,16 @@ def _check_arguments(
 
 class _PerRow(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, function, gradient, step, row_args, queries, keys, *args) -> Tensor:
+    def forward(ctx, function, gradient, by_autograd, step, row_args, queries, keys, *args):
         out = None
+        args_of_function = [x.detach() for x in args]
         with without_autocast(queries.device):
-            for rows, scores, numbers, panel_args in _panels(step, row_args, queries, keys, args):
-                value = function(scores, numbers, *panel_args)
+            for rows, scores, numbers, panel_args in _panels(
+                step, row_args, queries, keys, args_of_function
+            ):
+                # No argument needs a gradient here, so only another tensor can give one to `value`.
+                with torch.set_grad_enabled(by_autograd):
+                    value = function(scores, numbers, *panel_args)
                 if out is None:
                     _check_value(value, len(numbers))
                     out = value.new_empty(len(queries), *value.shape[1:])
@@ -172,7 +178,7 @@ class _PerRow(torch.autograd.Function):
         out = None
         if ctx.gradient is not None:
             *args, out = args
-        needs_grad = ctx.needs_input_grad[4:]
+        needs_grad = ctx.needs_input_grad[5:]
         gradients = _Gradients(queries, keys, args, ctx.row_args, needs_grad)
         with without_autocast(queries.device):
             for rows, scores, numbers, panel_args in _panels(
@@ -185,7 +191,7 @@ class _PerRow(torch.autograd.Function):
                 else:
                     grads = ctx.gradient(grad[rows], out[rows], scores, numbers, *panel_args)
                 gradients.add(rows, *grads)
-        return None, None, None, None, *gradients.result()
+        return None, None, None, None, None, *gradients.result()
 
 
 class _Sum(torch.autograd.Function):
@@ -225,6 +231,11 @@ def _check_value(value: object, rows: int) -> None:
         raise ValueError(
             f"function must return a value or a row for each of the {rows} rows of its panel, got"
             f" shape {tuple(value.shape)}"
+        )
+    if value.requires_grad:
+        raise ValueError(
+            "function uses a tensor that needs a gradient and is not among its arguments: it would"
+            " get none; pass it in row_args or key_args, or detach it"
         )
 
 

@@ -165,6 +165,19 @@ def test_bad_input(error, message, call):
         ik.panelwise(function, queries, keys, **options)
 
 
+def test_a_function_that_would_lose_a_gradient_raises():
+    weight = torch.tensor(2.0, requires_grad=True)
+
+    def call(queries):
+        return ik.panelwise(lambda scores, rows: weight * scores.sum(1), queries, Y)
+
+    for queries in (X, X.clone().requires_grad_()):
+        with pytest.raises(ValueError, match="in row_args or key_args"):
+            call(queries)
+    with torch.no_grad():
+        torch.testing.assert_close(call(X), 2 * (X @ Y.T).sum(1))
+
+
 MEMORY = """
 import torch
 import ito_kernels as ik
