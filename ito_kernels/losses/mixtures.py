@@ -50,9 +50,9 @@ def mixup_infonce(
 
     Returns a 0-d fp32 tensor (fp64 for fp64 features). Raises as `multi_positive_infonce`, and
     ValueError for key_targets="sum" without symmetric.
-    Sources: Kumar et al. 2024 (M3CoL), section 3: symmetric=True with key_targets="sum", averaged
-    over the modality that is mixed. Kim et al. 2020 (MixCo): symmetric=False.
-    key_targets="normalized" is in neither.
+    Sources: Kumar et al. 2024 (M3CoL): symmetric=True with key_targets="sum", for one mixed
+    modality; the authors' code adds those of both. Kim et al. 2020 (MixCo): symmetric=False, there
+    with a queue as further keys. key_targets="normalized" is in neither.
     """
     check_flags(symmetric=symmetric)
     check_choice("key_targets", key_targets, ("normalized", "sum"))
@@ -119,7 +119,7 @@ def mix_hard_negatives(
 
     Returns (N, mixed + with_query, D) in the dtype of the queries, without gradient.
     Raises TypeError or ValueError that names an invalid argument.
-    Source: Kalantidis et al. 2020 (MoCHi), eq. 5 and 6.
+    Source: Kalantidis et al. 2020 (MoCHi), sections 4.1 and 4.2.
     """
     check_pair("queries", queries, "queue", queue)
     for name, value, least in (

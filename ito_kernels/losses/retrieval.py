@@ -455,7 +455,8 @@ def one_to_k_loss(
         group, chunk_size, backend: as in `multi_positive_infonce`.
 
     Returns a 0-d fp32 tensor (fp64 for fp64 features). Raises as `multi_positive_infonce`.
-    Source: Nie et al. 2024 (CCRK, 1-to-K contrastive learning).
+    Source: Nie et al. 2024 (CCRK, 1-to-K contrastive learning). The authors' code divides the
+    captions' InfoNCE by K; here both directions have the same weight.
     """
     keys = check_tensor("keys", keys)
     args = check_arguments(

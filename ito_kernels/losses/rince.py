@@ -52,8 +52,7 @@ def rince_loss(
 
     Returns a 0-d fp32 tensor (fp64 for fp64 features). For N = 1, where there are no negatives, it
     is (lam^q - 1) · exp(q·S) / q. Raises as `multi_positive_infonce`.
-    Source: Chuang et al. 2022 (RINCE), the definition of L_RINCE with q and λ; the paper has one
-    direction.
+    Source: Chuang et al. 2022 (RINCE), L_RINCE with q and λ; the paper has one direction.
     """
     if not is_number(q):
         raise TypeError(f"q must be a number, got {type(q).__name__}")
