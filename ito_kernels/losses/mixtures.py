@@ -52,8 +52,9 @@ def mixup_infonce(
     ValueError for key_targets="sum" without symmetric.
     Sources: Kumar et al. 2024 (M3CoL): symmetric=True with key_targets="sum", for one mixed
     modality; the authors' code adds those of both, and gives a sample that is its own partner the
-    weight 1 - λ instead of 1. Kim et al. 2020 (MixCo): symmetric=False, there with a queue as
-    further keys. key_targets="normalized" is in neither.
+    weight 1 - λ instead of 1. Kim et al. 2020 (MixCo): symmetric=False; their code mixes the two
+    halves of a batch, for which multi_positive_infonce takes positive_pairs with positive_weights.
+    key_targets="normalized" is in neither.
     """
     check_flags(symmetric=symmetric)
     check_choice("key_targets", key_targets, ("normalized", "sum"))
