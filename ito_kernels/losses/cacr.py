@@ -51,9 +51,9 @@ def cacr_loss(
 
     Returns a 0-d fp32 tensor (fp64 for fp64 features), 0 without positives and negatives. Raises as
     `multi_positive_infonce`.
-    Source: Zheng et al. 2021 (CACR), with the squared distance as its cost; the defaults are those
-    of the authors' CIFAR experiments. Its anchors draw K positives and M negatives; here all of the
-    batch are used.
+    Source: Zheng et al. 2021 (CACR), L_CA + L_CR, with the squared distance as its cost; the
+    defaults are those of the authors' CIFAR-10 experiments. Its anchors draw K positives and M
+    negatives; here all of the batch are used.
     """
     t_positive = check_number("t_positive", t_positive, 0, math.inf)
     t_negative = check_number("t_negative", t_negative, 0, math.inf)

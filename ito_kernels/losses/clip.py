@@ -49,7 +49,7 @@ def clip_loss(
 
     Returns the loss and raises errors as `multi_positive_infonce` does; TypeError for an unknown
     option.
-    Source: Radford et al. 2021 (CLIP), fig. 3.
+    Source: Radford et al. 2021 (CLIP), fig. 3. The options are not in it.
     """
     for name in options:
         if name not in Options._fields:
@@ -124,8 +124,8 @@ def siglip_loss(
             kernel runs.
         RuntimeError: the requested backend cannot run here.
 
-    Source: Zhai et al. 2023 (SigLIP), eq. 1 of section 3.2, for one positive per image. Several
-    positives and all weights are not in the source.
+    Source: Zhai et al. 2023 (SigLIP), section 3.2, for one positive per image, with the sign of the
+    bias in its Algorithm 1. Several positives and all weights are not in the source.
     """
     check_flags(normalize=normalize)
     check_choice("reduction", reduction, REDUCTIONS)

@@ -59,8 +59,9 @@ def cluster_weighted_infonce(
         group, chunk_size, backend: as in `multi_positive_infonce`.
 
     Returns a 0-d fp32 tensor (fp64 for fp64 features). Raises as `multi_positive_infonce`.
-    Source: Yu et al. 2023 (MEOW), section 4. Its denominator is that of include_positives=False
-    (there w_ii = 0). There w_ij comes from several clusterings; w may be any table here.
+    Source: Yu et al. 2023 (MEOW), its loss with weighted negatives: include_positives=False (there
+    w_ii = 0) and symmetric=False. There w_ij is the number of clusterings in which i and j differ;
+    w may be any table here.
     """
     check_flags(symmetric=symmetric, include_positives=include_positives)
     args = check_arguments(

@@ -114,8 +114,8 @@ def decoupled_softmax_loss(
 
     Returns a 0-d fp32 tensor (fp64 for fp64 features). Raises as `multi_positive_infonce`, and
     ValueError for pairs with symmetric=True.
-    Source: Feeney and Hughes 2023 (SINCERE), section 3. Its classes are queries = keys with the
-    labels as ids, exclude_self=True and symmetric=False. There every anchor has a positive.
+    Source: Feeney and Hughes 2023 (SINCERE). Its classes are queries = keys with the labels as ids,
+    exclude_self=True and symmetric=False. There every anchor has a positive.
     """
     args = check_arguments(
         queries,

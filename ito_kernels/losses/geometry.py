@@ -42,8 +42,9 @@ def uniformity_loss(
 
     Returns a 0-d fp32 tensor (fp64 for fp64 features).
     Raises TypeError or ValueError that names an invalid argument.
-    Source: Wang and Isola 2020, eq. 7, whose expectation is over independent samples: here the mean
-    without the pairs (i, i). With y it is the same of two modalities, which is not in the source.
+    Source: Wang and Isola 2020, section 4.1, L_uniform, whose expectation is over independent
+    samples: here, as in the authors' code, the mean without the pairs (i, i). With y it is the same
+    of two modalities, which is not in the source.
     """
     if is_number(y) or (isinstance(y, Tensor) and y.ndim == 0):
         raise TypeError(f"y must be a tensor of shape (N, D), got {y}: give t by name, as t={y}")
@@ -95,7 +96,7 @@ def alignment_loss(
 
     Returns a 0-d fp32 tensor (fp64 for fp64 features).
     Raises TypeError or ValueError that names an invalid argument.
-    Source: Wang and Isola 2020, eq. 6.
+    Source: Wang and Isola 2020, section 4.1, L_align.
     """
     if backend is not None:
         check_name(backend)
@@ -127,7 +128,8 @@ def spectral_contrastive_loss(
 
     Returns a 0-d fp32 tensor (fp64 for fp64 features).
     Raises TypeError or ValueError that names an invalid argument.
-    Source: HaoChen et al. 2021, eq. 6.
+    Source: HaoChen et al. 2021, section 3.2, whose expectation is over independent samples: here,
+    as in the authors' code, the mean without the pairs (i, i). Their code also limits the norms.
     """
     batch, x, y, n = _moment_batch(x, y, group, chunk_size, backend)
     with without_autocast(x.device):
@@ -157,7 +159,8 @@ def orthogonality_loss(
 
     Returns a 0-d fp32 tensor (fp64 for fp64 features).
     Raises TypeError or ValueError that names an invalid argument.
-    Source: Zhang et al. 2017, eq. 5.
+    Source: Zhang et al. 2017 (Learning spread-out local feature descriptors), L_gor, here over all
+    i ≠ j of the batch.
     """
     batch, x, y, n = _moment_batch(x, x if y is None else y, group, chunk_size, backend)
     with without_autocast(x.device):

@@ -77,9 +77,10 @@ def global_contrastive_loss(
     The u that is returned is then that largest number, and 0 where it is too small for its dtype.
     Raises TypeError or ValueError that names an invalid argument.
     Source: Yuan et al. 2022 (SogCLR), Algorithm 1; Qiu et al. 2023 (iSogCLR), Algorithm 1, for a
-    pair of temperatures; Wei et al. 2024 (FastCLIP), Algorithm 1 and the objective RGCL-g, for one
-    learned temperature and eps. The released FastCLIP starts with gamma = 1 in the first epoch;
-    here a u of 0 does the same for each row.
+    pair of temperatures; Wei et al. 2024 (FastCLIP), Algorithm 1, eq. 1 and 2, and the objective
+    RGCL-g, for one learned temperature and eps. g leaves out the positive, as in FastCLIP; the
+    released iSogCLR counts it. The released FastCLIP starts with gamma = 1 in the first epoch; here
+    a u of 0 does the same for each row.
     """
     gamma = check_number("gamma", gamma, 0, 1)
     eps = check_number("eps", eps, 0, math.inf)

@@ -195,10 +195,13 @@ def multi_positive_infonce(
             message names them. Raised before any kernel runs.
         RuntimeError: the requested backend cannot run here.
 
-    Sources: van den Oord et al. 2018 (InfoNCE); Khosla et al. 2020, eq. 2 and 3 (SupCon);
-    Miech et al. 2020 (MIL-NCE); He et al. 2020 (queue); Yi et al. 2019 (logQ correction); Chuang et
-    al. 2020 (debias); Robinson et al. 2021 (hardness); Solatorio 2024 (guide); Lan et al. 2025,
-    eq. 5 (hardness_mode).
+    Sources: van den Oord et al. 2018, eq. 4 (InfoNCE); Khosla et al. 2020, eq. 2 and 3 (SupCon);
+    Miech et al. 2020 (MIL-NCE, whose one denominator has the negatives of both directions); Szegedy
+    et al. 2016, section 7 (label_smoothing); He et al. 2020, eq. 1 (queue, in_batch); Yi et al.
+    2019 (logQ correction); Zhang et al. 2025 (Qwen3 Embedding: false_negative_margin); Solatorio
+    2024 (GISTEmbed: guide); Chuang et al. 2020 (debias); Robinson et al. 2021 (hardness, which is
+    combined with debias there); Lan et al. 2025, eq. 5, and Schechter Vera et al. 2025
+    (EmbeddingGemma) (hardness_mode). docs/losses.md lists the differences.
     """
     args = check_arguments(
         queries,

@@ -56,7 +56,7 @@ def ito_loss(
     Raises:
         TypeError, ValueError: an argument is invalid. The message names it.
 
-    Source: "Images and Texts as One", arXiv 2603.02767.
+    Source: "Images and Texts as One", arXiv 2603.02767, with two views and denominator="pair".
     """
     check_choice("denominator", denominator, ("pair", "pooled"))
     views = _check_views("image_views", image_views, "V")

@@ -50,8 +50,10 @@ def mixup_infonce(
 
     Returns a 0-d fp32 tensor (fp64 for fp64 features). Raises as `multi_positive_infonce`, and
     ValueError for key_targets="sum" without symmetric.
-    Sources: Kumar et al. 2024 (M3CoL), section 3: symmetric=True with key_targets="sum", averaged
-    over the modality that is mixed. Kim et al. 2020 (MixCo): symmetric=False.
+    Sources: Kumar et al. 2024 (M3CoL): symmetric=True with key_targets="sum", for one mixed
+    modality; the authors' code adds those of both, and gives a sample that is its own partner the
+    weight 1 - λ instead of 1. Kim et al. 2020 (MixCo): symmetric=False; their code mixes the two
+    halves of a batch, for which multi_positive_infonce takes positive_pairs with positive_weights.
     key_targets="normalized" is in neither.
     """
     check_flags(symmetric=symmetric)
@@ -119,7 +121,7 @@ def mix_hard_negatives(
 
     Returns (N, mixed + with_query, D) in the dtype of the queries, without gradient.
     Raises TypeError or ValueError that names an invalid argument.
-    Source: Kalantidis et al. 2020 (MoCHi), eq. 5 and 6.
+    Source: Kalantidis et al. 2020 (MoCHi), sections 4.1 and 4.2.
     """
     check_pair("queries", queries, "queue", queue)
     for name, value, least in (

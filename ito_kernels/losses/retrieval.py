@@ -129,10 +129,12 @@ def mnrl_loss(
     Returns a 0-d fp32 tensor (fp64 for fp64 features). Raises as `multi_positive_infonce`, and for
     hardness "hard" without negatives.
     Source: sentence-transformers 6.2, whose meanings and defaults the options have. Henderson et
-    al. 2017, eq. 4; Li et al. 2023 (GTE, its improved contrastive loss: all directions); Günther
-    et al. 2024 (Jina Embeddings 2: per_direction); Lan et al. 2025, eq. 5 (hardness); Solatorio
-    2024 (GISTEmbed: guide); Zhang et al. 2025 (Qwen3 Embedding: all directions but doc_to_query,
-    with margin=-0.1; theirs also leaves out documents that equal the positive).
+    al. 2017, section 4.4; Li et al. 2023 (GTE, its improved contrastive loss: all directions);
+    Günther et al. 2024 (Jina Embeddings 2: per_direction); Lan et al. 2025, eq. 5 (hardness
+    "in_batch"); Schechter Vera et al. 2025 (EmbeddingGemma: hardness "hard"); Solatorio 2024
+    (GISTEmbed: guide with all directions but doc_to_query, where positives are compared with
+    positives only); Zhang et al. 2025 (Qwen3 Embedding: all directions but doc_to_query, with
+    margin=-0.1; theirs also leaves out documents that equal the positive).
     """
     args = check_arguments(queries, positives, scale, group, chunk_size, backend, names=MNRL)
     o = RankingOptions(
@@ -455,7 +457,8 @@ def one_to_k_loss(
         group, chunk_size, backend: as in `multi_positive_infonce`.
 
     Returns a 0-d fp32 tensor (fp64 for fp64 features). Raises as `multi_positive_infonce`.
-    Source: Nie et al. 2024 (CCRK, 1-to-K contrastive learning).
+    Source: Nie et al. 2024 (CCRK, 1-to-K contrastive learning). The authors' code divides the
+    captions' InfoNCE by K; here both directions have the same weight.
     """
     keys = check_tensor("keys", keys)
     args = check_arguments(

@@ -18,7 +18,8 @@ def hardness_weighted(log_weights: Tensor, log_weighted: Tensor, number: Tensor)
         number: the number of negatives.
 
     Returns (N,), -inf for an anchor without negatives.
-    Source: Robinson et al. 2021; the partition function is estimated from the batch.
+    Source: Robinson et al. 2021, as in the authors' code: the partition function is the mean over
+    the batch's negatives.
     """
     has_negatives = number > 0
     log_weighted = torch.where(has_negatives, log_weighted, 0)
@@ -40,7 +41,7 @@ def debiased(
         floor: the smallest possible score, 0-d or (N,).
 
     Returns (N,), -inf for an anchor without negatives.
-    Source: Chuang et al. 2020, with M the number of positives of the anchor.
+    Source: Chuang et al. 2020, the estimator g, with M the number of positives of the anchor.
     """
     has_negatives = number > 0
     log_number = number.clamp(min=1).log()

@@ -44,7 +44,8 @@ def rince_loss(
         queries, keys: (N, D), L2-normalised; row i of both is a positive pair. bf16 and fp16 are
             computed in fp32, because positives and negatives are combined outside the kernels.
         logit_scale: the multiplier itself: a number, a 0-d tensor or an (N,) tensor.
-        q: greater than 0, at most 1. The authors recommend 0.1 to 0.5.
+        q: greater than 0, at most 1. The authors' commands use 0.1 (SimCLR) and 0.6 (MoCo v3), with
+            lam = 0.01.
         lam: λ, the weight of all candidates: 0 or more, finite. The paper has λ ≤ 1; 0 leaves the
             positives alone.
         symmetric: also take the keys as anchors.
@@ -52,8 +53,7 @@ def rince_loss(
 
     Returns a 0-d fp32 tensor (fp64 for fp64 features). For N = 1, where there are no negatives, it
     is (lam^q - 1) · exp(q·S) / q. Raises as `multi_positive_infonce`.
-    Source: Chuang et al. 2022 (RINCE), the definition of L_RINCE with q and λ; the paper has one
-    direction.
+    Source: Chuang et al. 2022 (RINCE), L_RINCE with q and λ; the paper has one direction.
     """
     if not is_number(q):
         raise TypeError(f"q must be a number, got {type(q).__name__}")

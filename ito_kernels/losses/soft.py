@@ -51,8 +51,8 @@ def cwcl_loss(
         group, chunk_size, backend: as in `multi_positive_infonce`.
 
     Returns a 0-d fp32 tensor (fp64 for fp64 features). Raises as `multi_positive_infonce`.
-    Source: Srinivasa et al. 2023 (CWCL). Its total loss is symmetric="infonce", with the frozen
-    tower's embeddings as `reference`; symmetric=True is not in the source.
+    Source: Srinivasa et al. 2023 (CWCL), L_CWCL. Its total loss is symmetric="infonce", with the
+    frozen tower's embeddings as `reference`; symmetric=True is not in the source.
     """
     if not (isinstance(symmetric, bool) or symmetric == "infonce"):
         raise TypeError(f"symmetric must be True, False or 'infonce', got {symmetric!r}")
@@ -114,8 +114,9 @@ def soft_target_infonce(
         group, chunk_size, backend: as in `multi_positive_infonce`.
 
     Returns a 0-d fp32 tensor (fp64 for fp64 features). Raises as `multi_positive_infonce`.
-    Source: Li et al. 2021 (ALBEF), eq. 6. There each direction has the other tower's queue as its
-    further candidates; that is the mean of two calls with symmetric=False.
+    Source: Li et al. 2021 (ALBEF), eq. 6, with cross-entropy instead of KL divergence, which has
+    the same gradient. There each direction has the other tower's queue as its further candidates;
+    that is the mean of two calls with symmetric=False.
     """
     alpha = check_number("alpha", alpha, 0, 1)
     check_flags(symmetric=symmetric)

@@ -56,7 +56,7 @@ def supcon_loss(
         group, chunk_size, backend: as in `multi_positive_infonce`.
 
     Returns a 0-d fp32 tensor (fp64 for fp64 features). Raises as `multi_positive_infonce`.
-    Source: Khosla et al. 2020 (SupCon), eq. 2 and 3.
+    Source: Khosla et al. 2020 (SupCon), eq. 2 and 3. It sums over the rows, this is the mean.
     """
     check_choice("positives", positives, ("mean", "in"))
     args = check_arguments(

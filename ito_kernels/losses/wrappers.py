@@ -34,7 +34,8 @@ def matryoshka_loss(
 
     Returns what `loss` returns, weighted and summed over the widths.
     Raises TypeError or ValueError for invalid dims or weights.
-    Source: Kusupati et al. 2022 (Matryoshka representation learning).
+    Source: Kusupati et al. 2022 (Matryoshka representation learning), eq. 1, which has classifiers:
+    there are no normalised prefixes in it.
     """
     _check("matryoshka_loss", loss, features)
     width = min(x.shape[-1] for x in features)
