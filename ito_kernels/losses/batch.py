@@ -174,6 +174,8 @@ def check_arguments(
             key_ids = query_ids  # one tensor before the cast to int64 and after it
         elif key_ids is not None:
             key_ids = check_ids(names.key_ids, key_ids, m, names.keys, device)
+        if scale.ndim and query_ids is not None:  # padded rows may have any scale
+            scale = scale.masked_fill(query_ids < 0, 1)
     return Arguments(queries, keys, scale, query_ids, key_ids, names, group, chunk_size, backend)
 
 

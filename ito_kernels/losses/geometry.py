@@ -167,7 +167,7 @@ def orthogonality_loss(
         total = row_dot(x, batch.all_reduce_sum(y.sum(0)).expand_as(x)).sum()
         mean = batch.all_reduce_loss(total - row_dot(x, y).sum()) / (n * (n - 1))
         square = _mean_square_of_negatives(batch, x, y, n)
-        return mean.square() + (square - 1 / x.shape[1]).clamp(min=0)
+        return mean.square() + torch.relu(square - 1 / x.shape[1])
 
 
 def _moment_batch(

@@ -65,7 +65,7 @@ def global_contrastive_loss(
             term is rho · mean_i (τ1_i + τ2_i).
         u_image, u_text: u1 and u2 of these rows, (N,), fp32 or fp64, 0 or more; 0 before a row's
             first batch.
-        gamma: the weight of the new value, from 0 to 1. Smaller batches need a smaller one.
+        gamma: the weight of the new value, from 0 to 1; with 1 there is no history.
         eps: a number of at least 0 that bounds the weights of the gradient.
         rho: keeps a learned temperature from growing small; None adds no term.
         group, chunk_size, backend: as in `multi_positive_infonce`. With a group, N is the number of

@@ -257,6 +257,9 @@ def infonce(args: Arguments, options: Options) -> Tensor | tuple:
     args = args.with_batch_ids(batch)
     if o.normalize:
         args = args.with_normalized_rows()
+        if o.hard_negatives is not None and args.query_ids is not None:
+            padded = (args.query_ids < 0)[:, None, None]  # may hold any values
+            o = o._replace(hard_negatives=o.hard_negatives.masked_fill(padded, 0))
         o = o.map_extra_candidates(lambda x: torch.nn.functional.normalize(x, dim=-1))
         if o.guide_queries is not None:
             o = o._replace(
@@ -397,7 +400,10 @@ def _positive_pairs(o: Options, scores: Scores) -> PositivePairs | None:
 def _negatives_apart(o: Options, scores: Scores) -> Scores | None:
     """The scores of the batch's negatives where they differ from `scores`, else None."""
     boost, ignore = o.boost("in_batch"), o.equal_ids == "ignore"
-    if not (boost or ignore):
+    # Limits of listed pairs, which the kernels cannot exempt. The positives of a guided loss come
+    # from another computation than its panels: only apart from these do small losses keep digits.
+    limited = o.false_negative_margin is not None and o.positive_pairs is not None
+    if not (boost or ignore or limited or scores.guide is not None):
         return None
     if ignore:  # the positives are (i, i), whatever their ids
         scores = replace(scores, exclude_self=True)
@@ -420,7 +426,8 @@ def candidate_pools(
         pools.append(PositivesAsCandidates(positives))
     if o.in_batch:
         if apart and o.positive_pairs is not None:
-            pools.append(UnpairedCandidates(negatives or scores, pairs, side, o.powers))
+            totals = o.label_smoothing > 0
+            pools.append(UnpairedCandidates(negatives or scores, pairs, side, o.powers, totals))
         elif negatives is not None:
             kind = "linear" if o.label_smoothing else None
             options = {"positives": kind, "exclude_positives": True}

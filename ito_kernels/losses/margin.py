@@ -14,6 +14,11 @@ from .precision import to_accumulate_dtype
 from .scores import Scores
 from .tiles import largest_positives
 
+# An inner product may be computed twice, for the limit and as a score. The two differ by up to 8
+# units of rounding times the norms (D = 16 to 512): without a tolerance, candidates that are equal
+# to the positive would leave or stay at random.
+TOLERANCE = 32
+
 
 @torch.no_grad()
 def apply_margin(scores: Scores, o: Options, pairs: PositivePairs | None) -> Scores:
@@ -34,27 +39,22 @@ def apply_margin(scores: Scores, o: Options, pairs: PositivePairs | None) -> Sco
     a, b = to_accumulate_dtype(a), to_accumulate_dtype(b)
     if pairs is None and scores.query_ids is None:
         pairs = PositivePairs.of_rows(scores)
-    largest_product = _largest_positive_products(scores, a, b, pairs)
-    rounding = 0.0
-    if o.positive_pairs is not None:
-        # The kernels get no ids of the pairs: for them every pair is a negative, including (i, i).
-        # Rounding must not put a positive above its own limit. Their sums of D products are wrong
-        # by far less than 1e-5 times the product of the norms, which is added to the limit.
-        no_positives = (
-            torch.zeros_like(largest_product["row"]).long(),
-            torch.ones_like(largest_product["col"]).long(),
-        )
-        scores = replace(scores, global_batch=scores.global_batch.with_ids(*no_positives))
-        norms = torch.stack([x.square().sum(1).amax().sqrt() for x in (a, b)])
-        rounding = 1e-5 * scores.global_batch.all_reduce_max(norms).prod()
+    products = _largest_positive_products(scores, a, b, pairs)
+    norms = _largest_positive_products(scores, *(norm_column(x) for x in (a, b)), pairs)
     limit = {}
-    for side, x in largest_product.items():
+    for side, x in products.items():
         factor = x.abs() if o.margin_type == "relative" else 1.0
-        margin = o.false_negative_margin * factor + rounding
-        limit[side] = torch.where(x == -torch.inf, torch.inf, x + margin)
+        rounding = TOLERANCE * torch.finfo(x.dtype).eps * norms[side]
+        x_limit = x + o.false_negative_margin * factor + rounding
+        limit[side] = torch.where(x == -torch.inf, torch.inf, x_limit)
     return replace(
         scores, row_limit=limit["row"], col_limit=limit["col"] if scores.symmetric else None
     )
+
+
+def norm_column(x: Tensor) -> Tensor:
+    """The norms as features of width 1, whose inner products are the products of norms."""
+    return x.norm(dim=1, keepdim=True)
 
 
 def _largest_positive_products(

@@ -13,6 +13,7 @@ from ..similarity.budget import count_as_kept, tile_cache_left
 from ..similarity.first_order import first_order_only, reverse_mode_only
 from ..similarity.pairs import finite_shift
 from ..similarity.panelwise import panelwise, row_panels
+from ..similarity.spec import without_autocast
 
 
 class Mask(NamedTuple):
@@ -39,6 +40,10 @@ class Mask(NamedTuple):
     diagonal: int = 0
     col_limit: Tensor | None = None
     guide: tuple[Tensor, Tensor] | None = None
+
+    def tensors(self) -> list[Tensor]:
+        fields = (self.row_ids, self.col_ids, self.row_limit, self.pairs, self.col_limit)
+        return [x for x in (*fields, *(self.guide or ())) if x is not None]
 
     def __call__(self, rows: Tensor, dot: Tensor) -> Tensor:
         """The mask of a panel in the direction of the rows, True where a pair is left out.
@@ -90,9 +95,11 @@ class Mask(NamedTuple):
 
     def positives(self, rows: Tensor, dot: Tensor) -> Tensor | None:
         """The positives of a panel; None if they are `pairs`, which are left out."""
+        if self.pairs is not None:
+            return None
         if self.row_ids is not None:
             return self.row_ids[rows, None] == self.col_ids
-        return self._diagonal(rows, dot) if self.pairs is None else None
+        return self._diagonal(rows, dot)
 
     def _diagonal(self, rows: Tensor, dot: Tensor) -> Tensor:
         columns = torch.arange(dot.shape[1], device=dot.device)
@@ -103,12 +110,14 @@ class MaskedStatistics(NamedTuple):
     """Statistics of S for each row or column, over the pairs that are not left out.
 
     max: -inf without pairs. number: of the pairs. log_sums: for each power p, log Σ exp(p·(S -
-    max)), (powers, N) or (powers, M). Only the last have gradients.
+    max)), (powers, N) or (powers, M). total: Σ S, or 0 if it is not asked for. Only the last two
+    have gradients.
     """
 
     max: Tensor
     number: Tensor
     log_sums: Tensor
+    total: Tensor
 
 
 def masked_statistics(
@@ -120,6 +129,7 @@ def masked_statistics(
     powers: tuple[float, ...],
     sides: tuple[str, ...],
     boost: float = 0.0,
+    totals: bool = False,
 ) -> dict[str, MaskedStatistics]:
     """Statistics of S = scale·a·bᵀ over the pairs that `mask` does not leave out, in the directions
     `sides`. One pass over the panels for both.
@@ -128,12 +138,14 @@ def masked_statistics(
         scale: (N,). bias: (M,) or None, added to S in the direction "row".
         powers: exponents p.
         boost: α; S has the further term α·a·bᵀ without gradient.
+        totals: also compute Σ S.
     """
     reverse_mode_only(a, b, scale, *(() if bias is None else (bias,)))
     if b is a and torch.compiler.is_compiling():
         b = b.view_as(b)  # torch.compile cannot trace one tensor that is passed twice
-    values = iter(_Statistics.apply(_Panels(mask, powers, sides, boost), a, b, scale, bias))
-    return {side: MaskedStatistics(next(values), next(values), next(values)) for side in sides}
+    panels = _Panels(mask, powers, sides, boost, totals)
+    values = _Statistics.apply(panels, a, b, scale, bias)
+    return {side: MaskedStatistics(*values[4 * i : 4 * i + 4]) for i, side in enumerate(sides)}
 
 
 class _Panels(NamedTuple):
@@ -143,6 +155,7 @@ class _Panels(NamedTuple):
     powers: tuple[float, ...]
     sides: tuple[str, ...]
     boost: float
+    totals: bool
 
     def scores(
         self, a: Tensor, b: Tensor, scale: Tensor, bias: Tensor | None, kept: Sequence[Tensor] = ()
@@ -176,7 +189,7 @@ class _Statistics(torch.autograd.Function):
         for side in panels.sides:
             size = len(a) if side == "row" else len(b)
             sums = a.new_zeros(len(powers), size)
-            out[side] = [a.new_full((size,), -torch.inf), a.new_zeros(size), sums]
+            out[side] = [a.new_full((size,), -torch.inf), a.new_zeros(size), sums, sums[0] * 0]
         # One buffer: between the panels' temporary tensors, masks of their own would fragment the
         # heap, by 30 to 60 MiB for 8192 rows.
         # Half of the budget: what else a loss of four directions takes is 100 MiB.
@@ -193,7 +206,11 @@ class _Statistics(torch.autograd.Function):
             else:
                 buffer = buffer[:used]  # the panels that are kept are the first
             for (side, x), masked in zip(scores.items(), masks, strict=True):
-                maximum, number, sums = out[side]
+                maximum, number, sums, total_score = out[side]
+                if panels.totals and side == "row":
+                    total_score[rows] = x.masked_fill(masked, 0).sum(1)
+                elif panels.totals:
+                    total_score += x.masked_fill(masked, 0).sum(0)
                 if side == "row":
                     maximum[rows] = x.amax(1)
                     number[rows] = (~masked).sum(1).to(number.dtype)
@@ -208,37 +225,42 @@ class _Statistics(torch.autograd.Function):
                     for total, p in zip(sums, powers, strict=True):
                         total.mul_((p * (maximum - shift)).exp_()).add_((p * x).exp_().sum(0))
                     out[side][0] = largest
-        for _, _, sums in out.values():
+        for _, _, sums, _ in out.values():
             sums.log_()
         values = [x for statistics in out.values() for x in statistics]
-        ctx.save_for_backward(a, b, scale, bias, *values, *kept)
-        ctx.panels = panels
-        ctx.mark_non_differentiable(*(x for i, x in enumerate(values) if i % 3 < 2))
+        # those of the mask so that backward raises if they were modified in place
+        ctx.save_for_backward(a, b, scale, bias, *values, *kept, *panels.mask.tensors())
+        ctx.panels, ctx.kept = panels, len(kept)
+        ctx.mark_non_differentiable(*(x for i, x in enumerate(values) if i % 4 < 2))
         return tuple(values)
 
     @staticmethod
     def backward(ctx, *grads: Tensor) -> tuple:
         first_order_only()
+        with without_autocast(ctx.saved_tensors[0].device):
+            return _Statistics._gradients(ctx, grads)
+
+    @staticmethod
+    def _gradients(ctx, grads: tuple[Tensor, ...]) -> tuple:
         a, b, scale, bias, *values = ctx.saved_tensors
         panels, needs = ctx.panels, ctx.needs_input_grad[1:]
-        values, kept = values[: 3 * len(panels.sides)], values[3 * len(panels.sides) :]
+        values, kept = values[: len(grads)], values[len(grads) : len(grads) + ctx.kept]
         grad_a, grad_b = torch.empty_like(a), torch.zeros_like(b)
         grad_scale, grad_bias = torch.empty_like(scale), None
         if bias is not None:
             grad_bias = torch.zeros_like(bias)
-        for rows, dot, scores, _ in panels.scores(a, b, scale, bias, kept):
+        for rows, dot, scores, masks in panels.scores(a, b, scale, bias, kept):
             weights = torch.zeros_like(dot)
             for i, (side, x) in enumerate(scores.items()):
-                shift, log_sums, grad = (
-                    finite_shift(values[3 * i]),
-                    finite_shift(values[3 * i + 2]),
-                    grads[3 * i + 2],
-                )
+                shift, log_sums = (finite_shift(values[4 * i + j]) for j in (0, 2))
+                grad, grad_total = grads[4 * i + 2 : 4 * i + 4]
                 part = (rows, None) if side == "row" else slice(None)
                 x.sub_(shift[part])
                 for p, log_sum, g in zip(panels.powers, log_sums, grad, strict=True):
                     terms = (p * x).sub_(log_sum[part]).exp_()
                     weights.addcmul_(terms, p * g[part])
+                if panels.totals:
+                    weights += grad_total[part].masked_fill(masks[i], 0)
                 if side == "row" and needs[3]:
                     grad_bias += weights.sum(0)
             grad_scale[rows] = torch.linalg.vecdot(weights, dot)

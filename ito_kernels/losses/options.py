@@ -166,11 +166,6 @@ def _check_multi_pass_options(o: Options, args: Arguments) -> Options:
             "margin_on='in_batch' spares the queue and the hard negatives, and with in_batch=False"
             " there are no other negatives: give one or the other"
         )
-    if o.positive_pairs is not None and (o.false_negative_margin or 0) < 0:
-        raise ValueError(
-            "false_negative_margin must be 0 or more with positive_pairs, so that no positive"
-            f" leaves the denominator, got {o.false_negative_margin}"
-        )
     o = _check_equal_ids(_check_guide(_check_hardness_mode(o), args), args)
     extra = "a queue or hard_negatives"
     if o.queue is None and o.hard_negatives is None:
@@ -375,6 +370,8 @@ def _check_debias(tau: object, scale: Tensor, queries: Tensor, m: int, symmetric
     tau = check_tensor("debias", tau) if isinstance(tau, Tensor) else tau
     if isinstance(tau, Tensor) and tau.ndim:
         tau = check_value_range("debias", check_weight("debias", tau, n, queries), 1)
+        if tau.device.type == "cpu" and not torch.compiler.is_compiling() and (tau == 1).any():
+            raise ValueError("debias, the proportions of false negatives, must be less than 1")
         if symmetric and n != m:
             raise ValueError(
                 "debias with a prior per query and symmetric=True needs the same number of queries"

@@ -65,20 +65,29 @@ class UnpairedCandidates:
     """The pairs of the batch that are not in a list of positive pairs.
 
     No kernel takes such a list: the sums are computed in PyTorch, a panel of rows at a time.
-    powers: the exponents for which `log_sum` will be called.
+    powers: the exponents for which `log_sum` will be called. totals: whether `total` will be.
     """
 
-    def __init__(self, scores: Scores, pairs: PositivePairs, side: str, powers: tuple[float, ...]):
+    def __init__(
+        self,
+        scores: Scores,
+        pairs: PositivePairs,
+        side: str,
+        powers: tuple[float, ...],
+        totals: bool = False,
+    ):
         self.powers = powers
-        self.max, self.number, self.log_sums = scores.unpaired_statistics(
-            pairs.linear_indices(), powers
-        )[side]
+        statistics = scores.unpaired_statistics(pairs.linear_indices(), powers, totals)[side]
+        self.max, self.number, self.log_sums, self.total_score = statistics
 
     def log_sum(self, power: float, shift: Tensor) -> Tensor:
         return self.log_sums[self.powers.index(power)] + power * (self.max - shift)
 
     def count(self) -> Tensor:
         return self.number
+
+    def total(self, shift: Tensor) -> tuple[Tensor, Tensor]:
+        return self.total_score - self.number * shift, self.number
 
     def reference_shift(self, power: float) -> Tensor:
         return finite_shift(self.max)
@@ -110,7 +119,10 @@ class QueueCandidates:
 
     def log_sum(self, power: float, shift: Tensor) -> Tensor:
         stats = self._statistics(power, exclude_positives=True)
-        return stats.row_logsum + (stats.row_max - power * shift)
+        # What is infinite shows in the loss, although e^-inf is 0 and a limit leaves out e^inf.
+        rows = self.queue.masked_fill((self.col_ids < 0)[:, None], 0)
+        infinite = 0 * rows.sum().to(shift)
+        return stats.row_logsum + (stats.row_max - power * shift) + infinite
 
     def count(self) -> Tensor:
         if self.scores.row_limit is not None:  # as in Scores.candidate_counts
@@ -169,13 +181,15 @@ class HardNegatives:
             rows = rows.masked_fill(padded, 0)
             hard_negatives = hard_negatives.masked_fill(padded[:, :, None], 0)
         products = torch.bmm(to_accumulate_dtype(hard_negatives), rows[:, :, None]).squeeze(2)
+        products = products.masked_fill(products == -torch.inf, torch.nan)  # shows in the loss
         self.excluded = torch.zeros_like(products, dtype=torch.bool)
         if ids is not None:
             own = scores.query_ids
             own = torch.arange(len(ids), device=ids.device) if own is None else own
             self.excluded = (ids < 0) | (ids == own[:, None])
         if scores.row_limit is not None:
-            self.excluded = self.excluded | (products > scores.row_limit[:, None])
+            above = (products > scores.row_limit[:, None]) & (products != torch.inf)
+            self.excluded = self.excluded | above
         scaled = scores.scale.reshape(-1, 1) * products
         if boost:
             scaled = scaled + boost * products.detach()
@@ -188,7 +202,7 @@ class HardNegatives:
         return total.masked_fill(empty, -torch.inf)
 
     def count(self) -> Tensor:
-        return (~self.excluded).sum(1)
+        return (~self.excluded).sum(1).to(self.values.dtype)
 
     def total(self, shift: Tensor) -> tuple[Tensor, Tensor]:
         scores = (self.values - shift[:, None]).masked_fill(self.excluded, 0)

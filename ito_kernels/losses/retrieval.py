@@ -23,6 +23,7 @@ from ..similarity.spec import check_pair, check_tensor
 from .batch import Arguments, Names, check_arguments, same_scale_shape_on_all_ranks
 from .common import check_choice, check_flags
 from .infonce import infonce
+from .margin import TOLERANCE
 from .options import HARDNESS_MODES, Options, check_number
 from .pools import HardNegatives
 from .precision import (
@@ -355,14 +356,10 @@ class Ranking:
             self.symmetric = self._scores("queries", "positives", self.batch, symmetric=True)
 
     def _limit(self) -> Tensor:
-        """The cosine above which a candidate is left out, (N,).
-
-        A kernel's cosine of the same two texts differs by up to 8 units of rounding, so that of
-        texts that occur twice half would leave at random.
-        """
+        """The cosine above which a candidate is left out, (N,)."""
         own = row_dot(self.unit["queries"], self.unit["positives"])
         factor = own.abs() if self.o.margin_strategy == "relative" else 1.0
-        return own - self.o.margin * factor + 16 * torch.finfo(own.dtype).eps
+        return own - self.o.margin * factor + TOLERANCE * torch.finfo(own.dtype).eps
 
     def _scores(
         self,

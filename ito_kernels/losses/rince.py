@@ -6,7 +6,6 @@ import math
 
 import torch
 from torch import Tensor
-from torch.nn.functional import softplus
 
 from ..distributed import same_on_every_rank
 from ..similarity.spec import is_number
@@ -69,7 +68,9 @@ def rince_loss(
         losses = []
         for side, negatives in scores.statistics().items():
             # log Σ_j e^S_ij - S_ii, from the negatives alone, so that a small one keeps its digits
-            gap = softplus(negatives.logsum + (negatives.max - positive), threshold=40)
+            # (the gradient of softplus would overflow with a large upstream gradient)
+            log_ratio = negatives.logsum + (negatives.max - positive)
+            gap = torch.logaddexp(torch.zeros_like(log_ratio), log_ratio)
             losses.append(scores.mean(side, _difference(positive, gap + log_lam, q)))
         return sum(losses) / len(losses)
 

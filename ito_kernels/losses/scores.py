@@ -238,6 +238,7 @@ class Scores:
         powers: tuple[float, ...],
         exclude_positives: bool = False,
         pairs: Tensor | None = None,
+        totals: bool = False,
     ) -> dict[str, MaskedStatistics]:
         """`masked.masked_statistics` of this rank's anchors.
 
@@ -250,18 +251,20 @@ class Scores:
                 bias = bias.masked_fill(self.key_ids < 0, 0)
             bias = batch.all_gather_rows(bias)
         scale = self.scale.expand(len(a)).contiguous()
-        by_side = masked_statistics(a, b, scale, bias, mask, powers, sides, self.boost)
+        by_side = masked_statistics(a, b, scale, bias, mask, powers, sides, self.boost, totals)
         if "col" in by_side:
             by_side["col"] = self._of_all_rows(by_side["col"], powers)
         return by_side
 
     def unpaired_statistics(
-        self, pairs: Tensor, powers: tuple[float, ...]
+        self, pairs: Tensor, powers: tuple[float, ...], totals: bool
     ) -> dict[str, MaskedStatistics]:
         """Those of all pairs but `pairs`, linear indices. Cached for one list of pairs."""
         key = "unpaired", powers
         if key not in self._pass_cache:
-            self._pass_cache[key] = self.masked_statistics(self.directions, powers, pairs=pairs)
+            self._pass_cache[key] = self.masked_statistics(
+                self.directions, powers, pairs=pairs, totals=totals
+            )
         return self._pass_cache[key]
 
     def _of_all_rows(
@@ -280,7 +283,8 @@ class Scores:
         ]
         sums = batch.all_reduce_sum(torch.stack(log_sums))
         sums = torch.where(number > 0, sums, 1).log().masked_fill(number == 0, -torch.inf)
-        return MaskedStatistics(*(batch.local_columns(x) for x in (maximum, number, sums)))
+        total = batch.all_reduce_sum(columns.total)
+        return MaskedStatistics(*(batch.local_columns(x) for x in (maximum, number, sums, total)))
 
     def _masked_operands(
         self, exclude_positives: bool = False, pairs: Tensor | None = None
@@ -297,6 +301,8 @@ class Scores:
             a, b = without_padding(a, b)
             guide = guide and without_padding(*guide)
             col_ids = batch.all_gather_rows(col_ids)
+        if guide is not None:  # what is not finite in the guide reaches the loss
+            a, b = (x + 0 * g.sum(1, keepdim=True) for x, g in zip((a, b), guide, strict=True))
         a, b = to_accumulate_dtype(a), to_accumulate_dtype(batch.all_gather_rows(b))
         mask = Mask(
             row_ids,

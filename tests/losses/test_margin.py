@@ -400,7 +400,124 @@ def test_bad_margins():
         ik.clip_loss(a, b, SCALE, margin_type="relative")
     with pytest.raises(ValueError, match="false_negative_margin must be finite, got nan"):
         ik.clip_loss(a, b, SCALE, false_negative_margin=float("nan"))
-    with pytest.raises(ValueError, match="0 or more with positive_pairs"):
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_the_margin_of_pairs_does_not_depend_on_the_norms_of_other_rows(backend):
+    pairs = {"positive_pairs": torch.tensor([[0, 0], [1, 2]])}
+    ids = {"query_ids": torch.tensor([0, 1]), "key_ids": torch.tensor([0, 5, 1])}
+    q = torch.tensor([[1.0, 0.0], [0.0, 300.0]])
+    k = torch.tensor([[0.5, 0.0], [0.9, 0.0], [0.0, 300.0]])
+    options = {"false_negative_margin": 0.1, "symmetric": False, "reduction": "none"}
+    truth = torch.logsumexp(torch.tensor([0.5, 0.0]), 0) - 0.5  # key 1 is left out
+    for kind in (pairs, ids):
+        losses = ik.multi_positive_infonce(q, k, 1.0, backend=backend, **kind, **options)
+        assert losses[0] == pytest.approx(truth.item(), rel=1e-6)
+
+
+@pytest.mark.parametrize("margin", [-0.2, 0.0])
+def test_pairs_with_a_negative_margin(margin):
+    a, b, ids_a, ids_b = make(padded=False)
+    pairs = {"positive_pairs": (ids_a[:, None] == ids_b).nonzero()}
+    ids = {"query_ids": ids_a, "key_ids": ids_b}
+    by_ids, by_pairs = (
+        ik.clip_loss(a, b, SCALE, false_negative_margin=margin, label_smoothing=0.2, **kind)
+        for kind in (ids, pairs)
+    )
+    torch.testing.assert_close(by_pairs, by_ids, rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("guided", [False, True])
+@pytest.mark.parametrize("with_ids", [False, True])
+@pytest.mark.parametrize("d", [33, 512])
+def test_copies_of_the_positive_stay_with_a_margin_of_0(d, with_ids, guided, backend):
+    """They are not above it; only rounding may say so."""
+    dtype = torch.float32 if backend == "cpu" else torch.float64
+    g = torch.Generator().manual_seed(d)
+    texts = normalize(torch.randn(20, d, generator=g, dtype=dtype), dim=1).repeat(3, 1)
+    images = normalize(texts + 0.3 * torch.randn(60, d, generator=g, dtype=dtype) / d**0.5, dim=1)
+    given = {"query_ids": torch.arange(60), "key_ids": torch.arange(60)} if with_ids else {}
+    if guided:
+        given |= {"guide_queries": images, "guide_keys": texts}
+    zero, more = (
         ik.multi_positive_infonce(
-            a, b, SCALE, positive_pairs=torch.zeros(1, 2).long(), false_negative_margin=-0.1
+            *(images, texts, 10.0),
+            false_negative_margin=margin,
+            symmetric=False,
+            reduction="none",
+            backend=backend,
+            **given,
         )
+        for margin in (0.0, 1e-4)
+    )
+    torch.testing.assert_close(zero, more)
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+def test_what_is_not_finite_shows_through_a_margin(value):
+    a, b, *_ = make(padded=False)
+    hard = torch.stack([a, b], 1)
+    options = {"false_negative_margin": 0.1, "hard_negatives": hard, "queue": b.clone()}
+    options |= {"guide_queries": a.clone(), "guide_keys": b.clone()}
+    for name in ("hard_negatives", "queue", "guide_queries", "guide_keys"):
+        spoilt = options[name].clone()
+        spoilt.view(-1)[0] = value
+        found = ik.clip_loss(a.abs(), b, SCALE, **{**options, name: spoilt})
+        assert not found.isfinite(), name
+        if not name.startswith("guide"):
+            plain = {k: x for k, x in options.items() if not k.startswith("guide")}
+            assert not ik.clip_loss(a.abs(), b, SCALE, **{**plain, name: spoilt}).isfinite(), name
+
+
+def test_small_guided_losses_keep_their_digits():
+    """The loss is 1.4e-6, of scores of 100: their rounding alone would be 4e-6."""
+    g = torch.Generator().manual_seed(0)
+    a = normalize(torch.randn(64, 512, generator=g, dtype=torch.float64), dim=1)
+    b = normalize(a + 0.9 * normalize(torch.randn(64, 512, generator=g).double(), dim=1), dim=1)
+    given = {"guide_queries": a.float(), "guide_keys": b.float(), "false_negative_margin": 0.0}
+    for ids in ({}, {"query_ids": torch.arange(64), "key_ids": torch.arange(64)}):
+        truth = ik.clip_loss(a, b, 30.0, backend="reference", **ids, **given)
+        found = ik.clip_loss(a.float(), b.float(), 30.0, **ids, **given)
+        assert truth < 1e-6
+        assert found.item() == pytest.approx(truth.item(), rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"guide": True},
+        {"guide": True, "hardness_mode": "all", "hardness_strength": 2.0},
+        {"pairs": True, "debias": 0.1},
+        {"pairs": True, "false_negative_margin": 0.1},
+    ],
+    ids=str,
+)
+def test_backward_under_autocast(options):
+    a, b, *_ = make(padded=False)
+    a, b = (x.float().requires_grad_() for x in (a, b))
+    options = dict(options)
+    if options.pop("guide", False):
+        options |= {"guide_queries": a.detach(), "guide_keys": b.detach()}
+        options["false_negative_margin"] = 0.1
+    if options.pop("pairs", False):
+        options["positive_pairs"] = torch.arange(41).expand(2, -1).T
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        inside = torch.autograd.grad(ik.clip_loss(a, b, SCALE, **options), (a, b))
+        loss = ik.clip_loss(a, b, SCALE, **options)
+    for x, y in zip(inside, torch.autograd.grad(loss, (a, b)), strict=True):
+        assert torch.equal(x, y)
+
+
+def test_a_guide_that_was_modified_raises_in_backward():
+    a, b, *_ = make(padded=False)
+    guide = a.clone()
+    loss = ik.clip_loss(
+        *(a.requires_grad_(), b, SCALE),
+        guide_queries=guide,
+        guide_keys=b,
+        false_negative_margin=0.0,
+    )
+    guide.mul_(2)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()

@@ -901,3 +901,49 @@ def test_an_unknown_option_is_told_by_the_loss_that_got_it():
         for call in (loss, partial(ik.matryoshka_loss, loss, dims=[3])):
             with pytest.raises(TypeError, match=rf"^{name}\(\) got .* argument 'bad_option'$"):
                 call(x, x, logit_scale=1.0, bad_option=1)
+
+
+def test_hard_negatives_of_padded_queries_are_not_read_when_they_are_normalised():
+    q, k, hard = (unit(*x, 5, seed=i) for i, x in enumerate([(6,), (6,), (6, 2)]))
+    ids = torch.tensor([0, 1, 2, 3, -1, -1])
+    hard[4:] = torch.nan
+    leaves = [x.requires_grad_() for x in (q, k, hard)]
+    loss = ik.clip_loss(
+        *(q, k, 4.0), query_ids=ids, key_ids=ids, hard_negatives=hard, normalize=True
+    )
+    for grad in torch.autograd.grad(loss, leaves):
+        assert grad.isfinite().all()
+
+
+@pytest.mark.parametrize("more", [{"hardness": 0.5}, {"debias": 0.1}])
+def test_hard_negatives_alone_in_fp64(more):
+    """Of three equal ones, hardness changes nothing; debias is 1 / (1 - τ) of what exceeds."""
+    q, k = unit(6, 5), unit(6, 5, seed=1)
+    hard = unit(6, 1, 5, seed=2).repeat(1, 3, 1)
+    alone = {"hard_negatives": hard, "in_batch": False, "symmetric": False, "reduction": "none"}
+    found = ik.multi_positive_infonce(q, k, 5.0, **alone, **more)
+    pos, neg = 5 * (q * k).sum(1), 5 * (q * hard[:, 0]).sum(1)
+    negatives = 3 * neg.exp()
+    if "debias" in more:
+        negatives = torch.clamp((negatives - 0.3 * pos.exp()) / 0.9, min=3 * math.exp(-5))
+    torch.testing.assert_close(found, (pos.exp() + negatives).log() - pos, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("backend", [x for x in ("reference", "chunked", "cpu") if x in AVAILABLE])
+@pytest.mark.parametrize("more", [{}, {"label_smoothing": 0.1}, {"hardness": 0.5}])
+def test_scales_of_padded_queries_are_not_read(more, backend):
+    q, k = (unit(6, 5, seed=i).float().requires_grad_() for i in range(2))
+    ids, scale = torch.tensor([0, 1, 2, -1, 3, -1]), torch.full((6,), 4.0)
+    spoilt = scale.masked_fill(ids < 0, torch.nan).requires_grad_()
+    losses = [
+        ik.clip_loss(q, k, x, query_ids=ids, key_ids=ids, backend=backend, **more)
+        for x in (scale, spoilt)
+    ]
+    assert losses[0] == losses[1]
+    for grad in torch.autograd.grad(losses[1], (q, k, spoilt)):
+        assert grad.isfinite().all()
+
+
+def test_a_prior_of_1_raises_for_each_query_too():
+    with pytest.raises(ValueError, match=r"debias, the proportions .* must be less than 1"):
+        ik.clip_loss(unit(6, 5), unit(6, 5, seed=1), 4.0, debias=torch.ones(6))

@@ -512,3 +512,12 @@ def test_decoupled_softmax_compiles_in_one_graph():
 
     compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
     check(compiled(x, y), loss(x, y), [x, y])
+
+
+def test_orthogonality_has_no_gradient_at_its_bound():
+    """D = 1: the mean square is 1 / D, and the mean is 0."""
+    x = torch.tensor([[-1.0], [-1.0]], requires_grad=True)
+    y = torch.tensor([[1.0], [-1.0]])
+    loss = ik.orthogonality_loss(x, y)
+    assert loss == 0
+    assert not torch.autograd.grad(loss, x)[0].any()

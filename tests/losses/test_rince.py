@@ -140,3 +140,13 @@ def test_bad_input(error, message, wrong):
     arguments = {"queries": X, "keys": X, "logit_scale": 1.0, "q": 0.5, "lam": 0.1}
     with pytest.raises(error, match=message):
         ik.rince_loss(**arguments | wrong)
+
+
+def test_gradients_overflow_only_with_the_loss():
+    """q·S is 60; the negative is 35 above the positive."""
+    x = torch.eye(4)[:2].clone().requires_grad_()
+    y = torch.tensor([[0.65, 0.0, 0.0, 0.76], [1.0, 0.0, 0.0, 0.0]])
+    loss = ik.rince_loss(x, y, 100.0, q=0.6, lam=0.5, symmetric=False)
+    (grad,) = torch.autograd.grad(loss, x)
+    assert loss.isfinite()
+    assert grad.isfinite().all()
