@@ -91,7 +91,8 @@ def main(arguments: list[str] | None = None) -> None:
         ):
             print(one_line(query))
             for value, picture in zip(values, pictures, strict=True):
-                print(f"  {value:6.3f}  {index.name(picture):32} {index.dataset.files[picture]}")
+                name, file = one_line(index.name(picture)), index.dataset.files[picture]
+                print(f"  {value:6.3f}  {name:32} {one_line(file, len(file))}")
         sheet = contact_sheet(index, options.queries, scores, found)
         with write_atomically(out) as temporary:
             sheet.save(temporary, "PNG")

@@ -14,8 +14,11 @@ from pathlib import Path
 import torch
 
 from ito.cli import one_line
+from ito.data.fields import Record, Skipped
 from ito.data.pictures import MAX_PIXELS, decode
-from ito.data.records import Record, Skipped, cpu_count, open_shards
+from ito.data.records import cpu_count, find_format, open_shards
+
+NOTHING = "it holds no record"
 
 
 @dataclass
@@ -25,7 +28,8 @@ class Dataset:
     Per picture: `images` uint8 (K, 3, S, S); `image_item` int64 (K,), indices into the lists of
     items; `files`, the paths; `split`; `style`.
     Per item: `items`, the keys; `captions`; `translations`, {language: names}; `group`; `subgroup`.
-    `skipped`: the records left out, with their place and the reason.
+    `skipped`: the records left out, with their place and the reason. `format`: one of
+    `ito.data.records.FORMATS`. `split_by`: what the split was given by, or keeps together.
     """
 
     images: torch.Tensor
@@ -39,6 +43,8 @@ class Dataset:
     group: list[str | None]
     subgroup: list[str | None]
     skipped: list[Skipped]
+    format: str
+    split_by: str
 
     def rows(self, split: str) -> torch.Tensor:
         """The indices of a split's pictures, int64."""
@@ -83,16 +89,18 @@ def load_dataset(
     path: str | Path,
     image_size: int,
     *,
-    split_seed: int | None = 0,
+    split_seed: int = 0,
+    only: str | None = None,
     workers: int | None = None,
     max_pixels: int = MAX_PIXELS,
-    **options: str | bool,
+    **options: str | bool | None,
 ) -> Dataset:
     """Read everything that `ito.data.records.open_shards` finds at `path`, and decode its pictures.
 
-    If no record names a split, 10 % of the items (at least one), by hash of item and `split_seed`,
-    are "heldout"; items that share a picture, to the pixel, are on the same side. Without a seed
-    all are "val". If some records name a split, one that names none is "train".
+    If no record names a split other than "train", 10 % of the items (at least one), by hash of item
+    and `split_seed`, are "heldout"; items that share a picture, to the pixel, are on the same side.
+    If some records name a split, one that names none is "train". With `only`, the name of a split,
+    records that name none are of that split; if the data names "train" alone, all are.
     Pictures become centred squares of `image_size` pixels on white. The order is that of the
     source, for any number of `workers`. `options` are those of `open_shards`.
 
@@ -107,19 +115,25 @@ def load_dataset(
     skipped += unreadable
     if not kept:
         reasons = "; ".join(one_line(f"{where}: {reason}") for where, reason in skipped[:3])
-        about = f"{len(skipped)} records skipped: {reasons}" if skipped else "it holds no record"
-        raise ValueError(f"no usable picture in {path} ({about})")
+        counts = ", ".join(f"{kind}: {n}" for kind, n in count_kinds(skipped).items())
+        about = f"{len(skipped)} records skipped, {counts}: {reasons}" if skipped else NOTHING
+        hint = "; is it in another folder? set --image-root" * (
+            {"no picture"} == {*count_kinds(skipped)}
+        )
+        raise ValueError(f"no usable picture in {path} ({about}){hint}")
 
     index = {item: n for n, item in enumerate(dict.fromkeys(r.item for r in kept))}
     rows = [[] for _ in index]
     for r in records:
         if r.item in index:
             rows[index[r.item]].append(r)
-    if any(r.split for r in records):
-        split = [r.split or "train" for r in kept]
-    elif split_seed is None:
-        split = ["val"] * len(kept)
+    split_by = "split"
+    if any(r.split not in (None, "train") for r in records):
+        split = [r.split or only or "train" for r in kept]
+    elif only:
+        split, split_by = [only] * len(kept), "none"
     else:
+        split_by = "item"
         groups = groups_by_picture(images, [index[r.item] for r in kept], list(index))
         held = held_out(groups, split_seed)
         split = ["heldout" if r.item in held else "train" for r in kept]
@@ -141,6 +155,8 @@ def load_dataset(
         group=[next((r.group for r in same if r.group), None) for same in rows],
         subgroup=[next((r.subgroup for r in same if r.subgroup), None) for same in rows],
         skipped=skipped,
+        format=find_format(path, options.get("data_format", "auto")),
+        split_by=split_by,
     )
 
 
@@ -235,6 +251,11 @@ def report_repeated(dataset: Dataset) -> str:
         "pictures too: their scores do not measure generalisation"
         for split, count in repeated.items()
     )
+
+
+def count_kinds(skipped: list[Skipped]) -> dict[str, int]:
+    """The number of skipped records by reason, the most frequent first."""
+    return dict(Counter(record.kind for record in skipped).most_common())
 
 
 def report_skipped(skipped: list[Skipped], limit: int = 10) -> str:

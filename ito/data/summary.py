@@ -1,0 +1,48 @@
+"""What a run reads, in numbers: `RUN/data.json`, and the sentence that is printed."""
+
+from collections import Counter
+
+from ito.data.dataset import Dataset, count_kinds
+
+
+def summarise(form: str, parts: list[Dataset], cut: int, streamed: bool = False) -> dict:
+    """The numbers of `parts`, the data set, or that trained on and that scored.
+
+    form: the format of what is trained on. cut: captions longer than the context. Of a stream what
+    is trained on is not known before it is read: `train_items` is None.
+    """
+    captions = [texts for part in parts for texts in part.captions]
+    often = Counter(text for texts in captions for text in texts)
+    held = [
+        {
+            item
+            for item, split in zip(part.image_item.tolist(), part.split, strict=True)
+            if split != "train"
+        }
+        for part in parts
+    ]
+    return {
+        "format": form,
+        "pictures": sum(len(part.images) for part in parts),
+        "items": sum(len(part.items) for part in parts),
+        "captions": sum(map(len, captions)),
+        "skipped": count_kinds([record for part in parts for record in part.skipped]),
+        "cut_captions": cut,
+        "equal_captions": sum(often[text] > 1 for texts in captions for text in texts),
+        "train_items": None if streamed else len(parts[0].training_items()),
+        "val_items": len(held[-1]),
+        "split_by": parts[0].split_by if len(parts) == 1 and not streamed else "none",
+    }
+
+
+def sentence(facts: dict) -> str:
+    skipped = sum(facts["skipped"].values())
+    reasons = ", ".join(f"{kind}: {count}" for kind, count in facts["skipped"].items())
+    trained = facts["train_items"]
+    return (
+        f"{facts['format']}: {facts['pictures']} pictures of {facts['items']} items with "
+        f"{facts['captions']} captions, {facts['cut_captions']} of them cut and "
+        f"{facts['equal_captions']} equal to one of another item; "
+        f"{'a stream' if trained is None else trained} to train on, {facts['val_items']} held out, "
+        f"split by {facts['split_by']}; {skipped} records skipped" + f" ({reasons})" * bool(skipped)
+    )
