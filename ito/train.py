@@ -24,7 +24,6 @@ from ito.config import Config, add_options, from_options
 from ito.data.dataset import Dataset, report_repeated, report_skipped
 from ito.data.fields import Skipped
 from ito.data.records import find_format
-from ito.data.summary import sentence, summarise
 from ito.files import undamaged, write_text
 from ito.model.exported import Encoder, export, load, saved_tokenizer
 from ito.model.pretrained import OURS, load_tokenizer
@@ -49,6 +48,7 @@ from ito.scoring.report_page import write_report
 from ito.scoring.scores import table
 from ito.source import locate, open_data
 from ito.stream import Stream, first_captions
+from ito.summary import sentence, summarise
 from ito.trainer import Trainer
 
 

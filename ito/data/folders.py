@@ -3,7 +3,8 @@ name of its folder."""
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 from ito.data.fields import (
@@ -108,13 +109,8 @@ def read_imagefolder(root: Path, found: Walk, options: Options) -> Iterator[Reco
         if options.leads_out(source):
             raise ValueError(f"{source} leads out of the folder, which --untrusted-data forbids")
         prefix = "" if here == Path() else f"{here.as_posix()}/"
-        is_csv = name.endswith(".csv")
-        rows = (
-            read_csv(source, options, ",", prefix)
-            if is_csv
-            else read_jsonl(source, options, prefix)
-        )
-        yield from in_split(rows, split_of(here))
+        read = partial(read_csv, separator=",") if name.endswith(".csv") else read_jsonl
+        yield from in_split(partial(read, source, options, prefix=prefix), split_of(here))
     for folder, files in () if metadata else found:
         here = folder.relative_to(root)
         split = split_of(here)
@@ -129,9 +125,9 @@ def read_imagefolder(root: Path, found: Walk, options: Options) -> Iterator[Reco
             yield check_record(record, options)
 
 
-def in_split(records, split: str | None) -> Iterator[Record | Skipped]:
-    """The records; those that name no split are in this one."""
-    for record in records:
+def in_split(shard: Callable, split: str | None) -> Iterator[Record | Skipped]:
+    """The records of a shard; those that name no split are in this one."""
+    for record in shard():
         if isinstance(record, Record):
             record.split = record.split or split
         yield record

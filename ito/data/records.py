@@ -151,12 +151,8 @@ def open_files(path: Path, form: str, options: Options) -> list[Shard]:
             found = [partial(iter, [Skipped(str(file), outside(options))])]
         else:
             found = open_parquet(file, str(name), options)
-        shards += [partial(labelled, shard, split) for shard in found] if split else found
+        shards += [partial(folders.in_split, shard, split) for shard in found] if split else found
     return shards
-
-
-def labelled(shard: Shard, split: str) -> Iterator[Record | Skipped]:
-    return folders.in_split(shard(), split)
 
 
 def outside(options: Options) -> str:

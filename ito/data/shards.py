@@ -6,16 +6,12 @@ pixel.
 """
 
 import glob
-import hashlib
-import io
-import json
 import re
 import tarfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-SHARD_SIZE = 1000  # samples per shard written
 BRACES = r"\{(?:(\d+)\.\.(\d+)|([^{}]*,[^{}]*))\}"
 
 
@@ -107,30 +103,3 @@ def split_name(name: str) -> tuple[str, str]:
     folder, slash, base = name.rpartition("/")
     key, _, kind = base.partition(".")
     return folder + slash + key, kind.lower()
-
-
-def write_shards(folder: Path, records: list[dict], pictures: Iterable[bytes]) -> None:
-    """Write `SPLIT-00000.tar` and so on: records with `image`, `captions` and `split`, and PNGs.
-
-    Records are sorted by the hash of the image's path, so that every shard is a random sample.
-    """
-    folder.mkdir()
-    samples = sorted(
-        zip(records, pictures, strict=True),
-        key=lambda sample: hashlib.sha256(sample[0]["image"].encode()).digest(),
-    )
-    for split in dict.fromkeys(record["split"] for record in records):
-        chosen = [sample for sample in samples if sample[0]["split"] == split]
-        for number, start in enumerate(range(0, len(chosen), SHARD_SIZE)):
-            with tarfile.open(folder / f"{split}-{number:05}.tar", "w") as tar:
-                for place, (record, png) in enumerate(chosen[start : start + SHARD_SIZE], start):
-                    fields = {name: value for name, value in record.items() if name != "image"}
-                    text = json.dumps(fields, ensure_ascii=False)
-                    for kind, data in (
-                        ("png", png),
-                        ("json", text.encode()),
-                        ("txt", record["captions"][0].encode()),
-                    ):
-                        info = tarfile.TarInfo(f"{place:06}.{kind}")  # no time, no owner
-                        info.size = len(data)
-                        tar.addfile(info, io.BytesIO(data))

@@ -106,20 +106,12 @@ def read_csv(
     except csv.Error as error:
         raise ValueError(f"{source}:1: not CSV: {error}") from None
     columns = [cell.strip() for cell in cells]
-    img = choose(columns, options.csv_img_key, "filepath", IMAGE_KEYS)
-    caption = choose(columns, options.csv_caption_key, "title", CAPTION_KEYS)
+    img, caption = choose(columns, options)
     if not header and not (img or caption):
-        after, (img, caption) = 0, ("image", "caption")
-        columns = guess_columns(source, lines, options, separator)
-    for name in columns:
-        if not img and name.lower() == "url":
-            raise ValueError(f"{source}: its pictures are URLs: {DOWNLOAD}")
-    pairs = ((img, options.csv_img_key), (caption, options.csv_caption_key))
-    if missing := [repr(key) for found, key in pairs if not found]:
-        raise ValueError(
-            f"{source}:1: no column {', '.join(missing)}; found {columns} with the separator "
-            f"{separator!r}; set --csv-separator, --csv-img-key, --csv-caption-key to the file's"
-        )
+        after, columns = 0, guess_columns(source, lines, options, separator)
+        img, caption = "image", "caption"
+    what = f"with the separator {separator!r}; set --csv-separator, "
+    require_columns(f"{source}:1", (img, caption), columns, options, what)
     at_img = columns.index(img)
 
     def is_row(line: str) -> bool:
@@ -156,10 +148,30 @@ def read_row(lines: list[str], at: int, separator: str) -> tuple[int, list[str]]
     return at + reader.line_num, row
 
 
-def choose(columns: list[str], key: str, default: str, known: Iterable[str]) -> str | None:
-    """The column of this name; if that is the default, also one of a known name."""
-    keys = (key, *known) if key == default else (key,)
-    return next((key for key in keys if key in columns), None)
+def choose(columns: list[str], options: Options) -> list[str | None]:
+    """The columns of the pictures and the captions: those of the options' names; where an option
+    has its default, also of another known name."""
+    keys = (
+        (options.csv_img_key, Options.csv_img_key, IMAGE_KEYS),
+        (options.csv_caption_key, Options.csv_caption_key, CAPTION_KEYS),
+    )
+    return [
+        next((name for name in (key, *known * (key == default)) if name in columns), None)
+        for key, default, known in keys
+    ]
+
+
+def require_columns(where: str, found: Iterable, columns: list[str], options: Options, what: str):
+    """Raises ValueError naming the columns that are missing, or that the pictures are URLs."""
+    keys = (options.csv_img_key, options.csv_caption_key)
+    missing = [repr(key) for name, key in zip(found, keys, strict=True) if not name]
+    if repr(keys[0]) in missing and "url" in map(str.lower, columns):
+        raise ValueError(f"{where}: its pictures are URLs: {DOWNLOAD}")
+    if missing:
+        raise ValueError(
+            f"{where}: no column {', '.join(missing)}; found {columns} {what}--csv-img-key, "
+            "--csv-caption-key to the file's"
+        )
 
 
 def guess_columns(source: Path, lines: list[str], options: Options, separator: str) -> list[str]:
@@ -234,35 +246,25 @@ def open_parquet(source: Path, name: str, options: Options) -> list[partial]:
         raise
     except Exception as error:  # pyarrow's own kinds
         raise ValueError(f"{source} is not parquet: {error}") from None
-    image = choose(schema.names, options.csv_img_key, "filepath", IMAGE_KEYS)
-    caption = choose(schema.names, options.csv_caption_key, "title", CAPTION_KEYS)
-    if not image or not caption:
-        urls = [name for name in schema.names if name.lower() == "url"]
-        hint = f"; its pictures are URLs: {DOWNLOAD}" if urls and not image else ""
-        raise ValueError(
-            f"{source}: no column of {'pictures' if not image else 'captions'}; found "
-            f"{schema.names}; set --csv-img-key, --csv-caption-key to the file's{hint}"
-        )
-    rest = (image, caption, options)
-    return [partial(read_row_group, source, name, n, *rest) for n in range(groups)]
+    found = choose(schema.names, options)
+    require_columns(str(source), found, schema.names, options, "; set ")
+    return [partial(read_row_group, source, name, n, *found, options) for n in range(groups)]
 
 
 def read_row_group(
     source: Path, name: str, group: int, image: str, caption: str, options: Options
 ) -> Iterator[Record | Skipped]:
     with parquet().ParquetFile(source) as file:
-        kind = file.schema_arrow.field(image).type
-        is_text = str(kind) in ("string", "large_string")
-        names = {image} if is_text else {f"{image}.path"}
-        wanted = {caption, "item", "split", "group", "style", "subgroup"}
-        present = [name for name in file.schema_arrow.names if name in wanted]
+        is_text = str(file.schema_arrow.field(image).type) in ("string", "large_string")
+        wanted = {caption, "item", "split", "group", "style", "subgroup", *[image] * is_text}
         before = sum(file.metadata.row_group(n).num_rows for n in range(group))
-        rows = file.read_row_group(group, columns=[*present, *names]).to_pylist()
+        present = [name for name in file.schema_arrow.names if name in wanted]
+        rows = file.read_row_group(group, columns=present).to_pylist()
     for n, fields in enumerate(rows):
         where = f"{source}:{before + n + 1}"
-        place = fields.pop(image, None)
         if is_text:
-            yield from_row(fields | {"image": place}, where, options, [source.parent])
+            fields["image"] = fields.pop(image)
+            yield from_row(fields, where, options, [source.parent], caption_keys=[caption])
             continue
         try:
             cell = Cell(source, group, n, image)

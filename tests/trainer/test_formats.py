@@ -15,7 +15,7 @@ from PIL import Image
 from ito.cli import one_line
 from ito.data.dataset import load_dataset, report_skipped
 from ito.data.records import find_format, open_shards
-from ito.data.summary import sentence, summarise
+from ito.summary import sentence, summarise
 
 FORMATS = {"jpg": "JPEG", "jfif": "JPEG", "jp2": "JPEG2000", "tif": "TIFF"}
 
@@ -366,7 +366,7 @@ def test_parquet(tmp_path):
         put(tmp_path / "hub" / "data" / f"{n}.png", grey(n))
     assert read(tmp_path / "hub", "parquet", 2).split == ["train", "validation"]
     urls = write(tmp_path / "c.parquet", [{"URL": "http://a.b/0.jpg", "TEXT": "a"}])
-    with pytest.raises(ValueError, match=r"no column of pictures; .* are URLs: download"):
+    with pytest.raises(ValueError, match=r"c.parquet: its pictures are URLs: download"):
         load_dataset(urls, 4)
     with pytest.raises(ValueError, match=r"d.parquet is not parquet"):
         load_dataset(put(tmp_path / "d.parquet", "none"), 4)

@@ -17,8 +17,9 @@ from ito import train
 from ito.config import Config
 from ito.data import records as sources
 from ito.data.dataset import load_dataset
+from ito.data.emoji import write_shards
 from ito.data.records import Record, open_shards
-from ito.data.shards import Member, expand, write_shards
+from ito.data.shards import Member, expand
 from ito.model.tokenizer import Tokenizer
 from ito.ranks import Ranks
 from ito.source import open_data
