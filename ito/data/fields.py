@@ -175,8 +175,8 @@ def first_captions(fields: dict, keys: Iterable[str]) -> list[str]:
 def text_list(value) -> list[str]:
     """A text, a list of texts, or null, as a list without empty texts; instead of a text, an object
     with `caption` as COCO has it."""
-    value = value or [] if isinstance(value, list | None) else [value]
-    texts = [entry.get("caption") if isinstance(entry, dict) else entry for entry in value]
+    entries = value or [] if isinstance(value, list | None) else [value]
+    texts = [entry.get("caption") if isinstance(entry, dict) else entry for entry in entries]
     texts = [text for entry in texts for text in (entry if isinstance(entry, list) else [entry])]
     if not all(isinstance(text, str) for text in texts):
         raise ValueError(f"captions must be a text or a list of texts, got {value!r}")

@@ -96,7 +96,6 @@ def open_shards(path: str | Path, **options: str | bool | None) -> list[Shard]:
     of its format. Malformed rows, lines and samples are skipped.
     """
     path, options = Path(path), Options(**options)
-    form = find_format(path, options.data_format)
     folder = path if path.is_dir() else path.parent
     if options.untrusted_data and not is_pattern(path):
         options = dataclasses.replace(options, root=follow_links(folder))
@@ -106,6 +105,7 @@ def open_shards(path: str | Path, **options: str | bool | None) -> list[Shard]:
                 f"{path} lies in no folder of pictures, as --untrusted-data needs: "
                 "write the CSV to a file next to the pictures"
             )
+    form = find_format(path, options.data_format)
     if form in ("webdataset", "parquet"):
         return open_files(path, form, options)
     if form in ("folder", "imagefolder"):

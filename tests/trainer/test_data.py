@@ -170,7 +170,7 @@ GOOD = {"image": "a.png", "caption": "a"}
         ({"image": 3, "caption": "a"}, r"image must be a text, got 3"),
         (GOOD | {"item": ["b"]}, r"item must be a text, got \['b'\]"),
         (GOOD | {"caption": 3}, r"captions must be.*got 3"),
-        (GOOD | {"captions": ["a", 3]}, r"captions must be.*got \['a', 3\]"),
+        ({"image": "a.png", "captions": ["a", 3]}, r"captions must be.*got \['a', 3\]"),
         (GOOD | {"split": {}}, r"split must be a text, got {}"),
         (GOOD | {"split": "a/b"}, r"split must be a printable name without /, got 'a/b'"),
         (GOOD | {"translations": ["b"]}, r"translations must be an object"),
