@@ -2,7 +2,7 @@
 
 from collections import Counter
 
-from ito.data.dataset import Dataset, count_kinds
+from ito.data.dataset import Dataset, count_kinds, text_key
 
 
 def summarise(form: str, parts: list[Dataset], cut: int, streamed: bool = False) -> dict:
@@ -46,3 +46,20 @@ def sentence(facts: dict) -> str:
         f"{'a stream' if trained is None else trained} to train on, {facts['val_items']} held out, "
         f"split by {facts['split_by']}; {skipped} records skipped" + f" ({reasons})" * bool(skipped)
     )
+
+
+def report_shared_captions(trained: Dataset, scored: Dataset) -> str:
+    """How many held-out items have a caption that is also trained on, in words; "" if none has."""
+
+    def texts(data: Dataset, rows) -> dict[int, set[str]]:
+        items = data.image_item[rows].unique().tolist()
+        return {item: set(map(text_key, data.captions[item])) for item in items}
+
+    known = set().union(*texts(trained, trained.rows("train")).values())
+    found = []
+    for split in scored.held_out_splits():
+        held = texts(scored, scored.rows(split)).values()
+        if count := sum(not known.isdisjoint(own) for own in held):
+            about = f"{count} of {len(held)} items of {split}"
+            found.append(f"note       {about} have a caption that is trained on too")
+    return "\n".join(found)

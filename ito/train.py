@@ -48,7 +48,7 @@ from ito.scoring.report_page import write_report
 from ito.scoring.scores import table
 from ito.source import locate, open_data
 from ito.stream import Stream, first_captions
-from ito.summary import sentence, summarise
+from ito.summary import report_shared_captions, sentence, summarise
 from ito.trainer import Trainer
 
 
@@ -239,6 +239,8 @@ class Run:
         self.tokenizer = self.choose_tokenizer(state, pretrained)
         self.facts = self.count_data(options.cache)
         print(f"read       {sentence(self.facts)}")
+        if not config.stream and (told := report_shared_captions(train_data, eval_data)):
+            print(told)
         self.trainer = Trainer(config, train_data, self.tokenizer, self.device, self.dtype, ranks)
         if self.compile:
             compile_towers(self.trainer.model, self.trainer.objective)

@@ -98,7 +98,7 @@ def load_dataset(
     """Read everything that `ito.data.records.open_shards` finds at `path`, and decode its pictures.
 
     If no record names a split other than "train", 10 % of the items (at least one), by hash of item
-    and `split_seed`, are "heldout"; items that share a picture, to the pixel, are on the same side.
+    and `split_seed`, are "heldout"; see `choose_held_out` for what is kept together.
     If some records name a split, one that names none is "train". With `only`, the name of a split,
     records that name none are of that split; if the data names "train" alone, all are.
     Pictures become centred squares of `image_size` pixels on white. The order is that of the
@@ -133,9 +133,7 @@ def load_dataset(
     elif only:
         split, split_by = [only] * len(kept), "none"
     else:
-        split_by = "item"
-        groups = groups_by_picture(images, [index[r.item] for r in kept], list(index))
-        held = held_out(groups, split_seed)
+        held, split_by = choose_held_out(images, [index[r.item] for r in kept], rows, split_seed)
         split = ["heldout" if r.item in held else "train" for r in kept]
     return Dataset(
         images=images,
@@ -192,10 +190,53 @@ def decode_all(
     return images[: len(kept)], kept, skipped
 
 
-def groups_by_picture(
-    images: torch.Tensor, image_item: list[int], items: list[str]
-) -> list[list[str]]:
-    """The items in groups: items that share a picture, equal to the pixel, are in the same one."""
+def choose_held_out(
+    images: torch.Tensor, image_item: list[int], rows: list[list[Record]], seed: int
+) -> tuple[set[str], str]:
+    """The items to hold out, and what is kept together besides an item's pictures.
+
+    Items that share a picture (to the pixel), a caption or a `group` are on the same side. Where
+    that would hold out more than a quarter, as where the captions are a few classes, it is done by
+    captions alone, by groups alone, or by pictures; and if all share one, not at all. At least two
+    captions are held out, of more than one item.
+    """
+    items = [same[0].item for same in rows]
+    shown = picture_keys(images, image_item, len(items))
+    said = [{text_key(text) for r in same for text in r.captions} for same in rows]
+    groups = [{("group", r.group) for r in same if r.group} for same in rows]
+    linking = {name: k for name, k in (("caption", said), ("group", groups)) if shared(k)}
+    for names in ([*linking], *([name] for name in linking), []):
+        keys = [own.union(*(linking[name][n] for name in names)) for n, own in enumerate(shown)]
+        together = connected(keys, items)
+        held = held_out(together, seed)
+        texts = set().union(*(said[n] for n, item in enumerate(items) if item in held))
+        if names and len(texts) == 1 and len(held) > 1:
+            held |= held_out([group for group in together if held.isdisjoint(group)], seed)
+        if held and (4 * len(held) <= len(items) or not names):
+            return held, " and ".join(names) or "item"
+    return held_out([[item] for item in items], seed), "item"
+
+
+def text_key(text: str) -> str:
+    """Captions that differ in white space and case alone are equal."""
+    return " ".join(text.split()).casefold()
+
+
+def shared(keys: list[set]) -> bool:
+    """Whether two items have a key in common."""
+    return any(count > 1 for count in Counter(itertools.chain.from_iterable(keys)).values())
+
+
+def picture_keys(images: torch.Tensor, image_item: list[int], count: int) -> list[set]:
+    """The hashes of the pictures of `count` items."""
+    keys: list[set] = [set() for _ in range(count)]
+    for hashed, item in zip(picture_hashes(images), image_item, strict=True):
+        keys[item].add(hashed)
+    return keys
+
+
+def connected(keys: list[set], items: list[str]) -> list[list[str]]:
+    """The items in groups: two that have a key in common are in the same one."""
     parent = list(range(len(items)))  # union-find
 
     def root(n: int) -> int:
@@ -203,9 +244,10 @@ def groups_by_picture(
             parent[n] = n = parent[parent[n]]
         return n
 
-    first: dict[bytes, int] = {}
-    for hashed, item in zip(picture_hashes(images), image_item, strict=True):
-        parent[root(item)] = root(first.setdefault(hashed, item))
+    first: dict = {}
+    for item, own in enumerate(keys):
+        for key in own:
+            parent[root(item)] = root(first.setdefault(key, item))
     groups: dict[int, list[str]] = {}
     for n, item in enumerate(items):
         groups.setdefault(root(n), []).append(item)

@@ -48,7 +48,9 @@ def kinds_of(found: Walk) -> Iterator[str]:
         yield "imagefolder"
     pictures = [{os.path.splitext(n)[0] for n in files if is_picture(n)} for _, files in found]
     for (_, files), stems in zip(found, pictures, strict=True):
-        if any(os.path.splitext(n)[0] in stems for n in files if n.endswith((".txt", ".json"))):
+        if any(
+            os.path.splitext(n)[0] in stems for n in files if n.lower().endswith((".txt", ".json"))
+        ):
             yield "folder"
             break
     if any(pictures[1:]):
@@ -66,14 +68,17 @@ def split_of(place: Path) -> str | None:
 def read_sidecars(root: Path, found: Walk, options: Options) -> Iterator[Record | Skipped]:
     """Pictures, each with a `.txt` or `.json` of its name. With both, see `merged`."""
     for folder, files in found:
-        names, here = set(files), folder.relative_to(root)
+        names, here = {}, folder.relative_to(root)
+        for name in files:
+            stem, suffix = os.path.splitext(name)
+            names[stem + suffix.lower()] = name
         for name in filter(is_picture, files):
             stem = os.path.splitext(name)[0]
             where, contents = str(folder / name), {}
             try:
                 for kind in ("txt", "json"):
-                    beside = folder / f"{stem}.{kind}"
-                    if beside.name in names:
+                    if f"{stem}.{kind}" in names:
+                        beside = folder / names[f"{stem}.{kind}"]
                         if options.leads_out(beside):
                             raise ValueError(f"{beside} leads out of {options.root}")
                         contents[kind] = read_text(beside)
@@ -111,9 +116,16 @@ def read_imagefolder(root: Path, found: Walk, options: Options) -> Iterator[Reco
         prefix = "" if here == Path() else f"{here.as_posix()}/"
         read = partial(read_csv, separator=",") if name.endswith(".csv") else read_jsonl
         yield from in_split(partial(read, source, options, prefix=prefix), split_of(here))
-    for folder, files in () if metadata else found:
+    if metadata:
+        return
+    # a class may be called "train": a split has folders of classes
+    parts = [
+        folder.relative_to(root).parts for folder, files in found if any(map(is_picture, files))
+    ]
+    splits = {name[0] for name in parts if len(name) > 1}
+    for folder, files in found:
         here = folder.relative_to(root)
-        split = split_of(here)
+        split = split_of(here) if {*here.parts[:1]} <= splits else None
         classes = here.parts[bool(split) :]
         for name in filter(is_picture, files):
             place = str(folder / name)

@@ -102,7 +102,8 @@ def white_level(picture: Image.Image) -> float | None:
         return 65535
     if picture.mode not in ("I", "F"):
         return None
-    low, high = picture.getextrema()
+    values = np.asarray(picture)
+    low, high = values.min(), values.max()  # NaN if there is one
     levels = (255, 65535, 2**31 - 1) if picture.mode == "I" else (1, 255, 65535)
     found = next((level for level in levels if 0 <= low <= high <= level), None)
     if found is None:

@@ -15,7 +15,7 @@ from PIL import Image
 from ito.cli import one_line
 from ito.data.dataset import load_dataset, report_skipped
 from ito.data.records import find_format, open_shards
-from ito.summary import sentence, summarise
+from ito.summary import report_shared_captions, sentence, summarise
 
 FORMATS = {"jpg": "JPEG", "jfif": "JPEG", "jp2": "JPEG2000", "tif": "TIFF"}
 
@@ -140,7 +140,7 @@ def test_pictures_with_a_text_or_json_beside_them(tmp_path):
     for n in range(4):
         place = tmp_path / "files" / f"{n // 2:05}" / f"{n:09}"
         put(place.with_suffix(".jpg"), grey(n, "jpg"))
-        put(place.with_suffix(".txt"), f"number {n}\n")
+        put(place.with_suffix(".TXT" if n == 3 else ".txt"), f"number {n}\n")
         raw = {"caption": "DSC_1.JPG" if n % 2 else f"number {n}", "status": "success"}
         put(place.with_suffix(".json"), json.dumps(raw))
     put(tmp_path / "files" / "00000_stats.json", "{}")
@@ -201,6 +201,9 @@ def test_a_folder_per_class(tmp_path):
     data = load_dataset(tmp_path / "a", 4)
     assert data.captions == [["number 0"]] * 2 + [["number 1"]] * 2
     assert [s.reason for s in data.skipped] == ["in no folder of a class"]
+    for name in ("train", "car"):  # a class
+        put(tmp_path / "c" / name / "0.png", grey(0))
+    assert load_dataset(tmp_path / "c", 4).captions == [["car"], ["train"]]
     for split, n in (("train", 0), ("train", 1), ("val", 0)):
         put(tmp_path / "b" / split / f"number_{n}" / f"{split}.png", grey(n))
     data = load_dataset(tmp_path / "b", 4)
@@ -518,3 +521,58 @@ def test_control_characters_are_shown(tmp_path):
     for text in (said, one_line("\x1b[31m\x07\x7f\x9b1m a\tb\r\nc\ud83d\u202e")):
         assert not any((ord(c) < 32 and c != "\n") or 127 <= ord(c) < 160 for c in text)
         text.encode()
+
+
+# --- splits ---
+
+
+def labelled(folder, items, **fields):
+    """`items` pictures, all different; `fields` are functions of n."""
+    folder.mkdir(exist_ok=True)
+    rows = []
+    for n in range(items):
+        put(folder / f"{n}.png", encode(Image.new("RGB", (4, 4), (n, 3 * n, 9))))
+        rows.append({"image": f"{n}.png"} | {name: value(n) for name, value in fields.items()})
+    lines(folder / "captions.jsonl", rows)
+    return [load_dataset(folder, 4, split_seed=seed) for seed in range(3)]
+
+
+def sides(data, key):
+    """The splits of the pictures by their key."""
+    found = {}
+    for n, split in zip(data.image_item.tolist(), data.split, strict=True):
+        found.setdefault(key(int(data.items[n].removesuffix(".png"))), set()).add(split)
+    return found.values()
+
+
+def test_equal_captions_are_on_one_side(tmp_path):
+    for data in labelled(tmp_path, 70, caption=lambda n: f"scene {n % 14}"):
+        assert data.split_by == "caption"
+        assert data.split.count("heldout") == 10  # two captions
+        assert all(len(both) == 1 for both in sides(data, lambda n: n % 14))
+        assert report_shared_captions(data, data) == ""
+    several = {"captions": lambda n: [f"own {n}", f"{'A  B' if n % 2 else 'a b'} {n % 5}"]}
+    for data in labelled(tmp_path, 30, **several):  # white space and case make no difference
+        assert data.split.count("heldout") == 6
+        assert all(len(both) == 1 for both in sides(data, lambda n: n % 5))
+
+
+def test_a_group_is_on_one_side(tmp_path):
+    for data in labelled(tmp_path, 66, caption=lambda n: f"{n}", group=lambda n: n % 6):
+        assert data.split_by == "group"
+        assert data.split.count("heldout") == 11
+        assert all(len(both) == 1 for both in sides(data, lambda n: n % 6))
+
+
+def test_few_classes_are_on_both_sides_and_that_is_said(tmp_path):
+    for data in labelled(tmp_path, 32, caption=lambda n: f"class {n % 4}"):
+        assert data.split_by == "item"
+        assert data.split.count("heldout") == 3
+        told = report_shared_captions(data, data)
+        assert told == "note       3 of 3 items of heldout have a caption that is trained on too"
+
+
+def test_pictures_that_are_all_the_same_are_split_by_item(tmp_path):
+    for n in range(8):
+        put(tmp_path / f"{n}.png", grey(1)), put(tmp_path / f"{n}.txt", f"number {n}")
+    assert load_dataset(tmp_path, 4).split.count("heldout") == 1
