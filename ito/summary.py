@@ -1,8 +1,11 @@
-"""What a run reads, in numbers: `RUN/data.json`, and the sentence that is printed."""
+"""What a command says about its data: in numbers (`RUN/data.json`) and in words."""
 
 from collections import Counter
 
-from ito.data.dataset import Dataset, count_kinds, text_key
+from ito.cli import one_line
+from ito.data.dataset import Dataset
+from ito.data.fields import Skipped, count_kinds
+from ito.data.splits import picture_hashes, text_key
 
 
 def summarise(form: str, parts: list[Dataset], cut: int, streamed: bool = False) -> dict:
@@ -63,3 +66,29 @@ def report_shared_captions(trained: Dataset, scored: Dataset) -> str:
             about = f"{count} of {len(held)} items of {split}"
             found.append(f"note       {about} have a caption that is trained on too")
     return "\n".join(found)
+
+
+def report_repeated(dataset: Dataset) -> str:
+    """How many held-out pictures are also training pictures, equal to the pixel, in words; "" if
+    none is."""
+    hashes = picture_hashes(dataset.images)
+    trained = {x for x, split in zip(hashes, dataset.split, strict=True) if split == "train"}
+    repeated = Counter(
+        split
+        for x, split in zip(hashes, dataset.split, strict=True)
+        if split != "train" and x in trained
+    )
+    return "\n".join(
+        f"warning    {count} of {dataset.split.count(split)} pictures of {split} are training "
+        "pictures too: their scores do not measure generalisation"
+        for split, count in repeated.items()
+    )
+
+
+def report_skipped(skipped: list[Skipped], limit: int = 10) -> str:
+    """Their number, then the first `limit` of them, one per line; "" if there are none."""
+    if not skipped:
+        return ""
+    lines = [f"skipped {len(skipped)} records:"]
+    lines += [f"  {one_line(f'{where}: {reason}')}" for where, reason in skipped[:limit]]
+    return "\n".join(lines + ["  …"] * (len(skipped) > limit))

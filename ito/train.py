@@ -21,9 +21,8 @@ from ito.checkpoint import checkpoints, load_checkpoint, save_checkpoint
 from ito.cli import one_line, output_path, user_errors
 from ito.compiled import choose_compile, compile_towers
 from ito.config import Config, add_options, from_options
-from ito.data.dataset import Dataset, report_repeated, report_skipped
+from ito.data.dataset import Dataset
 from ito.data.fields import Skipped
-from ito.data.records import find_format
 from ito.files import undamaged, write_text
 from ito.model.exported import Encoder, export, load, saved_tokenizer
 from ito.model.pretrained import OURS, load_tokenizer
@@ -46,9 +45,15 @@ from ito.run import (
 from ito.scoring.evaluation import evaluate
 from ito.scoring.report_page import write_report
 from ito.scoring.scores import table
-from ito.source import locate, open_data
+from ito.source import open_data
 from ito.stream import Stream, first_captions
-from ito.summary import report_shared_captions, sentence, summarise
+from ito.summary import (
+    report_repeated,
+    report_shared_captions,
+    report_skipped,
+    sentence,
+    summarise,
+)
 from ito.trainer import Trainer
 
 
@@ -237,7 +242,7 @@ class Run:
 
         pretrained = load(config.pretrained) if config.pretrained and not state else None
         self.tokenizer = self.choose_tokenizer(state, pretrained)
-        self.facts = self.count_data(options.cache)
+        self.facts = self.count_data()
         print(f"read       {sentence(self.facts)}")
         if not config.stream and (told := report_shared_captions(train_data, eval_data)):
             print(told)
@@ -328,11 +333,11 @@ class Run:
         """Those of all data in memory."""
         return [text for part in self.in_memory() for texts in part.captions for text in texts]
 
-    def count_data(self, cache: Path | None) -> dict:
+    def count_data(self) -> dict:
         """What `data.json` says; see `ito/data/summary.py`."""
         config, lengths = self.config, self.tokenizer.lengths(self.captions())
         cut = sum(length > self.tokenizer.context_length for length in lengths)
-        form = find_format(locate(config.train_data, cache), config.data_format)
+        form = (self.train_data.shards if config.stream else self.train_data).format
         return summarise(form, self.in_memory(), cut, config.stream)
 
     def print_warnings(self) -> None:

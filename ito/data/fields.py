@@ -2,6 +2,7 @@
 
 import itertools
 import os
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -47,6 +48,11 @@ class Skipped(NamedTuple):
     def kind(self) -> str:
         """The reason without names, to count by."""
         return self.reason.partition(":")[0]
+
+
+def count_kinds(skipped: list[Skipped]) -> dict[str, int]:
+    """The number of skipped records by reason, the most frequent first."""
+    return dict(Counter(record.kind for record in skipped).most_common())
 
 
 @dataclass(frozen=True)

@@ -23,6 +23,12 @@ FORMATS = ("folder", "imagefolder", "csv", "tsv", "jsonl", "coco", "parquet", "w
 Shard = Callable[[], Iterable[Record | Skipped]]
 
 
+class Shards(list[Shard]):
+    """The shards of a data set, and its `format`, one of FORMATS."""
+
+    format = ""
+
+
 def find_format(path: str | Path, data_format: str = "auto") -> str:
     """The format of the data at `path`, one of FORMATS, by its name and, of a folder, its content.
 
@@ -81,7 +87,7 @@ def files_below(path: Path, suffix: str) -> list[Path]:
     return sorted(path.glob(f"*.{suffix}")) or sorted(path.glob(f"*/*.{suffix}"))
 
 
-def open_shards(path: str | Path, **options: str | bool | None) -> list[Shard]:
+def open_shards(path: str | Path, **options: str | bool | None) -> Shards:
     """The shards of the data at `path`, whose format is found by looking: see docs/data.md.
 
     The options are those of `ito.data.fields.Options`. By default the item of a picture is its
@@ -106,6 +112,12 @@ def open_shards(path: str | Path, **options: str | bool | None) -> list[Shard]:
                 "write the CSV to a file next to the pictures"
             )
     form = find_format(path, options.data_format)
+    shards = Shards(open_format(path, form, options))
+    shards.format = form
+    return shards
+
+
+def open_format(path: Path, form: str, options: Options) -> list[Shard]:
     if form in ("webdataset", "parquet"):
         return open_files(path, form, options)
     if form in ("folder", "imagefolder"):
@@ -139,15 +151,16 @@ def open_files(path: Path, form: str, options: Options) -> list[Shard]:
         raise FileNotFoundError(f"no data at {', '.join(missing[:3])} ({len(missing)} missing)")
     # Items are named by the path below this folder, so that they do not depend on where it is.
     folder = os.path.commonpath([file.parent for file in files])
-    if not path.is_dir():
-        options = dataclasses.replace(options, root=None)
+    if options.untrusted_data and not path.is_dir():  # a tar has no pictures outside it
+        root = follow_links(folder) if form == "parquet" else None
+        options = dataclasses.replace(options, root=root)
     shards: list[Shard] = []
     for file in files:
         name = file.relative_to(folder)
         split = folders.split_of(name) if path.is_dir() else None
         if form == "webdataset":
             found = [partial(read_tar, file, str(name), options)]
-        elif options.leads_out(file):
+        elif path.is_dir() and options.leads_out(file):
             found = [partial(iter, [Skipped(str(file), outside(options))])]
         else:
             found = open_parquet(file, str(name), options)

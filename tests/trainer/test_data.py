@@ -9,8 +9,10 @@ import pytest
 import torch
 from PIL import Image
 
-from ito.data.dataset import held_out, load_dataset, report_repeated, report_skipped
+from ito.data.dataset import load_dataset
+from ito.data.splits import held_out
 from ito.model.exported import Encoder
+from ito.summary import report_repeated, report_skipped
 
 
 def draw(path, colour, size=(10, 10)):

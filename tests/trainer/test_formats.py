@@ -13,9 +13,9 @@ import pytest
 from PIL import Image
 
 from ito.cli import one_line
-from ito.data.dataset import load_dataset, report_skipped
+from ito.data.dataset import load_dataset
 from ito.data.records import find_format, open_shards
-from ito.summary import report_shared_captions, sentence, summarise
+from ito.summary import report_shared_captions, report_skipped, sentence, summarise
 
 FORMATS = {"jpg": "JPEG", "jfif": "JPEG", "jp2": "JPEG2000", "tif": "TIFF"}
 
