@@ -79,8 +79,8 @@ class Options:
         if not self.root:
             return False
         roots = [self.root, *([os.path.realpath(self.image_root)] if self.image_root else [])]
-        real = Path(os.path.realpath(path)) if "\0" not in str(path) else None
-        return not real or not any(real.is_relative_to(root) for root in roots)
+        real = Path(os.path.realpath(path)) if "\0" not in str(path) else Path()
+        return not any(real.is_relative_to(root) for root in roots)
 
 
 def from_row(

@@ -39,7 +39,7 @@ def find_format(path: str | Path, data_format: str = "auto") -> str:
     known = {".jsonl": "jsonl", ".json": "coco", ".tsv": "tsv", ".parquet": "parquet"}
     fitting: Iterable[str] = ("csv", "tsv", "jsonl", "coco", "parquet")  # of a file
     if is_pattern(path) or suffix == ".tar":
-        if known.get(suffix, "csv" if suffix == ".csv" else "parquet") != "parquet":
+        if suffix in (".csv", ".tsv", ".json", ".jsonl"):
             raise ValueError(f"{path} is a pattern: those are for .tar and .parquet files")
         fitting = ("parquet",) if suffix == ".parquet" else ("webdataset",)
     elif path.is_dir():
@@ -125,7 +125,7 @@ def open_format(path: Path, form: str, options: Options) -> list[Shard]:
         rows = read(path, folders.walk(path), options)
     elif form == "jsonl":
         source = path / "captions.jsonl" if path.is_dir() else path
-        if options.leads_out(source) and path.is_dir():
+        if path.is_dir() and options.leads_out(source):
             raise ValueError(f"{source} leads out of the folder, which --untrusted-data forbids")
         rows = read_jsonl(source, options)
     elif form == "coco":
@@ -142,11 +142,7 @@ def open_files(path: Path, form: str, options: Options) -> list[Shard]:
     """The shards of tars or parquet files: one file, a pattern, or a folder of them."""
     suffix = "tar" if form == "webdataset" else "parquet"
     named = expand(str(path))
-    files = [
-        file
-        for place in named
-        for file in (files_below(place, suffix) if place.is_dir() else [place])
-    ]
+    files = [f for at in named for f in (files_below(at, suffix) if at.is_dir() else [at])]
     if missing := [str(file) for file in files or named if not file.is_file()]:
         raise FileNotFoundError(f"no data at {', '.join(missing[:3])} ({len(missing)} missing)")
     # Items are named by the path below this folder, so that they do not depend on where it is.
@@ -154,7 +150,7 @@ def open_files(path: Path, form: str, options: Options) -> list[Shard]:
     if options.untrusted_data and not path.is_dir():  # a tar has no pictures outside it
         root = follow_links(folder) if form == "parquet" else None
         options = dataclasses.replace(options, root=root)
-    shards: list[Shard] = []
+    shards = []
     for file in files:
         name = file.relative_to(folder)
         split = folders.split_of(name) if path.is_dir() else None

@@ -72,18 +72,19 @@ def read_jsonl(source: Path, options: Options, prefix: str = "") -> Iterator[Rec
 def read_coco(source: Path, options: Options) -> Iterator[Record | Skipped]:
     try:
         found = json.loads(read_text(source))
-        captions: dict = {image["id"]: [] for image in found["images"]}
-        for note in found["annotations"]:
-            if note["image_id"] in captions:
-                captions[note["image_id"]].append(note["caption"])
-            else:
-                yield Skipped(f"{source}:annotation {note.get('id')}", "of no image in the file")
-    except (ValueError, RecursionError, KeyError, TypeError) as error:
-        why = f"no {error}" if isinstance(error, KeyError) else error
-        raise ValueError(
-            f"{source} is not COCO's captions, an object of images and annotations: {why}"
-        ) from None
-    for image in found["images"]:
+        images, notes = found["images"], found["annotations"]
+        captions: dict = {image["id"]: [] for image in images}
+        notes = [(note.get("image_id"), note.get("caption"), note.get("id")) for note in notes]
+    except (ValueError, RecursionError, LookupError, TypeError, AttributeError) as error:
+        about = "an object with images and annotations, lists of objects"
+        raise ValueError(f"{source} is not COCO's captions, {about}: {error!r}") from None
+    for image, caption, name in notes:
+        if image in captions and isinstance(caption, str):
+            captions[image].append(caption)
+        else:
+            kind = "annotation without a caption" if image in captions else "annotation of no image"
+            yield Skipped(f"{source}:annotation {name}", kind)
+    for image in images:
         where = f"{source}:image {image['id']}"
         yield from_row(image | {"captions": captions[image["id"]]}, where, options, [source.parent])
 
@@ -92,11 +93,7 @@ def read_coco(source: Path, options: Options) -> Iterator[Record | Skipped]:
 
 
 def read_csv(
-    source: Path,
-    options: Options,
-    separator: str,
-    prefix: str = "",
-    header: bool = True,
+    source: Path, options: Options, separator: str, prefix: str = "", header: bool = True
 ) -> Iterator[Record | Skipped]:
     """Rows of a CSV; with `header=False` the first row may be one, or the columns of the path and
     the caption are found out from the cells."""
@@ -136,7 +133,7 @@ def read_csv(
         fields = dict(zip(columns, row, strict=False))
         if at == start and is_url(fields.get(img, "")):
             raise ValueError(f"{where}: its pictures are URLs, as {fields[img]}: {DOWNLOAD}")
-        fields = {"image": fields.pop(img, None)} | fields
+        fields["image"] = fields.pop(img, None)
         yield from_row(fields, where, options, folders, prefix, [caption])
 
 
@@ -224,9 +221,7 @@ def parquet():
     try:
         from pyarrow import parquet
     except ImportError:
-        raise ImportError(
-            "parquet needs pyarrow: pip install 'ito_kernels[parquet]', or pyarrow itself"
-        ) from None
+        raise ImportError("parquet needs pyarrow: pip install 'ito_kernels[parquet]'") from None
     return parquet
 
 

@@ -89,21 +89,23 @@ def test_a_jsonl_file_is_taken_by_its_path(tmp_path):
 def test_coco(tmp_path):
     for n in range(4):
         put(tmp_path / "val" / f"{n}.jpg", grey(n, "jpg"))
-    notes = [(7, 2, " on white"), (3, 0, ""), (9, 2, ""), (4, 1, ""), (5, 77, "")]
+    notes = [(7, 2, " on white"), (3, 0, ""), (9, 2, ""), (4, 1, ""), (5, 77, ""), (8, 0, 3)]
     found = {
         "images": [{"id": n, "file_name": f"{n}.jpg", "license": 1} for n in range(4)],
         "annotations": [
-            {"id": k, "image_id": n, "caption": f"number {n}{end}"} for k, n, end in notes
+            {"id": k, "image_id": n, "caption": end if end == 3 else f"number {n}{end}"}
+            for k, n, end in notes
         ],
     }
     source = put(tmp_path / "annotations" / "captions.json", json.dumps(found))
     data = read(source, "coco", 3, image_root=str(tmp_path / "val"))
     assert data.captions[2] == ["number 2 on white", "number 2"]
     assert [(s.where.rsplit(":", 1)[1], s.kind) for s in data.skipped] == [
-        ("annotation 5", "of no image in the file"),
+        ("annotation 5", "annotation of no image"),
+        ("annotation 8", "annotation without a caption"),
         ("image 3", "empty caption"),
     ]
-    for wrong in ("{", "[]", '{"images": []}'):
+    for wrong in ("{", "[]", '{"images": []}', '{"images": [3], "annotations": []}'):
         with pytest.raises(ValueError, match=r"captions.json is not COCO's captions"):
             load_dataset(put(source, wrong), 4)
 
