@@ -104,9 +104,6 @@ def locate(data: str, cache: Path | None) -> Path:
         raise OSError(f"--cache: cannot prepare {folder}: {reason(error)}") from error
 
 
-DATA_ONLY = {"data_format": "auto", "image_root": None}
-
-
 def choose_data(options: argparse.Namespace) -> tuple[Config, list[str] | None]:
     """The run's configuration with the data that the options name, and the splits to score.
 
@@ -115,11 +112,11 @@ def choose_data(options: argparse.Namespace) -> tuple[Config, list[str] | None]:
     config = from_options(options, RunFolder(options.run).read_config())
     if options.data is None:
         return config, options.split
-    if "train_data" in options:
-        raise ValueError(f"--data {options.data} and --train-data name the same thing: drop one")
-    if vars(options).get("val_data"):
-        raise ValueError(f"--data {options.data} and --val-data name the same thing: drop one")
+    for name in ("train", "val"):
+        if f"{name}_data" in options:
+            about = f"--data {options.data} and --{name}-data name the same thing"
+            raise ValueError(f"{about}: drop one")
     given = {"train_data": options.data, "stream": False, "val_data": None}
-    # what the run's own data needed
-    given |= {name: vars(options).get(name, default) for name, default in DATA_ONLY.items()}
+    for name in ("data_format", "image_root"):  # what the run's own data needed
+        given[name] = vars(options).get(name, getattr(Config, name))
     return from_options(argparse.Namespace(**given), config), options.split or [ALL]

@@ -74,13 +74,15 @@ class Options:
         found = (path for path in places if os.path.exists(path))
         return next(found, Path(folders[0]) / name)
 
-    def leads_out(self, path: Path) -> bool:
-        """Whether a path, after its links are followed, is outside the folders of the data."""
+    def leads_out(self, path: Path) -> str:
+        """`leads out of …` if a path, after its links are followed, is outside the folders of the
+        data; else ""."""
         if not self.root:
-            return False
+            return ""
         roots = [self.root, *([os.path.realpath(self.image_root)] if self.image_root else [])]
         real = Path(os.path.realpath(path)) if "\0" not in str(path) else Path()
-        return not any(real.is_relative_to(root) for root in roots)
+        inside = any(real.is_relative_to(root) for root in roots)
+        return "" if inside else f"leads out of {self.root}"
 
 
 def from_row(
@@ -200,8 +202,6 @@ def check_record(record: Record, options: Options | None = None) -> Record | Ski
             found.encode()
         except UnicodeEncodeError:  # JSON's "\ud83d" without its other half
             return Skipped(record.where, f"half a character: in {found!r}")
-    if options and options.leads_out(record.image):
-        return Skipped(
-            record.where, f"outside the folder: picture {record.image} leads out of {options.root}"
-        )
+    if options and (told := options.leads_out(record.image)):
+        return Skipped(record.where, f"outside the folder: picture {record.image} {told}")
     return record

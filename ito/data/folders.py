@@ -79,8 +79,8 @@ def read_sidecars(root: Path, found: Walk, options: Options) -> Iterator[Record 
                 for kind in ("txt", "json"):
                     if f"{stem}.{kind}" in names:
                         beside = folder / names[f"{stem}.{kind}"]
-                        if options.leads_out(beside):
-                            raise ValueError(f"{beside} leads out of {options.root}")
+                        if told := options.leads_out(beside):
+                            raise ValueError(f"{beside} {told}")
                         contents[kind] = read_text(beside)
                 record = from_contents(contents, where, folder / name, (here / name).as_posix())
                 record.split = record.split or split_of(here)

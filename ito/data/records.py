@@ -156,24 +156,20 @@ def open_files(path: Path, form: str, options: Options) -> list[Shard]:
         split = folders.split_of(name) if path.is_dir() else None
         if form == "webdataset":
             found = [partial(read_tar, file, str(name), options)]
-        elif path.is_dir() and options.leads_out(file):
-            found = [partial(iter, [Skipped(str(file), outside(options))])]
+        elif path.is_dir() and (told := options.leads_out(file)):
+            found = [partial(iter, [Skipped(str(file), f"outside the folder: {told}")])]
         else:
             found = open_parquet(file, str(name), options)
         shards += [partial(folders.in_split, shard, split) for shard in found] if split else found
     return shards
 
 
-def outside(options: Options) -> str:
-    return f"outside the folder: leads out of {options.root}"
-
-
 # --- tars ---
 
 
 def read_tar(tar: Path, name: str, options: Options) -> Iterator[Record | Skipped]:
-    if options.leads_out(tar):
-        yield Skipped(str(tar), outside(options))
+    if told := options.leads_out(tar):
+        yield Skipped(str(tar), f"outside the folder: {told}")
         return
     seen = set()
     try:

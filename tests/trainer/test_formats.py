@@ -1,20 +1,25 @@
 """Data sets in the layouts that people have them in: found by looking, and every picture with its
 own captions. Picture n has the grey 20·n and the caption "number n"."""
 
+import argparse
 import csv
 import gzip
 import io
 import json
 import sys
 import tarfile
+from dataclasses import replace
 
 import numpy as np
 import pytest
 from PIL import Image
 
 from ito.cli import one_line
+from ito.config import Config, add_options, from_options
 from ito.data.dataset import load_dataset
 from ito.data.records import find_format, open_shards
+from ito.ranks import Ranks
+from ito.source import choose_data, open_data, open_dataset
 from ito.summary import report_shared_captions, report_skipped, sentence, summarise
 
 FORMATS = {"jpg": "JPEG", "jfif": "JPEG", "jp2": "JPEG2000", "tif": "TIFF"}
@@ -578,3 +583,51 @@ def test_pictures_that_are_all_the_same_are_split_by_item(tmp_path):
     for n in range(8):
         put(tmp_path / f"{n}.png", grey(1)), put(tmp_path / f"{n}.txt", f"number {n}")
     assert load_dataset(tmp_path, 4).split.count("heldout") == 1
+
+
+# --- options ---
+
+
+def test_training_data_and_val_data_of_two_formats(tmp_path):
+    """A forced format is that of the training data."""
+    source = table(tmp_path / "train" / "list.txt", numbered(tmp_path / "train", 4)[1:])
+    val = tar(tmp_path / "val.tar", pairs(5, 6))
+    config = Config(train_data=str(source), val_data=str(val), data_format="tsv", load_size=4)
+    eval_data, train_data = open_data(config, None, 1, Ranks())
+    assert (train_data.format, eval_data.format) == ("tsv", "webdataset")
+    assert train_data.split == ["train"] * 4
+    assert eval_data.split == ["val"] * 2
+    facts = summarise("tsv", [train_data, eval_data], cut=0)
+    assert (facts["train_items"], facts["val_items"], facts["split_by"]) == (4, 2, "none")
+    for stream in (False, True):  # the scored data are the same
+        again = open_dataset(replace(config, stream=stream))
+        assert again.items == eval_data.items
+
+
+@pytest.mark.parametrize(
+    ("name", "separator"),
+    [("comma", ","), ("tab", "\t"), ("\\t", "\t"), ("semicolon", ";"), ("pipe", "|"), ("#", "#")],
+)
+def test_separators_have_names(name, separator):
+    assert Config(csv_separator=name).csv_separator == separator
+
+
+def test_paths_of_a_pattern_become_absolute_and_data_of_a_command_are_looked_at_anew(
+    tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    parser = argparse.ArgumentParser()
+    add_options(parser)
+    words = ["--train-data", "a/{0..1}.tar::b.tar", "--image-root", "c", "--data-format", "tsv"]
+    config = from_options(parser.parse_args(words))
+    assert config.train_data == f"{tmp_path}/a/{{0..1}}.tar::{tmp_path}/b.tar"
+    assert config.image_root == f"{tmp_path}/c"
+    config.save(tmp_path / "config.json")
+    given = argparse.Namespace(run=tmp_path, data="x.tar", split=None)
+    other, _ = choose_data(given)
+    assert (other.data_format, other.image_root) == ("auto", None)
+    given.image_root = "d"
+    assert choose_data(given)[0].image_root == f"{tmp_path}/d"
+    given.val_data = "y"
+    with pytest.raises(ValueError, match=r"--data x.tar and --val-data name the same thing"):
+        choose_data(given)

@@ -62,7 +62,14 @@ def test_skipped_pictures_are_counted_and_named(tmp_path, capsys):
     assert "skipped 2 records" in output
     assert "captions.jsonl:7: not a picture" in output
     assert "captions.jsonl:12: no picture" in output
-    assert "2 records skipped" in (tmp_path / "run" / "report.html").read_text()
+    report = (tmp_path / "run" / "report.html").read_text()
+    assert "2 records skipped" in report
+    facts = json.loads((tmp_path / "run" / "data.json").read_text())
+    assert facts["skipped"] == {"not a picture": 1, "no picture": 1}
+    told = "jsonl: 38 pictures of 20 items with 40 captions, "
+    assert told in report
+    assert f"read       {told}" in output
+    assert output.index(told) < output.index("trained    6 steps")
 
 
 @pytest.mark.parametrize(
