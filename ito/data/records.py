@@ -45,7 +45,7 @@ def find_format(path: str | Path, data_format: str = "auto") -> str:
     elif path.is_dir():
         fitting = formats_of_folder(path)
         first = next(fitting, None)
-        fitting = (first, *(fitting if data_format != "auto" else ()))
+        fitting = dict.fromkeys((first, *(fitting if data_format != "auto" else ())))
         if not first:
             raise FileNotFoundError(
                 f"{path} holds no captions.jsonl, no .tar, no .parquet and no picture with a "
@@ -59,7 +59,7 @@ def find_format(path: str | Path, data_format: str = "auto") -> str:
     elif data_format == "auto":
         return known.get(suffix.lower(), "csv")
     if data_format == "auto":
-        return fitting[0]
+        return next(iter(fitting))
     if data_format not in fitting:
         raise ValueError(
             f"--data-format {data_format} does not fit {path}, which can be {' or '.join(fitting)}"
@@ -75,11 +75,10 @@ def is_pattern(path: Path) -> bool:
 def formats_of_folder(path: Path) -> Iterator[str]:
     if (path / "captions.jsonl").exists():
         yield "jsonl"
-    if files_below(path, "tar"):
-        yield "webdataset"
-    if files_below(path, "parquet"):
-        yield "parquet"
+    kinds = (("tar", "webdataset"), ("parquet", "parquet"))
+    yield from (form for suffix, form in kinds if any(path.glob(f"*.{suffix}")))
     yield from folders.kinds_of(folders.walk(path))
+    yield from (form for suffix, form in kinds if any(path.glob(f"*/*.{suffix}")))
 
 
 def files_below(path: Path, suffix: str) -> list[Path]:

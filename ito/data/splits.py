@@ -15,9 +15,9 @@ def choose_held_out(
     """The items to hold out, and what is kept together besides an item's pictures.
 
     Items that share a picture (to the pixel), a caption or a `group` are on the same side. Where
-    that would hold out more than a quarter, as where the captions are a few classes, it is done by
-    captions alone, by groups alone, or by pictures; and if all share one, not at all. At least two
-    captions are held out, of more than one item.
+    that would hold out more than a quarter, as where the captions are a few classes, or less than a
+    twentieth, it is done by captions alone, by groups alone, or by pictures; and if all share one,
+    not at all. At least two captions are held out, of more than one item.
     """
     items = [same[0].item for same in rows]
     shown = picture_keys(images, image_item, len(items))
@@ -31,7 +31,7 @@ def choose_held_out(
         texts = set().union(*(said[n] for n, item in enumerate(items) if item in held))
         if names and len(texts) == 1 and len(held) > 1:
             held |= held_out([group for group in together if held.isdisjoint(group)], seed)
-        if held and (4 * len(held) <= len(items) or not names):
+        if held and (len(items) / 20 <= len(held) <= len(items) / 4 or not names):
             return held, " and ".join(names) or "item"
     return held_out([[item] for item in items], seed), "item"
 

@@ -204,6 +204,7 @@ def test_a_folder_per_class(tmp_path):
         put(tmp_path / "a" / f"number_{n // 2}" / "deeper" / f"{n}.png", grey(n // 2))
     put(tmp_path / "a" / "number_0" / "Thumbs.db", b"\0")
     put(tmp_path / "a" / "stray.png", grey(1))
+    put(tmp_path / "a" / "number_0" / "source.tar", b"")
     assert find_format(tmp_path / "a") == "imagefolder"
     data = load_dataset(tmp_path / "a", 4)
     assert data.captions == [["number 0"]] * 2 + [["number 1"]] * 2
@@ -373,8 +374,15 @@ def test_parquet(tmp_path):
     for split, n in (("train", 0), ("validation", 1)):
         rows = [{"image": f"{n}.png", "text": f"number {n}"}]
         write(tmp_path / "hub" / "data" / f"{split}-00000-of-00001.parquet", rows)
-        put(tmp_path / "hub" / "data" / f"{n}.png", grey(n))
-    assert read(tmp_path / "hub", "parquet", 2).split == ["train", "validation"]
+        put(tmp_path / "store" / f"{n}.png", grey(n))
+    data = read(tmp_path / "hub", "parquet", 2, image_root=str(tmp_path / "store"))
+    assert data.split == ["train", "validation"]
+    (skipped, _) = [r for s in open_shards(tmp_path / "hub", untrusted_data=True) for r in s()]
+    assert skipped.image.parent.name == "data"  # where it is not: to be skipped when it is read
+    outside = [{"image": str(tmp_path / "store" / "0.png"), "text": "number 0"}]
+    source = write(tmp_path / "hub" / "one.parquet", outside)
+    (skipped,) = open_shards(source, untrusted_data=True)[0]()
+    assert skipped.kind == "outside the folder"
     urls = write(tmp_path / "c.parquet", [{"URL": "http://a.b/0.jpg", "TEXT": "a"}])
     with pytest.raises(ValueError, match=r"c.parquet: its pictures are URLs: download"):
         load_dataset(urls, 4)
@@ -562,6 +570,12 @@ def test_equal_captions_are_on_one_side(tmp_path):
     for data in labelled(tmp_path, 30, **several):  # white space and case make no difference
         assert data.split.count("heldout") == 6
         assert all(len(both) == 1 for both in sides(data, lambda n: n % 5))
+
+
+def test_a_caption_of_nearly_all_is_on_both_sides(tmp_path):
+    for data in labelled(tmp_path, 80, captions=lambda n: [f"{n}", "a" if n > 1 else f"own {n}"]):
+        assert data.split_by == "item"
+        assert data.split.count("heldout") == 8
 
 
 def test_a_group_is_on_one_side(tmp_path):
