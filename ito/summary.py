@@ -68,18 +68,19 @@ def report_shared_captions(trained: Dataset, scored: Dataset) -> str:
     return "\n".join(found)
 
 
-def report_repeated(dataset: Dataset) -> str:
-    """How many held-out pictures are also training pictures, equal to the pixel, in words; "" if
-    none is."""
-    hashes = picture_hashes(dataset.images)
-    trained = {x for x, split in zip(hashes, dataset.split, strict=True) if split == "train"}
+def report_repeated(scored: Dataset, trained: Dataset | None = None) -> str:
+    """How many held-out pictures are also training pictures (of `trained`, by default of the same
+    data set), equal to the pixel, in words; "" if none is."""
+    trained = trained or scored
+    known = set(picture_hashes(trained.images[trained.rows("train")]))
+    hashes = picture_hashes(scored.images)
     repeated = Counter(
         split
-        for x, split in zip(hashes, dataset.split, strict=True)
-        if split != "train" and x in trained
+        for x, split in zip(hashes, scored.split, strict=True)
+        if split != "train" and x in known
     )
     return "\n".join(
-        f"warning    {count} of {dataset.split.count(split)} pictures of {split} are training "
+        f"warning    {count} of {scored.split.count(split)} pictures of {split} are training "
         "pictures too: their scores do not measure generalisation"
         for split, count in repeated.items()
     )

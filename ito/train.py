@@ -300,7 +300,7 @@ class Run:
         for dataset in self.in_memory():
             if dataset.skipped:
                 print(report_skipped(dataset.skipped))
-        if repeated := report_repeated(self.eval_data):
+        if repeated := report_repeated(self.eval_data, self.in_memory()[0]):
             print(repeated)
         for name, value in machine.items():
             print(f"{name:10} {value}")

@@ -20,7 +20,7 @@ from ito.data.dataset import load_dataset
 from ito.data.records import find_format, open_shards
 from ito.ranks import Ranks
 from ito.source import choose_data, open_data, open_dataset
-from ito.summary import report_shared_captions, report_skipped, sentence, summarise
+from ito.summary import report_repeated, report_shared_captions, report_skipped, sentence, summarise
 
 FORMATS = {"jpg": "JPEG", "jfif": "JPEG", "jp2": "JPEG2000", "tif": "TIFF"}
 
@@ -611,6 +611,11 @@ def test_training_data_and_val_data_of_two_formats(tmp_path):
     assert eval_data.split == ["val"] * 2
     facts = summarise("tsv", [train_data, eval_data], cut=0)
     assert (facts["train_items"], facts["val_items"], facts["split_by"]) == (4, 2, "none")
+    assert report_repeated(eval_data, train_data) == ""
+    tar(tmp_path / "val.tar", pairs(3, 6))
+    told = "warning    1 of 2 pictures of val are training pictures too"
+    assert report_repeated(open_dataset(config), train_data).startswith(told)
+    tar(tmp_path / "val.tar", pairs(5, 6))
     for stream in (False, True):  # the scored data are the same
         again = open_dataset(replace(config, stream=stream))
         assert again.items == eval_data.items
