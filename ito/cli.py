@@ -1,5 +1,6 @@
 """How the commands report errors: one line that names the cause, and no traceback."""
 
+import re
 import signal
 import sys
 import warnings
@@ -11,6 +12,8 @@ from PIL import Image
 
 from ito.files import follow_links
 
+# C0, C1, halves of surrogate pairs, and marks that turn the direction of writing
+CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\ud800-\udfff\u202a-\u202e\u2066-\u2069]")
 USER_ERRORS = (ValueError, OSError, ImportError)
 
 
@@ -49,6 +52,11 @@ def output_path(option: str, path: Path) -> Path:
 
 
 def one_line(text: str, limit: int = 300) -> str:
-    """The text on one line, cut to `limit` characters: a caption may be a megabyte long."""
+    """The text on one line, cut to `limit` characters: a caption may be a megabyte long.
+
+    Control characters, which a terminal would obey, are shown as `\\x1b`.
+    """
     cut = text if len(text) <= limit else text[: limit - 1] + "…"
-    return " ".join(cut.splitlines())
+    return CONTROL.sub(
+        lambda found: found[0].encode("unicode_escape").decode(), " ".join(cut.splitlines())
+    )

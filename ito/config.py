@@ -9,6 +9,7 @@ from pathlib import Path
 
 from ito.data.augment import DRAWINGS, Augmentation
 from ito.data.pictures import MAX_PIXELS
+from ito.data.records import FORMATS
 from ito.files import read_text, write_text
 from ito.model.fusion import READOUTS
 from ito.model.pretrained import IMAGE, OURS, TEXT, image_size, split
@@ -40,6 +41,7 @@ def option(
     return field(default=default, metadata=metadata)
 
 
+SEPARATORS = {"tab": "\t", "\\t": "\t", "comma": ",", "semicolon": ";", "pipe": "|"}
 AUGMENTATIONS = {
     "scale": "range of the crop's area relative to the image's; above 1: shrunk, on white",
     "ratio": "range of the crop's aspect ratio, width / height",
@@ -64,12 +66,24 @@ class Config:
     train_data: str = option(
         EMOJI_SMALL,
         "data",
-        "training data: a folder with captions.jsonl, an open_clip CSV, WebDataset tars, or a set "
-        "prepared on first use: emoji-small or emoji-full",
+        "training data: images with captions, as WebDataset tars (A::B, * and {000..012} are "
+        "expanded), a CSV, a folder or others of docs/data.md; or a set prepared on first use: "
+        "emoji-small or emoji-full",
     )
-    csv_separator: str = option("\t", "data", "column separator of an open_clip CSV")
-    csv_img_key: str = option("filepath", "data", "CSV column with the image paths")
-    csv_caption_key: str = option("title", "data", "CSV column with the captions")
+    data_format: str = option(
+        "auto", "data", "format of --train-data; auto finds it by looking", ("auto", *FORMATS)
+    )
+    image_root: str | None = option(
+        None,
+        "data",
+        "folder that relative image paths start at; then that of the file that names them",
+        kind=str,
+    )
+    csv_separator: str = option(
+        "\t", "data", "column separator of a CSV: a character, or tab, comma, semicolon, pipe"
+    )
+    csv_img_key: str = option("filepath", "data", "CSV or parquet column with the images")
+    csv_caption_key: str = option("title", "data", "CSV or parquet column with the captions")
     max_pixels: int = option(
         MAX_PIXELS,
         "data",
@@ -86,7 +100,10 @@ class Config:
         False, "streaming", "read --train-data from disk while training; needs --val-data"
     )
     val_data: str | None = option(
-        None, "streaming", "evaluation data of a streamed run, loaded into memory", kind=str
+        None,
+        "data",
+        "evaluation data, in any format, loaded into memory; then all of --train-data trains",
+        kind=str,
     )
     tokenizer_captions: int = option(
         100_000, "streaming", "number of captions at the start that train the BPE", least=1
@@ -258,15 +275,14 @@ class Config:
                 raise ValueError(f"{item.name} must be at most {most}, got {value}")
             if value == math.inf:
                 raise ValueError(f"{item.name} must be finite, got {value}")
-        if self.stream != (self.val_data is not None):
-            raise ValueError(
-                "--stream and --val-data go together: streamed data are not held to be scored, "
-                f"got stream={self.stream}, val_data={self.val_data}"
-            )
+        if self.stream and self.val_data is None:
+            raise ValueError("--stream needs --val-data: streamed data are not held to be scored")
+        named = SEPARATORS.get(self.csv_separator, self.csv_separator)
+        object.__setattr__(self, "csv_separator", named)
         if len(self.csv_separator) != 1:
             raise ValueError(
-                f"csv_separator must be one character, got {self.csv_separator!r}; "
-                "a tab is the default"
+                f"csv_separator must be one character, got {self.csv_separator!r}; or one of "
+                f"{', '.join(SEPARATORS)}; a tab is the default"
             )
         if self.load_size > 2 * self.image_size:
             raise ValueError(
@@ -438,9 +454,10 @@ def from_options(options: argparse.Namespace, base: Config | None = None) -> Con
         name: tuple(value) if isinstance(value, list) else value
         for name, value in vars(options).items()
     }
-    for name in ("train_data", "val_data", "pretrained"):
+    for name in ("train_data", "val_data", "image_root", "pretrained"):
         if given.get(name, EMOJI_SMALL) not in (None, EMOJI_SMALL, EMOJI_FULL):
-            given[name] = str(Path(given[name]).absolute())
+            parts = [str(Path(part).absolute()) for part in given[name].split("::")]
+            given[name] = "::".join(parts)
     if parts := user_file(given.get("objective", Config.objective)):
         given["objective"] = f"{parts[0].absolute()}:{parts[1]}"
     for name in ("image_encoder", "text_encoder"):

@@ -10,13 +10,13 @@ from pathlib import Path
 
 from ito.cli import output_path, user_errors
 from ito.config import add_options
-from ito.data.dataset import report_repeated, report_skipped
 from ito.files import write_text
 from ito.model.exported import load
 from ito.model.tokenizer import report_cut
 from ito.scoring.evaluation import ALL, PROMPTS, evaluate_fully
 from ito.scoring.scores import clip_benchmark, table
 from ito.source import choose_data, open_dataset
+from ito.summary import report_repeated, report_skipped
 
 
 def main(arguments: list[str] | None = None) -> None:

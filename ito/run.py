@@ -54,6 +54,7 @@ class RunFolder:
         self.lock = self.path / ".lock"
         self.config = self.path / "config.json"
         self.environment = self.path / "environment.json"
+        self.data = self.path / "data.json"
         self.metrics = self.path / "metrics.jsonl"
         self.checkpoints = self.path / "checkpoints"
         self.model = self.path / "model"

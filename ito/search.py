@@ -13,13 +13,13 @@ from PIL import Image
 
 from ito.cli import one_line, output_path, user_errors
 from ito.config import add_options
-from ito.data.dataset import report_skipped
 from ito.files import write_atomically
 from ito.model.exported import Encoder, load
 from ito.run import RunFolder
 from ito.scoring.contact_sheet import contact_sheet
 from ito.scoring.index import Index
 from ito.source import choose_data, open_dataset
+from ito.summary import report_skipped
 
 LONGEST_PATH = 4096  # Linux's PATH_MAX: a longer query is a text, even if it ends in .png
 
@@ -91,7 +91,8 @@ def main(arguments: list[str] | None = None) -> None:
         ):
             print(one_line(query))
             for value, picture in zip(values, pictures, strict=True):
-                print(f"  {value:6.3f}  {index.name(picture):32} {index.dataset.files[picture]}")
+                name, file = one_line(index.name(picture)), index.dataset.files[picture]
+                print(f"  {value:6.3f}  {name:32} {one_line(file, len(file))}")
         sheet = contact_sheet(index, options.queries, scores, found)
         with write_atomically(out) as temporary:
             sheet.save(temporary, "PNG")

@@ -1,6 +1,7 @@
 """Opens the data set that a configuration or a command line names."""
 
 import argparse
+import dataclasses
 from pathlib import Path
 
 from ito.cli import reason
@@ -10,6 +11,7 @@ from ito.data.dataset import Dataset, load_dataset
 from ito.data.emoji import default_cache
 from ito.data.emoji_full import prepare_emoji_full
 from ito.data.emoji_small import prepare_emoji_small
+from ito.data.fields import Options
 from ito.data.records import Shard, open_shards
 from ito.ranks import Ranks
 from ito.run import RunFolder
@@ -18,27 +20,40 @@ from ito.stream import Stream
 
 
 def open_dataset(config: Config, cache: Path | None = None) -> Dataset:
-    """Load `config.train_data` into memory; if that is streamed, `config.val_data`.
+    """Load the data that is scored into memory: `config.val_data`, or else `config.train_data`.
 
     An emoji set is prepared in `cache` on first use.
     """
+    if config.val_data:
+        options = reader_options(config) | {"data_format": "auto"}
+        return load(config, config.val_data, cache, options, only="val")
+    return load(config, config.train_data, cache, reader_options(config))
+
+
+def load(
+    config: Config, data: str, cache: Path | None, options: dict, only: str | None = None
+) -> Dataset:
     return load_dataset(
-        locate(config.val_data or config.train_data, cache),
+        locate(data, cache),
         config.load_size,
-        split_seed=None if config.stream else config.split_seed,
+        split_seed=config.split_seed,
+        only=only,
         max_pixels=config.max_pixels,
-        **reader_options(config),
+        **options,
     )
 
 
 def open_data(
     config: Config, cache: Path | None, workers: int, ranks: Ranks
 ) -> tuple[Dataset, Dataset | Stream]:
-    """The evaluation data and the training data: the same data set in memory, or, with --stream, a
-    data set in memory and this rank's stream."""
+    """The evaluation data and the training data: the same data set in memory; with --val-data two
+    of them; with --stream, a data set in memory and this rank's stream."""
     eval_data = open_dataset(config, cache)
-    if not config.stream:
+    if not config.stream and not config.val_data:
         return eval_data, eval_data
+    if not config.stream:
+        options = reader_options(config)
+        return eval_data, load(config, config.train_data, cache, options, only="train")
     if config.batch_size % ranks.size:
         raise ValueError(
             "--stream gives ranks equal parts: --batch-size must be a multiple of "
@@ -68,9 +83,9 @@ def open_source(config: Config, cache: Path | None = None) -> list[Shard]:
     return open_shards(locate(config.train_data, cache), **reader_options(config))
 
 
-def reader_options(config: Config) -> dict[str, str | bool]:
+def reader_options(config: Config) -> dict[str, str | bool | None]:
     """The options of `open_shards` that the configuration sets."""
-    names = ("csv_separator", "csv_img_key", "csv_caption_key", "untrusted_data")
+    names = (f.name for f in dataclasses.fields(Options) if f.name != "root")
     return {name: getattr(config, name) for name in names}
 
 
@@ -97,7 +112,11 @@ def choose_data(options: argparse.Namespace) -> tuple[Config, list[str] | None]:
     config = from_options(options, RunFolder(options.run).read_config())
     if options.data is None:
         return config, options.split
-    if "train_data" in options:
-        raise ValueError(f"--data {options.data} and --train-data name the same thing: drop one")
-    path = argparse.Namespace(train_data=options.data, stream=False, val_data=None)
-    return from_options(path, config), options.split or [ALL]
+    for name in ("train", "val"):
+        if f"{name}_data" in options:
+            about = f"--data {options.data} and --{name}-data name the same thing"
+            raise ValueError(f"{about}: drop one")
+    given = {"train_data": options.data, "stream": False, "val_data": None}
+    for name in ("data_format", "image_root"):  # what the run's own data needed
+        given[name] = vars(options).get(name, getattr(Config, name))
+    return from_options(argparse.Namespace(**given), config), options.split or [ALL]

@@ -18,11 +18,11 @@ import torch
 from tqdm import tqdm
 
 from ito.checkpoint import checkpoints, load_checkpoint, save_checkpoint
-from ito.cli import output_path, user_errors
+from ito.cli import one_line, output_path, user_errors
 from ito.compiled import choose_compile, compile_towers
 from ito.config import Config, add_options, from_options
-from ito.data.dataset import Dataset, report_repeated, report_skipped
-from ito.data.records import Skipped
+from ito.data.dataset import Dataset
+from ito.data.fields import Skipped
 from ito.files import undamaged, write_text
 from ito.model.exported import Encoder, export, load, saved_tokenizer
 from ito.model.pretrained import OURS, load_tokenizer
@@ -47,6 +47,13 @@ from ito.scoring.report_page import write_report
 from ito.scoring.scores import table
 from ito.source import open_data
 from ito.stream import Stream, first_captions
+from ito.summary import (
+    report_repeated,
+    report_shared_captions,
+    report_skipped,
+    sentence,
+    summarise,
+)
 from ito.trainer import Trainer
 
 
@@ -235,6 +242,10 @@ class Run:
 
         pretrained = load(config.pretrained) if config.pretrained and not state else None
         self.tokenizer = self.choose_tokenizer(state, pretrained)
+        self.facts = self.count_data()
+        print(f"read       {sentence(self.facts)}")
+        if not config.stream and (told := report_shared_captions(train_data, eval_data)):
+            print(told)
         self.trainer = Trainer(config, train_data, self.tokenizer, self.device, self.dtype, ranks)
         if self.compile:
             compile_towers(self.trainer.model, self.trainer.objective)
@@ -283,12 +294,13 @@ class Run:
         }
 
     def print_setup(self, machine: dict[str, str]) -> None:
-        print(f"data       {self.config.train_data}: {self.train_data.describe()}")
-        if self.config.stream:
-            print(f"val        {self.config.val_data}: {self.eval_data.describe()}")
-        if self.eval_data.skipped:
-            print(report_skipped(self.eval_data.skipped))
-        if repeated := report_repeated(self.eval_data):
+        print(f"data       {one_line(self.config.train_data)}: {self.train_data.describe()}")
+        if self.config.val_data:
+            print(f"val        {one_line(self.config.val_data)}: {self.eval_data.describe()}")
+        for dataset in self.in_memory():
+            if dataset.skipped:
+                print(report_skipped(dataset.skipped))
+        if repeated := report_repeated(self.eval_data, self.in_memory()[0]):
             print(repeated)
         for name, value in machine.items():
             print(f"{name:10} {value}")
@@ -296,7 +308,7 @@ class Run:
     def choose_tokenizer(self, state: dict | None, pretrained: Encoder | None) -> Tokenizer:
         """The checkpoint's, that of --pretrained, the text encoder's, or a new one."""
         config = self.config
-        captions = [caption for names in self.eval_data.captions for caption in names]
+        captions = self.captions()
         if state:
             tokenizer = saved_tokenizer(state, self.files)
         elif pretrained:
@@ -311,6 +323,22 @@ class Run:
         if cut := report_cut(captions, tokenizer):
             print(cut)
         return tokenizer
+
+    def in_memory(self) -> list[Dataset]:
+        """The data sets in memory: that trained on, if it is one, and that scored, if another."""
+        both = (self.train_data, self.eval_data)
+        return [self.eval_data] if self.config.stream or both[0] is both[1] else [*both]
+
+    def captions(self) -> list[str]:
+        """Those of all data in memory."""
+        return [text for part in self.in_memory() for texts in part.captions for text in texts]
+
+    def count_data(self) -> dict:
+        """What `data.json` says; see `ito/data/summary.py`."""
+        config, lengths = self.config, self.tokenizer.lengths(self.captions())
+        cut = sum(length > self.tokenizer.context_length for length in lengths)
+        form = (self.train_data.shards if config.stream else self.train_data).format
+        return summarise(form, self.in_memory(), cut, config.stream)
 
     def print_warnings(self) -> None:
         size, asked = self.trainer.batches.size, self.config.batch_size
@@ -357,6 +385,9 @@ class Run:
     def environment(self) -> dict:
         """What the numbers depend on, apart from the configuration."""
         hashes = fingerprint(self.eval_data)
+        if len(self.in_memory()) == 2:
+            trained = fingerprint(self.train_data)
+            hashes |= {f"training {name}": value for name, value in trained.items()}
         if self.config.stream:
             captions = training_captions(self.train_data, HASHED_CAPTIONS)
             hashes["stream"] = digest(json.dumps(captions).encode())
@@ -382,6 +413,7 @@ class Run:
         untrained = self.scores()
         self.config.save(self.files.config)
         write_text(self.files.environment, json.dumps(self.environment(), indent=2) + "\n")
+        write_text(self.files.data, json.dumps(self.facts, indent=2, ensure_ascii=False) + "\n")
         self.log.start()
         self.log.write("eval", 0, untrained)
 

@@ -4,9 +4,7 @@ Every picture is decoded and resized once and kept as uint8: 64 × 64 pixels are
 pictures fit into a gigabyte, and an epoch reads no file. Larger sets are streamed: ito/stream.py.
 """
 
-import hashlib
 import itertools
-from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,8 +12,12 @@ from pathlib import Path
 import torch
 
 from ito.cli import one_line
+from ito.data.fields import Record, Skipped, count_kinds
 from ito.data.pictures import MAX_PIXELS, decode
-from ito.data.records import Record, Skipped, cpu_count, open_shards
+from ito.data.records import cpu_count, open_shards
+from ito.data.splits import choose_held_out
+
+NOTHING = "it holds no record"
 
 
 @dataclass
@@ -25,7 +27,8 @@ class Dataset:
     Per picture: `images` uint8 (K, 3, S, S); `image_item` int64 (K,), indices into the lists of
     items; `files`, the paths; `split`; `style`.
     Per item: `items`, the keys; `captions`; `translations`, {language: names}; `group`; `subgroup`.
-    `skipped`: the records left out, with their place and the reason.
+    `skipped`: the records left out, with their place and the reason. `format`: one of
+    `ito.data.records.FORMATS`. `split_by`: what the split was given by, or keeps together.
     """
 
     images: torch.Tensor
@@ -39,6 +42,8 @@ class Dataset:
     group: list[str | None]
     subgroup: list[str | None]
     skipped: list[Skipped]
+    format: str
+    split_by: str
 
     def rows(self, split: str) -> torch.Tensor:
         """The indices of a split's pictures, int64."""
@@ -83,16 +88,18 @@ def load_dataset(
     path: str | Path,
     image_size: int,
     *,
-    split_seed: int | None = 0,
+    split_seed: int = 0,
+    only: str | None = None,
     workers: int | None = None,
     max_pixels: int = MAX_PIXELS,
-    **options: str | bool,
+    **options: str | bool | None,
 ) -> Dataset:
     """Read everything that `ito.data.records.open_shards` finds at `path`, and decode its pictures.
 
-    If no record names a split, 10 % of the items (at least one), by hash of item and `split_seed`,
-    are "heldout"; items that share a picture, to the pixel, are on the same side. Without a seed
-    all are "val". If some records name a split, one that names none is "train".
+    If no record names a split other than "train", 10 % of the items (at least one), by hash of item
+    and `split_seed`, are "heldout"; see ito/data/splits.py for what is kept together.
+    If some records name a split, one that names none is "train". With `only`, the name of a split,
+    records that name none are of that split; if the data names "train" alone, all are.
     Pictures become centred squares of `image_size` pixels on white. The order is that of the
     source, for any number of `workers`. `options` are those of `open_shards`.
 
@@ -100,28 +107,33 @@ def load_dataset(
     than `max_pixels`, or its caption is empty. Raises what `open_shards` raises, and ValueError if
     all records are skipped.
     """
-    found = [record for shard in open_shards(path, **options) for record in shard()]
+    shards = open_shards(path, **options)
+    found = [record for shard in shards for record in shard()]
     records = [r for r in found if isinstance(r, Record)]
     skipped = [r for r in found if isinstance(r, Skipped)]
     images, kept, unreadable = decode_all(records, image_size, max_pixels, workers)
     skipped += unreadable
     if not kept:
         reasons = "; ".join(one_line(f"{where}: {reason}") for where, reason in skipped[:3])
-        about = f"{len(skipped)} records skipped: {reasons}" if skipped else "it holds no record"
-        raise ValueError(f"no usable picture in {path} ({about})")
+        counts = ", ".join(f"{kind}: {n}" for kind, n in count_kinds(skipped).items())
+        about = f"{len(skipped)} records skipped, {counts}: {reasons}" if skipped else NOTHING
+        hint = "; is it in another folder? set --image-root" * (
+            {"no picture"} == {*count_kinds(skipped)}
+        )
+        raise ValueError(f"no usable picture in {path} ({about}){hint}")
 
     index = {item: n for n, item in enumerate(dict.fromkeys(r.item for r in kept))}
     rows = [[] for _ in index]
     for r in records:
         if r.item in index:
             rows[index[r.item]].append(r)
-    if any(r.split for r in records):
-        split = [r.split or "train" for r in kept]
-    elif split_seed is None:
-        split = ["val"] * len(kept)
+    split_by = "split"
+    if any(r.split not in (None, "train") for r in records):
+        split = [r.split or only or "train" for r in kept]
+    elif only:
+        split, split_by = [only] * len(kept), "none"
     else:
-        groups = groups_by_picture(images, [index[r.item] for r in kept], list(index))
-        held = held_out(groups, split_seed)
+        held, split_by = choose_held_out(images, [index[r.item] for r in kept], rows, split_seed)
         split = ["heldout" if r.item in held else "train" for r in kept]
     return Dataset(
         images=images,
@@ -141,6 +153,8 @@ def load_dataset(
         group=[next((r.group for r in same if r.group), None) for same in rows],
         subgroup=[next((r.subgroup for r in same if r.subgroup), None) for same in rows],
         skipped=skipped,
+        format=shards.format,
+        split_by=split_by,
     )
 
 
@@ -174,73 +188,3 @@ def decode_all(
         pool.shutdown(cancel_futures=True)  # so that Ctrl-C does not wait for all other pictures
     skipped = [Skipped(r.where, bad[r.image]) for r in records if r.image in bad]
     return images[: len(kept)], kept, skipped
-
-
-def groups_by_picture(
-    images: torch.Tensor, image_item: list[int], items: list[str]
-) -> list[list[str]]:
-    """The items in groups: items that share a picture, equal to the pixel, are in the same one."""
-    parent = list(range(len(items)))  # union-find
-
-    def root(n: int) -> int:
-        while parent[n] != n:
-            parent[n] = n = parent[parent[n]]
-        return n
-
-    first: dict[bytes, int] = {}
-    for hashed, item in zip(picture_hashes(images), image_item, strict=True):
-        parent[root(item)] = root(first.setdefault(hashed, item))
-    groups: dict[int, list[str]] = {}
-    for n, item in enumerate(items):
-        groups.setdefault(root(n), []).append(item)
-    return list(groups.values())
-
-
-def picture_hashes(images: torch.Tensor) -> list[bytes]:
-    return [hashlib.sha256(picture.numpy()).digest() for picture in images]
-
-
-def held_out(groups: list[list[str]], seed: int) -> set[str]:
-    """About 10 % of the items, but at least 1 of 2 or more; all items of a group or none.
-
-    Groups are taken in the order of their lowest hash if they fit into the 10 %. If none fits, the
-    smallest group is taken, unless it is the only one.
-    """
-
-    def lowest_hash(group: list[str]) -> bytes:
-        return min(hashlib.sha256(f"{seed}:{item}".encode()).digest() for item in group)
-
-    items = sum(map(len, groups))
-    count = max(items // 10, min(1, items - 1))
-    order = sorted(groups, key=lowest_hash)
-    held: set[str] = set()
-    for group in order:
-        if len(held) + len(group) <= count:
-            held.update(group)
-    return held or set(min(order, key=len) if len(order) > 1 else ())
-
-
-def report_repeated(dataset: Dataset) -> str:
-    """How many held-out pictures are also training pictures, equal to the pixel, in words; "" if
-    none is."""
-    hashes = picture_hashes(dataset.images)
-    trained = {x for x, split in zip(hashes, dataset.split, strict=True) if split == "train"}
-    repeated = Counter(
-        split
-        for x, split in zip(hashes, dataset.split, strict=True)
-        if split != "train" and x in trained
-    )
-    return "\n".join(
-        f"warning    {count} of {dataset.split.count(split)} pictures of {split} are training "
-        "pictures too: their scores do not measure generalisation"
-        for split, count in repeated.items()
-    )
-
-
-def report_skipped(skipped: list[Skipped], limit: int = 10) -> str:
-    """Their number, then the first `limit` of them, one per line; "" if there are none."""
-    if not skipped:
-        return ""
-    lines = [f"skipped {len(skipped)} records:"]
-    lines += [f"  {one_line(f'{where}: {reason}')}" for where, reason in skipped[:limit]]
-    return "\n".join(lines + ["  …"] * (len(skipped) > limit))

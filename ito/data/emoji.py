@@ -6,9 +6,11 @@ clock time are in the same split, so that no training variant resembles a held-o
 
 import hashlib
 import io
+import json
 import os
 import re
 import shutil
+import tarfile
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterable
@@ -16,6 +18,7 @@ from pathlib import Path
 
 from PIL import Image
 
+SHARD_SIZE = 1000  # samples of a tar
 GENDERED = r"\b(man|men|woman|women|boy|girl|male|female|mrs)\b"
 # the words in which variants of a concept family differ
 VARIANT = (
@@ -182,3 +185,30 @@ def publish(out: Path, title: str, write: Callable[[Path], None]) -> Path:
 def is_published(out: Path, title: str) -> bool:
     card = out / "README.md"
     return card.is_file() and card.read_bytes().split(b"\n")[0] == f"# {title}".encode()
+
+
+def write_shards(folder: Path, records: list[dict], pictures: Iterable[bytes]) -> None:
+    """Write `SPLIT-00000.tar` and so on: records with `image`, `captions` and `split`, and PNGs.
+
+    Records are sorted by the hash of the image's path, so that every shard is a random sample.
+    """
+    folder.mkdir()
+    samples = sorted(
+        zip(records, pictures, strict=True),
+        key=lambda sample: hashlib.sha256(sample[0]["image"].encode()).digest(),
+    )
+    for split in dict.fromkeys(record["split"] for record in records):
+        chosen = [sample for sample in samples if sample[0]["split"] == split]
+        for number, start in enumerate(range(0, len(chosen), SHARD_SIZE)):
+            with tarfile.open(folder / f"{split}-{number:05}.tar", "w") as tar:
+                for place, (record, png) in enumerate(chosen[start : start + SHARD_SIZE], start):
+                    fields = {name: value for name, value in record.items() if name != "image"}
+                    text = json.dumps(fields, ensure_ascii=False)
+                    for kind, data in (
+                        ("png", png),
+                        ("json", text.encode()),
+                        ("txt", record["captions"][0].encode()),
+                    ):
+                        info = tarfile.TarInfo(f"{place:06}.{kind}")  # no time, no owner
+                        info.size = len(data)
+                        tar.addfile(info, io.BytesIO(data))

@@ -24,11 +24,11 @@ from ito.data.emoji import (
     render,
     share,
     to_png,
+    write_shards,
 )
 from ito.data.emoji_sources import MISNAMED, PACKAGES, STYLES, read_concepts, read_drawings
 from ito.data.npm import fetch
 from ito.data.records import cpu_count
-from ito.data.shards import write_shards
 
 # Raise the number when a rule below changes: a cached set is never rebuilt.
 FOLDER = "emoji-full-2"

@@ -5,17 +5,14 @@ Pictures are not read, only their offsets in the tar are noted: shuffling a mill
 pixel.
 """
 
-import hashlib
-import io
-import json
+import glob
 import re
 import tarfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-SHARD_SIZE = 1000  # samples per shard written
-RANGE = r"\{(\d+)\.\.(\d+)\}"
+BRACES = r"\{(?:(\d+)\.\.(\d+)|([^{}]*,[^{}]*))\}"
 
 
 class Member(NamedTuple):
@@ -41,26 +38,34 @@ class Sample(NamedTuple):
 
 
 def expand(pattern: str) -> list[Path]:
-    """The paths that the pattern `shard-{00000..00012}.tar` stands for, both ends included."""
-    found = re.search(RANGE, pattern)
-    if not found:
-        return [Path(pattern)]
-    first, last = found.groups()
-    return [
-        path
-        for number in range(int(first), int(last) + 1)
-        for path in expand(
-            pattern[: found.start()] + f"{number:0{len(first)}}" + pattern[found.end() :]
-        )
-    ]
+    """The paths that a pattern stands for.
+
+    `shard-{00000..00012}.tar` has both ends; `{a,b}.tar` is a choice; `*`, `?` and `[…]` are
+    matched with the files there are; `A::B` is the one, then the other.
+    """
+    if "::" in pattern:
+        return [path for part in pattern.split("::") for path in expand(part)]
+    if found := re.search(BRACES, pattern):
+        first, last, choice = found.groups()
+        parts = choice.split(",") if choice else map(str, range(int(first), int(last) + 1))
+        filled = [part if choice else part.zfill(len(first)) for part in parts]
+        before, after = pattern[: found.start()], pattern[found.end() :]
+        return [path for part in filled for path in expand(before + part + after)]
+    if glob.has_magic(pattern) and not Path(pattern).exists():
+        matched = sorted(glob.glob(pattern, recursive=True))
+        return [Path(path) for path in matched or [pattern]]
+    return [Path(pattern)]
 
 
 def read_samples(tar: Path) -> Iterator[Sample]:
-    """The samples of a shard in order. A file whose name is repeated begins a new sample.
+    """The samples of a shard, in the order of their first files; those of a sample need not stand
+    together. A file whose name is repeated belongs to a new sample of that name.
 
     Raises ValueError where the tar is damaged or cut off, after all samples before that.
     """
-    sample = None
+    samples: list[Sample] = []
+    named: dict[str, list[Sample]] = {}
+    last = None
     try:
         # names may be any bytes, and must be printable
         with tarfile.open(tar, "r:", errors="backslashreplace") as archive:
@@ -69,19 +74,21 @@ def read_samples(tar: Path) -> Iterator[Sample]:
                 if not info.isfile() or info.issparse():
                     continue
                 key, kind = split_name(info.name)
-                if sample and (key != sample.key or kind in sample.members):
-                    yield sample
-                    sample = None
-                sample = sample or Sample(key, {}, {})
+                same = named.setdefault(key, [])
+                sample = next((found for found in same if kind not in found.members), None)
+                if sample is None:
+                    sample = Sample(key, {}, {})
+                    same.append(sample), samples.append(sample)
                 sample.members[kind] = Member(tar, info.offset_data, info.size)
+                last = sample
                 if kind in ("txt", "json"):
                     sample.contents[kind] = archive.extractfile(info).read()
-            if sample:
-                yield sample
             archive.fileobj.seek(archive.offset)  # tarfile stops silently at a bad header
             ending = archive.fileobj.read(512)
     except tarfile.TarError as error:
+        yield from (sample for sample in samples if sample is not last)  # its files may be missing
         raise ValueError(f"damaged, or not an uncompressed tar: {error}") from None
+    yield from samples
     if not ending:
         raise ValueError(
             f"no end mark at byte {archive.offset}: cut off after a whole file, or written so; "
@@ -96,30 +103,3 @@ def split_name(name: str) -> tuple[str, str]:
     folder, slash, base = name.rpartition("/")
     key, _, kind = base.partition(".")
     return folder + slash + key, kind.lower()
-
-
-def write_shards(folder: Path, records: list[dict], pictures: Iterable[bytes]) -> None:
-    """Write `SPLIT-00000.tar` and so on: records with `image`, `captions` and `split`, and PNGs.
-
-    Records are sorted by the hash of the image's path, so that every shard is a random sample.
-    """
-    folder.mkdir()
-    samples = sorted(
-        zip(records, pictures, strict=True),
-        key=lambda sample: hashlib.sha256(sample[0]["image"].encode()).digest(),
-    )
-    for split in dict.fromkeys(record["split"] for record in records):
-        chosen = [sample for sample in samples if sample[0]["split"] == split]
-        for number, start in enumerate(range(0, len(chosen), SHARD_SIZE)):
-            with tarfile.open(folder / f"{split}-{number:05}.tar", "w") as tar:
-                for place, (record, png) in enumerate(chosen[start : start + SHARD_SIZE], start):
-                    fields = {name: value for name, value in record.items() if name != "image"}
-                    text = json.dumps(fields, ensure_ascii=False)
-                    for kind, data in (
-                        ("png", png),
-                        ("json", text.encode()),
-                        ("txt", record["captions"][0].encode()),
-                    ):
-                        info = tarfile.TarInfo(f"{place:06}.{kind}")  # no time, no owner
-                        info.size = len(data)
-                        tar.addfile(info, io.BytesIO(data))

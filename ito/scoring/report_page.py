@@ -22,6 +22,7 @@ from ito.scoring.embedded_split import EmbeddedSplit
 from ito.scoring.metrics import ranks
 from ito.scoring.projections import PROJECTIONS
 from ito.scoring.scores import DIRECTIONS, sections
+from ito.summary import sentence
 
 QUERIES, SHOWN, MISTAKES = 8, 6, 12
 MAPPED = 300  # pairs in the map: more would hide each other
@@ -79,6 +80,10 @@ def write_report(run: Path, encoder: Encoder, dataset: Dataset, project: str = "
         f"{len(dataset.skipped)} records skipped"
         f"{f'; {streams[-1]} of the stream trained on' if streams else ''}.</p>",
     ]
+    if files.data.exists():
+        with undamaged(files.data):
+            facts = json.loads(read_text(files.data))
+            parts.append(f"<p>{html.escape(sentence(facts))}.</p>")
     if scores:
         parts.append(score_tables({"before": scores[0], "after": scores[-1]}))
     parts.append(f'<h2>Curves</h2><div class="grid">{curves}</div>')

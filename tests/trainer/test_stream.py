@@ -17,8 +17,9 @@ from ito import train
 from ito.config import Config
 from ito.data import records as sources
 from ito.data.dataset import load_dataset
+from ito.data.emoji import write_shards
 from ito.data.records import Record, open_shards
-from ito.data.shards import Member, expand, write_shards
+from ito.data.shards import Member, expand
 from ito.model.tokenizer import Tokenizer
 from ito.ranks import Ranks
 from ito.source import open_data
@@ -84,7 +85,7 @@ def test_a_tar_has_the_fields_of_a_folder_and_one_text_per_sample(tmp_path):
         tmp_path / "a-00.tar",
         [
             *sample("dir.v1/0", 10, captions=[" red ", "", "rot"], translations=names, **fields),
-            ("dir.v1/0.txt", b"the .json has captions"),
+            ("dir.v1/0.txt", b"rot"),  # one of those of the .json
             ("1.jpg", png(20)),
             ("1.txt", b"from the text\n"),
             ("1.json", json.dumps({"url": "u", "caption": None}).encode()),
@@ -125,7 +126,7 @@ def test_bad_samples_are_skipped_and_named(tmp_path):
             ("list.png", png(1)),
             ("list.json", b"[1]"),
             ("field.png", png(1)),
-            ("field.json", b'{"caption": "a", "split": 3}'),
+            ("field.json", b'{"caption": "a", "split": [3]}'),
             ("latin.png", png(1)),
             ("latin.txt", b"\xff\xfe"),
             ("broken.png", b"no picture"),
@@ -147,13 +148,13 @@ def test_bad_samples_are_skipped_and_named(tmp_path):
     assert data.items[2] == r"a.tar/caf\xe9"
     reasons = {where.removeprefix(f"{tmp_path}/"): reason for where, reason in data.skipped}
     want = {
-        "a.tar:lonely": "no picture among .txt",
+        "a.tar:lonely": "no picture in the sample: among .txt",
         "a.tar:dumb": "empty caption",
         "a.tar:blank": "empty caption",
         "a.tar:json": "Expecting",
         "a.tar:deep": "recursion",
         "a.tar:list": "expected a JSON object, got [1]",
-        "a.tar:field": "split must be a text, got 3",
+        "a.tar:field": "split must be a text, got [3]",
         "a.tar:latin": "can't decode",
         "a.tar:broken": "of no known format",
         "b.tar": "damaged",
@@ -184,7 +185,7 @@ def test_missing_shards_are_named(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"a-1.tar, .*a-2.tar \(2 missing\)"):
         load_dataset(tmp_path / "a-{0..2}.tar", 4)
     (tmp_path / "empty").mkdir()
-    with pytest.raises(FileNotFoundError, match=r"empty holds no captions.jsonl and no .tar"):
+    with pytest.raises(FileNotFoundError, match=r"empty holds no captions.jsonl, no .tar"):
         load_dataset(tmp_path / "empty", 4)
 
 
@@ -451,8 +452,8 @@ def test_a_streamed_run_resumes_to_the_same_numbers(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ("--stream", "--stream and --val-data go together"),
-        ("--val-data nowhere", "--stream and --val-data go together"),
+        ("--stream", "--stream needs --val-data"),
+        ("--val-data nowhere", "no data at"),
         ("--stream --val-data nowhere", "no data at"),
         ("--stream --val-data {here} --workers -1", "--workers must be at least 0, got -1"),
         (

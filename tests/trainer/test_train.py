@@ -42,7 +42,7 @@ CPU = torch.device("cpu")
 
 def test_64_samples_overfit(tmp_path):
     folder = write_set(tmp_path / "data", items=64, drawings=1, split="train")
-    dataset = load_dataset(folder, 64)
+    dataset = load_dataset(folder, 64, only="train")
     config = Config(
         steps=60, batch_size=32, width=64, vocab_size=300, augmentation=Augmentation(gray_p=0.0)
     )

@@ -1,0 +1,269 @@
+"""Lists of pictures and captions: JSON lines, CSV and TSV, COCO's captions, parquet."""
+
+import csv
+import gzip
+import io
+import json
+import os
+import zlib
+from collections.abc import Iterable, Iterator
+from functools import lru_cache, partial
+from pathlib import Path
+from typing import NamedTuple
+
+from ito.data.fields import (
+    CAPTION_KEYS,
+    DOWNLOAD,
+    EXPECTED,
+    IMAGE_KEYS,
+    PICTURES,
+    Options,
+    Record,
+    Skipped,
+    check_record,
+    from_fields,
+    from_row,
+    is_url,
+)
+from ito.files import irregular, require_file
+
+LOOKED_AT = 100  # rows of a TSV without a header, to find out its columns
+
+
+def read_text(source: Path, pipe: bool = False) -> str:
+    """The text of a regular file, or with `pipe` also of a named pipe, in UTF-8 or, with a byte
+    order mark, UTF-16; it may be compressed by gzip."""
+    if not (pipe and irregular(source) == "a named pipe"):
+        require_file(source)
+    data = source.read_bytes()
+    try:
+        if data.startswith(b"\x1f\x8b"):
+            data = gzip.decompress(data)
+        if data.startswith((b"\xff\xfe", b"\xfe\xff")):
+            return data.decode("utf-16")
+        return data.decode("utf-8-sig")  # spreadsheets write a byte order mark
+    except (EOFError, OSError, zlib.error) as error:
+        raise ValueError(f"{source}: damaged gzip: {error}") from None
+    except UnicodeDecodeError as error:
+        row = data.count(b"\n", 0, error.start) + 1
+        hint = f"; {EXPECTED}" if pipe else ""
+        raise ValueError(f"{source}:{row}: not UTF-8: {error.reason}{hint}") from None
+
+
+def read_jsonl(source: Path, options: Options, prefix: str = "") -> Iterator[Record | Skipped]:
+    for row, line in enumerate(read_text(source).split("\n"), 1):
+        where = f"{source}:{row}"
+        if not line.strip():
+            continue
+        try:
+            fields = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            yield Skipped(where, f"not JSON: {error}")
+            continue
+        if isinstance(fields, dict):
+            yield from_row(fields, where, options, [source.parent], prefix)
+        else:
+            yield Skipped(where, f"malformed: expected a JSON object, got {line.strip()[:60]}")
+
+
+# --- COCO ---
+
+
+def read_coco(source: Path, options: Options) -> Iterator[Record | Skipped]:
+    try:
+        found = json.loads(read_text(source))
+        images, notes = found["images"], found["annotations"]
+        captions: dict = {image["id"]: [] for image in images}
+        notes = [(note.get("image_id"), note.get("caption"), note.get("id")) for note in notes]
+    except (ValueError, RecursionError, LookupError, TypeError, AttributeError) as error:
+        about = "an object with images and annotations, lists of objects"
+        raise ValueError(f"{source} is not COCO's captions, {about}: {error!r}") from None
+    for image, caption, name in notes:
+        if image in captions and isinstance(caption, str):
+            captions[image].append(caption)
+        else:
+            kind = "annotation without a caption" if image in captions else "annotation of no image"
+            yield Skipped(f"{source}:annotation {name}", kind)
+    for image in images:
+        where = f"{source}:image {image['id']}"
+        yield from_row(image | {"captions": captions[image["id"]]}, where, options, [source.parent])
+
+
+# --- CSV and TSV ---
+
+
+def read_csv(
+    source: Path, options: Options, separator: str, prefix: str = "", header: bool = True
+) -> Iterator[Record | Skipped]:
+    """Rows of a CSV; with `header=False` the first row may be one, or the columns of the path and
+    the caption are found out from the cells."""
+    lines = list(io.StringIO(read_text(source, pipe=True), newline=""))
+    try:
+        after, cells = read_row(lines, 0, separator) if lines else (0, [])
+    except csv.Error as error:
+        raise ValueError(f"{source}:1: not CSV: {error}") from None
+    columns = [cell.strip() for cell in cells]
+    img, caption = choose(columns, options)
+    if not header and not (img or caption):
+        after, columns = 0, guess_columns(source, lines, options, separator)
+        img, caption = "image", "caption"
+    what = f"with the separator {separator!r}; set --csv-separator, "
+    require_columns(f"{source}:1", (img, caption), columns, options, what)
+    at_img = columns.index(img)
+
+    def is_row(line: str) -> bool:
+        cells = line.rstrip("\r\n").split(separator)
+        return len(cells) == len(columns) and Path(cells[at_img]).suffix[1:].lower() in PICTURES
+
+    # open_clip's paths are the working directory's
+    folders = [source.parent, Path()]
+    start = after
+    while after < len(lines):
+        at, where = after, f"{source}:{after + 1}"
+        try:
+            after, row = read_row(lines, at, separator)
+            if any(is_row(line) for line in lines[at + 1 : after]):
+                raise csv.Error(f"its quote is closed in line {after} only, with rows between")
+        except csv.Error as error:  # skip this line only, not all lines up to the next quote
+            yield Skipped(where, f"not CSV: {error}")
+            after = at + 1
+            continue
+        if not row:
+            continue
+        fields = dict(zip(columns, row, strict=False))
+        if at == start and is_url(fields.get(img, "")):
+            raise ValueError(f"{where}: its pictures are URLs, as {fields[img]}: {DOWNLOAD}")
+        fields["image"] = fields.pop(img, None)
+        yield from_row(fields, where, options, folders, prefix, [caption])
+
+
+def read_row(lines: list[str], at: int, separator: str) -> tuple[int, list[str]]:
+    """The index after the row that begins at line `at`, and its cells. Raises csv.Error."""
+    rest = map(lines.__getitem__, range(at, len(lines)))
+    reader = csv.reader(rest, delimiter=separator, strict=True)
+    row = next(reader)
+    return at + reader.line_num, row
+
+
+def choose(columns: list[str], options: Options) -> list[str | None]:
+    """The columns of the pictures and the captions: those of the options' names; where an option
+    has its default, also of another known name."""
+    keys = (
+        (options.csv_img_key, Options.csv_img_key, IMAGE_KEYS),
+        (options.csv_caption_key, Options.csv_caption_key, CAPTION_KEYS),
+    )
+    return [
+        next((name for name in (key, *known * (key == default)) if name in columns), None)
+        for key, default, known in keys
+    ]
+
+
+def require_columns(where: str, found: Iterable, columns: list[str], options: Options, what: str):
+    """Raises ValueError naming the columns that are missing, or that the pictures are URLs."""
+    keys = (options.csv_img_key, options.csv_caption_key)
+    missing = [repr(key) for name, key in zip(found, keys, strict=True) if not name]
+    if repr(keys[0]) in missing and "url" in map(str.lower, columns):
+        raise ValueError(f"{where}: its pictures are URLs: {DOWNLOAD}")
+    if missing:
+        raise ValueError(
+            f"{where}: no column {', '.join(missing)}; found {columns} {what}--csv-img-key, "
+            "--csv-caption-key to the file's"
+        )
+
+
+def guess_columns(source: Path, lines: list[str], options: Options, separator: str) -> list[str]:
+    """Names for the columns of a table without a header: most cells of the `image` end as pictures
+    do, name a file, or are URLs; the `caption` is the longest of the others."""
+    rows = list(csv.reader(lines[:LOOKED_AT], delimiter=separator, quoting=csv.QUOTE_NONE))
+    width = max(map(len, rows), default=0)
+
+    def is_place(cell: str) -> bool:
+        suffix = os.path.splitext(cell)[1][1:].lower()
+        return is_url(cell) or suffix in PICTURES or options.place(cell, source.parent).is_file()
+
+    cells = [[row[n] for row in rows if n < len(row) and row[n]] for n in range(width)]
+    places = [sum(map(is_place, column)) for column in cells]
+    if width < 2 or 2 * max(places) < len(rows):
+        raise ValueError(
+            f"{source}:1: no column of pictures' paths among {width} columns of a table without a "
+            f"header; found {rows[:1]}"
+        )
+    image = places.index(max(places))
+    others = [n for n in range(width) if n != image]
+    caption = max(others, key=lambda n: sum(map(len, cells[n])))
+    names = {image: "image", caption: "caption"}
+    return [names.get(n, f"column {n}") for n in range(width)]
+
+
+# --- parquet ---
+
+
+class Cell(NamedTuple):
+    """A picture's bytes in a parquet file."""
+
+    file: Path
+    group: int
+    row: int
+    column: str
+
+    def __str__(self) -> str:
+        return f"{self.file}:{self.group}.{self.row}"
+
+    def read_bytes(self) -> bytes:
+        value = pictures_of(self.file, self.group, self.column)[self.row].as_py()
+        value = value.get("bytes") if isinstance(value, dict) else value
+        if not value:
+            raise FileNotFoundError(f"no bytes in {self}")
+        return value
+
+
+def parquet():
+    try:
+        from pyarrow import parquet
+    except ImportError:
+        raise ImportError("parquet needs pyarrow: pip install 'ito_kernels[parquet]'") from None
+    return parquet
+
+
+@lru_cache(maxsize=4)
+def pictures_of(file: Path, group: int, column: str):
+    """The pictures of a row group. It is read as a whole, so a few are kept for the next rows."""
+    with parquet().ParquetFile(file) as source:
+        return source.read_row_group(group, columns=[column]).column(column)
+
+
+def open_parquet(source: Path, name: str, options: Options) -> list[partial]:
+    """A shard for each row group of a file. `name`: what its pictures' items begin with."""
+    try:
+        with parquet().ParquetFile(require_file(source)) as file:
+            schema, groups = file.schema_arrow, file.num_row_groups
+    except ImportError:
+        raise
+    except Exception as error:  # pyarrow's own kinds
+        raise ValueError(f"{source} is not parquet: {error}") from None
+    found = choose(schema.names, options)
+    require_columns(str(source), found, schema.names, options, "; set ")
+    return [partial(read_row_group, source, name, n, *found, options) for n in range(groups)]
+
+
+def read_row_group(
+    source: Path, name: str, group: int, image: str, caption: str, options: Options
+) -> Iterator[Record | Skipped]:
+    with parquet().ParquetFile(source) as file:
+        is_text = str(file.schema_arrow.field(image).type) in ("string", "large_string")
+        wanted = {caption, "item", "split", "group", "style", "subgroup", *[image] * is_text}
+        before = sum(file.metadata.row_group(n).num_rows for n in range(group))
+        present = [name for name in file.schema_arrow.names if name in wanted]
+        rows = file.read_row_group(group, columns=present).to_pylist()
+    for n, fields in enumerate(rows):
+        where = f"{source}:{before + n + 1}"
+        if is_text:
+            fields["image"] = fields.pop(image)
+            yield from_row(fields, where, options, [source.parent], caption_keys=[caption])
+            continue
+        try:
+            cell = Cell(source, group, n, image)
+            record = from_fields(fields, where, cell, f"{name}:{before + n + 1}", [caption])
+            yield check_record(record)
+        except ValueError as error:
+            yield Skipped(where, f"malformed: {error}")
