@@ -163,12 +163,13 @@ class _Panels(NamedTuple):
         """For each panel: its rows, its inner products, and by direction its scores, -inf where a
         pair is left out, and its mask.
 
-        kept: the masks of the first panels.
+        kept: the masks of the first panels if there is a guide, else their inner products.
         """
         numbers, kept = torch.arange(len(a), device=a.device), list(kept)
+        guided = self.mask.guide is not None
         for rows in row_panels(len(a), len(b)):
-            dot = a[rows] @ b.T
-            if kept:
+            dot = kept.pop(0) if kept and not guided else a[rows] @ b.T
+            if kept and guided:
                 masks, kept = kept[: len(self.sides)], kept[len(self.sides) :]
             else:
                 masks = self.mask.by_side(numbers[rows], dot, self.sides)
@@ -190,16 +191,23 @@ class _Statistics(torch.autograd.Function):
             size = len(a) if side == "row" else len(b)
             sums = a.new_zeros(len(powers), size)
             out[side] = [a.new_full((size,), -torch.inf), a.new_zeros(size), sums, sums[0] * 0]
-        # One buffer: between the panels' temporary tensors, masks of their own would fragment the
+        # Kept for backward: inner products, or with a guide the masks, which cost a product too.
+        # One buffer: between the panels' temporary tensors, tensors of their own would fragment the
         # heap, by 30 to 60 MiB for 8192 rows.
         # Half of the budget: what else a loss of four directions takes is 100 MiB.
-        size = min(tile_cache_left() // 2, len(a) * len(b) * len(panels.sides))
-        buffer = a.new_empty(size if panels.mask.guide else 0, dtype=torch.bool)
+        guided, size = panels.mask.guide is not None, len(a) * len(b)
+        size *= len(panels.sides) if guided else a.element_size()
+        size = min(tile_cache_left() // 2 if guided else tile_cache_left(), size)
+        # (torch.compile loses what is written to views of one buffer: the gradients would be wrong)
+        keep = any(ctx.needs_input_grad) and not torch.compiler.is_compiling()
+        buffer = a.new_empty(size * keep, dtype=torch.bool)
+        buffer = buffer if guided else buffer[: size // 8 * 8].view(a.dtype)
         kept, used = [], 0
-        for rows, _, scores, masks in panels.scores(a, b, scale, bias):
-            end = used + sum(x.numel() for x in masks)
+        for rows, dot, scores, masks in panels.scores(a, b, scale, bias):
+            worth_keeping = masks if guided else [dot]
+            end = used + sum(x.numel() for x in worth_keeping)
             if end <= len(buffer):
-                for x in masks:
+                for x in worth_keeping:
                     copy = buffer[used : used + x.numel()].view(x.shape).copy_(x)
                     kept.append(count_as_kept(copy))
                     used += x.numel()

@@ -97,8 +97,11 @@ def test_scores_die_with_the_call(name, per_query):
             x, y, 5.0, target_queries=z.detach(), target_keys=z.detach(), target_scale=3.0
         ),
         lambda x, y, z: ik.multi_positive_infonce(x, y, 5.0, positive_pairs=PAIRS, debias=0.1),
+        lambda x, y, z: ik.clip_loss(
+            *(x, y, 5.0), guide_queries=z.detach(), guide_keys=z.detach(), false_negative_margin=0.0
+        ),
     ],
-    ids=["cacr", "soft targets", "reweighted pairs"],
+    ids=["cacr", "soft targets", "reweighted pairs", "guide"],
 )
 def test_panels_compile_in_one_graph(loss):
     leaves = features()

@@ -415,6 +415,7 @@ def test_the_margin_of_pairs_does_not_depend_on_the_norms_of_other_rows(backend)
         assert losses[0] == pytest.approx(truth.item(), rel=1e-6)
 
 
+@pytest.mark.usefixtures("small_panels")
 @pytest.mark.parametrize("margin", [-0.2, 0.0])
 def test_pairs_with_a_negative_margin(margin):
     a, b, ids_a, ids_b = make(padded=False)
@@ -425,6 +426,16 @@ def test_pairs_with_a_negative_margin(margin):
         for kind in (ids, pairs)
     )
     torch.testing.assert_close(by_pairs, by_ids, rtol=1e-12, atol=0)
+    inputs = a.requires_grad_(), b.requires_grad_()
+    gradients = (
+        torch.autograd.grad(
+            ik.clip_loss(a, b, SCALE, false_negative_margin=margin, label_smoothing=0.2, **kind),
+            inputs,
+        )
+        for kind in (ids, pairs)
+    )
+    for x, y in zip(*gradients, strict=True):
+        torch.testing.assert_close(x, y, rtol=1e-9, atol=1e-13)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
