@@ -287,10 +287,11 @@ def test_relative_margin_of_pairs(margin):
 
 @pytest.fixture
 def small_panels(monkeypatch):
-    """Panels of 10 rows or so, of which the masks of the first three are kept for backward."""
+    """Panels of 10 rows or so. Kept for backward are the masks of the first three, or the inner
+    products of the first."""
     monkeypatch.setattr(panelwise, "PANEL_SCORES", 512)
     monkeypatch.setattr(panelwise, "MIN_ROWS", 1)
-    monkeypatch.setenv("ITO_TILE_CACHE_BYTES", str(3 * 2 * 512))
+    monkeypatch.setenv("ITO_TILE_CACHE_BYTES", "6000")
 
 
 @pytest.mark.usefixtures("small_panels")
