@@ -51,6 +51,17 @@ def sentence(facts: dict) -> str:
     )
 
 
+def report_equal_captions(facts: dict) -> str:
+    """What equal captions of different items do, in words; "" if there are none."""
+    if not facts["equal_captions"]:
+        return ""
+    return (
+        f"warning    {facts['equal_captions']} captions are equal to one of another item. In"
+        " training these items are each other's negatives; in the scores, classes included, each"
+        " counts as a wrong answer for the others: R@K and zero-shot are too low"
+    )
+
+
 def report_shared_captions(trained: Dataset, scored: Dataset) -> str:
     """How many held-out items have a caption that is also trained on, in words; "" if none has."""
 

@@ -48,6 +48,7 @@ from ito.scoring.scores import table
 from ito.source import open_data
 from ito.stream import Stream, first_captions
 from ito.summary import (
+    report_equal_captions,
     report_repeated,
     report_shared_captions,
     report_skipped,
@@ -244,6 +245,8 @@ class Run:
         self.tokenizer = self.choose_tokenizer(state, pretrained)
         self.facts = self.count_data()
         print(f"read       {sentence(self.facts)}")
+        if told := report_equal_captions(self.facts):
+            print(told)
         if not config.stream and (told := report_shared_captions(train_data, eval_data)):
             print(told)
         self.trainer = Trainer(config, train_data, self.tokenizer, self.device, self.dtype, ranks)

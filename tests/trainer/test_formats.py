@@ -20,7 +20,14 @@ from ito.data.dataset import load_dataset
 from ito.data.records import find_format, open_shards
 from ito.ranks import Ranks
 from ito.source import choose_data, open_data, open_dataset
-from ito.summary import report_repeated, report_shared_captions, report_skipped, sentence, summarise
+from ito.summary import (
+    report_equal_captions,
+    report_repeated,
+    report_shared_captions,
+    report_skipped,
+    sentence,
+    summarise,
+)
 
 FORMATS = {"jpg": "JPEG", "jfif": "JPEG", "jp2": "JPEG2000", "tif": "TIFF"}
 
@@ -589,6 +596,8 @@ def test_few_classes_are_on_both_sides_and_that_is_said(tmp_path):
         assert data.split.count("heldout") == 3
         told = report_shared_captions(data, data)
         assert told == "note       3 of 3 items of heldout have a caption that is trained on too"
+        told = report_equal_captions(summarise("jsonl", [data], cut=0))
+        assert told.startswith("warning    32 captions are equal to one of another item")
 
 
 def test_pictures_that_are_all_the_same_are_split_by_item(tmp_path):
