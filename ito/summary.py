@@ -56,7 +56,7 @@ def report_equal_captions(facts: dict) -> str:
     if not facts["equal_captions"]:
         return ""
     return (
-        f"warning    {facts['equal_captions']} captions are equal to one of another item. In"
+        f"note       {facts['equal_captions']} captions are equal to one of another item. In"
         " training these items are each other's negatives; in the scores, classes included, each"
         " counts as a wrong answer for the others: R@K and zero-shot are too low"
     )
