@@ -373,7 +373,7 @@ class AnchorLosses(NamedTuple):
 
     loss: 0 for an anchor without a positive. k: the number or the weight of its positives.
     log_d: log D, without shift. positive_score: the mean score of the positives, only with
-    `positive_pairs`. The last two are for `return_stats`.
+    `positive_pairs` and equal_ids="ignore". The last two are for `return_stats`.
     """
 
     loss: Tensor

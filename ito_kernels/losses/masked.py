@@ -1,4 +1,4 @@
-"""Sums over the scores for masks that no kernel supports, on `panelwise`."""
+"""Statistics and sums of the scores for masks that no kernel has, a panel of rows at a time."""
 
 from __future__ import annotations
 
@@ -191,14 +191,14 @@ class _Statistics(torch.autograd.Function):
             size = len(a) if side == "row" else len(b)
             sums = a.new_zeros(len(powers), size)
             out[side] = [a.new_full((size,), -torch.inf), a.new_zeros(size), sums, sums[0] * 0]
-        # Kept for backward: inner products, or with a guide the masks, which cost a product too.
-        # One buffer: between the panels' temporary tensors, tensors of their own would fragment the
-        # heap, by 30 to 60 MiB for 8192 rows.
-        # Half of the budget: what else a loss of four directions takes is 100 MiB.
+        # Kept for backward: the inner products, or with a guide the masks, which took a product too
+        # and a quarter of the memory; then half of the budget, because a guided loss of four
+        # directions takes 100 MiB beside it. They lie in one buffer: between the panels' temporary
+        # tensors, tensors of their own would fragment the heap by 30 to 60 MiB for 8192 rows.
         guided, size = panels.mask.guide is not None, len(a) * len(b)
         size *= len(panels.sides) if guided else a.element_size()
         size = min(tile_cache_left() // 2 if guided else tile_cache_left(), size)
-        # (torch.compile loses what is written to views of one buffer: the gradients would be wrong)
+        # Not when compiled: torch.compile loses what is written to views, and gradients are wrong.
         keep = any(ctx.needs_input_grad) and not torch.compiler.is_compiling()
         buffer = a.new_empty(size * keep, dtype=torch.bool)
         buffer = buffer if guided else buffer[: size // 8 * 8].view(a.dtype)
