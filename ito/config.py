@@ -4,6 +4,7 @@ import argparse
 import dataclasses
 import json
 import math
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -95,6 +96,21 @@ class Config:
         False, "data", "skip images whose path, with links resolved, is outside the data folder"
     )
     split_seed: int = option(0, "data", "seed of the held-out split, if the data has none")
+    group_by: str | None = option(
+        None,
+        "data",
+        "regular expression: what it finds in an image's path, or its first (group), is the "
+        "image's group, instead of a column's; a group is not split",
+        kind=str,
+    )
+    test_share: float = option(
+        0.0,
+        "data",
+        'share of the items that is held out as split "test" too, if the data has no splits; it is '
+        "scored once, after the last step",
+        least=0,
+        most=0.5,
+    )
 
     stream: bool = option(
         False, "streaming", "read --train-data from disk while training; needs --val-data"
@@ -275,6 +291,16 @@ class Config:
                 raise ValueError(f"{item.name} must be at most {most}, got {value}")
             if value == math.inf:
                 raise ValueError(f"{item.name} must be finite, got {value}")
+        if self.test_share and self.val_data:
+            raise ValueError(
+                "--test-share is for data without splits, and --val-data is one: drop one"
+            )
+        if self.group_by is not None:
+            try:
+                re.compile(self.group_by)
+            except re.error as error:
+                about = f"--group-by must be a regular expression, got {self.group_by!r}"
+                raise ValueError(f"{about}: {error}") from None
         if self.stream and self.val_data is None:
             raise ValueError("--stream needs --val-data: streamed data are not held to be scored")
         named = SEPARATORS.get(self.csv_separator, self.csv_separator)

@@ -16,7 +16,7 @@ from ito.model.tokenizer import report_cut
 from ito.scoring.evaluation import ALL, PROMPTS, evaluate_fully
 from ito.scoring.scores import clip_benchmark, table
 from ito.source import choose_data, open_dataset
-from ito.summary import report_repeated, report_skipped
+from ito.summary import count_overlap, report_overlap, report_skipped
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -59,8 +59,8 @@ def main(arguments: list[str] | None = None) -> None:
         config, splits = choose_data(options)
         dataset = open_dataset(config, options.cache)
         print(report_skipped(dataset.skipped) or f"{len(dataset.images)} pictures")
-        if repeated := report_repeated(dataset):
-            print(repeated)
+        if shared := report_overlap(count_overlap(dataset, dataset), dataset):
+            print(shared)
         captions = [caption for names in dataset.captions for caption in names]
         if cut := report_cut(captions, encoder.tokenizer):
             print(cut)

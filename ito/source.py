@@ -38,6 +38,8 @@ def load(
         config.load_size,
         split_seed=config.split_seed,
         only=only,
+        group_by=config.group_by,
+        test_share=config.test_share,
         max_pixels=config.max_pixels,
         **options,
     )
@@ -117,6 +119,11 @@ def choose_data(options: argparse.Namespace) -> tuple[Config, list[str] | None]:
             about = f"--data {options.data} and --{name}-data name the same thing"
             raise ValueError(f"{about}: drop one")
     given = {"train_data": options.data, "stream": False, "val_data": None}
-    for name in ("data_format", "image_root"):  # what the run's own data needed
+    for name in (
+        "data_format",
+        "image_root",
+        "group_by",
+        "test_share",
+    ):  # what the run's own data needed
         given[name] = vars(options).get(name, getattr(Config, name))
     return from_options(argparse.Namespace(**given), config), options.split or [ALL]

@@ -5,25 +5,26 @@ from collections import Counter
 from ito.cli import one_line
 from ito.data.dataset import Dataset
 from ito.data.fields import Skipped, count_kinds
-from ito.data.splits import picture_hashes, text_key
+from ito.data.splits import TEST, picture_hashes, text_key
+
+SHARED = ("captions", "groups", "items", "pictures")  # what `count_overlap` counts
 
 
-def summarise(form: str, parts: list[Dataset], cut: int, streamed: bool = False) -> dict:
+def summarise(
+    form: str, parts: list[Dataset], cut: int, overlap: dict[str, dict[str, int]] | None
+) -> dict:
     """The numbers of `parts`, the data set, or that trained on and that scored.
 
-    form: the format of what is trained on. cut: captions longer than the context. Of a stream what
-    is trained on is not known before it is read: `train_items` is None.
+    form: the format of what is trained on. cut: captions longer than the context. overlap: see
+    `count_overlap`; None of a stream, of which what is trained on is not known before it is read:
+    then `train_items` is None too.
     """
     captions = [texts for part in parts for texts in part.captions]
     often = Counter(text for texts in captions for text in texts)
-    held = [
-        {
-            item
-            for item, split in zip(part.image_item.tolist(), part.split, strict=True)
-            if split != "train"
-        }
-        for part in parts
-    ]
+    scored = parts[-1]
+    held = {name: set(scored.image_item[scored.rows(name)].tolist()) for name in held_out(scored)}
+    streamed = overlap is None
+    totals = {kind: sum(own[kind] for own in (overlap or {}).values()) for kind in SHARED}
     return {
         "format": form,
         "pictures": sum(len(part.images) for part in parts),
@@ -33,9 +34,15 @@ def summarise(form: str, parts: list[Dataset], cut: int, streamed: bool = False)
         "cut_captions": cut,
         "equal_captions": sum(often[text] > 1 for texts in captions for text in texts),
         "train_items": None if streamed else len(parts[0].training_items()),
-        "val_items": len(held[-1]),
+        "val_items": len(set().union(*held.values())),
+        "test_items": len(held.get(TEST, ())),
         "split_by": parts[0].split_by if len(parts) == 1 and not streamed else "none",
+        "overlap": None if streamed else totals,
     }
+
+
+def held_out(data: Dataset) -> list[str]:
+    return sorted(set(data.split) - {"train"})
 
 
 def sentence(facts: dict) -> str:
@@ -62,39 +69,70 @@ def report_equal_captions(facts: dict) -> str:
     )
 
 
-def report_shared_captions(trained: Dataset, scored: Dataset) -> str:
-    """How many held-out items have a caption that is also trained on, in words; "" if none has."""
-
-    def texts(data: Dataset, rows) -> dict[int, set[str]]:
-        items = data.image_item[rows].unique().tolist()
-        return {item: set(map(text_key, data.captions[item])) for item in items}
-
-    known = set().union(*texts(trained, trained.rows("train")).values())
-    found = []
-    for split in scored.held_out_splits():
-        held = texts(scored, scored.rows(split)).values()
-        if count := sum(not known.isdisjoint(own) for own in held):
-            about = f"{count} of {len(held)} items of {split}"
-            found.append(f"note       {about} have a caption that is trained on too")
-    return "\n".join(found)
+def report_groups(data: Dataset, pattern: str | None) -> str:
+    """What --group-by found, in words; "" if it is not given."""
+    if pattern is None:
+        return ""
+    groups, without = len(set(data.group) - {None}), data.group.count(None)
+    return f"groups     {groups} by --group-by; {without} of {len(data.items)} items are in none"
 
 
-def report_repeated(scored: Dataset, trained: Dataset | None = None) -> str:
-    """How many held-out pictures are also training pictures (of `trained`, by default of the same
-    data set), equal to the pixel, in words; "" if none is."""
-    trained = trained or scored
-    known = set(picture_hashes(trained.images[trained.rows("train")]))
-    hashes = picture_hashes(scored.images)
-    repeated = Counter(
-        split
-        for x, split in zip(hashes, scored.split, strict=True)
-        if split != "train" and x in known
-    )
-    return "\n".join(
-        f"warning    {count} of {scored.split.count(split)} pictures of {split} are training "
-        "pictures too: their scores do not measure generalisation"
-        for split, count in repeated.items()
-    )
+def count_overlap(trained: Dataset, scored: Dataset) -> dict[str, dict[str, int]]:
+    """What each held-out split of `scored` shares with what is trained on: the numbers of its items
+    with such a caption, of such a group, and with training pictures of their own; and of its
+    pictures that are training pictures too, equal to the pixel."""
+    rows = trained.rows("train")
+    items = trained.image_item[rows].unique().tolist()
+    names = {trained.items[n] for n in items}
+    groups = {trained.group[n] for n in items} - {None}
+    captions = {text_key(text) for n in items for text in trained.captions[n]}
+    pictures = set(picture_hashes(trained.images[rows]))
+    found = {}
+    for split in held_out(scored):
+        rows = scored.rows(split)
+        items = scored.image_item[rows].unique().tolist()
+        found[split] = {
+            "captions": sum(
+                any(text_key(text) in captions for text in scored.captions[n]) for n in items
+            ),
+            "groups": sum(scored.group[n] in groups for n in items),
+            "items": sum(scored.items[n] in names for n in items),
+            "pictures": sum(x in pictures for x in picture_hashes(scored.images[rows])),
+        }
+    return found
+
+
+def report_overlap(overlap: dict[str, dict[str, int]], scored: Dataset) -> str:
+    """What `count_overlap` found, in words; "" if nothing."""
+    lines = []
+    for split, counts in overlap.items():
+        rows = scored.rows(split)
+        items = len(scored.image_item[rows].unique())
+        if count := counts["pictures"]:
+            lines.append(
+                f"warning    {count} of {len(rows)} pictures of {split} are training pictures too: "
+                "their scores do not measure generalisation"
+            )
+        shared = {
+            "captions": "have a caption that is trained on too",
+            "groups": "are of a group that is trained on too",
+            "items": "have training pictures too",
+        }
+        lines += [
+            f"note       {counts[kind]} of {items} items of {split} {what}"
+            for kind, what in shared.items()
+            if counts[kind]
+        ]
+    return "\n".join(lines)
+
+
+def report_test(data: Dataset) -> str:
+    """That the split "test" is scored once, in words; "" if there is none, or no other."""
+    others = [split for split in held_out(data) if split not in data.validation_splits()]
+    if not others:
+        return ""
+    about = f"only {', '.join(data.validation_splits())} is scored before"
+    return f"note       {', '.join(others)} is scored once, after the last step: {about}"
 
 
 def report_skipped(skipped: list[Skipped], limit: int = 10) -> str:

@@ -48,10 +48,12 @@ from ito.scoring.scores import table
 from ito.source import open_data
 from ito.stream import Stream, first_captions
 from ito.summary import (
+    count_overlap,
     report_equal_captions,
-    report_repeated,
-    report_shared_captions,
+    report_groups,
+    report_overlap,
     report_skipped,
+    report_test,
     sentence,
     summarise,
 )
@@ -243,12 +245,14 @@ class Run:
 
         pretrained = load(config.pretrained) if config.pretrained and not state else None
         self.tokenizer = self.choose_tokenizer(state, pretrained)
-        self.facts = self.count_data()
+        overlap = None if config.stream else count_overlap(train_data, eval_data)
+        self.facts = self.count_data(overlap)
         print(f"read       {sentence(self.facts)}")
         if told := report_equal_captions(self.facts):
             print(told)
-        if not config.stream and (told := report_shared_captions(train_data, eval_data)):
-            print(told)
+        for told in (report_overlap(overlap or {}, eval_data), report_test(eval_data)):
+            if told:
+                print(told)
         self.trainer = Trainer(config, train_data, self.tokenizer, self.device, self.dtype, ranks)
         if self.compile:
             compile_towers(self.trainer.model, self.trainer.objective)
@@ -303,8 +307,8 @@ class Run:
         for dataset in self.in_memory():
             if dataset.skipped:
                 print(report_skipped(dataset.skipped))
-        if repeated := report_repeated(self.eval_data, self.in_memory()[0]):
-            print(repeated)
+            if told := report_groups(dataset, self.config.group_by):
+                print(told)
         for name, value in machine.items():
             print(f"{name:10} {value}")
 
@@ -336,12 +340,12 @@ class Run:
         """Those of all data in memory."""
         return [text for part in self.in_memory() for texts in part.captions for text in texts]
 
-    def count_data(self) -> dict:
+    def count_data(self, overlap: dict | None) -> dict:
         """What `data.json` says; see `ito/data/summary.py`."""
         config, lengths = self.config, self.tokenizer.lengths(self.captions())
         cut = sum(length > self.tokenizer.context_length for length in lengths)
         form = (self.train_data.shards if config.stream else self.train_data).format
-        return summarise(form, self.in_memory(), cut, config.stream)
+        return summarise(form, self.in_memory(), cut, overlap)
 
     def print_warnings(self) -> None:
         size, asked = self.trainer.batches.size, self.config.batch_size
@@ -436,7 +440,7 @@ class Run:
                     self.log.write("train", step, terms | speed)
                     bar.set_postfix_str(progress(terms, speed["images_per_second"]), refresh=False)
                 if last or step % config.eval_every == 0:
-                    self.log.write("eval", step, self.scores())
+                    self.log.write("eval", step, self.scores(last))
                 if last or step % config.checkpoint_every == 0:
                     self.checkpoint(step)
             if self.ranks.leads and step < config.steps:
@@ -464,8 +468,12 @@ class Run:
             "input_share": input_share,
         }
 
-    def scores(self) -> dict[str, float]:
-        return evaluate(self.trainer.model, self.tokenizer, self.eval_data)
+    def scores(self, last: bool = False) -> dict[str, float]:
+        """Those of the held-out splits; the split "test", beside others, is scored at the last step
+        only."""
+        data = self.eval_data
+        splits = data.held_out_splits() if last else data.validation_splits()
+        return evaluate(self.trainer.model, self.tokenizer, data, splits)
 
     def checkpoint(self, step: int) -> None:
         """Export the model, and save what the run can be resumed from."""

@@ -15,7 +15,7 @@ from ito.cli import one_line
 from ito.data.fields import Record, Skipped, count_kinds
 from ito.data.pictures import MAX_PIXELS, decode
 from ito.data.records import cpu_count, open_shards
-from ito.data.splits import choose_held_out
+from ito.data.splits import TEST, choose_splits, set_groups
 
 NOTHING = "it holds no record"
 
@@ -78,6 +78,12 @@ class Dataset:
             )
         return found
 
+    def validation_splits(self) -> list[str]:
+        """The held-out splits that may be looked at while training: all but "test", which measures
+        the result; or that alone, if there is no other."""
+        found = self.held_out_splits()
+        return [name for name in found if name != TEST] or found
+
     def describe(self) -> str:
         counts = {name: self.split.count(name) for name in dict.fromkeys(self.split)}
         pictures = ", ".join(f"{count} {name}" for name, count in counts.items())
@@ -90,6 +96,8 @@ def load_dataset(
     *,
     split_seed: int = 0,
     only: str | None = None,
+    group_by: str | None = None,
+    test_share: float = 0,
     workers: int | None = None,
     max_pixels: int = MAX_PIXELS,
     **options: str | bool | None,
@@ -97,7 +105,9 @@ def load_dataset(
     """Read everything that `ito.data.records.open_shards` finds at `path`, and decode its pictures.
 
     If no record names a split other than "train", 10 % of the items (at least one), by hash of item
-    and `split_seed`, are "heldout"; see ito/data/splits.py for what is kept together.
+    and `split_seed`, are "heldout", and `test_share` of them "test"; see ito/data/splits.py for
+    what is kept together. `group_by`: a regular expression; what it finds in a picture's path is
+    its group.
     If some records name a split, one that names none is "train". With `only`, the name of a split,
     records that name none are of that split; if the data names "train" alone, all are.
     Pictures become centred squares of `image_size` pixels on white. The order is that of the
@@ -111,6 +121,8 @@ def load_dataset(
     found = [record for shard in shards for record in shard()]
     records = [r for r in found if isinstance(r, Record)]
     skipped = [r for r in found if isinstance(r, Skipped)]
+    if group_by is not None:
+        set_groups(records, group_by)
     images, kept, unreadable = decode_all(records, image_size, max_pixels, workers)
     skipped += unreadable
     if not kept:
@@ -127,14 +139,9 @@ def load_dataset(
     for r in records:
         if r.item in index:
             rows[index[r.item]].append(r)
-    split_by = "split"
-    if any(r.split not in (None, "train") for r in records):
-        split = [r.split or only or "train" for r in kept]
-    elif only:
-        split, split_by = [only] * len(kept), "none"
-    else:
-        held, split_by = choose_held_out(images, [index[r.item] for r in kept], rows, split_seed)
-        split = ["heldout" if r.item in held else "train" for r in kept]
+    named = {r.split for r in records if r.split}
+    by = split_seed, only, test_share, group_by
+    split, split_by = choose_splits(images, kept, rows, named, *by)
     return Dataset(
         images=images,
         image_item=torch.tensor([index[r.item] for r in kept]),

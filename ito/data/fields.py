@@ -29,6 +29,7 @@ class Record:
 
     where: str
     image: Path | Member
+    name: str  # the path that names the picture, below the data's folder or in its tar
     item: str
     captions: list[str]
     translations: dict[str, list[str]]
@@ -140,6 +141,7 @@ def from_fields(
     return Record(
         where,
         image,
+        name,
         name if item is None else item,
         first_captions(fields, caption_keys),
         {language: text_list(names) for language, names in translations.items()},

@@ -194,7 +194,9 @@ def from_sample(sample: Sample, where: str, name: str) -> Record | Skipped:
         return Skipped(where, f"no picture in the sample: among {kinds}")
     contents = {kind: data.decode() for kind, data in sample.contents.items()}
     image = sample.members[pictures[0]]
-    return check_record(folders.from_contents(contents, where, image, name))
+    record = folders.from_contents(contents, where, image, name)
+    record.name = sample.key  # where the tar lies says nothing about the picture
+    return check_record(record)
 
 
 def cpu_count() -> int:

@@ -2,38 +2,119 @@
 
 import hashlib
 import itertools
+import re
 from collections import Counter
 
 import torch
 
 from ito.data.fields import Record
 
+HELD_OUT = 0.1  # of the items, if the data names no splits
+TEST = "test"  # the split that is scored once, after the last step
+
+
+def set_groups(records: list[Record], pattern: str) -> None:
+    """Sets the group of each record to what `pattern` finds in its picture's path: its first group
+    in parentheses, if it has one. Where it finds nothing there is none, nor is any from a column.
+    """
+    search = re.compile(pattern).search
+    for r in records:
+        found = search(r.name)
+        r.group = found[1 if found.re.groups else 0] or None if found else None
+
+
+def choose_splits(
+    images: torch.Tensor,
+    kept: list[Record],
+    rows: list[list[Record]],
+    named: set[str],
+    seed: int,
+    only: str | None,
+    test_share: float,
+    group_by: str | None,
+) -> tuple[list[str], str]:
+    """The split of each of the `kept` records, to which `images` belong, and what it was given by
+    or keeps together.
+
+    rows: all records of each item. named: the splits that records name, also those whose picture
+    cannot be read. only: the split of all, or of those that name none.
+    group_by: the pattern that the groups are by, if they are not a column's.
+
+    Raises ValueError for a `test_share` of data that names splits, and for a pattern that finds
+    nothing.
+    """
+    if group_by is not None and only is None and not any(r.group for same in rows for r in same):
+        about = f"in the paths of {len(kept)} pictures, such as {kept[0].name!r}"
+        raise ValueError(f"--group-by {group_by!r} finds nothing {about}")
+    if named - {"train"}:
+        if test_share:
+            about = f"the data names its splits, {', '.join(sorted(named))}"
+            raise ValueError(f"--test-share {test_share}: {about}")
+        return [r.split or only or "train" for r in kept], "split"
+    if only:
+        return [only] * len(kept), "none"
+    index = {same[0].item: n for n, same in enumerate(rows)}
+    image_item = [index[r.item] for r in kept]
+    grouped = group_by is not None
+    held, split_by = choose_held_out(images, image_item, rows, seed, test_share, grouped)
+    return [held.get(r.item, "train") for r in kept], split_by
+
 
 def choose_held_out(
-    images: torch.Tensor, image_item: list[int], rows: list[list[Record]], seed: int
-) -> tuple[set[str], str]:
-    """The items to hold out, and what is kept together besides an item's pictures.
+    images: torch.Tensor,
+    image_item: list[int],
+    rows: list[list[Record]],
+    seed: int,
+    test_share: float = 0,
+    grouped: bool = False,
+) -> tuple[dict[str, str], str]:
+    """{item: split} of the items to hold out, and what is kept together besides an item's pictures.
 
-    Items that share a picture (to the pixel), a caption or a `group` are on the same side. Where
-    that would hold out more than a quarter, as where the captions are a few classes, or less than a
-    twentieth, it is done by captions alone, by groups alone, or by pictures; and if all share one,
-    not at all. At least two captions are held out, of more than one item.
+    A tenth of the items is "heldout", and `test_share` of them, from what is left, "test". Items
+    that share a picture (to the pixel), a caption or a `group` are in the same split. Where that
+    would hold out more than 2.5 times the share, as where the captions are a few classes, or less
+    than half of it, it is done by captions alone, by groups alone, or by pictures; and if all share
+    one, not at all. With `grouped`, groups are kept together in any case, unless there are too few.
+    At least two captions are in a split of more than one item.
     """
     items = [same[0].item for same in rows]
     shown = picture_keys(images, image_item, len(items))
     said = [{text_key(text) for r in same for text in r.captions} for same in rows]
     groups = [{("group", r.group) for r in same if r.group} for same in rows]
     linking = {name: k for name, k in (("caption", said), ("group", groups)) if shared(k)}
-    for names in ([*linking], *([name] for name in linking), []):
+    captions = dict(zip(items, said, strict=True))
+    shares = {"heldout": HELD_OUT} | ({TEST: test_share} if test_share else {})
+    last = ["group"] if grouped and "group" in linking else []
+    for names in ([*linking], *([name] for name in linking if not last), last, []):
         keys = [own.union(*(linking[name][n] for name in names)) for n, own in enumerate(shown)]
-        together = connected(keys, items)
-        held = held_out(together, seed)
-        texts = set().union(*(said[n] for n, item in enumerate(items) if item in held))
-        if names and len(texts) == 1 and len(held) > 1:
-            held |= held_out([group for group in together if held.isdisjoint(group)], seed)
-        if held and (len(items) / 20 <= len(held) <= len(items) / 4 or not names):
-            return held, " and ".join(names) or "item"
-    return held_out([[item] for item in items], seed), "item"
+        held = hold_out(connected(keys, items), shares, seed, captions if names else None)
+        sizes = [(len(held[split]), share * len(items)) for split, share in shares.items()]
+        fits = all(want / 2 - 1e-9 <= size <= 2.5 * want + 1e-9 for size, want in sizes)
+        if all(held.values()) and (fits or names == last):
+            return by_item(held), " and ".join(names) or "item"
+    return by_item(hold_out([[item] for item in items], shares, seed)), "item"
+
+
+def by_item(held: dict[str, set[str]]) -> dict[str, str]:
+    return {item: split for split, items in held.items() for item in items}
+
+
+def hold_out(
+    groups: list[list[str]],
+    shares: dict[str, float],
+    seed: int,
+    captions: dict[str, set[str]] | None = None,
+) -> dict[str, set[str]]:
+    """The items of each split, of about its share. With the items' `captions`, at least two
+    captions of a split with more than one item."""
+    total, held = sum(map(len, groups)), {}
+    for split, share in shares.items():
+        held[split] = part = held_out(groups, seed, share, total)
+        groups = [group for group in groups if part.isdisjoint(group)]
+        if captions and len(part) > 1 and len(set().union(*map(captions.get, part))) == 1:
+            part |= held_out(groups, seed, share)
+            groups = [group for group in groups if part.isdisjoint(group)]
+    return held
 
 
 def text_key(text: str) -> str:
@@ -77,18 +158,21 @@ def picture_hashes(images: torch.Tensor) -> list[bytes]:
     return [hashlib.sha256(picture.numpy()).digest() for picture in images]
 
 
-def held_out(groups: list[list[str]], seed: int) -> set[str]:
-    """About 10 % of the items, but at least 1 of 2 or more; all items of a group or none.
+def held_out(
+    groups: list[list[str]], seed: int, share: float = HELD_OUT, total: int | None = None
+) -> set[str]:
+    """About `share` of `total` items, by default of those in the groups, but at least 1 of 2 or
+    more; all items of a group or none.
 
-    Groups are taken in the order of their lowest hash if they fit into the 10 %. If none fits, the
-    smallest group is taken, unless it is the only one.
+    Groups are taken in the order of their lowest hash if they fit into that number. If none fits,
+    the smallest group is taken, unless it is the only one.
     """
 
     def lowest_hash(group: list[str]) -> bytes:
         return min(hashlib.sha256(f"{seed}:{item}".encode()).digest() for item in group)
 
     items = sum(map(len, groups))
-    count = max(items // 10, min(1, items - 1))
+    count = max(int(share * (total or items) + 1e-9), min(1, items - 1))
     order = sorted(groups, key=lowest_hash)
     held: set[str] = set()
     for group in order:

@@ -25,8 +25,10 @@ PROMPTS = ("{}", "a picture of {}", "a drawing of {}", "a photo of {}", "an icon
 ALL = "all"  # all pictures of a data set, as one split
 
 
-def evaluate(model: DualEncoder, tokenizer: Tokenizer, dataset: Dataset) -> dict[str, float]:
-    """The scores that training logs, of every held-out split, as `split/metric`.
+def evaluate(
+    model: DualEncoder, tokenizer: Tokenizer, dataset: Dataset, splits: list[str] | None = None
+) -> dict[str, float]:
+    """The scores that training logs, of `splits` (by default all held-out ones), as `split/metric`.
 
     An item's first caption is its text. Retrieval is within the split's pictures and items.
     `zero_shot/names`: classification by the names of *all* items of the data set, including those
@@ -36,7 +38,7 @@ def evaluate(model: DualEncoder, tokenizer: Tokenizer, dataset: Dataset) -> dict
     """
     classes = Classes(model, tokenizer, dataset, ("subgroup",))
     scores = {}
-    for split in dataset.held_out_splits():
+    for split in splits or dataset.held_out_splits():
         rows = dataset.rows(split)
         images = embed_images(model, dataset.images[rows])
         scores |= with_prefix(split, basic_scores(images, dataset.image_item[rows], classes))

@@ -21,9 +21,9 @@ from ito.data.records import find_format, open_shards
 from ito.ranks import Ranks
 from ito.source import choose_data, open_data, open_dataset
 from ito.summary import (
+    count_overlap,
     report_equal_captions,
-    report_repeated,
-    report_shared_captions,
+    report_overlap,
     report_skipped,
     sentence,
     summarise,
@@ -500,7 +500,8 @@ def test_the_data_in_numbers(tmp_path):
         put(tmp_path / f"{n}.png", grey(n))
     put(tmp_path / "4.png", "none")
     lines(tmp_path / "captions.jsonl", rows)
-    facts = summarise("jsonl", [load_dataset(tmp_path, 4)], cut=2)
+    data = load_dataset(tmp_path, 4)
+    facts = summarise("jsonl", [data], 2, count_overlap(data, data))
     assert facts == {
         "format": "jsonl",
         "pictures": 4,
@@ -511,7 +512,9 @@ def test_the_data_in_numbers(tmp_path):
         "equal_captions": 3,
         "train_items": 2,
         "val_items": 1,
+        "test_items": 0,
         "split_by": "item",
+        "overlap": {"captions": 1, "groups": 0, "items": 0, "pictures": 0},
     }
     assert sentence(facts) == (
         "jsonl: 4 pictures of 3 items with 6 captions, 2 of them cut and 3 equal to one of another "
@@ -570,7 +573,7 @@ def test_equal_captions_are_on_one_side(tmp_path):
         assert data.split_by == "caption"
         assert data.split.count("heldout") == 10  # two captions
         assert all(len(both) == 1 for both in sides(data, lambda n: n % 14))
-        assert report_shared_captions(data, data) == ""
+        assert report_overlap(count_overlap(data, data), data) == ""
     several = {"captions": lambda n: [f"own {n}", f"{'A  B' if n % 2 else 'a b'} {n % 5}"]}
     for data in labelled(tmp_path, 30, **several):  # white space and case make no difference
         assert data.split.count("heldout") == 6
@@ -594,9 +597,9 @@ def test_few_classes_are_on_both_sides_and_that_is_said(tmp_path):
     for data in labelled(tmp_path, 32, caption=lambda n: f"class {n % 4}"):
         assert data.split_by == "item"
         assert data.split.count("heldout") == 3
-        told = report_shared_captions(data, data)
+        told = report_overlap(count_overlap(data, data), data)
         assert told == "note       3 of 3 items of heldout have a caption that is trained on too"
-        told = report_equal_captions(summarise("jsonl", [data], cut=0))
+        told = report_equal_captions(summarise("jsonl", [data], 0, {}))
         assert told.startswith("note       32 captions are equal to one of another item")
 
 
@@ -618,12 +621,13 @@ def test_training_data_and_val_data_of_two_formats(tmp_path):
     assert (train_data.format, eval_data.format) == ("tsv", "webdataset")
     assert train_data.split == ["train"] * 4
     assert eval_data.split == ["val"] * 2
-    facts = summarise("tsv", [train_data, eval_data], cut=0)
+    facts = summarise("tsv", [train_data, eval_data], 0, {})
     assert (facts["train_items"], facts["val_items"], facts["split_by"]) == (4, 2, "none")
-    assert report_repeated(eval_data, train_data) == ""
+    assert report_overlap(count_overlap(train_data, eval_data), eval_data) == ""
     tar(tmp_path / "val.tar", pairs(3, 6))
     told = "warning    1 of 2 pictures of val are training pictures too"
-    assert report_repeated(open_dataset(config), train_data).startswith(told)
+    again = open_dataset(config)
+    assert report_overlap(count_overlap(train_data, again), again).startswith(told)
     tar(tmp_path / "val.tar", pairs(5, 6))
     for stream in (False, True):  # the scored data are the same
         again = open_dataset(replace(config, stream=stream))
