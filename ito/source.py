@@ -13,6 +13,7 @@ from ito.data.emoji_full import prepare_emoji_full
 from ito.data.emoji_small import prepare_emoji_small
 from ito.data.fields import Options
 from ito.data.records import Shard, open_shards
+from ito.data.shards import PIPE
 from ito.ranks import Ranks
 from ito.run import RunFolder
 from ito.scoring.evaluation import ALL
@@ -87,17 +88,17 @@ def open_source(config: Config, cache: Path | None = None) -> list[Shard]:
 
 def reader_options(config: Config) -> dict[str, str | bool | None]:
     """The options of `open_shards` that the configuration sets."""
-    names = (f.name for f in dataclasses.fields(Options) if f.name != "root")
-    return {name: getattr(config, name) for name in names}
+    names = (f.name for f in dataclasses.fields(Options))
+    return {name: getattr(config, name) for name in names if hasattr(config, name)}
 
 
-def locate(data: str, cache: Path | None) -> Path:
-    """The path of `data`; an emoji set is prepared in the cache on first use."""
+def locate(data: str, cache: Path | None) -> Path | str:
+    """The path or pattern of `data`; an emoji set is prepared in the cache on first use."""
     cache = cache or default_cache()
     folders = {EMOJI_SMALL: cache / emoji_small.FOLDER, EMOJI_FULL: cache / emoji_full.FOLDER}
     folder = folders.get(data)
     if folder is None:
-        return Path(data)
+        return data
     try:
         if data == EMOJI_SMALL:
             return prepare_emoji_small(folder)
@@ -112,6 +113,11 @@ def choose_data(options: argparse.Namespace) -> tuple[Config, list[str] | None]:
     None for the splits means the held-out ones.
     """
     config = from_options(options, RunFolder(options.run).read_config())
+    for name in ("train_data", "val_data"):
+        own = options.data is None and name not in options
+        if own and f"::{PIPE}" in f"::{getattr(config, name)}":
+            about = f"its config.json names a command, which is run only if you give it: --{name}"
+            raise ValueError(f"{options.run}: {about.replace('_', '-')} '{getattr(config, name)}'")
     if options.data is None:
         return config, options.split
     for name in ("train", "val"):

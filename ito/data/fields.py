@@ -29,7 +29,6 @@ class Record:
 
     where: str
     image: Path | Member
-    name: str  # the path that names the picture, below the data's folder or in its tar
     item: str
     captions: list[str]
     translations: dict[str, list[str]]
@@ -37,6 +36,7 @@ class Record:
     style: str | None
     group: str | None
     subgroup: str | None
+    name: str = ""  # the path that names the picture, below the data's folder or in its tar
 
 
 class Skipped(NamedTuple):
@@ -58,7 +58,9 @@ def count_kinds(skipped: list[Skipped]) -> dict[str, int]:
 
 @dataclass(frozen=True)
 class Options:
-    """How a data set is read. `root`: with --untrusted-data, the folder that pictures lie in."""
+    """How a data set is read. `root`: with --untrusted-data, the folder that pictures lie in. Of
+    tars, `classes`: what a `.cls` counts, and `lines`: whether each line of a `.txt` is a caption.
+    """
 
     data_format: str = "auto"
     image_root: str | None = None
@@ -67,6 +69,8 @@ class Options:
     csv_caption_key: str = "title"
     untrusted_data: bool = False
     root: Path | None = None
+    classes: tuple[str, ...] | None = None
+    lines: bool = False
 
     def place(self, name: str, *folders: Path) -> Path:
         """The picture's path: below --image-root if it is there, else below the first of `folders`
@@ -141,7 +145,6 @@ def from_fields(
     return Record(
         where,
         image,
-        name,
         name if item is None else item,
         first_captions(fields, caption_keys),
         {language: text_list(names) for language, names in translations.items()},
@@ -149,6 +152,7 @@ def from_fields(
         text_field(fields, "style"),
         text_field(fields, "group", True),
         text_field(fields, "subgroup"),
+        name,
     )
 
 

@@ -12,9 +12,9 @@ from functools import partial
 from pathlib import Path
 
 from ito.data import folders
-from ito.data.fields import EXPECTED, PICTURES, Options, Record, Skipped, check_record
-from ito.data.shards import Sample, expand, read_samples
-from ito.data.tables import open_parquet, read_coco, read_csv, read_jsonl
+from ito.data.fields import EXPECTED, PICTURES, Options, Record, Skipped, check_record, text_list
+from ito.data.shards import PIPE, TEXTS, Sample, expand, read_samples
+from ito.data.tables import open_parquet, read_coco, read_csv, read_jsonl, read_text
 from ito.files import follow_links
 
 ROWS = 1000  # of a table, per shard
@@ -34,11 +34,12 @@ def find_format(path: str | Path, data_format: str = "auto") -> str:
 
     Raises ValueError if `data_format` does not fit, and FileNotFoundError if there is no data.
     """
-    path = Path(path)
+    pattern, path = str(path), Path(path)
     suffix = path.with_suffix("").suffix if path.suffix == ".gz" else path.suffix
+    suffix = ".tar" if f"::{PIPE}" in f"::{pattern}" else suffix
     known = {".jsonl": "jsonl", ".json": "coco", ".tsv": "tsv", ".parquet": "parquet"}
     fitting: Iterable[str] = ("csv", "tsv", "jsonl", "coco", "parquet")  # of a file
-    if is_pattern(path) or suffix == ".tar":
+    if is_pattern(pattern) or suffix == ".tar":
         if suffix in (".csv", ".tsv", ".json", ".jsonl"):
             raise ValueError(f"{path} is a pattern: those are for .tar and .parquet files")
         fitting = ("parquet",) if suffix == ".parquet" else ("webdataset",)
@@ -67,9 +68,9 @@ def find_format(path: str | Path, data_format: str = "auto") -> str:
     return data_format
 
 
-def is_pattern(path: Path) -> bool:
-    text = str(path)
-    return not path.exists() and ("::" in text or any(sign in text for sign in "*?[{"))
+def is_pattern(path: str) -> bool:
+    signs = ("::", *"*?[{")
+    return path.startswith(PIPE) or (not os.path.exists(path) and any(s in path for s in signs))
 
 
 def formats_of_folder(path: Path) -> Iterator[str]:
@@ -100,9 +101,9 @@ def open_shards(path: str | Path, **options: str | bool | None) -> Shards:
     Raises FileNotFoundError if there is no such file, and ValueError naming the file if it is not
     of its format. Malformed rows, lines and samples are skipped.
     """
-    path, options = Path(path), Options(**options)
+    pattern, path, options = str(path), Path(path), Options(**options)
     folder = path if path.is_dir() else path.parent
-    if options.untrusted_data and not is_pattern(path):
+    if options.untrusted_data and not is_pattern(pattern):
         options = dataclasses.replace(options, root=follow_links(folder))
         # <(a program) is /dev/fd/63
         if re.fullmatch("/dev|/dev/fd|/proc/.*", str(options.root)):
@@ -110,15 +111,16 @@ def open_shards(path: str | Path, **options: str | bool | None) -> Shards:
                 f"{path} lies in no folder of pictures, as --untrusted-data needs: "
                 "write the CSV to a file next to the pictures"
             )
-    form = find_format(path, options.data_format)
-    shards = Shards(open_format(path, form, options))
+    form = find_format(pattern, options.data_format)
+    if form in ("webdataset", "parquet"):
+        shards = Shards(open_files(pattern, form, options))
+    else:
+        shards = Shards(open_rows(path, form, options))
     shards.format = form
     return shards
 
 
-def open_format(path: Path, form: str, options: Options) -> list[Shard]:
-    if form in ("webdataset", "parquet"):
-        return open_files(path, form, options)
+def open_rows(path: Path, form: str, options: Options) -> list[Shard]:
     if form in ("folder", "imagefolder"):
         read = folders.read_sidecars if form == "folder" else folders.read_imagefolder
         rows = read(path, folders.walk(path), options)
@@ -137,25 +139,35 @@ def open_format(path: Path, form: str, options: Options) -> list[Shard]:
     return [partial(iter, rows[at : at + ROWS]) for at in range(0, len(rows), ROWS)]
 
 
-def open_files(path: Path, form: str, options: Options) -> list[Shard]:
-    """The shards of tars or parquet files: one file, a pattern, or a folder of them."""
-    suffix = "tar" if form == "webdataset" else "parquet"
-    named = expand(str(path))
-    files = [f for at in named for f in (files_below(at, suffix) if at.is_dir() else [at])]
-    if missing := [str(file) for file in files or named if not file.is_file()]:
+def open_files(pattern: str, form: str, options: Options) -> list[Shard]:
+    """The shards of tars or parquet files: one file, a pattern, a folder of them, or commands."""
+    suffix, given, named = (
+        "tar" if form == "webdataset" else "parquet",
+        Path(pattern),
+        expand(pattern),
+    )
+    files = []
+    for at in named:
+        files += files_below(at, suffix) if isinstance(at, Path) and at.is_dir() else [at]
+    paths = [at for at in files or named if isinstance(at, Path)]
+    if missing := [str(path) for path in paths if not path.is_file()]:
         raise FileNotFoundError(f"no data at {', '.join(missing[:3])} ({len(missing)} missing)")
     # Items are named by the path below this folder, so that they do not depend on where it is.
-    folder = os.path.commonpath([file.parent for file in files])
-    if options.untrusted_data and not path.is_dir():  # a tar has no pictures outside it
+    folder = os.path.commonpath([path.parent for path in paths] or ["."])
+    if options.untrusted_data and not given.is_dir():  # a tar has no pictures outside it
         root = follow_links(folder) if form == "parquet" else None
         options = dataclasses.replace(options, root=root)
+    labelled = {at: labels_of(at, options) for at in {path.parent for path in paths}}
     shards = []
     for file in files:
+        if isinstance(file, str):
+            shards.append(partial(read_tar, file, file, options))
+            continue
         name = file.relative_to(folder)
-        split = folders.split_of(name) if path.is_dir() else None
+        split = folders.split_of(name) if given.is_dir() else None
         if form == "webdataset":
-            found = [partial(read_tar, file, str(name), options)]
-        elif path.is_dir() and (told := options.leads_out(file)):
+            found = [partial(read_tar, file, str(name), labelled[file.parent])]
+        elif given.is_dir() and (told := options.leads_out(file)):
             found = [partial(iter, [Skipped(str(file), f"outside the folder: {told}")])]
         else:
             found = open_parquet(file, str(name), options)
@@ -166,8 +178,21 @@ def open_files(path: Path, form: str, options: Options) -> list[Shard]:
 # --- tars ---
 
 
-def read_tar(tar: Path, name: str, options: Options) -> Iterator[Record | Skipped]:
-    if told := options.leads_out(tar):
+def labels_of(folder: Path, options: Options) -> Options:
+    """The options with what clip_benchmark's sets have beside the tars, or above their split."""
+
+    def read(name: str) -> tuple[str, ...] | None:
+        found = next(filter(os.path.exists, (folder / name, folder.parent / name)), None)
+        if found and options.untrusted_data and found.is_symlink():
+            raise ValueError(f"{found} is a link, which --untrusted-data forbids")
+        return tuple(read_text(found).splitlines()) if found else None
+
+    lines = (read("dataset_type.txt") or [""])[0].strip() == "retrieval"
+    return dataclasses.replace(options, classes=read("classnames.txt"), lines=lines)
+
+
+def read_tar(tar: Path | str, name: str, options: Options) -> Iterator[Record | Skipped]:
+    if isinstance(tar, Path) and (told := options.leads_out(tar)):
         yield Skipped(str(tar), f"outside the folder: {told}")
         return
     seen = set()
@@ -180,22 +205,37 @@ def read_tar(tar: Path, name: str, options: Options) -> Iterator[Record | Skippe
                 continue
             seen.add(sample.key)
             try:
-                yield from_sample(sample, where, f"{name}/{sample.key}")
+                yield from_sample(sample, where, f"{name}/{sample.key}", options)
             except (ValueError, RecursionError) as error:  # not JSON, not UTF-8, wrong fields
                 yield Skipped(where, f"malformed: {error}")
     except ValueError as error:
-        yield Skipped(str(tar), f"damaged tar: {error}")
+        yield Skipped(str(tar), str(error))
 
 
-def from_sample(sample: Sample, where: str, name: str) -> Record | Skipped:
+def from_sample(sample: Sample, where: str, name: str, options: Options) -> Record | Skipped:
     pictures = [kind for kind in sample.members if kind in PICTURES]
     if not pictures:
         kinds = ", ".join(f".{kind}" for kind in sample.members)
         return Skipped(where, f"no picture in the sample: among {kinds}")
-    contents = {kind: data.decode() for kind, data in sample.contents.items()}
+    texts = {kind: sample.members[kind].data for kind in TEXTS if kind in sample.members}
+    contents = {kind: data.decode() for kind, data in texts.items()}
     image = sample.members[pictures[0]]
     record = folders.from_contents(contents, where, image, name)
     record.name = sample.key  # where the tar lies says nothing about the picture
+    if options.lines and "txt" in contents:
+        record.captions = text_list(contents["txt"].splitlines())
+    elif "cls" in contents and not record.captions:
+        if options.classes is None:
+            about = (
+                "the caption is a class, .cls, and none is beside the tar or in the folder above"
+            )
+            return Skipped(where, f"no classnames.txt: {about}")
+        number, count = contents["cls"].strip(), len(options.classes)
+        if not number.isdecimal() or int(number) >= count:
+            raise ValueError(
+                f".cls must be from 0 to {count - 1} of classnames.txt, got {number!r}"
+            )
+        record.captions = text_list(options.classes[int(number)])
     return check_record(record)
 
 

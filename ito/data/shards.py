@@ -2,30 +2,39 @@
 
 `000017.jpg`, `000017.txt` and `000017.json` are one sample. Names and captions are read in order.
 Pictures are not read, only their offsets in the tar are noted: shuffling a million samples moves no
-pixel.
+pixel. The package webdataset reads a tar from its start to its end, pictures included, and joins
+only members that stand together; so this is written with the standard library's tarfile.
 """
 
 import glob
+import io
 import re
+import subprocess
 import tarfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+PIPE = "pipe:"
+TEXTS = ("txt", "json", "cls")
 BRACES = r"\{(?:(\d+)\.\.(\d+)|([^{}]*,[^{}]*))\}"
 
 
 class Member(NamedTuple):
-    """A file inside an uncompressed tar."""
+    """A file inside an uncompressed tar; with its content, if a command wrote the tar or it is a
+    text."""
 
-    tar: Path
+    tar: Path | str
     offset: int
     size: int
+    data: bytes | None = None
 
     def __str__(self) -> str:
         return f"{self.tar}@{self.offset}"
 
     def read_bytes(self) -> bytes:
+        if self.data is not None:
+            return self.data
         with self.tar.open("rb") as file:
             file.seek(self.offset)
             return file.read(self.size)
@@ -34,14 +43,15 @@ class Member(NamedTuple):
 class Sample(NamedTuple):
     key: str
     members: dict[str, Member]  # by what follows the first dot, in lower case
-    contents: dict[str, bytes]  # of .txt and .json
 
 
-def expand(pattern: str) -> list[Path]:
-    """The paths that a pattern stands for.
+def expand(pattern: str) -> list[Path | str]:
+    """The paths that a pattern stands for, and the commands, which stay texts.
 
     `shard-{00000..00012}.tar` has both ends; `{a,b}.tar` is a choice; `*`, `?` and `[…]` are
-    matched with the files there are; `A::B` is the one, then the other.
+    matched with the files there are; `A::B` is the one, then the other; `pipe:COMMAND` is the tar
+    that a shell command writes. Only what a user wrote is a command: a path that a file names, or
+    that is matched, stays a path.
     """
     if "::" in pattern:
         return [path for part in pattern.split("::") for path in expand(part)]
@@ -51,24 +61,36 @@ def expand(pattern: str) -> list[Path]:
         filled = [part if choice else part.zfill(len(first)) for part in parts]
         before, after = pattern[: found.start()], pattern[found.end() :]
         return [path for part in filled for path in expand(before + part + after)]
+    if pattern.startswith(PIPE):
+        return [pattern]
     if glob.has_magic(pattern) and not Path(pattern).exists():
         matched = sorted(glob.glob(pattern, recursive=True))
         return [Path(path) for path in matched or [pattern]]
     return [Path(pattern)]
 
 
-def read_samples(tar: Path) -> Iterator[Sample]:
+def run(command: str) -> tuple[io.BytesIO, str]:
+    """What a shell command writes, and how it failed, if it did."""
+    done = subprocess.run(command.removeprefix(PIPE), shell=True, capture_output=True)
+    last = done.stderr.decode(errors="replace").strip().rpartition("\n")[2]
+    failed = f"failed command: exit status {done.returncode}{last and ': '}{last}"
+    return io.BytesIO(done.stdout), failed * bool(done.returncode)
+
+
+def read_samples(tar: Path | str) -> Iterator[Sample]:
     """The samples of a shard, in the order of their first files; those of a sample need not stand
     together. A file whose name is repeated belongs to a new sample of that name.
 
-    Raises ValueError where the tar is damaged or cut off, after all samples before that.
+    Raises ValueError where the tar is damaged or cut off, or if the command that writes it fails,
+    after all samples before that.
     """
     samples: list[Sample] = []
     named: dict[str, list[Sample]] = {}
     last = None
+    file, failed = run(tar) if isinstance(tar, str) else (tar.open("rb"), "")
     try:
         # names may be any bytes, and must be printable
-        with tarfile.open(tar, "r:", errors="backslashreplace") as archive:
+        with file, tarfile.open(fileobj=file, mode="r:", errors="backslashreplace") as archive:
             for info in archive:
                 # links may lead out of the tar, and a sparse file may expand to a terabyte
                 if not info.isfile() or info.issparse():
@@ -77,25 +99,27 @@ def read_samples(tar: Path) -> Iterator[Sample]:
                 same = named.setdefault(key, [])
                 sample = next((found for found in same if kind not in found.members), None)
                 if sample is None:
-                    sample = Sample(key, {}, {})
+                    sample = Sample(key, {})
                     same.append(sample), samples.append(sample)
-                sample.members[kind] = Member(tar, info.offset_data, info.size)
-                last = sample
-                if kind in ("txt", "json"):
-                    sample.contents[kind] = archive.extractfile(info).read()
+                last, read = sample, kind in TEXTS or isinstance(tar, str)
+                data = archive.extractfile(info).read() if read else None
+                sample.members[kind] = Member(tar, info.offset_data, info.size, data)
             archive.fileobj.seek(archive.offset)  # tarfile stops silently at a bad header
             ending = archive.fileobj.read(512)
     except tarfile.TarError as error:
         yield from (sample for sample in samples if sample is not last)  # its files may be missing
-        raise ValueError(f"damaged, or not an uncompressed tar: {error}") from None
+        damage = f"damaged tar: or not an uncompressed tar: {error}"
+        raise ValueError(failed or damage) from None
     yield from samples
+    if failed:
+        raise ValueError(failed)
     if not ending:
         raise ValueError(
-            f"no end mark at byte {archive.offset}: cut off after a whole file, or written so; "
-            "the samples before it are used"
+            f"damaged tar: no end mark at byte {archive.offset}: cut off after a whole file, or "
+            "written so; the samples before it are used"
         )
     if ending != bytes(512):
-        raise ValueError(f"damaged: no header at byte {archive.offset}")
+        raise ValueError(f"damaged tar: no header at byte {archive.offset}")
 
 
 def split_name(name: str) -> tuple[str, str]:
