@@ -2,6 +2,7 @@
 
 import itertools
 import os
+import re
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ EXPECTED = (
     "expected a folder with captions.jsonl, tars, or pictures and their captions, a CSV, TSV, "
     ".jsonl, COCO .json or .parquet, or a tar pattern"
 )
+HALF = re.compile("[\ud800-\udfff]")
 SPLITS = ("train", "val", "validation", "dev", "test")  # names of folders that are splits
 
 
@@ -75,9 +77,8 @@ class Options:
     def place(self, name: str, *folders: Path) -> Path:
         """The picture's path: below --image-root if it is there, else below the first of `folders`
         that has it, else below the first of them."""
-        places = [Path(folder) / name for folder in (self.image_root, *folders) if folder]
-        found = (path for path in places if os.path.exists(path))
-        return next(found, Path(folders[0]) / name)
+        places = [os.path.join(folder, name) for folder in (self.image_root, *folders) if folder]
+        return Path(next(filter(os.path.exists, places), os.path.join(folders[0], name)))
 
     def leads_out(self, path: Path) -> str:
         """`leads out of …` if a path, after its links are followed, is outside the folders of the
@@ -201,13 +202,11 @@ def check_record(record: Record, options: Options | None = None) -> Record | Ski
     """The record; or the reason to skip it, if its texts or the path of its picture are bad."""
     if not record.captions:
         return Skipped(record.where, "empty caption")
-    about = [record.item, record.split, record.style, record.group, record.subgroup]
+    about = (record.item, record.split, record.style, record.group, record.subgroup)
     every = [str(record.image), *record.captions, *filter(None, about)]
-    for found in itertools.chain(every, *record.translations.values()):
-        try:
-            found.encode()
-        except UnicodeEncodeError:  # JSON's "\ud83d" without its other half
-            return Skipped(record.where, f"half a character: in {found!r}")
+    found = filter(HALF.search, itertools.chain(every, *record.translations.values()))
+    if (half := next(found, None)) is not None:  # JSON's "\ud83d" without its other half
+        return Skipped(record.where, f"half a character: in {half!r}")
     if options and (told := options.leads_out(record.image)):
         return Skipped(record.where, f"outside the folder: picture {record.image} {told}")
     return record

@@ -6,7 +6,7 @@ import io
 import json
 import os
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import NamedTuple
@@ -98,51 +98,63 @@ def read_csv(
     """Rows of a CSV; with `header=False` the first row may be one, or the columns of the path and
     the caption are found out from the cells."""
     lines = list(io.StringIO(read_text(source, pipe=True), newline=""))
-    try:
-        after, cells = read_row(lines, 0, separator) if lines else (0, [])
-    except csv.Error as error:
-        raise ValueError(f"{source}:1: not CSV: {error}") from None
-    columns = [cell.strip() for cell in cells]
-    img, caption = choose(columns, options)
-    if not header and not (img or caption):
-        after, columns = 0, guess_columns(source, lines, options, separator)
-        img, caption = "image", "caption"
-    what = f"with the separator {separator!r}; set --csv-separator, "
-    require_columns(f"{source}:1", (img, caption), columns, options, what)
-    at_img = columns.index(img)
+    columns: list[str] = []
 
     def is_row(line: str) -> bool:
         cells = line.rstrip("\r\n").split(separator)
         return len(cells) == len(columns) and Path(cells[at_img]).suffix[1:].lower() in PICTURES
 
-    # open_clip's paths are the working directory's
-    folders = [source.parent, Path()]
-    start = after
+    rows = read_rows(lines, separator, is_row)
+    _, cells = next(rows, (0, []))
+    if isinstance(cells, csv.Error):
+        raise ValueError(f"{source}:1: not CSV: {cells}")
+    columns = [cell.strip() for cell in cells]
+    img, caption = choose(columns, options)
+    if not header and not (img or caption):
+        rows, columns = (
+            read_rows(lines, separator, is_row),
+            guess_columns(source, lines, options, separator),
+        )
+        img, caption = "image", "caption"
+    what = f"with the separator {separator!r}; set --csv-separator, "
+    require_columns(f"{source}:1", (img, caption), columns, options, what)
+    at_img = columns.index(img)
+    folders, first = [source.parent, Path()], True  # open_clip's paths are the working directory's
+    for at, row in rows:
+        where = f"{source}:{at + 1}"
+        if isinstance(row, csv.Error):
+            yield Skipped(where, f"not CSV: {row}")
+        elif row:
+            fields = dict(zip(columns, row, strict=False))
+            fields["image"] = fields.pop(img, None)
+            if first and is_url(fields["image"] or ""):
+                raise ValueError(
+                    f"{where}: its pictures are URLs, as {fields['image']}: {DOWNLOAD}"
+                )
+            first = False
+            yield from_row(fields, where, options, folders, prefix, [caption])
+
+
+def read_rows(
+    lines: list[str], separator: str, is_row: Callable[[str], bool]
+) -> Iterator[tuple[int, list[str] | csv.Error]]:
+    """The index of each row's first line, and its cells, or why it is none. Of a row whose quote is
+    not closed, or closed after other rows, only the first line is lost."""
+    after = 0
     while after < len(lines):
-        at, where = after, f"{source}:{after + 1}"
+        start = after
+        rest = map(lines.__getitem__, range(start, len(lines)))
+        reader = csv.reader(rest, delimiter=separator, strict=True)
         try:
-            after, row = read_row(lines, at, separator)
-            if any(is_row(line) for line in lines[at + 1 : after]):
-                raise csv.Error(f"its quote is closed in line {after} only, with rows between")
-        except csv.Error as error:  # skip this line only, not all lines up to the next quote
-            yield Skipped(where, f"not CSV: {error}")
-            after = at + 1
-            continue
-        if not row:
-            continue
-        fields = dict(zip(columns, row, strict=False))
-        if at == start and is_url(fields.get(img, "")):
-            raise ValueError(f"{where}: its pictures are URLs, as {fields[img]}: {DOWNLOAD}")
-        fields["image"] = fields.pop(img, None)
-        yield from_row(fields, where, options, folders, prefix, [caption])
-
-
-def read_row(lines: list[str], at: int, separator: str) -> tuple[int, list[str]]:
-    """The index after the row that begins at line `at`, and its cells. Raises csv.Error."""
-    rest = map(lines.__getitem__, range(at, len(lines)))
-    reader = csv.reader(rest, delimiter=separator, strict=True)
-    row = next(reader)
-    return at + reader.line_num, row
+            for row in reader:
+                end = start + reader.line_num
+                if end > after + 1 and any(map(is_row, lines[after + 1 : end])):
+                    raise csv.Error(f"its quote is closed in line {end} only, with rows between")
+                yield after, row
+                after = end
+        except csv.Error as error:
+            yield after, error
+            after += 1
 
 
 def choose(columns: list[str], options: Options) -> list[str | None]:

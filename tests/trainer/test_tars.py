@@ -94,9 +94,7 @@ def test_bad_classes_are_skipped_and_counted(tmp_path):
     assert reasons["2"] == "empty caption"  # of a class without a name
     assert len(reasons) == 6
     (tmp_path / "classnames.txt").unlink()
-    with pytest.raises(
-        ValueError, match=r"no classnames.txt: 8\): .*a.tar:s0000000: no classnames"
-    ):
+    with pytest.raises(ValueError, match=r"no classnames.txt: 8: .*a.tar:s0000000: no classnames"):
         load_dataset(tmp_path, 4)
 
 
