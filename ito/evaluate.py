@@ -13,9 +13,10 @@ from ito.config import add_options
 from ito.files import write_text
 from ito.model.exported import load
 from ito.model.tokenizer import report_cut
+from ito.run import choose_data
 from ito.scoring.evaluation import ALL, PROMPTS, evaluate_fully
 from ito.scoring.scores import clip_benchmark, table
-from ito.source import choose_data, open_dataset
+from ito.source import open_dataset
 from ito.summary import count_overlap, report_overlap, report_skipped
 
 

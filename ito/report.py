@@ -10,9 +10,10 @@ from pathlib import Path
 from ito.cli import user_errors
 from ito.config import add_options
 from ito.model.exported import load
+from ito.run import choose_data
 from ito.scoring.projections import PROJECTIONS
 from ito.scoring.report_page import write_report
-from ito.source import choose_data, open_dataset
+from ito.source import open_dataset
 
 
 def main(arguments: list[str] | None = None) -> None:

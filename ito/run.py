@@ -1,5 +1,6 @@
 """The folder of a run: its files, its lock, its log, and what can be resumed after an error."""
 
+import argparse
 import errno
 import hashlib
 import json
@@ -16,8 +17,9 @@ import numpy as np
 
 from ito.checkpoint import checkpoints
 from ito.cli import reason
-from ito.config import Config
+from ito.config import Config, from_options
 from ito.data.dataset import Dataset
+from ito.data.shards import PIPE
 from ito.files import (
     TEMPORARY,
     naming,
@@ -28,6 +30,7 @@ from ito.files import (
     write_text,
 )
 from ito.ranks import RankLost
+from ito.scoring.evaluation import ALL
 
 try:
     import fcntl
@@ -294,6 +297,34 @@ class Log:
 
 
 # --- the data ---
+
+
+def choose_data(options: argparse.Namespace) -> tuple[Config, list[str] | None]:
+    """The run's configuration with the data that the options name, and the splits to score.
+
+    None for the splits means the held-out ones.
+    """
+    config = from_options(options, RunFolder(options.run).read_config())
+    for name in ("train_data", "val_data"):
+        own = options.data is None and name not in options
+        if own and f"::{PIPE}" in f"::{getattr(config, name)}":
+            about = f"its config.json names a command, which is run only if you give it: --{name}"
+            raise ValueError(f"{options.run}: {about.replace('_', '-')} '{getattr(config, name)}'")
+    if options.data is None:
+        return config, options.split
+    for name in ("train", "val"):
+        if f"{name}_data" in options:
+            about = f"--data {options.data} and --{name}-data name the same thing"
+            raise ValueError(f"{about}: drop one")
+    given = {"train_data": options.data, "stream": False, "val_data": None}
+    for name in (
+        "data_format",
+        "image_root",
+        "group_by",
+        "test_share",
+    ):  # what the run's own data needed
+        given[name] = vars(options).get(name, getattr(Config, name))
+    return from_options(argparse.Namespace(**given), config), options.split or [ALL]
 
 
 def fingerprint(dataset: Dataset) -> dict[str, str]:

@@ -15,10 +15,10 @@ from ito.cli import one_line, output_path, user_errors
 from ito.config import add_options
 from ito.files import write_atomically
 from ito.model.exported import Encoder, load
-from ito.run import RunFolder
+from ito.run import RunFolder, choose_data
 from ito.scoring.contact_sheet import contact_sheet
 from ito.scoring.index import Index
-from ito.source import choose_data, open_dataset
+from ito.source import open_dataset
 from ito.summary import report_skipped
 
 LONGEST_PATH = 4096  # Linux's PATH_MAX: a longer query is a text, even if it ends in .png

@@ -1,23 +1,19 @@
-"""Opens the data set that a configuration or a command line names."""
+"""Opens the data set that a configuration names."""
 
-import argparse
 import dataclasses
 from pathlib import Path
 
 from ito.cli import reason
-from ito.config import EMOJI_FULL, EMOJI_SMALL, Config, from_options
+from ito.config import EMOJI_FULL, EMOJI_SMALL, Config
 from ito.data import emoji_full, emoji_small
 from ito.data.dataset import Dataset, load_dataset
 from ito.data.emoji import default_cache
 from ito.data.emoji_full import prepare_emoji_full
 from ito.data.emoji_small import prepare_emoji_small
 from ito.data.fields import Options
-from ito.data.records import Shard, open_shards
-from ito.data.shards import PIPE
+from ito.data.records import open_shards
 from ito.ranks import Ranks
-from ito.run import RunFolder
-from ito.scoring.evaluation import ALL
-from ito.stream import Stream
+from ito.stream import Stream, require_stream
 
 
 def open_dataset(config: Config, cache: Path | None = None) -> Dataset:
@@ -26,14 +22,12 @@ def open_dataset(config: Config, cache: Path | None = None) -> Dataset:
     An emoji set is prepared in `cache` on first use.
     """
     if config.val_data:
-        options = reader_options(config) | {"data_format": "auto"}
-        return load(config, config.val_data, cache, options, only="val")
-    return load(config, config.train_data, cache, reader_options(config))
+        return load(config, config.val_data, cache, only="val", data_format="auto")
+    return load(config, config.train_data, cache)
 
 
-def load(
-    config: Config, data: str, cache: Path | None, options: dict, only: str | None = None
-) -> Dataset:
+def load(config: Config, data: str, cache: Path | None, only: str | None = None, **other):
+    options = reader_options(config) | other
     return load_dataset(
         locate(data, cache),
         config.load_size,
@@ -55,22 +49,10 @@ def open_data(
     if not config.stream and not config.val_data:
         return eval_data, eval_data
     if not config.stream:
-        options = reader_options(config)
-        return eval_data, load(config, config.train_data, cache, options, only="train")
-    if config.batch_size % ranks.size:
-        raise ValueError(
-            "--stream gives ranks equal parts: --batch-size must be a multiple of "
-            f"{ranks.size} ranks, got {config.batch_size}"
-        )
-    if config.fusion_text == "shuffled" and config.batch_size < 2 * ranks.size:
-        raise ValueError(
-            f"--fusion-text shuffled takes captions of other items: with --stream, --batch-size "
-            f"must be at least 2 for each of {ranks.size} ranks, got {config.batch_size}"
-        )
-    if workers < 0:
-        raise ValueError(f"--workers must be at least 0, got {workers}")
+        return eval_data, load(config, config.train_data, cache, only="train")
+    require_stream(config, workers, ranks)
     return eval_data, Stream(
-        open_source(config, cache),
+        open_shards(locate(config.train_data, cache), **reader_options(config)),
         config.load_size,
         config.batch_size // ranks.size,
         seed=config.seed,
@@ -79,11 +61,6 @@ def open_data(
         workers=workers,
         max_pixels=config.max_pixels,
     )
-
-
-def open_source(config: Config, cache: Path | None = None) -> list[Shard]:
-    """The shards of `config.train_data`, for `ito.stream`."""
-    return open_shards(locate(config.train_data, cache), **reader_options(config))
 
 
 def reader_options(config: Config) -> dict[str, str | bool | None]:
@@ -105,31 +82,3 @@ def locate(data: str, cache: Path | None) -> Path | str:
         return prepare_emoji_full(folder, cache)
     except OSError as error:
         raise OSError(f"--cache: cannot prepare {folder}: {reason(error)}") from error
-
-
-def choose_data(options: argparse.Namespace) -> tuple[Config, list[str] | None]:
-    """The run's configuration with the data that the options name, and the splits to score.
-
-    None for the splits means the held-out ones.
-    """
-    config = from_options(options, RunFolder(options.run).read_config())
-    for name in ("train_data", "val_data"):
-        own = options.data is None and name not in options
-        if own and f"::{PIPE}" in f"::{getattr(config, name)}":
-            about = f"its config.json names a command, which is run only if you give it: --{name}"
-            raise ValueError(f"{options.run}: {about.replace('_', '-')} '{getattr(config, name)}'")
-    if options.data is None:
-        return config, options.split
-    for name in ("train", "val"):
-        if f"{name}_data" in options:
-            about = f"--data {options.data} and --{name}-data name the same thing"
-            raise ValueError(f"{about}: drop one")
-    given = {"train_data": options.data, "stream": False, "val_data": None}
-    for name in (
-        "data_format",
-        "image_root",
-        "group_by",
-        "test_share",
-    ):  # what the run's own data needed
-        given[name] = vars(options).get(name, getattr(Config, name))
-    return from_options(argparse.Namespace(**given), config), options.split or [ALL]

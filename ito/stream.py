@@ -216,6 +216,22 @@ class Decoder(MapStyle):
         return images, reasons
 
 
+def require_stream(config: Config, workers: int, ranks: Ranks) -> None:
+    """Raises ValueError for options that --stream cannot be used with."""
+    if config.batch_size % ranks.size:
+        raise ValueError(
+            "--stream gives ranks equal parts: --batch-size must be a multiple of "
+            f"{ranks.size} ranks, got {config.batch_size}"
+        )
+    if config.fusion_text == "shuffled" and config.batch_size < 2 * ranks.size:
+        raise ValueError(
+            f"--fusion-text shuffled takes captions of other items: with --stream, --batch-size "
+            f"must be at least 2 for each of {ranks.size} ranks, got {config.batch_size}"
+        )
+    if workers < 0:
+        raise ValueError(f"--workers must be at least 0, got {workers}")
+
+
 def first_captions(shards: list[Shard], limit: int) -> list[str]:
     """The first `limit` training captions in the order of the shards, or all if there are fewer."""
     records = (r for shard in shards for r in shard() if isinstance(r, Record))

@@ -17,8 +17,6 @@ from ito.data.pictures import MAX_PIXELS, decode
 from ito.data.records import cpu_count, open_shards
 from ito.data.splits import TEST, choose_splits, set_groups
 
-NOTHING = "it holds no record"
-
 
 @dataclass
 class Dataset:
@@ -105,13 +103,10 @@ def load_dataset(
     """Read everything that `ito.data.records.open_shards` finds at `path`, and decode its pictures.
 
     If no record names a split other than "train", 10 % of the items (at least one), by hash of item
-    and `split_seed`, are "heldout", and `test_share` of them "test"; see ito/data/splits.py for
-    what is kept together. `group_by`: a regular expression; what it finds in a picture's path is
-    its group.
-    If some records name a split, one that names none is "train". With `only`, the name of a split,
-    records that name none are of that split; if the data names "train" alone, all are.
-    Pictures become centred squares of `image_size` pixels on white. The order is that of the
-    source, for any number of `workers`. `options` are those of `open_shards`.
+    and `split_seed`, are "heldout", and `test_share` of them "test"; `group_by` finds their groups
+    (ito/data/splits.py). Else a record without one is "train"; with `only`, it is of that split, as
+    all are if "train" alone is named. Pictures become centred squares of `image_size` pixels on
+    white, in the order of the source. `options` are those of `open_shards`.
 
     A record is skipped, and listed in `Dataset.skipped`, if its picture cannot be read or has more
     than `max_pixels`, or its caption is empty. Raises what `open_shards` raises, and ValueError if
@@ -121,27 +116,24 @@ def load_dataset(
     found = [record for shard in shards for record in shard()]
     records = [r for r in found if isinstance(r, Record)]
     skipped = [r for r in found if isinstance(r, Skipped)]
-    if group_by is not None:
-        set_groups(records, group_by)
+    set_groups(records, group_by)
     images, kept, unreadable = decode_all(records, image_size, max_pixels, workers)
     skipped += unreadable
     if not kept:
         reasons = "; ".join(one_line(f"{where}: {reason}") for where, reason in skipped[:3])
-        counts = ", ".join(f"{kind}: {n}" for kind, n in count_kinds(skipped).items())
-        about = f"{len(skipped)} records skipped, {counts}: {reasons}" if skipped else NOTHING
-        hint = "; is it in another folder? set --image-root" * (
-            {"no picture"} == {*count_kinds(skipped)}
-        )
+        kinds = count_kinds(skipped)
+        counts = ", ".join(f"{kind}: {n}" for kind, n in kinds.items())
+        about = f"{len(skipped)} records skipped, {counts}: {reasons}"
+        about = about if skipped else "it holds no record"
+        hint = "; is it in another folder? set --image-root" * ({*kinds} == {"no picture"})
         raise ValueError(f"no usable picture in {path} ({about}){hint}")
 
     index = {item: n for n, item in enumerate(dict.fromkeys(r.item for r in kept))}
     rows = [[] for _ in index]
-    for r in records:
-        if r.item in index:
-            rows[index[r.item]].append(r)
-    named = {r.split for r in records if r.split}
-    by = split_seed, only, test_share, group_by
-    split, split_by = choose_splits(images, kept, rows, named, *by)
+    for r in (r for r in records if r.item in index):
+        rows[index[r.item]].append(r)
+    how = split_seed, only, test_share, group_by
+    split, split_by = choose_splits(images, kept, rows, records, *how)
     return Dataset(
         images=images,
         image_item=torch.tensor([index[r.item] for r in kept]),

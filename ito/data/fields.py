@@ -22,7 +22,6 @@ EXPECTED = (
     ".jsonl, COCO .json or .parquet, or a tar pattern"
 )
 HALF = re.compile("[\ud800-\udfff]")
-SPLITS = ("train", "val", "validation", "dev", "test")  # names of folders that are splits
 
 
 @dataclass
@@ -60,9 +59,8 @@ def count_kinds(skipped: list[Skipped]) -> dict[str, int]:
 
 @dataclass(frozen=True)
 class Options:
-    """How a data set is read. `root`: with --untrusted-data, the folder that pictures lie in. Of
-    tars, `classes`: what a `.cls` counts, and `lines`: whether each line of a `.txt` is a caption.
-    """
+    """How data is read. `root`: the folder of the pictures, with --untrusted-data. Of tars,
+    `classes`: what a `.cls` counts; `lines`: those of a `.txt` are captions."""
 
     data_format: str = "auto"
     image_root: str | None = None

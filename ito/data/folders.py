@@ -7,19 +7,11 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 
-from ito.data.fields import (
-    PICTURES,
-    SPLITS,
-    Options,
-    Record,
-    Skipped,
-    check_record,
-    from_fields,
-    text_list,
-)
+from ito.data.fields import PICTURES, Options, Record, Skipped, check_record, from_fields, text_list
 from ito.data.tables import read_csv, read_jsonl, read_text
 
 METADATA = ("metadata.jsonl", "metadata.csv")
+SPLITS = ("train", "val", "validation", "dev", "test")  # names of folders that are splits
 Walk = list[tuple[Path, list[str]]]
 
 

@@ -77,9 +77,8 @@ def open_picture(image: Path | Member, size: int) -> Image.Image:
 def square(picture: Image.Image, size: int, max_pixels: int = MAX_PIXELS) -> np.ndarray:
     """`decode` for an open picture. Raises Refused if it has more than `max_pixels`."""
     width, height = picture.size
-    tags = getattr(
-        picture, "tag_v2", {}
-    )  # a tile is decoded completely, even if the picture is smaller
+    tags = getattr(picture, "tag_v2", {})
+    # a tile is decoded completely, even if the picture is smaller
     pixels = max(width * height, tags.get(TILE_WIDTH, 0) * tags.get(TILE_LENGTH, 0))
     if pixels > max_pixels:
         about = f"has {pixels} pixels ({width} × {height}), above --max-pixels {max_pixels}"

@@ -49,9 +49,8 @@ def find_format(path: str | Path, data_format: str = "auto") -> str:
         fitting = dict.fromkeys((first, *(fitting if data_format != "auto" else ())))
         if not first:
             raise FileNotFoundError(
-                f"{path} holds no captions.jsonl, no .tar, no .parquet and no picture with a "
-                "caption: in a .txt or .json of its name, in metadata.jsonl or metadata.csv, or in "
-                "the name of a folder"
+                f"{path} holds no captions.jsonl, .tar, .parquet, nor a picture with a caption: in "
+                "a .txt or .json of its name, metadata.jsonl, metadata.csv, or a folder's name"
             )
     elif not path.exists():
         raise FileNotFoundError(f"no data at {path}: {EXPECTED}")
@@ -82,8 +81,10 @@ def formats_of_folder(path: Path) -> Iterator[str]:
     yield from (form for suffix, form in kinds if any(path.glob(f"*/*.{suffix}")))
 
 
-def files_below(path: Path, suffix: str) -> list[Path]:
-    """Files of a folder, or if it has none, of the folders in it."""
+def files_below(path: Path | str, suffix: str) -> list[Path | str]:
+    """The files of a folder, or if it has none, of the folders in it; else `path` itself."""
+    if isinstance(path, str) or not path.is_dir():
+        return [path]
     return sorted(path.glob(f"*.{suffix}")) or sorted(path.glob(f"*/*.{suffix}"))
 
 
@@ -102,20 +103,19 @@ def open_shards(path: str | Path, **options: str | bool | None) -> Shards:
     of its format. Malformed rows, lines and samples are skipped.
     """
     pattern, path, options = str(path), Path(path), Options(**options)
-    folder = path if path.is_dir() else path.parent
     if options.untrusted_data and not is_pattern(pattern):
-        options = dataclasses.replace(options, root=follow_links(folder))
-        # <(a program) is /dev/fd/63
-        if re.fullmatch("/dev|/dev/fd|/proc/.*", str(options.root)):
+        root = follow_links(path if path.is_dir() else path.parent)
+        options = dataclasses.replace(options, root=root)
+        if re.fullmatch("/dev|/dev/fd|/proc/.*", str(root)):  # <(a program) is /dev/fd/63
             raise ValueError(
                 f"{path} lies in no folder of pictures, as --untrusted-data needs: "
                 "write the CSV to a file next to the pictures"
             )
     form = find_format(pattern, options.data_format)
-    if form in ("webdataset", "parquet"):
-        shards = Shards(open_files(pattern, form, options))
-    else:
-        shards = Shards(open_rows(path, form, options))
+    several = form in ("webdataset", "parquet")
+    shards = Shards(
+        open_files(pattern, form, options) if several else open_rows(path, form, options)
+    )
     shards.format = form
     return shards
 
@@ -131,71 +131,42 @@ def open_rows(path: Path, form: str, options: Options) -> list[Shard]:
         rows = read_jsonl(source, options)
     elif form == "coco":
         rows = read_coco(path, options)
-    elif form == "tsv":
-        rows = read_csv(path, options, "\t", header=False)
     else:
-        rows = read_csv(path, options, options.csv_separator)
+        tsv = form == "tsv"
+        rows = read_csv(path, options, "\t" if tsv else options.csv_separator, header=not tsv)
     rows = list(rows)
     return [partial(iter, rows[at : at + ROWS]) for at in range(0, len(rows), ROWS)]
 
 
 def open_files(pattern: str, form: str, options: Options) -> list[Shard]:
     """The shards of tars or parquet files: one file, a pattern, a folder of them, or commands."""
-    suffix, given, named = (
-        "tar" if form == "webdataset" else "parquet",
-        Path(pattern),
-        expand(pattern),
-    )
-    files = []
-    for at in named:
-        files += files_below(at, suffix) if isinstance(at, Path) and at.is_dir() else [at]
+    suffix, in_folder = "tar" if form == "webdataset" else "parquet", os.path.isdir(pattern)
+    named = expand(pattern)
+    files = [file for at in named for file in files_below(at, suffix)]
     paths = [at for at in files or named if isinstance(at, Path)]
     if missing := [str(path) for path in paths if not path.is_file()]:
         raise FileNotFoundError(f"no data at {', '.join(missing[:3])} ({len(missing)} missing)")
     # Items are named by the path below this folder, so that they do not depend on where it is.
     folder = os.path.commonpath([path.parent for path in paths] or ["."])
-    if options.untrusted_data and not given.is_dir():  # a tar has no pictures outside it
+    if options.untrusted_data and not in_folder:  # a tar has no pictures outside it
         root = follow_links(folder) if form == "parquet" else None
         options = dataclasses.replace(options, root=root)
-    labelled = {at: labels_of(at, options) for at in {path.parent for path in paths}}
     shards = []
     for file in files:
-        if isinstance(file, str):
-            shards.append(partial(read_tar, file, file, options))
-            continue
-        name = file.relative_to(folder)
-        split = folders.split_of(name) if given.is_dir() else None
-        if form == "webdataset":
-            found = [partial(read_tar, file, str(name), labelled[file.parent])]
-        elif given.is_dir() and (told := options.leads_out(file)):
+        name = file.relative_to(folder) if isinstance(file, Path) else Path(file)
+        if in_folder and (told := options.leads_out(file)):
             found = [partial(iter, [Skipped(str(file), f"outside the folder: {told}")])]
-        else:
+        elif form == "parquet":
             found = open_parquet(file, str(name), options)
+        else:
+            found = [partial(read_tar, file, str(name), options)]
+        split = folders.split_of(name) if in_folder else None
         shards += [partial(folders.in_split, shard, split) for shard in found] if split else found
     return shards
 
 
-# --- tars ---
-
-
-def labels_of(folder: Path, options: Options) -> Options:
-    """The options with what clip_benchmark's sets have beside the tars, or above their split."""
-
-    def read(name: str) -> tuple[str, ...] | None:
-        found = next(filter(os.path.exists, (folder / name, folder.parent / name)), None)
-        if found and options.untrusted_data and found.is_symlink():
-            raise ValueError(f"{found} is a link, which --untrusted-data forbids")
-        return tuple(read_text(found).splitlines()) if found else None
-
-    lines = (read("dataset_type.txt") or [""])[0].strip() == "retrieval"
-    return dataclasses.replace(options, classes=read("classnames.txt"), lines=lines)
-
-
 def read_tar(tar: Path | str, name: str, options: Options) -> Iterator[Record | Skipped]:
-    if isinstance(tar, Path) and (told := options.leads_out(tar)):
-        yield Skipped(str(tar), f"outside the folder: {told}")
-        return
-    seen = set()
+    seen, options = set(), labels_of(tar, options)
     try:
         for sample in read_samples(tar):
             where = f"{tar}:{sample.key}"
@@ -212,29 +183,38 @@ def read_tar(tar: Path | str, name: str, options: Options) -> Iterator[Record | 
         yield Skipped(str(tar), str(error))
 
 
+def labels_of(tar: Path | str, options: Options) -> Options:
+    """The options with what clip_benchmark's sets have beside the tars, or above their split."""
+
+    def read(name: str) -> tuple[str, ...] | None:
+        places = [place / name for place in tar.parents[:2]] if isinstance(tar, Path) else []
+        found = next(filter(os.path.exists, places), None)
+        if found and options.untrusted_data and found.is_symlink():
+            raise ValueError(f"{found} is a link, which --untrusted-data forbids")
+        return tuple(read_text(found).splitlines()) if found else None
+
+    lines = (read("dataset_type.txt") or [""])[0].strip() == "retrieval"
+    return dataclasses.replace(options, classes=read("classnames.txt"), lines=lines)
+
+
 def from_sample(sample: Sample, where: str, name: str, options: Options) -> Record | Skipped:
     pictures = [kind for kind in sample.members if kind in PICTURES]
     if not pictures:
-        kinds = ", ".join(f".{kind}" for kind in sample.members)
-        return Skipped(where, f"no picture in the sample: among {kinds}")
+        return Skipped(where, f"no picture in the sample: among .{', .'.join(sample.members)}")
     texts = {kind: sample.members[kind].data for kind in TEXTS if kind in sample.members}
     contents = {kind: data.decode() for kind, data in texts.items()}
-    image = sample.members[pictures[0]]
-    record = folders.from_contents(contents, where, image, name)
+    record = folders.from_contents(contents, where, sample.members[pictures[0]], name)
     record.name = sample.key  # where the tar lies says nothing about the picture
     if options.lines and "txt" in contents:
         record.captions = text_list(contents["txt"].splitlines())
     elif "cls" in contents and not record.captions:
         if options.classes is None:
-            about = (
-                "the caption is a class, .cls, and none is beside the tar or in the folder above"
+            return Skipped(
+                where, "no classnames.txt: beside or above the tar, for what .cls counts"
             )
-            return Skipped(where, f"no classnames.txt: {about}")
-        number, count = contents["cls"].strip(), len(options.classes)
-        if not number.isdecimal() or int(number) >= count:
-            raise ValueError(
-                f".cls must be from 0 to {count - 1} of classnames.txt, got {number!r}"
-            )
+        number, last = contents["cls"].strip(), len(options.classes) - 1
+        if not number.isdecimal() or int(number) > last:
+            raise ValueError(f".cls must be 0 to {last}, as classnames.txt, got {number!r}")
         record.captions = text_list(options.classes[int(number)])
     return check_record(record)
 

@@ -2,8 +2,8 @@
 
 `000017.jpg`, `000017.txt` and `000017.json` are one sample. Names and captions are read in order.
 Pictures are not read, only their offsets in the tar are noted: shuffling a million samples moves no
-pixel. The package webdataset reads a tar from its start to its end, pictures included, and joins
-only members that stand together; so this is written with the standard library's tarfile.
+pixel. For this tarfile is used: the package webdataset reads all pictures, and joins only members
+that stand together.
 """
 
 import glob

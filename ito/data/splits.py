@@ -13,10 +13,13 @@ HELD_OUT = 0.1  # of the items, if the data names no splits
 TEST = "test"  # the split that is scored once, after the last step
 
 
-def set_groups(records: list[Record], pattern: str) -> None:
+def set_groups(records: list[Record], pattern: str | None) -> None:
     """Sets the group of each record to what `pattern` finds in its picture's path: its first group
     in parentheses, if it has one. Where it finds nothing there is none, nor is any from a column.
+    With None, groups stay as they are.
     """
+    if pattern is None:
+        return
     search = re.compile(pattern).search
     for r in records:
         found = search(r.name)
@@ -27,7 +30,7 @@ def choose_splits(
     images: torch.Tensor,
     kept: list[Record],
     rows: list[list[Record]],
-    named: set[str],
+    records: list[Record],
     seed: int,
     only: str | None,
     test_share: float,
@@ -36,8 +39,8 @@ def choose_splits(
     """The split of each of the `kept` records, to which `images` belong, and what it was given by
     or keeps together.
 
-    rows: all records of each item. named: the splits that records name, also those whose picture
-    cannot be read. only: the split of all, or of those that name none.
+    rows: all records of each item. records: these, and those whose picture cannot be read. only:
+    the split of all, or of those that name none.
     group_by: the pattern that the groups are by, if they are not a column's.
 
     Raises ValueError for a `test_share` of data that names splits, and for a pattern that finds
@@ -46,6 +49,7 @@ def choose_splits(
     if group_by is not None and only is None and not any(r.group for same in rows for r in same):
         about = f"in the paths of {len(kept)} pictures, such as {kept[0].name!r}"
         raise ValueError(f"--group-by {group_by!r} finds nothing {about}")
+    named = {r.split for r in records if r.split}
     if named - {"train"}:
         if test_share:
             about = f"the data names its splits, {', '.join(sorted(named))}"

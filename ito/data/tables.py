@@ -66,9 +66,6 @@ def read_jsonl(source: Path, options: Options, prefix: str = "") -> Iterator[Rec
             yield Skipped(where, f"malformed: expected a JSON object, got {line.strip()[:60]}")
 
 
-# --- COCO ---
-
-
 def read_coco(source: Path, options: Options) -> Iterator[Record | Skipped]:
     try:
         found = json.loads(read_text(source))
@@ -87,9 +84,6 @@ def read_coco(source: Path, options: Options) -> Iterator[Record | Skipped]:
     for image in images:
         where = f"{source}:image {image['id']}"
         yield from_row(image | {"captions": captions[image["id"]]}, where, options, [source.parent])
-
-
-# --- CSV and TSV ---
 
 
 def read_csv(
@@ -207,9 +201,6 @@ def guess_columns(source: Path, lines: list[str], options: Options, separator: s
     return [names.get(n, f"column {n}") for n in range(width)]
 
 
-# --- parquet ---
-
-
 class Cell(NamedTuple):
     """A picture's bytes in a parquet file."""
 
@@ -246,11 +237,10 @@ def pictures_of(file: Path, group: int, column: str):
 
 def open_parquet(source: Path, name: str, options: Options) -> list[partial]:
     """A shard for each row group of a file. `name`: what its pictures' items begin with."""
+    reader = parquet()
     try:
-        with parquet().ParquetFile(require_file(source)) as file:
+        with reader.ParquetFile(require_file(source)) as file:
             schema, groups = file.schema_arrow, file.num_row_groups
-    except ImportError:
-        raise
     except Exception as error:  # pyarrow's own kinds
         raise ValueError(f"{source} is not parquet: {error}") from None
     found = choose(schema.names, options)

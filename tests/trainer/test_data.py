@@ -194,7 +194,7 @@ def test_missing_files_are_named(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"no data at .*nowhere"):
         load_dataset(tmp_path / "nowhere", 4)
     with pytest.raises(
-        FileNotFoundError, match=re.escape(f"{tmp_path} holds no captions.jsonl, no .tar")
+        FileNotFoundError, match=re.escape(f"{tmp_path} holds no captions.jsonl, .tar")
     ):
         load_dataset(tmp_path, 4)
     (tmp_path / "captions.jsonl").write_bytes(b"{}\n\xff\xfe")

@@ -18,7 +18,8 @@ from ito.config import Config
 from ito.data import emoji_full, emoji_sources, npm
 from ito.data.emoji import clean
 from ito.data.emoji_sources import STYLES
-from ito.source import open_dataset, open_source
+from ito.data.records import open_shards
+from ito.source import locate, open_dataset
 
 # --- packages ---
 
@@ -439,7 +440,7 @@ def test_the_trainers_name_for_it(packages, tmp_path, monkeypatch):
     data = open_dataset(config, tmp_path)
     assert data.held_out_splits() == ["heldout_style", "heldout_concept"]
     assert data.files[0].startswith(str(tmp_path / emoji_full.FOLDER / "images"))
-    assert len(list(open_source(config, tmp_path)[0]())) == len(data.images)
+    assert len(list(open_shards(locate(config.train_data, tmp_path))[0]())) == len(data.images)
     (tmp_path / "wrong").write_text("", encoding="utf-8")
     with pytest.raises(OSError, match=f"--cache: cannot prepare .*wrong/{emoji_full.FOLDER}"):
         open_dataset(config, tmp_path / "wrong")

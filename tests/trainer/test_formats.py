@@ -19,7 +19,8 @@ from ito.config import Config, add_options, from_options
 from ito.data.dataset import load_dataset
 from ito.data.records import find_format, open_shards
 from ito.ranks import Ranks
-from ito.source import choose_data, open_data, open_dataset
+from ito.run import choose_data
+from ito.source import open_data, open_dataset
 from ito.summary import (
     count_overlap,
     report_equal_captions,

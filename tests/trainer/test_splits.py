@@ -12,7 +12,8 @@ from support.quick_run import TINY
 from ito import evaluate, report, search, train
 from ito.config import Config
 from ito.data.dataset import load_dataset
-from ito.source import choose_data, open_dataset
+from ito.run import choose_data
+from ito.source import open_dataset
 from ito.summary import count_overlap, report_groups, report_overlap, summarise
 
 RUN = [*TINY.split(), "--objective", "clip", "--batch-size", "4", "--image-size", "8"]

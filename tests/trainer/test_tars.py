@@ -85,7 +85,7 @@ def test_bad_classes_are_skipped_and_counted(tmp_path):
     data = load_dataset(tmp_path, 4)
     assert data.captions == [["cat"], ["fox"]]
     reasons = {s.where[-1]: s.reason for s in data.skipped}
-    message = "malformed: .cls must be from 0 to 2 of classnames.txt, got "
+    message = "malformed: .cls must be 0 to 2, as classnames.txt, got "
     assert {n: reasons[n] for n in "135"} == {
         "1": f"{message}'-1'",
         "3": f"{message}'fox'",
