@@ -11,7 +11,7 @@ from pathlib import Path
 from ito.data.augment import DRAWINGS, Augmentation
 from ito.data.pictures import MAX_PIXELS
 from ito.data.records import FORMATS
-from ito.data.shards import PIPE
+from ito.data.shards import PIPE, URLS
 from ito.files import read_text, write_text
 from ito.model.fusion import READOUTS
 from ito.model.pretrained import IMAGE, OURS, TEXT, image_size, split
@@ -484,7 +484,7 @@ def from_options(options: argparse.Namespace, base: Config | None = None) -> Con
     for name in ("train_data", "val_data", "image_root", "pretrained"):
         if given.get(name, EMOJI_SMALL) not in (None, EMOJI_SMALL, EMOJI_FULL):
             parts = given[name].split("::")
-            parts = [p if p.startswith(PIPE) else str(Path(p).absolute()) for p in parts]
+            parts = [p if p.startswith((PIPE, *URLS)) else str(Path(p).absolute()) for p in parts]
             given[name] = "::".join(parts)
     if parts := user_file(given.get("objective", Config.objective)):
         given["objective"] = f"{parts[0].absolute()}:{parts[1]}"

@@ -12,10 +12,15 @@ from pathlib import Path
 import torch
 
 from ito.cli import one_line
-from ito.data.fields import Record, Skipped, count_kinds
+from ito.data.fields import CAPTION_KEYS, Record, Skipped, count_kinds
 from ito.data.pictures import MAX_PIXELS, decode
 from ito.data.records import cpu_count, open_shards
 from ito.data.splits import TEST, choose_splits, set_groups
+
+HINTS = {  # what to do if all records are skipped for this reason
+    "no picture": "; is it in another folder? set --image-root",
+    "empty caption": f"; expected {', '.join(CAPTION_KEYS)}; set --csv-caption-key to the file's",
+}
 
 
 @dataclass
@@ -65,9 +70,7 @@ class Dataset:
 
         Raises ValueError if there are none.
         """
-        found = sorted(
-            set(self.split) - {"train"}, key=lambda name: (name == "heldout_concept", name)
-        )
+        found = sorted({*self.split} - {"train"}, key=lambda s: (s == "heldout_concept", s))
         if not found:
             raise ValueError(
                 'evaluation needs at least 1 picture of a split other than "train", found none '
@@ -125,7 +128,7 @@ def load_dataset(
         counts = ", ".join(f"{kind}: {n}" for kind, n in kinds.items())
         about = f"{len(skipped)} records skipped, {counts}: {reasons}"
         about = about if skipped else "it holds no record"
-        hint = "; is it in another folder? set --image-root" * ({*kinds} == {"no picture"})
+        hint = HINTS.get(*kinds, "") if len(kinds) == 1 else ""
         raise ValueError(f"no usable picture in {path} ({about}){hint}")
 
     index = {item: n for n, item in enumerate(dict.fromkeys(r.item for r in kept))}

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from ito.data.shards import Member
+from ito.data.shards import URLS, Member
 
 PICTURES = (
     *("apng", "avif", "bmp", "gif", "j2k", "jfif", "jp2", "jpe", "jpeg", "jpg"),
@@ -73,14 +73,12 @@ class Options:
     lines: bool = False
 
     def place(self, name: str, *folders: Path) -> Path:
-        """The picture's path: below --image-root if it is there, else below the first of `folders`
-        that has it, else below the first of them."""
+        """The picture's path: below --image-root or the first of `folders`, where it is there."""
         places = [os.path.join(folder, name) for folder in (self.image_root, *folders) if folder]
         return Path(next(filter(os.path.exists, places), os.path.join(folders[0], name)))
 
     def leads_out(self, path: Path) -> str:
-        """`leads out of …` if a path, after its links are followed, is outside the folders of the
-        data; else ""."""
+        """`leads out of …` if a path, with its links followed, is outside the data; else ""."""
         if not self.root:
             return ""
         roots = [self.root, *([os.path.realpath(self.image_root)] if self.image_root else [])]
@@ -109,7 +107,8 @@ def from_row(
         if is_url(name):
             return Skipped(where, f"a URL: {name}: {DOWNLOAD}")
         place = options.place(name, *folders)
-        return check_record(from_fields(fields, where, place, prefix + name, caption_keys), options)
+        keys = (*{options.csv_caption_key}.difference(CAPTION_KEYS), *caption_keys)
+        return check_record(from_fields(fields, where, place, prefix + name, keys), options)
     except ValueError as error:
         return Skipped(where, f"malformed: {error}")
 
@@ -118,7 +117,7 @@ DOWNLOAD = "download the pictures first, for example with img2dataset"
 
 
 def is_url(name: str) -> bool:
-    return name.lstrip().lower().startswith(("http://", "https://", "s3://", "gs://"))
+    return name.lstrip().lower().startswith(URLS)
 
 
 def from_fields(

@@ -11,7 +11,7 @@ from ito.data.fields import PICTURES, Options, Record, Skipped, check_record, fr
 from ito.data.tables import read_csv, read_jsonl, read_text
 
 METADATA = ("metadata.jsonl", "metadata.csv")
-SPLITS = ("train", "val", "validation", "dev", "test")  # names of folders that are splits
+SPLITS = ("train", "val", "valid", "validation", "dev", "test")  # names of folders that are splits
 Walk = list[tuple[Path, list[str]]]
 
 
@@ -52,8 +52,8 @@ def kinds_of(found: Walk) -> Iterator[str]:
 def split_of(place: Path) -> str | None:
     """The split that the first folder of a relative path names, or as Hugging Face's parquet files
     the file itself, `train-00000-of-00001.parquet`."""
-    first = place.parts[0] if place.parts else ""
-    first = first.partition("-")[0] if first.endswith(".parquet") else first
+    first = place.parts[0].lower() if place.parts else ""
+    first = first.partition("-")[0] if first.endswith((".parquet", ".tar")) else first
     return first if first in SPLITS else None
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from ito.data import folders
 from ito.data.fields import EXPECTED, PICTURES, Options, Record, Skipped, check_record, text_list
-from ito.data.shards import PIPE, TEXTS, Sample, expand, read_samples
+from ito.data.shards import PIPE, TEXTS, URLS, Sample, expand, read_samples
 from ito.data.tables import open_parquet, read_coco, read_csv, read_jsonl, read_text
 from ito.files import follow_links
 
@@ -37,6 +37,8 @@ def find_format(path: str | Path, data_format: str = "auto") -> str:
     pattern, path = str(path), Path(path)
     suffix = path.with_suffix("").suffix if path.suffix == ".gz" else path.suffix
     suffix = ".tar" if f"::{PIPE}" in f"::{pattern}" else suffix
+    if pattern.startswith(URLS):
+        raise ValueError(f"{pattern} is a URL: download it, or read a tar by 'pipe:curl -s URL'")
     known = {".jsonl": "jsonl", ".json": "coco", ".tsv": "tsv", ".parquet": "parquet"}
     fitting: Iterable[str] = ("csv", "tsv", "jsonl", "coco", "parquet")  # of a file
     if is_pattern(pattern) or suffix == ".tar":
@@ -113,14 +115,13 @@ def open_shards(path: str | Path, **options: str | bool | None) -> Shards:
             )
     form = find_format(pattern, options.data_format)
     several = form in ("webdataset", "parquet")
-    shards = Shards(
-        open_files(pattern, form, options) if several else open_rows(path, form, options)
-    )
+    shards = Shards((open_files if several else open_rows)(pattern, form, options))
     shards.format = form
     return shards
 
 
-def open_rows(path: Path, form: str, options: Options) -> list[Shard]:
+def open_rows(path: str, form: str, options: Options) -> list[Shard]:
+    path = Path(path)
     if form in ("folder", "imagefolder"):
         read = folders.read_sidecars if form == "folder" else folders.read_imagefolder
         rows = read(path, folders.walk(path), options)
@@ -202,17 +203,16 @@ def from_sample(sample: Sample, where: str, name: str, options: Options) -> Reco
     if not pictures:
         return Skipped(where, f"no picture in the sample: among .{', .'.join(sample.members)}")
     texts = {kind: sample.members[kind].data for kind in TEXTS if kind in sample.members}
+    label = texts.pop("cls", None)
     contents = {kind: data.decode() for kind, data in texts.items()}
     record = folders.from_contents(contents, where, sample.members[pictures[0]], name)
     record.name = sample.key  # where the tar lies says nothing about the picture
     if options.lines and "txt" in contents:
         record.captions = text_list(contents["txt"].splitlines())
-    elif "cls" in contents and not record.captions:
+    elif label is not None and not record.captions:
         if options.classes is None:
-            return Skipped(
-                where, "no classnames.txt: beside or above the tar, for what .cls counts"
-            )
-        number, last = contents["cls"].strip(), len(options.classes) - 1
+            return Skipped(where, "no classnames.txt: beside or above the tar, for its .cls")
+        number, last = label.decode(errors="replace").strip(), len(options.classes) - 1
         if not number.isdecimal() or int(number) > last:
             raise ValueError(f".cls must be 0 to {last}, as classnames.txt, got {number!r}")
         record.captions = text_list(options.classes[int(number)])

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 PIPE = "pipe:"
+URLS = ("http://", "https://", "s3://", "gs://")
 TEXTS = ("txt", "json", "cls")
 BRACES = r"\{(?:(\d+)\.\.(\d+)|([^{}]*,[^{}]*))\}"
 

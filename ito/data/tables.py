@@ -101,14 +101,12 @@ def read_csv(
     rows = read_rows(lines, separator, is_row)
     _, cells = next(rows, (0, []))
     if isinstance(cells, csv.Error):
-        raise ValueError(f"{source}:1: not CSV: {cells}")
+        raise ValueError(f"{source}:1: not CSV: {cells}; set --csv-separator, now {separator!r}")
     columns = [cell.strip() for cell in cells]
     img, caption = choose(columns, options)
     if not header and not (img or caption):
-        rows, columns = (
-            read_rows(lines, separator, is_row),
-            guess_columns(source, lines, options, separator),
-        )
+        rows = read_rows(lines, separator, is_row)
+        columns = guess_columns(source, lines, options, separator)
         img, caption = "image", "caption"
     what = f"with the separator {separator!r}; set --csv-separator, "
     require_columns(f"{source}:1", (img, caption), columns, options, what)
@@ -120,11 +118,9 @@ def read_csv(
             yield Skipped(where, f"not CSV: {row}")
         elif row:
             fields = dict(zip(columns, row, strict=False))
-            fields["image"] = fields.pop(img, None)
-            if first and is_url(fields["image"] or ""):
-                raise ValueError(
-                    f"{where}: its pictures are URLs, as {fields['image']}: {DOWNLOAD}"
-                )
+            url = fields["image"] = fields.pop(img, None)
+            if first and is_url(url or ""):
+                raise ValueError(f"{where}: its pictures are URLs, as {url}: {DOWNLOAD}")
             first = False
             yield from_row(fields, where, options, folders, prefix, [caption])
 

@@ -310,6 +310,20 @@ def test_csv_with_its_own_columns(tmp_path):
     assert data.image_item.tolist() == [0, 1, 1, 2]
 
 
+def test_what_to_do_about_unknown_captions_and_separators_is_told(tmp_path):
+    rows = [{"image": f"{n}.png", "words": f"number {n}"} for n in range(2)]
+    for n in range(2):
+        put(tmp_path / f"{n}.png", grey(n))
+    source = lines(tmp_path / "a.jsonl", rows)
+    with pytest.raises(ValueError, match=r"expected captions, .*, title; set --csv-caption-key"):
+        load_dataset(source, 4)
+    read(source, "jsonl", 2, csv_caption_key="words")
+    quoted = put(tmp_path / "a.csv", '"filepath","title"\n"0.png","number 0"\n')
+    with pytest.raises(ValueError, match=r"a.csv:1: not CSV: .*; set --csv-separator, now '.t'"):
+        load_dataset(quoted, 4)
+    read(quoted, "csv", 1, csv_separator=",")
+
+
 def test_several_rows_a_picture_are_its_captions(tmp_path):
     rows = numbered(tmp_path, 3)
     more = [(name, f"{text}, says {k}") for k in range(4) for name, text in rows[1:]]

@@ -191,6 +191,22 @@ def test_the_test_is_scored_after_the_last_step_only(tmp_path, capsys, how):
         assert {name.split("/")[0] for name in scores} == {"heldout", "test"}
 
 
+@pytest.mark.parametrize("names", [("Train", "Val"), ("TRAIN", "valid"), ("train", "Validation")])
+def test_folders_name_splits_in_any_case(tmp_path, names):
+    for n in range(6):
+        for kind, content in (("png", picture(n)), ("txt", b"a text")):
+            place = tmp_path / "a" / names[n // 4] / f"{n}.{kind}"
+            place.parent.mkdir(parents=True, exist_ok=True)
+            place.write_bytes(content)
+        place = tmp_path / "b" / names[n // 4] / f"class {n % 2}" / f"{n}.png"
+        place.parent.mkdir(parents=True, exist_ok=True)
+        place.write_bytes(picture(n))
+    for folder in "ab":
+        data = load_dataset(tmp_path / folder, 4)
+        assert sorted(data.split) == sorted(["train"] * 4 + [names[1].lower()] * 2)
+        assert data.split_by == "split"
+
+
 # --- what leaks ---
 
 

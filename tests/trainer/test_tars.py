@@ -3,6 +3,7 @@
 import argparse
 import io
 import json
+import re
 import tarfile
 
 import pytest
@@ -100,9 +101,11 @@ def test_bad_classes_are_skipped_and_counted(tmp_path):
 
 def test_a_caption_stands_above_a_class(tmp_path):
     members = labelled(0, 1) + labelled(0, kind="txt", text=lambda n: "a text")[1:]
-    tar(tmp_path / "a.tar", [*members, ("s0000001.json", '{"caption": "an object"}')])
+    members += [("s0000001.json", '{"caption": "an object"}'), ("s0000002.webp", picture(2))]
+    members += [("s0000002.txt", "and this"), ("s0000002.cls", b"\xff\x80")]
+    tar(tmp_path / "a.tar", members)
     (tmp_path / "classnames.txt").write_text("cat\nfox\n")
-    assert load_dataset(tmp_path, 4).captions == [["a text"], ["an object"]]
+    assert load_dataset(tmp_path, 4).captions == [["a text"], ["an object"], ["and this"]]
 
 
 def test_lines_are_captions_in_sets_for_retrieval_alone(tmp_path):
@@ -232,3 +235,17 @@ def test_only_the_user_s_own_commands_are_run(tmp_path, capsys):
         assert not ran.exists()
     train.main(["--resume", str(run)])
     assert ran.exists()
+
+
+@pytest.mark.parametrize("url", ["https://a.b/c//{000..003}.tar", "s3://a/0.tar", "http://a/b.csv"])
+def test_urls_are_told_apart_from_paths(url):
+    config = from_options(argparse.Namespace(train_data=url))
+    assert config.train_data == url
+    with pytest.raises(ValueError, match=rf"{re.escape(url)} is a URL: download it, or .*'pipe:cu"):
+        load_dataset(config.train_data, 4)
+
+
+def test_tars_named_by_their_split(tmp_path):
+    for n, name in enumerate(("train-000", "train-001", "val-000")):
+        tar(tmp_path / f"{name}.tar", pairs(n))
+    assert load_dataset(tmp_path, 4).split == ["train", "train", "val"]
