@@ -120,8 +120,8 @@ def bootstrap(hit: torch.Tensor, query_item: torch.Tensor) -> tuple[torch.Tensor
     between the 2.5 % and 97.5 % quantiles of the share (Efron 1979). query_item (P, 2) has the
     items of each query; one that has several is a part of each, so that all queries together count
     as they do in the share itself. The draws are the same in each call.
-    10,000 items take 0.1 s. Of few items, or close to 0 or 1, the interval is too narrow: of none
-    or all right it has no width.
+    10,000 items take 0.1 s. Of few items or few queries, or close to 0 or 1, the interval is too
+    narrow: of none or all right it has no width.
     """
     query, item = query_item.T
     _, item = item.unique(return_inverse=True)

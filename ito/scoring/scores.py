@@ -77,13 +77,11 @@ def title(split: str, scores: dict[str, float]) -> str:
 
 
 def cell(scores: dict[str, float], key: str, form: str) -> str:
-    """The score, with its interval if it has one; "" if there is no such score."""
+    """The score, with its interval if that has a width; "" if there is no such score."""
     if key not in scores:
         return ""
-    if f"{key}/low" not in scores:
-        return f"{scores[key]:{form}}"
-    low, high = (100 * scores[f"{key}/{end}"] for end in ("low", "high"))
-    return f"{scores[key]:{form}} ({low:.1f}–{high:.1f})"
+    low, high = (100 * scores.get(f"{key}/{end}", 0) for end in ("low", "high"))
+    return f"{scores[key]:{form}}" + f" ({low:.1f}–{high:.1f})" * (low < high)
 
 
 def notes(split: str, scores: dict[str, float]) -> list[str]:
