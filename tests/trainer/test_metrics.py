@@ -280,11 +280,12 @@ def test_ties_are_lost_only_to_wrong_candidates():
 
 
 def test_cosines_within_rounding_are_ties():
-    """1 − 2.4e-7 is below 1 in fp32, and may be above it in another GEMM; 1 − 4.5e-6 may not."""
-    image, item = torch.tensor([[1.0, 0.0]]), torch.tensor([0])
-    for offset, won in ((6.9e-4, 0), (3e-3, 1)):
-        texts = torch.tensor([[1.0, 0.0], [1.0, offset]])
-        assert F.normalize(texts, dim=1)[1, 0] < 1
+    """Of embeddings of other lengths, 1 − 2.2e-16 and 1 in fp64; but not 1 − 3e-9, which fp32
+    cannot tell from 1: independent computations in fp64 find the same ranks."""
+    image, item = torch.tensor([[0.3, 0.4]]), torch.tensor([0])
+    for other, won in (([0.9, 1.2], 0), ([0.6001, 0.8], 1)):
+        texts = torch.tensor([[0.6, 0.8], other])
+        assert F.cosine_similarity(image, texts, dim=1)[1] > 1 - 1e-7
         assert retrieval(image, texts, item, same(2))["i2t/R@1"] == won
 
 
