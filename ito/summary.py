@@ -51,14 +51,30 @@ def sentence(facts: dict) -> str:
     )
 
 
-def report_equal_captions(facts: dict) -> str:
-    """What equal captions of different items do, in words; "" if there are none."""
-    if not facts["equal_captions"]:
+EQUAL_CAPTIONS = {
+    "positive": "each other's positives",
+    "ignore": "left out: neither positives nor negatives of each other",
+    "negative": "each other's negatives",
+}
+
+
+def report_equal_captions(facts: dict, meaning: str | None) -> str:
+    """What equal captions of different items are to each other in training, in words; "" if there
+    are none. How many there are in a stream is not known.
+
+    meaning: `Config.equal_captions`; None for a user's own objective.
+    """
+    if not facts["equal_captions"] and facts["train_items"] is not None:
         return ""
+    told = "what your objective makes of them: it is not told which are equal"
+    if meaning:
+        told = f"{EQUAL_CAPTIONS[meaning]} (--equal-captions {meaning})"
+    if facts["train_items"] is None:
+        return f"note       equal captions within a batch of the stream are {told}"
+    number = facts["equal_captions"]
     return (
-        f"note       {facts['equal_captions']} captions are equal to one of another item. In"
-        " training these items are each other's negatives; in the scores, classes included, each"
-        " counts as a wrong answer for the others: R@K and zero-shot are too low"
+        f"note       {number} captions are equal to one of another item: "
+        f"within a training batch such captions are {told}"
     )
 
 
