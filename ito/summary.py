@@ -15,7 +15,8 @@ def summarise(form: str, parts: list[Dataset], cut: int, streamed: bool = False)
     is trained on is not known before it is read: `train_items` is None.
     """
     captions = [texts for part in parts for texts in part.captions]
-    often = Counter(text for texts in captions for text in texts)
+    keys = [[text_key(text) for text in texts] for texts in captions]
+    often = Counter(key for own in keys for key in set(own))
     held = [
         {
             item
@@ -31,7 +32,7 @@ def summarise(form: str, parts: list[Dataset], cut: int, streamed: bool = False)
         "captions": sum(map(len, captions)),
         "skipped": count_kinds([record for part in parts for record in part.skipped]),
         "cut_captions": cut,
-        "equal_captions": sum(often[text] > 1 for texts in captions for text in texts),
+        "equal_captions": sum(often[key] > 1 for own in keys for key in own),
         "train_items": None if streamed else len(parts[0].training_items()),
         "val_items": len(held[-1]),
         "split_by": parts[0].split_by if len(parts) == 1 and not streamed else "none",

@@ -47,6 +47,7 @@ class Made(NamedTuple):
 
 X, Y, Z = (Made(lambda at, i=i: at[i]) for i in range(3))
 XYZ = Made(lambda at: [at.x, at.y, at.z])
+ONE_VIEW = Made(lambda at: at.x[None])
 XY = Made(lambda at: torch.stack([at.x, at.y]))
 SCALES = Made(lambda at: at.scale)
 SCALE_PER_ROW = Made(lambda at: at.scale * row_weights(at))
@@ -111,9 +112,9 @@ def ranking(scale=SCALES, **options) -> Row:
     return pair("test_retrieval.py::test_directions", Z, scale=scale, **options)
 
 
-def ito(text: Made = Z, **options) -> Row:
+def ito(views: Made = XY, text: Made = Z, **options) -> Row:
     test = "test_equal_captions.py::test_formula"
-    return row(test, XY, text, XY, SCALES, value=lambda found: found[0], **options)
+    return row(test, views, text, XY, SCALES, value=lambda found: found[0], **options)
 
 
 ALL_DIRECTIONS = ("query_to_doc", "query_to_query", "doc_to_query", "doc_to_doc")
@@ -265,13 +266,18 @@ ROWS = {
             caption_ids=IDS, equal_ids="ignore", fusion_scale=5.0
         ),
         'caption_ids, fused_ids, denominator="pooled"': ito(
-            XY, denominator="pooled", caption_ids=SETS, fused_ids=PADDED
+            ONE_VIEW, XY, denominator="pooled", caption_ids=SETS, fused_ids=PADDED
         ),
         'caption_ids, equal_ids="ignore", denominator="pooled"': ito(
             denominator="pooled", equal_ids="ignore", caption_ids=IDS
         ),
         'caption_ids, fused_ids, equal_ids="ignore", denominator="pooled"': ito(
-            XY, denominator="pooled", equal_ids="ignore", caption_ids=SETS, fused_ids=PADDED
+            ONE_VIEW,
+            XY,
+            denominator="pooled",
+            equal_ids="ignore",
+            caption_ids=SETS,
+            fused_ids=PADDED,
         ),
     },
     "decoupled_contrastive_loss": {

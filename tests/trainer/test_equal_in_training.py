@@ -21,7 +21,7 @@ from ito.model.tokenizer import Tokenizer
 from ito.objectives import OBJECTIVES, Step
 from ito.ranks import Ranks
 from ito.stream import Decoded, StreamBatches
-from ito.summary import report_equal_captions
+from ito.summary import report_equal_captions, summarise
 from ito.trainer import Trainer
 
 CPU = torch.device("cpu")
@@ -325,6 +325,11 @@ def test_the_option_reaches_the_configuration_but_not_a_user_s_objective():
     assert Config(objective="own.py:loss").equal_captions == "negative"
     with pytest.raises(ValueError, match=r"equal_captions must be one of .*, got 'equal'"):
         Config(equal_captions="equal")
+
+
+def test_captions_are_counted_as_they_are_compared():
+    facts = summarise("jsonl", [dataset(CAPTIONS, held_out=(4,))], cut=0)
+    assert facts["equal_captions"] == 5  # the red cats and the toms; an item's own do not count
 
 
 @pytest.mark.parametrize(

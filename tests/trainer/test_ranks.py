@@ -57,11 +57,6 @@ OBJECTIVES = {
         "equal_captions": "ignore",
     },
     "flair, equal captions": {"classes": 3, "objective": "flair"},
-    "flair, equal captions left out": {
-        "classes": 3,
-        "objective": "flair",
-        "equal_captions": "ignore",
-    },
 }
 
 
