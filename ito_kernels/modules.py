@@ -335,14 +335,13 @@ class ItoLoss(PrintsOptions, nn.Module):
         self,
         lambda_fusion: float = 2.0,
         denominator: str = "pair",
-        equal_ids: str = "positive",
         group=None,
         chunk_size: int | None = None,
+        equal_ids: str = "positive",
     ):
         super().__init__()
         self.lambda_fusion, self.denominator = lambda_fusion, denominator
-        self.equal_ids = equal_ids
-        self.group, self.chunk_size = group, chunk_size
+        self.group, self.chunk_size, self.equal_ids = group, chunk_size, equal_ids
 
     def forward(
         self,
