@@ -245,7 +245,8 @@ class Run:
         self.tokenizer = self.choose_tokenizer(state, pretrained)
         self.facts = self.count_data()
         print(f"read       {sentence(self.facts)}")
-        if told := report_equal_captions(self.facts):
+        meaning = None if user_file(config.objective) else config.equal_captions
+        if told := report_equal_captions(self.facts, meaning):
             print(told)
         if not config.stream and (told := report_shared_captions(train_data, eval_data)):
             print(told)
