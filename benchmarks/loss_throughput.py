@@ -16,6 +16,9 @@ units      both, divided by the time of one torch.mm of N × D by D × N in the 
 GEMMs      the number of matrix products of that size that ran
 of mm      GEMMs / units: the fraction of the time that torch.mm would need for them
 of peak    their fraction of the processor's multiply-add peak, if the native module measures it
+of limit   the same for the products that the best known algorithm needs: 3 for two feature
+           matrices (the scores once, two gradients), 1.5 for NT-Xent and SupCon, whose scores are
+           symmetric; products that are computed again do not count
 extra MiB  peak memory beyond inputs and gradients
 error      relative to fp64: of the loss, of the gradients of the features, and of the gradient of
            log scale (and bias); – without a gradient
@@ -51,6 +54,7 @@ from measure import (
     Gemm,
     MemoryProbe,
     Step,
+    copy_bandwidth,
     gemm_flops,
     peak_flops,
     relative_error,
@@ -60,6 +64,7 @@ from measure import (
 from torch import Tensor
 
 MIB = 1 << 20
+NEEDED_GEMMS = {loss: 1.5 if loss in ONE_TOWER else 3.0 for loss in LOSSES}
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 QUICK_COMPILE_SECONDS = 20  # after the start; with a cold cache torch.compile takes longer
 MEMORY_CURVE_MAX_N = 16384  # the memory curve goes up to this N, even if the tables do not
@@ -75,7 +80,7 @@ def main() -> None:
     print(", ".join(f"{key} {value}" for key, value in report.items()), flush=True)
     if args.device == "cpu" and not CAN_MEASURE_PEAK:
         print("extra memory is not measured: /proc/self/clear_refs cannot be written here")
-    report |= {"rows": [], "memory": [], "skipped": []}
+    report |= {"limits": limits(args), "rows": [], "memory": [], "skipped": []}
     probe = MemoryProbe(args.device, args.dim, QUICK_COMPILE_SECONDS if args.quick else math.inf)
     for dtype, loss, n in product(args.dtype, args.loss, args.batch):
         compare(loss, dtype, n, args, probe, report)
@@ -132,6 +137,23 @@ def machine(device: str) -> dict[str, str | int]:
     return facts | {"torch": torch.__version__, "ito_kernels": version("ito_kernels")}
 
 
+def limits(args: argparse.Namespace) -> dict:
+    """What the processor can do at most: multiply-adds per dtype, and copying. Printed too."""
+    if args.device != "cpu":
+        return {}
+    found: dict = {"copy_bytes_per_second": copy_bandwidth(), "peak_flops": {}}
+    print(f"copying reads and writes {found['copy_bytes_per_second'] / 1e9:.1f} GB/s")
+    for name in args.dtype:
+        one, every = (peak_flops(DTYPES[name], threads) for threads in (1, None))
+        found["peak_flops"][name] = {"one_thread": one, "all_threads": every}
+        if one and every:
+            print(
+                f"{name} multiply-adds: {one / 1e9:.0f} GFLOP/s on one thread, "
+                f"{every / 1e9:.0f} on {torch.get_num_threads()}"
+            )
+    return found
+
+
 def compare(
     loss: str, dtype: str, n: int, args: argparse.Namespace, probe: MemoryProbe, report: dict
 ) -> None:
@@ -179,11 +201,15 @@ def compare(
     for name, row in rows.items():
         row |= times[name]
         ms = row["both"]["median"]
+        at_peak_ms = peak and unit.flops / peak * 1e3  # one product
+        needed = NEEDED_GEMMS.get(loss)
         row |= {
             "unit_ms": unit_ms,
             "units": ms / unit_ms,
             "vs_eager": eager_ms and eager_ms / ms,
-            "share_of_peak": row["gemms"] and peak and row["gemms"] * unit.flops / ms * 1e3 / peak,
+            "share_of_peak": row["gemms"] and at_peak_ms and row["gemms"] * at_peak_ms / ms,
+            "gemms_needed": needed,
+            "share_of_limit": needed and at_peak_ms and needed * at_peak_ms / ms,
         }
     report["rows"] += rows.values()
     print_table(list(rows.values()), unit.flops / unit_ms / 1e6, peak)
@@ -227,6 +253,7 @@ COLUMNS = (
     ("GEMMs", "{:>6}"),
     ("of mm", "{:>6}"),
     ("of peak", "{:>8}"),
+    ("of limit", "{:>8}"),
     ("extra MiB", "{:>10}"),
     ("error: loss", "{:>12}"),
     ("features", "{:>9}"),
@@ -256,6 +283,7 @@ def print_table(rows: list[dict], unit_gflops: float, peak: float | None) -> Non
             _cell(row["gemms"], ".2f"),
             _cell(row["gemms"] and row["gemms"] / row["units"], ".0%"),
             _cell(row["share_of_peak"], ".0%"),
+            _cell(row["share_of_limit"], ".0%"),
             _cell(row["extra_bytes"] and row["extra_bytes"] / MIB, ".1f"),
             *(_cell(error.get(name), ".1e") for name in ("loss", "features", "scale")),
         )

@@ -38,6 +38,7 @@ os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # no messages of the profiler on
 
 MIN_ROUNDS, MAX_ROUNDS = 3, 200
 PEAK_SECONDS = 0.1  # duration of the loop of multiply-adds
+COPY_BYTES, COPIES = 1 << 28, 5  # many times the last-level cache
 STEP_SECONDS = 600.0  # a contender with a longer first step is left out
 # without ito_kernels: the fork server would import it from the working directory, which may be
 # another copy than that of this process
@@ -164,14 +165,15 @@ def gemm_flops(run: Callable[[], object], native: bool) -> float | None:
     return flops
 
 
-def peak_flops(dtype: torch.dtype) -> float | None:
-    """The FLOP/s of a loop of independent multiply-adds on PyTorch's number of threads; None
-    without the native module."""
+def peak_flops(dtype: torch.dtype, threads: int | None = None) -> float | None:
+    """The FLOP/s of a loop of independent multiply-adds, in registers, on `threads`, by default
+    PyTorch's number; None without the native module."""
     native = _native()
     if not hasattr(native, "cpu_peak"):
         return None
     kind = getattr(native.CpuDType, str(dtype).removeprefix("torch."))
-    isa, threads, rounds = os.environ.get("ITO_CPU_ISA", ""), torch.get_num_threads(), 1000
+    isa, rounds = os.environ.get("ITO_CPU_ISA", ""), 1000
+    threads = threads or torch.get_num_threads()
     best = seconds = 0.0
     while seconds < PEAK_SECONDS:
         rounds *= 2
@@ -179,6 +181,19 @@ def peak_flops(dtype: torch.dtype) -> float | None:
         flops = native.cpu_peak(rounds, kind, isa, threads)
         seconds = time.perf_counter() - start
         best = max(best, flops / seconds)
+    return best
+
+
+def copy_bandwidth() -> float:
+    """Bytes read and written per second by copying COPY_BYTES on PyTorch's number of threads: the
+    best of COPIES."""
+    source = torch.zeros(COPY_BYTES, dtype=torch.uint8)
+    target = source.clone()
+    best = 0.0
+    for _ in range(COPIES):
+        start = time.perf_counter()
+        target.copy_(source)
+        best = max(best, 2 * COPY_BYTES / (time.perf_counter() - start))
     return best
 
 

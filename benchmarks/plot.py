@@ -73,7 +73,8 @@ def draw(report: dict, dtype: str, path: Path) -> None:
         figure.supxlabel(
             f"{report.get('gpu', report['cpu'])}, {report['threads']} CPU threads, torch"
             f" {report['torch']}, {report['date'][:10]}. Bars: time in units of one torch.mm of the"
-            " same shape, measured in the same run; faster: than eager.\nExtra memory: peak beyond"
+            " same shape, measured in the same run; faster: than eager; limit: the products"
+            " that are needed, at the processor's multiply-add peak.\nExtra memory: peak beyond"
             " inputs and gradients, whose own size is the grey area.",
             fontsize=9,
             color=MUTED,
@@ -99,15 +100,20 @@ def _colour(name: str, best: str | None) -> str:
 def _bars(ax: Axes, rows: list[dict], best: str | None) -> None:
     names, units = [row["contender"] for row in rows], [row["units"] for row in rows]
     bars = ax.barh(names, units, color=[_colour(name, best) for name in names], height=0.72)
-    labels = [
-        f"{row['units']:.1f}"
-        + (f"  ({row['vs_eager']:.1f}× faster)" if (row["vs_eager"] or 0) >= 1.05 else "")
-        for row in rows
-    ]
-    ax.bar_label(bars, labels, padding=4, fontsize=9, color=INK)
-    ax.set_xlim(0, max(units) * 1.3)
+    ax.bar_label(bars, [_label(row) for row in rows], padding=4, fontsize=9, color=INK)
+    ax.set_xlim(0, max(units) * 1.6)
     ax.xaxis.set_major_locator(NullLocator())
     ax.spines["bottom"].set_visible(False)
+
+
+def _label(row: dict) -> str:
+    """The bar's length, and in brackets the speed relative to eager and the share of the limit."""
+    about = []
+    if (row["vs_eager"] or 0) >= 1.05:
+        about.append(f"{row['vs_eager']:.1f}× faster")
+    if row.get("share_of_limit"):
+        about.append(f"{row['share_of_limit']:.0%} of limit")
+    return f"{row['units']:.1f}" + (f"  ({', '.join(about)})" if about else "")
 
 
 def _memory(ax: Axes, rows: list[dict], best: str | None) -> None:

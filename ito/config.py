@@ -148,6 +148,15 @@ class Config:
         least=1,
         kind=int,
     )
+    equal_captions: str = option(
+        None,
+        "objective",
+        "what a caption is to the images of other items in the batch whose caption is equal but "
+        "for white space and case: another positive, neither positive nor negative, or a negative "
+        "(default: positive; your own objective does not accept it)",
+        ("positive", "ignore", "negative"),
+        kind=str,
+    )
     lambda_fusion: float = option(
         2.0, "objective", "ito: weight of the fusion loss; 0 disables it", least=0
     )
@@ -273,7 +282,7 @@ class Config:
 
     def __post_init__(self):
         kind = objective_class(self.objective)
-        for name in ("views", "captions", "augmentation"):
+        for name in ("views", "captions", "equal_captions", "augmentation"):
             if getattr(self, name) is None:
                 object.__setattr__(self, name, getattr(kind, name))
         self.set_encoder_sizes()
@@ -284,6 +293,9 @@ class Config:
             value = getattr(self, item.name)
             if value is None:
                 continue
+            choices = item.metadata.get("choices")
+            if choices and value not in choices:
+                raise ValueError(f"{item.name} must be one of {choices}, got {value!r}")
             least, most = item.metadata.get("bounds", (None, None))
             # `not value >= least` also refuses NaN
             if least is not None and not value >= least:
@@ -376,6 +388,8 @@ class Config:
                 name: tuple(value) if isinstance(value, list) else value
                 for name, value in values.pop("augmentation").items()
             }
+            # to runs from before this option, equal captions were negatives
+            values = {"equal_captions": "negative"} | values
             return cls(**values, augmentation=Augmentation(**drawn))
         except (ValueError, TypeError, KeyError, AttributeError) as error:
             raise ValueError(f"{path} is not the configuration of a run: {error}") from None

@@ -23,6 +23,7 @@ from ito.config import Config
 from ito.data.pictures import MAX_PIXELS, decode
 from ito.data.records import Record, Shard, Skipped
 from ito.data.shards import Member
+from ito.data.splits import text_key
 from ito.model.tokenizer import Tokenizer
 from ito.ranks import Ranks
 
@@ -270,7 +271,12 @@ class StreamBatches:
             [record.captions[n] for n in pick(len(record.captions), self.config.captions, draw)]
             for record in found.records
         ]
-        ids = torch.stack([self.tokenizer(list(texts)) for texts in zip(*chosen, strict=True)])
+        by_slot = [*zip(*chosen, strict=True)]
+        ids = torch.stack([self.tokenizer(list(texts)) for texts in by_slot])
+        caption_ids = None
+        if self.config.equal_captions != "negative":
+            hashes = [[hashed(text_key(text)) for text in texts] for texts in by_slot]
+            caption_ids = torch.tensor(hashes)
         views, count = self.config.views, len(found.records)
         positions = torch.arange(views)[:, None] * self.size + self.first + torch.arange(count)
         return Batch(
@@ -280,9 +286,10 @@ class StreamBatches:
             without_padding_columns(ids),
             slice(None),
             torch.tensor([hashed(record.item) for record in found.records]),
+            caption_ids,
         )
 
 
-def hashed(item: str) -> int:
-    """63 bits: of a million items, two have the same hash in one of 18 million data sets."""
-    return int.from_bytes(hashlib.sha256(item.encode()).digest()[:8], "big") >> 1
+def hashed(text: str) -> int:
+    """63 bits: of a million texts, two have the same hash in one of 18 million data sets."""
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1

@@ -20,7 +20,8 @@ def summarise(
     then `train_items` is None too.
     """
     captions = [texts for part in parts for texts in part.captions]
-    often = Counter(text for texts in captions for text in texts)
+    keys = [[text_key(text) for text in texts] for texts in captions]
+    often = Counter(key for own in keys for key in set(own))
     scored = parts[-1]
     held = {name: set(scored.image_item[scored.rows(name)].tolist()) for name in held_out(scored)}
     streamed = overlap is None
@@ -32,7 +33,7 @@ def summarise(
         "captions": sum(map(len, captions)),
         "skipped": count_kinds([record for part in parts for record in part.skipped]),
         "cut_captions": cut,
-        "equal_captions": sum(often[text] > 1 for texts in captions for text in texts),
+        "equal_captions": sum(often[key] > 1 for own in keys for key in own),
         "train_items": None if streamed else len(parts[0].training_items()),
         "val_items": len(set().union(*held.values())),
         "test_items": len(held.get(TEST, ())),
@@ -58,14 +59,30 @@ def sentence(facts: dict) -> str:
     )
 
 
-def report_equal_captions(facts: dict) -> str:
-    """What equal captions of different items do, in words; "" if there are none."""
-    if not facts["equal_captions"]:
+EQUAL_CAPTIONS = {
+    "positive": "each other's positives",
+    "ignore": "left out: neither positives nor negatives of each other",
+    "negative": "each other's negatives",
+}
+
+
+def report_equal_captions(facts: dict, meaning: str | None) -> str:
+    """What equal captions of different items are to each other in training, in words; "" if there
+    are none. How many there are in a stream is not known.
+
+    meaning: `Config.equal_captions`; None for a user's own objective.
+    """
+    if not facts["equal_captions"] and facts["train_items"] is not None:
         return ""
+    told = "what your objective makes of them: it is not told which are equal"
+    if meaning:
+        told = f"{EQUAL_CAPTIONS[meaning]} (--equal-captions {meaning})"
+    if facts["train_items"] is None:
+        return f"note       equal captions within a batch of the stream are {told}"
+    number = facts["equal_captions"]
     return (
-        f"note       {facts['equal_captions']} captions are equal to one of another item. In"
-        " training these items are each other's negatives; in the scores, classes included, each"
-        " counts as a wrong answer for the others: R@K and zero-shot are too low"
+        f"note       {number} captions are equal to one of another item: "
+        f"within a training batch such captions are {told}"
     )
 
 

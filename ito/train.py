@@ -248,7 +248,8 @@ class Run:
         overlap = None if config.stream else count_overlap(train_data, eval_data)
         self.facts = self.count_data(overlap)
         print(f"read       {sentence(self.facts)}")
-        if told := report_equal_captions(self.facts):
+        meaning = None if user_file(config.objective) else config.equal_captions
+        if told := report_equal_captions(self.facts, meaning):
             print(told)
         for told in (report_overlap(overlap or {}, eval_data), report_test(eval_data)):
             if told:

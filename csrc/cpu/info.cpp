@@ -1,5 +1,7 @@
 #include "cpu/info.hpp"
 
+#include <fstream>
+#include <string>
 #include <thread>
 
 #if defined(__x86_64__)
@@ -7,7 +9,6 @@
 #endif
 #if defined(__linux__)
 #include <sched.h>
-#include <unistd.h>
 #if defined(__aarch64__)
 #include <sys/auxv.h>
 #endif
@@ -79,11 +80,25 @@ int logical_cores() {
   return static_cast<int>(std::thread::hardware_concurrency());
 }
 
-#if defined(__linux__) && defined(_SC_LEVEL1_DCACHE_SIZE)
+#if defined(__linux__)
+// The size of one cache, from sysfs. glibc's sysconf adds up the L3 caches of some AMD processors:
+// it reports 320 MiB where each is 32.
 long cache(int level) {
-  const int names[] = {_SC_LEVEL1_DCACHE_SIZE, _SC_LEVEL2_CACHE_SIZE, _SC_LEVEL3_CACHE_SIZE};
-  const long size = sysconf(names[level - 1]);
-  return size > 0 ? size : 0;
+  cpu_set_t set;
+  int cpu = 0;
+  if (sched_getaffinity(0, sizeof set, &set) == 0)
+    while (cpu < CPU_SETSIZE - 1 && !CPU_ISSET(cpu, &set)) ++cpu;
+  const std::string folder = "/sys/devices/system/cpu/cpu" + std::to_string(cpu) + "/cache/index";
+  for (int index = 0;; ++index) {
+    std::string type;
+    int found = 0;
+    long kib = 0;
+    std::ifstream(folder + std::to_string(index) + "/level") >> found;
+    std::ifstream(folder + std::to_string(index) + "/type") >> type;
+    std::ifstream(folder + std::to_string(index) + "/size") >> kib;  // as "32768K"
+    if (found == 0) return 0;
+    if (found == level && type != "Instruction") return kib << 10;
+  }
 }
 #elif defined(__APPLE__)
 long cache(int level) {

@@ -241,12 +241,16 @@ def test_command_line(tmp_path):
     assert done.returncode == 0, done.stderr
     report = json.loads(out.read_text())
     assert report["threads"] == 1
+    assert report["limits"]["copy_bytes_per_second"] > 1e8
+    assert list(report["limits"]["peak_flops"]) == ["bf16"]
     rows = report["rows"]
     assert len(rows) == 2 * (2 + 1)  # sizes × (contenders of clip + of supcon)
     for row in rows:
         assert row["units"] == pytest.approx(row["both"]["median"] / row["unit_ms"])
         assert row["forward"]["p20"] <= row["forward"]["median"] <= row["forward"]["p80"]
         assert row["share_of_peak"] is None or 0 < row["share_of_peak"] < 1
+        assert row["gemms_needed"] == {"clip": 3, "supcon": 1.5}[row["loss"]]
+        assert row["share_of_limit"] is None or 0 < row["share_of_limit"] < 1
         assert all(0 <= error < 0.05 for error in row["error"].values()), row
         assert f"{row['loss']} bf16, N = {row['n']}, D = 8" in done.stdout
     assert (tmp_path / "numbers-bf16.png").stat().st_size > 10_000

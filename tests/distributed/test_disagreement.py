@@ -498,7 +498,9 @@ def test_what_may_differ():
 
 def alone():
     """The other rank has ended: this one's own error stands."""
+    dist.barrier()  # rank 0 has connected too
     if dist.get_rank() == 1:
+        time.sleep(0.2)  # until rank 0 has read the last message of the barrier
         os._exit(1)
     return said(partial(infonce, symmetric=1))
 

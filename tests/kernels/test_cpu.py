@@ -328,6 +328,22 @@ def test_threads_are_those_of_pytorch():
     assert "3 of 3 threads (PyTorch's OpenMP team)" in "".join(explained)
 
 
+@pytest.mark.skipif(not shutil.which("lscpu"), reason="needs lscpu")
+def test_cache_sizes_are_those_of_one_cache():
+    """A server processor has several L3 caches, which glibc's sysconf adds up."""
+    out = subprocess.run(
+        ["lscpu", "--bytes", "--caches=NAME,ONE-SIZE"], capture_output=True, text=True
+    )
+    sizes = dict(line.split() for line in out.stdout.splitlines()[1:])
+    if not {"L1d", "L2", "L3"} <= sizes.keys():
+        pytest.skip("lscpu does not tell the caches here")
+    from ito_kernels import _native
+
+    info = _native.cpu_info()
+    found = (info["l1d_bytes"], info["l2_bytes"], info["l3_bytes"])
+    assert found == tuple(int(sizes[name]) for name in ("L1d", "L2", "L3"))
+
+
 FEW_THREADS = """
 import torch
 import ito_kernels as ik
