@@ -74,8 +74,9 @@ class Options:
 
     def place(self, name: str, *folders: Path) -> Path:
         """The picture's path: below --image-root or the first of `folders`, where it is there."""
-        places = [os.path.join(folder, name) for folder in (self.image_root, *folders) if folder]
-        return Path(next(filter(os.path.exists, places), os.path.join(folders[0], name)))
+        places = (os.path.join(folder, name) for folder in (self.image_root, *folders) if folder)
+        found = next(filter(os.path.exists, places), None)
+        return Path(found or os.path.join(folders[0], name))
 
     def leads_out(self, path: Path) -> str:
         """`leads out of …` if a path, with its links followed, is outside the data; else ""."""
@@ -160,10 +161,10 @@ def text_field(fields: dict, name: str, strict: bool = False) -> str | None:
     Raises ValueError naming the field.
     """
     value = fields.get(name)
+    if value is None or isinstance(value, str):
+        return value or None
     if isinstance(value, int | float) and not isinstance(value, bool) and name != "image":
         return str(value)
-    if isinstance(value, str | None):
-        return value or None
     if strict:
         raise ValueError(f"{name} must be a text, got {value!r}")
     return None
