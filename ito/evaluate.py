@@ -7,11 +7,12 @@ caption is a query; a picture and a caption are right for each other if the pict
 
 import argparse
 import json
+import os
 from pathlib import Path
 
 from ito.cli import output_path, user_errors
 from ito.config import add_options
-from ito.files import write_text
+from ito.files import read_text, write_text
 from ito.model.exported import load
 from ito.model.tokenizer import report_cut
 from ito.run import choose_data
@@ -33,9 +34,9 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument(
         "--prompts",
         nargs="+",
-        default=PROMPTS,
         metavar="TEXT",
-        help="prompts of the zero-shot ensembles; {} stands for the class name",
+        help="prompts of the zero-shot ensembles; {} stands for the class name (default: those of "
+        "clip_benchmark's sets; else 'a photo of {}' and similar)",
     )
     parser.add_argument(
         "--cache", type=Path, help="folder of prepared data (default: ~/.cache/ito)"
@@ -50,7 +51,7 @@ def main(arguments: list[str] | None = None) -> None:
     add_options(parser, only="data")
     with user_errors():
         options = parser.parse_args(arguments)
-        if bad := [prompt for prompt in options.prompts if "{}" not in prompt]:
+        if bad := [prompt for prompt in options.prompts or () if "{}" not in prompt]:
             raise ValueError(f"--prompts must hold {{}} for the name, got {bad[0]!r}")
         for name, file in (("json", options.json), ("clip-benchmark", options.clip_benchmark)):
             if file and not output_path(f"--{name}", file).parent.is_dir():
@@ -71,7 +72,7 @@ def main(arguments: list[str] | None = None) -> None:
             encoder.tokenizer,
             dataset,
             splits or dataset.held_out_splits(),
-            tuple(options.prompts),
+            tuple(options.prompts or prompts_of(config.val_data or config.train_data)),
         )
         print(table({"score": scores}))
         if options.json:
@@ -82,6 +83,18 @@ def main(arguments: list[str] | None = None) -> None:
                 name = f"{record['dataset']}_{record['task']}".replace("/", "-")
                 path = options.clip_benchmark / f"{name}.json"
                 write_text(path, json.dumps(record, indent=2) + "\n")
+
+
+def prompts_of(data: str) -> list[str] | tuple[str, ...]:
+    """The prompts that lie with clip_benchmark's sets, beside their tars or above; else PROMPTS."""
+    place = Path(data)
+    for folder in (place, *place.parents[:2]):
+        file = folder / "zeroshot_classification_templates.txt"
+        if os.path.isfile(file):
+            prompts = [line.strip().replace("{c}", "{}") for line in read_text(file).splitlines()]
+            print(f"prompts    {file}: {len(prompts)}")
+            return [prompt for prompt in prompts if "{}" in prompt] or PROMPTS
+    return PROMPTS
 
 
 if __name__ == "__main__":

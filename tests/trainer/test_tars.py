@@ -14,6 +14,7 @@ from ito import evaluate, search, train
 from ito.config import from_options
 from ito.data.dataset import load_dataset
 from ito.data.records import find_format, open_shards
+from ito.scoring.evaluation import evaluate_fully as full
 from ito.stream import Stream
 
 CLASSES = ["tabby cat", "red fox", "mud turtle"]
@@ -77,6 +78,25 @@ def test_the_caption_of_a_class_is_its_name(tmp_path, part, numbers):
         assert data.captions == [[CLASSES[n % 3]] for n in numbers]
         if not part:
             assert data.split == ["test"] * 3 + ["train"] * 6
+
+
+def test_an_exported_set_is_trained_on_and_classified(tmp_path, capsys, monkeypatch):
+    """Its classes are zero-shot classes, its templates the prompts."""
+    folder = exported(tmp_path / "set")
+    seen = []
+    monkeypatch.setattr(evaluate, "evaluate_fully", lambda *args: seen.append(args) or full(*args))
+    options = [*TINY.split(), "--objective", "clip", "--batch-size", "4", "--image-size", "8"]
+    options += ["--load-size", "8", "--threads", "1", "--steps", "1"]
+    run = train.main([*options, "--train-data", str(folder), "--out", str(tmp_path / "run")])
+    facts = json.loads((run / "data.json").read_text())
+    assert [facts[name] for name in ("train_items", "val_items", "captions")] == [6, 3, 9]
+    out = tmp_path / "scores.json"
+    evaluate.main([str(run), "--json", str(out)])
+    assert json.loads(out.read_text())["test/zero_shot/names/classes"] == 3
+    evaluate.main([str(run), "--data", f"{folder}/test/{{0..0}}.tar"])
+    evaluate.main([str(run), "--prompts", "one {}"])
+    prompts = [list(args[-1]) for args in seen]
+    assert prompts == [["a photo of a {}."], ["a photo of a {}."], ["one {}"]]
 
 
 def test_bad_classes_are_skipped_and_counted(tmp_path):
