@@ -25,7 +25,8 @@ LARGE = 2**24  # pixels; larger pictures are reduced before their colours are co
 # Formats with a signature that Pillow decodes itself. Not EPS, which starts Ghostscript; nor ICO
 # and ICNS, which hold pictures of other sizes than their headers say.
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "TIFF", "BMP", "JPEG2000", "AVIF", "PPM")
-PAD = partial(ImageOps.pad, color="white")
+# half of an odd border is rounded down, as in open_clip
+PAD = partial(ImageOps.pad, color="white", centering=(0.4999, 0.4999))
 FITS = {"crop": ImageOps.fit, "pad": PAD, "warp": Image.Image.resize}  # see `ito.config.Config.fit`
 TOO_LARGE = "too many pixels"
 TILE_WIDTH, TILE_LENGTH, ORIENTATION = 322, 323, 274  # tags of TIFF and EXIF
