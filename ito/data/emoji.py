@@ -200,7 +200,8 @@ def is_emoji_set(data: str) -> bool:
         except (OSError, FileError):
             return False
 
-    places = [(path, *path.parents[:2]) for path in map(Path, data.split("::"))]
+    paths = [Path(part).absolute() for part in data.split("::")]
+    places = [(path, *path.parents[:2]) for path in paths]
     return all(any(map(is_set, near)) for near in places)
 
 

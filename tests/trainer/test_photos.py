@@ -61,8 +61,11 @@ def test_data_that_is_no_emoji_set_gets_the_preset_photos(tmp_path, monkeypatch)
         assert choose_preset(parsed("--train-data", data))[0] == "emoji-small", data
     for data in ("photos", "nowhere", "pairs.csv", "small::photos", "photos/a.tar", "x" * 5000):
         assert choose_preset(parsed("--train-data", data))[0] == "photos", data
+    monkeypatch.chdir(tmp_path / "full")
+    assert choose_preset(parsed("--train-data", "shards/a.tar"))[0] == "emoji-small"
     assert choose_preset(parsed())[0] == "emoji-small"
     assert config() == Config()
+    monkeypatch.chdir(tmp_path)
     for preset in ("emoji-small", "cc12m-vitb16"):
         named = parsed("--train-data", "photos", "--preset", preset)
         assert choose_preset(named) == (preset, "--preset")
