@@ -28,16 +28,9 @@ def open_dataset(config: Config, cache: Path | None = None) -> Dataset:
 
 
 def load(config: Config, data: str, cache: Path | None, only: str | None = None, **other):
-    options = reader_options(config) | other
-    return load_dataset(
-        locate(data, cache),
-        config.load_size,
-        split_seed=config.split_seed,
-        only=only,
-        max_pixels=config.max_pixels,
-        fit=config.fit,
-        **options,
-    )
+    names = ("split_seed", "max_pixels", "fit")
+    options = reader_options(config) | {name: getattr(config, name) for name in names} | other
+    return load_dataset(locate(data, cache), config.load_size, only=only, **options)
 
 
 def open_data(

@@ -29,7 +29,7 @@ class Dataset:
     Per item: `items`, the keys; `captions`; `translations`, {language: names}; `group`; `subgroup`.
     `skipped`: the records left out, with their place and the reason. `format`: one of
     `ito.data.records.FORMATS`. `split_by`: what the split was given by, or keeps together.
-    `enlarged`: how many pictures were smaller.
+    `enlarged`: the number of pictures that were smaller.
     """
 
     images: torch.Tensor

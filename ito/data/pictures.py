@@ -25,8 +25,7 @@ LARGE = 2**24  # pixels; larger pictures are reduced before their colours are co
 # Formats with a signature that Pillow decodes itself. Not EPS, which starts Ghostscript; nor ICO
 # and ICNS, which hold pictures of other sizes than their headers say.
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "TIFF", "BMP", "JPEG2000", "AVIF", "PPM")
-# half of an odd border is rounded down, as in open_clip
-PAD = partial(ImageOps.pad, color="white", centering=(0.4999, 0.4999))
+PAD = partial(ImageOps.pad, color="white", centering=(0.4999, 0.4999))  # floor, as open_clip
 FITS = {"crop": ImageOps.fit, "pad": PAD, "warp": Image.Image.resize}  # see `ito.config.Config.fit`
 TOO_LARGE = "too many pixels"
 TILE_WIDTH, TILE_LENGTH, ORIENTATION = 322, 323, 274  # tags of TIFF and EXIF
@@ -144,10 +143,9 @@ def shrunk(picture: Image.Image, size: int, white: float | None = None, fit="cro
     It is converted in tiles: converted at once, it would take 12 more bytes per pixel. To crop it,
     of the long side only the part that the centred square needs is kept.
     """
-    width, height = picture.size
-    short, long = sorted(picture.size)
-    scaled = {"crop": (short, short), "pad": (long, long), "warp": (width, height)}[fit]
-    fx, fy = (max(1, min(n // (2 * size), m)) for n, m in zip(scaled, picture.size, strict=True))
+    width, height = sides = picture.size
+    scaled = {"crop": [min(sides)] * 2, "pad": [max(sides)] * 2, "warp": sides}[fit]
+    fx, fy = (max(1, min(n // (2 * size), m)) for n, m in zip(scaled, sides, strict=True))
     columns, rows = width // fx, height // fy
     side = min(columns, rows) if fit == "crop" else max(columns, rows)
     kept = side + 2 * (2 * side // size + 3)  # bicubic reads up to 2 pixels of the result beyond
