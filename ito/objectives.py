@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 from torch.utils.checkpoint import checkpoint
 
-from ito.data.augment import CROP, DRAWINGS, Augmentation
+from ito.data.augment import CROP, DRAWINGS, PAPER, Augmentation
 from ito.model.encoders import DualEncoder, attention, initialise
 from ito.model.fusion import Fusion
 from ito.model.tokenizer import Tokenizer
@@ -52,7 +52,9 @@ class Objective(nn.Module):
     """Created from an `ito.config.Config` and the model, whose logit scale it may set.
 
     `views` and `captions` are the default numbers per item. `options` are the options it takes that
-    not every objective has. `augmentation` is the default, or, if `fixed`, the only one.
+    not every objective has. `augmentation` is the default, or, if `fixed`, the only one;
+    `photo_augmentation` that of the preset photos: two views must differ, or there is nothing to
+    learn from comparing them; one view is open_clip's crop.
     `equal_captions` is the default of what equal captions of a batch's items are to each other.
     """
 
@@ -61,6 +63,7 @@ class Objective(nn.Module):
     equal_captions = "positive"
     options: tuple[str, ...] = ("equal_captions",)
     augmentation: Augmentation = DRAWINGS
+    photo_augmentation: Augmentation = PAPER
     fixed = False
 
     def __init__(self, config, model: DualEncoder):
@@ -101,7 +104,7 @@ def unit_rows(tower: nn.Module, inputs: Tensor) -> Tensor:
 class Clip(Objective):
     """Symmetric InfoNCE of one mildly cropped view and one caption."""
 
-    augmentation = CROP
+    augmentation = photo_augmentation = CROP
     fixed = True
 
     def loss(self, image, text, *, logit_scale, step, group):
@@ -117,7 +120,7 @@ class Clip(Objective):
 class ClipAugmented(Clip):
     """CLIP with the augmentation of the other objectives."""
 
-    augmentation = DRAWINGS
+    augmentation, photo_augmentation = DRAWINGS, PAPER
     fixed = False
 
 
@@ -159,6 +162,8 @@ class Slip(ClipAugmented):
 
 class Sigmoid(Objective):
     """An objective with a sigmoid loss: scale and bias start at SigLIP's 10 and -10."""
+
+    photo_augmentation = CROP
 
     def __init__(self, config, model):
         super().__init__(config, model)

@@ -8,8 +8,6 @@ from ito.config import EMOJI_FULL, EMOJI_SMALL, Config
 from ito.data import emoji_full, emoji_small
 from ito.data.dataset import Dataset, load_dataset
 from ito.data.emoji import default_cache
-from ito.data.emoji_full import prepare_emoji_full
-from ito.data.emoji_small import prepare_emoji_small
 from ito.data.fields import Options
 from ito.data.records import open_shards
 from ito.ranks import Ranks
@@ -27,17 +25,9 @@ def open_dataset(config: Config, cache: Path | None = None) -> Dataset:
 
 
 def load(config: Config, data: str, cache: Path | None, only: str | None = None, **other):
-    options = reader_options(config) | other
-    return load_dataset(
-        locate(data, cache),
-        config.load_size,
-        split_seed=config.split_seed,
-        only=only,
-        group_by=config.group_by,
-        test_share=config.test_share,
-        max_pixels=config.max_pixels,
-        **options,
-    )
+    names = ("split_seed", "group_by", "test_share", "max_pixels", "fit")
+    options = reader_options(config) | {name: getattr(config, name) for name in names} | other
+    return load_dataset(locate(data, cache), config.load_size, only=only, **options)
 
 
 def open_data(
@@ -60,6 +50,7 @@ def open_data(
         world_size=ranks.size,
         workers=workers,
         max_pixels=config.max_pixels,
+        fit=config.fit,
     )
 
 
@@ -78,7 +69,7 @@ def locate(data: str, cache: Path | None) -> Path | str:
         return data
     try:
         if data == EMOJI_SMALL:
-            return prepare_emoji_small(folder)
-        return prepare_emoji_full(folder, cache)
+            return emoji_small.prepare_emoji_small(folder)
+        return emoji_full.prepare_emoji_full(folder, cache)
     except OSError as error:
         raise OSError(f"--cache: cannot prepare {folder}: {reason(error)}") from error

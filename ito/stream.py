@@ -52,6 +52,7 @@ class Stream:
         shards: see `ito.data.records.open_shards`; at least one per rank.
         image_size: pixels per side; see `ito.data.pictures.decode`.
         max_pixels: pictures with more are skipped without being decoded.
+        fit: how a picture becomes a square, one of `ito.data.pictures.FITS`.
         workers: processes that decode; 0 decodes in this process.
         buffer: size of the shuffle buffer, in records (names and captions, no pictures), and the
             most records that wait.
@@ -74,13 +75,14 @@ class Stream:
         workers: int = 0,
         buffer: int = 10_000,
         max_pixels: int = MAX_PIXELS,
+        fit: str = "crop",
     ):
         if len(shards) < world_size:
             raise ValueError(
                 f"expected at least one shard for each of {world_size} ranks, got {len(shards)}"
             )
         self.shards, self.batch_size = shards, batch_size
-        self.decoder = Decoder(image_size, max_pixels)
+        self.decoder = Decoder(image_size, max_pixels, fit)
         self.seed, self.rank, self.world_size = seed, rank, world_size
         self.workers, self.buffer = workers, buffer
         self.skipped: dict[str, str] = {}
@@ -202,11 +204,11 @@ class Decoder(MapStyle):
     """From places of pictures to uint8 (n, 3, S, S), of the n that can be read, and the reasons why
     the others cannot, by their index."""
 
-    def __init__(self, image_size: int, max_pixels: int):
-        self.image_size, self.max_pixels = image_size, max_pixels
+    def __init__(self, image_size: int, max_pixels: int, fit: str):
+        self.image_size, self.max_pixels, self.fit = image_size, max_pixels, fit
 
     def __getitem__(self, places: list[Path | Member]) -> tuple[Tensor, dict[int, str]]:
-        decoded = [decode(place, self.image_size, self.max_pixels) for place in places]
+        decoded = [decode(at, self.image_size, self.max_pixels, self.fit) for at in places]
         reasons = {n: found for n, found in enumerate(decoded) if isinstance(found, str)}
         images = torch.empty(
             len(places) - len(reasons), 3, self.image_size, self.image_size, dtype=torch.uint8

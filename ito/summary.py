@@ -3,9 +3,11 @@
 from collections import Counter
 
 from ito.cli import one_line
+from ito.config import Config
 from ito.data.dataset import Dataset
 from ito.data.fields import Skipped, count_kinds
 from ito.data.splits import TEST, picture_hashes, text_key
+from ito.model.tokenizer import Tokenizer
 
 SHARED = ("captions", "groups", "items", "pictures")  # what `count_overlap` counts
 
@@ -47,16 +49,38 @@ def held_out(data: Dataset) -> list[str]:
 
 
 def sentence(facts: dict) -> str:
+    """`facts` are those of `summarise`, and `cut_tokens` and `enlarged` if these are known."""
     skipped = sum(facts["skipped"].values())
     reasons = ", ".join(f"{kind}: {count}" for kind, count in facts["skipped"].items())
     trained = facts["train_items"]
+    cut, enlarged = facts.get("cut_tokens", 0), facts.get("enlarged", 0)
     return (
         f"{facts['format']}: {facts['pictures']} pictures of {facts['items']} items with "
         f"{facts['captions']} captions, {facts['cut_captions']} of them cut and "
         f"{facts['equal_captions']} equal to one of another item; "
         f"{'a stream' if trained is None else trained} to train on, {facts['val_items']} held out, "
-        f"split by {facts['split_by']}; {skipped} records skipped" + f" ({reasons})" * bool(skipped)
+        f"split by {facts['split_by']}; {skipped} records skipped"
+        + f" ({reasons})" * bool(skipped)
+        + f"; {cut:.1%} of all tokens are cut" * bool(cut)
+        + f"; {enlarged} pictures enlarged" * bool(enlarged)
     )
+
+
+def report_sizes(config: Config, tokenizer: Tokenizer) -> str:
+    """The sizes that a run uses, in words."""
+    return (
+        f"sizes      image size {config.image_size} px from {config.load_size} px, fit "
+        f"{config.fit}; captions up to {tokenizer.context_length} tokens; vocabulary "
+        f"{tokenizer.vocab_size}"
+    )
+
+
+def report_enlarged(data: Dataset) -> str:
+    """How many pictures are smaller than what is kept of them, in words; "" if none is."""
+    if not data.enlarged:
+        return ""
+    size = f"{data.images.shape[-1]} px"
+    return f"enlarged   {data.enlarged} of {len(data.images)} pictures to {size}; they are smaller"
 
 
 EQUAL_CAPTIONS = {

@@ -17,6 +17,7 @@ from ito.data.pictures import MAX_PIXELS, decode
 from ito.data.records import cpu_count, open_shards
 from ito.data.splits import TEST, choose_splits, set_groups
 
+NOTHING = "it holds no record"
 HINTS = {  # what to do if all records are skipped for this reason
     "no picture": "; is it in another folder? set --image-root",
     "empty caption": f"; expected {', '.join(CAPTION_KEYS)}; set --csv-caption-key to the file's",
@@ -32,6 +33,7 @@ class Dataset:
     Per item: `items`, the keys; `captions`; `translations`, {language: names}; `group`; `subgroup`.
     `skipped`: the records left out, with their place and the reason. `format`: one of
     `ito.data.records.FORMATS`. `split_by`: what the split was given by, or keeps together.
+    `enlarged`: the number of pictures that were smaller.
     """
 
     images: torch.Tensor
@@ -47,6 +49,7 @@ class Dataset:
     skipped: list[Skipped]
     format: str
     split_by: str
+    enlarged: int
 
     def rows(self, split: str) -> torch.Tensor:
         """The indices of a split's pictures, int64."""
@@ -101,6 +104,7 @@ def load_dataset(
     test_share: float = 0,
     workers: int | None = None,
     max_pixels: int = MAX_PIXELS,
+    fit: str = "crop",
     **options: str | bool | None,
 ) -> Dataset:
     """Read everything that `ito.data.records.open_shards` finds at `path`, and decode its pictures.
@@ -108,8 +112,8 @@ def load_dataset(
     If no record names a split other than "train", 10 % of the items (at least one), by hash of item
     and `split_seed`, are "heldout", and `test_share` of them "test"; `group_by` finds their groups
     (ito/data/splits.py). Else a record without one is "train"; with `only`, it is of that split, as
-    all are if "train" alone is named. Pictures become centred squares of `image_size` pixels on
-    white, in the order of the source. `options` are those of `open_shards`.
+    all are if "train" alone is named. Pictures become squares of `image_size` pixels on white,
+    by `fit`, in the order of the source. `options` are those of `open_shards`.
 
     A record is skipped, and listed in `Dataset.skipped`, if its picture cannot be read or has more
     than `max_pixels`, or its caption is empty. Raises what `open_shards` raises, and ValueError if
@@ -120,14 +124,13 @@ def load_dataset(
     records = [r for r in found if isinstance(r, Record)]
     skipped = [r for r in found if isinstance(r, Skipped)]
     set_groups(records, group_by)
-    images, kept, unreadable = decode_all(records, image_size, max_pixels, workers)
+    images, kept, unreadable, small = decode_all(records, image_size, max_pixels, fit, workers)
     skipped += unreadable
     if not kept:
         reasons = "; ".join(one_line(f"{where}: {reason}") for where, reason in skipped[:3])
         kinds = count_kinds(skipped)
         counts = ", ".join(f"{kind}: {n}" for kind, n in kinds.items())
-        about = f"{len(skipped)} records skipped, {counts}: {reasons}"
-        about = about if skipped else "it holds no record"
+        about = f"{len(skipped)} records skipped, {counts}: {reasons}" if skipped else NOTHING
         hint = HINTS.get(*kinds, "") if len(kinds) == 1 else ""
         raise ValueError(f"no usable picture in {path} ({about}){hint}")
 
@@ -157,6 +160,7 @@ def load_dataset(
         skipped=skipped,
         format=shards.format,
         split_by=split_by,
+        enlarged=len(small),
     )
 
 
@@ -166,21 +170,21 @@ def union(lists) -> list[str]:
 
 
 def decode_all(
-    records: list[Record], size: int, max_pixels: int, workers: int | None
-) -> tuple[torch.Tensor, list[Record], list[Skipped]]:
-    """Pictures uint8 (K, 3, size, size), their K records, and the skipped records, in order.
+    records: list[Record], size: int, max_pixels: int, fit: str, workers: int | None
+) -> tuple[torch.Tensor, list[Record], list[Skipped], list]:
+    """Pictures uint8 (K, 3, size, size), their K records, skipped records; enlarged pictures.
 
     If several records of an item name the same picture, it is decoded and counted once.
     """
-    distinct = {}
+    named = {}
     for r in records:
-        distinct.setdefault((r.image, r.item, r.split), r)
-    images = torch.empty(len(distinct), 3, size, size, dtype=torch.uint8)
-    kept, bad = [], {}
+        named.setdefault((r.image, r.item, r.split), r)
+    images = torch.empty(len(named), 3, size, size, dtype=torch.uint8)
+    kept, bad, small = [], {}, []
     pool = ThreadPoolExecutor(workers or cpu_count())
     try:
-        pictures = pool.map(lambda r: decode(r.image, size, max_pixels), distinct.values())
-        for r, picture in zip(distinct.values(), pictures, strict=True):
+        pictures = pool.map(lambda r: decode(r.image, size, max_pixels, fit, small), named.values())
+        for r, picture in zip(named.values(), pictures, strict=True):
             if isinstance(picture, str):
                 bad[r.image] = picture
             else:
@@ -189,4 +193,4 @@ def decode_all(
     finally:
         pool.shutdown(cancel_futures=True)  # so that Ctrl-C does not wait for all other pictures
     skipped = [Skipped(r.where, bad[r.image]) for r in records if r.image in bad]
-    return images[: len(kept)], kept, skipped
+    return images[: len(kept)], kept, skipped, small

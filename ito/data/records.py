@@ -133,8 +133,8 @@ def open_rows(path: str, form: str, options: Options) -> list[Shard]:
     elif form == "coco":
         rows = read_coco(path, options)
     else:
-        tsv = form == "tsv"
-        rows = read_csv(path, options, "\t" if tsv else options.csv_separator, header=not tsv)
+        separator = "\t" if form == "tsv" else options.csv_separator
+        rows = read_csv(path, options, separator, header=form == "csv")
     rows = list(rows)
     return [partial(iter, rows[at : at + ROWS]) for at in range(0, len(rows), ROWS)]
 

@@ -17,9 +17,15 @@ from ito.files import write_atomically, write_text
 from ito.model.encoders import DualEncoder
 from ito.model.tokenizer import BOS, EOT, PAD, Tokenizer
 
+RESIZE_MODE = {"crop": "shortest", "pad": "longest", "warp": "squash"}  # open_clip's names
 
-def export_open_clip(model: DualEncoder, tokenizer: Tokenizer, out: Path) -> None:
+
+def export_open_clip(
+    model: DualEncoder, tokenizer: Tokenizer, out: Path, fit: str = "crop"
+) -> None:
     """Write the weights, open_clip's configuration and a Hugging Face tokenizer to `out`.
+
+    fit: how a picture becomes a square; see `ito.config.Config`.
 
     Raises ValueError if open_clip cannot express the towers.
     """
@@ -38,14 +44,14 @@ def export_open_clip(model: DualEncoder, tokenizer: Tokenizer, out: Path) -> Non
     special = {"pad_token": PAD, "bos_token": BOS, "eos_token": EOT}
     loader = {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": 10**6}
     for name, values in (
-        ("open_clip_config.json", configuration(model, tokenizer)),
+        ("open_clip_config.json", configuration(model, tokenizer, fit)),
         ("tokenizer_config.json", loader | special),
         ("special_tokens_map.json", special),
     ):
         write_text(out / name, json.dumps(values, indent=2) + "\n")
 
 
-def configuration(model: DualEncoder, tokenizer: Tokenizer) -> dict:
+def configuration(model: DualEncoder, tokenizer: Tokenizer, fit: str) -> dict:
     about = model.architecture
     width = about["image_width"] or about["width"]
     return {
@@ -70,7 +76,13 @@ def configuration(model: DualEncoder, tokenizer: Tokenizer) -> dict:
                 "hf_tokenizer_name": "this folder",  # a local-dir reads its own files
             },
         },
-        "preprocess_cfg": {"size": about["image_size"], "mean": [MEAN] * 3, "std": [STD] * 3},
+        "preprocess_cfg": {
+            "size": about["image_size"],
+            "mean": [MEAN] * 3,
+            "std": [STD] * 3,
+            "resize_mode": RESIZE_MODE[fit],
+            "fill_color": 255,
+        },
     }
 
 
