@@ -133,6 +133,7 @@ def from_fields(
     if not isinstance(translations, dict):
         raise ValueError(f"translations must be an object, got {translations!r}")
     split = text_field(fields, "split", True)
+    split = "train" if (split or "").lower() == "train" else split
     # names of scores begin with it, as "val/i2t/R@1", and are printed
     if split and ("/" in split or not split.isprintable()):
         raise ValueError(f"split must be a printable name without /, got {split!r}")

@@ -262,6 +262,16 @@ def test_shards_by_pattern_choice_and_joined(tmp_path):
     assert read(tmp_path / "sets", "webdataset", 2).split == ["train", "val"]
 
 
+def test_img2dataset_s_shards_lie_beside_their_statistics(tmp_path):
+    for part in range(2):
+        members = pairs(2 * part, 2 * part + 1)
+        about = {"caption": f"number {2 * part}", "status": "success", "exif": "{}"}
+        tar(tmp_path / f"{part:05}.tar", [*members, (f"{2 * part}.json", json.dumps(about))])
+        put(tmp_path / f"{part:05}_stats.json", '{"count": 2}')
+        put(tmp_path / f"{part:05}.parquet", b"")
+    assert read(tmp_path, "webdataset", 4).skipped == []
+
+
 def test_a_picture_s_members_need_not_stand_together(tmp_path):
     members = pairs(*range(5))
     source = tar(tmp_path / "late.tar", members[::2] + members[:0:-2])
@@ -322,6 +332,19 @@ def test_what_to_do_about_unknown_captions_and_separators_is_told(tmp_path):
     with pytest.raises(ValueError, match=r"a.csv:1: not CSV: .*; set --csv-separator, now '.t'"):
         load_dataset(quoted, 4)
     read(quoted, "csv", 1, csv_separator=",")
+
+
+def test_items_by_number_and_pictures_in_two_lines(tmp_path):
+    for n in range(4):
+        put(tmp_path / f"{n}.png", grey(n // 2))
+    rows = [{"image": f"{n}.png", "caption": f"number {n // 2}", "item": n // 2} for n in range(4)]
+    data = load_dataset(lines(tmp_path / "items.jsonl", rows), 4)
+    assert (data.items, data.image_item.tolist()) == (["0", "1"], [0, 0, 1, 1])
+    rows = [{"image": f"{n}.png", "caption": f"number {n // 2}"} for n in (0, 2, 1)]
+    rows += [{"image": f"{n}.png", "caption": "again"} for n in (0, 2)]
+    data = load_dataset(lines(tmp_path / "twice.jsonl", rows), 4)  # 1.png is a copy of 0.png
+    assert data.captions == [["number 0", "again"], ["number 1", "again"], ["number 0"]]
+    assert len(data.images) == 3
 
 
 def test_several_rows_a_picture_are_its_captions(tmp_path):
