@@ -62,7 +62,8 @@ def main(arguments: list[str] | None = None) -> None:
         config, splits = choose_data(options)
         dataset = open_dataset(config, options.cache)
         print(report_skipped(dataset.skipped) or f"{len(dataset.images)} pictures")
-        if shared := report_overlap(count_overlap(dataset, dataset), dataset):
+        overlap = {} if options.data else count_overlap(dataset, dataset)  # --data: not trained on
+        if shared := report_overlap(overlap, dataset):
             print(shared)
         captions = [caption for names in dataset.captions for caption in names]
         if cut := report_cut(captions, encoder.tokenizer):

@@ -271,6 +271,9 @@ def test_the_commands_split_a_run_s_data_as_the_run_did(tmp_path, capsys):
     assert "test: 5 pictures" in capsys.readouterr().out
     search.main([str(run), "number 3", "--group-by", "^[0-9]"])
     report.main([str(run), "--group-by", "^[0-9]"])
+    other = write(tmp_path / "other", 40, caption=lambda n: f"class {n % 2}")
+    evaluate.main([str(run), "--data", str(other)])
+    assert "trained on" not in capsys.readouterr().out
     given.data = str(data)  # other data than the run's, which have their own groups
     other, splits = choose_data(given)
     assert (other.group_by, other.test_share, splits) == (None, 0, ["all"])
