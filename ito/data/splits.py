@@ -176,7 +176,7 @@ def held_out(
         return min(hashlib.sha256(f"{seed}:{item}".encode()).digest() for item in group)
 
     items = sum(map(len, groups))
-    count = max(int(share * (total or items) + 1e-9), min(1, items - 1))
+    count = min(max(int(share * (total or items) + 1e-9), 1), items - 1)
     order = sorted(groups, key=lowest_hash)
     held: set[str] = set()
     for group in order:

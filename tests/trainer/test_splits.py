@@ -141,6 +141,8 @@ def test_every_split_has_an_item_or_two(tmp_path, items, share):
     data = load_dataset(write(tmp_path, items), 4, test_share=share)
     assert {"train", "heldout", "test"} == set(data.split)
     assert data.split.count("test") == max(1, int(items * share + 1e-9))
+    two = load_dataset(write(tmp_path / "two", 2), 4, test_share=share)
+    assert sorted(two.split) == ["heldout", "train"]  # something is left to train on
 
 
 def test_the_share_is_for_data_without_splits(tmp_path):
