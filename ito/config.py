@@ -7,12 +7,13 @@ import math
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from ito.data.augment import DRAWINGS, Augmentation
+from ito.data.augment import CROP, DRAWINGS, Augmentation
 from ito.data.pictures import MAX_PIXELS
 from ito.data.records import FORMATS
 from ito.files import read_text, write_text
 from ito.model.fusion import READOUTS
 from ito.model.pretrained import IMAGE, OURS, TEXT, image_size, split
+from ito.model.pretrained_dual import package_of, sizes
 from ito.objectives import OBJECTIVES, OPTIONS, objective_class, user_file
 from ito.recipes import EMOJI_FULL, EMOJI_SMALL, PRESETS
 
@@ -219,7 +220,8 @@ class Config:
     pretrained: str | None = option(
         None,
         "model",
-        "run folder whose exported towers and tokenizer to start from (default: random weights)",
+        "model to start from, with its tokenizer and logit scale: open_clip:NAME, hf:NAME (a CLIP "
+        "or SigLIP), or a run folder (see docs/finetuning.md; default: random weights)",
         kind=str,
     )
     locked: str = option(
@@ -235,6 +237,13 @@ class Config:
         least=1,
     )
     lr: float = option(7e-4, "optimisation", "peak learning rate of AdamW", least=1e-9)
+    layer_decay: float = option(
+        1.0,
+        "optimisation",
+        "factor on the learning rate from each layer of the towers to the one below; 1: off",
+        least=1e-9,
+        most=1,
+    )
     weight_decay: float = option(1.0, "optimisation", "weight decay, on matrices only", least=0)
     warmup: float = option(
         0.05,
@@ -443,6 +452,11 @@ def add_options(
             add(name, default, "augmentation", AUGMENTATIONS[name])
 
 
+def default_preset(given: dict) -> str:
+    """The preset of a run that names none; `given`: its other options."""
+    return "finetune" if package_of(given.get("pretrained") or "") else "emoji-small"
+
+
 def from_options(options: argparse.Namespace, base: Config | None = None) -> Config:
     """The configuration of parsed options.
 
@@ -454,13 +468,14 @@ def from_options(options: argparse.Namespace, base: Config | None = None) -> Con
         name: tuple(value) if isinstance(value, list) else value
         for name, value in vars(options).items()
     }
-    for name in ("train_data", "val_data", "image_root", "pretrained"):
+    runs = () if package_of(given.get("pretrained") or "") else ("pretrained",)
+    for name in ("train_data", "val_data", "image_root", *runs):
         if given.get(name, EMOJI_SMALL) not in (None, EMOJI_SMALL, EMOJI_FULL):
             parts = [str(Path(part).absolute()) for part in given[name].split("::")]
             given[name] = "::".join(parts)
     if parts := user_file(given.get("objective", Config.objective)):
         given["objective"] = f"{parts[0].absolute()}:{parts[1]}"
-    for name in ("image_encoder", "text_encoder"):
+    for name in ("image_encoder", "text_encoder", "pretrained"):
         kind, _, folder = given.get(name, OURS).partition(":")
         prefix = "local-dir:" if folder.startswith("local-dir:") else ""
         if folder and Path(folder.removeprefix(prefix)).is_dir():
@@ -472,10 +487,15 @@ def from_options(options: argparse.Namespace, base: Config | None = None) -> Con
         return dataclasses.replace(base, **plain, augmentation=augmentation)
     objective = plain.get("objective", Config.objective)
     refuse_unfit(objective, [name for name in given if name in (*OPTIONS, *drawn)])
-    preset = PRESETS[given.get("preset") or "emoji-small"]
+    name = given.get("preset") or default_preset(plain)
+    preset = PRESETS[name]
+    if plain.get("pretrained"):
+        preset = preset | sizes(plain["pretrained"], plain)
     kind = objective_class(objective)
     augmentation = kind.augmentation
-    if not kind.fixed:
+    if name == "finetune" and plain.get("views", kind.views) == 1:
+        augmentation = CROP
+    elif not kind.fixed:
         augmentation = preset.get("augmentation", augmentation)
     augmentation = dataclasses.replace(augmentation, **drawn)
     return Config(**preset | plain | {"augmentation": augmentation})

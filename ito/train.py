@@ -24,8 +24,9 @@ from ito.config import Config, add_options, from_options
 from ito.data.dataset import Dataset
 from ito.data.fields import Skipped
 from ito.files import undamaged, write_text
-from ito.model.exported import Encoder, export, load, saved_tokenizer
+from ito.model.exported import export, load, saved_tokenizer
 from ito.model.pretrained import OURS, load_tokenizer
+from ito.model.pretrained_dual import Loaded, load_dual, package_of
 from ito.model.tokenizer import Tokenizer, report_cut
 from ito.objectives import user_file
 from ito.precision import choose_precision
@@ -121,8 +122,9 @@ def run_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--preset",
         choices=tuple(PRESETS),
-        help="values of options that are not given: of the default run, the full emoji set, or the "
-        "ITO paper's recipes for your own --train-data (default: emoji-small)",
+        help="values of options that are not given: of the default run, the full emoji set, the "
+        "ITO paper's recipes for your own --train-data, or for a --pretrained model (default: "
+        "emoji-small; finetune with --pretrained open_clip:NAME or hf:NAME)",
     )
     group.add_argument("--cache", type=Path, help="folder of prepared data (default: ~/.cache/ito)")
     group.add_argument(
@@ -208,6 +210,26 @@ def choose_device(name: str | None, saved: str | None, ranks: Ranks) -> torch.de
     return device
 
 
+def load_pretrained(config: Config) -> Loaded:
+    """What `--pretrained` names: another package's model, or the exported model of a run, with the
+    bias of its objective if that is the same, which only its checkpoint holds."""
+    if package_of(config.pretrained):
+        print(f"pretrained {config.pretrained}")
+        return load_dual(config.pretrained, config.context_length)
+    encoder, run = load(config.pretrained), RunFolder(config.pretrained)
+    print(f"pretrained {config.pretrained}, step {encoder.step}")
+    bias = None
+    if checkpoints(run.checkpoints) and run.read_config().objective == config.objective:
+        bias = load_checkpoint(run.checkpoints)["objective"].get("logit_bias")
+    return Loaded(
+        architecture=encoder.model.architecture,
+        towers={name: getattr(encoder.model, name).state_dict() for name in ("image", "text")},
+        logit_scale=encoder.model.logit_scale.item(),
+        logit_bias=None if bias is None else bias.item(),
+        tokenizer=encoder.tokenizer,
+    )
+
+
 HASHED_CAPTIONS = 10_000  # of a stream, to find out whether it has changed
 
 
@@ -241,7 +263,9 @@ class Run:
         machine = self.choose_machine(options, state)
         self.print_setup(machine)
 
-        pretrained = load(config.pretrained) if config.pretrained and not state else None
+        if not (options.resume or options.preset) and package_of(config.pretrained or ""):
+            print(f"preset     finetune: --pretrained {config.pretrained}")
+        pretrained = load_pretrained(config) if config.pretrained and not state else None
         self.tokenizer = self.choose_tokenizer(state, pretrained)
         self.facts = self.count_data()
         print(f"read       {sentence(self.facts)}")
@@ -249,7 +273,10 @@ class Run:
             print(told)
         if not config.stream and (told := report_shared_captions(train_data, eval_data)):
             print(told)
-        self.trainer = Trainer(config, train_data, self.tokenizer, self.device, self.dtype, ranks)
+        described = state["architecture"] if state else pretrained and pretrained.architecture
+        self.trainer = Trainer(
+            config, train_data, self.tokenizer, self.device, self.dtype, ranks, described
+        )
         if self.compile:
             compile_towers(self.trainer.model, self.trainer.objective)
         self.print_warnings()
@@ -259,7 +286,7 @@ class Run:
         elif options.resume:
             print(f"resume     {folder} has no checkpoint: it starts again")
         if pretrained:
-            self.trainer.start_from(pretrained.model, config.pretrained)
+            self.trainer.start_from(pretrained)
 
     # --- set-up ---
 
@@ -308,7 +335,7 @@ class Run:
         for name, value in machine.items():
             print(f"{name:10} {value}")
 
-    def choose_tokenizer(self, state: dict | None, pretrained: Encoder | None) -> Tokenizer:
+    def choose_tokenizer(self, state: dict | None, pretrained: Loaded | None) -> Tokenizer:
         """The checkpoint's, that of --pretrained, the text encoder's, or a new one."""
         config = self.config
         captions = self.captions()
@@ -316,7 +343,6 @@ class Run:
             tokenizer = saved_tokenizer(state, self.files)
         elif pretrained:
             tokenizer = pretrained.tokenizer
-            print(f"pretrained {config.pretrained}, step {pretrained.step}")
         elif config.text_encoder != OURS:
             tokenizer = load_tokenizer(config)
         else:

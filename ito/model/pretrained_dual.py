@@ -1,0 +1,146 @@
+"""Another package's complete dual encoder, as `--pretrained open_clip:NAME` and hf:NAME take it.
+
+All of the model is kept: both towers with their projections, the logit scale and bias, the
+tokenizer, the sizes and the normalisation of pictures. NAME is a model of the package's hub (of
+open_clip, MODEL/WEIGHTS), or a folder: open_clip:local-dir:FOLDER, hf:FOLDER.
+"""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import Tensor, nn
+
+from ito.files import read_text, undamaged
+from ito.model.pretrained import PROJECTED, OpenClip, naming, of_length, package
+from ito.model.tokenizer import Tokenizer
+
+SIZES = ("width", "image_size", "context_length")
+# options that a complete model leaves nothing to decide for
+OF_TOWERS = (
+    "image_encoder",
+    "text_encoder",
+    "patch_size",
+    "image_width",
+    "image_heads",
+    "image_depth",
+    "text_depth",
+    "vocab_size",
+)
+
+
+@dataclass
+class Loaded:
+    """Weights that a run starts from, and the tokenizer that belongs to them.
+
+    architecture: arguments of `DualEncoder` that the run's model must have. towers: the state dicts
+    of "image" and "text". logit_bias: None if there is none.
+    """
+
+    architecture: dict
+    towers: dict[str, dict[str, Tensor]]
+    logit_scale: float
+    logit_bias: float | None
+    tokenizer: Tokenizer
+
+
+def package_of(pretrained: str) -> tuple[str, str] | None:
+    """The package and the NAME of `open_clip:NAME` or `hf:NAME`; None for a run folder."""
+    kind, _, name = pretrained.partition(":")
+    return (kind, name) if name and kind in PROJECTED else None
+
+
+def describe(pretrained: str) -> dict:
+    """The descriptions of both towers, without weights, and the SIZES that follow from them.
+
+    Raises ValueError if the package has no such model, or it is of a kind that is not known here.
+    """
+    kind, name = package_of(pretrained)
+    towers = dict(zip(("image_encoder", "text_encoder"), PROJECTED[kind], strict=True))
+    with naming("pretrained", pretrained):
+        about = {key: tower.describe(name) for key, tower in towers.items()}
+    config = about["image_encoder"]["config"]
+    if kind == "open_clip":
+        sizes = (
+            config["embed_dim"],
+            config["vision_cfg"].get("image_size", 224),
+            config["text_cfg"].get("context_length", 77),
+        )
+    else:
+        pictures, texts = config["vision_config"], config["text_config"]
+        is_clip = config["model_type"] == "clip"
+        width = config["projection_dim"] if is_clip else pictures["hidden_size"]
+        sizes = (width, pictures["image_size"], texts["max_position_embeddings"])
+    towers = {key: {"name": kind, "projected": True} | value for key, value in about.items()}
+    return towers | dict(zip(SIZES, sizes, strict=True))
+
+
+def sizes(pretrained: str, given: dict) -> dict[str, int]:
+    """The values of options that a complete model decides; {} for a run with towers of ours.
+
+    given: the options of the command line. Raises ValueError naming those that contradict.
+    """
+    about = describe(pretrained) if package_of(pretrained) else exported(pretrained)
+    if not (about.get("image_encoder") or {}).get("projected"):
+        return {}
+    if unfit := [name for name in OF_TOWERS if name in given]:
+        raise ValueError(f"--pretrained {pretrained} does not take {', '.join(unfit)}")
+    for name in ("width", "image_size"):
+        if given.get(name, about[name]) != about[name]:
+            raise ValueError(
+                f"{name} must be {about[name]} with --pretrained {pretrained}, got {given[name]}"
+            )
+    longest = about["context_length"]
+    if given.get("context_length", longest) > longest:
+        raise ValueError(
+            f"context_length must be at most {longest} with --pretrained {pretrained}, got "
+            f"{given['context_length']}"
+        )
+    return {name: about[name] for name in SIZES} | {"load_size": about["image_size"]}
+
+
+def exported(run: str) -> dict:
+    """The architecture of a run's exported model; {} if there is none."""
+    for path in (Path(run) / "model" / "config.json", Path(run) / "config.json"):
+        if path.is_file():
+            with undamaged(path):
+                return json.loads(read_text(path)).get("architecture", {})
+    return {}
+
+
+def load_dual(pretrained: str, context_length: int) -> Loaded:
+    """The model of `open_clip:NAME` or `hf:NAME`, for texts of `context_length` tokens."""
+    kind, name = package_of(pretrained)
+    about = describe(pretrained) | {"context_length": context_length}
+    with naming("pretrained", pretrained):
+        if kind == "open_clip":
+            model = OpenClip().pretrained(name)
+            modules = {"image": {"network": model.visual}, "text": {"network": model.text}}
+        else:
+            model = package("transformers", "hf").AutoModel.from_pretrained(name).float()
+            parts = {
+                "image": ("vision_model", "visual_projection"),
+                "text": ("text_model", "text_projection"),
+            }
+            modules = {
+                tower: {part: getattr(model, part) for part in names if hasattr(model, part)}
+                for tower, names in parts.items()
+            }
+        tokenizer = of_length(PROJECTED[kind][1].tokenizer(name), context_length)
+    bias = getattr(model, "logit_bias", None)
+    return Loaded(
+        architecture=about,
+        towers={tower: body_state(parts) for tower, parts in modules.items()},
+        logit_scale=model.logit_scale.item(),
+        logit_bias=None if bias is None else bias.item(),
+        tokenizer=tokenizer,
+    )
+
+
+def body_state(parts: dict[str, nn.Module]) -> dict[str, Tensor]:
+    """The state of a tower whose body has these modules."""
+    return {
+        f"body.{part}.{name}": value
+        for part, module in parts.items()
+        for name, value in module.state_dict().items()
+    }
