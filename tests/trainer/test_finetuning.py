@@ -107,7 +107,7 @@ def test_without_layer_decay_the_groups_are_those_of_older_checkpoints(few):
         [True] * len(groups[0]["params"]),
         [False] * len(groups[1]["params"]),
     ]
-    order = [p for p in [*made.model.parameters(), *made.objective.parameters()]]
+    order = [*made.model.parameters(), *made.objective.parameters()]
     assert [id(p) for p in groups[0]["params"]] == [id(p) for p in order if p.ndim >= 2]
     assert [id(p) for p in groups[1]["params"]] == [id(p) for p in order if p.ndim < 2]
     assert [g["weight_decay"] for g in groups] == [1.0, 0.0]
