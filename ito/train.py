@@ -214,8 +214,11 @@ def load_pretrained(config: Config) -> Loaded:
     """What `--pretrained` names: another package's model, or the exported model of a run, with the
     bias of its objective if that is the same, which only its checkpoint holds."""
     if package_of(config.pretrained):
+        loaded = load_dual(config.pretrained, config.context_length)
         print(f"pretrained {config.pretrained}")
-        return load_dual(config.pretrained, config.context_length)
+        if loaded.note:
+            print(f"note       {loaded.note}; here with the centred square, bicubic")
+        return loaded
     encoder, run = load(config.pretrained), RunFolder(config.pretrained)
     print(f"pretrained {config.pretrained}, step {encoder.step}")
     bias = None

@@ -143,9 +143,11 @@ class Trainer:
         lr = self.learning_rate(number)
         for group, rate in zip(self.optimizer.param_groups, self.rates, strict=True):
             group["lr"] = lr * rate
-        self.optimizer.step()
         with torch.no_grad():
-            self.model.logit_scale.clamp_(0, MAX_LOGIT_SCALE)
+            # a pretrained model may be above the limit, as SigLIP with 117: it is not thrown back
+            limit = self.model.logit_scale.clamp(min=MAX_LOGIT_SCALE)
+            self.optimizer.step()
+            self.model.logit_scale.clamp_(torch.zeros_like(limit), limit)
         self.objective.clamp()
 
         logged = {

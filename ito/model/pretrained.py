@@ -333,10 +333,9 @@ class HuggingFaceDual(nn.Module):
 class HuggingFaceDualImage(HuggingFaceDual):
     @classmethod
     def describe(cls, name: str) -> dict:
-        pictures = package("transformers", "hf").image_processing_utils.BaseImageProcessor
-        about, _ = pictures.get_image_processor_dict(name)
+        config, about = cls.configuration(name), picture_settings(name)
         return {
-            "config": cls.configuration(name),
+            "config": config,
             "mean": list(about["image_mean"]),
             "std": list(about["image_std"]),
         }
@@ -416,6 +415,12 @@ class HuggingFaceDualText(HuggingFaceDual):
         if not self.is_clip:
             return torch.cat([pooled, self.text_model.head(tokens)], 1)
         return self.text_projection(torch.cat([pooled, tokens], 1))
+
+
+def picture_settings(name: str) -> dict:
+    """What transformers' image processor of a model is made from."""
+    processor = package("transformers", "hf").image_processing_utils.BaseImageProcessor
+    return processor.get_image_processor_dict(name)[0]
 
 
 def no_dropout(config: dict) -> dict:

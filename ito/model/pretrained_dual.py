@@ -12,7 +12,14 @@ from pathlib import Path
 from torch import Tensor, nn
 
 from ito.files import read_text, undamaged
-from ito.model.pretrained import PROJECTED, OpenClip, naming, of_length, package
+from ito.model.pretrained import (
+    PROJECTED,
+    OpenClip,
+    naming,
+    of_length,
+    package,
+    picture_settings,
+)
 from ito.model.tokenizer import Tokenizer
 
 SIZES = ("width", "image_size", "context_length")
@@ -34,7 +41,8 @@ class Loaded:
     """Weights that a run starts from, and the tokenizer that belongs to them.
 
     architecture: arguments of `DualEncoder` that the run's model must have. towers: the state dicts
-    of "image" and "text". logit_bias: None if there is none.
+    of "image" and "text". logit_bias: None if there is none. note: what the run does otherwise than
+    the model's makers; "" for nothing.
     """
 
     architecture: dict
@@ -42,12 +50,22 @@ class Loaded:
     logit_scale: float
     logit_bias: float | None
     tokenizer: Tokenizer
+    note: str = ""
 
 
 def package_of(pretrained: str) -> tuple[str, str] | None:
-    """The package and the NAME of `open_clip:NAME` or `hf:NAME`; None for a run folder."""
-    kind, _, name = pretrained.partition(":")
-    return (kind, name) if name and kind in PROJECTED else None
+    """The package and the NAME of `open_clip:NAME` or `hf:NAME`; None for a run folder.
+
+    Raises ValueError without a NAME.
+    """
+    kind, colon, name = pretrained.partition(":")
+    if not colon or kind not in PROJECTED:
+        return None
+    if not name:
+        raise ValueError(
+            f"pretrained must be open_clip:NAME, hf:NAME or a run folder, got {pretrained!r}"
+        )
+    return kind, name
 
 
 def describe(pretrained: str) -> dict:
@@ -61,6 +79,7 @@ def describe(pretrained: str) -> dict:
         about = {key: tower.describe(name) for key, tower in towers.items()}
     config = about["image_encoder"]["config"]
     if kind == "open_clip":
+        require_clip(pretrained, config)
         sizes = (
             config["embed_dim"],
             config["vision_cfg"].get("image_size", 224),
@@ -73,6 +92,21 @@ def describe(pretrained: str) -> dict:
         sizes = (width, pictures["image_size"], texts["max_position_embeddings"])
     towers = {key: {"name": kind, "projected": True} | value for key, value in about.items()}
     return towers | dict(zip(SIZES, sizes, strict=True))
+
+
+def require_clip(pretrained: str, config: dict) -> None:
+    """Raises ValueError if the towers are not a ViT and CLIP's text tower, before a download."""
+    image, text = config["vision_cfg"], config["text_cfg"]
+    found = [name for name in ("timm_model_name", "attentional_pool") if image.get(name)]
+    found += ["a ResNet"] if isinstance(image.get("layers"), list) else []
+    found += [
+        name for name in ("hf_model_name", "hf_tokenizer_name", "embed_cls") if text.get(name)
+    ]
+    if found:
+        raise ValueError(
+            f"--pretrained {pretrained} has {', '.join(found)}; expected a CLIP with a ViT and "
+            "CLIP's own text tower and tokenizer"
+        )
 
 
 def sizes(pretrained: str, given: dict) -> dict[str, int]:
@@ -134,7 +168,28 @@ def load_dual(pretrained: str, context_length: int) -> Loaded:
         logit_scale=model.logit_scale.item(),
         logit_bias=None if bias is None else bias.item(),
         tokenizer=tokenizer,
+        note=difference(pretrained),
     )
+
+
+def difference(pretrained: str) -> str:
+    """How the model's own pictures were made, if not as here; "" if they were.
+
+    Here the centred square is cut out and resized with bicubic interpolation.
+    """
+    kind, name = package_of(pretrained)
+    if kind == "open_clip":
+        about = OpenClip.configuration(name)[1]
+        cut = about.get("resize_mode", "shortest") == "shortest"
+        bicubic = about.get("interpolation", "bicubic") == "bicubic"
+    else:
+        about = picture_settings(name)
+        size = about.get("size")
+        cut = about.get("do_center_crop") or not isinstance(size, dict) or "height" not in size
+        bicubic = about.get("resample", 3) == 3
+    found = [] if cut else ["pictures not cut to a square (resized to one, or padded)"]
+    found += [] if bicubic else ["another interpolation than bicubic"]
+    return f"the model was trained with {' and '.join(found)}" if found else ""
 
 
 def body_state(parts: dict[str, nn.Module]) -> dict[str, Tensor]:

@@ -16,8 +16,10 @@ from ito import export, train
 from ito.config import Config, add_options, from_options
 from ito.data.augment import CROP, PAPER
 from ito.data.dataset import load_dataset
+from ito.model import pretrained_dual
 from ito.model.encoders import DualEncoder
 from ito.model.layers import depths
+from ito.model.pretrained import PretrainedImage, PretrainedText
 from ito.model.tokenizer import Tokenizer
 from ito.trainer import Trainer
 
@@ -294,6 +296,9 @@ def transformers():
     return pytest.importorskip("transformers", reason="the extra hf")
 
 
+SCALE = {"clip": 2.5, "siglip": 4.75}  # SigLIP's is above the limit of training, log(100)
+
+
 @pytest.fixture(scope="module", params=["clip", "siglip"])
 def dual(request, transformers, tmp_path_factory):
     """(kind, folder) of a CLIP whose padding is its end token, or of a SigLIP."""
@@ -327,7 +332,7 @@ def dual(request, transformers, tmp_path_factory):
         model = transformers.SiglipModel(config)
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.2)
-    torch.nn.init.constant_(model.logit_scale, 2.5)
+    torch.nn.init.constant_(model.logit_scale, SCALE[kind])
     model.save_pretrained(folder)
     about = {"image_processor_type": "CLIPImageProcessor", "size": {"shortest_edge": 32}}
     about |= {"image_mean": [0.1, 0.2, 0.3], "image_std": [0.5, 0.6, 0.7]}
@@ -361,10 +366,15 @@ def test_a_model_of_transformers_is_kept_and_goes_back(dual, transformers, few, 
     model = ito.load(run)
     torch.testing.assert_close(model.encode_image(pictures(32)), image, atol=1e-5, rtol=0)
     torch.testing.assert_close(model.encode_text(TEXTS), text, atol=1e-5, rtol=0)
-    assert model.model.logit_scale.item() == pytest.approx(scale, abs=1e-6) == 2.5
-    # shorter contexts leave short texts as they are
+    assert model.model.logit_scale.item() == pytest.approx(scale, abs=1e-6) == SCALE[kind]
     first = json.loads((run / "metrics.jsonl").read_text().splitlines()[1])
     assert first.get("logit_bias") == (None if bias is None else pytest.approx(bias, abs=1e-6))
+
+    # a shorter context changes nothing for a text that fits: SigLIP pads to its own length
+    model.model.text.context_length = 8
+    ids = model.tokenizer(["dog"])[:, :8]
+    assert (ids == 0).any()
+    torch.testing.assert_close(model.model.encode_text(ids), text[3:4], atol=1e-5, rtol=0)
 
     source = shutil.copytree(folder, tmp_path / "source")
     where = ["--train-data", str(few), "--out", str(tmp_path / "run")]
@@ -377,7 +387,7 @@ def test_a_model_of_transformers_is_kept_and_goes_back(dual, transformers, few, 
     model = ito.load(run)
     torch.testing.assert_close(model.encode_image(pictures(32)), image, atol=1e-5, rtol=0)
     torch.testing.assert_close(model.encode_text(TEXTS), text, atol=1e-5, rtol=0)
-    assert model.model.logit_scale.item() == scale != 2.5
+    assert model.model.logit_scale.item() == scale != SCALE[kind]
     before, after = (load_file(place / "model.safetensors") for place in (folder, back))
     assert {n: v.shape for n, v in before.items()} == {n: v.shape for n, v in after.items()}
     trained = [not torch.equal(before[n], after[n]) for n in before if n.endswith("proj.weight")]
@@ -387,3 +397,100 @@ def test_a_model_of_transformers_is_kept_and_goes_back(dual, transformers, few, 
     assert processor["image_mean"] == [0.1, 0.2, 0.3]
     with pytest.raises(SystemExit):
         export.main([str(run), "--open-clip", str(tmp_path / "oc")])
+
+
+def test_what_is_no_dual_encoder_is_named(transformers, few, tmp_path, capsys):
+    config = transformers.BertConfig(hidden_size=8, num_attention_heads=2, num_hidden_layers=1)
+    config.save_pretrained(tmp_path / "bert")
+    for start, message in (
+        (f"hf:{tmp_path / 'bert'}", "is a model of the type bert; expected one of clip, siglip"),
+        ("hf:", "pretrained must be open_clip:NAME, hf:NAME or a run folder, got 'hf:'"),
+    ):
+        with pytest.raises(SystemExit):
+            train.main(["--train-data", str(few), "--pretrained", start])
+        assert message in capsys.readouterr().err
+
+
+def test_a_model_of_open_clip_with_other_towers_is_named(open_clip, few, capsys):
+    for name, message in (
+        ("RN50/openai", "has a ResNet; expected a CLIP with a ViT"),
+        ("roberta-ViT-B-32/laion2b_s12b_b32k", "has hf_model_name, hf_tokenizer_name; expected"),
+        ("ViT-B-16-SigLIP/webli", "is no plain CLIP: it has init_logit_bias"),
+    ):
+        with pytest.raises(SystemExit):
+            train.main(["--train-data", str(few), "--pretrained", f"open_clip:{name}"])
+        assert message in capsys.readouterr().err
+
+
+def test_depths_of_other_packages_towers(transformers):
+    timm = pytest.importorskip("timm", reason="the extra timm, and torchvision")
+
+    def found(kind, tower, about, *sizes):
+        made = tower({"name": kind} | about, *sizes, 8)
+        return {name: depths(made)[p] for name, p in made.named_parameters()}
+
+    picture = {"image_size": 224, "mean": [0.5] * 3, "std": [0.5] * 3}
+    for name, wanted in (
+        (
+            "vit_tiny_patch16_224",
+            {"blocks.11.mlp.fc1.weight": 1, "blocks.0.mlp.fc1.weight": 12, "pos_embed": 13},
+        ),
+        (
+            "resnet10t",
+            {"layer4.0.conv1.weight": 1, "layer1.0.conv1.weight": 4, "conv1.0.weight": 5},
+        ),
+    ):
+        got = found("timm", PretrainedImage, {"architecture": name} | picture, 224)
+        assert {n: got[f"body.network.{n}"] for n in wanted} == wanted
+        assert got["project.weight"] == got["norm.weight"] == 0
+    assert timm.__version__
+    config = transformers.RobertaConfig(
+        hidden_size=8, num_attention_heads=2, num_hidden_layers=3, vocab_size=20
+    )
+    about = {"config": json.loads(config.to_json_string(use_diff=False)), "pad_id": 1}
+    got = found("hf", PretrainedText, about, 12)
+    wanted = {
+        "body.network.encoder.layer.2.output.dense.weight": 1,
+        "body.network.encoder.layer.0.output.dense.weight": 3,
+        "body.network.embeddings.word_embeddings.weight": 4,
+        "project.weight": 0,
+    }
+    assert {name: got[name] for name in wanted} == wanted
+
+
+def test_depths_of_projected_towers(clip_folder, dual):
+    about = pretrained_dual.describe(f"open_clip:local-dir:{clip_folder}")
+    image = PretrainedImage(about["image_encoder"], 32, 12)
+    text = PretrainedText(about["text_encoder"], 20, 12)
+    got = {n: depths(tower)[p] for tower in (image, text) for n, p in tower.named_parameters()}
+    wanted = {
+        "proj": 0,
+        "ln_post.weight": 0,
+        "transformer.resblocks.1.mlp.c_fc.weight": 1,
+        "transformer.resblocks.0.mlp.c_fc.weight": 2,
+        "conv1.weight": 3,
+        "class_embedding": 3,
+        "ln_pre.weight": 3,
+        "text_projection": 0,
+        "ln_final.weight": 0,
+        "token_embedding.weight": 3,
+    }
+    assert {name: got[f"body.network.{name}"] for name in wanted} == wanted
+    kind, folder = dual
+    about = pretrained_dual.describe(f"hf:{folder}")
+    image = PretrainedImage(about["image_encoder"], 32, about["width"])
+    text = PretrainedText(about["text_encoder"], 12, about["width"])
+    got = {n: depths(tower)[p] for tower in (image, text) for n, p in tower.named_parameters()}
+    heads = {
+        "clip": ("visual_projection.weight", "text_projection.weight"),
+        "siglip": ("vision_model.head.probe", "text_model.head.weight"),
+    }
+    wanted = {
+        "vision_model.post_layernorm.weight": 0,
+        "vision_model.encoder.layers.1.mlp.fc1.weight": 1,
+        "vision_model.encoder.layers.0.mlp.fc1.weight": 2,
+        "vision_model.embeddings.patch_embedding.weight": 3,
+        "text_model.embeddings.token_embedding.weight": 3,
+        "text_model.final_layer_norm.weight": 0,
+    } | dict.fromkeys(heads[kind], 0)
+    assert {name: got[f"body.{name}"] for name in wanted} == wanted
