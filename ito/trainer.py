@@ -98,6 +98,7 @@ class Trainer:
                 f"a batch of {self.batches.size} items cannot be cut into {parts} parts: "
                 f"{self.ranks.size} ranks x {config.accum_freq} micro-batches (--accum-freq)"
             )
+        self.scale_limit = MAX_LOGIT_SCALE
         self.loader = one_thread_loader()
         self.ahead: dict[int, Future] = {}  # the next batch, by its number
         self.input_seconds = self.loader_seconds = self.seconds = 0.0
@@ -143,11 +144,10 @@ class Trainer:
         lr = self.learning_rate(number)
         for group, rate in zip(self.optimizer.param_groups, self.rates, strict=True):
             group["lr"] = lr * rate
+        self.optimizer.step()
         with torch.no_grad():
-            # a pretrained model may be above the limit, as SigLIP with 117: it is not thrown back
-            limit = self.model.logit_scale.clamp(min=MAX_LOGIT_SCALE)
-            self.optimizer.step()
-            self.model.logit_scale.clamp_(torch.zeros_like(limit), limit)
+            self.model.logit_scale.clamp_(0, self.scale_limit)
+        self.limit_scale()
         self.objective.clamp()
 
         logged = {
@@ -269,6 +269,12 @@ class Trainer:
         for tower, weights in loaded.towers.items():
             getattr(self.model, tower).load_state_dict(weights)
         self.objective.start_from(self.model, loaded.logit_scale, loaded.logit_bias)
+        self.limit_scale()
+
+    def limit_scale(self) -> None:
+        """A pretrained model's scale may be above the limit, as SigLIP's 117: it may then only
+        fall."""
+        self.scale_limit = max(MAX_LOGIT_SCALE, self.model.logit_scale.item())
 
     def state(self) -> dict:
         return {
@@ -280,6 +286,7 @@ class Trainer:
     def load(self, state: dict) -> None:
         for name in ("model", "objective", "optimizer"):
             getattr(self, name).load_state_dict(state[name])
+        self.limit_scale()
 
 
 def one_thread_loader() -> ThreadPoolExecutor:
