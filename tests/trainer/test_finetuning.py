@@ -161,6 +161,17 @@ def test_an_own_run_hands_on_its_scale_and_the_same_objective_s_bias(objective, 
         assert ends[1]["fusion_scale"] == pytest.approx(np.exp(end), rel=1e-5)
 
 
+def test_scale_and_bias_come_together_or_not_at_all(few):
+    made = trainer(few, objective="siglip", lr=1e-9)
+    made.objective.start_from(made.model, 4.0, None)  # a softmax's scale, with a bias of -10
+    assert made.model.logit_scale.item() == pytest.approx(np.log(10))
+    assert made.objective.logit_bias.item() == -10
+    made.objective.start_from(made.model, 4.75, -16.0)
+    assert made.objective.logit_bias.item() == -16
+    made.load(made.state())  # above the limit of training, log(100): it is not cut
+    assert made.step(0)["logit_scale"] == pytest.approx(np.exp(4.75), rel=1e-5)
+
+
 # --- open_clip ---
 
 
