@@ -25,7 +25,7 @@ from ito.data.dataset import Dataset
 from ito.data.fields import Skipped
 from ito.files import undamaged, write_text
 from ito.model.exported import export, load, saved_tokenizer
-from ito.model.pretrained import OURS, load_tokenizer
+from ito.model.pretrained import OURS, described_encoders, encoders, load_tokenizer
 from ito.model.pretrained_dual import Loaded, load_dual, package_of
 from ito.model.tokenizer import Tokenizer, report_cut
 from ito.objectives import user_file
@@ -276,7 +276,10 @@ class Run:
             print(told)
         if not config.stream and (told := report_shared_captions(train_data, eval_data)):
             print(told)
-        described = state["architecture"] if state else pretrained and pretrained.architecture
+        if state:  # the original weights are needed no more
+            described = described_encoders(state["architecture"])
+        else:
+            described = pretrained and encoders(config, pretrained.architecture)
         self.trainer = Trainer(
             config, train_data, self.tokenizer, self.device, self.dtype, ranks, described
         )

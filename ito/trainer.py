@@ -38,8 +38,8 @@ class Trainer:
         data: a data set in memory, or this rank's stream.
         dtype: of autocast, bfloat16 or float32.
         ranks: the processes that share the batch; one process by default.
-        described: the architecture of a checkpoint or of `--pretrained`, whose weights will be
-            loaded, by `load` or `start_from`; other pretrained encoders load theirs here.
+        described: the image_encoder and text_encoder of a model whose weights will be loaded, by
+            `load` or `start_from`; None: those of the configuration, whose weights are loaded here.
 
     Raises ValueError if the batch has fewer items than ranks times micro-batches.
     """
@@ -69,7 +69,7 @@ class Trainer:
             image_width=config.image_width,
             image_heads=config.image_heads,
             patch_size=config.patch_size,
-            **encoders(config, described),
+            **described or encoders(config),
         )
         if described is None:
             load_weights(self.model, config)

@@ -605,17 +605,25 @@ def describe(option: str, encoder: str, kinds: dict) -> dict | None:
         return {"name": kind} | kinds[kind].describe(name)
 
 
-def encoders(config, known: dict | None = None) -> dict[str, dict | None]:
+def encoders(config, pretrained: dict | None = None) -> dict[str, dict | None]:
     """The arguments of `DualEncoder` for a configuration's encoders.
 
-    known: the architecture of a checkpoint or of `--pretrained`, which describes those of a tower
-    that no option names.
+    pretrained: the architecture of the model that `--pretrained` names. No option names the towers
+    of a complete model of another package, so they are taken from there.
     """
     found = {
         "image_encoder": describe("image_encoder", config.image_encoder, IMAGE),
         "text_encoder": describe("text_encoder", config.text_encoder, TEXT),
     }
-    return {key: about or (known or {}).get(key) for key, about in found.items()}
+    for key, about in (pretrained or {}).items():
+        if key in found and about and about.get("projected"):
+            found[key] = about
+    return found
+
+
+def described_encoders(architecture: dict) -> dict[str, dict | None]:
+    """Those of a model that exists."""
+    return {key: architecture.get(key) for key in ("image_encoder", "text_encoder")}
 
 
 def image_size(encoder: str) -> int:

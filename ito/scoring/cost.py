@@ -14,6 +14,7 @@ import torch
 
 from ito.compiled import compile_towers
 from ito.model.exported import load
+from ito.model.pretrained import described_encoders
 from ito.ranks import Ranks
 from ito.run import RunFolder
 from ito.source import open_data
@@ -53,7 +54,7 @@ def step_costs(runs: dict[str, Path], cache: Path | None = None) -> dict[str, St
             exported.tokenizer,
             torch.device(environment["device"]),
             getattr(torch, environment["dtype"].removeprefix("torch.")),
-            described=exported.model.architecture,
+            described=described_encoders(exported.model.architecture),
         )
         if environment["compile"]:
             compile_towers(trainers[name].model, trainers[name].objective)
