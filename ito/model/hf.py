@@ -37,13 +37,20 @@ def export_hf(
     weights = {name: value.detach().cpu().contiguous() for name, value in weights.items()}
     with write_atomically(out / "model.safetensors") as temporary:
         temporary.write_bytes(save(weights, metadata={"format": "pt"}))
-    bpe = BPE.from_str(tokenizer.bpe.to_str())
-    bpe.no_padding()
-    bpe.no_truncation()
-    files = text["tokenizer_files"] | {
+    write_tokenizer(tokenizer, text["tokenizer_files"], out)
+    files = {
         "config.json": config,
         "preprocessor_config.json": processor(image, about["image_size"]),
     }
+    for name, values in files.items():
+        write_text(out / name, json.dumps(values, indent=2) + "\n")
+
+
+def write_tokenizer(tokenizer: Tokenizer, files: dict[str, dict], out: Path) -> None:
+    """tokenizer.json as it was, without the run's padding and truncation, and its other files."""
+    bpe = BPE.from_str(tokenizer.bpe.to_str())
+    bpe.no_padding()
+    bpe.no_truncation()
     write_text(out / "tokenizer.json", bpe.to_str(pretty=True))
     for name, values in files.items():
         write_text(out / name, json.dumps(values, indent=2, ensure_ascii=False) + "\n")

@@ -16,6 +16,7 @@ from torch import Tensor
 from ito.data.augment import MEAN, STD
 from ito.files import write_atomically, write_text
 from ito.model.encoders import DualEncoder
+from ito.model.hf import write_tokenizer
 from ito.model.tokenizer import BOS, EOT, PAD, Tokenizer
 
 CONFIG = "open_clip_config.json"
@@ -24,7 +25,7 @@ CONFIG = "open_clip_config.json"
 def export_open_clip(model: DualEncoder, tokenizer: Tokenizer, out: Path) -> None:
     """Write the weights, open_clip's configuration and a Hugging Face tokenizer to `out`.
 
-    A model of `--pretrained open_clip:` has CLIP's own tokenizer, which needs no file.
+    CLIP's own tokenizer, of most models of `--pretrained open_clip:`, needs no file.
 
     Raises ValueError if open_clip cannot express the towers.
     """
@@ -33,6 +34,8 @@ def export_open_clip(model: DualEncoder, tokenizer: Tokenizer, out: Path) -> Non
     if all(tower.get("projected") and tower["name"] == "open_clip" for tower in towers):
         write_weights(pretrained_state_dict(model), out)
         write_text(out / CONFIG, json.dumps(pretrained_configuration(towers[0]), indent=2) + "\n")
+        if "tokenizer_files" in towers[1]:
+            write_tokenizer(tokenizer, towers[1]["tokenizer_files"], out)
         return
     if about["patch_size"] is None or about["image_encoder"] or about["text_encoder"]:
         raise ValueError(

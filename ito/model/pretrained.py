@@ -258,14 +258,17 @@ class OpenClipImage(OpenClip):
 
 
 class OpenClipText(OpenClip):
+    REFUSED = frozenset(("hf_model_name", "hf_tokenizer_name", "embed_cls"))
+
     def __init__(self, config: dict):
         super().__init__()
-        others = config["text_cfg"].keys() & {"hf_model_name", "hf_tokenizer_name", "embed_cls"}
+        others = config["text_cfg"].keys() & self.REFUSED
         if others:
             raise ValueError(f"open_clip: expected CLIP's own text tower, got one with {others}")
         self.network = self.build(config).text
         self.network.output_tokens = True
         self.longest, self.pad_id = self.network.context_length, self.network.vocab_size
+        self.padding = 0  # theirs
 
     def load(self, name: str) -> None:
         self.network.load_state_dict(self.pretrained(name).text.state_dict())
@@ -296,8 +299,9 @@ class OpenClipText(OpenClip):
 
     def forward(self, ids: Tensor) -> Tensor:
         length = ids.shape[1]  # the network's causal mask has its full length
-        padded = F.pad(ids.masked_fill(ids == self.pad_id, 0), (0, self.longest - length))
-        pooled, tokens = self.network(padded)
+        ids = F.pad(ids, (0, self.longest - length))
+        theirs = Tokenizer.swap(ids, self.pad_id).masked_fill(ids == PAD, self.padding)
+        pooled, tokens = self.network(theirs)
         tokens = tokens[:, :length] @ self.network.text_projection
         return torch.cat([pooled[:, None], tokens], 1)
 
@@ -359,41 +363,15 @@ class HuggingFaceDualImage(HuggingFaceDual):
 
 
 class HuggingFaceDualText(HuggingFaceDual):
-    """The tokenizer may pad with the end token, so here padding has an id of its own, `pad_id`;
-    `padding` is theirs."""
+    """Arguments but `config`: see `describe_tokenizer`."""
 
     @classmethod
     def describe(cls, name: str) -> dict:
-        tokenizer = cls.loaded_tokenizer(name)
-        with TemporaryDirectory() as folder:
-            tokenizer.save_pretrained(folder)
-            files = {
-                path.name: json.loads(path.read_text(encoding="utf-8"))
-                for path in sorted(Path(folder).glob("*.json"))
-                if path.name in ("tokenizer_config.json", "special_tokens_map.json")
-            }
-        return {
-            "config": cls.configuration(name),
-            "pad_id": free_id(tokenizer),
-            "padding": tokenizer.pad_token_id,
-            "tokenizer_files": files,
-        }
+        return {"config": cls.configuration(name)} | describe_tokenizer(name)
 
     @staticmethod
-    def loaded_tokenizer(name: str):
-        tokenizer = package("transformers", "hf").AutoTokenizer.from_pretrained(name)
-        if not tokenizer.is_fast:
-            raise ValueError(f"hf:{name} has no fast tokenizer (tokenizer.json)")
-        if tokenizer.pad_token_id is None or tokenizer.padding_side != "right":
-            raise ValueError(f"hf:{name} has no padding token, or pads on the left")
-        return tokenizer
-
-    @classmethod
-    def tokenizer(cls, name: str) -> BPE:
-        loaded = cls.loaded_tokenizer(name)
-        bpe = BPE.from_str(loaded.backend_tokenizer.to_str())
-        bpe.enable_padding(pad_id=free_id(loaded), pad_token="<pad>")
-        return bpe
+    def tokenizer(name: str) -> BPE:
+        return padded_tokenizer(name)
 
     def __init__(self, config: dict, pad_id: int, padding: int, tokenizer_files: dict):
         super().__init__()
@@ -435,16 +413,82 @@ def no_dropout(config: dict) -> dict:
     }
 
 
+def transformers_tokenizer(name: str):
+    """Raises ValueError if it cannot be used here."""
+    tokenizer = package("transformers", "hf").AutoTokenizer.from_pretrained(name)
+    if not tokenizer.is_fast:
+        raise ValueError(f"hf:{name} has no fast tokenizer (tokenizer.json)")
+    if tokenizer.pad_token_id is None or tokenizer.padding_side != "right":
+        raise ValueError(f"hf:{name} has no padding token, or pads on the left")
+    return tokenizer
+
+
 def free_id(tokenizer) -> int:
     """An id that no token of a tokenizer of transformers has."""
     return 1 + max(tokenizer.get_vocab().values())
+
+
+def describe_tokenizer(name: str) -> dict:
+    """The part of a tower's description that is about a tokenizer of transformers.
+
+    It may pad with the end token, so here padding has an id of its own, `pad_id`; `padding` is
+    theirs. `tokenizer_files`: what an export writes beside tokenizer.json.
+    """
+    tokenizer = transformers_tokenizer(name)
+    with TemporaryDirectory() as folder:
+        tokenizer.save_pretrained(folder)
+        paths = [Path(folder) / f"{n}.json" for n in ("tokenizer_config", "special_tokens_map")]
+        files = {p.name: json.loads(p.read_text(encoding="utf-8")) for p in paths if p.exists()}
+    about = {"pad_id": free_id(tokenizer), "padding": tokenizer.pad_token_id}
+    return about | {"tokenizer_files": files}
+
+
+def padded_tokenizer(name: str) -> BPE:
+    """A tokenizer of transformers, with padding of the id `free_id`."""
+    loaded = transformers_tokenizer(name)
+    bpe = BPE.from_str(loaded.backend_tokenizer.to_str())
+    bpe.enable_padding(pad_id=free_id(loaded), pad_token="<pad>")
+    return bpe
+
+
+class OpenClipDualText(OpenClipText):
+    """The text tower of a complete model, which may name a tokenizer of transformers."""
+
+    REFUSED = frozenset(("hf_model_name", "embed_cls", "tokenizer_kwargs"))
+
+    @classmethod
+    def describe(cls, name: str) -> dict:
+        config, source = cls.configuration(name)[0], cls.tokenizer_of(name)
+        return {"config": config} | (describe_tokenizer(source) if source else {})
+
+    @classmethod
+    def tokenizer_of(cls, name: str) -> str | None:
+        """The name or folder of its tokenizer for transformers; None for CLIP's own."""
+        folder = name.removeprefix("local-dir:")
+        found = cls.configuration(name)[0]["text_cfg"].get("hf_tokenizer_name")
+        return folder if found and folder != name else found
+
+    @classmethod
+    def tokenizer(cls, name: str) -> BPE:
+        source = cls.tokenizer_of(name)
+        return padded_tokenizer(source) if source else super().tokenizer(name)
+
+    def __init__(
+        self,
+        config: dict,
+        pad_id: int | None = None,
+        padding: int = 0,
+        tokenizer_files: dict | None = None,
+    ):
+        super().__init__(config)
+        self.pad_id, self.padding = pad_id or self.pad_id, padding
 
 
 IMAGE = {"efficientnet-lite0": EfficientNetLite0, "timm": Timm, "open_clip": OpenClipImage}
 TEXT = {"minilm": MiniLM, "hf": HuggingFace, "open_clip": OpenClipText}
 # both towers of one model, of `--pretrained`
 PROJECTED = {
-    "open_clip": (OpenClipImage, OpenClipText),
+    "open_clip": (OpenClipImage, OpenClipDualText),
     "hf": (HuggingFaceDualImage, HuggingFaceDualText),
 }
 

@@ -15,6 +15,7 @@ from ito.files import read_text, undamaged
 from ito.model.pretrained import (
     PROJECTED,
     OpenClip,
+    OpenClipDualText,
     naming,
     of_length,
     package,
@@ -76,10 +77,11 @@ def describe(pretrained: str) -> dict:
     kind, name = package_of(pretrained)
     towers = dict(zip(("image_encoder", "text_encoder"), PROJECTED[kind], strict=True))
     with naming("pretrained", pretrained):
+        if kind == "open_clip":
+            require_clip(pretrained, OpenClip.configuration(name)[0])
         about = {key: tower.describe(name) for key, tower in towers.items()}
     config = about["image_encoder"]["config"]
     if kind == "open_clip":
-        require_clip(pretrained, config)
         sizes = (
             config["embed_dim"],
             config["vision_cfg"].get("image_size", 224),
@@ -99,13 +101,11 @@ def require_clip(pretrained: str, config: dict) -> None:
     image, text = config["vision_cfg"], config["text_cfg"]
     found = [name for name in ("timm_model_name", "attentional_pool") if image.get(name)]
     found += ["a ResNet"] if isinstance(image.get("layers"), list) else []
-    found += [
-        name for name in ("hf_model_name", "hf_tokenizer_name", "embed_cls") if text.get(name)
-    ]
+    found += [name for name in sorted(OpenClipDualText.REFUSED) if text.get(name)]
     if found:
         raise ValueError(
             f"--pretrained {pretrained} has {', '.join(found)}; expected a CLIP with a ViT and "
-            "CLIP's own text tower and tokenizer"
+            "CLIP's own text tower"
         )
 
 

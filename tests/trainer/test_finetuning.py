@@ -181,6 +181,11 @@ def open_clip():
 
 
 @pytest.fixture(scope="module")
+def transformers():
+    return pytest.importorskip("transformers", reason="the extra hf")
+
+
+@pytest.fixture(scope="module")
 def clip_folder(open_clip, tmp_path_factory):
     """A CLIP of two narrow layers per tower, with its own normalisation of pictures."""
     folder = tmp_path_factory.mktemp("clip")
@@ -279,6 +284,25 @@ def test_a_run_from_open_clip_needs_its_weights_no_more_and_goes_back(
         torch.testing.assert_close(kept[name], value, atol=1e-6, rtol=0)
 
 
+def test_an_export_for_open_clip_is_itself_a_start_with_its_tokenizer(
+    open_clip, transformers, few, tmp_path
+):
+    """The own towers of --patch-size, in open_clip's modules, give the same embeddings."""
+    about = ["--patch-size", "8", "--image-size", "32", "--load-size", "32", "--lr", "1e-2"]
+    where = ["--train-data", str(few), "--out", str(tmp_path / "own")]
+    own = train.main([*where, *QUICK, *about])
+    export.main([str(own), "--open-clip", str(tmp_path / "oc")])
+    run = untrained(f"open_clip:local-dir:{tmp_path / 'oc'}", few, tmp_path)
+    export.main([str(run), "--open-clip", str(tmp_path / "back")])
+    ours, theirs = ito.load(own), ito.load(run)
+    image, text, scale = open_clip_embeddings(open_clip, tmp_path / "back", pictures(32))
+    for model in (ours, theirs):
+        torch.testing.assert_close(model.encode_image(pictures(32)), image, atol=1e-5, rtol=0)
+        torch.testing.assert_close(model.encode_text(TEXTS), text, atol=1e-5, rtol=0)
+        assert model.model.logit_scale.item() == pytest.approx(scale, abs=1e-6)
+    assert (text @ text.T).fill_diagonal_(0).max() < 0.999
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -300,11 +324,6 @@ def test_options_that_contradict_the_model_are_named(
 
 
 # --- transformers ---
-
-
-@pytest.fixture(scope="module")
-def transformers():
-    return pytest.importorskip("transformers", reason="the extra hf")
 
 
 SCALE = {"clip": 2.5, "siglip": 4.75}  # SigLIP's is above the limit of training, log(100)
@@ -425,7 +444,8 @@ def test_what_is_no_dual_encoder_is_named(transformers, few, tmp_path, capsys):
 def test_a_model_of_open_clip_with_other_towers_is_named(open_clip, few, capsys):
     for name, message in (
         ("RN50/openai", "has a ResNet; expected a CLIP with a ViT"),
-        ("roberta-ViT-B-32/laion2b_s12b_b32k", "has hf_model_name, hf_tokenizer_name; expected"),
+        ("roberta-ViT-B-32/laion2b_s12b_b32k", "has hf_model_name; expected"),
+        ("ViT-H-14-CLIPA/datacomp1b", "has tokenizer_kwargs; expected"),
         ("ViT-B-16-SigLIP/webli", "is no plain CLIP: it has init_logit_bias"),
     ):
         with pytest.raises(SystemExit):
