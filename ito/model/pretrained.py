@@ -221,8 +221,11 @@ class OpenClip(nn.Module):
         return config, pictures
 
     def build(self, config: dict) -> nn.Module:
-        """Both towers with random weights."""
-        return package("open_clip", "open_clip").model.CustomTextCLIP(**config)
+        """Both towers with random weights, which see all patches in training too."""
+        vision = config["vision_cfg"] | {"patch_dropout": 0.0}
+        return package("open_clip", "open_clip").model.CustomTextCLIP(
+            **config | {"vision_cfg": vision}
+        )
 
     def pretrained(self, name: str) -> nn.Module:
         model, _, weights = name.partition("/")
