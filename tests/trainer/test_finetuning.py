@@ -300,6 +300,21 @@ def test_a_run_from_open_clip_needs_its_weights_no_more_and_goes_back(
         torch.testing.assert_close(kept[name], value, atol=1e-6, rtol=0)
 
 
+@pytest.mark.parametrize("locked", ["image", "text"])
+def test_a_locked_tower_keeps_all_of_it_with_its_projection(locked, clip_folder, few, tmp_path):
+    where = ["--train-data", str(few), "--out", str(tmp_path / "run"), f"--lock-{locked}"]
+    start = ["--pretrained", f"open_clip:local-dir:{clip_folder}", "--lr", "1e-3"]
+    run = train.main([*where, *start, *SMALL, "--steps", "2"])
+    before = load_file(clip_folder / "open_clip_model.safetensors")
+    after = load_file(run / "model/model.safetensors")
+    for tower, prefix in (("image", "visual."), ("text", "")):
+        body = f"{tower}.body.network."
+        names = [n.removeprefix(body) for n in after if n.startswith(body)]
+        assert {"proj", "text_projection"} & {*names}
+        same = [torch.equal(before[prefix + n], after[body + n]) for n in names]
+        assert all(same) if tower == locked else not any(same)
+
+
 def test_an_export_for_open_clip_is_itself_a_start_with_its_tokenizer(
     open_clip, transformers, few, tmp_path
 ):
