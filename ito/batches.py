@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ito.config import Config
 from ito.data.dataset import Dataset
+from ito.data.splits import shared, text_key
 from ito.model.tokenizer import Tokenizer
 from ito.ranks import Ranks
 
@@ -32,6 +33,9 @@ class Batch(NamedTuple):
     ids: token ids (C, N, L) of the N items whose captions this rank knows.
     local_rows: which of the N are this rank's n.
     item: (n,), the items' numbers in the data set; of a stream, 63 bits of a hash of the name.
+    caption_ids: (C, N), the same number for captions that are equal but for white space and case;
+        of a stream, 63 bits of a hash. None if equal captions are negatives, or if no two items of
+        the data set have one: it is None on all ranks or on none.
     """
 
     pictures: Tensor
@@ -40,6 +44,7 @@ class Batch(NamedTuple):
     ids: Tensor
     local_rows: slice
     item: Tensor
+    caption_ids: Tensor | None
 
 
 class Batches:
@@ -69,6 +74,9 @@ class Batches:
         # the token ids of all captions in one tensor, and each item's rows of it
         captions = [dataset.captions[item] for item in image_rows]
         self.ids = tokenizer([caption for texts in captions for caption in texts])
+        self.text_numbers = None
+        if config.equal_captions != "negative":
+            self.text_numbers = number_texts(captions)
         ends = [*itertools.accumulate(map(len, captions), initial=0)]
         self.caption_rows = [range(*pair) for pair in itertools.pairwise(ends)]
         self.images = dataset.images.to(device)
@@ -77,17 +85,18 @@ class Batches:
         self.size = min(config.batch_size, len(image_rows))
 
     def __call__(self, step: int) -> Batch:
-        rows, ids = self.choose(step)
+        rows, ids, caption_ids = self.choose(step)
         local_rows = self.ranks.local_slice(self.size)
         positions = torch.arange(rows.numel()).view(rows.shape)[:, local_rows]
         # index_select takes 0.2 ms for 128 pictures of 64 px on one core, images[rows] 2.3 ms
         chosen = rows[:, local_rows].flatten().to(self.images.device)
         pictures = self.images.index_select(0, chosen).unflatten(0, positions.shape)
         item = self.image_item[rows[0, local_rows]]
-        return Batch(pictures, positions, rows.numel(), ids, local_rows, item)
+        return Batch(pictures, positions, rows.numel(), ids, local_rows, item, caption_ids)
 
-    def choose(self, step: int) -> tuple[Tensor, Tensor]:
-        """The global batch: indices into `dataset.images` (V, N), and token ids (C, N, L)."""
+    def choose(self, step: int) -> tuple[Tensor, Tensor, Tensor | None]:
+        """The global batch: indices into `dataset.images` (V, N), token ids (C, N, L), and the ids
+        of the captions (C, N) as in Batch."""
         seed = self.config.seed
         epoch, number = divmod(step, len(self.image_rows) // self.size)
         order = torch.randperm(len(self.image_rows), generator=generator(seed, "epoch", epoch))
@@ -96,7 +105,18 @@ class Batches:
         images = choose_rows(self.image_rows, items, self.config.views, random)
         captions = choose_rows(self.caption_rows, items, self.config.captions, random)
         ids = self.ids.index_select(0, captions.flatten()).unflatten(0, captions.shape)
-        return images, without_padding_columns(ids)
+        numbers = None if self.text_numbers is None else self.text_numbers[captions]
+        return images, without_padding_columns(ids), numbers
+
+
+def number_texts(captions: list[list[str]]) -> Tensor | None:
+    """A number for each of all captions in one list, the same where two are equal but for white
+    space and case. None if no two of the lists, one for each item, have one in common."""
+    keys = [[text_key(text) for text in texts] for texts in captions]
+    if not shared([set(own) for own in keys]):
+        return None
+    numbers: dict[str, int] = {}
+    return torch.tensor([numbers.setdefault(key, len(numbers)) for own in keys for key in own])
 
 
 def choose_rows(rows: list[Sequence[int]], items: list[int], count: int, random) -> Tensor:

@@ -7,13 +7,14 @@ import math
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from ito.data.augment import CROP, DRAWINGS, Augmentation
-from ito.data.pictures import MAX_PIXELS
+from ito.data.augment import DRAWINGS, Augmentation
+from ito.data.emoji import is_emoji_set
+from ito.data.pictures import FITS, MAX_PIXELS
 from ito.data.records import FORMATS
 from ito.files import read_text, write_text
 from ito.model.fusion import READOUTS
-from ito.model.pretrained import IMAGE, OURS, TEXT, image_size, split
-from ito.model.pretrained_dual import package_of, sizes
+from ito.model.pretrained import IMAGE, OURS, TEXT, image_size, longest_text, split
+from ito.model.pretrained_dual import OF_TOWERS, package_of, sizes
 from ito.objectives import OBJECTIVES, OPTIONS, objective_class, user_file
 from ito.recipes import EMOJI_FULL, EMOJI_SMALL, PRESETS
 
@@ -55,6 +56,11 @@ AUGMENTATIONS = {
     "warp": "strength of a smooth warp, relative to half a side; 0: none",
     "stroke_p": "probability of dark outlines on edges",
 }
+# sizes that a pretrained tower decides itself
+SIZES_OF_OURS = {
+    "image": ("image_width", "image_heads", "image_depth", "patch_size"),
+    "text": ("text_depth", "vocab_size"),
+}
 
 
 @dataclass(frozen=True)
@@ -85,6 +91,13 @@ class Config:
     )
     csv_img_key: str = option("filepath", "data", "CSV or parquet column with the images")
     csv_caption_key: str = option("title", "data", "CSV or parquet column with the captions")
+    fit: str = option(
+        "crop",
+        "data",
+        "how an image becomes a square: crop takes its centre, pad all of it with white around it, "
+        "warp all of it, squeezed",
+        tuple(FITS),
+    )
     max_pixels: int = option(
         MAX_PIXELS,
         "data",
@@ -131,6 +144,15 @@ class Config:
         "captions per item and step (default: flair 2, others 1)",
         least=1,
         kind=int,
+    )
+    equal_captions: str = option(
+        None,
+        "objective",
+        "what a caption is to the images of other items in the batch whose caption is equal but "
+        "for white space and case: another positive, neither positive nor negative, or a negative "
+        "(default: positive; your own objective does not accept it)",
+        ("positive", "ignore", "negative"),
+        kind=str,
     )
     lambda_fusion: float = option(
         2.0, "objective", "ito: weight of the fusion loss; 0 disables it", least=0
@@ -182,23 +204,28 @@ class Config:
     load_size: int = option(
         None,
         "model",
-        "side in pixels of the images in memory (default: 64; with a pretrained image encoder, "
-        "--image-size)",
+        "side in pixels of the images in memory (default: twice --image-size up to 64 px, 8/7 of "
+        "it from 56 px; with a pretrained image encoder, --image-size)",
         least=1,
         kind=int,
     )
     image_size: int = option(
         None,
         "model",
-        "side in pixels of the image tower's input (default: 32; a pretrained encoder's own size)",
+        "side in pixels of the image tower's input (default: 32, preset photos 112; a pretrained "
+        "encoder's own size)",
         least=8,
         kind=int,
     )
     vocab_size: int = option(
-        1500, "model", "vocabulary size of the BPE trained on the training captions"
+        1500,
+        "model",
+        "most tokens of the BPE trained on the training captions; preset photos: 8000",
     )
     context_length: int = option(
-        16, "model", "maximum caption length in tokens, with start and end token"
+        16,
+        "model",
+        "maximum caption length in tokens, with start and end token; preset photos: 32",
     )
     width: int = option(128, "model", "width of both towers and of the embedding", least=1)
     heads: int = option(4, "model", "attention heads", least=1)
@@ -265,7 +292,7 @@ class Config:
 
     def __post_init__(self):
         kind = objective_class(self.objective)
-        for name in ("views", "captions", "augmentation"):
+        for name in ("views", "captions", "equal_captions", "augmentation"):
             if getattr(self, name) is None:
                 object.__setattr__(self, name, getattr(kind, name))
         self.set_encoder_sizes()
@@ -276,6 +303,9 @@ class Config:
             value = getattr(self, item.name)
             if value is None:
                 continue
+            choices = item.metadata.get("choices")
+            if choices and value not in choices:
+                raise ValueError(f"{item.name} must be one of {choices}, got {value!r}")
             least, most = item.metadata.get("bounds", (None, None))
             # `not value >= least` also refuses NaN
             if least is not None and not value >= least:
@@ -310,21 +340,19 @@ class Config:
         Raises ValueError for options that do not fit them.
         """
         chosen = {"image": self.image_encoder, "text": self.text_encoder}
-        of_our_towers = (
-            ("image_width", "image_heads", "image_depth", "patch_size"),
-            ("text_depth", "vocab_size"),
-        )
-        for (tower, encoder), names in zip(chosen.items(), of_our_towers, strict=True):
+        for tower, encoder in chosen.items():
             if encoder == OURS:
                 continue
             split(f"{tower}_encoder", encoder, IMAGE if tower == "image" else TEXT)
-            if given := [name for name in names if self.differs(name)]:
+            if given := [name for name in SIZES_OF_OURS[tower] if self.differs(name)]:
                 raise ValueError(f"--{tower}-encoder {encoder} does not take {', '.join(given)}")
         if self.image_size is None:
             ours = self.image_encoder == OURS
             object.__setattr__(self, "image_size", 32 if ours else image_size(self.image_encoder))
         if self.load_size is None:
-            size = 64 if self.image_encoder == OURS else self.image_size
+            size = self.image_size
+            if self.image_encoder == OURS:  # room for a crop, which is sampled down to half
+                size = max(min(2 * size, 64), 8 * size // 7)
             object.__setattr__(self, "load_size", size)
         locked = ("image", "text") if self.locked == "both" else (self.locked,)
         for tower in locked:
@@ -358,6 +386,8 @@ class Config:
                 name: tuple(value) if isinstance(value, list) else value
                 for name, value in values.pop("augmentation").items()
             }
+            # to runs from before this option, equal captions were negatives
+            values = {"equal_captions": "negative"} | values
             return cls(**values, augmentation=Augmentation(**drawn))
         except (ValueError, TypeError, KeyError, AttributeError) as error:
             raise ValueError(f"{path} is not the configuration of a run: {error}") from None
@@ -452,17 +482,12 @@ def add_options(
             add(name, default, "augmentation", AUGMENTATIONS[name])
 
 
-def default_preset(given: dict) -> str:
-    """The preset of a run that names none; `given`: its other options."""
-    return "finetune" if package_of(given.get("pretrained") or "") else "emoji-small"
-
-
 def from_options(options: argparse.Namespace, base: Config | None = None) -> Config:
     """The configuration of parsed options.
 
-    Options that were not given are taken from `base`, if there is one; else from `--preset`, the
-    objective or the defaults. Paths become absolute, because the configuration may be read again in
-    another working directory.
+    Options that were not given are taken from `base`, if there is one; else from the preset (see
+    `choose_preset`), the objective or the defaults. Paths become absolute, because the
+    configuration may be read again in another working directory.
     """
     given = {
         name: tuple(value) if isinstance(value, list) else value
@@ -487,15 +512,39 @@ def from_options(options: argparse.Namespace, base: Config | None = None) -> Con
         return dataclasses.replace(base, **plain, augmentation=augmentation)
     objective = plain.get("objective", Config.objective)
     refuse_unfit(objective, [name for name in given if name in (*OPTIONS, *drawn)])
-    name = given.get("preset") or default_preset(plain)
-    preset = PRESETS[name]
-    if plain.get("pretrained"):
-        preset = preset | sizes(plain["pretrained"], plain)
+    name, _ = choose_preset(options)
+    preset = fitting(PRESETS[name], plain)
+    if decided := plain.get("pretrained") and sizes(plain["pretrained"], plain):
+        preset = {key: preset[key] for key in preset if key not in OF_TOWERS} | decided
     kind = objective_class(objective)
-    augmentation = kind.augmentation
-    if name == "finetune" and plain.get("views", kind.views) == 1:
-        augmentation = CROP
-    elif not kind.fixed:
+    photos = name in ("photos", "finetune")
+    augmentation = kind.photo_augmentation if photos else kind.augmentation
+    if not kind.fixed:
         augmentation = preset.get("augmentation", augmentation)
     augmentation = dataclasses.replace(augmentation, **drawn)
     return Config(**preset | plain | {"augmentation": augmentation})
+
+
+def choose_preset(options: argparse.Namespace) -> tuple[str, str]:
+    """The preset that gives values to options that are not given, and why it is this one."""
+    given = vars(options)
+    if preset := given.get("preset"):
+        return preset, "--preset"
+    if package_of(given.get("pretrained") or ""):
+        return "finetune", f"--pretrained {given['pretrained']}"
+    data = given.get("train_data", Config.train_data)
+    if data in (EMOJI_SMALL, EMOJI_FULL) or is_emoji_set(data):
+        return EMOJI_SMALL, "the data is an emoji set"
+    return "photos", "the data is not an emoji set"
+
+
+def fitting(preset: dict, given: dict) -> dict:
+    """The values of a preset without the sizes that pretrained towers decide themselves."""
+    encoder = {tower: given.get(f"{tower}_encoder", OURS) for tower in SIZES_OF_OURS}
+    decided = [n for tower, names in SIZES_OF_OURS.items() if encoder[tower] != OURS for n in names]
+    if encoder["image"] != OURS:
+        decided.append("image_size")
+    preset = {name: value for name, value in preset.items() if name not in decided}
+    if encoder["text"] != OURS and "context_length" in preset.keys() - given:
+        preset["context_length"] = min(preset["context_length"], longest_text(encoder["text"]))
+    return preset

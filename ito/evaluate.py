@@ -1,7 +1,8 @@
 """`python -m ito.evaluate RUN`: evaluate a run's model on its held-out images or on other data.
 
 Retrieval, zero-shot classification with prompt ensembles, linear probe and k nearest neighbours,
-the modality gap, uniformity and alignment, and the difference of ranks between languages.
+the modality gap, uniformity and alignment, and the difference of ranks between languages. Every
+caption is a query; a picture and a caption are right for each other if the picture's item has it.
 """
 
 import argparse
@@ -43,7 +44,7 @@ def main(arguments: list[str] | None = None) -> None:
         "--clip-benchmark",
         type=Path,
         metavar="FOLDER",
-        help="also write one file per split and task, in clip_benchmark's format",
+        help="also write one file per split and task, in clip_benchmark's format and by its rule",
     )
     add_options(parser, only="data")
     with user_errors():

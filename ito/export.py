@@ -50,24 +50,25 @@ def main(arguments: list[str] | None = None) -> None:
             model = DualEncoder(**state["architecture"])
             model.load_state_dict(state["model"])
             load_size, step = state["load_size"], state["step"]
+            fit = state.get("fit", "crop")  # older versions had no other
         tokenizer = saved_tokenizer(state, run)
         # a run that is training writes this model too
         own = follow_links(out) == follow_links(run.model)
         with locked(options.run) if own else nullcontext():
-            export(model, tokenizer, load_size, step, out)
+            export(model, tokenizer, load_size, step, out, fit)
             if options.onnx:
                 from ito.model.onnx import export_onnx
 
-                export_onnx(model, out)
+                export_onnx(model, out, fit)
         if options.open_clip:
             from ito.model.open_clip import export_open_clip
 
-            export_open_clip(model, tokenizer, options.open_clip)
+            export_open_clip(model, tokenizer, options.open_clip, fit)
         if options.hf:
             from ito.model.hf import export_hf
 
             bias = state.get("objective", {}).get("logit_bias")
-            export_hf(model, tokenizer, bias, options.hf)
+            export_hf(model, tokenizer, bias, options.hf, fit)
         onnx = " (safetensors and ONNX)" if options.onnx else ""
         print(f"exported step {step} to {out}{onnx}")
         if options.open_clip:

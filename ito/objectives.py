@@ -20,12 +20,12 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 from torch.utils.checkpoint import checkpoint
 
-from ito.data.augment import CROP, DRAWINGS, Augmentation
+from ito.data.augment import CROP, DRAWINGS, PAPER, Augmentation
 from ito.model.encoders import DualEncoder, attention, initialise
 from ito.model.fusion import Fusion
 from ito.model.tokenizer import Tokenizer
 from ito.ranks import LOST, all_gather_rows, all_reduce_sum
-from ito_kernels import clip_loss, ito_loss, multi_positive_infonce, nt_xent_loss, siglip_loss
+from ito_kernels import clip_loss, ito_loss, nt_xent_loss, panelwise, siglip_loss
 from ito_kernels.distributed import global_row_numbers
 
 MAX_LOGIT_SCALE = math.log(100)
@@ -37,31 +37,39 @@ class Step(NamedTuple):
 
     number: of the step, from 1. progress: the share of all steps done so far, in [0, 1). item:
     (n,), the numbers of this rank's items in the data set. generator: seeded by the run's seed and
-    the step, the same on all ranks.
+    the step, the same on all ranks. caption_ids: (C, n), equal where the drawn captions are equal
+    but for white space and case; None if equal captions are negatives, or if there are none.
     """
 
     number: int
     progress: float
     item: Tensor
     generator: torch.Generator
+    caption_ids: Tensor | None = None
 
 
 class Objective(nn.Module):
     """Created from an `ito.config.Config` and the model, whose logit scale it may set.
 
     `views` and `captions` are the default numbers per item. `options` are the options it takes that
-    not every objective has. `augmentation` is the default, or, if `fixed`, the only one.
+    not every objective has. `augmentation` is the default, or, if `fixed`, the only one;
+    `photo_augmentation` that of the presets photos and finetune: two views must differ, or there is
+    nothing to learn from comparing them; one view is open_clip's crop.
+    `equal_captions` is the default of what equal captions of a batch's items are to each other.
     """
 
     views = 1
     captions = 1
-    options: tuple[str, ...] = ()
+    equal_captions = "positive"
+    options: tuple[str, ...] = ("equal_captions",)
     augmentation: Augmentation = DRAWINGS
+    photo_augmentation: Augmentation = PAPER
     fixed = False
 
     def __init__(self, config, model: DualEncoder):
         super().__init__()
         self.config = config
+        self.equal_ids = "ignore" if config.equal_captions == "ignore" else "positive"
 
     def texts(self, ids: Tensor, random: torch.Generator) -> Tensor:
         """From token ids (C, N, L) of the global batch to the ids that `encode` takes."""
@@ -102,26 +110,31 @@ def unit_rows(tower: nn.Module, inputs: Tensor) -> Tensor:
 class Clip(Objective):
     """Symmetric InfoNCE of one mildly cropped view and one caption."""
 
-    augmentation = CROP
+    augmentation = photo_augmentation = CROP
     fixed = True
 
     def loss(self, image, text, *, logit_scale, step, group):
-        align = clip_loss(image[0], text[0], logit_scale, group=group)
+        align = self.align(image[0], text[0], logit_scale, step, group)
         return align, {"align": align}
+
+    def align(self, image, text, logit_scale, step, group):
+        ids = None if step.caption_ids is None else step.caption_ids[0]
+        ids = {"query_ids": ids, "key_ids": ids, "equal_ids": self.equal_ids}
+        return clip_loss(image, text, logit_scale, **ids, group=group)
 
 
 class ClipAugmented(Clip):
     """CLIP with the augmentation of the other objectives."""
 
-    augmentation = DRAWINGS
+    augmentation, photo_augmentation = DRAWINGS, PAPER
     fixed = False
 
 
-class Slip(Objective):
+class Slip(ClipAugmented):
     """CLIP on the first view, plus NT-Xent on two more views through a projector, with weight 1.
 
     Mu et al. 2021. Their projector has batch normalisation; this one has layer normalisation, with
-    which items do not depend on each other.
+    which items do not depend on each other. NT-Xent tells items apart, whatever their captions.
     """
 
     views = 3
@@ -148,13 +161,15 @@ class Slip(Objective):
         return image, unit_rows(model.text, ids), views
 
     def loss(self, image, text, views, *, logit_scale, step, group):
-        align = clip_loss(image[0], text[0], logit_scale, group=group)
+        align = self.align(image[0], text[0], logit_scale, step, group)
         views = nt_xent_loss(views[0], views[1], self.TEMPERATURE, group=group)
         return align + views, {"align": align, "views": views}
 
 
 class Sigmoid(Objective):
     """An objective with a sigmoid loss: scale and bias start at SigLIP's 10 and -10."""
+
+    photo_augmentation = CROP
 
     def __init__(self, config, model):
         super().__init__(config, model)
@@ -174,8 +189,65 @@ class SigLip(Sigmoid):
     """A sigmoid loss of every image with every text. Zhai et al. 2023."""
 
     def loss(self, image, text, *, logit_scale, step, group):
-        align = siglip_loss(image[0], text[0], logit_scale, self.logit_bias, group=group)
+        pair = (logit_scale, self.logit_bias)
+        if step.caption_ids is None or self.equal_ids == "positive":
+            ids = None if step.caption_ids is None else step.caption_ids[0]
+            ids = {"image_ids": ids, "text_ids": ids}
+            align = siglip_loss(image[0], text[0], *pair, **ids, group=group)
+        else:
+            align = sigmoid_loss(image[0], text, *pair, step.caption_ids, self.equal_ids, group)
         return align, {"align": align, "logit_bias": self.logit_bias}
+
+
+def sigmoid_loss(
+    image: Tensor,
+    text: Tensor,
+    scale: Tensor,
+    bias: Tensor,
+    ids: Tensor,
+    equal_ids: str,
+    group: ProcessGroup | None,
+) -> Tensor:
+    """(1/B) Σ softplus(±S) over all images (n, E) and all captions (K, n, E) of the B items of all
+    ranks: minus for an item's own captions, and plus for others.
+
+    A caption of another item whose id is one of the item's own, ids (K, n), has minus too, or with
+    equal_ids="ignore" no term. The scores are computed a panel of rows at a time, with the captions
+    of all ranks.
+    """
+    texts, first = all_gather_rows(text.transpose(0, 1).contiguous(), group)  # (B, K, E)
+    text_ids, _ = all_gather_rows(ids.T.contiguous(), group)
+    items = torch.arange(len(texts), device=ids.device).repeat_interleave(len(text))
+    places = torch.arange(first, first + len(image), device=ids.device)
+
+    def terms(dot, rows, own_ids, places, text_ids, items, scale, bias):
+        own = places[:, None] == items
+        sign, counted = signs_of_equal(own, own_ids, text_ids, equal_ids, dot.dtype)
+        return (F.softplus(sign * (scale * dot + bias), threshold=40) * counted).sum(1)
+
+    rows = panelwise(
+        terms,
+        image,
+        texts.flatten(0, 1),
+        row_args=(ids.T, places),
+        key_args=(text_ids.flatten(), items, scale, bias),
+    )
+    return all_reduce_sum(rows.sum(), group) / len(texts)
+
+
+def signs_of_equal(
+    own: Tensor, own_ids: Tensor, text_ids: Tensor, equal_ids: str, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """Of n images with M texts, (n, M): -1 for positives and 1 for negatives; and 1 for the pairs
+    that count, 0 for those that are ignored.
+
+    own: whether a text is the image's. own_ids: (n, K), the ids of the image's texts.
+    """
+    equal = torch.zeros_like(own)
+    for ids in own_ids.T:
+        equal |= ids[:, None] == text_ids
+    positive = own | equal if equal_ids == "positive" else own
+    return 1 - 2 * positive.to(dtype), (positive | ~equal).to(dtype)
 
 
 class Flair(Sigmoid):
@@ -184,10 +256,11 @@ class Flair(Sigmoid):
     local: image i with its K captions and the first caption of every other item, (1/(K + B - 1)) Σ
     over all pairs; the image's feature pools its tokens by attention, with the caption as query.
     all: every image with the K captions of every item, (1/(B·K)) Σ over all pairs.
+    A caption of another item that is equal to one of the K is a positive too, or left out.
     """
 
     captions = 2
-    options = ("captions",)
+    options = ("captions", "equal_captions")
     # pairs whose pooled features are in memory at a time; backward computes them again
     PAIRS = 16384
 
@@ -202,16 +275,22 @@ class Flair(Sigmoid):
 
     def loss(self, image, text, tokens, *, logit_scale, step, group):
         captions, n = text.shape[:2]
-        items = global_row_numbers(n, group, text.device)
-        both = siglip_loss(
-            image[0],
-            text.flatten(0, 1),
-            logit_scale,
-            self.logit_bias,
-            image_ids=items,
-            text_ids=items.repeat(captions),
-            group=group,
-        )
+        ids, all_ids = step.caption_ids, None
+        if ids is None:
+            items = global_row_numbers(n, group, text.device)
+            both = siglip_loss(
+                image[0],
+                text.flatten(0, 1),
+                logit_scale,
+                self.logit_bias,
+                image_ids=items,
+                text_ids=items.repeat(captions),
+                group=group,
+            )
+        else:
+            pair = (logit_scale, self.logit_bias)
+            both = sigmoid_loss(image[0], text, *pair, ids, self.equal_ids, group)
+            all_ids, _ = all_gather_rows(ids[0], group)
         all_text, first = all_gather_rows(text[0], group)
         places = torch.arange(first, first + n, device=text.device)
         block = max(1, self.PAIRS // (len(all_text) + captions))
@@ -223,6 +302,8 @@ class Flair(Sigmoid):
                 all_text,
                 places[part],
                 logit_scale,
+                None if ids is None else ids[:, part].T,
+                all_ids,
                 use_reentrant=False,
             )
             for part in (slice(at, at + block) for at in range(0, n, block))
@@ -234,10 +315,20 @@ class Flair(Sigmoid):
         return (local + both) / 2, terms
 
     def pairs(
-        self, tokens: Tensor, own: Tensor, all_text: Tensor, places: Tensor, logit_scale: Tensor
+        self,
+        tokens: Tensor,
+        own: Tensor,
+        all_text: Tensor,
+        places: Tensor,
+        logit_scale: Tensor,
+        own_ids: Tensor | None,
+        all_ids: Tensor | None,
     ) -> Tensor:
         """The sum over the pairs of n images, given as tokens (n, T, E), with their own captions
-        (K, n, E) and the first captions of all items (B, E), where their own are rows `places`."""
+        (K, n, E) and the first captions of all items (B, E), where their own are rows `places`.
+
+        own_ids, all_ids: the captions' ids, (n, K) and (B,), or None.
+        """
         captions, n = own.shape[:2]
         queries = torch.cat([own.transpose(0, 1), all_text.expand(n, -1, -1)], 1)  # (n, K + B, E)
         local = F.normalize(self.pooling(queries, tokens), dim=-1)
@@ -245,6 +336,11 @@ class Flair(Sigmoid):
         sign = torch.ones_like(scores)
         sign[:, :captions] = -1  # softplus(-S) for positives
         counted = torch.ones_like(scores)
+        if own_ids is not None:
+            none = torch.zeros_like(scores[:, captions:], dtype=torch.bool)
+            sign[:, captions:], counted[:, captions:] = signs_of_equal(
+                none, own_ids, all_ids, self.equal_ids, scores.dtype
+            )
         counted[torch.arange(n, device=places.device), captions + places] = 0  # is among `own`
         return (F.softplus(sign * scores) * counted).sum()
 
@@ -274,12 +370,17 @@ class AttentionPooling(nn.Module):
 
 
 class Ito(Objective):
-    """InfoNCE of V views × C captions, plus λ times NT-Xent of each view fused with the text."""
+    """InfoNCE of V views × C captions, plus λ times NT-Xent of each view fused with the text.
+
+    Items with equal captions are positives in both, or left out; in the fusion by their first
+    captions, and not if it sees other texts than these.
+    """
 
     views = 2
     options = (
         "views",
         "captions",
+        "equal_captions",
         "denominator",
         "lambda_fusion",
         "lambda_schedule",
@@ -343,32 +444,26 @@ class Ito(Objective):
 
     def loss(self, image, text, fused=None, *, logit_scale, step, group):
         text = text[: self.config.captions]
-        own = self.logit_scale is not None
         weight = self.config.lambda_fusion * decay(self.config.lambda_schedule, step.progress)
+        ids, fused_ids = step.caption_ids, None
+        if ids is not None and fused is not None and self.config.fusion_text != "caption":
+            fused_ids = global_row_numbers(ids.shape[1], group, ids.device)
+        fusion_scale = None if self.logit_scale is None else self.logit_scale.exp()
         total, terms = ito_loss(
             image,
             text,
-            None if own else fused,
+            fused,
             logit_scale,
-            lambda_fusion=0.0 if own else weight,
+            lambda_fusion=weight,
             denominator=self.config.denominator,
+            fusion_scale=fusion_scale,
+            caption_ids=ids,
+            fused_ids=fused_ids,
+            equal_ids=self.equal_ids,
             group=group,
         )
-        if own:
-            ids = global_row_numbers(fused.shape[1], group, fused.device).repeat(len(fused))
-            h = fused.flatten(0, 1)
-            terms["fusion"] = multi_positive_infonce(
-                h,
-                h,
-                self.logit_scale.exp(),
-                query_ids=ids,
-                key_ids=ids,
-                symmetric=False,
-                exclude_self=True,
-                group=group,
-            )
-            total = total + weight * terms["fusion"]
-            terms["fusion_scale"] = self.logit_scale.exp()
+        if fusion_scale is not None:
+            terms["fusion_scale"] = fusion_scale
         if self.config.lambda_schedule != "constant":
             terms["lambda"] = torch.tensor(weight)
         return total, terms
@@ -399,13 +494,14 @@ class UserObjective(Objective):
     and saved with the run. Its arguments are `(image, text, logit_scale, *, item, step, generator,
     group)`: `image` (V, n, E) and `text` (C, n, E), normalised; `item`, `generator` and the number
     `step` as in Step; `group`, the ranks' process group or None. It returns the loss, or the loss
-    and a dict of its terms.
+    and a dict of its terms. It is not told which captions are equal.
 
     Raises ValueError naming --objective if the file has no such function or class, or if that
     raises an error.
     """
 
     options = ("views", "captions")
+    equal_captions = "negative"
 
     def __init__(self, config, model):
         super().__init__(config, model)

@@ -76,7 +76,7 @@ def main(arguments: list[str] | None = None) -> None:
         options.split = None
         encoder = load(options.run)
         config, _ = choose_data(options)
-        encoder.max_pixels = config.max_pixels
+        encoder.max_pixels, encoder.fit = config.max_pixels, config.fit
         queries = [embed(encoder, query) for query in options.queries]
         dataset = open_dataset(config, options.cache)
         if dataset.skipped:

@@ -9,8 +9,6 @@ from ito.config import EMOJI_FULL, EMOJI_SMALL, Config, from_options
 from ito.data import emoji_full, emoji_small
 from ito.data.dataset import Dataset, load_dataset
 from ito.data.emoji import default_cache
-from ito.data.emoji_full import prepare_emoji_full
-from ito.data.emoji_small import prepare_emoji_small
 from ito.data.fields import Options
 from ito.data.records import Shard, open_shards
 from ito.ranks import Ranks
@@ -25,22 +23,14 @@ def open_dataset(config: Config, cache: Path | None = None) -> Dataset:
     An emoji set is prepared in `cache` on first use.
     """
     if config.val_data:
-        options = reader_options(config) | {"data_format": "auto"}
-        return load(config, config.val_data, cache, options, only="val")
-    return load(config, config.train_data, cache, reader_options(config))
+        return load(config, config.val_data, cache, only="val", data_format="auto")
+    return load(config, config.train_data, cache)
 
 
-def load(
-    config: Config, data: str, cache: Path | None, options: dict, only: str | None = None
-) -> Dataset:
-    return load_dataset(
-        locate(data, cache),
-        config.load_size,
-        split_seed=config.split_seed,
-        only=only,
-        max_pixels=config.max_pixels,
-        **options,
-    )
+def load(config: Config, data: str, cache: Path | None, only: str | None = None, **other):
+    names = ("split_seed", "max_pixels", "fit")
+    options = reader_options(config) | {name: getattr(config, name) for name in names} | other
+    return load_dataset(locate(data, cache), config.load_size, only=only, **options)
 
 
 def open_data(
@@ -52,8 +42,7 @@ def open_data(
     if not config.stream and not config.val_data:
         return eval_data, eval_data
     if not config.stream:
-        options = reader_options(config)
-        return eval_data, load(config, config.train_data, cache, options, only="train")
+        return eval_data, load(config, config.train_data, cache, only="train")
     if config.batch_size % ranks.size:
         raise ValueError(
             "--stream gives ranks equal parts: --batch-size must be a multiple of "
@@ -75,6 +64,7 @@ def open_data(
         world_size=ranks.size,
         workers=workers,
         max_pixels=config.max_pixels,
+        fit=config.fit,
     )
 
 
@@ -98,8 +88,8 @@ def locate(data: str, cache: Path | None) -> Path:
         return Path(data)
     try:
         if data == EMOJI_SMALL:
-            return prepare_emoji_small(folder)
-        return prepare_emoji_full(folder, cache)
+            return emoji_small.prepare_emoji_small(folder)
+        return emoji_full.prepare_emoji_full(folder, cache)
     except OSError as error:
         raise OSError(f"--cache: cannot prepare {folder}: {reason(error)}") from error
 

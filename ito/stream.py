@@ -23,6 +23,7 @@ from ito.config import Config
 from ito.data.pictures import MAX_PIXELS, decode
 from ito.data.records import Record, Shard, Skipped
 from ito.data.shards import Member
+from ito.data.splits import text_key
 from ito.model.tokenizer import Tokenizer
 from ito.ranks import Ranks
 
@@ -51,6 +52,7 @@ class Stream:
         shards: see `ito.data.records.open_shards`; at least one per rank.
         image_size: pixels per side; see `ito.data.pictures.decode`.
         max_pixels: pictures with more are skipped without being decoded.
+        fit: how a picture becomes a square, one of `ito.data.pictures.FITS`.
         workers: processes that decode; 0 decodes in this process.
         buffer: size of the shuffle buffer, in records (names and captions, no pictures), and the
             most records that wait.
@@ -73,13 +75,14 @@ class Stream:
         workers: int = 0,
         buffer: int = 10_000,
         max_pixels: int = MAX_PIXELS,
+        fit: str = "crop",
     ):
         if len(shards) < world_size:
             raise ValueError(
                 f"expected at least one shard for each of {world_size} ranks, got {len(shards)}"
             )
         self.shards, self.batch_size = shards, batch_size
-        self.decoder = Decoder(image_size, max_pixels)
+        self.decoder = Decoder(image_size, max_pixels, fit)
         self.seed, self.rank, self.world_size = seed, rank, world_size
         self.workers, self.buffer = workers, buffer
         self.skipped: dict[str, str] = {}
@@ -201,11 +204,11 @@ class Decoder(MapStyle):
     """From places of pictures to uint8 (n, 3, S, S), of the n that can be read, and the reasons why
     the others cannot, by their index."""
 
-    def __init__(self, image_size: int, max_pixels: int):
-        self.image_size, self.max_pixels = image_size, max_pixels
+    def __init__(self, image_size: int, max_pixels: int, fit: str):
+        self.image_size, self.max_pixels, self.fit = image_size, max_pixels, fit
 
     def __getitem__(self, places: list[Path | Member]) -> tuple[Tensor, dict[int, str]]:
-        decoded = [decode(place, self.image_size, self.max_pixels) for place in places]
+        decoded = [decode(at, self.image_size, self.max_pixels, self.fit) for at in places]
         reasons = {n: found for n, found in enumerate(decoded) if isinstance(found, str)}
         images = torch.empty(
             len(places) - len(reasons), 3, self.image_size, self.image_size, dtype=torch.uint8
@@ -254,7 +257,12 @@ class StreamBatches:
             [record.captions[n] for n in pick(len(record.captions), self.config.captions, draw)]
             for record in found.records
         ]
-        ids = torch.stack([self.tokenizer(list(texts)) for texts in zip(*chosen, strict=True)])
+        by_slot = [*zip(*chosen, strict=True)]
+        ids = torch.stack([self.tokenizer(list(texts)) for texts in by_slot])
+        caption_ids = None
+        if self.config.equal_captions != "negative":
+            hashes = [[hashed(text_key(text)) for text in texts] for texts in by_slot]
+            caption_ids = torch.tensor(hashes)
         views, count = self.config.views, len(found.records)
         positions = torch.arange(views)[:, None] * self.size + self.first + torch.arange(count)
         return Batch(
@@ -264,9 +272,10 @@ class StreamBatches:
             without_padding_columns(ids),
             slice(None),
             torch.tensor([hashed(record.item) for record in found.records]),
+            caption_ids,
         )
 
 
-def hashed(item: str) -> int:
-    """63 bits: of a million items, two have the same hash in one of 18 million data sets."""
-    return int.from_bytes(hashlib.sha256(item.encode()).digest()[:8], "big") >> 1
+def hashed(text: str) -> int:
+    """63 bits: of a million texts, two have the same hash in one of 18 million data sets."""
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1

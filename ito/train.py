@@ -20,14 +20,14 @@ from tqdm import tqdm
 from ito.checkpoint import checkpoints, load_checkpoint, save_checkpoint
 from ito.cli import one_line, output_path, user_errors
 from ito.compiled import choose_compile, compile_towers
-from ito.config import Config, add_options, from_options
+from ito.config import Config, add_options, choose_preset, from_options
 from ito.data.dataset import Dataset
 from ito.data.fields import Skipped
 from ito.files import undamaged, write_text
 from ito.model.exported import export, load, saved_tokenizer
 from ito.model.pretrained import OURS, described_encoders, encoders, load_tokenizer
 from ito.model.pretrained_dual import Loaded, load_dual, package_of
-from ito.model.tokenizer import Tokenizer, report_cut
+from ito.model.tokenizer import Tokenizer, lost_share, report_cut
 from ito.objectives import user_file
 from ito.precision import choose_precision
 from ito.ranks import Ranks
@@ -49,9 +49,11 @@ from ito.scoring.scores import table
 from ito.source import open_data
 from ito.stream import Stream, first_captions
 from ito.summary import (
+    report_enlarged,
     report_equal_captions,
     report_repeated,
     report_shared_captions,
+    report_sizes,
     report_skipped,
     sentence,
     summarise,
@@ -122,9 +124,10 @@ def run_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--preset",
         choices=tuple(PRESETS),
-        help="values of options that are not given: of the default run, the full emoji set, the "
-        "ITO paper's recipes for your own --train-data, or for a --pretrained model (default: "
-        "emoji-small; finetune with --pretrained open_clip:NAME or hf:NAME)",
+        help="values of options that are not given: of the default run, the full emoji set, "
+        "photographs, the ITO paper's recipes, or of fine-tuning (default: finetune with "
+        "--pretrained open_clip:NAME or hf:NAME; emoji-small for emoji sets, photos for other "
+        "--train-data)",
     )
     group.add_argument("--cache", type=Path, help="folder of prepared data (default: ~/.cache/ito)")
     group.add_argument(
@@ -217,7 +220,7 @@ def load_pretrained(config: Config) -> Loaded:
         loaded = load_dual(config.pretrained, config.context_length)
         print(f"pretrained {config.pretrained}")
         if loaded.note:
-            print(f"note       {loaded.note}; here with the centred square, bicubic")
+            print(f"note       {loaded.note}")
         return loaded
     encoder, run = load(config.pretrained), RunFolder(config.pretrained)
     print(f"pretrained {config.pretrained}, step {encoder.step}")
@@ -233,6 +236,7 @@ def load_pretrained(config: Config) -> Loaded:
     )
 
 
+TIMED = 3  # steps after the first, which is slower, that tell how long the run will take
 HASHED_CAPTIONS = 10_000  # of a stream, to find out whether it has changed
 
 
@@ -264,15 +268,16 @@ class Run:
         state = load_checkpoint(self.files.checkpoints) if has_checkpoint else None
         self.resumed = state is not None
         machine = self.choose_machine(options, state)
+        if not options.resume:
+            print("preset     {}: {}".format(*choose_preset(options)))
         self.print_setup(machine)
 
-        if not (options.resume or options.preset) and package_of(config.pretrained or ""):
-            print(f"preset     finetune: --pretrained {config.pretrained}")
         pretrained = load_pretrained(config) if config.pretrained and not state else None
         self.tokenizer = self.choose_tokenizer(state, pretrained)
         self.facts = self.count_data()
         print(f"read       {sentence(self.facts)}")
-        if told := report_equal_captions(self.facts):
+        meaning = None if user_file(config.objective) else config.equal_captions
+        if told := report_equal_captions(self.facts, meaning):
             print(told)
         if not config.stream and (told := report_shared_captions(train_data, eval_data)):
             print(told)
@@ -336,6 +341,8 @@ class Run:
         for dataset in self.in_memory():
             if dataset.skipped:
                 print(report_skipped(dataset.skipped))
+            if told := report_enlarged(dataset):
+                print(told)
         if repeated := report_repeated(self.eval_data, self.in_memory()[0]):
             print(repeated)
         for name, value in machine.items():
@@ -355,8 +362,9 @@ class Run:
             learned = training_captions(self.train_data, config.tokenizer_captions)
             tokenizer = Tokenizer.train(learned, config.vocab_size, config.context_length)
             captions += learned if config.stream else []
+        print(report_sizes(config, tokenizer))
         if cut := report_cut(captions, tokenizer):
-            print(cut)
+            print(f"{cut}; --context-length keeps more")
         return tokenizer
 
     def in_memory(self) -> list[Dataset]:
@@ -369,11 +377,15 @@ class Run:
         return [text for part in self.in_memory() for texts in part.captions for text in texts]
 
     def count_data(self) -> dict:
-        """What `data.json` says; see `ito/data/summary.py`."""
+        """What `data.json` says; see `ito/summary.py`."""
         config, lengths = self.config, self.tokenizer.lengths(self.captions())
-        cut = sum(length > self.tokenizer.context_length for length in lengths)
+        limit = self.tokenizer.context_length
+        cut = sum(length > limit for length in lengths)
         form = (self.train_data.shards if config.stream else self.train_data).format
-        return summarise(form, self.in_memory(), cut, config.stream)
+        return summarise(form, self.in_memory(), cut, config.stream) | {
+            "cut_tokens": round(lost_share(lengths, limit), 4),
+            "enlarged": sum(part.enlarged for part in self.in_memory()),
+        }
 
     def print_warnings(self) -> None:
         size, asked = self.trainer.batches.size, self.config.batch_size
@@ -462,6 +474,13 @@ class Run:
                 bar.update()
                 if not self.ranks.leads:
                     continue
+                if step == self.first_step + 1:
+                    first = self.trainer.seconds
+                elif step == self.first_step + 1 + TIMED < config.steps:
+                    seconds = (self.trainer.seconds - first) / TIMED
+                    steps = config.steps - self.first_step
+                    told = f"about {duration(steps * seconds)} for {steps} steps"
+                    bar.write(f"time       {told}, evaluations not included", sys.stdout)
                 last = step == config.steps
                 if last or step % config.log_every == 0:
                     speed = self.speed(step, time.perf_counter() - began)
@@ -502,13 +521,14 @@ class Run:
     def checkpoint(self, step: int) -> None:
         """Export the model, and save what the run can be resumed from."""
         model, load_size = self.trainer.model, self.config.load_size
-        export(model, self.tokenizer, load_size, step, self.files.model)
+        export(model, self.tokenizer, load_size, step, self.files.model, self.config.fit)
         about = {
             "dtype": str(self.dtype),
             "tokenizer": self.tokenizer.bpe.to_str(),
             "logged": self.log.count,
             "architecture": model.architecture,
             "load_size": load_size,
+            "fit": self.config.fit,
         }
         save_checkpoint(self.files.checkpoints, step, self.trainer.state() | about)
 
@@ -537,6 +557,13 @@ class Run:
         print(f"model      {self.files.model}")
         print(f"metrics    {self.log.path}")
         print(f"report     {report}")
+
+
+def duration(seconds: float) -> str:
+    """Rounded, in the unit that fits."""
+    if seconds < 90:
+        return f"{max(1, round(seconds))} s"
+    return f"{seconds / 60:.0f} min" if seconds < 90 * 60 else f"{seconds / 3600:.1f} h"
 
 
 def progress(terms: dict[str, float], rate: float) -> str:

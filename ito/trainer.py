@@ -127,14 +127,14 @@ class Trainer:
         Raises FloatingPointError if the loss is not finite, before any weight changes.
         """
         began = self.now()
-        views, ids, item = self.next_batch(number)
+        views, ids, item, caption_ids = self.next_batch(number)
         ready = self.now()
 
         self.model.train()
         self.locked.eval()  # the statistics of its batch normalisation stay as they were
         self.optimizer.zero_grad()
         random = generator(self.config.seed, "objective", number)
-        step = Step(number + 1, number / self.config.steps, item, random)
+        step = Step(number + 1, number / self.config.steps, item, random, caption_ids)
         loss, terms = self.backward(views, ids, step)
         if not loss.isfinite():
             raise FloatingPointError(f"the loss of step {number + 1} is {loss.item()}")
@@ -164,7 +164,7 @@ class Trainer:
 
     # --- the batch ---
 
-    def next_batch(self, number: int) -> tuple[Tensor, Tensor, Tensor]:
+    def next_batch(self, number: int) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
         """`batch(number)`, from the loader's thread if the last call was for `number` - 1.
 
         Starts to prepare the batch after it.
@@ -178,15 +178,15 @@ class Trainer:
             self.ahead = {number + 1: self.loader.submit(self.timed_batch, number + 1)}
         return batch
 
-    def timed_batch(self, number: int) -> tuple[Tensor, Tensor, Tensor]:
+    def timed_batch(self, number: int) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
         began = time.thread_time()
         batch = self.batch(number)
         self.loader_seconds += time.thread_time() - began
         return batch
 
-    def batch(self, number: int) -> tuple[Tensor, Tensor, Tensor]:
+    def batch(self, number: int) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
         """This rank's n items of batch `number`: augmented views (V, n, 3, S, S), token ids
-        (C, n, L) and item numbers (n,)."""
+        (C, n, L), item numbers (n,), and the ids of equal captions (C, n) or None."""
         batch = self.batches(number)
         ids = self.objective.texts(batch.ids, generator(self.config.seed, "texts", number))
         views = augment(
@@ -198,7 +198,10 @@ class Trainer:
             batch.count,
         )
         ids, item = ids[:, batch.local_rows].to(self.device), batch.item.to(self.device)
-        return views.unflatten(0, batch.positions.shape), ids, item
+        caption_ids = batch.caption_ids
+        if caption_ids is not None:
+            caption_ids = caption_ids[:, batch.local_rows].to(self.device)
+        return views.unflatten(0, batch.positions.shape), ids, item, caption_ids
 
     # --- forward and backward ---
 

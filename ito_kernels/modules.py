@@ -337,10 +337,11 @@ class ItoLoss(PrintsOptions, nn.Module):
         denominator: str = "pair",
         group=None,
         chunk_size: int | None = None,
+        equal_ids: str = "positive",
     ):
         super().__init__()
         self.lambda_fusion, self.denominator = lambda_fusion, denominator
-        self.group, self.chunk_size = group, chunk_size
+        self.group, self.chunk_size, self.equal_ids = group, chunk_size, equal_ids
 
     def forward(
         self,
@@ -348,6 +349,10 @@ class ItoLoss(PrintsOptions, nn.Module):
         text: Tensor,
         fused_views: Tensor | None,
         logit_scale: float | Tensor,
+        *,
+        fusion_scale: float | Tensor | None = None,
+        caption_ids: Tensor | None = None,
+        fused_ids: Tensor | None = None,
     ) -> tuple[Tensor, dict[str, Tensor]]:
         return ito_loss(
             image_views,
@@ -356,6 +361,10 @@ class ItoLoss(PrintsOptions, nn.Module):
             logit_scale,
             lambda_fusion=self.lambda_fusion,
             denominator=self.denominator,
+            fusion_scale=fusion_scale,
+            caption_ids=caption_ids,
+            fused_ids=fused_ids,
+            equal_ids=self.equal_ids,
             group=self.group,
             chunk_size=self.chunk_size,
         )

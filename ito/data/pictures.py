@@ -6,6 +6,8 @@ to 10 of 255 in the mean, for coloured noise at 8 to 32 px).
 """
 
 import io
+import itertools
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -23,6 +25,8 @@ LARGE = 2**24  # pixels; larger pictures are reduced before their colours are co
 # Formats with a signature that Pillow decodes itself. Not EPS, which starts Ghostscript; nor ICO
 # and ICNS, which hold pictures of other sizes than their headers say.
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "TIFF", "BMP", "JPEG2000", "AVIF", "PPM")
+PAD = partial(ImageOps.pad, color="white", centering=(0.4999, 0.4999))  # floor, as open_clip
+FITS = {"crop": ImageOps.fit, "pad": PAD, "warp": Image.Image.resize}  # see `ito.config.Config.fit`
 TOO_LARGE = "too many pixels"
 TILE_WIDTH, TILE_LENGTH, ORIENTATION = 322, 323, 274  # tags of TIFF and EXIF
 
@@ -38,12 +42,17 @@ class Refused(ValueError):
         self.kind = kind
 
 
-def decode(image: Path | Member, size: int, max_pixels: int = MAX_PIXELS) -> np.ndarray | str:
-    """The centred square, resized, on white, uint8 (size, size, 3); or why it cannot be read, as
-    `kind: details`."""
+def decode(
+    image: Path | Member, size: int, max_pixels: int = MAX_PIXELS, fit: str = "crop", small=None
+) -> np.ndarray | str:
+    """The picture as a square on white, uint8 (size, size, 3), by one of FITS; or why it cannot be
+    read, as `kind: details`. If it had to be enlarged, it is added to the list `small`."""
     try:
         with open_picture(image, size) as picture:
-            return square(picture, size, max_pixels)
+            found = square(picture, size, max_pixels, fit)
+            if small is not None and (max if fit == "pad" else min)(picture.size) < size:
+                small.append(image)
+            return found
     except Refused as error:
         return f"{error.kind}: picture {image} {error}"
     except FileNotFoundError:
@@ -63,23 +72,19 @@ def open_picture(image: Path | Member, size: int) -> Image.Image:
 
     Raises Refused if it is not a regular file, which could block for ever, and Pillow's errors.
     """
-    if not isinstance(image, Path):
-        file = io.BytesIO(image.read_bytes())
-    elif found := irregular(image):
+    if isinstance(image, Path) and (found := irregular(image)):
         raise Refused("not a file", f"is {found}, not a file")
-    else:
-        file = image
+    file = image if isinstance(image, Path) else io.BytesIO(image.read_bytes())
     picture = Image.open(file, formats=FORMATS)
     picture.draft("RGB", (2 * size, 2 * size))
     return picture
 
 
-def square(picture: Image.Image, size: int, max_pixels: int = MAX_PIXELS) -> np.ndarray:
+def square(picture: Image.Image, size: int, max_pixels: int = MAX_PIXELS, fit="crop") -> np.ndarray:
     """`decode` for an open picture. Raises Refused if it has more than `max_pixels`."""
     width, height = picture.size
-    tags = getattr(
-        picture, "tag_v2", {}
-    )  # a tile is decoded completely, even if the picture is smaller
+    # a tile is decoded completely, even if the picture is smaller
+    tags = getattr(picture, "tag_v2", {})
     pixels = max(width * height, tags.get(TILE_WIDTH, 0) * tags.get(TILE_LENGTH, 0))
     if pixels > max_pixels:
         about = f"has {pixels} pixels ({width} × {height}), above --max-pixels {max_pixels}"
@@ -88,8 +93,8 @@ def square(picture: Image.Image, size: int, max_pixels: int = MAX_PIXELS) -> np.
     if picture.getexif().get(ORIENTATION, 1) != 1:  # exif_transpose always copies the picture
         picture = ImageOps.exif_transpose(picture)
     white = white_level(picture)
-    picture = on_white(picture, white) if pixels <= LARGE else shrunk(picture, size, white)
-    return np.array(ImageOps.fit(picture, (size, size), Image.Resampling.BICUBIC))
+    picture = on_white(picture, white) if pixels <= LARGE else shrunk(picture, size, white, fit)
+    return np.array(FITS[fit](picture, (size, size), Image.Resampling.BICUBIC))
 
 
 def white_level(picture: Image.Image) -> float | None:
@@ -132,26 +137,27 @@ def on_white(picture: Image.Image, white: float | None) -> Image.Image:
     return ground.convert("RGB")
 
 
-def shrunk(picture: Image.Image, size: int, white: float | None = None) -> Image.Image:
-    """The picture on white, reduced by an integer factor so that its short side is at least 2·size.
+def shrunk(picture: Image.Image, size: int, white: float | None = None, fit="crop") -> Image.Image:
+    """The picture on white, reduced by integer factors to at least twice what `square` makes of it.
 
-    It is converted in bands of rows: converted at once, it would take 12 more bytes per pixel. Of
-    the long side only the part that the centred square needs is kept, because a picture of one row
-    is one band.
+    It is converted in tiles: converted at once, it would take 12 more bytes per pixel. To crop it,
+    of the long side only the part that the centred square needs is kept.
     """
-    width, height = picture.size
-    factor = max(1, min(width, height) // (2 * size))
-    columns, rows = width // factor, height // factor
-    left, top = (width - factor * columns) // 2, (height - factor * rows) // 2
-    side = min(columns, rows)
+    width, height = sides = picture.size
+    scaled = {"crop": [min(sides)] * 2, "pad": [max(sides)] * 2, "warp": sides}[fit]
+    fx, fy = (max(1, min(n // (2 * size), m)) for n, m in zip(scaled, sides, strict=True))
+    columns, rows = width // fx, height // fy
+    side = min(columns, rows) if fit == "crop" else max(columns, rows)
     kept = side + 2 * (2 * side // size + 3)  # bicubic reads up to 2 pixels of the result beyond
     cut_x, cut_y = (max(0, n - kept) // 2 for n in (columns, rows))
+    left = (width - fx * columns) // 2 + fx * cut_x
+    top = (height - fy * rows) // 2 + fy * cut_y
     columns, rows = columns - 2 * cut_x, rows - 2 * cut_y
-    left, top = left + factor * cut_x, top + factor * cut_y
     small = Image.new("RGB", (columns, rows))
-    band = max(1, LARGE // 16 // (factor * factor * columns))
-    for row in range(0, rows, band):
-        above, below = (top + factor * n for n in (row, min(row + band, rows)))
-        part = picture.crop((left, above, left + factor * columns, below))
-        small.paste(on_white(part, white).reduce(factor), (0, row))
+    wide = min(columns, max(1, LARGE // 16 // (fx * fy)))  # of a tile
+    high = max(1, LARGE // 16 // (fx * fy * wide))
+    for x, y in itertools.product(range(0, columns, wide), range(0, rows, high)):
+        right, below = left + fx * min(x + wide, columns), top + fy * min(y + high, rows)
+        part = picture.crop((left + fx * x, top + fy * y, right, below))
+        small.paste(on_white(part, white).reduce((fx, fy)), (x, y))
     return small

@@ -129,10 +129,9 @@ def open_format(path: Path, form: str, options: Options) -> list[Shard]:
         rows = read_jsonl(source, options)
     elif form == "coco":
         rows = read_coco(path, options)
-    elif form == "tsv":
-        rows = read_csv(path, options, "\t", header=False)
     else:
-        rows = read_csv(path, options, options.csv_separator)
+        separator = "\t" if form == "tsv" else options.csv_separator
+        rows = read_csv(path, options, separator, header=form == "csv")
     rows = list(rows)
     return [partial(iter, rows[at : at + ROWS]) for at in range(0, len(rows), ROWS)]
 

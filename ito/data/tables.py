@@ -234,11 +234,10 @@ def pictures_of(file: Path, group: int, column: str):
 
 def open_parquet(source: Path, name: str, options: Options) -> list[partial]:
     """A shard for each row group of a file. `name`: what its pictures' items begin with."""
+    reader = parquet()
     try:
-        with parquet().ParquetFile(require_file(source)) as file:
+        with reader.ParquetFile(require_file(source)) as file:
             schema, groups = file.schema_arrow, file.num_row_groups
-    except ImportError:
-        raise
     except Exception as error:  # pyarrow's own kinds
         raise ValueError(f"{source} is not parquet: {error}") from None
     found = choose(schema.names, options)

@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 from tokenizers import Tokenizer as BPE
 
-from ito.data.pictures import MAX_PIXELS, Refused, decode, square
+from ito.data.pictures import FITS, MAX_PIXELS, Refused, decode, square
 from ito.files import FileError, naming, read_text, require_file, undamaged, write_atomically
 from ito.model.embed import embed_images, embed_texts
 from ito.model.encoders import DualEncoder
@@ -28,8 +28,17 @@ Picture = Image.Image | str | Path | torch.Tensor
 WEIGHTS, ABOUT, TOKENS = "model.safetensors", "config.json", "tokenizer.json"
 
 
-def export(model: DualEncoder, tokenizer: Tokenizer, load_size: int, step: int, out: Path) -> None:
+def export(
+    model: DualEncoder,
+    tokenizer: Tokenizer,
+    load_size: int,
+    step: int,
+    out: Path,
+    fit: str = "crop",
+) -> None:
     """Write the model, as it is after `step` steps, to the folder `out`.
+
+    load_size, fit: how pictures become squares; see `ito.config.Config`.
 
     Files are replaced only when all of them are written, so a full disk leaves the old ones. Raises
     OSError naming the file.
@@ -37,7 +46,7 @@ def export(model: DualEncoder, tokenizer: Tokenizer, load_size: int, step: int, 
     weights = {
         name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()
     }
-    about = {"architecture": model.architecture, "load_size": load_size, "step": step}
+    about = {"architecture": model.architecture, "load_size": load_size, "fit": fit, "step": step}
     tokens = tokenizer.bpe.to_str(pretty=True).encode()
     files = {
         TOKENS: tokens,
@@ -54,20 +63,29 @@ def export(model: DualEncoder, tokenizer: Tokenizer, load_size: int, step: int, 
 class Encoder:
     """An exported model. Embeddings are unit rows, fp32, on the CPU: `image @ text.T` are cosines.
 
-    Attributes: `model`, `tokenizer`, `step` (optimizer steps it was trained for), and `max_pixels`;
-    larger pictures are refused.
+    Attributes: `model`, `tokenizer`, `step` (optimizer steps it was trained for), `fit` (how a
+    picture becomes a square: crop, pad or warp), and `max_pixels`; larger pictures are refused.
     """
 
     max_pixels = MAX_PIXELS
 
-    def __init__(self, model: DualEncoder, tokenizer: Tokenizer, load_size: int, step: int):
+    def __init__(
+        self,
+        model: DualEncoder,
+        tokenizer: Tokenizer,
+        load_size: int,
+        step: int,
+        fit: str = "crop",
+    ):
         self.model, self.tokenizer, self.load_size, self.step = model, tokenizer, load_size, step
+        self.fit = fit
 
     def encode_image(self, images: Picture | Sequence[Picture]) -> torch.Tensor:
         """Embeddings `(K, E)` of PIL images, paths, uint8 tensors (3, H, W), or one (K, 3, H, W).
 
-        As in training, the model sees the centred square of a picture, on white. Raises ValueError
-        naming a picture that cannot be read or is too large, or a tensor of another shape or dtype.
+        As in training, the model sees the centred square of a picture, or all of it (`fit`), on
+        white. Raises ValueError naming a picture that cannot be read or is too large, or a tensor
+        of another shape or dtype.
         """
         if isinstance(images, Image.Image | str | Path):
             images = [images]
@@ -94,15 +112,15 @@ class Encoder:
                     f"got {picture.dtype} {tuple(picture.shape)}"
                 )
             pixels = picture.permute(1, 2, 0).cpu().numpy()
-            return square(Image.fromarray(pixels), self.load_size, picture.numel())
+            return square(Image.fromarray(pixels), self.load_size, picture.numel(), self.fit)
         if isinstance(picture, Image.Image):
             try:
-                return square(picture, self.load_size, self.max_pixels)
+                return square(picture, self.load_size, self.max_pixels, self.fit)
             except Refused as error:
                 raise ValueError(f"images[{number}]: the picture {error}") from None
             except OSError as error:  # Pillow reads the file only now
                 raise ValueError(f"images[{number}]: unreadable picture: {error}") from None
-        pixels = decode(Path(picture), self.load_size, self.max_pixels)
+        pixels = decode(Path(picture), self.load_size, self.max_pixels, self.fit)
         if isinstance(pixels, str):
             raise ValueError(f"images[{number}]: {pixels}")
         return pixels
@@ -125,6 +143,9 @@ def load(run: str | Path, device: str | torch.device = "cpu") -> Encoder:
         about = json.loads(read_text(path))
         model = DualEncoder(**about["architecture"])
         load_size, step = about["load_size"], about["step"]
+        fit = about.get("fit", "crop")  # older versions had no other
+        if fit not in FITS:
+            raise ValueError(f"fit must be one of {', '.join(FITS)}, got {fit!r}")
     with undamaged(folder / WEIGHTS) as path:
         weights, sums = load_tensors(path)
         model.load_state_dict(weights)
@@ -133,7 +154,7 @@ def load(run: str | Path, device: str | torch.device = "cpu") -> Encoder:
         verify(hashlib.sha256(require_file(path).read_bytes()).hexdigest(), sums.get("tokenizer"))
         tokenizer = Tokenizer.load(path)
         require_fit(tokenizer, model.architecture, path)
-    return Encoder(model, tokenizer, load_size, step)
+    return Encoder(model, tokenizer, load_size, step, fit)
 
 
 def saved_tokenizer(state: dict, run: RunFolder) -> Tokenizer:

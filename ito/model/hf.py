@@ -14,17 +14,25 @@ from ito.model.tokenizer import Tokenizer
 
 
 def export_hf(
-    model: DualEncoder, tokenizer: Tokenizer, logit_bias: Tensor | None, out: Path
+    model: DualEncoder,
+    tokenizer: Tokenizer,
+    logit_bias: Tensor | None,
+    out: Path,
+    fit: str = "crop",
 ) -> None:
     """Write weights, configuration, tokenizer and image processor to `out`.
 
-    The pictures are made as they were in the run: the centred square. logit_bias: that of the
-    objective; without one, a SigLIP gets 0. Raises ValueError if the model is not transformers'.
+    The pictures are made as they were in the run. logit_bias: that of the objective; without one, a
+    SigLIP gets 0. fit: how a picture becomes a square; see `ito.config.Config`.
+
+    Raises ValueError if the model is not transformers', or its pictures were padded.
     """
     about = model.architecture
     image, text = about["image_encoder"] or {}, about["text_encoder"] or {}
     if not all(tower.get("projected") and tower["name"] == "hf" for tower in (image, text)):
         raise ValueError("--hf: the run did not begin with --pretrained hf:NAME")
+    if fit == "pad":
+        raise ValueError("--hf: the image processor of CLIP in transformers cannot do --fit pad")
     config = {key: value for key, value in text["config"].items() if key != "torch_dtype"}
     names = {"clip": "CLIPModel", "siglip": "SiglipModel"}
     config |= {"architectures": [names[config["model_type"]]], "dtype": "float32"}
@@ -40,7 +48,7 @@ def export_hf(
     write_tokenizer(tokenizer, text["tokenizer_files"], out)
     files = {
         "config.json": config,
-        "preprocessor_config.json": processor(image, about["image_size"]),
+        "preprocessor_config.json": processor(image, about["image_size"], fit),
     }
     for name, values in files.items():
         write_text(out / name, json.dumps(values, indent=2) + "\n")
@@ -56,15 +64,16 @@ def write_tokenizer(tokenizer: Tokenizer, files: dict[str, dict], out: Path) -> 
         write_text(out / name, json.dumps(values, indent=2, ensure_ascii=False) + "\n")
 
 
-def processor(image: dict, size: int) -> dict:
+def processor(image: dict, size: int, fit: str) -> dict:
+    square = {"height": size, "width": size}
     return {
         "image_processor_type": "CLIPImageProcessor",
         "do_convert_rgb": True,
         "do_resize": True,
-        "size": {"shortest_edge": size},
+        "size": {"shortest_edge": size} if fit == "crop" else square,
         "resample": 3,  # bicubic
-        "do_center_crop": True,
-        "crop_size": {"height": size, "width": size},
+        "do_center_crop": fit == "crop",
+        "crop_size": square,
         "do_rescale": True,
         "rescale_factor": 1 / 255,
         "do_normalize": True,

@@ -3,7 +3,8 @@
 Each gives unit rows, fp32, for any batch size. The image encoder takes float32 (B, 3, S, S), pixels
 normalised by `(x / 255 - 0.5) / 0.5`; the text encoder takes token ids of `tokenizer.json`, int64
 (B, context_length), padded with 0. The logit scale and the preprocessing are in each file's
-metadata, S and context_length in the shape of its input.
+metadata, S and context_length in the shape of its input. `fit` says how a picture becomes a square:
+crop takes its centre, pad all of it with white around, warp all of it, squeezed.
 """
 
 import importlib.util
@@ -48,7 +49,7 @@ def quiet() -> Iterator[None]:
         logger.setLevel(level)
 
 
-def export_onnx(model: DualEncoder, out: Path) -> list[Path]:
+def export_onnx(model: DualEncoder, out: Path, fit: str = "crop") -> list[Path]:
     """Write both files to the folder `out`, each atomically, and return their paths.
 
     Raises ImportError if a package that PyTorch's exporter needs is missing; it names the extra.
@@ -63,8 +64,9 @@ def export_onnx(model: DualEncoder, out: Path) -> list[Path]:
     size, length = model.image.image_size, model.text.context_length
     about = {"logit_scale": f"{model.logit_scale.exp().item():.6g}"}
     written = []
+    pictures = {"mean": MEAN, "std": STD, "fit": fit}
     for name, encode, example, details in (
-        ("image", "encode_image", torch.zeros(2, 3, size, size), {"mean": MEAN, "std": STD}),
+        ("image", "encode_image", torch.zeros(2, 3, size, size), pictures),
         ("text", "encode_text", torch.ones(2, length, dtype=torch.int64), {"pad_id": 0}),
     ):
         with quiet():

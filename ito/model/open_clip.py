@@ -20,12 +20,16 @@ from ito.model.hf import write_tokenizer
 from ito.model.tokenizer import BOS, EOT, PAD, Tokenizer
 
 CONFIG = "open_clip_config.json"
+RESIZE_MODE = {"crop": "shortest", "pad": "longest", "warp": "squash"}  # open_clip's names
 
 
-def export_open_clip(model: DualEncoder, tokenizer: Tokenizer, out: Path) -> None:
+def export_open_clip(
+    model: DualEncoder, tokenizer: Tokenizer, out: Path, fit: str = "crop"
+) -> None:
     """Write the weights, open_clip's configuration and a Hugging Face tokenizer to `out`.
 
     CLIP's own tokenizer, of most models of `--pretrained open_clip:`, needs no file.
+    fit: how a picture becomes a square; see `ito.config.Config`.
 
     Raises ValueError if open_clip cannot express the towers.
     """
@@ -33,7 +37,9 @@ def export_open_clip(model: DualEncoder, tokenizer: Tokenizer, out: Path) -> Non
     towers = (about["image_encoder"] or {}, about["text_encoder"] or {})
     if all(tower.get("projected") and tower["name"] == "open_clip" for tower in towers):
         write_weights(pretrained_state_dict(model), out)
-        write_text(out / CONFIG, json.dumps(pretrained_configuration(towers[0]), indent=2) + "\n")
+        write_text(
+            out / CONFIG, json.dumps(pretrained_configuration(towers[0], fit), indent=2) + "\n"
+        )
         if "tokenizer_files" in towers[1]:
             write_tokenizer(tokenizer, towers[1]["tokenizer_files"], out)
         return
@@ -49,7 +55,7 @@ def export_open_clip(model: DualEncoder, tokenizer: Tokenizer, out: Path) -> Non
     special = {"pad_token": PAD, "bos_token": BOS, "eos_token": EOT}
     loader = {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": 10**6}
     for name, values in (
-        (CONFIG, configuration(model, tokenizer)),
+        (CONFIG, configuration(model, tokenizer, fit)),
         ("tokenizer_config.json", loader | special),
         ("special_tokens_map.json", special),
     ):
@@ -69,19 +75,19 @@ def pretrained_state_dict(model: DualEncoder) -> dict[str, Tensor]:
     return image | model.text.body.network.state_dict() | {"logit_scale": model.logit_scale}
 
 
-def pretrained_configuration(tower: dict) -> dict:
+def pretrained_configuration(tower: dict, fit: str) -> dict:
     """The model's own; the pictures are made as they were in the run."""
     pictures = {
         "size": tower["config"]["vision_cfg"].get("image_size", 224),
         "mean": tower["mean"],
         "std": tower["std"],
         "interpolation": "bicubic",
-        "resize_mode": "shortest",
+        "resize_mode": RESIZE_MODE[fit],
     }
     return {"model_cfg": tower["config"], "preprocess_cfg": pictures}
 
 
-def configuration(model: DualEncoder, tokenizer: Tokenizer) -> dict:
+def configuration(model: DualEncoder, tokenizer: Tokenizer, fit: str) -> dict:
     about = model.architecture
     width = about["image_width"] or about["width"]
     return {
@@ -106,7 +112,13 @@ def configuration(model: DualEncoder, tokenizer: Tokenizer) -> dict:
                 "hf_tokenizer_name": "this folder",  # a local-dir reads its own files
             },
         },
-        "preprocess_cfg": {"size": about["image_size"], "mean": [MEAN] * 3, "std": [STD] * 3},
+        "preprocess_cfg": {
+            "size": about["image_size"],
+            "mean": [MEAN] * 3,
+            "std": [STD] * 3,
+            "resize_mode": RESIZE_MODE[fit],
+            "fill_color": 255,
+        },
     }
 
 

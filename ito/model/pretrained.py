@@ -681,6 +681,13 @@ def image_size(encoder: str) -> int:
     return about["config"]["vision_cfg"]["image_size"]
 
 
+def longest_text(encoder: str) -> float:
+    """Tokens that a text encoder reads at most; infinity if it has no limit."""
+    about = describe("text_encoder", encoder, TEXT)
+    with torch.device("meta"):  # without its weights
+        return TEXT[about.pop("name")](**about).longest
+
+
 def load_weights(model: nn.Module, config) -> None:
     """Load the pretrained weights into the bodies, in place."""
     for tower, option, kinds in (("image", "image_encoder", IMAGE), ("text", "text_encoder", TEXT)):

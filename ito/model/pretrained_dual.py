@@ -130,15 +130,18 @@ def sizes(pretrained: str, given: dict) -> dict[str, int]:
             f"context_length must be at most {longest} with --pretrained {pretrained}, got "
             f"{given['context_length']}"
         )
-    return {name: about[name] for name in SIZES} | {"load_size": about["image_size"]}
+    fit = pictures(pretrained)[0] if package_of(pretrained) else about["fit"]
+    decided = {name: about[name] for name in SIZES}
+    return decided | {"load_size": about["image_size"], "fit": fit}
 
 
 def exported(run: str) -> dict:
-    """The architecture of a run's exported model; {} if there is none."""
+    """The architecture and `fit` of a run's exported model; {} if there is none."""
     for path in (Path(run) / "model" / "config.json", Path(run) / "config.json"):
         if path.is_file():
             with undamaged(path):
-                return json.loads(read_text(path)).get("architecture", {})
+                about = json.loads(read_text(path))
+                return about.get("architecture", {}) | {"fit": about.get("fit", "crop")}
     return {}
 
 
@@ -168,28 +171,24 @@ def load_dual(pretrained: str, context_length: int) -> Loaded:
         logit_scale=model.logit_scale.item(),
         logit_bias=None if bias is None else bias.item(),
         tokenizer=tokenizer,
-        note=difference(pretrained),
+        note=pictures(pretrained)[1],
     )
 
 
-def difference(pretrained: str) -> str:
-    """How the model's own pictures were made, if not as here; "" if they were.
-
-    Here the centred square is cut out and resized with bicubic interpolation.
-    """
+def pictures(pretrained: str) -> tuple[str, str]:
+    """The model's `--fit`, and how its own pictures differ from what is then made here, or ""."""
     kind, name = package_of(pretrained)
     if kind == "open_clip":
         about = OpenClip.configuration(name)[1]
-        cut = about.get("resize_mode", "shortest") == "shortest"
+        fit = {"squash": "warp", "longest": "pad"}.get(about.get("resize_mode"), "crop")
         bicubic = about.get("interpolation", "bicubic") == "bicubic"
     else:
         about = picture_settings(name)
         size = about.get("size")
-        cut = about.get("do_center_crop") or not isinstance(size, dict) or "height" not in size
-        bicubic = about.get("resample", 3) == 3
-    found = [] if cut else ["pictures not cut to a square (resized to one, or padded)"]
-    found += [] if bicubic else ["another interpolation than bicubic"]
-    return f"the model was trained with {' and '.join(found)}" if found else ""
+        whole = isinstance(size, dict) and "height" in size and not about.get("do_center_crop")
+        fit, bicubic = "warp" if whole else "crop", about.get("resample", 3) == 3
+    other = "" if bicubic else "the model's own pictures are not resized with bicubic interpolation"
+    return fit, other
 
 
 def body_state(parts: dict[str, nn.Module]) -> dict[str, Tensor]:

@@ -40,8 +40,9 @@ class Tokenizer:
     ) -> "Tokenizer":
         """Learn merges from `captions`; the same captions give the same tokenizer.
 
-        At most 256 characters per token of a caption are read. Words longer than 256 bytes are cut
-        into pieces.
+        The vocabulary is smaller than `vocab_size` if fewer pairs of tokens occur twice. At most
+        256 characters per token of a caption are read. Words longer than 256 bytes are cut into
+        pieces.
 
         Raises ValueError if `vocab_size` leaves no room for the 256 bytes and 3 special tokens,
         if `context_length` is below 3, or without captions.
@@ -63,6 +64,7 @@ class Tokenizer:
         bpe.decoder = decoders.ByteLevel()
         trainer = trainers.BpeTrainer(
             vocab_size=vocab_size,
+            min_frequency=2,  # what one caption has alone is left in pieces that others have too
             special_tokens=[PAD, BOS, EOT],
             initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
             show_progress=False,
@@ -130,7 +132,8 @@ def bounded(text: str, tokens: int) -> str:
 
 
 def report_cut(captions: list[str], tokenizer: Tokenizer) -> str:
-    """How many captions are cut to the context length, in words; "" if none is."""
+    """How many captions are cut to the context length, and what that loses, in words; "" if none
+    is."""
     lengths, limit = tokenizer.lengths(captions), tokenizer.context_length
     cut = sum(length > limit for length in lengths)
     if not cut:
@@ -138,5 +141,12 @@ def report_cut(captions: list[str], tokenizer: Tokenizer) -> str:
     read = all(len(caption) <= limit * LONGEST_TOKEN for caption in captions)
     return (
         f"cut        {cut} of {len(captions)} captions, to their first {limit} tokens; "
-        f"the longest has {'' if read else 'at least '}{max(lengths)}"
+        f"the longest has {'' if read else 'at least '}{max(lengths)}\n"
+        f"           {lost_share(lengths, limit):.1%} of all tokens are lost"
     )
+
+
+def lost_share(lengths: list[int], limit: int) -> float:
+    """The share of all tokens that is lost when texts of these lengths are cut to `limit`."""
+    lost = sum(max(0, length - limit) for length in lengths)
+    return lost / max(1, sum(lengths))

@@ -130,11 +130,11 @@ def write_comparison(out: Path, cache: Path | None = None) -> Path:
         "## Curves",
         "![R@1, modality gap, scale and fusion loss](curves.png)",
         "## Maps of both modalities",
-        "![Pictures and names in two dimensions](maps.png)",
+        "![Pictures and captions in two dimensions](maps.png)",
     ]
     draw_curves(arms, out / "curves.png")
     method = draw_maps(arms, out / "maps.png", cache)
-    parts.append(f"Held-out pictures and their names, first seed, {method}.")
+    parts.append(f"Held-out pictures and their captions, first seed, {method}.")
     path = out / "comparison.md"
     write_text(path, "\n\n".join(parts) + "\n")
     print(f"comparison {path}")
@@ -201,7 +201,7 @@ def about(arms: dict[str, list[Result]], first: Result) -> str:
     return (
         f"{config.steps} steps of {config.batch_size} items each, {environment['threads']} threads,"
         f" {environment['dtype'].removeprefix('torch.')}; {environment['data']}. Split "
-        f"`{first.split}`, {first.end('i2t/candidates')} names, chance {chance:.2%}. "
+        f"`{first.split}`, {first.end('i2t/candidates')} captions, chance {chance:.2%}. "
         f"Seeds: {seeds}. Percentages, mean ± deviation over seeds."
     )
 
@@ -432,8 +432,8 @@ def draw_curves(arms: dict[str, list[Result]], path: Path) -> None:
 
 
 def draw_maps(arms: dict[str, list[Result]], path: Path, cache: Path | None) -> str:
-    """Draw pictures and names of the held-out split, of each arm's first run, as a map. Returns the
-    name of the projection."""
+    """Draw pictures and captions of the held-out split, of each arm's first run, as a map. Returns
+    the name of the projection."""
     plt = pyplot()
     columns = min(len(arms), 4)
     height = -(-len(arms) // columns)
@@ -447,11 +447,12 @@ def draw_maps(arms: dict[str, list[Result]], path: Path, cache: Path | None) -> 
     for axis, (arm, runs) in zip(axes.flat, arms.items(), strict=False):
         run = runs[0]
         data = datasets.setdefault(run.config.train_data, open_dataset(run.config, cache))
-        split = EmbeddedSplit(run.split, load(run.folder), data)
+        encoder = load(run.folder)
+        split = EmbeddedSplit(data.rows(run.split), encoder.model, encoder.tokenizer, data)
         points, _ = PROJECTIONS[project](torch.cat([split.images, split.texts]))
         n = len(split.images)
         axis.scatter(*zip(*points[:n], strict=True), s=5, lw=0, alpha=0.7, label="pictures")
-        axis.scatter(*zip(*points[n:], strict=True), s=5, lw=0, alpha=0.7, label="names")
+        axis.scatter(*zip(*points[n:], strict=True), s=5, lw=0, alpha=0.7, label="captions")
         axis.set_title(arm, fontsize=10)
     axes[0, 0].legend(frameon=False, fontsize=8)
     with write_atomically(path) as temporary:

@@ -10,8 +10,11 @@ from ito.model.embed import embed_images, embed_texts
 from ito.model.encoders import DualEncoder
 from ito.model.tokenizer import Tokenizer
 from ito.scoring import probes
+from ito.scoring.embedded_split import EmbeddedSplit, distinct
 from ito.scoring.metrics import (
+    clip_benchmark_recall,
     ensemble,
+    image_text_pairs,
     mean_rank_variance,
     modality_gap,
     random_rank_variance,
@@ -28,18 +31,21 @@ ALL = "all"  # all pictures of a data set, as one split
 def evaluate(model: DualEncoder, tokenizer: Tokenizer, dataset: Dataset) -> dict[str, float]:
     """The scores that training logs, of every held-out split, as `split/metric`.
 
-    An item's first caption is its text. Retrieval is within the split's pictures and items.
-    `zero_shot/names`: classification by the names of *all* items of the data set, including those
-    trained on. `zero_shot/subgroups`: by the names of the subgroups, if the data has any.
+    Retrieval is within the split's pictures and the distinct captions of their items: each is a
+    query and a candidate, and right for all pictures whose item has it (`EmbeddedSplit`).
+    `captions` counts those of all items, `distinct_captions` the texts, `items` what the intervals
+    of R@K are over.
+    An item's first caption is its name. `zero_shot/names`: classification by the distinct names of
+    *all* items of the data set, including those trained on. `zero_shot/subgroups`: by the names of
+    the subgroups, if the data has any. `modality/`: between the pictures and the name of each item.
 
     Raises ValueError if nothing is held out.
     """
     classes = Classes(model, tokenizer, dataset, ("subgroup",))
     scores = {}
     for split in dataset.held_out_splits():
-        rows = dataset.rows(split)
-        images = embed_images(model, dataset.images[rows])
-        scores |= with_prefix(split, basic_scores(images, dataset.image_item[rows], classes))
+        view = EmbeddedSplit(dataset.rows(split), model, tokenizer, dataset)
+        scores |= with_prefix(split, basic_scores(view, classes))
     return scores
 
 
@@ -53,10 +59,12 @@ def evaluate_fully(
     """The scores of `evaluate` for `splits`, and others that take too long during training.
 
     `zero_shot/…/ensemble`: a class is the mean of its `prompts`. `linear_probe`, `knn`: classifiers
-    of image embeddings by subgroup and by concept (item), fitted on the split "train" if there is
-    one. `modality/classifier`. `geometry/`: uniformity of each modality, alignment of the pairs.
-    `languages/`: mean rank variance over the data's translations. `splits` may contain ALL. Raises
-    ValueError naming a split that the data lacks.
+    of image embeddings by subgroup and by concept (the item's name), fitted on the split "train" if
+    there is one. `modality/classifier`: of pictures against the distinct names. `geometry/`:
+    uniformity of the pictures and of the distinct names, alignment of each picture with its item's
+    name. `languages/`: mean rank variance over the data's translations. `clip_benchmark/`: recall
+    as clip_benchmark computes it. `splits` may contain ALL. Raises ValueError naming a split that
+    the data lacks.
     """
     missing = [name for name in splits if name != ALL and name not in dataset.split]
     if missing:
@@ -67,26 +75,29 @@ def evaluate_fully(
     scores = {}
     for split in splits:
         rows = torch.arange(len(dataset.images)) if split == ALL else dataset.rows(split)
-        images, item = embed_images(model, dataset.images[rows]), dataset.image_item[rows]
-        texts = classes.names[item]
-        found = basic_scores(images, item, classes)
+        view = EmbeddedSplit(rows, model, tokenizer, dataset)
+        images, item = view.images, view.item
+        found = basic_scores(view, classes)
         for kind, emb, labels in classes.of(item, classes.ensembles):
             known = labels >= 0
             top1 = zero_shot(images[known], emb, labels[known])["top1"]
             found[f"zero_shot/{kind}/ensemble"] = top1
         if trained is not None and split not in (ALL, "train"):
-            sides = trained, dataset.image_item[train], images, item
-            found |= probe_scores(*sides, dataset.subgroup)
-        if len(images) > 1 and len(item.unique()) > 1:
-            items = item.unique()
-            names = classes.names[items]
-            found |= with_prefix("modality", probes.modality_classifier(images, names, item, items))
+            kinds = {"subgroups": "subgroups", "concepts": "names"}
+            labels = {kind: classes.index[of] for kind, of in kinds.items() if of in classes.index}
+            found |= probe_scores(trained, dataset.image_item[train], images, item, labels)
+        name = classes.index["names"][item]
+        names = name.unique()
+        if len(names) > 1:
+            texts = classes.names[names]
+            found |= with_prefix("modality", probes.modality_classifier(images, texts, name, names))
             found |= {
                 "geometry/uniformity_images": uniformity_loss(images).item(),
-                "geometry/uniformity_texts": uniformity_loss(names).item(),
+                "geometry/uniformity_texts": uniformity_loss(texts).item(),
             }
-        found["geometry/alignment"] = alignment_loss(images, texts).item()
+        found["geometry/alignment"] = alignment_loss(images, classes.names[name]).item()
         found |= language_scores(model, tokenizer, dataset, images, item)
+        found |= clip_benchmark_scores(model, tokenizer, dataset, images, item)
         scores |= with_prefix(split, found)
     return scores
 
@@ -98,13 +109,14 @@ def with_prefix(prefix: str, scores: dict[str, float]) -> dict[str, float]:
 class Classes:
     """The classes of zero-shot classification: embeddings of all names, and of groups' names.
 
-    `names` (n, E) has one row per item. With `prompts` there are `ensembles` too. Pictures without
-    a group have the label -1.
+    `index`: {kind: the class of each item, (n,)}; -1 for an item without a group. The class in
+    "names" is the item's first caption, the same for equal ones; `names` (C, E) are their
+    embeddings. With `prompts` there are `ensembles` too.
     """
 
     def __init__(self, model, tokenizer, dataset, groupings, prompts=None):
-        words = {"names": [captions[0] for captions in dataset.captions]}
-        self.index = {"names": torch.arange(len(dataset.items))}
+        names, index = distinct(captions[0] for captions in dataset.captions)
+        words, self.index = {"names": names}, {"names": index}
         for grouping in groupings:
             label = getattr(dataset, grouping)
             known = sorted({name for name in label if name is not None})
@@ -134,22 +146,26 @@ class Classes:
                 yield kind, emb, labels
 
 
-def basic_scores(images: torch.Tensor, item: torch.Tensor, classes: Classes) -> dict[str, float]:
-    candidates = item.unique()
-    names = classes.names[candidates]
-    scores = retrieval(images, names, item, candidates)
-    for kind, emb, labels in classes.of(item, classes.plain):
+def basic_scores(view: EmbeddedSplit, classes: Classes) -> dict[str, float]:
+    scores = {
+        "items": len(view.own),
+        "captions": len(view.item_text),
+        "distinct_captions": len(view.captions),
+    }
+    scores |= retrieval(view.images, view.texts, view.item, view.item_text)
+    for kind, emb, labels in classes.of(view.item, classes.plain):
         known = labels >= 0
-        scores |= with_prefix(f"zero_shot/{kind}", zero_shot(images[known], emb, labels[known]))
-    return scores | with_prefix("modality", modality_gap(images, names))
+        found = zero_shot(view.images[known], emb, labels[known])
+        scores |= with_prefix(f"zero_shot/{kind}", found)
+    names = classes.names[classes.index["names"][view.item.unique()]]
+    return scores | with_prefix("modality", modality_gap(view.images, names))
 
 
-def probe_scores(train_emb, train_item, test_emb, test_item, subgroup) -> dict[str, float]:
-    """Scores by subgroup and by concept, each if at least 2 labels occur in both sets."""
-    place = {name: n for n, name in enumerate(sorted({s for s in subgroup if s is not None}))}
-    index = torch.tensor([place.get(name, -1) for name in subgroup])
+def probe_scores(train_emb, train_item, test_emb, test_item, classes) -> dict[str, float]:
+    """Scores for each of `classes`, {kind: the class of each item or -1}, if at least 2 classes
+    occur in both sets."""
     scores = {}
-    for kind, labels in (("subgroups", index), ("concepts", torch.arange(len(subgroup)))):
+    for kind, labels in classes.items():
         y, y_test = labels[train_item], labels[test_item]
         fit, test = y >= 0, y_test >= 0
         if len(y[fit][torch.isin(y[fit], y_test[test])].unique()) < 2:
@@ -160,10 +176,19 @@ def probe_scores(train_emb, train_item, test_emb, test_item, subgroup) -> dict[s
     return scores
 
 
+def clip_benchmark_scores(model, tokenizer, dataset, images, item) -> dict[str, float]:
+    """Retrieval with each caption of each item as a text of its own, in the form that it has."""
+    own = [(n, text) for n in item.unique().tolist() for text in dataset.captions[n]]
+    texts = embed_texts(model, tokenizer([text for _, text in own]))
+    owner = torch.tensor([n for n, _ in own])
+    return with_prefix("clip_benchmark", clip_benchmark_recall(images, texts, item, owner))
+
+
 def language_scores(model, tokenizer, dataset, images, item) -> dict[str, float]:
     """Mean rank variance over the captions' language and all that at least half of the items have.
 
-    Only items with a name in each of these languages are used. Empty if they are fewer than 2, or
+    Only items with a name in each of these languages are used, each by its first one; equal names
+    in a language are one text, right for all their items. Empty if the items are fewer than 2, or
     if there is no second language.
     """
     names = {n: dataset.translations[n] for n in item.unique().tolist()}
@@ -179,21 +204,26 @@ def language_scores(model, tokenizer, dataset, images, item) -> dict[str, float]
     items = torch.tensor(items)
     shown = torch.isin(item, items)
     images, item = images[shown], item[shown]
-    text_rank, image_rank = [], []
+    text_rank, image_rank, right, candidates = [], [], [], []
     for language in [None, *languages]:
-        texts = [
+        texts, text = distinct(
             names[n][language][0] if language else dataset.captions[n][0] for n in items.tolist()
-        ]
+        )
         emb = embed_texts(model, tokenizer(texts))
-        text_rank.append(ranks(emb, images, items, item)[0])
-        image_rank.append(ranks(images, emb, item, items)[0])
+        pairs = image_text_pairs(item, torch.stack([items, text], 1))
+        rank, correct = ranks(emb, images, pairs.flip(1))
+        text_rank.append(rank[text])  # of an item by its name
+        right.append(correct[text])
+        image_rank.append(ranks(images, emb, pairs)[0])
+        candidates.append(len(texts))
     count = len(text_rank)
-    pictures = (item[None, :] == items[:, None]).sum(1)
     return {
         "languages/count": count,
         "languages/items": len(items),
         "languages/t2i/mean_rank_variance": mean_rank_variance(torch.stack(text_rank, 1)),
-        "languages/t2i/chance": random_rank_variance(pictures, len(item), count),
+        "languages/t2i/chance": random_rank_variance(torch.stack(right, 1), len(item)),
         "languages/i2t/mean_rank_variance": mean_rank_variance(torch.stack(image_rank, 1)),
-        "languages/i2t/chance": random_rank_variance(torch.ones(1), len(items), count),
+        "languages/i2t/chance": random_rank_variance(
+            torch.ones(1, count), torch.tensor(candidates)
+        ),
     }

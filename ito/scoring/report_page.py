@@ -13,13 +13,14 @@ from pathlib import Path
 import torch
 from PIL import Image
 
+from ito.cli import one_line
 from ito.data.dataset import Dataset
 from ito.files import read_text, undamaged, write_text
 from ito.model.exported import Encoder
 from ito.run import RunFolder
 from ito.scoring import charts
 from ito.scoring.embedded_split import EmbeddedSplit
-from ito.scoring.metrics import ranks
+from ito.scoring.metrics import image_text_pairs, ranks
 from ito.scoring.projections import PROJECTIONS
 from ito.scoring.scores import DIRECTIONS, sections
 from ito.summary import sentence
@@ -88,7 +89,7 @@ def write_report(run: Path, encoder: Encoder, dataset: Dataset, project: str = "
         parts.append(score_tables({"before": scores[0], "after": scores[-1]}))
     parts.append(f'<h2>Curves</h2><div class="grid">{curves}</div>')
     for split in dataset.held_out_splits():
-        view = EmbeddedSplit(split, encoder, dataset)
+        view = EmbeddedSplit(dataset.rows(split), encoder.model, encoder.tokenizer, dataset)
         parts += [
             f"<h2>{html.escape(split)}</h2>",
             embedding_map(view, project),
@@ -160,15 +161,16 @@ def spaced(count: int, number: int) -> torch.Tensor:
 
 def embedding_map(view: EmbeddedSplit, project: str) -> str:
     """Maps of both modalities, coloured by modality and by group; texts are drawn as x."""
-    chosen = spaced(len(view.items), MAPPED)
-    first = torch.stack([(view.item == n).nonzero()[0, 0] for n in chosen])
-    count = len(chosen)
-    plane, about = PROJECTIONS[project](torch.cat([view.images[first], view.texts[chosen]]))
-    images, texts = plane[:count], plane[count:]
-    names = [view.names[n] for n in chosen.tolist()]
+    items = view.item.unique()
+    items = items[spaced(len(items), MAPPED)].tolist()
+    first = [view.picture_of(n) for n in items]
+    texts = [view.own[n][0] for n in items]
+    plane, about = PROJECTIONS[project](torch.cat([view.images[first], view.texts[texts]]))
+    images, texts = plane[: len(items)], plane[len(items) :]
+    names = [view.name(p) for p in first]
     modality = {"images": (images, names, "o"), "texts": (texts, names, "x")}
     maps = charts.points("by modality", modality)
-    group = [view.group[n] or "none" for n in chosen.tolist()]
+    group = [view.dataset.group[n] or "none" for n in items]
     if len(set(group)) > 1:
         by_group = {
             label: pick(images, names, [g == label for g in group], "o")
@@ -185,18 +187,18 @@ def pick(places, names, chosen: list[bool], mark: str):
 
 def text_to_image(view: EmbeddedSplit) -> str:
     """Evenly spaced captions with their first pictures; correct ones are framed green."""
-    asked = spaced(len(view.items), QUERIES)
+    asked = spaced(len(view.captions), QUERIES)
     best = (view.texts[asked] @ view.images.T).argsort(1, True)[:, :SHOWN]
-    parts = ["<h3>Text to image</h3><p>Framed green: a picture of the caption.</p>"]
-    for n, pictures in zip(asked.tolist(), best.tolist(), strict=True):
+    parts = ["<h3>Text to image</h3><p>Framed green: a picture that has the caption.</p>"]
+    for text, pictures in zip(asked.tolist(), best.tolist(), strict=True):
         found = "".join(
-            f"<figure{' class=right' if view.item[p] == n else ''}>{img(view, p)}"
-            f'<span class="name">{html.escape(view.names[view.item[p]])}</span></figure>'
+            f"<figure{' class=right' if text in view.right(p) else ''}>{img(view, p)}"
+            f'<span class="name">{html.escape(view.name(p))}</span></figure>'
             for p in pictures
         )
-        name = html.escape(view.names[n])
+        caption = html.escape(one_line(view.captions[text]))
         parts.append(
-            f'<div class="query"><span>{name}</span><div class="found">{found}</div></div>'
+            f'<div class="query"><span>{caption}</span><div class="found">{found}</div></div>'
         )
     return "".join(parts)
 
@@ -206,37 +208,41 @@ def image_to_text(view: EmbeddedSplit) -> str:
     asked = spaced(len(view.images), QUERIES)
     best = (view.images[asked] @ view.texts.T).argsort(1, True)[:, :5]
     parts = ['<h3>Image to text</h3><div class="cards">']
-    for p, items in zip(asked.tolist(), best.tolist(), strict=True):
-        names = "".join(
-            f"<li{' class=right' if view.item[p] == n else ''}>{html.escape(view.names[n])}</li>"
-            for n in items
+    for p, texts in zip(asked.tolist(), best.tolist(), strict=True):
+        captions = "".join(
+            f"<li{' class=right' if text in view.right(p) else ''}>"
+            f"{html.escape(one_line(view.captions[text]))}</li>"
+            for text in texts
         )
-        parts.append(f"<div>{img(view, p)}<ol>{names}</ol></div>")
+        parts.append(f"<div>{img(view, p)}<ol>{captions}</ol></div>")
     return "".join([*parts, "</div>"])
 
 
 def mistakes(view: EmbeddedSplit) -> str:
-    """The pictures whose own caption has the worst rank, with the picture of the first caption."""
-    rank, _ = ranks(view.images, view.texts, view.item, torch.arange(len(view.items)))
+    """The pictures whose own captions have the worst rank, with a picture of the wrong caption that
+    is most similar."""
+    rank, _ = ranks(view.images, view.texts, image_text_pairs(view.item, view.item_text))
     worst = [p for p in rank.argsort(descending=True).tolist() if rank[p] > 1][:MISTAKES]
     if not worst:
         return ""
-    taken = (view.images[worst] @ view.texts.T).argmax(1)
     parts = [
         '<h3>Worst mistakes</h3><p>Right: what the picture was taken for.</p><div class="cards">'
     ]
-    for p, wrong in zip(worst, taken.tolist(), strict=True):
-        other = int((view.item == wrong).nonzero()[0, 0])
-        own, name = html.escape(view.names[view.item[p]]), html.escape(view.names[wrong])
+    for p in worst:
+        cosines = view.texts @ view.images[p]
+        cosines[view.right(p)] = -torch.inf
+        wrong = int(cosines.argmax())
+        other = view.picture_of(int(view.item_text[view.item_text[:, 1] == wrong][0, 0]))
+        own, taken = html.escape(view.name(p)), html.escape(one_line(view.captions[wrong]))
         parts.append(
-            f"<div>{img(view, p)}<span><b>{own}</b>, its caption {rank[p]} of {len(view.items)}; "
-            f"taken for <b>{name}</b></span>{img(view, other)}</div>"
+            f"<div>{img(view, p)}<span><b>{own}</b>, its best caption {rank[p]} of "
+            f"{len(view.captions)}; taken for <b>{taken}</b></span>{img(view, other)}</div>"
         )
     return "".join([*parts, "</div>"])
 
 
 def img(view: EmbeddedSplit, picture: int) -> str:
-    name = html.escape(view.names[view.item[picture]])
+    name = html.escape(view.name(picture))
     return f'<img src="{png(view.pictures[picture])}" alt="{name}" loading="lazy">'
 
 

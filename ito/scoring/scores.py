@@ -25,12 +25,10 @@ def sections(columns: dict[str, dict[str, float]]) -> list[Section]:
     last = columns[list(columns)[-1]]
     found = []
     for split in dict.fromkeys(name.split("/")[0] for name in last if "/" in name):
-        pictures, captions = (last[f"{split}/{way}/candidates"] for way in ("t2i", "i2t"))
-        title = f"{split}: {count(pictures, 'picture')}, {count(captions, 'caption')}"
-        section = Section(title, certain(split, last), [*columns, "chance"])
+        section = Section(title(split, last), notes(split, last), [*columns, "chance"])
         for label, key, chance, form in lines(split, last):
             if key in last:
-                cells = [f"{s[key]:{form}}" if key in s else "" for s in columns.values()]
+                cells = [cell(s, key, form) for s in columns.values()]
                 finer = ".2%" if form == ".1%" else form  # chance is often below 1 %
                 odds = f"{last[chance]:{finer}}" if chance in last else ""
                 section.rows.append((label, cells, odds))
@@ -71,18 +69,46 @@ def lines(split: str, last: dict[str, float]):
         yield label, f"{key}/mean_rank_variance", f"{key}/chance", ".0f"
 
 
+def title(split: str, scores: dict[str, float]) -> str:
+    pictures, texts = (scores[f"{split}/{way}/candidates"] for way in ("t2i", "i2t"))
+    captions = scores.get(f"{split}/captions", texts)  # which logs of older versions lack
+    equal = f", {texts} of them distinct" if captions != texts else ""
+    return f"{split}: {count(pictures, 'picture')}, {count(captions, 'caption')}{equal}"
+
+
+def cell(scores: dict[str, float], key: str, form: str) -> str:
+    """The score, with its interval if that has a width; "" if there is no such score."""
+    if key not in scores:
+        return ""
+    low, high = (100 * scores.get(f"{key}/{end}", 0) for end in ("low", "high"))
+    return f"{scores[key]:{form}}" + f" ({low:.1f}–{high:.1f})" * (low < high)
+
+
+def notes(split: str, scores: dict[str, float]) -> list[str]:
+    """What the numbers mean, and which retrieval scores are 100 % for any model."""
+    found = []
+    if items := scores.get(f"{split}/items"):
+        found.append(f"in brackets: the 95 % interval over {count(items, 'item')} (bootstrap)")
+    if scores.get(f"{split}/captions", 0) > scores.get(f"{split}/distinct_captions", 0):
+        found.append(
+            "captions that are equal, but for white space and case, are one text, right for every "
+            "picture that has it"
+        )
+    return found + certain(split, scores)
+
+
 def certain(split: str, scores: dict[str, float]) -> list[str]:
-    """Notes on retrieval scores that are 100 % for any model, because there are few candidates."""
-    notes = []
+    found = []
     for way, words in DIRECTIONS.items():
         candidates = scores[f"{split}/{way}/candidates"]
-        sure = [f"R@{k}" for k in KS if k >= candidates]
+        lowest = scores.get(f"{split}/{way}/max_rank", candidates)
+        sure = [f"R@{k}" for k in KS if k >= lowest]
         if sure:
-            notes.append(
+            found.append(
                 f"{words}: {', '.join(sure)} {'is' if len(sure) == 1 else 'are'} 100 % for any "
-                f"model, with {count(candidates, 'candidate')}"
+                f"model, with at most {lowest - 1} wrong of {count(candidates, 'candidate')}"
             )
-    return notes
+    return found
 
 
 def count(number: int, noun: str) -> str:
@@ -95,9 +121,12 @@ def table(columns: dict[str, dict[str, float]]) -> str:
     for section in sections(columns):
         text.append(section.title)
         text += [f"  note: {note}" for note in section.notes]
-        text.append(f"  {'':36}" + "".join(f"{title:>10}" for title in section.columns))
-        for label, cells, chance in section.rows:
-            text.append(f"  {label:36}" + "".join(f"{cell:>10}" for cell in [*cells, chance]))
+        grid = [["", *section.columns]]
+        grid += [[label, *cells, chance] for label, cells, chance in section.rows]
+        widths = [max(10, 2 + max(map(len, column))) for column in zip(*grid, strict=True)][1:]
+        for label, *cells in grid:
+            padded = (f"{x:>{width}}" for x, width in zip(cells, widths, strict=True))
+            text.append(f"  {label:36}" + "".join(padded))
     return "\n".join(line.rstrip() for line in text)
 
 
@@ -106,6 +135,7 @@ def clip_benchmark(scores: dict[str, float], data: str, run: Path) -> list[dict]
 
     `dataset` is `data/split`, followed by the kind of classes if a task has several; `model` is
     "ito", `pretrained` the run. `clip_benchmark build *.json` combines them with others in a table.
+    Recall is by its rule: only an item's own captions are right (`clip_benchmark_recall`).
     Zero-shot scores use the names without a prompt; clip_benchmark's use the mean of many prompts.
     """
     found = []
@@ -118,9 +148,9 @@ def clip_benchmark(scores: dict[str, float], data: str, run: Path) -> list[dict]
 
     for split in dict.fromkeys(name.split("/")[0] for name in scores if "/" in name):
         name = f"{data}/{split}"
-        recall = {f"image_retrieval_recall@{k}": f"{split}/t2i/R@{k}" for k in KS}
-        recall |= {f"text_retrieval_recall@{k}": f"{split}/i2t/R@{k}" for k in KS}
-        add(name, "zeroshot_retrieval", recall)
+        recall = [f"{way}_retrieval_recall@{k}" for way in ("image", "text") for k in KS]
+        metrics = {key: f"{split}/clip_benchmark/{key}" for key in recall}
+        add(name, "zeroshot_retrieval", metrics)
         for kind in ("names", "groups", "subgroups"):
             key = f"{split}/zero_shot/{kind}"
             metrics = {"acc1": "top1", "acc5": "top5", "mean_per_class_recall": "mean_per_class"}

@@ -8,13 +8,14 @@ import torch
 from torch import Tensor
 
 from ..distributed import global_row_numbers, same_on_every_rank
-from ..similarity.spec import check_tensor
+from ..similarity.spec import check_ids, check_tensor
 from .batch import Names, check_arguments
 from .common import check_choice
+from .equal_captions import fusion_without_equal, pooled
 from .infonce import infonce
 from .options import Options
 
-ITO, FUSED = Names("image_views", "text"), Names("fused_views", "fused_views")
+ITO, FUSED = Names("image_views", "text"), Names("fused_views", "fused_views", "fusion_scale")
 
 
 @same_on_every_rank(stacked=("image_views", "text", "fused_views"))
@@ -26,6 +27,10 @@ def ito_loss(
     *,
     lambda_fusion: float = 2.0,
     denominator: str = "pair",
+    fusion_scale: float | Tensor | None = None,
+    caption_ids: Tensor | None = None,
+    fused_ids: Tensor | None = None,
+    equal_ids: str = "positive",
     group=None,
     chunk_size: int | None = None,
     backend: str | None = None,
@@ -39,6 +44,16 @@ def ito_loss(
     L_fusion:          L_out over the F·N fused embeddings without self pairs. The positives are the
                        pairs of the same item. At F = 2 this is NT-Xent.
 
+    With `caption_ids` t, captions of different items may be equal:
+
+    "pair":   text j is a positive of image i if t_cj = t_ci, and image j of text i.
+    "pooled": caption (c, j) is a positive of the images of item i if t_cj is one of t_1i … t_Ci,
+              and these images of it.
+    L_fusion: the positives are the pairs of items with equal `fused_ids`.
+
+    With equal_ids="ignore" these pairs, unless of the same item, are left out: they are neither
+    positives nor candidates.
+
     All features are L2-normalised.
 
     Args:
@@ -48,6 +63,12 @@ def ito_loss(
             is 0. If given with lambda_fusion = 0, L_fusion is reported without gradient.
         logit_scale: the multiplier itself, shared by all terms: a number or a 0-d tensor.
         denominator: "pair" or "pooled", the form of L_align.
+        fusion_scale: the multiplier of L_fusion, if it has its own: a number or a 0-d tensor.
+        caption_ids: integers of the shape of `text` without D; equal ids are equal captions. A
+            negative id marks a caption that is missing: it is no anchor and no candidate. "pair"
+            leaves out its image in that caption's softmax, "pooled" an image without any caption.
+        fused_ids: (N,) integers, by default the first of `caption_ids`. A negative id is padding.
+        equal_ids: "positive" or "ignore", what equal ids of different items mean.
         group, chunk_size, backend: as in `multi_positive_infonce`.
 
     Returns:
@@ -57,10 +78,13 @@ def ito_loss(
         TypeError, ValueError: an argument is invalid. The message names it.
 
     Source: "Images and Texts as One", arXiv 2603.02767, with two views and denominator="pair".
+    Equal captions and `fusion_scale` are not in it.
     """
     check_choice("denominator", denominator, ("pair", "pooled"))
+    check_choice("equal_ids", equal_ids, ("positive", "ignore"))
     views = _check_views("image_views", image_views, "V")
-    if check_tensor("text", text).ndim == 2:
+    text_shape = tuple(check_tensor("text", text).shape[:-1])
+    if text.ndim == 2:
         text = text.unsqueeze(0)
     captions = _check_views("text", text, "C", like=views)
     if (
@@ -71,44 +95,82 @@ def ito_loss(
         raise ValueError(f"lambda_fusion must be a number of at least 0, got {lambda_fusion!r}")
     shared = group, chunk_size, backend
     args = check_arguments(views[0], captions[0], logit_scale, *shared, names=ITO)
-    if args.scale.ndim:
-        raise ValueError(
-            f"logit_scale must be a number or a 0-d tensor, got shape {tuple(args.scale.shape)}"
-        )
+    _check_one_number("logit_scale", args.scale)
+    n, device = views.shape[1], views.device
+    if caption_ids is not None:
+        caption_ids = _check_caption_ids(caption_ids, text_shape, device)
     fused = None
     if fused_views is None:
         if lambda_fusion > 0:
             raise ValueError(f"fused_views is needed for lambda_fusion = {lambda_fusion}")
+        for name, value in (("fusion_scale", fusion_scale), ("fused_ids", fused_ids)):
+            if value is not None:
+                raise ValueError(f"{name} needs fused_views, which is missing")
     else:
         fused_views = _check_views("fused_views", fused_views, "F", like=views, any_width=True)
         if len(fused_views) < 2:
             raise ValueError(f"fused_views must hold at least 2 views, got {len(fused_views)}")
         h = fused_views.flatten(0, 1)
-        fused = check_arguments(h, h, args.scale, *shared, names=FUSED)
-    items = global_row_numbers(views.shape[1], group, views.device)
+        scale = args.scale if fusion_scale is None else fusion_scale
+        fused = check_arguments(h, h, scale, *shared, names=FUSED)
+        _check_one_number("fusion_scale", fused.scale)
+        if fused_ids is not None:
+            fused_ids = check_ids("fused_ids", fused_ids, n, "fused_views", device)
+        elif caption_ids is not None:
+            fused_ids = caption_ids[0]
+    items = global_row_numbers(n, group, device)
 
     if denominator == "pair":
+        ids = [None] * len(captions) if caption_ids is None else caption_ids
         pairs = [
-            infonce(args._replace(queries=x, keys=y), Options()) for x in views for y in captions
+            infonce(
+                args._replace(queries=x, keys=y, query_ids=t, key_ids=t),
+                Options(equal_ids=equal_ids),
+            )
+            for x in views
+            for y, t in zip(captions, ids, strict=True)
         ]
         align = torch.stack(pairs).mean()
-    else:
-        pooled = args._replace(
+    elif caption_ids is None or (equal_ids == "positive" and len(captions) == 1):
+        ids = items if caption_ids is None else caption_ids[0]
+        flat = args._replace(
             queries=views.flatten(0, 1),
             keys=captions.flatten(0, 1),
-            query_ids=items.repeat(len(views)),
-            key_ids=items.repeat(len(captions)),
+            query_ids=ids.repeat(len(views)),
+            key_ids=ids.repeat(len(captions)),
         )
-        align = infonce(pooled, Options())
+        align = infonce(flat, Options())
+    else:
+        align = pooled(args, views, captions, caption_ids, equal_ids)
 
     if fused is None:
         return align, {"align": align, "fusion": torch.zeros_like(align)}
-    ids = items.repeat(len(fused_views))
     with torch.set_grad_enabled(torch.is_grad_enabled() and lambda_fusion > 0):
-        fused = fused._replace(query_ids=ids, key_ids=ids)
-        fusion = infonce(fused, Options(symmetric=False, exclude_self=True))
+        if equal_ids == "ignore" and fused_ids is not None:
+            fusion = fusion_without_equal(fused, fused_views, fused_ids)
+        else:
+            ids = (items if fused_ids is None else fused_ids).repeat(len(fused_views))
+            fused = fused._replace(query_ids=ids, key_ids=ids)
+            fusion = infonce(fused, Options(symmetric=False, exclude_self=True))
     total = align + lambda_fusion * fusion if lambda_fusion > 0 else align
     return total, {"align": align, "fusion": fusion}
+
+
+def _check_one_number(name: str, scale: Tensor) -> None:
+    if scale.ndim:
+        raise ValueError(f"{name} must be a number or a 0-d tensor, got shape {tuple(scale.shape)}")
+
+
+def _check_caption_ids(ids: object, shape: tuple[int, ...], device: torch.device) -> Tensor:
+    """The ids as int64 (C, N)."""
+    ids = check_tensor("caption_ids", ids, "a tensor of integers")
+    if tuple(ids.shape) != shape:
+        raise ValueError(
+            f"caption_ids must have shape {shape}, one id for each caption of text, got"
+            f" {tuple(ids.shape)}"
+        )
+    flat = check_ids("caption_ids", ids.reshape(-1), ids.numel(), "text", device)
+    return flat.view(-1, shape[-1])
 
 
 def _check_views(

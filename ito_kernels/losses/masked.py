@@ -21,7 +21,8 @@ class Mask(NamedTuple):
     backward.
 
     row_ids, col_ids: a pair with a negative id is left out. Equal ids are positives; without ids
-        the positive of row i is column i + diagonal.
+        the positive of row i is column i + diagonal. Of rows with several ids, (N, K), each may be
+        equal; a row is left out if all are negative.
     row_limit, col_limit: for the direction of the rows or of the columns, negatives with an inner
         product above it are left out.
     guide: features of rows and columns, (N, E) and (M, E). The limits compare their inner products
@@ -80,7 +81,7 @@ class Mask(NamedTuple):
             listed.scatter_(0, torch.where(in_panel, position, size), True)
             masked.append(listed[:-1].view(dot.shape))
         if self.row_ids is not None:
-            ids = self.row_ids[rows, None]
+            ids = self.row_ids[rows].view(len(rows), -1).amax(1, keepdim=True)
             masked.append((ids < 0) | (self.col_ids < 0))
         if self.exclude_self:
             masked.append(self._diagonal(rows, dot))
@@ -98,7 +99,11 @@ class Mask(NamedTuple):
         if self.pairs is not None:
             return None
         if self.row_ids is not None:
-            return self.row_ids[rows, None] == self.col_ids
+            first, *more = self.row_ids[rows].view(len(rows), -1, 1).unbind(1)
+            equal = first == self.col_ids
+            for ids in more:
+                equal |= ids == self.col_ids
+            return equal
         return self._diagonal(rows, dot)
 
     def _diagonal(self, rows: Tensor, dot: Tensor) -> Tensor:

@@ -60,6 +60,7 @@ class Scores:
         product above its limit are left out.
     guide: (N, E) and (M, E), constants. The limits apply to their inner products.
     boost: α. S has the further term α·queries·keysᵀ, without gradient. See `boosted`.
+    query_sets: (N, K), several ids of each query, which `masked_statistics` takes instead of one.
 
     With a group, all tensors hold this rank's rows; counts and sums are over the global batch. The
     results of the primitive are cached. One call computes both directions where it can.
@@ -77,6 +78,7 @@ class Scores:
     col_limit: Tensor | None = None
     guide: tuple[Tensor, Tensor] | None = None
     boost: float = 0.0
+    query_sets: Tensor | None = None
     _pass_cache: dict = field(init=False, default_factory=dict)
 
     @property
@@ -305,7 +307,7 @@ class Scores:
             a, b = (x + 0 * g.sum(1, keepdim=True) for x, g in zip((a, b), guide, strict=True))
         a, b = to_accumulate_dtype(a), to_accumulate_dtype(batch.all_gather_rows(b))
         mask = Mask(
-            row_ids,
+            row_ids if self.query_sets is None else self.query_sets,
             col_ids,
             self.row_limit,
             pairs=pairs,

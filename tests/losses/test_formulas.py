@@ -291,6 +291,9 @@ def test_modules_are_their_functions():
         ik.ItoLoss(1.0, "pooled")(images, z, fused, scale)[0]
         == (ik.ito_loss(images, z, fused, scale, lambda_fusion=1.0, denominator="pooled")[0])
     )
+    ids = {"caption_ids": labels, "fused_ids": labels // 2, "fusion_scale": 5.0}
+    of_ids = ik.ItoLoss(equal_ids="ignore")(images, z, fused, scale, **ids)
+    assert of_ids == ik.ito_loss(images, z, fused, scale, equal_ids="ignore", **ids)
 
 
 def test_numbers_of_numpy_are_numbers():

@@ -235,7 +235,8 @@ def test_ranks_that_are_none(module):
         (ik.NTXentLoss(), "NTXentLoss(temperature=0.5, group=None, chunk_size=None)"),
         (
             ik.ItoLoss(),
-            "ItoLoss(lambda_fusion=2.0, denominator='pair', group=None, chunk_size=None)",
+            "ItoLoss(lambda_fusion=2.0, denominator='pair', group=None, chunk_size=None, "
+            "equal_ids='positive')",
         ),
         (
             lightly.NTXentLoss(0.5, (4, 3)),

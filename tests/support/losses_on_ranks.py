@@ -53,6 +53,14 @@ def ito(x, y, s, b, r, denominator, **o):
     return ik.ito_loss(views, torch.stack([y, x + y]), fused, s, denominator=denominator, **o)[0]
 
 
+def equal(x, y, s, b, r, captions=2, **o):
+    """The ids of items in the fusion are others than those of captions."""
+    text, ids = torch.stack([y, x + y])[:captions], torch.stack([IDS[r], OTHER_IDS[r]])[:captions]
+    views, fused = torch.stack([x, y, x - y]), torch.stack([x, y])
+    options = {"caption_ids": ids, "fused_ids": OTHER_IDS[r], "fusion_scale": 1 - b}
+    return ik.ito_loss(views, text, fused, s, **options, **o)[0]
+
+
 def other_towers(x, y, s, b, r, **o):
     """Queries and keys of different towers, self left out in both directions."""
     return ik.multi_positive_infonce(x, y, s, **ids(r), exclude_self=True, **o)
@@ -233,6 +241,15 @@ LOSSES = {
     ),
     "ito pair": partial(ito, denominator="pair"),
     "ito pooled": partial(ito, denominator="pooled"),
+    "ito, equal captions": partial(equal, denominator="pair"),
+    "ito, equal captions left out": partial(equal, denominator="pair", equal_ids="ignore"),
+    "ito pooled, equal captions": partial(equal, denominator="pooled"),
+    "ito pooled, equal captions left out": partial(
+        equal, denominator="pooled", equal_ids="ignore"
+    ),
+    "ito pooled, one caption, equal left out": partial(
+        equal, captions=1, denominator="pooled", equal_ids="ignore"
+    ),
     "multi head": lambda x, y, s, b, r, **o: ik.multi_head_loss(
         ik.decoupled_contrastive_loss,
         *(torch.stack([z, z.flip(1)]) for z in (x, y)),

@@ -47,6 +47,7 @@ class Made(NamedTuple):
 
 X, Y, Z = (Made(lambda at, i=i: at[i]) for i in range(3))
 XYZ = Made(lambda at: [at.x, at.y, at.z])
+ONE_VIEW = Made(lambda at: at.x[None])
 XY = Made(lambda at: torch.stack([at.x, at.y]))
 SCALES = Made(lambda at: at.scale)
 SCALE_PER_ROW = Made(lambda at: at.scale * row_weights(at))
@@ -59,6 +60,7 @@ PAIRS = Made(lambda at: torch.stack([at.rows, (at.rows * 5) % at.total], 1))
 PRIORS = Made(lambda at: 0.1 * row_weights(at))
 SHARES = Made(lambda at: row_weights(at) / 2)
 PADDED = Made(lambda at: at.rows // 2 - 3)
+SETS = Made(lambda at: torch.stack([at.rows // 2, at.rows // 3]))
 QUEUE = {
     "queue": Made(lambda at: torch.linspace(-1, 1, 7 * at.z.shape[1]).view(7, -1).to(at.z.dtype)),
     "queue_ids": torch.arange(7),
@@ -108,6 +110,11 @@ def global_contrastive(temperature: Made, **options) -> Row:
 
 def ranking(scale=SCALES, **options) -> Row:
     return pair("test_retrieval.py::test_directions", Z, scale=scale, **options)
+
+
+def ito(views: Made = XY, text: Made = Z, **options) -> Row:
+    test = "test_equal_captions.py::test_formula"
+    return row(test, views, text, XY, SCALES, value=lambda found: found[0], **options)
 
 
 ALL_DIRECTIONS = ("query_to_doc", "query_to_query", "doc_to_query", "doc_to_doc")
@@ -253,6 +260,24 @@ ROWS = {
             lambda_fusion=1.0,
             denominator="pooled",
             value=lambda found: found[0],
+        ),
+        "caption_ids": ito(caption_ids=IDS),
+        'caption_ids, equal_ids="ignore", fusion_scale': ito(
+            caption_ids=IDS, equal_ids="ignore", fusion_scale=5.0
+        ),
+        'caption_ids, fused_ids, denominator="pooled"': ito(
+            ONE_VIEW, XY, denominator="pooled", caption_ids=SETS, fused_ids=PADDED
+        ),
+        'caption_ids, equal_ids="ignore", denominator="pooled"': ito(
+            denominator="pooled", equal_ids="ignore", caption_ids=IDS
+        ),
+        'caption_ids, fused_ids, equal_ids="ignore", denominator="pooled"': ito(
+            ONE_VIEW,
+            XY,
+            denominator="pooled",
+            equal_ids="ignore",
+            caption_ids=SETS,
+            fused_ids=PADDED,
         ),
     },
     "decoupled_contrastive_loss": {

@@ -7,7 +7,8 @@ from PIL import Image
 
 NAMES = ["red", "green", "blue", "old", "new", "big", "tiny", "wet", "dry", "hot", "cold", "round"]
 THINGS = ["cat", "dog", "sun", "moon", "tree", "boat"]
-TINY = "--width 32 --heads 2 --image-depth 1 --vocab-size 300 --context-length 8 --batch-size 16"
+TINY = "--image-size 32 --width 32 --heads 2 --image-depth 1 --vocab-size 300 --context-length 8"
+TINY += " --batch-size 16"
 QUICK = [*TINY.split(), "--steps", "6", "--log-every", "1", "--eval-every", "3"]
 
 

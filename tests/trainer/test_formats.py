@@ -596,7 +596,7 @@ def test_few_classes_are_on_both_sides_and_that_is_said(tmp_path):
         assert data.split.count("heldout") == 3
         told = report_shared_captions(data, data)
         assert told == "note       3 of 3 items of heldout have a caption that is trained on too"
-        told = report_equal_captions(summarise("jsonl", [data], cut=0))
+        told = report_equal_captions(summarise("jsonl", [data], cut=0), "positive")
         assert told.startswith("note       32 captions are equal to one of another item")
 
 

@@ -4,11 +4,13 @@ import json
 
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 from support import untrained_run
 
 from ito import export
 from ito.checkpoint import save_checkpoint
+from ito.data.pictures import square
 from ito.model.encoders import DualEncoder
 from ito.model.fusion import Fusion
 from ito.model.open_clip import export_open_clip
@@ -124,6 +126,25 @@ def test_open_clip_loads_the_folder(plain, tmp_path):
         (model.encode_text(ids), theirs.encode_text(ids, normalize=True)),
     ):
         torch.testing.assert_close(got, ours, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("fit", "mode"), [("crop", "shortest"), ("pad", "longest"), ("warp", "squash")]
+)
+def test_open_clip_makes_squares_as_the_run_did(plain, fit, mode, tmp_path):
+    """Its own preprocessing, where it is installed; pad and warp are equal to the bit."""
+    export_open_clip(*plain, tmp_path, fit)
+    about = json.loads((tmp_path / "open_clip_config.json").read_text())["preprocess_cfg"]
+    assert (about["resize_mode"], about["fill_color"]) == (mode, 255)
+    open_clip = pytest.importorskip("open_clip", reason="open_clip is not installed")
+    _, _, make = open_clip.create_model_and_transforms(f"local-dir:{tmp_path}")
+    coarse = torch.randint(0, 256, (5, 5, 3), generator=torch.Generator().manual_seed(0))
+    for size in ((96, 64), (64, 128), (50, 50), (192, 65)):
+        coarse_image = Image.fromarray(coarse.to(torch.uint8).numpy())
+        image = coarse_image.resize(size, Image.Resampling.BICUBIC)
+        want = (make(image) + 1).mul(127.5).permute(1, 2, 0).numpy()
+        off = abs(square(image, 32, fit=fit) - want)
+        assert off.max() <= 2.01, (fit, size)  # grey levels; crop only, where it scales first
 
 
 def test_the_command_exports_clip_s_towers_and_refuses_others(plain, tmp_path, capsys):

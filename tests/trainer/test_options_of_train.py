@@ -93,7 +93,11 @@ def test_skipped_pictures_are_counted_and_named(tmp_path, capsys):
             "slip does not take lambda_fusion, views",
         ),
         (train, "--train-data {data} --lock-text", "keeps the weights of --pretrained: name a run"),
-        (train, "--train-data {data} --pretrained {finished}", "has width 32, heads 2: give the"),
+        (
+            train,
+            "--train-data {data} --pretrained {finished}",
+            "has image_size 32, width 32, heads 2: give the",
+        ),
         (train, "--train-data {data} --accum-freq 65", "36 items cannot be cut into 65 parts"),
         (train, "--train-data {data} --device meta", "--device meta: training runs on cpu or cuda"),
         (train, "--resume {damaged}", "step_0000006.pt is damaged (File is not a zip file)"),

@@ -108,7 +108,7 @@ def test_what_a_function_is_given(data, file):
     assert again[2:5] == (item, step, drawn)
     assert second[4] != drawn
     # the items' numbers: their captions are those that the batch holds
-    _, ids, numbers = own.batch(0)
+    _, ids, numbers, _ = own.batch(0)
     assert numbers.tolist() == item
     tokenizer = Tokenizer.train([c for names in dataset.captions for c in names], 300, 8)
     for number, row in zip(item, ids.permute(1, 0, 2), strict=True):

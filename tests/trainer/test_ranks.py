@@ -40,6 +40,23 @@ OBJECTIVES = {
     "slip": {"objective": "slip"},
     "siglip": {"objective": "siglip"},
     "flair": {"objective": "flair", "captions": 3},
+    # items share captions, of 3 classes
+    "ito, equal captions": {"classes": 3, "captions": 2},
+    "ito, equal captions left out": {
+        "classes": 3,
+        "captions": 2,
+        "equal_captions": "ignore",
+        "denominator": "pooled",
+        "fusion_scale": "own",
+    },
+    "slip, equal captions": {"classes": 3, "objective": "slip"},
+    "siglip, equal captions": {"classes": 3, "objective": "siglip"},
+    "siglip, equal captions left out": {
+        "classes": 3,
+        "objective": "siglip",
+        "equal_captions": "ignore",
+    },
+    "flair, equal captions": {"classes": 3, "objective": "flair"},
 }
 
 
@@ -48,8 +65,11 @@ def data(tmp_path_factory):
     return write_set(tmp_path_factory.mktemp("data"), items=20)
 
 
-def make(data, ranks=None, **options):
+def make(data, ranks=None, classes=0, **options):
     dataset = load_dataset(data, 32)
+    if classes:  # a caption of its own, and one that other items have
+        own = enumerate(dataset.captions)
+        dataset.captions = [[names[0], f"kind {n % classes}"] for n, names in own]
     tokenizer = Tokenizer.train([c for names in dataset.captions for c in names], 270, 8)
     size = {"width": 16, "heads": 2, "image_size": 16, "load_size": 32, "batch_size": 15}
     return Trainer(Config(**size | options), dataset, tokenizer, CPU, torch.float32, ranks)
@@ -116,7 +136,7 @@ def test_batch_normalisation_over_ranks_is_torch_s_of_the_whole_batch():
 @pytest.mark.parametrize("size", [2, 3])
 def test_shares_are_the_batch_without_duplicates_or_drops(data, size):
     trainer = make(data, fusion_text="shuffled")
-    views, ids, _ = trainer.batch(1)
+    views, ids, *_ = trainer.batch(1)
     shares = []
     for rank in range(size):
         trainer.ranks.rank, trainer.ranks.size = rank, size

@@ -53,7 +53,7 @@ def test_64_samples_overfit(tmp_path):
         images = embed_images(trainer.model, dataset.images)
         texts = embed_texts(trainer.model, tokenizer([names[0] for names in dataset.captions]))
         item = torch.arange(64)
-        scores = retrieval(images, texts, item, item)
+        scores = retrieval(images, texts, item, torch.stack([item, item], 1))
         return scores["i2t/R@1"], scores["t2i/R@1"]
 
     assert max(recall()) < 0.15
@@ -70,7 +70,7 @@ def test_the_loss_is_that_of_the_method(data, options):
     tokenizer = Tokenizer.train([c for names in dataset.captions for c in names], 300, 8)
     config = Config(width=32, heads=2, batch_size=6, **options)
     trainer = Trainer(config, dataset, tokenizer, CPU, torch.float32)
-    rows, ids = trainer.batches.choose(0)
+    rows, ids, _ = trainer.batches.choose(0)
     images = torch.randn(*rows.shape, 3, 32, 32)
     step = Step(1, 0.0, torch.arange(6), torch.Generator())
     loss, _ = trainer.backward(images, ids, step)
@@ -142,7 +142,7 @@ def test_batches_hold_distinct_items_whose_views_and_captions_differ(data):
     batches = Batches(dataset, tokenizer, config, Ranks(), CPU)
     seen = set()
     for step in range(3):  # 36 training items: one pass
-        rows, ids = batches.choose(step)
+        rows, ids, _ = batches.choose(step)
         assert rows.shape == (3, 12)
         items = dataset.image_item[rows]
         assert (items == items[0]).all()
@@ -163,9 +163,9 @@ def test_batches_hold_distinct_items_whose_views_and_captions_differ(data):
     ]
     assert not torch.equal(*passes)  # each in an order of its own
     assert torch.equal(passes[0].sort().values, passes[1].sort().values)
-    again = batches.choose(1)
+    again = batches.choose(1)[:2]
     batches.choose(2)
-    assert all(torch.equal(a, b) for a, b in zip(again, batches.choose(1), strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(again, batches.choose(1)[:2], strict=True))
 
 
 # --- runs ---
