@@ -187,8 +187,8 @@ def pictures(pretrained: str) -> tuple[str, str]:
         size = about.get("size")
         whole = isinstance(size, dict) and "height" in size and not about.get("do_center_crop")
         fit, bicubic = "warp" if whole else "crop", about.get("resample", 3) == 3
-    other = "" if bicubic else "the model's own pictures are not resized with bicubic interpolation"
-    return fit, other
+    other = "pictures are resized with bicubic interpolation, which the model's own were not"
+    return fit, "" if bicubic else other
 
 
 def body_state(parts: dict[str, nn.Module]) -> dict[str, Tensor]:
