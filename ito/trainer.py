@@ -266,8 +266,8 @@ class Trainer:
         other, ours = loaded.architecture, self.model.architecture
         if wrong := [f"{k} {other[k]}" for k in ours if other.get(k, ours[k]) != ours[k]]:
             raise ValueError(
-                f"--pretrained {self.config.pretrained} has {', '.join(wrong)}: give the same "
-                "options"
+                f"--pretrained {self.config.pretrained} has {', '.join(wrong)}: drop the options "
+                "that say otherwise"
             )
         for tower, weights in loaded.towers.items():
             getattr(self.model, tower).load_state_dict(weights)

@@ -35,6 +35,7 @@ OF_TOWERS = (
     "text_depth",
     "vocab_size",
 )
+OF_OWN_RUN = (*SIZES, *OF_TOWERS[2:], "heads", "load_size", "fit")
 
 
 @dataclass
@@ -110,13 +111,17 @@ def require_clip(pretrained: str, config: dict) -> None:
 
 
 def sizes(pretrained: str, given: dict) -> dict[str, int]:
-    """The values of options that a complete model decides; {} for a run with towers of ours.
+    """The values of options that the model decides; {} for a run with single towers of another
+    package, whose options must be given again.
 
-    given: the options of the command line. Raises ValueError naming those that contradict.
+    given: the options of the command line. Raises ValueError naming those that contradict a
+    complete model; `Trainer.start_from` compares those of an own run.
     """
     about = describe(pretrained) if package_of(pretrained) else exported(pretrained)
     if not (about.get("image_encoder") or {}).get("projected"):
-        return {}
+        if about.get("image_encoder") or about.get("text_encoder"):
+            return {}
+        return {name: about[name] for name in OF_OWN_RUN if about.get(name) is not None}
     if unfit := [name for name in OF_TOWERS if name in given]:
         raise ValueError(f"--pretrained {pretrained} does not take {', '.join(unfit)}")
     for name in ("width", "image_size"):
@@ -136,12 +141,13 @@ def sizes(pretrained: str, given: dict) -> dict[str, int]:
 
 
 def exported(run: str) -> dict:
-    """The architecture and `fit` of a run's exported model; {} if there is none."""
+    """The architecture, `load_size` and `fit` of a run's exported model; {} if there is none."""
     for path in (Path(run) / "model" / "config.json", Path(run) / "config.json"):
         if path.is_file():
             with undamaged(path):
                 about = json.loads(read_text(path))
-                return about.get("architecture", {}) | {"fit": about.get("fit", "crop")}
+                pictures = {"load_size": about.get("load_size"), "fit": about.get("fit", "crop")}
+                return about.get("architecture", {}) | pictures
     return {}
 
 

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import math
 import shutil
 
 import numpy as np
@@ -40,6 +41,25 @@ def pictures(size, width=None):
 
 
 # --- own runs, rates, presets ---
+
+
+def test_an_own_run_hands_on_its_sizes_and_scale(few, tmp_path):
+    where = ["--train-data", str(few), "--out"]
+    fit = ["--fit", "pad", "--lr", "0.02"]
+    first = train.main([*where, str(tmp_path / "first"), *QUICK, *fit])
+    second = [*where, str(tmp_path / "second"), "--pretrained", str(first)]
+    train.main([*second, "--steps", "1", "--lr", "1e-9", "--batch-size", "8", "--threads", "1"])
+    abouts = [
+        json.loads((tmp_path / run / "model/config.json").read_text())
+        for run in ("first", "second")
+    ]
+    for name in ("architecture", "load_size", "fit"):
+        assert abouts[0][name] == abouts[1][name]
+    before, after = (
+        load_file(tmp_path / run / "model/model.safetensors") for run in ("first", "second")
+    )
+    assert before["logit_scale"] != pytest.approx(math.log(1 / 0.07), abs=1e-4)
+    torch.testing.assert_close(after["logit_scale"], before["logit_scale"], atol=1e-6, rtol=0)
 
 
 def parsed(*words):
