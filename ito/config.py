@@ -16,6 +16,7 @@ from ito.data.shards import PIPE, URLS
 from ito.files import read_text, write_text
 from ito.model.fusion import READOUTS
 from ito.model.pretrained import IMAGE, OURS, TEXT, image_size, longest_text, split
+from ito.model.pretrained_dual import OF_TOWERS, package_of, sizes
 from ito.objectives import OBJECTIVES, OPTIONS, objective_class, user_file
 from ito.recipes import EMOJI_FULL, EMOJI_SMALL, PRESETS
 
@@ -263,7 +264,8 @@ class Config:
     pretrained: str | None = option(
         None,
         "model",
-        "run folder whose exported towers and tokenizer to start from (default: random weights)",
+        "model to start from, with its tokenizer and logit scale: open_clip:NAME, hf:NAME (a CLIP "
+        "or SigLIP), or a run folder (see docs/finetuning.md; default: random weights)",
         kind=str,
     )
     locked: str = option(
@@ -279,6 +281,13 @@ class Config:
         least=1,
     )
     lr: float = option(7e-4, "optimisation", "peak learning rate of AdamW", least=1e-9)
+    layer_decay: float = option(
+        1.0,
+        "optimisation",
+        "factor on the learning rate from each layer of the towers to the one below; 1: off",
+        least=1e-9,
+        most=1,
+    )
     weight_decay: float = option(1.0, "optimisation", "weight decay, on matrices only", least=0)
     warmup: float = option(
         0.05,
@@ -511,14 +520,15 @@ def from_options(options: argparse.Namespace, base: Config | None = None) -> Con
         name: tuple(value) if isinstance(value, list) else value
         for name, value in vars(options).items()
     }
-    for name in ("train_data", "val_data", "image_root", "pretrained"):
+    runs = () if package_of(given.get("pretrained") or "") else ("pretrained",)
+    for name in ("train_data", "val_data", "image_root", *runs):
         if given.get(name, EMOJI_SMALL) not in (None, EMOJI_SMALL, EMOJI_FULL):
             parts = given[name].split("::")
             parts = [p if p.startswith((PIPE, *URLS)) else str(Path(p).absolute()) for p in parts]
             given[name] = "::".join(parts)
     if parts := user_file(given.get("objective", Config.objective)):
         given["objective"] = f"{parts[0].absolute()}:{parts[1]}"
-    for name in ("image_encoder", "text_encoder"):
+    for name in ("image_encoder", "text_encoder", "pretrained"):
         kind, _, folder = given.get(name, OURS).partition(":")
         prefix = "local-dir:" if folder.startswith("local-dir:") else ""
         if folder and Path(folder.removeprefix(prefix)).is_dir():
@@ -532,8 +542,11 @@ def from_options(options: argparse.Namespace, base: Config | None = None) -> Con
     refuse_unfit(objective, [name for name in given if name in (*OPTIONS, *drawn)])
     name, _ = choose_preset(options)
     preset = fitting(PRESETS[name], plain)
+    if decided := plain.get("pretrained") and sizes(plain["pretrained"], plain):
+        preset = {key: preset[key] for key in preset if key not in OF_TOWERS} | decided
     kind = objective_class(objective)
-    augmentation = kind.photo_augmentation if name == "photos" else kind.augmentation
+    photos = name in ("photos", "finetune")
+    augmentation = kind.photo_augmentation if photos else kind.augmentation
     if not kind.fixed:
         augmentation = preset.get("augmentation", augmentation)
     augmentation = dataclasses.replace(augmentation, **drawn)
@@ -545,6 +558,8 @@ def choose_preset(options: argparse.Namespace) -> tuple[str, str]:
     given = vars(options)
     if preset := given.get("preset"):
         return preset, "--preset"
+    if package_of(given.get("pretrained") or ""):
+        return "finetune", f"--pretrained {given['pretrained']}"
     data = given.get("train_data", Config.train_data)
     if data in (EMOJI_SMALL, EMOJI_FULL) or is_emoji_set(data):
         return EMOJI_SMALL, "the data is an emoji set"

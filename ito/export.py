@@ -1,6 +1,7 @@
 """`python -m ito.export RUN`: export the dual encoder of a run's newest checkpoint.
 
-Writes the format that `ito.load` reads and, on request, two ONNX models and an open_clip folder.
+Writes the format that `ito.load` reads and, on request, two ONNX models, and a folder for open_clip
+or transformers.
 """
 
 import argparse
@@ -26,7 +27,15 @@ def main(arguments: list[str] | None = None) -> None:
         "--open-clip",
         type=Path,
         metavar="FOLDER",
-        help='also write a folder for open_clip\'s "local-dir:FOLDER"; the run needs --patch-size',
+        help='also write a folder for open_clip\'s "local-dir:FOLDER"; the run needs --patch-size '
+        "or --pretrained open_clip:NAME",
+    )
+    parser.add_argument(
+        "--hf",
+        type=Path,
+        metavar="FOLDER",
+        help="also write a folder for transformers' from_pretrained; the run needs --pretrained "
+        "hf:NAME",
     )
     with user_errors():
         options = parser.parse_args(arguments)
@@ -34,6 +43,8 @@ def main(arguments: list[str] | None = None) -> None:
         out = output_path("--out", options.out or run.model)
         if options.open_clip:
             output_path("--open-clip", options.open_clip)
+        if options.hf:
+            output_path("--hf", options.hf)
         state = load_checkpoint(run.checkpoints)
         with undamaged(run.checkpoints):
             model = DualEncoder(**state["architecture"])
@@ -53,10 +64,17 @@ def main(arguments: list[str] | None = None) -> None:
             from ito.model.open_clip import export_open_clip
 
             export_open_clip(model, tokenizer, options.open_clip, fit)
+        if options.hf:
+            from ito.model.hf import export_hf
+
+            bias = state.get("objective", {}).get("logit_bias")
+            export_hf(model, tokenizer, bias, options.hf, fit)
         onnx = " (safetensors and ONNX)" if options.onnx else ""
         print(f"exported step {step} to {out}{onnx}")
         if options.open_clip:
             print(f"exported step {step} to {options.open_clip} (open_clip)")
+        if options.hf:
+            print(f"exported step {step} to {options.hf} (transformers)")
 
 
 if __name__ == "__main__":

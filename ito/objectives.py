@@ -53,8 +53,8 @@ class Objective(nn.Module):
 
     `views` and `captions` are the default numbers per item. `options` are the options it takes that
     not every objective has. `augmentation` is the default, or, if `fixed`, the only one;
-    `photo_augmentation` that of the preset photos: two views must differ, or there is nothing to
-    learn from comparing them; one view is open_clip's crop.
+    `photo_augmentation` that of the presets photos and finetune: two views must differ, or there is
+    nothing to learn from comparing them; one view is open_clip's crop.
     `equal_captions` is the default of what equal captions of a batch's items are to each other.
     """
 
@@ -88,6 +88,12 @@ class Objective(nn.Module):
         logit_scale: the factor itself, not its logarithm.
         """
         raise NotImplementedError
+
+    @torch.no_grad()
+    def start_from(self, model: DualEncoder, logit_scale: float, logit_bias: float | None) -> None:
+        """Take over the scale of the model that `--pretrained` names, as its logarithm, and its
+        bias, if it has one."""
+        model.logit_scale.fill_(logit_scale)
 
     @torch.no_grad()
     def clamp(self) -> None:
@@ -169,6 +175,14 @@ class Sigmoid(Objective):
         super().__init__(config, model)
         self.logit_bias = nn.Parameter(torch.tensor(-10.0))
         nn.init.constant_(model.logit_scale, math.log(10))
+
+    @torch.no_grad()
+    def start_from(self, model, logit_scale, logit_bias):
+        """Takes both or neither: with the scale of a softmax, up to 100, and a bias of -10 nearly
+        every pair would count as a positive one."""
+        if logit_bias is not None:
+            super().start_from(model, logit_scale, logit_bias)
+            self.logit_bias.fill_(logit_bias)
 
 
 class SigLip(Sigmoid):
@@ -453,6 +467,12 @@ class Ito(Objective):
         if self.config.lambda_schedule != "constant":
             terms["lambda"] = torch.tensor(weight)
         return total, terms
+
+    @torch.no_grad()
+    def start_from(self, model, logit_scale, logit_bias):
+        super().start_from(model, logit_scale, logit_bias)
+        if self.logit_scale is not None:
+            self.logit_scale.fill_(logit_scale)
 
     @torch.no_grad()
     def clamp(self):

@@ -33,10 +33,19 @@ CC12M_VITB16 = YFCC_VITB16 | {
     "steps": 30 * 10_968_539 // 2048,
     "warmup": 10_000 / (30 * 10_968_539 // 2048),
 }
+# For a pretrained model. The factor per layer is that of MAE's fine-tuning (He et al. 2022, table
+# 9), the weight decay that of the recipes above. Augmentation: `Objective.photo_augmentation`.
+FINETUNE = {
+    "lr": 1e-5,
+    "warmup": 0.05,
+    "weight_decay": 0.1,
+    "layer_decay": 0.75,
+}
 PRESETS = {
     "emoji-small": {},
     "emoji-full": {"train_data": EMOJI_FULL},
     "photos": PHOTOS,
     "cc12m-vitb16": CC12M_VITB16,
     "yfcc15m-vitb16": YFCC_VITB16,
+    "finetune": FINETUNE,
 }

@@ -24,8 +24,9 @@ from ito.config import Config, add_options, choose_preset, from_options
 from ito.data.dataset import Dataset
 from ito.data.fields import Skipped
 from ito.files import undamaged, write_text
-from ito.model.exported import Encoder, export, load, saved_tokenizer
-from ito.model.pretrained import OURS, load_tokenizer
+from ito.model.exported import export, load, saved_tokenizer
+from ito.model.pretrained import OURS, described_encoders, encoders, load_tokenizer
+from ito.model.pretrained_dual import Loaded, load_dual, package_of
 from ito.model.tokenizer import Tokenizer, lost_share, report_cut
 from ito.objectives import user_file
 from ito.precision import choose_precision
@@ -126,8 +127,9 @@ def run_options(parser: argparse.ArgumentParser) -> None:
         "--preset",
         choices=tuple(PRESETS),
         help="values of options that are not given: of the default run, the full emoji set, "
-        "photographs, or the ITO paper's recipes (default: emoji-small for emoji sets, photos for "
-        "other --train-data)",
+        "photographs, the ITO paper's recipes, or of fine-tuning (default: finetune with "
+        "--pretrained open_clip:NAME or hf:NAME; emoji-small for emoji sets, photos for other "
+        "--train-data)",
     )
     group.add_argument("--cache", type=Path, help="folder of prepared data (default: ~/.cache/ito)")
     group.add_argument(
@@ -213,6 +215,29 @@ def choose_device(name: str | None, saved: str | None, ranks: Ranks) -> torch.de
     return device
 
 
+def load_pretrained(config: Config) -> Loaded:
+    """What `--pretrained` names: another package's model, or the exported model of a run, with the
+    bias of its objective if that is the same, which only its checkpoint holds."""
+    if package_of(config.pretrained):
+        loaded = load_dual(config.pretrained, config.context_length)
+        print(f"pretrained {config.pretrained}")
+        if loaded.note:
+            print(f"note       {loaded.note}")
+        return loaded
+    encoder, run = load(config.pretrained), RunFolder(config.pretrained)
+    print(f"pretrained {config.pretrained}, step {encoder.step}")
+    bias = None
+    if checkpoints(run.checkpoints) and run.read_config().objective == config.objective:
+        bias = load_checkpoint(run.checkpoints)["objective"].get("logit_bias")
+    return Loaded(
+        architecture=encoder.model.architecture,
+        towers={name: getattr(encoder.model, name).state_dict() for name in ("image", "text")},
+        logit_scale=encoder.model.logit_scale.item(),
+        logit_bias=None if bias is None else bias.item(),
+        tokenizer=encoder.tokenizer,
+    )
+
+
 TIMED = 3  # steps after the first, which is slower, that tell how long the run will take
 HASHED_CAPTIONS = 10_000  # of a stream, to find out whether it has changed
 
@@ -249,7 +274,7 @@ class Run:
             print("preset     {}: {}".format(*choose_preset(options)))
         self.print_setup(machine)
 
-        pretrained = load(config.pretrained) if config.pretrained and not state else None
+        pretrained = load_pretrained(config) if config.pretrained and not state else None
         self.tokenizer = self.choose_tokenizer(state, pretrained)
         overlap = None if config.stream else count_overlap(train_data, eval_data)
         self.facts = self.count_data(overlap)
@@ -260,7 +285,13 @@ class Run:
         for told in (report_overlap(overlap or {}, eval_data), report_test(eval_data)):
             if told:
                 print(told)
-        self.trainer = Trainer(config, train_data, self.tokenizer, self.device, self.dtype, ranks)
+        if state:  # the original weights are needed no more
+            described = described_encoders(state["architecture"])
+        else:
+            described = pretrained and encoders(config, pretrained.architecture)
+        self.trainer = Trainer(
+            config, train_data, self.tokenizer, self.device, self.dtype, ranks, described
+        )
         if self.compile:
             compile_towers(self.trainer.model, self.trainer.objective)
         self.print_warnings()
@@ -270,7 +301,7 @@ class Run:
         elif options.resume:
             print(f"resume     {folder} has no checkpoint: it starts again")
         if pretrained:
-            self.trainer.start_from(pretrained.model, config.pretrained)
+            self.trainer.start_from(pretrained)
 
     # --- set-up ---
 
@@ -321,7 +352,7 @@ class Run:
         for name, value in machine.items():
             print(f"{name:10} {value}")
 
-    def choose_tokenizer(self, state: dict | None, pretrained: Encoder | None) -> Tokenizer:
+    def choose_tokenizer(self, state: dict | None, pretrained: Loaded | None) -> Tokenizer:
         """The checkpoint's, that of --pretrained, the text encoder's, or a new one."""
         config = self.config
         captions = self.captions()
@@ -329,7 +360,6 @@ class Run:
             tokenizer = saved_tokenizer(state, self.files)
         elif pretrained:
             tokenizer = pretrained.tokenizer
-            print(f"pretrained {config.pretrained}, step {pretrained.step}")
         elif config.text_encoder != OURS:
             tokenizer = load_tokenizer(config)
         else:

@@ -12,7 +12,9 @@ from ito.config import Config
 from ito.data.augment import augment
 from ito.data.dataset import Dataset
 from ito.model.encoders import DualEncoder
+from ito.model.layers import depths
 from ito.model.pretrained import encoders, load_weights
+from ito.model.pretrained_dual import Loaded
 from ito.model.tokenizer import Tokenizer
 from ito.objectives import MAX_LOGIT_SCALE, Step, Terms, objective_class
 from ito.ranks import Ranks, normalise_globally
@@ -36,6 +38,8 @@ class Trainer:
         data: a data set in memory, or this rank's stream.
         dtype: of autocast, bfloat16 or float32.
         ranks: the processes that share the batch; one process by default.
+        described: the image_encoder and text_encoder of a model whose weights will be loaded, by
+            `load` or `start_from`; None: those of the configuration, whose weights are loaded here.
 
     Raises ValueError if the batch has fewer items than ranks times micro-batches.
     """
@@ -48,6 +52,7 @@ class Trainer:
         device: torch.device,
         dtype: torch.dtype,
         ranks: Ranks | None = None,
+        described: dict | None = None,
     ):
         self.config, self.device, self.dtype = config, device, dtype
         self.ranks = ranks or Ranks()
@@ -64,9 +69,10 @@ class Trainer:
             image_width=config.image_width,
             image_heads=config.image_heads,
             patch_size=config.patch_size,
-            **encoders(config),
+            **described or encoders(config),
         )
-        load_weights(self.model, config)
+        if described is None:
+            load_weights(self.model, config)
         self.model.to(device, memory_format=torch.channels_last)
         self.locked = self.model.lockable(config.locked).requires_grad_(False)
         normalise_globally(self.model, self.ranks.group)
@@ -74,11 +80,9 @@ class Trainer:
 
         parameters = [*self.model.parameters(), *self.objective.parameters()]
         self.parameters = [p for p in parameters if p.requires_grad]
+        groups, self.rates = self.parameter_groups()
         self.optimizer = torch.optim.AdamW(
-            [
-                {"params": [p for p in self.parameters if p.ndim >= 2]},
-                {"params": [p for p in self.parameters if p.ndim < 2], "weight_decay": 0.0},
-            ],
+            groups,
             lr=config.lr,
             betas=(0.9, 0.98),
             eps=1e-6,
@@ -94,9 +98,28 @@ class Trainer:
                 f"a batch of {self.batches.size} items cannot be cut into {parts} parts: "
                 f"{self.ranks.size} ranks x {config.accum_freq} micro-batches (--accum-freq)"
             )
+        self.scale_limit = MAX_LOGIT_SCALE
         self.loader = one_thread_loader()
         self.ahead: dict[int, Future] = {}  # the next batch, by its number
         self.input_seconds = self.loader_seconds = self.seconds = 0.0
+
+    def parameter_groups(self) -> tuple[list[dict], list[float]]:
+        """AdamW's groups, and the factor of each on the learning rate.
+
+        Only matrices decay. With `layer_decay` below 1 each depth of the towers has two groups, the
+        top first; what is no part of a tower has the full rate.
+        """
+        decay, depth = self.config.layer_decay, {}
+        if decay < 1:
+            depth = depths(self.model.image) | depths(self.model.text)
+        groups: dict[tuple[int, bool], list[nn.Parameter]] = {}
+        for parameter in self.parameters:
+            key = (depth.get(parameter, 0), parameter.ndim < 2)
+            groups.setdefault(key, []).append(parameter)
+        keys = sorted(groups)
+        plain = {False: {}, True: {"weight_decay": 0.0}}
+        found = [{"params": groups[key]} | plain[key[1]] for key in keys]
+        return found, [decay ** key[0] for key in keys]
 
     def step(self, number: int) -> dict[str, float]:
         """One optimizer step; `number` counts from 0. Returns what to log.
@@ -119,11 +142,12 @@ class Trainer:
         self.ranks.average_grads(self.parameters)
         grad_norm = nn.utils.clip_grad_norm_(self.parameters, self.config.grad_clip)
         lr = self.learning_rate(number)
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
+        for group, rate in zip(self.optimizer.param_groups, self.rates, strict=True):
+            group["lr"] = lr * rate
         self.optimizer.step()
         with torch.no_grad():
-            self.model.logit_scale.clamp_(0, MAX_LOGIT_SCALE)
+            self.model.logit_scale.clamp_(0, self.scale_limit)
+        self.limit_scale()
         self.objective.clamp()
 
         logged = {
@@ -234,16 +258,26 @@ class Trainer:
         progress = (number - warmup) / (self.config.steps - warmup)
         return self.config.lr * 0.5 * (1 + math.cos(math.pi * progress))
 
-    def start_from(self, model: DualEncoder, name: str) -> None:
-        """Copy the towers' weights from `model`, which `--pretrained` names.
+    def start_from(self, loaded: Loaded) -> None:
+        """Copy the weights that `--pretrained` names: both towers, the logit scale and bias.
 
         Raises ValueError if the architectures differ.
         """
-        other, ours = model.architecture, self.model.architecture
-        if wrong := [f"{key} {other.get(key)}" for key in ours if other.get(key) != ours[key]]:
-            raise ValueError(f"--pretrained {name} has {', '.join(wrong)}: give the same options")
-        for tower in ("image", "text"):
-            getattr(self.model, tower).load_state_dict(getattr(model, tower).state_dict())
+        other, ours = loaded.architecture, self.model.architecture
+        if wrong := [f"{k} {other[k]}" for k in ours if other.get(k, ours[k]) != ours[k]]:
+            raise ValueError(
+                f"--pretrained {self.config.pretrained} has {', '.join(wrong)}: drop the options "
+                "that say otherwise"
+            )
+        for tower, weights in loaded.towers.items():
+            getattr(self.model, tower).load_state_dict(weights)
+        self.objective.start_from(self.model, loaded.logit_scale, loaded.logit_bias)
+        self.limit_scale()
+
+    def limit_scale(self) -> None:
+        """A pretrained model's scale may be above the limit, as SigLIP's 117: it may then only
+        fall."""
+        self.scale_limit = max(MAX_LOGIT_SCALE, self.model.logit_scale.item())
 
     def state(self) -> dict:
         return {
@@ -255,6 +289,7 @@ class Trainer:
     def load(self, state: dict) -> None:
         for name in ("model", "objective", "optimizer"):
             getattr(self, name).load_state_dict(state[name])
+        self.limit_scale()
 
 
 def one_thread_loader() -> ThreadPoolExecutor:

@@ -1,7 +1,8 @@
 """A run's dual encoder as open_clip loads it: `create_model_and_transforms("local-dir:FOLDER")`.
 
 open_clip has CLIP's towers, so only runs with these can be written for it: those with
-`--patch-size`, as the vitb16 presets set it. Towers with a CNN stem, whose CLS token starts at the
+`--patch-size`, as the vitb16 presets set it, and those that began with `--pretrained open_clip:`,
+which are written as that model was. Towers with a CNN stem, whose CLS token starts at the
 mean of the patches and whose text embedding is the mean of its tokens, do not exist in open_clip
 (v3.3.0) and are refused; export them to ONNX.
 """
@@ -15,8 +16,10 @@ from torch import Tensor
 from ito.data.augment import MEAN, STD
 from ito.files import write_atomically, write_text
 from ito.model.encoders import DualEncoder
+from ito.model.hf import write_tokenizer
 from ito.model.tokenizer import BOS, EOT, PAD, Tokenizer
 
+CONFIG = "open_clip_config.json"
 RESIZE_MODE = {"crop": "shortest", "pad": "longest", "warp": "squash"}  # open_clip's names
 
 
@@ -25,30 +28,63 @@ def export_open_clip(
 ) -> None:
     """Write the weights, open_clip's configuration and a Hugging Face tokenizer to `out`.
 
+    CLIP's own tokenizer, of most models of `--pretrained open_clip:`, needs no file.
     fit: how a picture becomes a square; see `ito.config.Config`.
 
     Raises ValueError if open_clip cannot express the towers.
     """
     about = model.architecture
+    towers = (about["image_encoder"] or {}, about["text_encoder"] or {})
+    if all(tower.get("projected") and tower["name"] == "open_clip" for tower in towers):
+        write_weights(pretrained_state_dict(model), out)
+        write_text(
+            out / CONFIG, json.dumps(pretrained_configuration(towers[0], fit), indent=2) + "\n"
+        )
+        if "tokenizer_files" in towers[1]:
+            write_tokenizer(tokenizer, towers[1]["tokenizer_files"], out)
+        return
     if about["patch_size"] is None or about["image_encoder"] or about["text_encoder"]:
         raise ValueError(
             "--open-clip: open_clip has no towers like this run's (CNN stem, CLS of the patches' "
             "mean, mean of the text's tokens, another package's); train with --patch-size, or "
             "export with --onnx"
         )
-    weights = {name: value.cpu().contiguous() for name, value in state_dict(model).items()}
-    with write_atomically(out / "open_clip_model.safetensors") as temporary:
-        temporary.write_bytes(save(weights))
+    write_weights(state_dict(model), out)
     with write_atomically(out / "tokenizer.json") as temporary:
         tokenizer.save(temporary)
     special = {"pad_token": PAD, "bos_token": BOS, "eos_token": EOT}
     loader = {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": 10**6}
     for name, values in (
-        ("open_clip_config.json", configuration(model, tokenizer, fit)),
+        (CONFIG, configuration(model, tokenizer, fit)),
         ("tokenizer_config.json", loader | special),
         ("special_tokens_map.json", special),
     ):
         write_text(out / name, json.dumps(values, indent=2) + "\n")
+
+
+def write_weights(weights: dict[str, Tensor], out: Path) -> None:
+    weights = {name: value.detach().cpu().contiguous() for name, value in weights.items()}
+    with write_atomically(out / "open_clip_model.safetensors") as temporary:
+        temporary.write_bytes(save(weights))
+
+
+def pretrained_state_dict(model: DualEncoder) -> dict[str, Tensor]:
+    """The weights of a model of `--pretrained open_clip:`, under the names of open_clip's `CLIP`:
+    those of the text tower without a prefix."""
+    image = {f"visual.{n}": v for n, v in model.image.body.network.state_dict().items()}
+    return image | model.text.body.network.state_dict() | {"logit_scale": model.logit_scale}
+
+
+def pretrained_configuration(tower: dict, fit: str) -> dict:
+    """The model's own; the pictures are made as they were in the run."""
+    pictures = {
+        "size": tower["config"]["vision_cfg"].get("image_size", 224),
+        "mean": tower["mean"],
+        "std": tower["std"],
+        "interpolation": "bicubic",
+        "resize_mode": RESIZE_MODE[fit],
+    }
+    return {"model_cfg": tower["config"], "preprocess_cfg": pictures}
 
 
 def configuration(model: DualEncoder, tokenizer: Tokenizer, fit: str) -> dict:

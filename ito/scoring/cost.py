@@ -14,6 +14,7 @@ import torch
 
 from ito.compiled import compile_towers
 from ito.model.exported import load
+from ito.model.pretrained import described_encoders
 from ito.ranks import Ranks
 from ito.run import RunFolder
 from ito.source import open_data
@@ -46,12 +47,14 @@ def step_costs(runs: dict[str, Path], cache: Path | None = None) -> dict[str, St
         torch.set_num_threads(environment["threads"])
         if data is None or config.stream:  # a stream has one position, so each run needs its own
             _, data = open_data(config, cache, 0, Ranks())
+        exported = load(folder)
         trainers[name] = Trainer(
             config,
             data,
-            load(folder).tokenizer,
+            exported.tokenizer,
             torch.device(environment["device"]),
             getattr(torch, environment["dtype"].removeprefix("torch.")),
+            described=described_encoders(exported.model.architecture),
         )
         if environment["compile"]:
             compile_towers(trainers[name].model, trainers[name].objective)

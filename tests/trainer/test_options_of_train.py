@@ -95,8 +95,8 @@ def test_skipped_pictures_are_counted_and_named(tmp_path, capsys):
         (train, "--train-data {data} --lock-text", "keeps the weights of --pretrained: name a run"),
         (
             train,
-            "--train-data {data} --pretrained {finished}",
-            "has image_size 32, width 32, heads 2: give the",
+            "--train-data {data} --pretrained {finished} --image-size 64 --heads 4",
+            "has image_size 32, heads 2: drop the options",
         ),
         (train, "--train-data {data} --accum-freq 65", "36 items cannot be cut into 65 parts"),
         (train, "--train-data {data} --device meta", "--device meta: training runs on cpu or cuda"),

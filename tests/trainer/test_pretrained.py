@@ -166,6 +166,22 @@ def test_a_locked_body_keeps_its_weights_and_the_run_its_projection_and_tokenize
     assert train.main(["--resume", str(run)]) == run
 
 
+def test_a_resumed_run_needs_the_original_weights_no_more(data, tmp_path, monkeypatch):
+    run = tmp_path / "run"
+    kinds = ["--image-encoder", "convolution", "--text-encoder", "words"]
+    more = ["--steps", "4", "--checkpoint-every", "2"]
+    train.main(["--train-data", str(data), "--out", str(run), *kinds, *SIZES.split(), *more])
+    ends = load_file(run / "model/model.safetensors")
+    (run / "checkpoints/step_0000004.pt").unlink()
+    for body in (Convolution, Words):
+        for name in ("describe", "load"):
+            monkeypatch.delattr(body, name)
+    monkeypatch.delattr(Words, "tokenizer")
+    train.main(["--resume", str(run)])
+    resumed = load_file(run / "model/model.safetensors")
+    assert all(torch.equal(ends[name], resumed[name]) for name in ends)
+
+
 def parsed(*words):
     parser = argparse.ArgumentParser()
     parser.add_argument("--preset")
