@@ -21,6 +21,7 @@ EXPECTED = (
     "expected a folder with captions.jsonl, tars, or pictures and their captions, a CSV, TSV, "
     ".jsonl, COCO .json or .parquet, or a tar pattern"
 )
+DOWNLOAD = "download the pictures first, for example with img2dataset"
 HALF = re.compile("[\ud800-\udfff]")
 
 
@@ -114,9 +115,6 @@ def from_row(
         return Skipped(where, f"malformed: {error}")
 
 
-DOWNLOAD = "download the pictures first, for example with img2dataset"
-
-
 def is_url(name: str) -> bool:
     return name.lstrip().lower().startswith(URLS)
 
@@ -153,10 +151,8 @@ def from_fields(
 
 
 def text_field(fields: dict, name: str, strict: bool = False) -> str | None:
-    """A text, or a number as a text; None for an empty one, or unless `strict` for anything else.
-
-    Raises ValueError naming the field.
-    """
+    """A text, or a number as a text; None for an empty one. Anything else is None too, or with
+    `strict` raises ValueError naming the field."""
     value = fields.get(name)
     if value is None or isinstance(value, str):
         return value or None

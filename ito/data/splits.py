@@ -78,8 +78,8 @@ def choose_held_out(
     that share a picture (to the pixel), a caption or a `group` are in the same split. Where that
     would hold out more than 2.5 times the share, as where the captions are a few classes, or less
     than half of it, it is done by captions alone, by groups alone, or by pictures; and if all share
-    one, not at all. With `grouped`, groups are kept together in any case, unless there are too few.
-    At least two captions are in a split of more than one item.
+    one, not at all. With `grouped`, groups are kept together in any case, unless there are too few;
+    if need be, pictures are not. At least two captions are in a split of more than one item.
     """
     items = [same[0].item for same in rows]
     shown = picture_keys(images, image_item, len(items))
@@ -89,12 +89,14 @@ def choose_held_out(
     captions = dict(zip(items, said, strict=True))
     shares = {"heldout": HELD_OUT} | ({TEST: test_share} if test_share else {})
     last = ["group"] if grouped and "group" in linking else []
-    for names in ([*linking], *([name] for name in linking if not last), last, []):
-        keys = [own.union(*(linking[name][n] for name in names)) for n, own in enumerate(shown)]
+    tries = [[*linking], *([name] for name in linking if not last), last]
+    unseen: list[set] = [set() for _ in items]
+    for names, pictures in (*((t, shown) for t in tries), (last, unseen), ([], shown)):
+        keys = [own.union(*(linking[name][n] for name in names)) for n, own in enumerate(pictures)]
         held = hold_out(connected(keys, items), shares, seed, captions if names else None)
         sizes = [(len(held[split]), share * len(items)) for split, share in shares.items()]
         fits = all(want / 2 - 1e-9 <= size <= 2.5 * want + 1e-9 for size, want in sizes)
-        if all(held.values()) and (fits or names == last):
+        if all(held.values()) and (fits or names in (last, [])):
             return by_item(held), " and ".join(names) or "item"
     return by_item(hold_out([[item] for item in items], shares, seed)), "item"
 

@@ -248,10 +248,12 @@ def read_row_group(
     source: Path, name: str, group: int, image: str, caption: str, options: Options
 ) -> Iterator[Record | Skipped]:
     with parquet().ParquetFile(source) as file:
-        is_text = str(file.schema_arrow.field(image).type) in ("string", "large_string")
+        kind = str(file.schema_arrow.field(image).type)
+        is_text = kind in ("string", "large_string")
         wanted = {caption, "item", "split", "group", "style", "subgroup", *[image] * is_text}
         before = sum(file.metadata.row_group(n).num_rows for n in range(group))
         present = [name for name in file.schema_arrow.names if name in wanted]
+        present += [f"{image}.path"] * ("path: string" in kind)  # of the bytes, not these
         rows = file.read_row_group(group, columns=present).to_pylist()
     for n, fields in enumerate(rows):
         where = f"{source}:{before + n + 1}"
@@ -262,6 +264,7 @@ def read_row_group(
         try:
             cell = Cell(source, group, n, image)
             record = from_fields(fields, where, cell, f"{name}:{before + n + 1}", [caption])
+            record.name = (fields.get(image) or {}).get("path") or record.name
             yield check_record(record)
         except ValueError as error:
             yield Skipped(where, f"malformed: {error}")

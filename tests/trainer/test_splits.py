@@ -87,6 +87,14 @@ def test_few_large_groups_of_a_pattern_are_kept_together_too(tmp_path):
     )
 
 
+def test_groups_of_a_pattern_are_kept_together_where_all_share_pictures(tmp_path):
+    write(tmp_path, 60, lambda n: f"{n % 6}/{n}.png", shown=lambda n: n // 6 % 2)
+    data = load_dataset(tmp_path, 4, group_by="^[0-9]")
+    assert (data.split_by, data.split.count("heldout")) == ("group", 10)
+    assert all(len(both) == 1 for both in sides(data, lambda n: n % 6).values())
+    assert count_overlap(data, data)["heldout"]["pictures"] == 10
+
+
 def test_a_pattern_is_found_in_the_paths_of_samples_of_tars(tmp_path):
     with tarfile.open(tmp_path / "a.tar", "w") as archive:
         for n in range(40):
@@ -97,6 +105,23 @@ def test_a_pattern_is_found_in_the_paths_of_samples_of_tars(tmp_path):
     data = load_dataset(tmp_path / "a.tar", 4, group_by="^film-(.)")
     assert data.group == [f"{n % 8}" for n in range(40)]
     assert all(len(both) == 1 for both in sides(data, lambda n: n % 8).values())
+
+
+def test_a_pattern_is_found_in_the_paths_of_parquet_files(tmp_path):
+    pyarrow = pytest.importorskip("pyarrow")  # an extra
+    from pyarrow import parquet
+
+    rows = [
+        {"image": {"bytes": picture(n), "path": f"film-{n % 8}.png"}, "text": f"number {n}"}
+        for n in range(40)
+    ]
+    parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "a.parquet", row_group_size=7)
+    data = load_dataset(tmp_path / "a.parquet", 4, group_by="^film-(.)")
+    assert data.group == [f"{n % 8}" for n in range(40)]
+    assert len(set(data.items)) == 40  # what shares a path is not one item
+    rows = [{"image": picture(n), "text": "a"} for n in range(3)]  # without paths
+    parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "b.parquet")
+    assert load_dataset(tmp_path / "b.parquet", 4, group_by=r"\d$").group == ["1", "2", "3"]
 
 
 def test_a_bad_pattern_is_told(tmp_path):
