@@ -144,3 +144,37 @@ def test_a_long_text_is_split_where_the_bpe_splits_it():
         text = f"{space}red{space}cat " * 20_000
         want = [*whole.encode(text[:1000]).ids[:15], 2]
         assert tokenizer([text])[0].tolist() == want, repr(space)
+
+
+def test_lengths_are_those_of_whole_texts():
+    """Words are counted one by one; spaces of all kinds, marks and ligatures stand around them."""
+    tokenizer = Tokenizer.train([*CAPTIONS, "it's a dog's ball, isn't it? 10 km/h"] * 3, 320, 8)
+    whole = BPE.from_str(tokenizer.bpe.to_str())
+    whole.encode_special_tokens = True
+    whole.no_truncation()
+    whole.no_padding()
+    parts = [" ", "  ", "\t", "\n", "\x1c", "\x85", "\xa0", "\u2003", "\u200b", "\u3000", "\xa8"]
+    parts += [
+        "\u0301",
+        "'s",
+        "'",
+        "É",
+        "Σ",
+        "ﷺ",
+        "ﬁ",
+        "½",
+        "a",
+        "B",
+        "12",
+        "<pad>",
+        "猫",
+        "👩‍🚒",
+        "ｆ",
+    ]
+    chance = random.Random(0)
+    texts = ["".join(chance.choices(parts, k=chance.randrange(12))) for _ in range(5000)]
+    assert tokenizer.lengths(texts) == [len(whole.encode(text)) for text in texts]
+    assert tokenizer.lengths(texts[:3]) == [len(whole.encode(text)) for text in texts[:3]]
+    tokenizer.bpe.pre_tokenizer = pre_tokenizers.FixedLength(4)  # pieces with spaces inside
+    whole.pre_tokenizer = tokenizer.bpe.pre_tokenizer
+    assert tokenizer.lengths(texts) == [len(whole.encode(text)) for text in texts]
