@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from ito.checkpoint import checkpoints
-from ito.cli import reason
+from ito.cli import reader_gone, reason
 from ito.config import Config
 from ito.data.dataset import Dataset
 from ito.files import (
@@ -185,14 +185,18 @@ def remove_temporary_files(folder: Path) -> None:
 
 
 @contextmanager
-def resumable(folder: Path) -> Iterator[None]:
-    """Adds to an OSError of the body how the run can be continued."""
+def resumable(folder: Path, options: str = "") -> Iterator[None]:
+    """Adds to an OSError or ValueError of the body how the run can be continued.
+
+    options: what to add to the command.
+    """
     try:
         yield
-    except RankLost:
-        raise
-    except OSError as error:
-        raise OSError(f"{reason(error)} ({kept(folder)})") from error
+    except (OSError, ValueError) as error:
+        if isinstance(error, RankLost) or reader_gone(error):
+            raise
+        kind = OSError if isinstance(error, OSError) else ValueError
+        raise kind(f"{reason(error)} ({kept(folder)}{options})") from error
 
 
 class Stopped(SystemExit):

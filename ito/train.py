@@ -86,9 +86,11 @@ def main(arguments: list[str] | None = None) -> Path:
                 held.enter_context(stoppable(folder))
 
             # the data
-            eval_data, train_data = ranks.leader_first(
-                lambda: open_data(config, options.cache, options.workers, ranks)
-            )
+            moved = " --train-data NEW, if it has moved"
+            with resumable(folder, moved) if options.resume else nullcontext():
+                eval_data, train_data = ranks.leader_first(
+                    lambda: open_data(config, options.cache, options.workers, ranks)
+                )
 
             # the model; a new folder is made only when all options and data are known to be good
             with ranks.together():
@@ -96,7 +98,8 @@ def main(arguments: list[str] | None = None) -> Path:
                 if ranks.leads and not options.resume:
                     held.enter_context(created(folder, named=options.out is not None))
                 if ranks.leads and not run.resumed:
-                    run.begin()
+                    with resumable(folder):
+                        run.begin()
 
             # the training, and the report
             began = time.perf_counter()
@@ -160,10 +163,14 @@ def thread_count(text: str) -> int:
     return int(text)
 
 
-def resumed_config(options: argparse.Namespace) -> Config:
-    """The configuration of the run to resume.
+PLACES = ("train_data", "val_data", "image_root")  # of data, which may have moved
+FREE = (*PLACES, "steps", "log_every", "eval_every", "checkpoint_every", "accum_freq")
 
-    Raises ValueError for options that change it; intervals and micro-batches may change.
+
+def resumed_config(options: argparse.Namespace) -> Config:
+    """The configuration of the run to resume, with those of the options FREE that are given.
+
+    Raises ValueError for other options that change it, and for fewer steps than are done.
     """
     run = options.resume
     if options.preset:
@@ -173,17 +180,19 @@ def resumed_config(options: argparse.Namespace) -> Config:
     if not RunFolder(run).config.is_file():
         raise FileNotFoundError(f"--resume: no run folder at {run}")
     saved = RunFolder(run).read_config()
-    free = ("log_every", "eval_every", "checkpoint_every", "accum_freq")
     if vars(options).get("objective", saved.objective) != saved.objective:
         raise ValueError("--resume keeps the run's configuration: drop --objective")
     config = from_options(options, saved)
     changed = [
         f"--{name.replace('_', '-')}"
         for name, value in config.flat().items()
-        if value != saved.flat()[name] and name not in free
+        if value != saved.flat()[name] and name not in FREE
     ]
     if changed:
         raise ValueError(f"--resume keeps the run's configuration: drop {', '.join(changed)}")
+    done = max(checkpoints(RunFolder(run).checkpoints, strict=False), default=0)
+    if config.steps < min(done, saved.steps):
+        raise ValueError(f"--steps {config.steps}: {run} has done {done} steps already; name more")
     return config
 
 
@@ -296,6 +305,8 @@ class Run:
             self.resume(state)
         elif options.resume:
             print(f"resume     {folder} has no checkpoint: it starts again")
+            if ranks.leads:
+                self.changed_data(self.environment())
         if pretrained:
             self.trainer.start_from(pretrained)
 
@@ -420,14 +431,42 @@ class Run:
         saved, now = dict(self.saved_environment), self.environment()
         if "sha256" not in saved or "logged" not in state:
             print("note       an older version began this: changed data, a cut log go unnoticed")
-        for name, value in saved.pop("sha256", {}).items():
-            if now["sha256"].get(name) != value:
-                print(f"warning    {name} of the data changed since the run began: numbers differ")
+        for name in self.changed_data(now):
+            print(f"warning    {name} of the data changed since the run began: numbers differ")
         for name, value in saved.items():
-            if now.get(name) != value:
+            if name != "sha256" and now.get(name) != value:
                 print(f"warning    {name} was {value}, is {now.get(name)}: numbers may differ")
+        before = self.files.read_config()
+        if self.config.steps != before.steps:
+            rate = self.trainer.learning_rate(self.first_step)
+            print(
+                f"steps      {self.config.steps} instead of {before.steps}: the learning rate goes "
+                f"on at {rate:.2g} and falls to 0 at the new end"
+            )
+        if self.config != before:
+            self.config.save(self.files.config)
         for problem in self.log.rewind(self.first_step, state.get("logged")):
             print(f"warning    {self.log.path}: {problem}")
+
+    def changed_data(self, now: dict) -> list[str]:
+        """What of the data has changed since the run began.
+
+        Raises ValueError if that is data which is said to have moved.
+        """
+        before = self.files.read_config()
+        places = {name: getattr(self.config, name) for name in PLACES}
+        moved = {n: place for n, place in places.items() if place != getattr(before, n)}
+        hashes = self.saved_environment.get("sha256", {})
+        changed = [name for name, value in hashes.items() if now["sha256"].get(name) != value]
+        if moved and changed:
+            given = ", ".join(f"--{n.replace('_', '-')} {place}" for n, place in moved.items())
+            raise ValueError(
+                f"{given} is not the data that the run began with: {', '.join(changed)} differ; "
+                f"to train its model on other data, begin a run with --pretrained {self.folder}"
+            )
+        for name, place in moved.items():
+            print(f"moved      {name} is {one_line(str(place))}")
+        return changed
 
     def environment(self) -> dict:
         """What the numbers depend on, apart from the configuration."""

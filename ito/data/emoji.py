@@ -172,7 +172,10 @@ def publish(out: Path, title: str, write: Callable[[Path], None]) -> Path:
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise FileExistsError(f"{out} is not the {title.lower()}; name a new or an empty folder")
     out.parent.mkdir(parents=True, exist_ok=True)
-    building = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
+    try:
+        building = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(out)) from None
     try:
         building.chmod(0o755)  # mkdtemp's 0700 would follow the rename
         write(building)
