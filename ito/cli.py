@@ -80,6 +80,11 @@ def output_path(option: str, path: Path) -> Path:
     return path
 
 
+def shown(path: str | os.PathLike) -> str:
+    """A path on one line, never cut, to be copied."""
+    return one_line(str(path), len(str(path)))
+
+
 def one_line(text: str, limit: int = 300) -> str:
     """The text on one line, cut to `limit` characters: a caption may be a megabyte long.
 

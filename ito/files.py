@@ -78,9 +78,10 @@ def make_folder(folder: Path, path: Path) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        why = "it is no folder" if error.errno == errno.EEXIST else error.strerror
         at = error.filename or folder
-        raise OSError(f"{path}: cannot create {at}: {why}") from None
+        if error.errno == errno.EEXIST:
+            raise OSError(f"{path}: {at} is not a folder") from None
+        raise OSError(f"{path}: cannot create {at}: {error.strerror}") from None
 
 
 @contextmanager

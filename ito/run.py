@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from ito.checkpoint import checkpoints
-from ito.cli import reader_gone, reason
+from ito.cli import reader_gone, reason, shown
 from ito.config import Config
 from ito.data.dataset import Dataset
 from ito.files import (
@@ -228,7 +228,7 @@ def kept(folder: Path) -> str:
     if step is None and not run.config.exists():
         return "nothing is written yet"
     what = "no checkpoint yet" if step is None else f"the checkpoint of step {step} is kept"
-    return f"{what}; continue with: python -m ito.train --resume {folder}"
+    return f"{what}; continue with: python -m ito.train --resume {shown(folder)}"
 
 
 # --- the log ---

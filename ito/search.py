@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from PIL import Image
 
-from ito.cli import one_line, output_path, user_errors
+from ito.cli import one_line, output_path, shown, user_errors
 from ito.config import add_options
 from ito.files import write_atomically
 from ito.model.exported import Encoder, load
@@ -92,11 +92,11 @@ def main(arguments: list[str] | None = None) -> None:
             print(one_line(query))
             for value, picture in zip(values, pictures, strict=True):
                 name, file = one_line(index.name(picture)), index.dataset.files[picture]
-                print(f"  {value:6.3f}  {name:32} {one_line(file, len(file))}")
+                print(f"  {value:6.3f}  {name:32} {shown(file)}")
         sheet = contact_sheet(index, options.queries, scores, found)
         with write_atomically(out) as temporary:
             sheet.save(temporary, "PNG")
-        print(out)
+        print(shown(out))
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ import torch
 from tqdm import tqdm
 
 from ito.checkpoint import checkpoints, load_checkpoint, save_checkpoint
-from ito.cli import one_line, output_path, user_errors
+from ito.cli import one_line, output_path, shown, user_errors
 from ito.compiled import choose_compile, compile_towers
 from ito.config import Config, add_options, choose_preset, from_options
 from ito.data.dataset import Dataset
@@ -29,7 +29,7 @@ from ito.model.pretrained import OURS, described_encoders, encoders, load_tokeni
 from ito.model.pretrained_dual import Loaded, load_dual, package_of
 from ito.model.tokenizer import Tokenizer, lost_share, report_cut
 from ito.objectives import user_file
-from ito.precision import choose_precision
+from ito.precision import choose_precision, find_device
 from ito.ranks import Ranks
 from ito.recipes import PRESETS
 from ito.run import (
@@ -202,13 +202,7 @@ def choose_device(name: str | None, saved: str | None, ranks: Ranks) -> torch.de
     On GPUs each rank takes the one of its local rank.
     """
     asked = name or saved or ("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.empty(0, device=asked).device
-    except (
-        RuntimeError,
-        AssertionError,
-    ) as error:  # an unknown name, or a device that this build or machine lacks
-        raise ValueError(f"--device {asked}: {str(error).splitlines()[0]}") from None
+    device = find_device(asked, "--device")
     if device.type not in ("cpu", "cuda"):
         raise ValueError(f"--device {asked}: training runs on cpu or cuda")
     if ranks.size > 1 and device.type == "cuda":
@@ -304,7 +298,7 @@ class Run:
         if state:
             self.resume(state)
         elif options.resume:
-            print(f"resume     {folder} has no checkpoint: it starts again")
+            print(f"resume     {shown(folder)} has no checkpoint: it starts again")
             if ranks.leads:
                 self.changed_data(self.environment())
         if pretrained:
@@ -423,11 +417,10 @@ class Run:
         if not self.ranks.leads:
             return
         if self.first_step < self.config.steps:
-            print(f"resume     {self.folder} from step {self.first_step}")
+            print(f"resume     {shown(self.folder)} from step {self.first_step}")
         else:
-            print(
-                f"resume     {self.folder} is finished: it has all of its {self.first_step} steps"
-            )
+            done = f"it has all of its {self.first_step} steps"
+            print(f"resume     {shown(self.folder)} is finished: {done}")
         saved, now = dict(self.saved_environment), self.environment()
         if "sha256" not in saved or "logged" not in state:
             print("note       an older version began this: changed data, a cut log go unnoticed")
@@ -446,7 +439,7 @@ class Run:
         if self.config != before:
             self.config.save(self.files.config)
         for problem in self.log.rewind(self.first_step, state.get("logged")):
-            print(f"warning    {self.log.path}: {problem}")
+            print(f"warning    {shown(self.log.path)}: {problem}")
 
     def changed_data(self, now: dict) -> list[str]:
         """What of the data has changed since the run began.
@@ -465,7 +458,7 @@ class Run:
                 f"to train its model on other data, begin a run with --pretrained {self.folder}"
             )
         for name, place in moved.items():
-            print(f"moved      {name} is {one_line(str(place))}")
+            print(f"moved      {name} is {shown(place)}")
         return changed
 
     def environment(self) -> dict:
@@ -574,7 +567,7 @@ class Run:
     def finish(self, step: int, seconds: float) -> None:
         """Write the report and print the scores; or, of a stopped run, how to continue it."""
         if step < self.config.steps:
-            command = f"python -m ito.train --resume {self.folder}"
+            command = f"python -m ito.train --resume {shown(self.folder)}"
             print(f"stopped after step {step}; continue with: {command}")
             return
         trained = step - self.first_step
@@ -593,9 +586,9 @@ class Run:
         if self.config.stream and self.train_data.skipped:
             skipped = self.train_data.skipped.items()
             print(report_skipped([Skipped(*record) for record in skipped]))
-        print(f"model      {self.files.model}")
-        print(f"metrics    {self.log.path}")
-        print(f"report     {report}")
+        print(f"model      {shown(self.files.model)}")
+        print(f"metrics    {shown(self.log.path)}")
+        print(f"report     {shown(report)}")
 
 
 def duration(seconds: float) -> str:
