@@ -1,20 +1,10 @@
 """ITO: several views and captions of an item aligned, and fused, during training only."""
 
-import os
-import signal
-import sys
+from ito.starting import leave_on_interrupt
 
 __all__ = ["load"]
 
-
-def leave(number, _):
-    """Ends the process as Ctrl-C ends a command, without a traceback of the imports."""
-    os._exit(128 + number)
-
-
-# `python -m ito.…`: the imports take seconds; `ito.cli` sets the usual handler after them.
-if sys.argv[:1] == ["-m"] and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-    signal.signal(signal.SIGINT, leave)
+leave_on_interrupt()
 
 
 def load(run, device="cpu"):

@@ -11,8 +11,8 @@ from pathlib import Path
 
 from PIL import Image
 
-from ito import leave
 from ito.files import follow_links
+from ito.starting import interrupt_as_usual
 
 # C0, C1, halves of surrogate pairs, and marks that turn the direction of writing
 CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\ud800-\udfff\u202a-\u202e\u2066-\u2069]")
@@ -29,8 +29,7 @@ def user_errors() -> Iterator[None]:
     pipe (`| head`) with 141, without a word.
     """
     warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # --max-pixels is our limit
-    if signal.getsignal(signal.SIGINT) is leave:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+    interrupt_as_usual()
     try:
         try:
             yield

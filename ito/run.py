@@ -61,6 +61,7 @@ class RunFolder:
         self.report = self.path / "report.html"
 
         self.index = self.path / "index"
+        self.near = self.path / "near.json"
         self.contact_sheet = self.path / "search.png"
         self.evaluation = self.path / "evaluation.json"
         self.cost = self.path / "cost.json"
