@@ -2,15 +2,17 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from support.quick_run import QUICK, steady, write_set
 
-from ito import evaluate, train
+from ito import evaluate, export, prepare, report, search, train
 from ito.run import resumable
 
 
@@ -152,3 +154,43 @@ def test_ctrl_c_during_the_imports_ends_without_a_traceback():
     assert (ended.returncode, ended.stdout, ended.stderr) == (130, b"", b"")
     before = signal.getsignal(signal.SIGINT)
     assert before is signal.default_int_handler  # who imports ito as a library keeps its handler
+
+
+def test_an_output_that_cannot_be_written_is_named(copy, tmp_path, capsys):
+    """Below a file, below a folder of the system, and on a full device."""
+    below = tmp_path / "file"
+    below.write_text("")
+    for command, *arguments in (
+        (search, copy, "red cat", "--out"),
+        (export, copy, "--out"),
+        (evaluate, copy, "--json"),
+        (evaluate, copy, "--clip-benchmark"),
+        (prepare, "emoji-small", "--out"),
+    ):
+        for place in (below / "out.x", Path("/proc/out.x")):
+            told = refused(command, *arguments, place, capsys=capsys)
+            assert str(place) in told
+    for command, *arguments in ((evaluate, copy, "--json"), (search, copy, "red cat", "--out")):
+        told = refused(command, *arguments, "/dev/full", capsys=capsys)
+        assert told == "error: /dev/full: No space left on device\n"
+
+
+def test_a_folder_s_name_sends_nothing_to_the_terminal(data, tmp_path, capsys):
+    """Escape sequences in the names of the run and of its data, in every command."""
+    shutil.copytree(data, tmp_path / "data\x1b[31m")
+    run = str(tmp_path / "run\x9b31m")
+    train.main(["--train-data", str(tmp_path / "data\x1b[31m"), "--out", run, *QUICK])
+    train.main(["--resume", run, "--steps", "7"])
+    search.main([run, "red \x1b[31mcat"])
+    evaluate.main([run])
+    report.main([run])
+    export.main([run])
+    (tmp_path / "data\x1b[31m").rename(tmp_path / "data")
+    train.main(["--resume", run, "--train-data", str(tmp_path / "data")])
+    (tmp_path / "data").rename(tmp_path / "gone")
+    with pytest.raises(SystemExit):
+        train.main(["--resume", run])
+    printed = capsys.readouterr()
+    sent = printed.out + printed.err.replace("\r", "")  # what the bar returns with
+    assert "run\\x9b31m" in sent
+    assert not re.findall("[\x00-\x09\x0b-\x1f\x7f-\x9f]", sent)
