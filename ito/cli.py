@@ -30,6 +30,8 @@ def user_errors() -> Iterator[None]:
     """
     warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # --max-pixels is our limit
     interrupt_as_usual()
+    if sys.stdout:  # a caption may have letters that its encoding lacks
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         try:
             yield

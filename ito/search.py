@@ -112,13 +112,13 @@ def main(arguments: list[str] | None = None) -> None:
             options.queries, queries, scores.tolist(), found.tolist(), strict=True
         ):
             print(one_line(query))
-            doubt = near.doubt(kind, values[0]) if near else ""
-            if doubt:
-                print(f"  {doubt}")
-            titles.append(f"{one_line(query, 100)} ({doubt})" if doubt else query)
             for value, picture in zip(values, pictures, strict=True):
                 name, file = one_line(index.name(picture)), index.dataset.files[picture]
                 print(f"  {value:6.3f}  {name:32} {shown(file)}")
+            doubt = near.doubt(kind, values[0]) if near else ""
+            if doubt:
+                print(f"note       {doubt} ({one_line(query, 60)})")
+            titles.append(f"{one_line(query, 100)} ({doubt})" if doubt else query)
         sheet, notes = contact_sheet(index, titles, scores, found)
         with write_atomically(out) as temporary:
             sheet.save(temporary, "PNG")

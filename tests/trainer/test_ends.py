@@ -145,6 +145,14 @@ def test_a_pipe_that_nobody_reads_ends_a_command_without_a_word(copy):
         assert (ended.returncode, ended.stderr) == (141, b"")
 
 
+def test_letters_that_the_terminal_lacks_are_shown_by_their_numbers(copy):
+    environment = os.environ | {"PYTHONIOENCODING": "ascii"}
+    arguments = ["-m", "ito.search", str(copy), "rød 赤"]
+    ended = subprocess.run([sys.executable, *arguments], capture_output=True, env=environment)
+    assert (ended.returncode, ended.stderr) == (0, b"")
+    assert ended.stdout.startswith(b"r\\xf8d \\u8d64\n")
+
+
 def test_ctrl_c_during_the_imports_ends_without_a_traceback():
     code = (
         "import sys, signal; sys.argv = ['-m']; import ito; signal.raise_signal(signal.SIGINT); "
