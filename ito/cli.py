@@ -1,5 +1,6 @@
 """How the commands report errors: one line that names the cause, and no traceback."""
 
+import io
 import os
 import re
 import signal
@@ -30,7 +31,7 @@ def user_errors() -> Iterator[None]:
     """
     warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # --max-pixels is our limit
     interrupt_as_usual()
-    if sys.stdout:  # a caption may have letters that its encoding lacks
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a caption may have letters that it lacks
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
         try:
