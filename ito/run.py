@@ -104,7 +104,8 @@ def locked(folder: Path) -> Iterator[None]:
             ) from None
         except (AttributeError, OSError) as error:  # Windows, or a file system without locks
             why = reason(error) if fcntl else "not on this system"
-            print(f"warning    {folder} cannot be locked ({why}): run one process in it at a time")
+            told = f"{shown(folder)} cannot be locked ({why})"
+            print(f"warning    {told}: run one process in it at a time")
         with naming(path):
             file.truncate(0)
             file.write(f"process {os.getpid()} on {socket.gethostname()}\n".encode())

@@ -14,6 +14,7 @@ from contextlib import ExitStack, nullcontext
 from datetime import datetime
 from pathlib import Path
 
+import PIL
 import torch
 from tqdm import tqdm
 
@@ -419,7 +420,7 @@ class Run:
         if self.first_step < self.config.steps:
             print(f"resume     {shown(self.folder)} from step {self.first_step}")
         else:
-            done = f"it has all of its {self.first_step} steps"
+            done = f"it has all of its {self.first_step} steps; --steps MORE goes on"
             print(f"resume     {shown(self.folder)} is finished: {done}")
         saved, now = dict(self.saved_environment), self.environment()
         if "sha256" not in saved or "logged" not in state:
@@ -444,14 +445,17 @@ class Run:
     def changed_data(self, now: dict) -> list[str]:
         """What of the data has changed since the run began.
 
-        Raises ValueError if that is data which is said to have moved.
+        Raises ValueError if that is data which is said to have moved, and is not what it was.
         """
         before = self.files.read_config()
         places = {name: getattr(self.config, name) for name in PLACES}
         moved = {n: place for n, place in places.items() if place != getattr(before, n)}
         hashes = self.saved_environment.get("sha256", {})
         changed = [name for name, value in hashes.items() if now["sha256"].get(name) != value]
-        if moved and changed:
+        # another version may decode the same files to slightly other pixels
+        pillow = self.saved_environment.get("pillow", now["pillow"])
+        excused = {"pictures", "training pictures"} if pillow != now["pillow"] else set()
+        if moved and not excused.issuperset(changed):
             given = ", ".join(f"--{n.replace('_', '-')} {place}" for n, place in moved.items())
             raise ValueError(
                 f"{given} is not the data that the run began with: {', '.join(changed)} differ; "
@@ -474,6 +478,7 @@ class Run:
         return {
             "python": platform.python_version(),
             "torch": torch.__version__,
+            "pillow": PIL.__version__,
             "machine": platform.machine(),
             "device": str(self.device),
             "ranks": self.ranks.size,

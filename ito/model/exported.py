@@ -8,6 +8,7 @@ checksums of the weights and of the tokenizer.
 import hashlib
 import json
 import math
+import os
 from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -27,7 +28,7 @@ from ito.precision import find_device
 from ito.run import RunFolder
 from ito.tensors import load_tensors, save_tensors, verify
 
-Picture = Image.Image | str | Path | bytes | np.ndarray | torch.Tensor
+Picture = Image.Image | str | os.PathLike | bytes | np.ndarray | torch.Tensor
 PICTURE = "a path, the bytes of a file, a PIL image, a uint8 array or tensor"
 WEIGHTS, ABOUT, TOKENS = "model.safetensors", "config.json", "tokenizer.json"
 
@@ -100,7 +101,7 @@ class Encoder:
         if isinstance(images, torch.Tensor | np.ndarray):
             one = images.ndim < 4
         else:
-            one = isinstance(images, Image.Image | str | Path | bytes)
+            one = isinstance(images, Image.Image | str | os.PathLike | bytes)
         if not one and (isinstance(images, dict) or not isinstance(images, Iterable)):
             raise TypeError(f"images must be {PICTURE}; or several; got {type(images).__name__}")
         squares = [self.square(image, n) for n, image in enumerate([images] if one else images)]
@@ -129,7 +130,7 @@ class Encoder:
                 raise ValueError(f"images[{number}]: the picture {error}") from None
             except Exception as error:  # Pillow reads the file only now, and raises anything
                 raise ValueError(f"images[{number}]: unreadable picture: {error}") from None
-        if not isinstance(picture, str | Path | bytes):
+        if not isinstance(picture, str | os.PathLike | bytes):
             raise TypeError(f"images[{number}] must be {PICTURE}; got {type(picture).__name__}")
         place = Contents(picture) if isinstance(picture, bytes) else Path(picture)
         pixels = decode(place, self.load_size, self.max_pixels, self.fit)

@@ -105,6 +105,22 @@ def test_other_data_than_the_run_began_with_is_refused(restarted, moved, tmp_pat
     assert (moved / "config.json").read_bytes() == before
 
 
+def test_pixels_of_another_pillow_are_told_and_taken(moved, tmp_path, capsys):
+    """The data has gone to another machine, whose decoder rounds in another way."""
+    about = json.loads((moved / "environment.json").read_text())
+    about["sha256"]["pictures"] = "0"
+    arguments = ["--resume", str(moved), "--train-data", str(tmp_path / "new")]
+    for version, taken in ((about["pillow"], False), ("1.0", True)):
+        (moved / "environment.json").write_text(json.dumps(about | {"pillow": version}))
+        if not taken:
+            assert "pictures differ" in refused(train, *arguments, capsys=capsys)
+            continue
+        train.main(arguments)
+        printed = capsys.readouterr().out
+        assert "warning    pictures of the data changed since the run began" in printed
+        assert "warning    pillow was 1.0, is " in printed
+
+
 def test_a_list_of_pictures_that_have_moved_goes_on(tmp_path, data):
     """--image-root and --val-data may move too."""
     run, store, val = tmp_path / "run", tmp_path / "store", tmp_path / "val"
