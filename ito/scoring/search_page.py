@@ -64,7 +64,7 @@ p img { width: 40px; height: 40px; border-radius: 4px; }
 
 def application(index: Index, near: Near | None = None) -> Starlette:
     """`/?q=TEXT` and `/?like=PICTURE` search; `q` may be repeated, or hold several texts with `|`
-    or a line break between them. A picture is posted to `/` as the field `picture` of a form.
+    or a line break between them. A picture is posted to `/` as the file of a form.
     `/picture/N` is a picture as PNG."""
     count = len(index.dataset.images)
 
@@ -106,7 +106,7 @@ def application(index: Index, near: Near | None = None) -> Starlette:
         return await run_in_threadpool(search_upload, request.headers, body)
 
     def search_upload(headers, body: bytes) -> Response:
-        data = form_field(headers.get("content-type", ""), body, "picture")
+        data = uploaded_file(headers.get("content-type", ""), body)
         if not data:
             return PlainTextResponse("choose a picture's file", 400)
         try:
@@ -169,13 +169,13 @@ def foreign(request: Request) -> str:
     return "pictures are taken from this server's own page only"
 
 
-def form_field(kind: str, body: bytes, name: str) -> bytes:
-    """The content of a field of a multipart form; empty if there is none."""
+def uploaded_file(kind: str, body: bytes) -> bytes:
+    """The first file of a multipart form; empty if there is none. `kind`: the content type."""
     header = b"Content-Type: " + kind.encode("latin-1", "replace") + b"\r\n\r\n"
     form = email.message_from_bytes(header + body, policy=email.policy.HTTP)
     for part in form.iter_parts() if form.is_multipart() else ():
         try:
-            if part.get_param("name", header="content-disposition") == name:
+            if part.get_filename() is not None:
                 return part.get_payload(decode=True) or b""
         except IndexError:  # of a malformed header; a fault of Python's
             continue

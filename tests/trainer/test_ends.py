@@ -148,25 +148,26 @@ def test_data_that_vanishes_while_it_trains_ends_with_what_is_kept(tmp_path, cop
         raise ValueError("no picture")
 
 
-def test_a_pipe_that_nobody_reads_ends_a_command_without_a_word(copy):
-    for unbuffered in ("", "1"):
-        reading, writing = os.pipe()
-        os.close(reading)
-        environment = os.environ | {"PYTHONUNBUFFERED": unbuffered}
-        arguments = ["-m", "ito.search", str(copy), "red cat", "blue dog"]
-        ended = subprocess.run(
-            [sys.executable, *arguments], stdout=writing, stderr=subprocess.PIPE, env=environment
-        )
-        os.close(writing)
-        assert (ended.returncode, ended.stderr) == (141, b"")
+def printing(text: str, **options) -> subprocess.CompletedProcess:
+    """A process that prints as every command does; without torch, whose import takes seconds."""
+    code = f"from ito.cli import user_errors\nwith user_errors():\n    print({text!r})"
+    environment = os.environ | options.pop("environment")
+    arguments = [sys.executable, "-c", code]
+    return subprocess.run(arguments, stderr=subprocess.PIPE, env=environment, **options)
 
 
-def test_letters_that_the_terminal_lacks_are_shown_by_their_numbers(copy):
-    environment = os.environ | {"PYTHONIOENCODING": "ascii"}
-    arguments = ["-m", "ito.search", str(copy), "rød 赤"]
-    ended = subprocess.run([sys.executable, *arguments], capture_output=True, env=environment)
-    assert (ended.returncode, ended.stderr) == (0, b"")
-    assert ended.stdout.startswith(b"r\\xf8d \\u8d64\n")
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_a_pipe_that_nobody_reads_ends_a_command_without_a_word(unbuffered):
+    reading, writing = os.pipe()
+    os.close(reading)
+    ended = printing("red", stdout=writing, environment={"PYTHONUNBUFFERED": unbuffered})
+    os.close(writing)
+    assert (ended.returncode, ended.stderr) == (141, b"")
+
+
+def test_letters_that_the_terminal_lacks_are_shown_by_their_numbers():
+    ended = printing("rød 赤", stdout=subprocess.PIPE, environment={"PYTHONIOENCODING": "ascii"})
+    assert (ended.returncode, ended.stdout, ended.stderr) == (0, b"r\\xf8d \\u8d64\n", b"")
 
 
 def test_ctrl_c_during_the_imports_ends_without_a_traceback():
