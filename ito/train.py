@@ -222,12 +222,12 @@ def load_pretrained(config: Config) -> Loaded:
     bias of its objective if that is the same, which only its checkpoint holds."""
     if package_of(config.pretrained):
         loaded = load_dual(config.pretrained, config.context_length)
-        print(f"pretrained {config.pretrained}")
+        print(f"pretrained {one_line(config.pretrained)}")
         if loaded.note:
             print(f"note       {loaded.note}")
         return loaded
     encoder, run = load(config.pretrained), RunFolder(config.pretrained)
-    print(f"pretrained {config.pretrained}, step {encoder.step}")
+    print(f"pretrained {shown(config.pretrained)}, step {encoder.step}")
     bias = None
     if checkpoints(run.checkpoints) and run.read_config().objective == config.objective:
         bias = load_checkpoint(run.checkpoints)["objective"].get("logit_bias")

@@ -16,7 +16,8 @@ PREFERRED = (
     *("Arial Unicode", "PingFang", "Hiragino Sans GB", "msyh", "malgun", "YuGothR", "msgothic"),
     *("wqy-microhei", "wqy-zenhei", "DroidSansFallback", "unifont"),
 )
-PACKAGES = {  # by the first word of a character's Unicode name
+PACKAGES = {  # of Debian, by `script`
+    "symbols": "fonts-symbola",
     "CJK": "fonts-noto-cjk",
     "HIRAGANA": "fonts-noto-cjk",
     "KATAKANA": "fonts-noto-cjk",
@@ -27,8 +28,8 @@ PACKAGES = {  # by the first word of a character's Unicode name
 def folders() -> list[Path]:
     """Where fonts are installed on this system."""
     if sys.platform == "win32":
-        places = [(os.environ.get("WINDIR"), "fonts"), (os.environ.get("LOCALAPPDATA"), "fonts")]
-        return [Path(place) / name for place, name in places if place]
+        places = {"WINDIR": "Fonts", "LOCALAPPDATA": "Microsoft/Windows/Fonts"}
+        return [Path(os.environ[at]) / name for at, name in places.items() if at in os.environ]
     if sys.platform == "darwin":
         found = ["/System/Library/Fonts", "/Library/Fonts", "~/Library/Fonts"]
         return [Path(name).expanduser() for name in found]
@@ -105,7 +106,7 @@ class Fonts:
         lines = []
         if self.lacking:
             characters = sorted(self.lacking)
-            scripts = sorted({unicodedata.name(c, "OTHER").split()[0] for c in characters})
+            scripts = sorted(set(map(script, characters)))
             packages = sorted({PACKAGES.get(name, "fonts-noto") for name in scripts})
             lines.append(
                 f"note       no installed font has {len(characters)} characters of the sheet "
@@ -119,6 +120,13 @@ class Fonts:
                 "the sheet: this Pillow has no Raqm, which needs the library FriBiDi"
             )
         return "\n".join(lines)
+
+
+def script(character: str) -> str:
+    """The alphabet of a character: the first word of its Unicode name, "CJK", "HIRAGANA" …"""
+    if unicodedata.category(character)[0] == "S":  # emoji and other pictures
+        return "symbols"
+    return unicodedata.name(character, "other").split()[0]
 
 
 def is_drawn(character: str) -> bool:

@@ -246,6 +246,7 @@ def test_a_text_is_drawn_with_the_fonts_that_have_its_characters(alone):
     assert found.lacking == {"丸"}
     assert "no installed font has 1 characters of the sheet (CJK): 丸;" in found.notes()
     assert "fonts-noto-cjk" in found.notes()
+    assert "1 characters of the sheet (symbols): 😀;" in fonts.Fonts(["😀"]).notes()
 
 
 def test_the_sheet_has_no_boxes_where_a_font_has_the_characters(run, alone, tmp_path, data, capsys):
