@@ -19,7 +19,7 @@ import torch
 from tqdm import tqdm
 
 from ito.checkpoint import checkpoints, load_checkpoint, save_checkpoint
-from ito.cli import one_line, output_path, shown, user_errors
+from ito.cli import flush, one_line, output_path, shown, user_errors
 from ito.compiled import choose_compile, compile_towers
 from ito.config import Config, add_options, choose_preset, from_options
 from ito.data.dataset import Dataset
@@ -96,6 +96,7 @@ def main(arguments: list[str] | None = None) -> Path:
             # the model; a new folder is made only when all options and data are known to be good
             with ranks.together():
                 run = Run(folder, config, eval_data, train_data, options, ranks)
+                flush()  # if nobody reads it, the run ends before it writes anything
                 if ranks.leads and not options.resume:
                     held.enter_context(created(folder, named=options.out is not None))
                 if ranks.leads and not run.resumed:
