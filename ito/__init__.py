@@ -1,6 +1,10 @@
 """ITO: several views and captions of an item aligned, and fused, during training only."""
 
+from ito.starting import leave_on_interrupt
+
 __all__ = ["load"]
+
+leave_on_interrupt()
 
 
 def load(run, device="cpu"):

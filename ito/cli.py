@@ -1,5 +1,7 @@
 """How the commands report errors: one line that names the cause, and no traceback."""
 
+import io
+import os
 import re
 import signal
 import sys
@@ -11,28 +13,57 @@ from pathlib import Path
 from PIL import Image
 
 from ito.files import follow_links
+from ito.starting import interrupt_as_usual
 
 # C0, C1, halves of surrogate pairs, and marks that turn the direction of writing
 CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\ud800-\udfff\u202a-\u202e\u2066-\u2069]")
 USER_ERRORS = (ValueError, OSError, ImportError)
 
 
+CLOSED = 141  # the status of a command whose reader has gone: 128 + SIGPIPE
+
+
 @contextmanager
 def user_errors() -> Iterator[None]:
     """Print `error: …` on stderr and exit: with status 2 for errors of options, files or packages,
-    with 1 if the training diverged. Ctrl-C exits with status 130, as usual in a shell.
+    with 1 if the training diverged. Ctrl-C exits with status 130, as usual in a shell; a closed
+    pipe (`| head`) with 141, without a word.
     """
     warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # --max-pixels is our limit
+    interrupt_as_usual()
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a caption may have letters that it lacks
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
-        yield
+        try:
+            yield
+        finally:
+            flush()
     except KeyboardInterrupt:
         sys.exit(128 + signal.SIGINT)
     except USER_ERRORS as error:
+        if reader_gone(error):
+            sys.exit(CLOSED)
         print(f"error: {one_line(reason(error), 2000)}", file=sys.stderr)
         sys.exit(2)
     except FloatingPointError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(1)
+
+
+def flush() -> None:
+    """Write out what was printed, so that an error of that is raised here; Python would print it as
+    "Exception ignored …" when it ends."""
+    try:
+        if sys.stdout:  # None if it was closed before the start
+            sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what is still to come
+        raise
+
+
+def reader_gone(error: BaseException) -> bool:
+    """Whether stdout is a pipe that nobody reads any more. An error of a file names it."""
+    return isinstance(error, BrokenPipeError) and error.filename is None
 
 
 def reason(error: Exception) -> str:
@@ -49,6 +80,11 @@ def output_path(option: str, path: Path) -> Path:
     except OSError as error:
         raise OSError(f"{option} {reason(error)}") from error
     return path
+
+
+def shown(path: str | os.PathLike) -> str:
+    """A path on one line, never cut, to be copied."""
+    return one_line(str(path), len(str(path)))
 
 
 def one_line(text: str, limit: int = 300) -> str:

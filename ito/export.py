@@ -9,7 +9,7 @@ from contextlib import nullcontext
 from pathlib import Path
 
 from ito.checkpoint import load_checkpoint
-from ito.cli import output_path, user_errors
+from ito.cli import output_path, shown, user_errors
 from ito.files import follow_links, undamaged
 from ito.model.encoders import DualEncoder
 from ito.model.exported import export, saved_tokenizer
@@ -70,11 +70,11 @@ def main(arguments: list[str] | None = None) -> None:
             bias = state.get("objective", {}).get("logit_bias")
             export_hf(model, tokenizer, bias, options.hf, fit)
         onnx = " (safetensors and ONNX)" if options.onnx else ""
-        print(f"exported step {step} to {out}{onnx}")
+        print(f"exported step {step} to {shown(out)}{onnx}")
         if options.open_clip:
-            print(f"exported step {step} to {options.open_clip} (open_clip)")
+            print(f"exported step {step} to {shown(options.open_clip)} (open_clip)")
         if options.hf:
-            print(f"exported step {step} to {options.hf} (transformers)")
+            print(f"exported step {step} to {shown(options.hf)} (transformers)")
 
 
 if __name__ == "__main__":

@@ -73,6 +73,17 @@ def naming(path: Path, temporary: Path | None = None) -> Iterator[None]:
         raise OSError(error.errno, error.strerror, str(path)) from error
 
 
+def make_folder(folder: Path, path: Path) -> None:
+    """Create `folder` for the file `path`. Raises OSError naming `path` and what is in the way."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        at = error.filename or folder
+        if error.errno == errno.EEXIST:
+            raise OSError(f"{path}: {at} is not a folder") from None
+        raise OSError(f"{path}: cannot create {at}: {error.strerror}") from None
+
+
 @contextmanager
 def write_atomically(path: Path) -> Iterator[Path]:
     """A file to write; flushed to the disk and renamed to `path` when the body ends without error.
@@ -86,7 +97,7 @@ def write_atomically(path: Path) -> Iterator[Path]:
         with naming(path):
             yield target
         return
-    target.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(target.parent, path)
     temporary = target.with_name(
         f".{secrets.token_hex(6)}.tmp"
     )  # not longer than `path`'s own, which may have the greatest length

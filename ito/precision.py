@@ -22,3 +22,12 @@ def choose_precision(precision: str, device: torch.device) -> tuple[torch.dtype,
         if cpu.get(flag):
             return torch.bfloat16, f"the CPU has {name}"
     return torch.float32, "the CPU has neither AMX nor AVX512-BF16"
+
+
+def find_device(asked: str | torch.device | None, option: str = "device") -> torch.device:
+    """The device of that name. Raises ValueError naming the option if there is none."""
+    try:
+        return torch.empty(0, device=asked).device
+    except (RuntimeError, AssertionError, TypeError) as error:  # unknown, or not in this build
+        why = (str(error).splitlines() or [type(error).__name__])[0]
+        raise ValueError(f"{option} {asked}: {why}") from None

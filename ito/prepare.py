@@ -7,7 +7,7 @@ emoji-small: two styles, from pip packages; the default data of `python -m ito.t
 import argparse
 from pathlib import Path
 
-from ito.cli import output_path, user_errors
+from ito.cli import output_path, shown, user_errors
 from ito.data import emoji_full, emoji_small
 from ito.data.emoji import default_cache
 from ito.files import naming
@@ -27,7 +27,7 @@ def main(arguments: list[str] | None = None) -> None:
     )
     with user_errors():
         options = parser.parse_args(arguments)
-        print(prepare(options))
+        print(shown(prepare(options)))
 
 
 def prepare(options: argparse.Namespace) -> Path:

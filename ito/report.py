@@ -7,7 +7,7 @@ and the machine, in one file that loads nothing from the network.
 import argparse
 from pathlib import Path
 
-from ito.cli import user_errors
+from ito.cli import shown, user_errors
 from ito.config import add_options
 from ito.model.exported import load
 from ito.run import choose_data
@@ -34,7 +34,8 @@ def main(arguments: list[str] | None = None) -> None:
         options.data = options.split = None
         encoder = load(options.run)
         config, _ = choose_data(options)
-        print(write_report(options.run, encoder, open_dataset(config, options.cache), options.map))
+        dataset = open_dataset(config, options.cache)
+        print(shown(write_report(options.run, encoder, dataset, options.map)))
 
 
 if __name__ == "__main__":

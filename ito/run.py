@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from ito.checkpoint import checkpoints
-from ito.cli import reason
+from ito.cli import reader_gone, reason, shown
 from ito.config import Config, from_options
 from ito.data.dataset import Dataset
 from ito.data.shards import PIPE
@@ -64,6 +64,7 @@ class RunFolder:
         self.report = self.path / "report.html"
 
         self.index = self.path / "index"
+        self.near = self.path / "near.json"
         self.contact_sheet = self.path / "search.png"
         self.evaluation = self.path / "evaluation.json"
         self.cost = self.path / "cost.json"
@@ -106,7 +107,8 @@ def locked(folder: Path) -> Iterator[None]:
             ) from None
         except (AttributeError, OSError) as error:  # Windows, or a file system without locks
             why = reason(error) if fcntl else "not on this system"
-            print(f"warning    {folder} cannot be locked ({why}): run one process in it at a time")
+            told = f"{shown(folder)} cannot be locked ({why})"
+            print(f"warning    {told}: run one process in it at a time")
         with naming(path):
             file.truncate(0)
             file.write(f"process {os.getpid()} on {socket.gethostname()}\n".encode())
@@ -188,14 +190,18 @@ def remove_temporary_files(folder: Path) -> None:
 
 
 @contextmanager
-def resumable(folder: Path) -> Iterator[None]:
-    """Adds to an OSError of the body how the run can be continued."""
+def resumable(folder: Path, options: str = "") -> Iterator[None]:
+    """Adds to an OSError or ValueError of the body how the run can be continued.
+
+    options: what to add to the command.
+    """
     try:
         yield
-    except RankLost:
-        raise
-    except OSError as error:
-        raise OSError(f"{reason(error)} ({kept(folder)})") from error
+    except (OSError, ValueError) as error:
+        if isinstance(error, RankLost) or reader_gone(error):
+            raise
+        kind = OSError if isinstance(error, OSError) else ValueError
+        raise kind(f"{reason(error)} ({kept(folder)}{options})") from error
 
 
 class Stopped(SystemExit):
@@ -227,7 +233,7 @@ def kept(folder: Path) -> str:
     if step is None and not run.config.exists():
         return "nothing is written yet"
     what = "no checkpoint yet" if step is None else f"the checkpoint of step {step} is kept"
-    return f"{what}; continue with: python -m ito.train --resume {folder}"
+    return f"{what}; continue with: python -m ito.train --resume {shown(folder)}"
 
 
 # --- the log ---
@@ -317,12 +323,8 @@ def choose_data(options: argparse.Namespace) -> tuple[Config, list[str] | None]:
             about = f"--data {options.data} and --{name}-data name the same thing"
             raise ValueError(f"{about}: drop one")
     given = {"train_data": options.data, "stream": False, "val_data": None}
-    for name in (
-        "data_format",
-        "image_root",
-        "group_by",
-        "test_share",
-    ):  # what the run's own data needed
+    # what the run's own data needed
+    for name in ("data_format", "image_root", "group_by", "test_share"):
         given[name] = vars(options).get(name, getattr(Config, name))
     return from_options(argparse.Namespace(**given), config), options.split or [ALL]
 

@@ -1,6 +1,7 @@
 """`python -m ito.search RUN "a red flag" photo.png`: search a data set with a run's model.
 
 Prints the best matches of each query (a text or an image file) and writes them as a contact sheet.
+Says where nothing is near: the best match is further off than those of the run's own captions.
 `--serve` starts a local web page for searching instead (ito/scoring/search_page.py).
 """
 
@@ -11,21 +12,21 @@ from pathlib import Path
 import torch
 from PIL import Image
 
-from ito.cli import one_line, output_path, user_errors
+from ito.cli import one_line, output_path, reason, shown, user_errors
 from ito.config import add_options
 from ito.files import write_atomically
 from ito.model.exported import Encoder, load
 from ito.run import RunFolder, choose_data
 from ito.scoring.contact_sheet import contact_sheet
-from ito.scoring.index import Index
+from ito.scoring.index import Index, Near
 from ito.source import open_dataset
 from ito.summary import report_skipped
 
 LONGEST_PATH = 4096  # Linux's PATH_MAX: a longer query is a text, even if it ends in .png
 
 
-def embed(encoder: Encoder, query: str) -> torch.Tensor:
-    """The embedding (1, E) of the query: of a picture if it names a file, else of a text.
+def embed(encoder: Encoder, query: str) -> tuple[str, torch.Tensor]:
+    """What the query is, "picture" if it names a file, else "text", and its embedding (1, E).
 
     Raises ValueError if the picture does not exist or cannot be read.
     """
@@ -33,12 +34,31 @@ def embed(encoder: Encoder, query: str) -> torch.Tensor:
     named = os.path.isfile(query) or Path(query).suffix.lower() in Image.registered_extensions()
     if named and len(query) <= LONGEST_PATH:
         try:
-            return encoder.encode_image(query)
+            return "picture", encoder.encode_image(query)
         except ValueError as error:
             raise ValueError(str(error).removeprefix("images[0]: ")) from None
     if not query.strip():
         raise ValueError("a query must be a text or a picture's file, got an empty text")
-    return encoder.encode_text(query)
+    return "text", encoder.encode_text(query)
+
+
+def open_near(options: argparse.Namespace, encoder: Encoder, index: Index) -> Near | None:
+    """From which cosine on a match is near. None, and a line that says so, if that is to be
+    measured on the run's own data, and it cannot be read."""
+
+    def own() -> Index | None:
+        if options.data is None:
+            return index
+        config = RunFolder(options.run).read_config()
+        try:
+            dataset = open_dataset(config, options.cache)
+        except (OSError, ValueError) as error:
+            why = one_line(reason(error))
+            print(f"note       what is near is unknown without the run's own data: {why}")
+            return None
+        return Index.open(options.run, encoder, dataset)
+
+    return Near.open(options.run, encoder, own)
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -82,21 +102,29 @@ def main(arguments: list[str] | None = None) -> None:
         if dataset.skipped:
             print(report_skipped(dataset.skipped))
         index = Index.open(options.run, encoder, dataset)
+        near = open_near(options, encoder, index)
         if options.serve is not None:
-            serve(index, options.serve)
+            serve(index, near, options.serve)
             return
-        scores, found = index.search(torch.cat(queries), options.k)
-        for query, values, pictures in zip(
-            options.queries, scores.tolist(), found.tolist(), strict=True
+        scores, found = index.search(torch.cat([emb for _, emb in queries]), options.k)
+        titles = []
+        for query, (kind, _), values, pictures in zip(
+            options.queries, queries, scores.tolist(), found.tolist(), strict=True
         ):
             print(one_line(query))
             for value, picture in zip(values, pictures, strict=True):
                 name, file = one_line(index.name(picture)), index.dataset.files[picture]
-                print(f"  {value:6.3f}  {name:32} {one_line(file, len(file))}")
-        sheet = contact_sheet(index, options.queries, scores, found)
+                print(f"  {value:6.3f}  {name:32} {shown(file)}")
+            doubt = near.doubt(kind, values[0]) if near else ""
+            if doubt:
+                print(f"note       {doubt} ({one_line(query, 60)})")
+            titles.append(f"{one_line(query, 100)} ({doubt})" if doubt else query)
+        sheet, notes = contact_sheet(index, titles, scores, found)
         with write_atomically(out) as temporary:
             sheet.save(temporary, "PNG")
-        print(out)
+        if notes:
+            print(notes)
+        print(shown(out))
 
 
 if __name__ == "__main__":

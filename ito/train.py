@@ -14,11 +14,12 @@ from contextlib import ExitStack, nullcontext
 from datetime import datetime
 from pathlib import Path
 
+import PIL
 import torch
 from tqdm import tqdm
 
 from ito.checkpoint import checkpoints, load_checkpoint, save_checkpoint
-from ito.cli import one_line, output_path, user_errors
+from ito.cli import flush, one_line, output_path, shown, user_errors
 from ito.compiled import choose_compile, compile_towers
 from ito.config import Config, add_options, choose_preset, from_options
 from ito.data.dataset import Dataset
@@ -29,7 +30,7 @@ from ito.model.pretrained import OURS, described_encoders, encoders, load_tokeni
 from ito.model.pretrained_dual import Loaded, load_dual, package_of
 from ito.model.tokenizer import Tokenizer, lost_share, report_cut
 from ito.objectives import user_file
-from ito.precision import choose_precision
+from ito.precision import choose_precision, find_device
 from ito.ranks import Ranks
 from ito.recipes import PRESETS
 from ito.run import (
@@ -88,17 +89,21 @@ def main(arguments: list[str] | None = None) -> Path:
                 held.enter_context(stoppable(folder))
 
             # the data
-            eval_data, train_data = ranks.leader_first(
-                lambda: open_data(config, options.cache, options.workers, ranks)
-            )
+            moved = " --train-data NEW, if it has moved"
+            with resumable(folder, moved) if options.resume else nullcontext():
+                eval_data, train_data = ranks.leader_first(
+                    lambda: open_data(config, options.cache, options.workers, ranks)
+                )
 
             # the model; a new folder is made only when all options and data are known to be good
             with ranks.together():
                 run = Run(folder, config, eval_data, train_data, options, ranks)
+                flush()  # if nobody reads it, the run ends before it writes anything
                 if ranks.leads and not options.resume:
                     held.enter_context(created(folder, named=options.out is not None))
                 if ranks.leads and not run.resumed:
-                    run.begin()
+                    with resumable(folder):
+                        run.begin()
 
             # the training, and the report
             began = time.perf_counter()
@@ -162,10 +167,14 @@ def thread_count(text: str) -> int:
     return int(text)
 
 
-def resumed_config(options: argparse.Namespace) -> Config:
-    """The configuration of the run to resume.
+PLACES = ("train_data", "val_data", "image_root")  # of data, which may have moved
+FREE = (*PLACES, "steps", "log_every", "eval_every", "checkpoint_every", "accum_freq")
 
-    Raises ValueError for options that change it; intervals and micro-batches may change.
+
+def resumed_config(options: argparse.Namespace) -> Config:
+    """The configuration of the run to resume, with those of the options FREE that are given.
+
+    Raises ValueError for other options that change it, and for fewer steps than are done.
     """
     run = options.resume
     if options.preset:
@@ -175,17 +184,19 @@ def resumed_config(options: argparse.Namespace) -> Config:
     if not RunFolder(run).config.is_file():
         raise FileNotFoundError(f"--resume: no run folder at {run}")
     saved = RunFolder(run).read_config()
-    free = ("log_every", "eval_every", "checkpoint_every", "accum_freq")
     if vars(options).get("objective", saved.objective) != saved.objective:
         raise ValueError("--resume keeps the run's configuration: drop --objective")
     config = from_options(options, saved)
     changed = [
         f"--{name.replace('_', '-')}"
         for name, value in config.flat().items()
-        if value != saved.flat()[name] and name not in free
+        if value != saved.flat()[name] and name not in FREE
     ]
     if changed:
         raise ValueError(f"--resume keeps the run's configuration: drop {', '.join(changed)}")
+    done = max(checkpoints(RunFolder(run).checkpoints, strict=False), default=0)
+    if config.steps < min(done, saved.steps):
+        raise ValueError(f"--steps {config.steps}: {run} has done {done} steps already; name more")
     return config
 
 
@@ -195,13 +206,7 @@ def choose_device(name: str | None, saved: str | None, ranks: Ranks) -> torch.de
     On GPUs each rank takes the one of its local rank.
     """
     asked = name or saved or ("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.empty(0, device=asked).device
-    except (
-        RuntimeError,
-        AssertionError,
-    ) as error:  # an unknown name, or a device that this build or machine lacks
-        raise ValueError(f"--device {asked}: {str(error).splitlines()[0]}") from None
+    device = find_device(asked, "--device")
     if device.type not in ("cpu", "cuda"):
         raise ValueError(f"--device {asked}: training runs on cpu or cuda")
     if ranks.size > 1 and device.type == "cuda":
@@ -220,12 +225,12 @@ def load_pretrained(config: Config) -> Loaded:
     bias of its objective if that is the same, which only its checkpoint holds."""
     if package_of(config.pretrained):
         loaded = load_dual(config.pretrained, config.context_length)
-        print(f"pretrained {config.pretrained}")
+        print(f"pretrained {one_line(config.pretrained)}")
         if loaded.note:
             print(f"note       {loaded.note}")
         return loaded
     encoder, run = load(config.pretrained), RunFolder(config.pretrained)
-    print(f"pretrained {config.pretrained}, step {encoder.step}")
+    print(f"pretrained {shown(config.pretrained)}, step {encoder.step}")
     bias = None
     if checkpoints(run.checkpoints) and run.read_config().objective == config.objective:
         bias = load_checkpoint(run.checkpoints)["objective"].get("logit_bias")
@@ -299,7 +304,9 @@ class Run:
         if state:
             self.resume(state)
         elif options.resume:
-            print(f"resume     {folder} has no checkpoint: it starts again")
+            print(f"resume     {shown(folder)} has no checkpoint: it starts again")
+            if ranks.leads:
+                self.changed_data(self.environment())
         if pretrained:
             self.trainer.start_from(pretrained)
 
@@ -416,22 +423,52 @@ class Run:
         if not self.ranks.leads:
             return
         if self.first_step < self.config.steps:
-            print(f"resume     {self.folder} from step {self.first_step}")
+            print(f"resume     {shown(self.folder)} from step {self.first_step}")
         else:
-            print(
-                f"resume     {self.folder} is finished: it has all of its {self.first_step} steps"
-            )
+            done = f"it has all of its {self.first_step} steps; --steps MORE goes on"
+            print(f"resume     {shown(self.folder)} is finished: {done}")
         saved, now = dict(self.saved_environment), self.environment()
         if "sha256" not in saved or "logged" not in state:
             print("note       an older version began this: changed data, a cut log go unnoticed")
-        for name, value in saved.pop("sha256", {}).items():
-            if now["sha256"].get(name) != value:
-                print(f"warning    {name} of the data changed since the run began: numbers differ")
+        for name in self.changed_data(now):
+            print(f"warning    {name} of the data changed since the run began: numbers differ")
         for name, value in saved.items():
-            if now.get(name) != value:
+            if name != "sha256" and now.get(name) != value:
                 print(f"warning    {name} was {value}, is {now.get(name)}: numbers may differ")
+        before = self.files.read_config()
+        if self.config.steps != before.steps:
+            rate = self.trainer.learning_rate(self.first_step)
+            print(
+                f"steps      {self.config.steps} instead of {before.steps}: the learning rate goes "
+                f"on at {rate:.2g} and falls to 0 at the new end"
+            )
+        if self.config != before:
+            self.config.save(self.files.config)
         for problem in self.log.rewind(self.first_step, state.get("logged")):
-            print(f"warning    {self.log.path}: {problem}")
+            print(f"warning    {shown(self.log.path)}: {problem}")
+
+    def changed_data(self, now: dict) -> list[str]:
+        """What of the data has changed since the run began.
+
+        Raises ValueError if that is data which is said to have moved, and is not what it was.
+        """
+        before = self.files.read_config()
+        places = {name: getattr(self.config, name) for name in PLACES}
+        moved = {n: place for n, place in places.items() if place != getattr(before, n)}
+        hashes = self.saved_environment.get("sha256", {})
+        changed = [name for name, value in hashes.items() if now["sha256"].get(name) != value]
+        # another version may decode the same files to slightly other pixels
+        pillow = self.saved_environment.get("pillow", now["pillow"])
+        excused = {"pictures", "training pictures"} if pillow != now["pillow"] else set()
+        if moved and not excused.issuperset(changed):
+            given = ", ".join(f"--{n.replace('_', '-')} {place}" for n, place in moved.items())
+            raise ValueError(
+                f"{given} is not the data that the run began with: {', '.join(changed)} differ; "
+                f"to train its model on other data, begin a run with --pretrained {self.folder}"
+            )
+        for name, place in moved.items():
+            print(f"moved      {name} is {shown(place)}")
+        return changed
 
     def environment(self) -> dict:
         """What the numbers depend on, apart from the configuration."""
@@ -446,6 +483,7 @@ class Run:
         return {
             "python": platform.python_version(),
             "torch": torch.__version__,
+            "pillow": PIL.__version__,
             "machine": platform.machine(),
             "device": str(self.device),
             "ranks": self.ranks.size,
@@ -543,7 +581,7 @@ class Run:
     def finish(self, step: int, seconds: float) -> None:
         """Write the report and print the scores; or, of a stopped run, how to continue it."""
         if step < self.config.steps:
-            command = f"python -m ito.train --resume {self.folder}"
+            command = f"python -m ito.train --resume {shown(self.folder)}"
             print(f"stopped after step {step}; continue with: {command}")
             return
         trained = step - self.first_step
@@ -562,9 +600,9 @@ class Run:
         if self.config.stream and self.train_data.skipped:
             skipped = self.train_data.skipped.items()
             print(report_skipped([Skipped(*record) for record in skipped]))
-        print(f"model      {self.files.model}")
-        print(f"metrics    {self.log.path}")
-        print(f"report     {report}")
+        print(f"model      {shown(self.files.model)}")
+        print(f"metrics    {shown(self.log.path)}")
+        print(f"report     {shown(report)}")
 
 
 def duration(seconds: float) -> str:

@@ -18,7 +18,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from ito.files import FileError, require_file
+from ito.files import FileError, make_folder, require_file
 
 SHARD_SIZE = 1000  # samples of a tar
 SMALL, FULL = "Small emoji set", "Full emoji set"  # how the titles of the sets begin
@@ -171,8 +171,11 @@ def publish(out: Path, title: str, write: Callable[[Path], None]) -> Path:
         return out
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise FileExistsError(f"{out} is not the {title.lower()}; name a new or an empty folder")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    building = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
+    make_folder(out.parent, out)
+    try:
+        building = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(out)) from None
     try:
         building.chmod(0o755)  # mkdtemp's 0700 would follow the rename
         write(building)

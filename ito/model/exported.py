@@ -7,9 +7,12 @@ checksums of the weights and of the tokenizer.
 
 import hashlib
 import json
-from collections.abc import Sequence
+import math
+import os
+from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -21,10 +24,12 @@ from ito.files import FileError, naming, read_text, require_file, undamaged, wri
 from ito.model.embed import embed_images, embed_texts
 from ito.model.encoders import DualEncoder
 from ito.model.tokenizer import Tokenizer
+from ito.precision import find_device
 from ito.run import RunFolder
 from ito.tensors import load_tensors, save_tensors, verify
 
-Picture = Image.Image | str | Path | torch.Tensor
+Picture = Image.Image | str | os.PathLike | bytes | np.ndarray | torch.Tensor
+PICTURE = "a path, the bytes of a file, a PIL image, a uint8 array or tensor"
 WEIGHTS, ABOUT, TOKENS = "model.safetensors", "config.json", "tokenizer.json"
 
 
@@ -80,18 +85,26 @@ class Encoder:
         self.model, self.tokenizer, self.load_size, self.step = model, tokenizer, load_size, step
         self.fit = fit
 
-    def encode_image(self, images: Picture | Sequence[Picture]) -> torch.Tensor:
-        """Embeddings `(K, E)` of PIL images, paths, uint8 tensors (3, H, W), or one (K, 3, H, W).
+    def encode_image(self, images: Picture | Iterable[Picture]) -> torch.Tensor:
+        """Embeddings `(K, E)` of one picture or several.
+
+        A picture is a path, the bytes of a file, a PIL image, a uint8 array (H, W, 3), (H, W) of
+        grey, (H, W, 4) with opacity, or a uint8 tensor (3, H, W). Several are an iterable of such,
+        of any kinds, or one array or tensor with a first dimension K. The pixels of a PNG give the
+        embedding of its file; those of a large JPEG differ a little, because a file is decoded at a
+        fraction of its size.
 
         As in training, the model sees the centred square of a picture, or all of it (`fit`), on
-        white. Raises ValueError naming a picture that cannot be read or is too large, or a tensor
-        of another shape or dtype.
+        white. Raises TypeError for anything else, and ValueError naming a picture that cannot be
+        read or is too large, or an array of another shape or dtype.
         """
-        if isinstance(images, Image.Image | str | Path):
-            images = [images]
-        if isinstance(images, torch.Tensor) and images.ndim == 3:
-            images = images[None]
-        squares = [self.square(image, n) for n, image in enumerate(images)]
+        if isinstance(images, torch.Tensor | np.ndarray):
+            one = images.ndim < 4
+        else:
+            one = isinstance(images, Image.Image | str | os.PathLike | bytes)
+        if not one and (isinstance(images, dict) or not isinstance(images, Iterable)):
+            raise TypeError(f"images must be {PICTURE}; or several; got {type(images).__name__}")
+        squares = [self.square(image, n) for n, image in enumerate([images] if one else images)]
         if not squares:
             return torch.empty(0, self.model.architecture["width"])
         pixels = torch.from_numpy(np.stack(squares)).permute(0, 3, 1, 2).contiguous()
@@ -105,33 +118,62 @@ class Encoder:
         return embed_texts(self.model, self.tokenizer(texts))
 
     def square(self, picture: Picture, number: int) -> np.ndarray:
-        if isinstance(picture, torch.Tensor):
-            if picture.dtype != torch.uint8 or picture.ndim != 3 or picture.shape[0] != 3:
-                raise ValueError(
-                    f"images[{number}] must be uint8 (3, H, W), "
-                    f"got {picture.dtype} {tuple(picture.shape)}"
-                )
-            pixels = picture.permute(1, 2, 0).cpu().numpy()
-            return square(Image.fromarray(pixels), self.load_size, picture.numel(), self.fit)
+        if isinstance(picture, torch.Tensor | np.ndarray):
+            limit = math.inf  # it is in memory already
+            return square(as_picture(picture, number), self.load_size, limit, self.fit)
         if isinstance(picture, Image.Image):
             try:
+                if 0 in picture.size:
+                    raise ValueError(f"it has {picture.width} × {picture.height} pixels")
                 return square(picture, self.load_size, self.max_pixels, self.fit)
             except Refused as error:
                 raise ValueError(f"images[{number}]: the picture {error}") from None
-            except OSError as error:  # Pillow reads the file only now
+            except Exception as error:  # Pillow reads the file only now, and raises anything
                 raise ValueError(f"images[{number}]: unreadable picture: {error}") from None
-        pixels = decode(Path(picture), self.load_size, self.max_pixels, self.fit)
+        if not isinstance(picture, str | os.PathLike | bytes):
+            raise TypeError(f"images[{number}] must be {PICTURE}; got {type(picture).__name__}")
+        place = Contents(picture) if isinstance(picture, bytes) else Path(picture)
+        pixels = decode(place, self.load_size, self.max_pixels, self.fit)
         if isinstance(pixels, str):
             raise ValueError(f"images[{number}]: {pixels}")
         return pixels
 
 
+class Contents(NamedTuple):
+    """The bytes of a picture's file, for `decode`."""
+
+    data: bytes
+
+    def __str__(self) -> str:
+        return f"a file of {len(self.data)} bytes"
+
+    def read_bytes(self) -> bytes:
+        return self.data
+
+
+def as_picture(values: torch.Tensor | np.ndarray, number: int) -> Image.Image:
+    """An array (H, W), (H, W, 3) or (H, W, 4), or a tensor (3, H, W), of uint8, as a picture."""
+    shape, torch_form = tuple(values.shape), isinstance(values, torch.Tensor)
+    if torch_form:
+        wanted, fits = "(3, H, W)", len(shape) == 3 and shape[0] == 3
+    else:
+        wanted = "(H, W, 3), (H, W) or (H, W, 4)"
+        fits = len(shape) == 2 or (len(shape) == 3 and shape[2] in (3, 4))
+    if str(values.dtype) not in ("uint8", "torch.uint8") or not fits or 0 in shape:
+        raise ValueError(f"images[{number}] must be uint8 {wanted}, got {values.dtype} {shape}")
+    return Image.fromarray(values.permute(1, 2, 0).cpu().numpy() if torch_form else values)
+
+
 def load(run: str | Path, device: str | torch.device = "cpu") -> Encoder:
     """The exported model of a run folder, or of a `model/` folder itself.
 
-    Raises FileNotFoundError if there is none, and ValueError naming a file that is damaged. Models
-    exported by older versions have no checksums and are not verified.
+    Raises FileNotFoundError if there is none, and ValueError naming a file that is damaged, or a
+    device that there is not. Models exported by older versions have no checksums and are not
+    verified.
     """
+    device = find_device(device)
+    if device.type == "meta":
+        raise ValueError("device meta: it computes nothing")
     exported = RunFolder(run).model
     folder = exported if exported.is_dir() else Path(run)
     if not (folder / WEIGHTS).exists():

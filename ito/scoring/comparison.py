@@ -17,6 +17,7 @@ from pathlib import Path
 
 import torch
 
+from ito.cli import shown
 from ito.config import Config
 from ito.data.augment import Augmentation
 from ito.data.dataset import Dataset
@@ -137,7 +138,7 @@ def write_comparison(out: Path, cache: Path | None = None) -> Path:
     parts.append(f"Held-out pictures and their captions, first seed, {method}.")
     path = out / "comparison.md"
     write_text(path, "\n\n".join(parts) + "\n")
-    print(f"comparison {path}")
+    print(f"comparison {shown(path)}")
     return path
 
 

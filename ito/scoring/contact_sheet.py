@@ -3,38 +3,35 @@
 from collections.abc import Sequence
 
 import torch
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw
 
 from ito.cli import one_line
+from ito.scoring.fonts import SIZE, Fonts
 from ito.scoring.index import Index
 
 CELL, PICTURE, LINE = 120, 96, 16  # pixels of the contact sheet
 
 
-def sheet_font() -> ImageFont.FreeTypeFont:
-    """A system font, which has accents and other alphabets; else Pillow's own, which has none."""
-    for name in ("DejaVuSans.ttf", "Arial.ttf"):
-        try:
-            return ImageFont.truetype(name, 12)
-        except OSError:
-            continue
-    return ImageFont.load_default(12)
-
-
 def contact_sheet(
     index: Index, queries: Sequence[str], scores: torch.Tensor, found: torch.Tensor
-) -> Image.Image:
-    """A row per query: its text, then its pictures with score and name."""
-    font = sheet_font()
+) -> tuple[Image.Image, str]:
+    """A row per query: its text, then its pictures with score and name; and what is not legible in
+    it, in words."""
+    names = {n: index.name(n) for n in found.unique().tolist()}
+    fonts = Fonts(map(one_line, (*names.values(), *queries, "0123456789.-…")))
     height = CELL + 3 * LINE
     sheet = Image.new("RGB", (CELL * found.shape[1] + LINE, height * len(queries) + LINE), "white")
     draw = ImageDraw.Draw(sheet)
 
     def write(x: int, y: int, text: str, width: int, colour: str) -> None:
         text = " ".join(text.split())  # Pillow cannot measure text with line breaks
-        while draw.textlength(text, font) > width:
+        pieces = fonts.pieces(text)
+        while sum(font.getlength(piece) for piece, font in pieces) > width:
             text = text.rstrip("…")[:-1] + "…"
-        draw.text((x, y), text, fill=colour, font=font)
+            pieces = fonts.pieces(text)
+        for piece, font in pieces:
+            draw.text((x, y + SIZE), piece, fill=colour, font=font, anchor="ls")
+            x += font.getlength(piece)
 
     for row, query in enumerate(queries):
         top = row * height + LINE // 2
@@ -46,5 +43,5 @@ def contact_sheet(
             sheet.paste(drawn, (left, top + LINE + 4))
             below = top + LINE + 6 + PICTURE
             write(left, below, f"{scores[row, column]:.3f}", PICTURE, "dimgray")
-            write(left, below + LINE, index.name(picture), PICTURE, "black")
-    return sheet
+            write(left, below + LINE, names[picture], PICTURE, "black")
+    return sheet, fonts.notes()

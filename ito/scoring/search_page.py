@@ -1,10 +1,15 @@
-"""The page of `python -m ito.search RUN --serve`: search by text, or by clicking on a picture.
+"""The page of `python -m ito.search RUN --serve`: search by texts, by an uploaded picture, or by
+clicking on one.
 
 Plain HTML without scripts. The server listens on 127.0.0.1 only and answers no other host name, so
-that no web page can read it through the browser. It reads no request body. Request lines and
-headers above 64 kB, and queries above QUERY characters, are refused.
+that no web page can read it through the browser. What another web page sends is refused before its
+body is read. Request lines and headers above 64 kB, more than QUERIES queries or one above QUERY
+characters, and bodies above UPLOAD bytes are refused. An uploaded picture is decoded within the
+limits of the data's own, and is not kept.
 """
 
+import email
+import email.policy
 import html
 import io
 import signal
@@ -15,11 +20,12 @@ import torch
 from PIL import Image
 
 from ito.cli import one_line
-from ito.scoring.index import Index
+from ito.scoring.index import Index, Near
 
 try:
     import uvicorn
     from starlette.applications import Starlette
+    from starlette.concurrency import run_in_threadpool
     from starlette.middleware import Middleware
     from starlette.middleware.trustedhost import TrustedHostMiddleware
     from starlette.requests import Request
@@ -33,11 +39,14 @@ except ImportError as error:
 
 SHOWN = 24
 QUERY = 1000  # characters: several times what a model's context holds
+QUERIES = 16
+UPLOAD = 20_000_000  # bytes
 STYLE = """
 body { font: 16px/1.4 system-ui, sans-serif; max-width: 60rem; margin: 1.5rem auto;
        padding: 0 1rem; color: #222; background: #fff; }
 h1 { font-size: 1.2rem; margin: 0 0 .8rem; overflow-wrap: anywhere; }
-form { display: flex; gap: .5rem; }
+h2 { font-size: 1rem; margin: 1.2rem 0 0; overflow-wrap: anywhere; }
+form { display: flex; gap: .5rem; margin-bottom: .5rem; }
 input { flex: 1; min-width: 0; font: inherit; padding: .5rem .7rem; border: 1px solid #888;
         border-radius: 6px; }
 button { font: inherit; padding: .5rem 1rem; border: 0; border-radius: 6px; background: #2463a8;
@@ -53,8 +62,10 @@ p img { width: 40px; height: 40px; border-radius: 4px; }
 """
 
 
-def application(index: Index) -> Starlette:
-    """`/?q=TEXT` and `/?like=PICTURE` search; `/picture/N` is a picture as PNG."""
+def application(index: Index, near: Near | None = None) -> Starlette:
+    """`/?q=TEXT` and `/?like=PICTURE` search; `q` may be repeated, or hold several texts with `|`
+    or a line break between them. A picture is posted to `/` as the file of a form.
+    `/picture/N` is a picture as PNG."""
     count = len(index.dataset.images)
 
     def number(text: str) -> int | None:
@@ -62,29 +73,67 @@ def application(index: Index) -> Starlette:
         return int(text) if text.isdecimal() and len(text) < 20 and int(text) < count else None
 
     def home(request: Request) -> Response:
-        text, like = request.query_params.get("q", "").strip(), request.query_params.get("like")
-        about, results = f"{count} pictures. Type what you look for.", ""
-        if len(text) > QUERY:
-            return PlainTextResponse(f"q must be at most {QUERY} characters, got {len(text)}", 414)
+        given, like = request.query_params.getlist("q"), request.query_params.get("like")
+        texts = [part.strip() for q in given for line in q.splitlines() for part in line.split("|")]
+        texts = list(dict.fromkeys(filter(None, texts)))
+        if too_long := [text for text in texts if len(text) > QUERY]:
+            told = f"q must be at most {QUERY} characters, got {len(too_long[0])}"
+            return PlainTextResponse(told, 414)
+        if len(texts) > QUERIES:
+            return PlainTextResponse(f"at most {QUERIES} texts at once, got {len(texts)}", 414)
         if like is not None:
             picture = number(like)
             if picture is None:
                 return PlainTextResponse(f"like must be in [0, {count}), got {one_line(like)}", 400)
-            results = tiles(index, index.embeddings[picture][None])
             about = f'<img src="/picture/{picture}" alt="">Pictures like this one: '
             about += html.escape(index.name(picture))
-        elif text:
-            results = tiles(index, index.encoder.encode_text(text))
-            about = f"The closest of {count} pictures. Click one for its like."
+            return page([], f"<p>{about}</p>" + tiles(index, index.embeddings[picture][None]))
+        if not texts:
+            return page([], f"<p>{count} pictures. Type what you look for.</p>")
+        found = index.encoder.encode_text(texts)
+        shown = [(one_line(t), found[n : n + 1]) for n, t in enumerate(texts)]
+        return page(texts, "".join(results("text", title, emb) for title, emb in shown))
+
+    async def upload(request: Request) -> Response:
+        if told := foreign(request):
+            return PlainTextResponse(told, 403)
+        size = request.headers.get("content-length", "")
+        if not size.isdecimal() or len(size) > 10:
+            return PlainTextResponse("the request must name its length", 411)
+        if int(size) > UPLOAD:
+            return PlainTextResponse(f"at most {UPLOAD} bytes, got {size}", 413)
+        body = await request.body()
+        return await run_in_threadpool(search_upload, request.headers, body)
+
+    def search_upload(headers, body: bytes) -> Response:
+        data = uploaded_file(headers.get("content-type", ""), body)
+        if not data:
+            return PlainTextResponse("choose a picture's file", 400)
+        try:
+            found = index.encoder.encode_image(data)
+        except ValueError as error:
+            return PlainTextResponse(one_line(str(error).removeprefix("images[0]: ")), 400)
+        return page([], results("picture", "Pictures like the uploaded one", found))
+
+    def results(kind: str, title: str, query: torch.Tensor) -> str:
+        best = index.search(query, 1)[0].item()
+        doubt = near.doubt(kind, best) if near else ""
+        about = doubt[:1].upper() + doubt[1:] or f"The closest of {count} pictures."
+        return f"<h2>{html.escape(title)}</h2><p>{about}</p>" + tiles(index, query)
+
+    def page(texts: list[str], body: str) -> HTMLResponse:
+        text = html.escape(" | ".join(texts))
         return HTMLResponse(
             '<!doctype html><html lang="en"><meta charset="utf-8">'
             '<meta name="viewport" content="width=device-width, initial-scale=1">'
-            f"<title>{html.escape(text or 'ito.search')}</title><style>{STYLE}</style>"
-            "<h1>Search pictures by words</h1>"
-            f'<form><input name="q" value="{html.escape(text)}" placeholder="a red flag" '
-            f'maxlength="{QUERY}" aria-label="what to look for" autofocus>'
+            f"<title>{text or 'ito.search'}</title><style>{STYLE}</style>"
+            "<h1>Search pictures by words, or by a picture</h1>"
+            f'<form action="/"><input name="q" value="{text}" placeholder="a red flag | a car" '
+            f'aria-label="what to look for; | between several texts" autofocus>'
             "<button>Search</button></form>"
-            f'<p>{about}</p><div class="found">{results}</div></html>'
+            '<form action="/" method="post" enctype="multipart/form-data">'
+            '<input type="file" name="picture" accept="image/*" required aria-label="a picture">'
+            f"<button>Search by picture</button></form>{body}</html>"
         )
 
     def picture(request: Request) -> Response:
@@ -99,8 +148,38 @@ def application(index: Index) -> Starlette:
         return Response(buffer.getvalue(), media_type="image/png")
 
     hosts = Middleware(TrustedHostMiddleware, allowed_hosts=["127.0.0.1", "localhost"])
-    routes = [Route("/", home), Route("/picture/{number}", picture)]
+    routes = [
+        Route("/", home),
+        Route("/", upload, methods=["POST"]),
+        Route("/picture/{number}", picture),
+    ]
     return Starlette(routes=routes, middleware=[hosts])
+
+
+def foreign(request: Request) -> str:
+    """That another web page sent the request, in words; "" if not.
+
+    Browsers name the page's origin with every POST. Other programs need not.
+    """
+    origin = request.headers.get("origin")
+    site = request.headers.get("sec-fetch-site", "same-origin")
+    own = f"http://{request.headers.get('host')}"
+    if origin in (None, own) and site in ("same-origin", "none"):
+        return ""
+    return "pictures are taken from this server's own page only"
+
+
+def uploaded_file(kind: str, body: bytes) -> bytes:
+    """The first file of a multipart form; empty if there is none. `kind`: the content type."""
+    header = b"Content-Type: " + kind.encode("latin-1", "replace") + b"\r\n\r\n"
+    form = email.message_from_bytes(header + body, policy=email.policy.HTTP)
+    for part in form.iter_parts() if form.is_multipart() else ():
+        try:
+            if part.get_filename() is not None:
+                return part.get_payload(decode=True) or b""
+        except IndexError:  # of a malformed header; a fault of Python's
+            continue
+    return b""
 
 
 def tiles(index: Index, query: torch.Tensor) -> str:
@@ -112,10 +191,10 @@ def tiles(index: Index, query: torch.Tensor) -> str:
             f'<a href="/?like={picture}" title="{name}"><img src="/picture/{picture}" alt="{name}">'
             f"<span>{name}</span><small>{score:.3f}</small></a>"
         )
-    return "".join(parts)
+    return f'<div class="found">{"".join(parts)}</div>'
 
 
-def serve(index: Index, port: int) -> None:
+def serve(index: Index, near: Near | None, port: int) -> None:
     """Serve until interrupted; exits with status 143 after SIGTERM, as usual in a shell.
 
     Raises OSError naming --serve if the port is not available.
@@ -130,6 +209,6 @@ def serve(index: Index, port: int) -> None:
         raise OSError(f"--serve {port}: {reason}") from None
     print(f"http://127.0.0.1:{listener.getsockname()[1]} (Ctrl-C ends it)", flush=True)
     # h11 limits the size of a request's headers; httptools, which uvicorn prefers, does not
-    config = uvicorn.Config(application(index), log_level="warning", http="h11")
+    config = uvicorn.Config(application(index, near), log_level="warning", http="h11")
     signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
     uvicorn.Server(config).run([listener])  # on a signal it ends, and raises the signal again

@@ -122,7 +122,7 @@ def test_skipped_pictures_are_counted_and_named(tmp_path, capsys):
         (evaluate_command, "{finished} --train-data {wrong}", "wrong.csv:1: no column 'title'"),
         (evaluate_command, "{finished} --json {wrong}/x", "{wrong} is not a folder"),
         (export, "nope", "nope holds no checkpoint"),
-        (export, "{finished} --out {wrong}", "{wrong}: File exists"),
+        (export, "{finished} --out {wrong}", "{wrong} is not a folder"),
         (prepare, "emoji-small --out {wrong}", "is not the small emoji set"),
     ],
 )
