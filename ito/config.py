@@ -440,6 +440,11 @@ def refuse_unfit(objective: str, given: list[str]) -> None:
         )
 
 
+def flag(name: str) -> str:
+    """The command-line option of a field."""
+    return f"--{name.replace('_', '-')}"
+
+
 class Lock(argparse.Action):
     """`--lock-image`, `--lock-text`, or both, in one value."""
 
@@ -465,15 +470,14 @@ def add_options(
         shown = "the run's" if only else "a tab" if shown == "\t" else shown
         help = help if default is None or default is False else f"{help} (default: {shown})"
         help = argparse.SUPPRESS if name in hidden else help
-        flag = f"--{name.replace('_', '-')}"
         if isinstance(default, bool):
             groups[group].add_argument(
-                flag, action="store_true", default=argparse.SUPPRESS, help=help
+                flag(name), action="store_true", default=argparse.SUPPRESS, help=help
             )
             return
         several = isinstance(default, tuple)
         groups[group].add_argument(
-            flag,
+            flag(name),
             type=kind or type(default[0] if several else default),
             nargs=len(default) if several else None,
             choices=choices,

@@ -19,7 +19,7 @@ from ito.run import choose_data
 from ito.scoring.evaluation import ALL, PROMPTS, evaluate_fully
 from ito.scoring.scores import clip_benchmark, table
 from ito.source import open_dataset
-from ito.summary import count_overlap, report_overlap, report_skipped
+from ito.summary import count_overlap, print_notes, report_overlap, report_skipped
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -63,11 +63,8 @@ def main(arguments: list[str] | None = None) -> None:
         dataset = open_dataset(config, options.cache)
         print(report_skipped(dataset.skipped) or f"{len(dataset.images)} pictures")
         overlap = {} if options.data else count_overlap(dataset, dataset)  # --data: not trained on
-        if shared := report_overlap(overlap, dataset):
-            print(shared)
         captions = [caption for names in dataset.captions for caption in names]
-        if cut := report_cut(captions, encoder.tokenizer):
-            print(cut)
+        print_notes(report_overlap(overlap, dataset), report_cut(captions, encoder.tokenizer))
         scores = evaluate_fully(
             encoder.model,
             encoder.tokenizer,

@@ -1,8 +1,7 @@
-"""The folder of a run: its files, its lock, its log, and what can be resumed after an error."""
+"""The folder of a run: its files, its lock, its log, and the data that a command reads for it."""
 
 import argparse
 import errno
-import hashlib
 import json
 import os
 import signal
@@ -13,12 +12,9 @@ from contextlib import contextmanager
 from io import FileIO
 from pathlib import Path
 
-import numpy as np
-
 from ito.checkpoint import checkpoints
 from ito.cli import reader_gone, reason, shown
-from ito.config import Config, from_options
-from ito.data.dataset import Dataset
+from ito.config import Config, flag, from_options
 from ito.data.shards import PIPE
 from ito.files import (
     TEMPORARY,
@@ -314,32 +310,16 @@ def choose_data(options: argparse.Namespace) -> tuple[Config, list[str] | None]:
     for name in ("train_data", "val_data"):
         own = options.data is None and name not in options
         if own and f"::{PIPE}" in f"::{getattr(config, name)}":
-            about = f"its config.json names a command, which is run only if you give it: --{name}"
-            raise ValueError(f"{options.run}: {about.replace('_', '-')} '{getattr(config, name)}'")
+            about = "its config.json names a command, which is run only if you give it"
+            raise ValueError(f"{options.run}: {about}: {flag(name)} '{getattr(config, name)}'")
     if options.data is None:
         return config, options.split
-    for name in ("train", "val"):
-        if f"{name}_data" in options:
-            about = f"--data {options.data} and --{name}-data name the same thing"
+    for name in ("train_data", "val_data"):
+        if name in options:
+            about = f"--data {options.data} and {flag(name)} name the same thing"
             raise ValueError(f"{about}: drop one")
     given = {"train_data": options.data, "stream": False, "val_data": None}
     # what the run's own data needed
     for name in ("data_format", "image_root", "group_by", "test_share"):
         given[name] = vars(options).get(name, getattr(Config, name))
     return from_options(argparse.Namespace(**given), config), options.split or [ALL]
-
-
-def fingerprint(dataset: Dataset) -> dict[str, str]:
-    """Hashes of the data that training and scores depend on, by name. Paths are not hashed."""
-    texts = {
-        "items": [dataset.items, dataset.image_item.tolist()],
-        "captions": dataset.captions,
-        "splits": dataset.split,
-        "groups": [dataset.group, dataset.subgroup],
-    }
-    found = {name: digest(json.dumps(value).encode()) for name, value in texts.items()}
-    return found | {"pictures": digest(dataset.images.numpy())}
-
-
-def digest(data: bytes | np.ndarray) -> str:
-    return hashlib.sha256(data).hexdigest()[:16]

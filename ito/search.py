@@ -20,7 +20,7 @@ from ito.run import RunFolder, choose_data
 from ito.scoring.contact_sheet import contact_sheet
 from ito.scoring.index import Index, Near
 from ito.source import open_dataset
-from ito.summary import report_skipped
+from ito.summary import print_notes, report_skipped
 
 LONGEST_PATH = 4096  # Linux's PATH_MAX: a longer query is a text, even if it ends in .png
 
@@ -99,8 +99,7 @@ def main(arguments: list[str] | None = None) -> None:
         encoder.max_pixels, encoder.fit = config.max_pixels, config.fit
         queries = [embed(encoder, query) for query in options.queries]
         dataset = open_dataset(config, options.cache)
-        if dataset.skipped:
-            print(report_skipped(dataset.skipped))
+        print_notes(report_skipped(dataset.skipped))
         index = Index.open(options.run, encoder, dataset)
         near = open_near(options, encoder, index)
         if options.serve is not None:
@@ -122,8 +121,7 @@ def main(arguments: list[str] | None = None) -> None:
         sheet, notes = contact_sheet(index, titles, scores, found)
         with write_atomically(out) as temporary:
             sheet.save(temporary, "PNG")
-        if notes:
-            print(notes)
+        print_notes(notes)
         print(shown(out))
 
 

@@ -66,6 +66,12 @@ def sentence(facts: dict) -> str:
     )
 
 
+def print_notes(*notes: str) -> None:
+    """Print those that are not empty."""
+    for note in filter(None, notes):
+        print(note)
+
+
 def report_sizes(config: Config, tokenizer: Tokenizer) -> str:
     """The sizes that a run uses, in words."""
     return (
