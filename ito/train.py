@@ -127,14 +127,18 @@ def new_folder(options: argparse.Namespace) -> Path:
 def run_options(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("run")
     group.add_argument("--out", type=Path, help="run folder to create (default: runs/DATE-TIME)")
-    group.add_argument("--resume", type=Path, metavar="RUN", help="continue a run to its end")
+    group.add_argument(
+        "--resume",
+        type=Path,
+        metavar="RUN",
+        help="continue a run; see docs/runs.md for what may change",
+    )
     group.add_argument(
         "--preset",
         choices=tuple(PRESETS),
-        help="values of options that are not given: of the default run, the full emoji set, "
-        "photographs, the ITO paper's recipes, or of fine-tuning (default: finetune with "
-        "--pretrained open_clip:NAME or hf:NAME; emoji-small for emoji sets, photos for other "
-        "--train-data)",
+        help="defaults of the other options: for the emoji sets, photographs, the ITO paper's "
+        "recipes, or fine-tuning (default: finetune with --pretrained open_clip:NAME or hf:NAME; "
+        "else emoji-small for emoji sets, photos for other data)",
     )
     group.add_argument("--cache", type=Path, help="folder of prepared data (default: ~/.cache/ito)")
     group.add_argument(
