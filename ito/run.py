@@ -26,7 +26,6 @@ from ito.files import (
     write_text,
 )
 from ito.ranks import RankLost
-from ito.scoring.evaluation import ALL
 
 try:
     import fcntl
@@ -301,25 +300,26 @@ class Log:
 # --- the data ---
 
 
-def choose_data(options: argparse.Namespace) -> tuple[Config, list[str] | None]:
-    """The run's configuration with the data that the options name, and the splits to score.
+def choose_data(options: argparse.Namespace) -> Config:
+    """The run's configuration with the data that a command's options name.
 
-    None for the splits means the held-out ones.
+    Raises ValueError if the configuration names a command and the options do not, and if the
+    options name two data sets.
     """
-    config = from_options(options, RunFolder(options.run).read_config())
+    config, data = from_options(options, RunFolder(options.run).read_config()), options.data
     for name in ("train_data", "val_data"):
-        own = options.data is None and name not in options
+        own = data is None and name not in options
         if own and f"::{PIPE}" in f"::{getattr(config, name)}":
             about = "its config.json names a command, which is run only if you give it"
             raise ValueError(f"{options.run}: {about}: {flag(name)} '{getattr(config, name)}'")
-    if options.data is None:
-        return config, options.split
+    if data is None:
+        return config
     for name in ("train_data", "val_data"):
         if name in options:
-            about = f"--data {options.data} and {flag(name)} name the same thing"
+            about = f"--data {data} and {flag(name)} name the same thing"
             raise ValueError(f"{about}: drop one")
-    given = {"train_data": options.data, "stream": False, "val_data": None}
+    given = {"train_data": data, "stream": False, "val_data": None}
     # what the run's own data needed
     for name in ("data_format", "image_root", "group_by", "test_share"):
         given[name] = vars(options).get(name, getattr(Config, name))
-    return from_options(argparse.Namespace(**given), config), options.split or [ALL]
+    return from_options(argparse.Namespace(**given), config)

@@ -285,6 +285,8 @@ class Run:
         saved_device = self.saved_environment.get("device")
         self.device = choose_device(options.device, saved_device, self.ranks)
         self.dtype, why_dtype = choose_precision(precision, self.device)
+        if self.saved_environment:
+            why_dtype = "as the run began"
         asked = options.compile or self.saved_environment.get("compile", False)
         self.compile, why_compile = choose_compile(asked, self.device)
         ranks = f"{self.ranks.size} ranks, each " if self.ranks.size > 1 else ""
