@@ -7,7 +7,7 @@ import os
 import signal
 import socket
 import stat
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from io import FileIO
 from pathlib import Path
@@ -210,15 +210,23 @@ def stoppable(folder: Path) -> Iterator[None]:
     def stop(number: int, _) -> None:
         raise Stopped(128 + number)
 
-    before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+    with on_stop_signals(stop):
+        try:
+            yield
+        except Stopped:
+            print(f"stopped    {kept(folder)}")
+            raise
+
+
+@contextmanager
+def on_stop_signals(handler: Callable) -> Iterator[None]:
+    """Ctrl-C and SIGTERM call `handler` in the body, as `signal.signal` does."""
+    before = {number: signal.signal(number, handler) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield
-    except Stopped:
-        print(f"stopped    {kept(folder)}")
-        raise
     finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        for number, previous in before.items():
+            signal.signal(number, previous)
 
 
 def kept(folder: Path) -> str:

@@ -38,6 +38,7 @@ from ito.run import (
     RunFolder,
     created,
     locked,
+    on_stop_signals,
     refuse_used,
     remove_temporary_files,
     resumable,
@@ -430,8 +431,10 @@ class Run:
     def train(self) -> int:
         """Train to `config.steps`, or until a signal stops any rank. Returns the steps done."""
         config, step, began = self.config, self.first_step, time.perf_counter()
-        with Interrupt() as interrupt, self.progress_bar() as bar:
-            while step < config.steps and not self.ranks.any(interrupt.number is not None):
+        signals: list[int] = []  # Ctrl-C or SIGTERM: the loop ends between two steps
+        noted = on_stop_signals(lambda number, _: signals.append(number))
+        with noted, self.progress_bar() as bar:
+            while step < config.steps and not self.ranks.any(bool(signals)):
                 terms = self.trainer.step(step)
                 step += 1
                 bar.update()
@@ -455,7 +458,7 @@ class Run:
                     self.checkpoint(step)
             if self.ranks.leads and step < config.steps:
                 self.checkpoint(step)
-        self.stopped_by = interrupt.number
+        self.stopped_by = signals[-1] if signals else None
         return step
 
     def progress_bar(self) -> tqdm:
@@ -544,24 +547,6 @@ def training_captions(data: Dataset | Stream, limit: int = Config.tokenizer_capt
     if isinstance(data, Stream):
         return first_captions(data.shards, limit)
     return [caption for item in data.training_items() for caption in data.captions[item]]
-
-
-class Interrupt:
-    """Notes Ctrl-C and SIGTERM, so that the loop can end between two steps."""
-
-    number: int | None = None  # of the signal
-
-    def __enter__(self):
-        signals = (signal.SIGINT, signal.SIGTERM)
-        self.handlers = {number: signal.signal(number, self.note) for number in signals}
-        return self
-
-    def __exit__(self, *_):
-        for number, handler in self.handlers.items():
-            signal.signal(number, handler)
-
-    def note(self, number: int, _) -> None:
-        self.number = number
 
 
 if __name__ == "__main__":
