@@ -2,7 +2,7 @@
 
 Retrieval, zero-shot classification with prompt ensembles, linear probe and k nearest neighbours,
 the modality gap, uniformity and alignment, and the difference of ranks between languages. Every
-caption is a query; the correct answers are the images of the items that have it.
+caption is a query; a picture and a caption are right for each other if the picture's item has it.
 """
 
 import argparse
