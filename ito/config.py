@@ -75,54 +75,59 @@ class Config:
     train_data: str = option(
         EMOJI_SMALL,
         "data",
-        "training data: images with captions, as WebDataset tars (A::B, * and {000..012} are "
-        "expanded), a CSV, a folder or others of docs/data.md; or a set prepared on first use: "
-        "emoji-small or emoji-full",
+        "training data: images with captions, as a folder, a CSV, WebDataset tars (A::B, * and "
+        "{000..012} are expanded) or another format of docs/data.md; or emoji-small or "
+        "emoji-full, which are prepared on first use",
     )
     data_format: str = option(
-        "auto", "data", "format of --train-data; auto finds it by looking", ("auto", *FORMATS)
+        "auto", "data", "format of --train-data; auto recognises it", ("auto", *FORMATS)
     )
     image_root: str | None = option(
         None,
         "data",
-        "folder that relative image paths start at; then that of the file that names them",
+        "folder in which relative image paths are looked up first, before that of the file that "
+        "names them",
         kind=str,
     )
     csv_separator: str = option(
         "\t", "data", "column separator of a CSV: a character, or tab, comma, semicolon, pipe"
     )
-    csv_img_key: str = option("filepath", "data", "CSV or parquet column with the images")
-    csv_caption_key: str = option("title", "data", "CSV or parquet column with the captions")
+    csv_img_key: str = option(
+        "filepath", "data", "column or field with the images, of tables and JSON lines"
+    )
+    csv_caption_key: str = option(
+        "title", "data", "column or field with the captions, of tables and JSON lines"
+    )
     fit: str = option(
         "crop",
         "data",
-        "how an image becomes a square: crop takes its centre, pad all of it with white around it, "
-        "warp all of it, squeezed",
+        "how an image becomes a square: crop keeps its centre, pad adds white borders, warp "
+        "changes its proportions",
         tuple(FITS),
     )
     max_pixels: int = option(
         MAX_PIXELS,
         "data",
-        "skip images with more pixels than this; for a JPEG, after reduced-size decoding",
+        "skip images with more pixels than this; a JPEG counts with the size it is decoded at",
         least=1,
         most=2 * MAX_PIXELS,  # Pillow opens no larger picture
     )
     untrusted_data: bool = option(
         False, "data", "skip images whose path, with links resolved, is outside the data folder"
     )
-    split_seed: int = option(0, "data", "seed of the held-out split, if the data has none")
+    split_seed: int = option(0, "data", "seed of the splits, for data without splits")
     group_by: str | None = option(
         None,
         "data",
-        "regular expression: what it finds in an image's path, or its first (group), is the "
-        "image's group, instead of a column's; a group is not split",
+        "regular expression for images' paths: the match, or its first (group), is the image's "
+        "group, instead of the column group; a group is not divided between splits",
         kind=str,
     )
     test_share: float = option(
         0.0,
         "data",
-        'share of the items that is held out as split "test" too, if the data has no splits; it is '
-        "scored once, after the last step",
+        'share of the items that is also held out, as split "test", for data without splits; it '
+        "is scored once, after the last step",
         least=0,
         most=0.5,
     )
@@ -133,11 +138,15 @@ class Config:
     val_data: str | None = option(
         None,
         "data",
-        "evaluation data, in any format, loaded into memory; then all of --train-data trains",
+        "evaluation data, in any format, loaded into memory; all of --train-data is then trained "
+        "on",
         kind=str,
     )
     tokenizer_captions: int = option(
-        100_000, "streaming", "number of captions at the start that train the BPE", least=1
+        100_000,
+        "streaming",
+        "number of captions, from the start of the stream, that the BPE is trained on",
+        least=1,
     )
 
     objective: str = option(
@@ -165,9 +174,9 @@ class Config:
     equal_captions: str = option(
         None,
         "objective",
-        "what a caption is to the images of other items in the batch whose caption is equal but "
-        "for white space and case: another positive, neither positive nor negative, or a negative "
-        "(default: positive; your own objective does not accept it)",
+        "items in a batch with equal captions, but for white space and case: positives of each "
+        "other, neither positives nor negatives, or negatives (default: positive; your own "
+        "objective does not accept it)",
         ("positive", "ignore", "negative"),
         kind=str,
     )
@@ -221,8 +230,8 @@ class Config:
     load_size: int = option(
         None,
         "model",
-        "side in pixels of the images in memory (default: twice --image-size up to 64 px, 8/7 of "
-        "it from 56 px; with a pretrained image encoder, --image-size)",
+        "side in pixels of the images in memory (default: 8/7 of --image-size, or, if that is "
+        "more, twice --image-size up to 64; with a pretrained image encoder, --image-size)",
         least=1,
         kind=int,
     )
@@ -237,7 +246,8 @@ class Config:
     vocab_size: int = option(
         1500,
         "model",
-        "most tokens of the BPE trained on the training captions; preset photos: 8000",
+        "largest vocabulary of the BPE, which is trained on the training captions; preset photos: "
+        "8000",
     )
     context_length: int = option(
         16,
@@ -264,8 +274,9 @@ class Config:
     pretrained: str | None = option(
         None,
         "model",
-        "model to start from, with its tokenizer and logit scale: open_clip:NAME, hf:NAME (a CLIP "
-        "or SigLIP), or a run folder (see docs/finetuning.md; default: random weights)",
+        "model to start from, with its tokenizer and logit scale: open_clip:MODEL/WEIGHTS, "
+        "hf:NAME (a CLIP or SigLIP), or a run folder (see docs/finetuning.md; default: random "
+        "weights)",
         kind=str,
     )
     locked: str = option(
@@ -440,6 +451,11 @@ def refuse_unfit(objective: str, given: list[str]) -> None:
         )
 
 
+def flag(name: str) -> str:
+    """The command-line option of a field."""
+    return f"--{name.replace('_', '-')}"
+
+
 class Lock(argparse.Action):
     """`--lock-image`, `--lock-text`, or both, in one value."""
 
@@ -465,15 +481,14 @@ def add_options(
         shown = "the run's" if only else "a tab" if shown == "\t" else shown
         help = help if default is None or default is False else f"{help} (default: {shown})"
         help = argparse.SUPPRESS if name in hidden else help
-        flag = f"--{name.replace('_', '-')}"
         if isinstance(default, bool):
             groups[group].add_argument(
-                flag, action="store_true", default=argparse.SUPPRESS, help=help
+                flag(name), action="store_true", default=argparse.SUPPRESS, help=help
             )
             return
         several = isinstance(default, tuple)
         groups[group].add_argument(
-            flag,
+            flag(name),
             type=kind or type(default[0] if several else default),
             nargs=len(default) if several else None,
             choices=choices,
@@ -513,13 +528,34 @@ def from_options(options: argparse.Namespace, base: Config | None = None) -> Con
     """The configuration of parsed options.
 
     Options that were not given are taken from `base`, if there is one; else from the preset (see
-    `choose_preset`), the objective or the defaults. Paths become absolute, because the
-    configuration may be read again in another working directory.
+    `choose_preset`), the objective or the defaults.
     """
     given = {
         name: tuple(value) if isinstance(value, list) else value
         for name, value in vars(options).items()
     }
+    given = with_absolute_paths(given)
+    plain = {f.name: given[f.name] for f in dataclasses.fields(Config) if f.name in given}
+    drawn = {name: given[name] for name in vars(DRAWINGS) if name in given}
+    if base:
+        augmentation = dataclasses.replace(base.augmentation, **drawn)
+        return dataclasses.replace(base, **plain, augmentation=augmentation)
+    objective = plain.get("objective", Config.objective)
+    refuse_unfit(objective, [name for name in given if name in (*OPTIONS, *drawn)])
+    name, _ = choose_preset(options)
+    preset = preset_values(name, plain)
+    kind = objective_class(objective)
+    photos = name in ("photos", "finetune")
+    augmentation = kind.photo_augmentation if photos else kind.augmentation
+    if not kind.fixed:
+        augmentation = preset.get("augmentation", augmentation)
+    augmentation = dataclasses.replace(augmentation, **drawn)
+    return Config(**preset | plain | {"augmentation": augmentation})
+
+
+def with_absolute_paths(given: dict) -> dict:
+    """The options with absolute paths: they may be read again in another working directory."""
+    given = dict(given)
     runs = () if package_of(given.get("pretrained") or "") else ("pretrained",)
     for name in ("train_data", "val_data", "image_root", *runs):
         if given.get(name, EMOJI_SMALL) not in (None, EMOJI_SMALL, EMOJI_FULL):
@@ -533,24 +569,7 @@ def from_options(options: argparse.Namespace, base: Config | None = None) -> Con
         prefix = "local-dir:" if folder.startswith("local-dir:") else ""
         if folder and Path(folder.removeprefix(prefix)).is_dir():
             given[name] = f"{kind}:{prefix}{Path(folder.removeprefix(prefix)).absolute()}"
-    plain = {f.name: given[f.name] for f in dataclasses.fields(Config) if f.name in given}
-    drawn = {name: given[name] for name in vars(DRAWINGS) if name in given}
-    if base:
-        augmentation = dataclasses.replace(base.augmentation, **drawn)
-        return dataclasses.replace(base, **plain, augmentation=augmentation)
-    objective = plain.get("objective", Config.objective)
-    refuse_unfit(objective, [name for name in given if name in (*OPTIONS, *drawn)])
-    name, _ = choose_preset(options)
-    preset = fitting(PRESETS[name], plain)
-    if decided := plain.get("pretrained") and sizes(plain["pretrained"], plain):
-        preset = {key: preset[key] for key in preset if key not in OF_TOWERS} | decided
-    kind = objective_class(objective)
-    photos = name in ("photos", "finetune")
-    augmentation = kind.photo_augmentation if photos else kind.augmentation
-    if not kind.fixed:
-        augmentation = preset.get("augmentation", augmentation)
-    augmentation = dataclasses.replace(augmentation, **drawn)
-    return Config(**preset | plain | {"augmentation": augmentation})
+    return given
 
 
 def choose_preset(options: argparse.Namespace) -> tuple[str, str]:
@@ -566,13 +585,19 @@ def choose_preset(options: argparse.Namespace) -> tuple[str, str]:
     return "photos", "the data is not an emoji set"
 
 
-def fitting(preset: dict, given: dict) -> dict:
-    """The values of a preset without the sizes that pretrained towers decide themselves."""
+def preset_values(name: str, given: dict) -> dict:
+    """The values of a preset, except those that pretrained towers or --pretrained decide; and what
+    the latter decides.
+
+    Raises ValueError for given options that --pretrained contradicts.
+    """
     encoder = {tower: given.get(f"{tower}_encoder", OURS) for tower in SIZES_OF_OURS}
     decided = [n for tower, names in SIZES_OF_OURS.items() if encoder[tower] != OURS for n in names]
     if encoder["image"] != OURS:
         decided.append("image_size")
-    preset = {name: value for name, value in preset.items() if name not in decided}
+    preset = {key: value for key, value in PRESETS[name].items() if key not in decided}
     if encoder["text"] != OURS and "context_length" in preset.keys() - given:
         preset["context_length"] = min(preset["context_length"], longest_text(encoder["text"]))
+    if pretrained := given.get("pretrained") and sizes(given["pretrained"], given):
+        preset = {key: value for key, value in preset.items() if key not in OF_TOWERS} | pretrained
     return preset

@@ -19,14 +19,16 @@ from ito.run import choose_data
 from ito.scoring.evaluation import ALL, PROMPTS, evaluate_fully
 from ito.scoring.scores import clip_benchmark, table
 from ito.source import open_dataset
-from ito.summary import count_overlap, report_overlap, report_skipped
+from ito.summary import count_overlap, print_notes, report_overlap, report_skipped
 
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m ito.evaluate", description=__doc__)
     parser.add_argument("run", type=Path, help="run folder")
     parser.add_argument(
-        "--data", metavar="PATH", help="evaluate on all images of this data set instead"
+        "--data",
+        metavar="PATH",
+        help="evaluate on all images of this data set instead of the run's",
     )
     parser.add_argument(
         "--split", action="append", help=f"split to evaluate; may be repeated; {ALL}: all images"
@@ -59,20 +61,18 @@ def main(arguments: list[str] | None = None) -> None:
         if options.json and options.json.is_dir():
             raise ValueError(f"--json {options.json} is a folder: name a file for the scores")
         encoder = load(options.run)
-        config, splits = choose_data(options)
+        config = choose_data(options)
         dataset = open_dataset(config, options.cache)
         print(report_skipped(dataset.skipped) or f"{len(dataset.images)} pictures")
         overlap = {} if options.data else count_overlap(dataset, dataset)  # --data: not trained on
-        if shared := report_overlap(overlap, dataset):
-            print(shared)
         captions = [caption for names in dataset.captions for caption in names]
-        if cut := report_cut(captions, encoder.tokenizer):
-            print(cut)
+        print_notes(report_overlap(overlap, dataset), report_cut(captions, encoder.tokenizer))
+        splits = options.split or ([ALL] if options.data else dataset.held_out_splits())
         scores = evaluate_fully(
             encoder.model,
             encoder.tokenizer,
             dataset,
-            splits or dataset.held_out_splits(),
+            splits,
             tuple(options.prompts or prompts_of(config.val_data or config.train_data)),
         )
         print(table({"score": scores}))

@@ -31,10 +31,9 @@ def main(arguments: list[str] | None = None) -> None:
     add_options(parser, only="data")
     with user_errors():
         options = parser.parse_args(arguments)
-        options.data = options.split = None
+        options.data = None
         encoder = load(options.run)
-        config, _ = choose_data(options)
-        dataset = open_dataset(config, options.cache)
+        dataset = open_dataset(choose_data(options), options.cache)
         print(shown(write_report(options.run, encoder, dataset, options.map)))
 
 

@@ -1,24 +1,20 @@
-"""The folder of a run: its files, its lock, its log, and what can be resumed after an error."""
+"""The folder of a run: its files, its lock, its log, and the data that a command reads for it."""
 
 import argparse
 import errno
-import hashlib
 import json
 import os
 import signal
 import socket
 import stat
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from io import FileIO
 from pathlib import Path
 
-import numpy as np
-
 from ito.checkpoint import checkpoints
 from ito.cli import reader_gone, reason, shown
-from ito.config import Config, from_options
-from ito.data.dataset import Dataset
+from ito.config import Config, flag, from_options
 from ito.data.shards import PIPE
 from ito.files import (
     TEMPORARY,
@@ -30,7 +26,6 @@ from ito.files import (
     write_text,
 )
 from ito.ranks import RankLost
-from ito.scoring.evaluation import ALL
 
 try:
     import fcntl
@@ -215,15 +210,23 @@ def stoppable(folder: Path) -> Iterator[None]:
     def stop(number: int, _) -> None:
         raise Stopped(128 + number)
 
-    before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+    with on_stop_signals(stop):
+        try:
+            yield
+        except Stopped:
+            print(f"stopped    {kept(folder)}")
+            raise
+
+
+@contextmanager
+def on_stop_signals(handler: Callable) -> Iterator[None]:
+    """Ctrl-C and SIGTERM call `handler` in the body, as `signal.signal` does."""
+    before = {number: signal.signal(number, handler) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield
-    except Stopped:
-        print(f"stopped    {kept(folder)}")
-        raise
     finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        for number, previous in before.items():
+            signal.signal(number, previous)
 
 
 def kept(folder: Path) -> str:
@@ -305,41 +308,26 @@ class Log:
 # --- the data ---
 
 
-def choose_data(options: argparse.Namespace) -> tuple[Config, list[str] | None]:
-    """The run's configuration with the data that the options name, and the splits to score.
+def choose_data(options: argparse.Namespace) -> Config:
+    """The run's configuration with the data that a command's options name.
 
-    None for the splits means the held-out ones.
+    Raises ValueError if the configuration names a command and the options do not, and if the
+    options name two data sets.
     """
-    config = from_options(options, RunFolder(options.run).read_config())
+    config, data = from_options(options, RunFolder(options.run).read_config()), options.data
     for name in ("train_data", "val_data"):
-        own = options.data is None and name not in options
+        own = data is None and name not in options
         if own and f"::{PIPE}" in f"::{getattr(config, name)}":
-            about = f"its config.json names a command, which is run only if you give it: --{name}"
-            raise ValueError(f"{options.run}: {about.replace('_', '-')} '{getattr(config, name)}'")
-    if options.data is None:
-        return config, options.split
-    for name in ("train", "val"):
-        if f"{name}_data" in options:
-            about = f"--data {options.data} and --{name}-data name the same thing"
+            about = "its config.json names a command, which is run only if you give it"
+            raise ValueError(f"{options.run}: {about}: {flag(name)} '{getattr(config, name)}'")
+    if data is None:
+        return config
+    for name in ("train_data", "val_data"):
+        if name in options:
+            about = f"--data {data} and {flag(name)} name the same thing"
             raise ValueError(f"{about}: drop one")
-    given = {"train_data": options.data, "stream": False, "val_data": None}
+    given = {"train_data": data, "stream": False, "val_data": None}
     # what the run's own data needed
     for name in ("data_format", "image_root", "group_by", "test_share"):
         given[name] = vars(options).get(name, getattr(Config, name))
-    return from_options(argparse.Namespace(**given), config), options.split or [ALL]
-
-
-def fingerprint(dataset: Dataset) -> dict[str, str]:
-    """Hashes of the data that training and scores depend on, by name. Paths are not hashed."""
-    texts = {
-        "items": [dataset.items, dataset.image_item.tolist()],
-        "captions": dataset.captions,
-        "splits": dataset.split,
-        "groups": [dataset.group, dataset.subgroup],
-    }
-    found = {name: digest(json.dumps(value).encode()) for name, value in texts.items()}
-    return found | {"pictures": digest(dataset.images.numpy())}
-
-
-def digest(data: bytes | np.ndarray) -> str:
-    return hashlib.sha256(data).hexdigest()[:16]
+    return from_options(argparse.Namespace(**given), config)

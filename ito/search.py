@@ -1,8 +1,8 @@
 """`python -m ito.search RUN "a red flag" photo.png`: search a data set with a run's model.
 
 Prints the best matches of each query (a text or an image file) and writes them as a contact sheet.
-Says where nothing is near: the best match is further off than those of the run's own captions.
-`--serve` starts a local web page for searching instead (ito/scoring/search_page.py).
+A note follows if even the best match is less similar than those of the run's own captions.
+`--serve` starts a local web page for searching instead.
 """
 
 import argparse
@@ -20,7 +20,7 @@ from ito.run import RunFolder, choose_data
 from ito.scoring.contact_sheet import contact_sheet
 from ito.scoring.index import Index, Near
 from ito.source import open_dataset
-from ito.summary import report_skipped
+from ito.summary import print_notes, report_skipped
 
 LONGEST_PATH = 4096  # Linux's PATH_MAX: a longer query is a text, even if it ends in .png
 
@@ -66,7 +66,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("run", type=Path, help="run folder")
     parser.add_argument("queries", nargs="*", metavar="QUERY", help="a text or an image file")
     parser.add_argument("-k", type=int, default=8, help="matches per query (default: 8)")
-    parser.add_argument("--data", metavar="PATH", help="data set to search (default: the run's)")
+    parser.add_argument("--data", metavar="PATH", help="search this data set instead of the run's")
     parser.add_argument("--out", type=Path, help="contact sheet, a PNG (default: RUN/search.png)")
     parser.add_argument(
         "--serve",
@@ -93,14 +93,12 @@ def main(arguments: list[str] | None = None) -> None:
             from ito.scoring.search_page import (
                 serve,  # imported before the work, so that a missing package is reported at once
             )
-        options.split = None
         encoder = load(options.run)
-        config, _ = choose_data(options)
+        config = choose_data(options)
         encoder.max_pixels, encoder.fit = config.max_pixels, config.fit
         queries = [embed(encoder, query) for query in options.queries]
         dataset = open_dataset(config, options.cache)
-        if dataset.skipped:
-            print(report_skipped(dataset.skipped))
+        print_notes(report_skipped(dataset.skipped))
         index = Index.open(options.run, encoder, dataset)
         near = open_near(options, encoder, index)
         if options.serve is not None:
@@ -122,8 +120,7 @@ def main(arguments: list[str] | None = None) -> None:
         sheet, notes = contact_sheet(index, titles, scores, found)
         with write_atomically(out) as temporary:
             sheet.save(temporary, "PNG")
-        if notes:
-            print(notes)
+        print_notes(notes)
         print(shown(out))
 
 

@@ -9,7 +9,12 @@ from ito.data.fields import Skipped, count_kinds
 from ito.data.splits import TEST, picture_hashes, text_key
 from ito.model.tokenizer import Tokenizer
 
-SHARED = ("captions", "groups", "items", "pictures")  # what `count_overlap` counts
+SHARED = {  # what `count_overlap` counts of a held-out split
+    "pictures": "are training pictures too: their scores do not measure generalisation",
+    "captions": "have a caption that is trained on too",
+    "groups": "are of a group that is trained on too",
+    "items": "have training pictures too",
+}
 
 
 def summarise(
@@ -64,6 +69,12 @@ def sentence(facts: dict) -> str:
         + f"; {cut:.1%} of all tokens are cut" * bool(cut)
         + f"; {enlarged} pictures enlarged" * bool(enlarged)
     )
+
+
+def print_notes(*notes: str) -> None:
+    """Print those that are not empty."""
+    for note in filter(None, notes):
+        print(note)
 
 
 def report_sizes(config: Config, tokenizer: Tokenizer) -> str:
@@ -149,21 +160,11 @@ def report_overlap(overlap: dict[str, dict[str, int]], scored: Dataset) -> str:
     for split, counts in overlap.items():
         rows = scored.rows(split)
         items = len(scored.image_item[rows].unique())
-        if count := counts["pictures"]:
-            lines.append(
-                f"warning    {count} of {len(rows)} pictures of {split} are training pictures too: "
-                "their scores do not measure generalisation"
-            )
-        shared = {
-            "captions": "have a caption that is trained on too",
-            "groups": "are of a group that is trained on too",
-            "items": "have training pictures too",
-        }
-        lines += [
-            f"note       {counts[kind]} of {items} items of {split} {what}"
-            for kind, what in shared.items()
-            if counts[kind]
-        ]
+        for kind, what in SHARED.items():
+            if kind == "pictures" and counts[kind]:
+                lines.append(f"warning    {counts[kind]} of {len(rows)} pictures of {split} {what}")
+            elif counts[kind]:
+                lines.append(f"note       {counts[kind]} of {items} items of {split} {what}")
     return "\n".join(lines)
 
 

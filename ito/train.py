@@ -24,21 +24,21 @@ from ito.compiled import choose_compile, compile_towers
 from ito.config import Config, add_options, choose_preset, from_options
 from ito.data.dataset import Dataset
 from ito.data.fields import Skipped
+from ito.device import choose_device, choose_precision
 from ito.files import undamaged, write_text
 from ito.model.exported import export, load, saved_tokenizer
 from ito.model.pretrained import OURS, described_encoders, encoders, load_tokenizer
 from ito.model.pretrained_dual import Loaded, load_dual, package_of
 from ito.model.tokenizer import Tokenizer, lost_share, report_cut
 from ito.objectives import user_file
-from ito.precision import choose_precision, find_device
 from ito.ranks import Ranks
 from ito.recipes import PRESETS
+from ito.resume import changed_data, data_hashes, digest, resumed_config
 from ito.run import (
     RunFolder,
     created,
-    digest,
-    fingerprint,
     locked,
+    on_stop_signals,
     refuse_used,
     remove_temporary_files,
     resumable,
@@ -51,6 +51,7 @@ from ito.source import open_data
 from ito.stream import Stream, first_captions
 from ito.summary import (
     count_overlap,
+    print_notes,
     report_enlarged,
     report_equal_captions,
     report_groups,
@@ -127,14 +128,18 @@ def new_folder(options: argparse.Namespace) -> Path:
 def run_options(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("run")
     group.add_argument("--out", type=Path, help="run folder to create (default: runs/DATE-TIME)")
-    group.add_argument("--resume", type=Path, metavar="RUN", help="continue a run to its end")
+    group.add_argument(
+        "--resume",
+        type=Path,
+        metavar="RUN",
+        help="continue a run; see docs/runs.md for what may change",
+    )
     group.add_argument(
         "--preset",
         choices=tuple(PRESETS),
-        help="values of options that are not given: of the default run, the full emoji set, "
-        "photographs, the ITO paper's recipes, or of fine-tuning (default: finetune with "
-        "--pretrained open_clip:NAME or hf:NAME; emoji-small for emoji sets, photos for other "
-        "--train-data)",
+        help="defaults of the other options: for the emoji sets, photographs, the ITO paper's "
+        "recipes, or fine-tuning (default: finetune with --pretrained open_clip:NAME or hf:NAME; "
+        "else emoji-small for emoji sets, photos for other data)",
     )
     group.add_argument("--cache", type=Path, help="folder of prepared data (default: ~/.cache/ito)")
     group.add_argument(
@@ -167,59 +172,6 @@ def thread_count(text: str) -> int:
     return int(text)
 
 
-PLACES = ("train_data", "val_data", "image_root")  # of data, which may have moved
-FREE = (*PLACES, "steps", "log_every", "eval_every", "checkpoint_every", "accum_freq")
-
-
-def resumed_config(options: argparse.Namespace) -> Config:
-    """The configuration of the run to resume, with those of the options FREE that are given.
-
-    Raises ValueError for other options that change it, and for fewer steps than are done.
-    """
-    run = options.resume
-    if options.preset:
-        raise ValueError(f"--resume keeps the run's configuration: drop --preset {options.preset}")
-    if options.out:
-        raise ValueError(f"--resume {run} continues in that folder: drop --out {options.out}")
-    if not RunFolder(run).config.is_file():
-        raise FileNotFoundError(f"--resume: no run folder at {run}")
-    saved = RunFolder(run).read_config()
-    if vars(options).get("objective", saved.objective) != saved.objective:
-        raise ValueError("--resume keeps the run's configuration: drop --objective")
-    config = from_options(options, saved)
-    changed = [
-        f"--{name.replace('_', '-')}"
-        for name, value in config.flat().items()
-        if value != saved.flat()[name] and name not in FREE
-    ]
-    if changed:
-        raise ValueError(f"--resume keeps the run's configuration: drop {', '.join(changed)}")
-    done = max(checkpoints(RunFolder(run).checkpoints, strict=False), default=0)
-    if config.steps < min(done, saved.steps):
-        raise ValueError(f"--steps {config.steps}: {run} has done {done} steps already; name more")
-    return config
-
-
-def choose_device(name: str | None, saved: str | None, ranks: Ranks) -> torch.device:
-    """The device of that name, else the one the run began on, else a GPU if there is one.
-
-    On GPUs each rank takes the one of its local rank.
-    """
-    asked = name or saved or ("cuda" if torch.cuda.is_available() else "cpu")
-    device = find_device(asked, "--device")
-    if device.type not in ("cpu", "cuda"):
-        raise ValueError(f"--device {asked}: training runs on cpu or cuda")
-    if ranks.size > 1 and device.type == "cuda":
-        if name not in (None, "cuda"):
-            raise ValueError(f"--device {name}: each rank takes its own GPU; say cuda")
-        if ranks.local >= torch.cuda.device_count():
-            raise ValueError(
-                f"--device cuda: {torch.cuda.device_count()} GPUs for local rank {ranks.local}"
-            )
-        device = torch.device("cuda", ranks.local)
-    return device
-
-
 def load_pretrained(config: Config) -> Loaded:
     """What `--pretrained` names: another package's model, or the exported model of a run, with the
     bias of its objective if that is the same, which only its checkpoint holds."""
@@ -244,7 +196,6 @@ def load_pretrained(config: Config) -> Loaded:
 
 
 TIMED = 3  # steps after the first, which is slower, that tell how long the run will take
-HASHED_CAPTIONS = 10_000  # of a stream, to find out whether it has changed
 
 
 class Run:
@@ -285,11 +236,11 @@ class Run:
         self.facts = self.count_data(overlap)
         print(f"read       {sentence(self.facts)}")
         meaning = None if user_file(config.objective) else config.equal_captions
-        if told := report_equal_captions(self.facts, meaning):
-            print(told)
-        for told in (report_overlap(overlap or {}, eval_data), report_test(eval_data)):
-            if told:
-                print(told)
+        print_notes(
+            report_equal_captions(self.facts, meaning),
+            report_overlap(overlap or {}, eval_data),
+            report_test(eval_data),
+        )
         if state:  # the original weights are needed no more
             described = described_encoders(state["architecture"])
         else:
@@ -306,7 +257,7 @@ class Run:
         elif options.resume:
             print(f"resume     {shown(folder)} has no checkpoint: it starts again")
             if ranks.leads:
-                self.changed_data(self.environment())
+                changed_data(self.files, config, self.saved_environment, self.environment())
         if pretrained:
             self.trainer.start_from(pretrained)
 
@@ -335,6 +286,8 @@ class Run:
         saved_device = self.saved_environment.get("device")
         self.device = choose_device(options.device, saved_device, self.ranks)
         self.dtype, why_dtype = choose_precision(precision, self.device)
+        if self.saved_environment:
+            why_dtype = "as the run began"
         asked = options.compile or self.saved_environment.get("compile", False)
         self.compile, why_compile = choose_compile(asked, self.device)
         ranks = f"{self.ranks.size} ranks, each " if self.ranks.size > 1 else ""
@@ -350,12 +303,11 @@ class Run:
         if self.config.val_data:
             print(f"val        {one_line(self.config.val_data)}: {self.eval_data.describe()}")
         for dataset in self.in_memory():
-            if dataset.skipped:
-                print(report_skipped(dataset.skipped))
-            if told := report_groups(dataset, self.config.group_by):
-                print(told)
-            if told := report_enlarged(dataset):
-                print(told)
+            print_notes(
+                report_skipped(dataset.skipped),
+                report_groups(dataset, self.config.group_by),
+                report_enlarged(dataset),
+            )
         for name, value in machine.items():
             print(f"{name:10} {value}")
 
@@ -430,7 +382,7 @@ class Run:
         saved, now = dict(self.saved_environment), self.environment()
         if "sha256" not in saved or "logged" not in state:
             print("note       an older version began this: changed data, a cut log go unnoticed")
-        for name in self.changed_data(now):
+        for name in changed_data(self.files, self.config, saved, now):
             print(f"warning    {name} of the data changed since the run began: numbers differ")
         for name, value in saved.items():
             if name != "sha256" and now.get(name) != value:
@@ -447,38 +399,8 @@ class Run:
         for problem in self.log.rewind(self.first_step, state.get("logged")):
             print(f"warning    {shown(self.log.path)}: {problem}")
 
-    def changed_data(self, now: dict) -> list[str]:
-        """What of the data has changed since the run began.
-
-        Raises ValueError if that is data which is said to have moved, and is not what it was.
-        """
-        before = self.files.read_config()
-        places = {name: getattr(self.config, name) for name in PLACES}
-        moved = {n: place for n, place in places.items() if place != getattr(before, n)}
-        hashes = self.saved_environment.get("sha256", {})
-        changed = [name for name, value in hashes.items() if now["sha256"].get(name) != value]
-        # another version may decode the same files to slightly other pixels
-        pillow = self.saved_environment.get("pillow", now["pillow"])
-        excused = {"pictures", "training pictures"} if pillow != now["pillow"] else set()
-        if moved and not excused.issuperset(changed):
-            given = ", ".join(f"--{n.replace('_', '-')} {place}" for n, place in moved.items())
-            raise ValueError(
-                f"{given} is not the data that the run began with: {', '.join(changed)} differ; "
-                f"to train its model on other data, begin a run with --pretrained {self.folder}"
-            )
-        for name, place in moved.items():
-            print(f"moved      {name} is {shown(place)}")
-        return changed
-
     def environment(self) -> dict:
         """What the numbers depend on, apart from the configuration."""
-        hashes = fingerprint(self.eval_data)
-        if len(self.in_memory()) == 2:
-            trained = fingerprint(self.train_data)
-            hashes |= {f"training {name}": value for name, value in trained.items()}
-        if self.config.stream:
-            captions = training_captions(self.train_data, HASHED_CAPTIONS)
-            hashes["stream"] = digest(json.dumps(captions).encode())
         loss_file = user_file(self.config.objective)
         return {
             "python": platform.python_version(),
@@ -491,7 +413,7 @@ class Run:
             "dtype": str(self.dtype),
             "compile": self.compile,
             "data": self.train_data.describe(),
-            "sha256": hashes,
+            "sha256": data_hashes(self.eval_data, self.train_data),
             **({"objective": digest(loss_file[0].read_bytes())} if loss_file else {}),
         }
 
@@ -509,8 +431,10 @@ class Run:
     def train(self) -> int:
         """Train to `config.steps`, or until a signal stops any rank. Returns the steps done."""
         config, step, began = self.config, self.first_step, time.perf_counter()
-        with Interrupt() as interrupt, self.progress_bar() as bar:
-            while step < config.steps and not self.ranks.any(interrupt.number is not None):
+        signals: list[int] = []  # Ctrl-C or SIGTERM: the loop ends between two steps
+        noted = on_stop_signals(lambda number, _: signals.append(number))
+        with noted, self.progress_bar() as bar:
+            while step < config.steps and not self.ranks.any(bool(signals)):
                 terms = self.trainer.step(step)
                 step += 1
                 bar.update()
@@ -534,7 +458,7 @@ class Run:
                     self.checkpoint(step)
             if self.ranks.leads and step < config.steps:
                 self.checkpoint(step)
-        self.stopped_by = interrupt.number
+        self.stopped_by = signals[-1] if signals else None
         return step
 
     def progress_bar(self) -> tqdm:
@@ -598,8 +522,7 @@ class Run:
             if loader:
                 print(f"           the thread that prepares batches is busy for {loader:.1%} of it")
         if self.config.stream and self.train_data.skipped:
-            skipped = self.train_data.skipped.items()
-            print(report_skipped([Skipped(*record) for record in skipped]))
+            print(report_skipped([Skipped(*record) for record in self.train_data.skipped.items()]))
         print(f"model      {shown(self.files.model)}")
         print(f"metrics    {shown(self.log.path)}")
         print(f"report     {shown(report)}")
@@ -624,24 +547,6 @@ def training_captions(data: Dataset | Stream, limit: int = Config.tokenizer_capt
     if isinstance(data, Stream):
         return first_captions(data.shards, limit)
     return [caption for item in data.training_items() for caption in data.captions[item]]
-
-
-class Interrupt:
-    """Notes Ctrl-C and SIGTERM, so that the loop can end between two steps."""
-
-    number: int | None = None  # of the signal
-
-    def __enter__(self):
-        signals = (signal.SIGINT, signal.SIGTERM)
-        self.handlers = {number: signal.signal(number, self.note) for number in signals}
-        return self
-
-    def __exit__(self, *_):
-        for number, handler in self.handlers.items():
-            signal.signal(number, handler)
-
-    def note(self, number: int, _) -> None:
-        self.number = number
 
 
 if __name__ == "__main__":

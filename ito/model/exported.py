@@ -20,11 +20,11 @@ from PIL import Image
 from tokenizers import Tokenizer as BPE
 
 from ito.data.pictures import FITS, MAX_PIXELS, Refused, decode, square
+from ito.device import find_device
 from ito.files import FileError, naming, read_text, require_file, undamaged, write_atomically
 from ito.model.embed import embed_images, embed_texts
 from ito.model.encoders import DualEncoder
 from ito.model.tokenizer import Tokenizer
-from ito.precision import find_device
 from ito.run import RunFolder
 from ito.tensors import load_tensors, save_tensors, verify
 

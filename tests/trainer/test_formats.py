@@ -691,11 +691,11 @@ def test_paths_of_a_pattern_become_absolute_and_data_of_a_command_are_looked_at_
     assert config.train_data == f"{tmp_path}/a/{{0..1}}.tar::{tmp_path}/b.tar"
     assert config.image_root == f"{tmp_path}/c"
     config.save(tmp_path / "config.json")
-    given = argparse.Namespace(run=tmp_path, data="x.tar", split=None)
-    other, _ = choose_data(given)
+    given = argparse.Namespace(run=tmp_path, data="x.tar")
+    other = choose_data(given)
     assert (other.data_format, other.image_root) == ("auto", None)
     given.image_root = "d"
-    assert choose_data(given)[0].image_root == f"{tmp_path}/d"
+    assert choose_data(given).image_root == f"{tmp_path}/d"
     given.val_data = "y"
     with pytest.raises(ValueError, match=r"--data x.tar and --val-data name the same thing"):
         choose_data(given)

@@ -16,7 +16,7 @@ from ito import export, prepare, train
 from ito.cli import user_errors
 from ito.config import Config, add_options, from_options
 from ito.data.augment import CROP, DRAWINGS, PAPER
-from ito.precision import choose_precision
+from ito.device import choose_precision
 
 CPU = torch.device("cpu")
 

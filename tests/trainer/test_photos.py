@@ -291,7 +291,7 @@ def test_a_run_says_its_sizes_and_what_they_cut(tmp_path, capsys):
     assert files[0].read_bytes() == files[1].read_bytes()
     dataset = open_dataset(Config.load(run / "config.json"))
     assert (dataset.images[:, :, 0] == 255).all()  # white above
-    chosen, _ = choose_data(argparse.Namespace(run=run, data=str(data), split=None))
+    chosen = choose_data(argparse.Namespace(run=run, data=str(data)))
     assert chosen.fit == "pad"  # evaluate and search look as the run did
     with pytest.raises(SystemExit):
         train.main(["--resume", str(run), "--fit", "crop"])

@@ -28,7 +28,8 @@ from ito.cli import user_errors
 from ito.data.dataset import load_dataset
 from ito.files import naming, write_atomically
 from ito.model.tokenizer import Tokenizer
-from ito.run import Log, RunFolder, fingerprint, locked, resumable
+from ito.resume import fingerprint
+from ito.run import Log, RunFolder, locked, resumable
 from ito.trainer import Trainer
 
 

@@ -1,4 +1,4 @@
-"""Search, its page, and the report: what they show is what the model says."""
+"""Search and its page: what they show is what the model says."""
 
 import asyncio
 import io
@@ -19,9 +19,6 @@ import ito
 from ito import evaluate, report, search
 from ito.config import Config
 from ito.model.embed import embed_images, embed_texts
-from ito.model.encoders import DualEncoder
-from ito.scoring import charts, projections, report_page
-from ito.scoring.embedded_split import EmbeddedSplit
 from ito.scoring.index import Index
 from ito.source import open_dataset
 
@@ -220,105 +217,3 @@ def test_the_page_names_its_extra(run, monkeypatch, capsys):
     error = capsys.readouterr().err
     assert "--serve needs starlette and uvicorn" in error
     assert "pip install 'ito_kernels[search]'" in error
-
-
-# --- the report ---
-
-
-def shown(index, split) -> EmbeddedSplit:
-    encoder, dataset = index.encoder, index.dataset
-    return EmbeddedSplit(dataset.rows(split), encoder.model, encoder.tokenizer, dataset)
-
-
-def test_the_report_is_one_file_with_everything_in_it(run, data):
-    report.main([str(run)])
-    page = (run / "report.html").read_text()
-    assert len(page) < 1.5e6
-    assert not re.findall(r'(?:src|href)="(?!data:)|url\(|@import|https?://', page)
-    for title in ("Held-out scores", "Curves", "Embedding map", "Worst mistakes", "Environment"):
-        assert title in page
-    assert page.count("R@5, R@10 are 100 % for any model") == 3  # of at most 4 wrong ones
-    assert "&lt;1.0&gt;" in page  # of environment.json: text, not a tag
-
-
-def test_the_worst_mistakes_are_those_ranked_last(run, index):
-    view = shown(index, "heldout_style")
-    cosines = view.images.double() @ view.texts.double().T
-    ranks = []
-    for p, row in enumerate(cosines):
-        right = torch.tensor([text in view.right(p) for text in range(len(row))])
-        ranks.append(1 + int((row[~right] > row[right].max()).sum()))
-    told = [int(n) for n in re.findall(r"its best caption (\d) of 6", report_page.mistakes(view))]
-    assert told == sorted((rank for rank in ranks if rank > 1), reverse=True)
-    view.texts = torch.cat([view.images, -view.images[:1]])[[0, 5, 1, 2, 3, 4]]
-    assert report_page.mistakes(view) == ""
-
-
-def test_the_map_is_the_plane_of_most_variance():
-    emb = torch.randn(40, 6, dtype=torch.float64) * torch.tensor([1, 9, 1, 4, 1, 1]).double()
-    plane, about = projections.pca(emb)
-    plane = torch.tensor(plane, dtype=torch.float64)
-    values = torch.linalg.eigvalsh(torch.cov(emb.T)).flip(0)
-    torch.testing.assert_close(torch.cov(plane.T), torch.diag(values[:2]), atol=1e-8, rtol=1e-8)
-    assert f"{(values[:2].sum() / values.sum()).item():.0%}" in about
-
-
-def test_lines_are_drawn_where_their_numbers_are():
-    chart = charts.lines("t", {"a": [(0, 0.0), (5, float("nan")), (10, 2.0)], "<b>": [(10, -1.0)]})
-    (first, last), _ = (
-        [tuple(map(float, p.split(","))) for p in path.split()]
-        for path in re.findall(r'polyline points="([^"]+)"', chart)
-    )
-    marks = {
-        float(v): float(y) - 4 for y, v in re.findall(r'y="([\d.]+)" text.*?>([-\d.]+)<', chart)
-    }
-    assert (first[1], last[1]) == pytest.approx((marks[0.0], marks[2.0]), abs=0.11)
-    assert (first[0], last[0]) == (46, 310)
-    assert "&lt;b&gt;" in chart
-    assert charts.lines("t", {"a": []}) == ""
-    line = [(step, float(step)) for step in range(2001)]
-    assert len(charts.thin(line)) <= charts.POINTS
-    assert charts.thin(line)[-1] == line[-1]
-
-
-# --- ONNX ---
-
-
-@pytest.mark.parametrize("patch", [None, pytest.param(8, marks=pytest.mark.slow)])
-def test_the_onnx_pair_gives_the_model_s_embeddings(run, tmp_path, patch):
-    for package in ("onnx", "onnxscript", "onnxruntime"):
-        pytest.importorskip(package, reason=f"{package}: the extra `onnx` is not installed")
-    import onnx
-    import onnxruntime
-
-    from ito.model.onnx import export_onnx
-
-    encoder = ito.load(run)
-    if patch:  # CLIP's towers: patches, causal text
-        encoder.model = DualEncoder(**encoder.model.architecture | {"patch_size": patch}).eval()
-    paths = export_onnx(encoder.model, tmp_path)
-    image, text = (onnxruntime.InferenceSession(str(path)) for path in paths)
-    for batch in (1, 3, 7):
-        pixels = torch.randn(batch, 3, 16, 16)
-        ids = encoder.tokenizer([f"a {'big ' * n}cat" for n in range(batch)])
-        for session, name, given, want in (
-            (image, "pixels", pixels, encoder.model.encode_image(pixels)),
-            (text, "ids", ids, encoder.model.encode_text(ids)),
-        ):
-            got = torch.from_numpy(session.run(None, {name: given.numpy()})[0])
-            torch.testing.assert_close(got, want, atol=1e-5, rtol=0)
-    numbers = sum(
-        len(onnx.numpy_helper.to_array(weight).flatten())
-        for path in paths
-        for weight in onnx.load(path).graph.initializer
-    )
-    model = sum(value.numel() for value in encoder.model.state_dict().values())
-    assert numbers < model + 200  # both towers, shapes and constants: no fusion module
-
-
-def test_onnx_names_its_extra(run, tmp_path, monkeypatch):
-    from ito.model import onnx
-
-    monkeypatch.setattr(onnx, "PACKAGES", ("torch", "not_a_package"))
-    with pytest.raises(ImportError, match=r"needs not_a_package, .* 'ito_kernels\[onnx\]'"):
-        onnx.export_onnx(ito.load(run).model, tmp_path)

@@ -291,16 +291,17 @@ def test_the_commands_split_a_run_s_data_as_the_run_did(tmp_path, capsys):
     assert "groups     8 by --group-by; 0 of 40 items are in none\n" in said
     facts = json.loads((run / "data.json").read_text())
     assert (facts["val_items"], facts["test_items"], facts["split_by"]) == (10, 5, "group")
-    given = argparse.Namespace(run=run, data=None, split=None)
-    config, _ = choose_data(given)
-    assert summarise("", [open_dataset(config)], 0, {})["test_items"] == 5
+    given = argparse.Namespace(run=run, data=None)
+    assert summarise("", [open_dataset(choose_data(given))], 0, {})["test_items"] == 5
     evaluate.main([str(run), "--group-by", "[0-9]-"])  # the same groups
     assert "test: 5 pictures" in capsys.readouterr().out
     search.main([str(run), "number 3", "--group-by", "^[0-9]"])
     report.main([str(run), "--group-by", "^[0-9]"])
     other = write(tmp_path / "other", 40, caption=lambda n: f"class {n % 2}")
     evaluate.main([str(run), "--data", str(other)])
-    assert "trained on" not in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "trained on" not in said
+    assert "all: 40 pictures" in said  # every picture, without splits
     given.data = str(data)  # other data than the run's, which have their own groups
-    other, splits = choose_data(given)
-    assert (other.group_by, other.test_share, splits) == (None, 0, ["all"])
+    config = choose_data(given)
+    assert (config.group_by, config.test_share) == (None, 0)

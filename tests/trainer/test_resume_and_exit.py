@@ -45,6 +45,7 @@ def test_a_finished_run_goes_on_to_a_later_end(copy, capsys):
     train.main(["--resume", str(copy), "--steps", "9"])
     printed = capsys.readouterr().out
     assert "steps      9 instead of 6: the learning rate goes on at 0.000" in printed
+    assert ": as the run began\n" in printed  # the precision, which was not asked for
     assert steps_logged(copy) == list(range(1, 10))
     assert json.loads((copy / "config.json").read_text())["steps"] == 9
     rates = [json.loads(line).get("lr") for line in (copy / "metrics.jsonl").open()]

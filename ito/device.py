@@ -1,6 +1,8 @@
-"""The dtype that the encoders compute in, and why."""
+"""The device that a run computes on, and the dtype of its encoders."""
 
 import torch
+
+from ito.ranks import Ranks
 
 
 def choose_precision(precision: str, device: torch.device) -> tuple[torch.dtype, str]:
@@ -31,3 +33,23 @@ def find_device(asked: str | torch.device | None, option: str = "device") -> tor
     except (RuntimeError, AssertionError, TypeError) as error:  # unknown, or not in this build
         why = (str(error).splitlines() or [type(error).__name__])[0]
         raise ValueError(f"{option} {asked}: {why}") from None
+
+
+def choose_device(name: str | None, saved: str | None, ranks: Ranks) -> torch.device:
+    """The device of that name, else the one the run began on, else a GPU if there is one.
+
+    On GPUs each rank takes the one of its local rank.
+    """
+    asked = name or saved or ("cuda" if torch.cuda.is_available() else "cpu")
+    device = find_device(asked, "--device")
+    if device.type not in ("cpu", "cuda"):
+        raise ValueError(f"--device {asked}: training runs on cpu or cuda")
+    if ranks.size > 1 and device.type == "cuda":
+        if name not in (None, "cuda"):
+            raise ValueError(f"--device {name}: each rank takes its own GPU; say cuda")
+        if ranks.local >= torch.cuda.device_count():
+            raise ValueError(
+                f"--device cuda: {torch.cuda.device_count()} GPUs for local rank {ranks.local}"
+            )
+        device = torch.device("cuda", ranks.local)
+    return device
