@@ -83,7 +83,8 @@ def test_arms_differ_in_more_than_their_names(tmp_path):
 
 def test_finished_runs_stay_and_those_cut_off_go_on(tmp_path, monkeypatch):
     """One of each: finished, trained but not scored, with a checkpoint, without one, not begun."""
-    chosen = options(tmp_path, seeds=[0, 1, 2])
+    places = {"train_data": "pipe:cat a.tar", "val_data": "/val"}
+    chosen = options(tmp_path, seeds=[0, 1, 2], **places)
     whole, scoreless, halfway, early, new, _ = compare.plan(chosen)
     for run in (whole, scoreless, halfway, early):
         (tmp_path / run.name / "checkpoints").mkdir(parents=True)
@@ -97,6 +98,8 @@ def test_finished_runs_stay_and_those_cut_off_go_on(tmp_path, monkeypatch):
     def call(words, log, environment):
         if "ito.evaluate" in words:
             scored.append(words[3])
+            data = parsed(*words[6:])  # a command in place of data is run only if it is given
+            assert (data.train_data, data.val_data) == (chosen.train_data, chosen.val_data)
         if "ito.train" in words:
             called.append(words[3:])
             if "--out" in words:

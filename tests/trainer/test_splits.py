@@ -301,6 +301,12 @@ def test_the_commands_split_a_run_s_data_as_the_run_did(tmp_path, capsys):
     other = write(tmp_path / "other", 40, caption=lambda n: f"class {n % 2}")
     evaluate.main([str(run), "--data", str(other)])
     assert "trained on" not in capsys.readouterr().out
+    sides = {"split": lambda n: ("train", "val")[n // 3 % 2], "caption": lambda n: f"class {n % 3}"}
+    val = write(tmp_path / "val", 40, **sides)  # its "train" was not trained on either
+    evaluate.main([str(run), "--val-data", str(val), "--test-share", "0"])
+    said = capsys.readouterr().out
+    assert "val: " in said
+    assert "trained on" not in said
     given.data = str(data)  # other data than the run's, which have their own groups
     other, splits = choose_data(given)
     assert (other.group_by, other.test_share, splits) == (None, 0, ["all"])
