@@ -108,7 +108,9 @@ def main(arguments: list[str] | None = None) -> Path:
             options.out.mkdir(parents=True, exist_ok=True)
             with locked(options.out):
                 train_all(runs, options)
-        return write_comparison(options.out, options.cache)
+        data = ("train_data", "val_data")
+        given = {name: value for name, value in vars(options).items() if name in data}
+        return write_comparison(options.out, options.cache, given)
 
 
 def plan(options: argparse.Namespace) -> list[Run]:

@@ -8,7 +8,7 @@ import os
 import signal
 import socket
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from io import FileIO
 from pathlib import Path
@@ -311,12 +311,8 @@ def choose_data(options: argparse.Namespace) -> tuple[Config, list[str] | None]:
     None for the splits means the held-out ones.
     """
     config = from_options(options, RunFolder(options.run).read_config())
-    for name in ("train_data", "val_data"):
-        own = options.data is None and name not in options
-        if own and f"::{PIPE}" in f"::{getattr(config, name)}":
-            about = f"its config.json names a command, which is run only if you give it: --{name}"
-            raise ValueError(f"{options.run}: {about.replace('_', '-')} '{getattr(config, name)}'")
     if options.data is None:
+        refuse_commands(options.run, config, vars(options))
         return config, options.split
     for name in ("train", "val"):
         if f"{name}_data" in options:
@@ -327,6 +323,15 @@ def choose_data(options: argparse.Namespace) -> tuple[Config, list[str] | None]:
     for name in ("data_format", "image_root", "group_by", "test_share"):
         given[name] = vars(options).get(name, getattr(Config, name))
     return from_options(argparse.Namespace(**given), config), options.split or [ALL]
+
+
+def refuse_commands(run: Path, config: Config, given: Mapping) -> None:
+    """Raises ValueError if the run's configuration names a command in place of data, by an option
+    that is not `given`: a folder of others must not run commands here."""
+    for name in ("train_data", "val_data"):
+        if name not in given and f"::{PIPE}" in f"::{getattr(config, name)}":
+            about = f"its config.json names a command, which is run only if you give it: --{name}"
+            raise ValueError(f"{run}: {about.replace('_', '-')} '{getattr(config, name)}'")
 
 
 def fingerprint(dataset: Dataset) -> dict[str, str]:

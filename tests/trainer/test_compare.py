@@ -233,6 +233,31 @@ def test_unequal_runs_are_not_compared(tmp_path, two_arms, config, threads, said
         comparison.write_comparison(tmp_path)
 
 
+def test_runs_scored_by_an_older_version_are_not_compared(tmp_path, two_arms):
+    log = tmp_path / "ito-align-seed0" / "metrics.jsonl"
+    *lines, last = log.read_text().splitlines()
+    last = json.loads(last)
+    (split,) = {name.split("/")[0] for name in last if "/" in name}
+    last |= {f"{split}/distinct_captions": 7}
+    log.write_text("\n".join([*lines, json.dumps(last)]) + "\n")
+    with pytest.raises(ValueError, match="differ in version of the scores"):
+        comparison.write_comparison(tmp_path)
+
+
+def test_no_command_of_a_folder_is_run(tmp_path, two_arms, capsys):
+    """What opens the data, the costs and the maps, is not called (it is replaced here)."""
+    command = "pipe:cat a.tar"
+    for path in tmp_path.glob("*/config.json"):
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"train_data": command}))
+    for other in ([], ["--train-data", f"{command}2"]):
+        with pytest.raises(SystemExit):
+            compare.main(["--out", str(tmp_path), "--report-only", *other])
+        assert "its config.json names a command" in capsys.readouterr().err
+        assert not (tmp_path / "comparison.md").exists()
+    compare.main(["--out", str(tmp_path), "--report-only", "--train-data", command])
+    assert (tmp_path / "comparison.md").exists()
+
+
 def test_an_interval_that_holds_zero_is_not_significant():
     assert comparison.interval([0.01, -0.01, 0.02], comparison.percent) == "0.7 ± 3.8"
     assert comparison.interval([0.01], comparison.percent) == "1.0 (one seed)"
