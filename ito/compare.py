@@ -108,7 +108,9 @@ def main(arguments: list[str] | None = None) -> Path:
             options.out.mkdir(parents=True, exist_ok=True)
             with locked(options.out):
                 train_all(runs, options)
-        return write_comparison(options.out, options.cache)
+        data = ("train_data", "val_data")
+        given = {name: value for name, value in vars(options).items() if name in data}
+        return write_comparison(options.out, options.cache, given)
 
 
 def plan(options: argparse.Namespace) -> list[Run]:
@@ -171,9 +173,11 @@ def train(run: Run, out: Path, threads: int | None, environment: dict) -> str:
         words += ["--threads", str(threads)] if threads else []
         usage = call(words, log, environment)
         write_text(cost, json.dumps(usage) + "\n")
-    call(
-        [sys.executable, "-m", "ito.evaluate", str(folder), "--json", str(scores)], log, environment
-    )
+    words = [sys.executable, "-m", "ito.evaluate", str(folder), "--json", str(scores)]
+    places = {name: getattr(run.config, name) for name in ("train_data", "val_data")}
+    # named again, because it runs no command that only the run's config.json names
+    words += command_line({name: place for name, place in places.items() if place})
+    call(words, log, environment)
     peak = json.loads(read_text(cost))["peak_bytes"]
     return f"{run.name}: {run.config.steps} steps, {peak / 2**20:.0f} MiB at most"
 

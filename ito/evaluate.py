@@ -2,7 +2,7 @@
 
 Retrieval, zero-shot classification with prompt ensembles, linear probe and k nearest neighbours,
 the modality gap, uniformity and alignment, and the difference of ranks between languages. Every
-caption is a query; a picture and a caption are right for each other if the picture's item has it.
+distinct caption is a query; it and a picture are right for each other if the picture's item has it.
 """
 
 import argparse
@@ -64,7 +64,9 @@ def main(arguments: list[str] | None = None) -> None:
         config = choose_data(options)
         dataset = open_dataset(config, options.cache)
         print(report_skipped(dataset.skipped) or f"{len(dataset.images)} pictures")
-        overlap = {} if options.data else count_overlap(dataset, dataset)  # --data: not trained on
+        # nothing of other data was trained on, not even what it calls "train"
+        other = options.data or config.val_data
+        overlap = {} if other else count_overlap(dataset, dataset)
         captions = [caption for names in dataset.captions for caption in names]
         print_notes(report_overlap(overlap, dataset), report_cut(captions, encoder.tokenizer))
         splits = options.split or ([ALL] if options.data else dataset.held_out_splits())

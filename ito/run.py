@@ -7,7 +7,7 @@ import os
 import signal
 import socket
 import stat
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from io import FileIO
 from pathlib import Path
@@ -315,12 +315,8 @@ def choose_data(options: argparse.Namespace) -> Config:
     options name two data sets.
     """
     config, data = from_options(options, RunFolder(options.run).read_config()), options.data
-    for name in ("train_data", "val_data"):
-        own = data is None and name not in options
-        if own and f"::{PIPE}" in f"::{getattr(config, name)}":
-            about = "its config.json names a command, which is run only if you give it"
-            raise ValueError(f"{options.run}: {about}: {flag(name)} '{getattr(config, name)}'")
     if data is None:
+        refuse_commands(options.run, config, vars(options))
         return config
     for name in ("train_data", "val_data"):
         if name in options:
@@ -331,3 +327,12 @@ def choose_data(options: argparse.Namespace) -> Config:
     for name in ("data_format", "image_root", "group_by", "test_share"):
         given[name] = vars(options).get(name, getattr(Config, name))
     return from_options(argparse.Namespace(**given), config)
+
+
+def refuse_commands(run: Path, config: Config, given: Mapping) -> None:
+    """Raises ValueError if the run's configuration names a command in place of data, by an option
+    that is not `given`: a folder of others must not run commands here."""
+    for name in ("train_data", "val_data"):
+        if name not in given and f"::{PIPE}" in f"::{getattr(config, name)}":
+            about = "its config.json names a command, which is run only if you give it"
+            raise ValueError(f"{run}: {about}: {flag(name)} '{getattr(config, name)}'")

@@ -49,8 +49,8 @@ def open_near(options: argparse.Namespace, encoder: Encoder, index: Index) -> Ne
     def own() -> Index | None:
         if options.data is None:
             return index
-        config = RunFolder(options.run).read_config()
         try:
+            config = choose_data(argparse.Namespace(run=options.run, data=None))
             dataset = open_dataset(config, options.cache)
         except (OSError, ValueError) as error:
             why = one_line(reason(error))

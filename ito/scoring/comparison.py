@@ -5,6 +5,7 @@ Standard deviations are over seeds. Differences are paired by seed, with the 95 
 Student's t: 4.3 standard errors for three seeds.
 """
 
+import argparse
 import dataclasses
 import importlib.util
 import json
@@ -18,13 +19,13 @@ from pathlib import Path
 import torch
 
 from ito.cli import shown
-from ito.config import Config
+from ito.config import Config, from_options
 from ito.data.augment import Augmentation
 from ito.data.dataset import Dataset
 from ito.files import read_text, write_atomically, write_text
 from ito.model.exported import WEIGHTS, load
 from ito.objectives import OPTIONS
-from ito.run import RunFolder
+from ito.run import RunFolder, refuse_commands
 from ito.scoring.cost import StepCost, step_costs
 from ito.scoring.embedded_split import EmbeddedSplit
 from ito.scoring.projections import PROJECTIONS
@@ -36,7 +37,7 @@ T = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
 EXPECTED = (("ito", "ito-align"), ("ito-align", "clip-aug"), ("clip-aug", "clip"))
 BASE = "ito"  # what ablations are compared with
 # options in which arms may differ; plain CLIP has its own augmentation
-DECIDED = ("objective", "seed", *OPTIONS, *vars(Augmentation()))
+DECIDED = {"objective", "seed", *OPTIONS, *vars(Augmentation())} - {"equal_captions"}
 
 
 @dataclass
@@ -68,6 +69,11 @@ class Result:
         )
 
     @property
+    def version(self) -> int:
+        """2 if every distinct caption is scored, 1 if only the first of each item was."""
+        return 1 + (f"{self.split}/distinct_captions" in self.evaluations[-1])
+
+    @property
     def split(self) -> str:
         """The first held-out split, by which runs are compared."""
         return next(name for name in self.evaluations[0] if "/" in name).split("/")[0]
@@ -97,11 +103,12 @@ class Result:
         return [(step, mean) for (step, _), mean in zip(logged[9:], means, strict=True)]
 
 
-def write_comparison(out: Path, cache: Path | None = None) -> Path:
+def write_comparison(out: Path, cache: Path | None = None, given: dict | None = None) -> Path:
     """Write `out/comparison.md` and its pictures from the finished runs in `out`.
 
-    cache: where prepared data lives (~/.cache/ito).
-    Raises ValueError if there are none, or if they had unequal budgets, data or threads.
+    cache: where prepared data lives (~/.cache/ito). given: the options that name data.
+    Raises ValueError if there are none, if they had unequal budgets, data or threads, or if their
+    data is a command that is not given.
     """
     folders = sorted(path for path in out.glob("*") if RunFolder(path).evaluation.exists())
     if not folders:
@@ -110,6 +117,9 @@ def write_comparison(out: Path, cache: Path | None = None) -> Path:
     for result in map(Result.load, folders):
         arms.setdefault(result.arm, []).append(result)
     check_equal([run for runs in arms.values() for run in runs])
+    for run in (run for runs in arms.values() for run in runs):
+        same = from_options(argparse.Namespace(**given or {}), run.config) == run.config
+        refuse_commands(run.folder, run.config, given if given and same else {})
     costs = measured({arm: runs[0].folder for arm, runs in arms.items()}, out, cache)
     arms = dict(sorted(arms.items(), key=lambda item: costs[item[0]].seconds))
     first = next(iter(arms.values()))[0]
@@ -149,6 +159,7 @@ def check_equal(runs: list[Result]) -> None:
         for a, b in (
             (first.config.flat(), run.config.flat()),
             (first.environment, run.environment),
+            ({"version of the scores": first.version}, {"version of the scores": run.version}),
         ):
             other = [name for name in a if name not in DECIDED and a[name] != b.get(name)]
             if other:

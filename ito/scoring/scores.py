@@ -26,6 +26,14 @@ def sections(columns: dict[str, dict[str, float]]) -> list[Section]:
     found = []
     for split in dict.fromkeys(name.split("/")[0] for name in last if "/" in name):
         section = Section(title(split, last), notes(split, last), [*columns, "chance"])
+        counted = f"{split}/distinct_captions"
+        if counted in last:
+            section.notes += [
+                f"{name} is an older version's, of each item's first caption alone: its R@K and "
+                "ranks are not comparable"
+                for name, scores in columns.items()
+                if f"{split}/i2t/R@1" in scores and counted not in scores
+            ]
         for label, key, chance, form in lines(split, last):
             if key in last:
                 cells = [cell(s, key, form) for s in columns.values()]

@@ -83,7 +83,8 @@ def test_arms_differ_in_more_than_their_names(tmp_path):
 
 def test_finished_runs_stay_and_those_cut_off_go_on(tmp_path, monkeypatch):
     """One of each: finished, trained but not scored, with a checkpoint, without one, not begun."""
-    chosen = options(tmp_path, seeds=[0, 1, 2])
+    places = {"train_data": "pipe:cat a.tar", "val_data": "/val"}
+    chosen = options(tmp_path, seeds=[0, 1, 2], **places)
     whole, scoreless, halfway, early, new, _ = compare.plan(chosen)
     for run in (whole, scoreless, halfway, early):
         (tmp_path / run.name / "checkpoints").mkdir(parents=True)
@@ -97,6 +98,8 @@ def test_finished_runs_stay_and_those_cut_off_go_on(tmp_path, monkeypatch):
     def call(words, log, environment):
         if "ito.evaluate" in words:
             scored.append(words[3])
+            data = parsed(*words[6:])  # a command in place of data is run only if it is given
+            assert (data.train_data, data.val_data) == (chosen.train_data, chosen.val_data)
         if "ito.train" in words:
             called.append(words[3:])
             if "--out" in words:
@@ -228,6 +231,31 @@ def test_unequal_runs_are_not_compared(tmp_path, two_arms, config, threads, said
     write_run(tmp_path / run.name, run.config, *curves, threads=threads)
     with pytest.raises(ValueError, match=f"differ in {said}: compare runs of equal"):
         comparison.write_comparison(tmp_path)
+
+
+def test_runs_scored_by_an_older_version_are_not_compared(tmp_path, two_arms):
+    log = tmp_path / "ito-align-seed0" / "metrics.jsonl"
+    *lines, last = log.read_text().splitlines()
+    last = json.loads(last)
+    (split,) = {name.split("/")[0] for name in last if "/" in name}
+    last |= {f"{split}/distinct_captions": 7}
+    log.write_text("\n".join([*lines, json.dumps(last)]) + "\n")
+    with pytest.raises(ValueError, match="differ in version of the scores"):
+        comparison.write_comparison(tmp_path)
+
+
+def test_no_command_of_a_folder_is_run(tmp_path, two_arms, capsys):
+    """What opens the data, the costs and the maps, is not called (it is replaced here)."""
+    command = "pipe:cat a.tar"
+    for path in tmp_path.glob("*/config.json"):
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"train_data": command}))
+    for other in ([], ["--train-data", f"{command}2"]):
+        with pytest.raises(SystemExit):
+            compare.main(["--out", str(tmp_path), "--report-only", *other])
+        assert "its config.json names a command" in capsys.readouterr().err
+        assert not (tmp_path / "comparison.md").exists()
+    compare.main(["--out", str(tmp_path), "--report-only", "--train-data", command])
+    assert (tmp_path / "comparison.md").exists()
 
 
 def test_an_interval_that_holds_zero_is_not_significant():

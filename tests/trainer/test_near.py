@@ -92,6 +92,7 @@ def test_a_picture_is_compared_with_what_pictures_reach(run, tmp_path, capsys):
 
 def test_other_data_is_measured_by_the_run_s_own(run, tmp_path, capsys):
     other = write_set(tmp_path / "other", items=8, captions=["a caption of its own"])
+    search.main([str(run), "red cat", "--out", str(tmp_path / "own.png")])
     near = Near.open(run, ito.load(run), lambda: pytest.fail("it was measured before"))
     search.main([str(run), "xqzv", "--data", str(other), "--out", str(tmp_path / "s.png")])
     assert f"reach {near.text:.3f}" in capsys.readouterr().out
@@ -101,6 +102,13 @@ def test_other_data_is_measured_by_the_run_s_own(run, tmp_path, capsys):
     search.main([str(copy), "xqzv", "--data", str(other)])
     printed = capsys.readouterr().out
     assert "what is near is unknown without the run's own data: no data at" in printed
+    command = f"pipe:touch {tmp_path}/made"  # of a run of others
+    (copy / "config.json").write_text(json.dumps(about | {"train_data": command}))
+    search.main([str(copy), "xqzv", "--data", str(other)])
+    printed = capsys.readouterr().out
+    assert "what is near is unknown without the run's own data" in printed
+    assert "its config.json names a command" in printed
+    assert not (tmp_path / "made").exists()
     assert "nothing near" not in printed
 
 

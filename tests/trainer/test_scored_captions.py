@@ -283,6 +283,12 @@ def test_a_run_of_a_version_without_these_scores_is_shown(run):
     lines = table({"": old}).splitlines()
     assert lines[0] == "heldout_style: 5 pictures, 6 captions"
     assert not any("–" in line for line in lines)
+    # a run that an older version began and this one ended
+    both = {"before": old, "after": got}
+    told = [line for line in table(both).splitlines() if "older version" in line]
+    assert len(told) == len(dataset.held_out_splits())
+    assert told[0].startswith("  note: before is an older version's")
+    assert "older version" not in table({"before": got, "after": got})
 
 
 def untrained_data(run):

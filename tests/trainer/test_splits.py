@@ -302,6 +302,12 @@ def test_the_commands_split_a_run_s_data_as_the_run_did(tmp_path, capsys):
     said = capsys.readouterr().out
     assert "trained on" not in said
     assert "all: 40 pictures" in said  # every picture, without splits
+    sides = {"split": lambda n: ("train", "val")[n // 3 % 2], "caption": lambda n: f"class {n % 3}"}
+    val = write(tmp_path / "val", 40, **sides)  # its "train" was not trained on either
+    evaluate.main([str(run), "--val-data", str(val), "--test-share", "0"])
+    said = capsys.readouterr().out
+    assert "val: " in said
+    assert "trained on" not in said
     given.data = str(data)  # other data than the run's, which have their own groups
     config = choose_data(given)
     assert (config.group_by, config.test_share) == (None, 0)
