@@ -229,6 +229,9 @@ def load_pretrained(config: Config) -> Loaded:
         if loaded.note:
             print(f"note       {loaded.note}")
         return loaded
+    if not Path(config.pretrained).exists():
+        about = "name a run folder, open_clip:MODEL/WEIGHTS or hf:NAME"
+        raise FileNotFoundError(f"--pretrained: there is no {config.pretrained}: {about}")
     encoder, run = load(config.pretrained), RunFolder(config.pretrained)
     print(f"pretrained {shown(config.pretrained)}, step {encoder.step}")
     bias = None
@@ -285,7 +288,7 @@ class Run:
         self.facts = self.count_data(overlap)
         print(f"read       {sentence(self.facts)}")
         meaning = None if user_file(config.objective) else config.equal_captions
-        if told := report_equal_captions(self.facts, meaning):
+        if told := report_equal_captions(None if config.stream else train_data, meaning):
             print(told)
         for told in (report_overlap(overlap or {}, eval_data), report_test(eval_data)):
             if told:
@@ -335,6 +338,8 @@ class Run:
         saved_device = self.saved_environment.get("device")
         self.device = choose_device(options.device, saved_device, self.ranks)
         self.dtype, why_dtype = choose_precision(precision, self.device)
+        if self.saved_environment:
+            why_dtype = "as the run began"
         asked = options.compile or self.saved_environment.get("compile", False)
         self.compile, why_compile = choose_compile(asked, self.device)
         ranks = f"{self.ranks.size} ranks, each " if self.ranks.size > 1 else ""

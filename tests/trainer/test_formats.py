@@ -637,8 +637,8 @@ def test_few_classes_are_on_both_sides_and_that_is_said(tmp_path):
         assert data.split.count("heldout") == 3
         told = report_overlap(count_overlap(data, data), data)
         assert told == "note       3 of 3 items of heldout have a caption that is trained on too"
-        told = report_equal_captions(summarise("jsonl", [data], 0, {}), "positive")
-        assert told.startswith("note       32 captions are equal to one of another item")
+        told = report_equal_captions(data, "positive")
+        assert told.startswith("note       29 training captions are equal to one of another train")
 
 
 def test_pictures_that_are_all_the_same_are_split_by_item(tmp_path):
