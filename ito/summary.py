@@ -59,12 +59,14 @@ def sentence(facts: dict) -> str:
     skipped = sum(facts["skipped"].values())
     reasons = ", ".join(f"{kind}: {count}" for kind, count in facts["skipped"].items())
     trained = facts["train_items"]
+    streamed = trained is None  # then the numbers are those of --val-data
     cut, enlarged = facts.get("cut_tokens", 0), facts.get("enlarged", 0)
     return (
-        f"{facts['format']}: {facts['pictures']} pictures of {facts['items']} items with "
+        f"{facts['format']}: {'a stream to train on; to score: ' * streamed}"
+        f"{facts['pictures']} pictures of {facts['items']} items with "
         f"{facts['captions']} captions, {facts['cut_captions']} of them cut and "
         f"{facts['equal_captions']} equal to one of another item; "
-        f"{'a stream' if trained is None else trained} to train on, {facts['val_items']} held out, "
+        f"{f'{trained} to train on, ' * (not streamed)}{facts['val_items']} held out, "
         f"split by {facts['split_by']}; {skipped} records skipped"
         + f" ({reasons})" * bool(skipped)
         + f"; {cut:.1%} of all tokens are cut" * bool(cut)

@@ -559,6 +559,9 @@ def test_the_data_in_numbers(tmp_path):
         "item; 2 to train on, 1 held out, split by item; 3 records skipped (empty caption: 1, not "
         "a picture: 1, no picture: 1)"
     )
+    streamed = sentence(facts | {"format": "webdataset", "train_items": None})
+    assert streamed.startswith("webdataset: a stream to train on; to score: 4 pictures of 3 items ")
+    assert "one of another item; 1 held out, split by item; 3 records" in streamed
 
 
 def test_a_val_set_is_scored_whole_whatever_it_calls_itself(tmp_path):
