@@ -353,7 +353,9 @@ class Config:
                 about = f"--group-by must be a regular expression, got {self.group_by!r}"
                 raise ValueError(f"{about}: {error}") from None
         if self.stream and self.val_data is None:
-            raise ValueError("--stream needs --val-data: streamed data are not held to be scored")
+            raise ValueError(
+                "--stream needs --val-data: of a stream nothing is held out to be scored"
+            )
         named = SEPARATORS.get(self.csv_separator, self.csv_separator)
         object.__setattr__(self, "csv_separator", named)
         if len(self.csv_separator) != 1:

@@ -15,7 +15,7 @@ from ito.config import add_options
 from ito.files import read_text, write_text
 from ito.model.exported import load
 from ito.model.tokenizer import report_cut
-from ito.run import choose_data
+from ito.run import RunFolder, choose_data, where_it_is_now
 from ito.scoring.evaluation import ALL, PROMPTS, evaluate_fully
 from ito.scoring.scores import clip_benchmark, table
 from ito.source import open_dataset
@@ -62,14 +62,19 @@ def main(arguments: list[str] | None = None) -> None:
             raise ValueError(f"--json {options.json} is a folder: name a file for the scores")
         encoder = load(options.run)
         config = choose_data(options)
-        dataset = open_dataset(config, options.cache)
+        with where_it_is_now(options):
+            dataset = open_dataset(config, options.cache)
+        splits = options.split or ([ALL] if options.data else dataset.held_out_splits())
         print(report_skipped(dataset.skipped) or f"{len(dataset.images)} pictures")
         # nothing of other data was trained on, not even what it calls "train"
         other = options.data or config.val_data
         overlap = {} if other else count_overlap(dataset, dataset)
+        own = config.train_data == RunFolder(options.run).read_config().train_data
+        if own and not config.val_data and {"train", ALL} & {*splits}:
+            about = "their scores do not measure generalisation"
+            print(f"warning    pictures that were trained on are scored too: {about}")
         captions = [caption for names in dataset.captions for caption in names]
         print_notes(report_overlap(overlap, dataset), report_cut(captions, encoder.tokenizer))
-        splits = options.split or ([ALL] if options.data else dataset.held_out_splits())
         scores = evaluate_fully(
             encoder.model,
             encoder.tokenizer,

@@ -10,7 +10,7 @@ from pathlib import Path
 from ito.cli import shown, user_errors
 from ito.config import add_options
 from ito.model.exported import load
-from ito.run import choose_data
+from ito.run import choose_data, where_it_is_now
 from ito.scoring.projections import PROJECTIONS
 from ito.scoring.report_page import write_report
 from ito.source import open_dataset
@@ -33,7 +33,9 @@ def main(arguments: list[str] | None = None) -> None:
         options = parser.parse_args(arguments)
         options.data = None
         encoder = load(options.run)
-        dataset = open_dataset(choose_data(options), options.cache)
+        config = choose_data(options)
+        with where_it_is_now(options):
+            dataset = open_dataset(config, options.cache)
         print(shown(write_report(options.run, encoder, dataset, options.map)))
 
 

@@ -308,6 +308,18 @@ class Log:
 # --- the data ---
 
 
+@contextmanager
+def where_it_is_now(options: argparse.Namespace) -> Iterator[None]:
+    """Where the data of the run is not found, the error says how to name its new place."""
+    try:
+        yield
+    except FileNotFoundError as error:
+        if options.data is not None or "train_data" in options:
+            raise
+        told = f"{reason(error)}; if it has moved, name its place with --train-data or --val-data"
+        raise FileNotFoundError(told) from None
+
+
 def choose_data(options: argparse.Namespace) -> Config:
     """The run's configuration with the data that a command's options name.
 

@@ -16,7 +16,7 @@ from ito.cli import one_line, output_path, reason, shown, user_errors
 from ito.config import add_options
 from ito.files import write_atomically
 from ito.model.exported import Encoder, load
-from ito.run import RunFolder, choose_data
+from ito.run import RunFolder, choose_data, where_it_is_now
 from ito.scoring.contact_sheet import contact_sheet
 from ito.scoring.index import Index, Near
 from ito.source import open_dataset
@@ -97,7 +97,8 @@ def main(arguments: list[str] | None = None) -> None:
         config = choose_data(options)
         encoder.max_pixels, encoder.fit = config.max_pixels, config.fit
         queries = [embed(encoder, query) for query in options.queries]
-        dataset = open_dataset(config, options.cache)
+        with where_it_is_now(options):
+            dataset = open_dataset(config, options.cache)
         print_notes(report_skipped(dataset.skipped))
         index = Index.open(options.run, encoder, dataset)
         near = open_near(options, encoder, index)

@@ -27,8 +27,6 @@ def summarise(
     then `train_items` is None too.
     """
     captions = [texts for part in parts for texts in part.captions]
-    keys = [[text_key(text) for text in texts] for texts in captions]
-    often = Counter(key for own in keys for key in set(own))
     scored = parts[-1]
     held = {name: set(scored.image_item[scored.rows(name)].tolist()) for name in held_out(scored)}
     streamed = overlap is None
@@ -40,13 +38,21 @@ def summarise(
         "captions": sum(map(len, captions)),
         "skipped": count_kinds([record for part in parts for record in part.skipped]),
         "cut_captions": cut,
-        "equal_captions": sum(often[key] > 1 for own in keys for key in own),
+        "equal_captions": count_equal(captions),
         "train_items": None if streamed else len(parts[0].training_items()),
         "val_items": len(set().union(*held.values())),
         "test_items": len(held.get(TEST, ())),
         "split_by": parts[0].split_by if len(parts) == 1 and not streamed else "none",
         "overlap": None if streamed else totals,
     }
+
+
+def count_equal(captions: list[list[str]]) -> int:
+    """How many captions, counted at each item, another item has too, but for white space and
+    case."""
+    keys = [[text_key(text) for text in texts] for texts in captions]
+    often = Counter(key for own in keys for key in set(own))
+    return sum(often[key] > 1 for own in keys for key in own)
 
 
 def held_out(data: Dataset) -> list[str]:
@@ -58,12 +64,14 @@ def sentence(facts: dict) -> str:
     skipped = sum(facts["skipped"].values())
     reasons = ", ".join(f"{kind}: {count}" for kind, count in facts["skipped"].items())
     trained = facts["train_items"]
+    streamed = trained is None  # then the numbers are those of --val-data
     cut, enlarged = facts.get("cut_tokens", 0), facts.get("enlarged", 0)
     return (
-        f"{facts['format']}: {facts['pictures']} pictures of {facts['items']} items with "
+        f"{facts['format']}: {'a stream to train on; to score: ' * streamed}"
+        f"{facts['pictures']} pictures of {facts['items']} items with "
         f"{facts['captions']} captions, {facts['cut_captions']} of them cut and "
         f"{facts['equal_captions']} equal to one of another item; "
-        f"{'a stream' if trained is None else trained} to train on, {facts['val_items']} held out, "
+        f"{f'{trained} to train on, ' * (not streamed)}{facts['val_items']} held out, "
         f"split by {facts['split_by']}; {skipped} records skipped"
         + f" ({reasons})" * bool(skipped)
         + f"; {cut:.1%} of all tokens are cut" * bool(cut)
@@ -101,23 +109,24 @@ EQUAL_CAPTIONS = {
 }
 
 
-def report_equal_captions(facts: dict, meaning: str | None) -> str:
+def report_equal_captions(trained: Dataset | None, meaning: str | None) -> str:
     """What equal captions of different items are to each other in training, in words; "" if there
-    are none. How many there are in a stream is not known.
+    are none.
 
-    meaning: `Config.equal_captions`; None for a user's own objective.
+    trained: None of a stream, of which it is not known how many there are. meaning:
+    `Config.equal_captions`; None for a user's own objective.
     """
-    if not facts["equal_captions"] and facts["train_items"] is not None:
-        return ""
     told = "what your objective makes of them: it is not told which are equal"
     if meaning:
         told = f"{EQUAL_CAPTIONS[meaning]} (--equal-captions {meaning})"
-    if facts["train_items"] is None:
+    if trained is None:
         return f"note       equal captions within a batch of the stream are {told}"
-    number = facts["equal_captions"]
+    number = count_equal([trained.captions[n] for n in trained.training_items()])
+    if not number:
+        return ""
     return (
-        f"note       {number} captions are equal to one of another item: "
-        f"within a training batch such captions are {told}"
+        f"note       {number} training captions are equal to one of another training item: "
+        f"within a batch such captions are {told}"
     )
 
 

@@ -181,6 +181,9 @@ def load_pretrained(config: Config) -> Loaded:
         if loaded.note:
             print(f"note       {loaded.note}")
         return loaded
+    if not Path(config.pretrained).exists():
+        about = "name a run folder, open_clip:MODEL/WEIGHTS or hf:NAME"
+        raise FileNotFoundError(f"--pretrained: there is no {config.pretrained}: {about}")
     encoder, run = load(config.pretrained), RunFolder(config.pretrained)
     print(f"pretrained {shown(config.pretrained)}, step {encoder.step}")
     bias = None
@@ -237,7 +240,7 @@ class Run:
         print(f"read       {sentence(self.facts)}")
         meaning = None if user_file(config.objective) else config.equal_captions
         print_notes(
-            report_equal_captions(self.facts, meaning),
+            report_equal_captions(None if config.stream else train_data, meaning),
             report_overlap(overlap or {}, eval_data),
             report_test(eval_data),
         )

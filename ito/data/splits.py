@@ -48,7 +48,7 @@ def choose_splits(
     """
     if group_by is not None and only is None and not any(r.group for same in rows for r in same):
         about = f"in the paths of {len(kept)} pictures, such as {kept[0].name!r}"
-        raise ValueError(f"--group-by {group_by!r} finds nothing {about}")
+        raise ValueError(f"--group-by '{group_by}' finds nothing {about}")
     named = {r.split for r in records if r.split}
     if named - {"train"}:
         if test_share:

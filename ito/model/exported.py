@@ -111,7 +111,10 @@ class Encoder:
         return embed_images(self.model, pixels)
 
     def encode_text(self, texts: str | Sequence[str]) -> torch.Tensor:
-        """Embeddings `(K, E)` of texts; texts longer than the context are cut."""
+        """Embeddings `(K, E)` of texts; texts longer than the context are cut. Raises TypeError for
+        anything else."""
+        if not isinstance(texts, Iterable):
+            raise TypeError(f"texts must be a text, or several; got {type(texts).__name__}")
         texts = [texts] if isinstance(texts, str) else list(texts)
         if not texts:
             return torch.empty(0, self.model.architecture["width"])
@@ -177,10 +180,12 @@ def load(run: str | Path, device: str | torch.device = "cpu") -> Encoder:
     exported = RunFolder(run).model
     folder = exported if exported.is_dir() else Path(run)
     if not (folder / WEIGHTS).exists():
-        raise FileNotFoundError(
-            f"{run} holds no exported model ({exported.name}/{WEIGHTS}); a run writes it with its "
-            "first checkpoint, and `python -m ito.export RUN` from its newest"
+        written = (
+            f"({exported.name}/{WEIGHTS}); a run writes it with its first checkpoint, and `python "
+            "-m ito.export RUN` from its newest"
         )
+        why = written if Path(run).exists() else "because it does not exist"
+        raise FileNotFoundError(f"{run} holds no exported model {why}")
     with undamaged(folder / ABOUT) as path:
         about = json.loads(read_text(path))
         model = DualEncoder(**about["architecture"])

@@ -332,12 +332,12 @@ def test_the_option_reaches_the_configuration_but_not_a_user_s_objective():
         (None, "what your objective makes of them"),
     ],
 )
-def test_what_is_said(meaning, said):
-    facts = {"equal_captions": 32, "train_items": 28}
-    told = report_equal_captions(facts, meaning)
-    assert told.startswith("note       32 captions are equal to one of another item: within a")
+def test_what_is_said(meaning, said, tmp_path):
+    """Of the captions that are trained on: equal ones of held-out items are no positives."""
+    data = dataset(tmp_path / "a", [["cat"], ["Cat "], ["dog"], ["hen"], ["dog"]], held_out={4})
+    told = report_equal_captions(data, meaning)
+    assert told.startswith("note       2 training captions are equal to one of another training")
     assert said in told
-    assert report_equal_captions(facts | {"equal_captions": 0}, meaning) == ""
-    streamed = report_equal_captions(facts | {"train_items": None}, meaning)
-    assert said in streamed
-    assert "32" not in streamed  # these are those of --val-data
+    data = dataset(tmp_path / "b", [["cat"], ["dog"], ["hen"], ["dog"]], held_out={3})
+    assert report_equal_captions(data, meaning) == ""
+    assert said in report_equal_captions(None, meaning)

@@ -175,6 +175,22 @@ def test_other_data_is_scored_whole(run, tmp_path, capsys):
     assert "heldout_concept:" not in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(
+    ("options", "warned"),
+    [
+        ("--split all", 1),
+        ("--split train", 1),
+        ("--data {data}", 1),
+        ("", 0),
+        ("--data {other}", 0),
+    ],
+)
+def test_scores_of_training_pictures_are_marked(options, warned, run, data, tmp_path, capsys):
+    other = untrained_run.write_data(tmp_path / "other", split="train")
+    evaluate.main([str(run), *options.format(data=data, other=other).split()])
+    assert capsys.readouterr().out.count("pictures that were trained on are scored too") == warned
+
+
 def test_clip_benchmark_s_files(run, tmp_path):
     evaluate.main([str(run), "--clip-benchmark", str(tmp_path / "cb")])
     records = [json.loads(path.read_text()) for path in sorted((tmp_path / "cb").iterdir())]

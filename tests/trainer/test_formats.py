@@ -559,6 +559,9 @@ def test_the_data_in_numbers(tmp_path):
         "item; 2 to train on, 1 held out, split by item; 3 records skipped (empty caption: 1, not "
         "a picture: 1, no picture: 1)"
     )
+    streamed = sentence(facts | {"format": "webdataset", "train_items": None})
+    assert streamed.startswith("webdataset: a stream to train on; to score: 4 pictures of 3 items ")
+    assert "one of another item; 1 held out, split by item; 3 records" in streamed
 
 
 def test_a_val_set_is_scored_whole_whatever_it_calls_itself(tmp_path):
@@ -637,8 +640,8 @@ def test_few_classes_are_on_both_sides_and_that_is_said(tmp_path):
         assert data.split.count("heldout") == 3
         told = report_overlap(count_overlap(data, data), data)
         assert told == "note       3 of 3 items of heldout have a caption that is trained on too"
-        told = report_equal_captions(summarise("jsonl", [data], 0, {}), "positive")
-        assert told.startswith("note       32 captions are equal to one of another item")
+        told = report_equal_captions(data, "positive")
+        assert told.startswith("note       29 training captions are equal to one of another train")
 
 
 def test_pictures_that_are_all_the_same_are_split_by_item(tmp_path):

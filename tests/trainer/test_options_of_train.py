@@ -117,7 +117,13 @@ def test_skipped_pictures_are_counted_and_named(tmp_path, capsys):
         ),
         (train, "--resume {finished} --lr 1 --flip-p 1", "configuration: drop --lr, --flip-p"),
         (train, "--resume {finished} --precision {other}", "precision, {kept}: drop --precision"),
-        (evaluate_command, "nope", "nope holds no exported model"),
+        (evaluate_command, "nope", "nope holds no exported model because it does not exist"),
+        (
+            train,
+            "--train-data {data} --pretrained open-clip:ViT",
+            "{here}/open-clip:ViT: name a run",
+        ),
+        (train, "--train-data {data} --stream", "--val-data: of a stream nothing is held out"),
         (evaluate_command, "{finished}/model", "model/config.json is not the configuration of a"),
         (evaluate_command, "{finished} --train-data {wrong}", "wrong.csv:1: no column 'title'"),
         (evaluate_command, "{finished} --json {wrong}/x", "{wrong} is not a folder"),
@@ -219,6 +225,8 @@ def test_the_configuration_names_what_cannot_be(options, message):
 def test_load_and_precision_name_what_is_wrong(tmp_path):
     with pytest.raises(FileNotFoundError, match="holds no exported model"):
         ito.load(tmp_path)
+    with pytest.raises(FileNotFoundError, match="nope holds no exported model because it does no"):
+        ito.load(tmp_path / "nope")
     with pytest.raises(ValueError, match="precision must be auto, bf16 or fp32, got 'fp8'"):
         choose_precision("fp8", CPU)
 
@@ -253,6 +261,8 @@ def test_resuming_a_finished_run_says_so_and_one_held_out_item_is_remarked(
 def test_encode_text_names_what_is_no_text(finished):
     with pytest.raises(TypeError, match=r"texts\[1\] must be a text, got 3"):
         ito.load(finished).encode_text(["a cat", 3])
+    with pytest.raises(TypeError, match=r"^texts must be a text, or several; got int"):
+        ito.load(finished).encode_text(3)
 
 
 def test_encode_image_names_the_picture(finished, tmp_path):

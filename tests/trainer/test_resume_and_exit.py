@@ -85,6 +85,10 @@ def test_a_run_goes_on_where_its_data_is_now(moved, finished, tmp_path, capsys):
     told = refused(train, "--resume", moved, capsys=capsys)
     assert f"no data at {tmp_path}/old" in told
     assert f"step 3 is kept; continue with: python -m ito.train --resume {moved} --tr" in told
+    for command, query in ((evaluate, []), (search, ["red"]), (report, [])):
+        told = refused(command, moved, *query, capsys=capsys)
+        assert f"no data at {tmp_path}/old" in told
+        assert "if it has moved, name its place with --train-data" in told
     train.main(["--resume", str(moved), "--train-data", str(tmp_path / "new")])
     assert f"moved      train_data is {tmp_path}/new\n" in capsys.readouterr().out
     assert steady(moved) == steady(finished)

@@ -132,6 +132,9 @@ def test_equal_captions_are_right_for_each_other(run, tmp_path):
     assert got["test/i2t/chance"] == got["test/t2i/chance"] == pytest.approx(1 / 3)
     assert got["test/zero_shot/names/classes"] == 3
     assert "test: 24 pictures, 24 captions, 3 of them distinct" in table({"": got})
+    few = "text to image has 3 queries: too few to trust its interval"
+    assert few in table({"": got})
+    assert "image to text has" not in table({"": got})  # which has 24
     records = [{"captions": [("one", "One ")[n % 2]], "split": "test"} for n in range(6)]
     *_, same = scored(run, write(tmp_path / "same", records))
     for way in ("i2t", "t2i"):

@@ -130,6 +130,8 @@ def test_a_bad_pattern_is_told(tmp_path):
     write(tmp_path, 4)
     with pytest.raises(ValueError, match=r"--group-by 'b\+' finds nothing .* 4 pictures.*'0.png'"):
         load_dataset(tmp_path, 4, group_by="b+")
+    with pytest.raises(ValueError, match=r"--group-by '\^\\d\\d' finds nothing"):  # as it was typed
+        load_dataset(tmp_path, 4, group_by=r"^\d\d")
     load_dataset(tmp_path, 4, group_by="b+", only="val")  # whose groups nothing depends on
 
 
