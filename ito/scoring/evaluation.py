@@ -26,6 +26,9 @@ from ito_kernels import alignment_loss, uniformity_loss
 
 PROMPTS = ("{}", "a picture of {}", "a drawing of {}", "a photo of {}", "an icon of {}")
 ALL = "all"  # all pictures of a data set, as one split
+# Above, they are captions rather than classes, and too slow to embed while training: 10,000 of 32
+# tokens took 18 s of one core of a loaded Zen 4, each time.
+MOST_NAMES = 5000
 
 
 def evaluate(
@@ -38,12 +41,13 @@ def evaluate(
     `captions` counts those of all items, `distinct_captions` the texts, `items` what the intervals
     of R@K are over.
     An item's first caption is its name. `zero_shot/names`: classification by the distinct names of
-    *all* items of the data set, including those trained on. `zero_shot/subgroups`: by the names of
-    the subgroups, if the data has any. `modality/`: between the pictures and the name of each item.
+    *all* items of the data set, including those trained on, if they are at most MOST_NAMES.
+    `zero_shot/subgroups`: by the names of the subgroups, if the data has any. `modality/`: between
+    the pictures and the name of each item.
 
     Raises ValueError if nothing is held out.
     """
-    classes = Classes(model, tokenizer, dataset, ("subgroup",))
+    classes = Classes(model, tokenizer, dataset, ("subgroup",), most_names=MOST_NAMES)
     scores = {}
     for split in splits or dataset.held_out_splits():
         view = EmbeddedSplit(dataset.rows(split), model, tokenizer, dataset)
@@ -113,12 +117,15 @@ class Classes:
 
     `index`: {kind: the class of each item, (n,)}; -1 for an item without a group. The class in
     "names" is the item's first caption, the same for equal ones; `names` (C, E) are their
-    embeddings. With `prompts` there are `ensembles` too.
+    embeddings. With `prompts` there are `ensembles` too. With more than `most_names` names they are
+    no kind of classes, and not embedded.
     """
 
-    def __init__(self, model, tokenizer, dataset, groupings, prompts=None):
+    def __init__(self, model, tokenizer, dataset, groupings, prompts=None, most_names=None):
         names, index = distinct(captions[0] for captions in dataset.captions)
-        words, self.index = {"names": names}, {"names": index}
+        self.index, words = {"names": index}, {"names": names}
+        if most_names is not None and len(names) > most_names:
+            words = {}
         for grouping in groupings:
             label = getattr(dataset, grouping)
             known = sorted({name for name in label if name is not None})
@@ -131,7 +138,7 @@ class Classes:
             return embed_texts(model, tokenizer(texts))
 
         self.plain = {kind: embed(texts) for kind, texts in words.items()}
-        self.names = self.plain["names"]
+        self.names = self.plain.get("names")
         if prompts:
             self.ensembles = {
                 kind: ensemble(
@@ -159,7 +166,7 @@ def basic_scores(view: EmbeddedSplit, classes: Classes) -> dict[str, float]:
         known = labels >= 0
         found = zero_shot(view.images[known], emb, labels[known])
         scores |= with_prefix(f"zero_shot/{kind}", found)
-    names = classes.names[classes.index["names"][view.item.unique()]]
+    names = view.texts[[own[0] for own in view.own.values()]]
     return scores | with_prefix("modality", modality_gap(view.images, names))
 
 

@@ -142,6 +142,19 @@ def test_equal_captions_are_right_for_each_other(run, tmp_path):
     assert "text to image: R@1, R@5, R@10 are 100 % for any model" in table({"": same})
 
 
+def test_very_many_names_are_no_classes_while_training(run, tmp_path, monkeypatch):
+    """Each is embedded at each evaluation; all other scores stay."""
+    encoder, dataset, _ = scored(run, write(tmp_path / "data", classes({"train": 3, "test": 24})))
+    few = evaluation.evaluate(encoder.model, encoder.tokenizer, dataset)
+    monkeypatch.setattr(evaluation, "MOST_NAMES", 2)
+    many = evaluation.evaluate(encoder.model, encoder.tokenizer, dataset)
+    assert few.keys() - many.keys() == {name for name in few if "zero_shot/names" in name}
+    assert few["test/zero_shot/names/classes"] == 3
+    for name, value in many.items():
+        assert value == few[name]
+    assert "zero-shot" not in table({"": many})
+
+
 def test_names_are_classes_of_the_probes_too(run, tmp_path):
     """No item is in two splits here, its name is; pictures and names told apart are not the same
     names that the classifier was fitted on."""
