@@ -1,5 +1,6 @@
 """How the commands report errors: one line that names the cause, and no traceback."""
 
+import argparse
 import io
 import os
 import re
@@ -9,6 +10,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import NoReturn
 
 from PIL import Image
 
@@ -21,6 +23,13 @@ USER_ERRORS = (ValueError, OSError, ImportError)
 
 
 CLOSED = 141  # the status of a command whose reader has gone: 128 + SIGPIPE
+
+
+class Parser(argparse.ArgumentParser):
+    """Reports options that it does not know as all errors are reported, in one line."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"error: {one_line(message, 2000)}\n")
 
 
 @contextmanager

@@ -529,6 +529,8 @@ def from_options(options: argparse.Namespace, base: Config | None = None) -> Con
                 raise ValueError(f"--{option} must be a path, got {given[name]!r}")
             parts = [p if p.startswith((PIPE, *URLS)) else str(Path(p).absolute()) for p in parts]
             given[name] = "::".join(parts)
+    if not Path(given.get("image_root") or ".").is_dir():
+        raise ValueError(f"--image-root {given['image_root']} is not a folder")
     if parts := user_file(given.get("objective", Config.objective)):
         given["objective"] = f"{parts[0].absolute()}:{parts[1]}"
     for name in ("image_encoder", "text_encoder", "pretrained"):

@@ -8,7 +8,7 @@ import tarfile
 import pytest
 from PIL import Image
 
-from ito import train
+from ito import evaluate, export, search, train
 from ito.data.dataset import load_dataset
 
 
@@ -115,3 +115,20 @@ def test_an_empty_path_is_not_the_working_directory(tmp_path, capsys, option, pa
         train.main([*data, option, path, "--out", os.fspath(tmp_path / "run")])
     assert ended.value.code == 2
     assert f"{option} must be a path, got {path!r}" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", [train, evaluate, search, export])
+def test_a_bad_option_is_told_in_one_line(capsys, command):
+    with pytest.raises(SystemExit) as ended:
+        command.main(["run", "--such-an-option", "x"])
+    assert ended.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: ")
+    assert "--such-an-option" in line
+
+
+def test_a_folder_of_pictures_that_is_not_there_is_told(tmp_path, capsys):
+    with pytest.raises(SystemExit) as ended:
+        train.main(["--train-data", str(tmp_path), "--image-root", str(tmp_path / "no")])
+    assert ended.value.code == 2
+    assert capsys.readouterr().err == f"error: --image-root {tmp_path}/no is not a folder\n"
