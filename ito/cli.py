@@ -25,8 +25,19 @@ USER_ERRORS = (ValueError, OSError, ImportError)
 CLOSED = 141  # the status of a command whose reader has gone: 128 + SIGPIPE
 
 
+def path_of(text: str) -> Path:
+    if not text:
+        raise argparse.ArgumentTypeError("must be a path, got ''")
+    return Path(text)
+
+
 class Parser(argparse.ArgumentParser):
-    """Reports options that it does not know as all errors are reported, in one line."""
+    """Reports bad options as all errors are reported, in one line. An empty path is one: Path("")
+    is the working directory."""
+
+    def __init__(self, *args, **options):
+        super().__init__(*args, **options)
+        self.register("type", Path, path_of)
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"error: {one_line(message, 2000)}\n")

@@ -132,3 +132,12 @@ def test_a_folder_of_pictures_that_is_not_there_is_told(tmp_path, capsys):
         train.main(["--train-data", str(tmp_path), "--image-root", str(tmp_path / "no")])
     assert ended.value.code == 2
     assert capsys.readouterr().err == f"error: --image-root {tmp_path}/no is not a folder\n"
+
+
+@pytest.mark.parametrize("command", [train, evaluate, search, export])
+def test_an_empty_output_is_not_the_working_directory(capsys, command):
+    option = "--json" if command is evaluate else "--out"
+    with pytest.raises(SystemExit) as ended:
+        command.main([*(["run"] if command is not train else []), option, ""])
+    assert ended.value.code == 2
+    assert capsys.readouterr().err == f"error: argument {option}: must be a path, got ''\n"
