@@ -256,7 +256,7 @@ def read_row_group(
 ) -> Iterator[Record | Skipped]:
     with parquet().ParquetFile(source) as file:
         kind = str(file.schema_arrow.field(image).type)
-        is_text = kind in ("string", "large_string")
+        is_text = kind.removeprefix("dictionary<values=").startswith(("string", "large_string"))
         wanted = {caption, "item", "split", "group", "style", "subgroup", *[image] * is_text}
         before = sum(file.metadata.row_group(n).num_rows for n in range(group))
         present = [name for name in file.schema_arrow.names if name in wanted]

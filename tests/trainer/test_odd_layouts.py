@@ -5,8 +5,10 @@ import json
 import os
 import tarfile
 
+import pyarrow
 import pytest
 from PIL import Image
+from pyarrow import parquet
 
 from ito import evaluate, export, search, train
 from ito.data.dataset import load_dataset
@@ -141,3 +143,13 @@ def test_an_empty_output_is_not_the_working_directory(capsys, command):
         command.main([*(["run"] if command is not train else []), option, ""])
     assert ended.value.code == 2
     assert capsys.readouterr().err == f"error: argument {option}: must be a path, got ''\n"
+
+
+@pytest.mark.parametrize("kind", ["large_string", "string_view", "dictionary"])
+def test_paths_in_parquet_may_be_texts_of_any_kind(tmp_path, kind):
+    names = pyarrow.array([put(tmp_path / f"{n}.png", colour=n).name for n in range(2)])
+    texts = pyarrow.array(["number 0", "number 1"])
+    make = "dictionary_encode" if kind == "dictionary" else "cast"
+    names, texts = (getattr(a, make)(*[kind] * (make == "cast")) for a in (names, texts))
+    parquet.write_table(pyarrow.table({"image": names, "caption": texts}), tmp_path / "a.parquet")
+    assert read(tmp_path / "a.parquet") == ([["number 0"], ["number 1"]], 0)
