@@ -684,6 +684,8 @@ def test_paths_of_a_pattern_become_absolute_and_data_of_a_command_are_looked_at_
     tmp_path, monkeypatch
 ):
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "c").mkdir()
+    (tmp_path / "d").mkdir()
     parser = argparse.ArgumentParser()
     add_options(parser)
     words = ["--train-data", "a/{0..1}.tar::b.tar", "--image-root", "c", "--data-format", "tsv"]

@@ -5,10 +5,8 @@ import json
 import os
 import tarfile
 
-import pyarrow
 import pytest
 from PIL import Image
-from pyarrow import parquet
 
 from ito import evaluate, export, search, train
 from ito.data.dataset import load_dataset
@@ -147,6 +145,9 @@ def test_an_empty_output_is_not_the_working_directory(capsys, command):
 
 @pytest.mark.parametrize("kind", ["large_string", "string_view", "dictionary"])
 def test_paths_in_parquet_may_be_texts_of_any_kind(tmp_path, kind):
+    pyarrow = pytest.importorskip("pyarrow")  # an extra
+    from pyarrow import parquet
+
     names = pyarrow.array([put(tmp_path / f"{n}.png", colour=n).name for n in range(2)])
     texts = pyarrow.array(["number 0", "number 1"])
     make = "dictionary_encode" if kind == "dictionary" else "cast"
