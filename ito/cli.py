@@ -1,5 +1,6 @@
 """How the commands report errors: one line that names the cause, and no traceback."""
 
+import argparse
 import io
 import os
 import re
@@ -9,6 +10,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import NoReturn
 
 from PIL import Image
 
@@ -21,6 +23,24 @@ USER_ERRORS = (ValueError, OSError, ImportError)
 
 
 CLOSED = 141  # the status of a command whose reader has gone: 128 + SIGPIPE
+
+
+def path_of(text: str) -> Path:
+    if not text:
+        raise argparse.ArgumentTypeError("must be a path, got ''")
+    return Path(text)
+
+
+class Parser(argparse.ArgumentParser):
+    """Reports bad options as all errors are reported, in one line. An empty path is one: Path("")
+    is the working directory."""
+
+    def __init__(self, *args, **options):
+        super().__init__(*args, **options)
+        self.register("type", Path, path_of)
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"error: {one_line(message, 2000)}\n")
 
 
 @contextmanager

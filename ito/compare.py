@@ -14,7 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-from ito.cli import output_path, user_errors
+from ito.cli import Parser, output_path, user_errors
 from ito.config import Config, add_options, from_options
 from ito.files import read_text, write_text
 from ito.run import RunFolder, locked
@@ -66,9 +66,7 @@ class Run:
 
 
 def main(arguments: list[str] | None = None) -> Path:
-    parser = argparse.ArgumentParser(
-        prog="python -m ito.compare", usage="%(prog)s [options]", description=__doc__
-    )
+    parser = Parser(prog="python -m ito.compare", usage="%(prog)s [options]", description=__doc__)
     group = parser.add_argument_group("comparison")
     group.add_argument(
         "--out",

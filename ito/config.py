@@ -360,7 +360,7 @@ class Config:
         object.__setattr__(self, "csv_separator", named)
         if len(self.csv_separator) != 1:
             raise ValueError(
-                f"csv_separator must be one character, got {self.csv_separator!r}; or one of "
+                f"--csv-separator must be one character, got {self.csv_separator!r}; or one of "
                 f"{', '.join(SEPARATORS)}; a tab is the default"
             )
         if self.load_size > 2 * self.image_size:
@@ -562,8 +562,13 @@ def with_absolute_paths(given: dict) -> dict:
     for name in ("train_data", "val_data", "image_root", *runs):
         if given.get(name, EMOJI_SMALL) not in (None, EMOJI_SMALL, EMOJI_FULL):
             parts = given[name].split("::")
+            if not all(parts):
+                option = name.replace("_", "-")
+                raise ValueError(f"--{option} must be a path, got {given[name]!r}")
             parts = [p if p.startswith((PIPE, *URLS)) else str(Path(p).absolute()) for p in parts]
             given[name] = "::".join(parts)
+    if not Path(given.get("image_root") or ".").is_dir():
+        raise ValueError(f"--image-root {given['image_root']} is not a folder")
     if parts := user_file(given.get("objective", Config.objective)):
         given["objective"] = f"{parts[0].absolute()}:{parts[1]}"
     for name in ("image_encoder", "text_encoder", "pretrained"):

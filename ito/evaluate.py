@@ -5,12 +5,11 @@ the modality gap, uniformity and alignment, and the difference of ranks between 
 distinct caption is a query; it and a picture are right for each other if the picture's item has it.
 """
 
-import argparse
 import json
 import os
 from pathlib import Path
 
-from ito.cli import output_path, user_errors
+from ito.cli import Parser, output_path, user_errors
 from ito.config import add_options
 from ito.files import read_text, write_text
 from ito.model.exported import load
@@ -23,7 +22,7 @@ from ito.summary import count_overlap, print_notes, report_overlap, report_skipp
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m ito.evaluate", description=__doc__)
+    parser = Parser(prog="python -m ito.evaluate", description=__doc__)
     parser.add_argument("run", type=Path, help="run folder")
     parser.add_argument(
         "--data",

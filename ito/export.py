@@ -4,12 +4,11 @@ Writes the format that `ito.load` reads and, on request, two ONNX models, and a 
 or transformers.
 """
 
-import argparse
 from contextlib import nullcontext
 from pathlib import Path
 
 from ito.checkpoint import load_checkpoint
-from ito.cli import output_path, shown, user_errors
+from ito.cli import Parser, output_path, shown, user_errors
 from ito.files import follow_links, undamaged
 from ito.model.encoders import DualEncoder
 from ito.model.exported import export, saved_tokenizer
@@ -17,7 +16,7 @@ from ito.run import RunFolder, locked
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m ito.export", description=__doc__)
+    parser = Parser(prog="python -m ito.export", description=__doc__)
     parser.add_argument("run", type=Path, help="run folder; its newest checkpoint is exported")
     parser.add_argument("--out", type=Path, help="output folder (default: RUN/model)")
     parser.add_argument(

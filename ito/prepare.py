@@ -7,14 +7,14 @@ emoji-small: two styles, from pip packages; the default data of `python -m ito.t
 import argparse
 from pathlib import Path
 
-from ito.cli import output_path, shown, user_errors
+from ito.cli import Parser, output_path, shown, user_errors
 from ito.data import emoji_full, emoji_small
 from ito.data.emoji import default_cache
 from ito.files import naming
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m ito.prepare", description=__doc__)
+    parser = Parser(prog="python -m ito.prepare", description=__doc__)
     parser.add_argument("name", choices=["emoji", "emoji-small"], help="data set to prepare")
     parser.add_argument("--out", type=Path, help="output folder (default: in the cache)")
     parser.add_argument(

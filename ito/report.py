@@ -4,10 +4,9 @@ Scores, training curves, a map of the embeddings, retrieval examples and mistake
 and the machine, in one file that loads nothing from the network.
 """
 
-import argparse
 from pathlib import Path
 
-from ito.cli import shown, user_errors
+from ito.cli import Parser, shown, user_errors
 from ito.config import add_options
 from ito.model.exported import load
 from ito.run import choose_data, where_it_is_now
@@ -17,7 +16,7 @@ from ito.source import open_dataset
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m ito.report", description=__doc__)
+    parser = Parser(prog="python -m ito.report", description=__doc__)
     parser.add_argument("run", type=Path, help="run folder")
     parser.add_argument(
         "--map",

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from PIL import Image
 
-from ito.cli import one_line, output_path, reason, shown, user_errors
+from ito.cli import Parser, one_line, output_path, reason, shown, user_errors
 from ito.config import add_options
 from ito.files import write_atomically
 from ito.model.exported import Encoder, load
@@ -62,7 +62,7 @@ def open_near(options: argparse.Namespace, encoder: Encoder, index: Index) -> Ne
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m ito.search", description=__doc__)
+    parser = Parser(prog="python -m ito.search", description=__doc__)
     parser.add_argument("run", type=Path, help="run folder")
     parser.add_argument("queries", nargs="*", metavar="QUERY", help="a text or an image file")
     parser.add_argument("-k", type=int, default=8, help="matches per query (default: 8)")

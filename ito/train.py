@@ -19,7 +19,7 @@ import torch
 from tqdm import tqdm
 
 from ito.checkpoint import checkpoints, load_checkpoint, save_checkpoint
-from ito.cli import flush, one_line, output_path, shown, user_errors
+from ito.cli import Parser, flush, one_line, output_path, shown, user_errors
 from ito.compiled import choose_compile, compile_towers
 from ito.config import Config, add_options, choose_preset, from_options
 from ito.data.dataset import Dataset
@@ -66,9 +66,7 @@ from ito.trainer import Trainer
 
 
 def main(arguments: list[str] | None = None) -> Path:
-    parser = argparse.ArgumentParser(
-        prog="python -m ito.train", usage="%(prog)s [options]", description=__doc__
-    )
+    parser = Parser(prog="python -m ito.train", usage="%(prog)s [options]", description=__doc__)
     run_options(parser)
     add_options(parser)
     with user_errors():

@@ -1,10 +1,10 @@
 """Data sets in memory, from any source that ito/data/records.py reads.
 
-Every picture is decoded and resized once and kept as uint8: 64 × 64 pixels are 12 kB, so 80,000
-pictures fit into a gigabyte, and an epoch reads no file. Larger sets are streamed: ito/stream.py.
+Every picture is decoded once and kept as uint8. Larger sets are streamed: ito/stream.py.
 """
 
 import itertools
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +17,6 @@ from ito.data.pictures import MAX_PIXELS, decode
 from ito.data.records import cpu_count, open_shards
 from ito.data.splits import TEST, choose_splits, set_groups
 
-NOTHING = "it holds no record"
 HINTS = {  # what to do if all records are skipped for this reason
     "no picture": "; is it in another folder? set --image-root",
     "empty caption": f"; expected {', '.join(CAPTION_KEYS)}; set --csv-caption-key to the file's",
@@ -63,8 +62,8 @@ class Dataset:
         found = list(dict.fromkeys(self.image_item[self.rows("train")].tolist()))
         if len(found) < 2:
             raise ValueError(
-                f'training needs at least 2 items with a picture of the split "train", found '
-                f"{len(found)} ({self.describe()})"
+                "training needs at least 2 items of --train-data with a picture of the split "
+                f'"train", found {len(found)} ({self.describe()})'
             )
         return found
 
@@ -89,8 +88,7 @@ class Dataset:
         return [name for name in found if name != TEST] or found
 
     def describe(self) -> str:
-        counts = {name: self.split.count(name) for name in dict.fromkeys(self.split)}
-        pictures = ", ".join(f"{count} {name}" for name, count in counts.items())
+        pictures = ", ".join(f"{count} {name}" for name, count in Counter(self.split).items())
         return f"{len(self.items)} items, {len(self.images)} pictures: {pictures}"
 
 
@@ -130,9 +128,9 @@ def load_dataset(
         reasons = "; ".join(one_line(f"{where}: {reason}") for where, reason in skipped[:3])
         kinds = count_kinds(skipped)
         counts = ", ".join(f"{kind}: {n}" for kind, n in kinds.items())
-        about = f"{len(skipped)} records skipped, {counts}: {reasons}" if skipped else NOTHING
+        told = skipped and f"{len(skipped)} records skipped, {counts}: {reasons}"
         hint = HINTS.get(*kinds, "") if len(kinds) == 1 else ""
-        raise ValueError(f"no usable picture in {path} ({about}){hint}")
+        raise ValueError(f"no usable picture in {path} ({told or 'it holds no record'}){hint}")
 
     index = {item: n for n, item in enumerate(dict.fromkeys(r.item for r in kept))}
     rows = [[] for _ in index]

@@ -14,8 +14,10 @@ from ito.data.shards import URLS, Member
 PICTURES = (
     *("apng", "avif", "bmp", "gif", "j2k", "jfif", "jp2", "jpe", "jpeg", "jpg"),
     *("pbm", "pgm", "png", "pnm", "ppm", "tif", "tiff", "webp"),
+    *("heic", "heif", "jxl", "svg"),  # not read, but reported
 )
 IMAGE_KEYS = ("image", "file_name", "filepath")
+SPLITS = ("train", "val", "valid", "validation", "dev", "test")  # in any case, of folders too
 CAPTION_KEYS = ("captions", "caption", "text", "title")
 EXPECTED = (
     "expected a folder with captions.jsonl, tars, or pictures and their captions, a CSV, TSV, "
@@ -97,10 +99,8 @@ def from_row(
     prefix: str = "",
     caption_keys: Iterable[str] = CAPTION_KEYS,
 ) -> Record | Skipped:
-    """The record of an object that names its picture by a path below one of `folders`.
-
-    prefix: what the item's name, by default the picture's path, begins with.
-    """
+    """The record of an object that names its picture by a path below one of `folders`. Its item's
+    name, by default that path, begins with `prefix`."""
     try:
         keys = (options.csv_img_key, *IMAGE_KEYS)
         name = next((text_field(fields, key, True) for key in keys if fields.get(key)), None)
@@ -122,16 +122,15 @@ def is_url(name: str) -> bool:
 def from_fields(
     fields: dict, where: str, image: Path | Member, name: str, keys: Iterable[str] = CAPTION_KEYS
 ) -> Record:
-    """The record of an object's fields. Its item is `name` by default; what has no meaning here is
-    ignored.
+    """The record of an object's fields; others are ignored. Its item is `name` by default.
 
     Raises ValueError naming the malformed field.
     """
     translations = fields.get("translations") or {}
     if not isinstance(translations, dict):
         raise ValueError(f"translations must be an object, got {translations!r}")
-    split = text_field(fields, "split", True)
-    split = "train" if (split or "").lower() == "train" else split
+    split = (text_field(fields, "split", True) or "").strip() or None
+    split = split.lower() if split and split.lower() in SPLITS else split
     # names of scores begin with it, as "val/i2t/R@1", and are printed
     if split and ("/" in split or not split.isprintable()):
         raise ValueError(f"split must be a printable name without /, got {split!r}")

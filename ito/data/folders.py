@@ -7,11 +7,10 @@ from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from pathlib import Path
 
-from ito.data.fields import PICTURES, Options, Record, Skipped, check_record, from_fields, text_list
+from ito.data.fields import PICTURES, SPLITS, Options, Record, Skipped, check_record, from_fields
 from ito.data.tables import read_csv, read_jsonl, read_text
 
 METADATA = ("metadata.jsonl", "metadata.csv")
-SPLITS = ("train", "val", "valid", "validation", "dev", "test")  # names of folders that are splits
 Walk = list[tuple[Path, list[str]]]
 
 
@@ -25,7 +24,7 @@ def walk(folder: Path) -> Walk:
             folders.clear()
             continue
         seen.add(real)
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        folders[:] = sorted(name for name in folders if not name.startswith((".", "__MACOSX")))
         found.append((Path(top), sorted(name for name in files if not name.startswith("."))))
     return found
 
@@ -92,9 +91,9 @@ def from_contents(contents: dict[str, str], where: str, image, name: str) -> Rec
     if not isinstance(fields, dict):
         raise ValueError(f"expected a JSON object, got {str(fields)[:60]}")
     record = from_fields(fields, where, image, name)
-    text = text_list(contents.get("txt"))
-    if text and text[0] not in record.captions:
-        record.captions = text
+    text = contents.get("txt", "").strip()
+    if text and text not in record.captions:
+        record.captions = [text]
     return record
 
 
@@ -112,13 +111,17 @@ def read_imagefolder(root: Path, found: Walk, options: Options) -> Iterator[Reco
     if metadata:
         return
     # a class may be called "train": a split has folders of classes
-    parts = [
-        folder.relative_to(root).parts for folder, files in found if any(map(is_picture, files))
-    ]
-    splits = {name[0] for name in parts if len(name) > 1}
+    parts = [at.relative_to(root).parts for at, files in found if any(map(is_picture, files))]
+    splits = {place[:1] for place in parts if len(place) > 1 and split_of(Path(place[0]))}
+    names = {name for place in parts for name in place[place[:1] in splits :][:1]}
+    if len(names) == 1 and options.data_format == "auto":
+        raise ValueError(
+            f"{root}: all pictures would have one caption, their folder's name {min(names)!r}: are "
+            "the classes, or the captions, elsewhere? Else set --data-format imagefolder"
+        )
     for folder, files in found:
         here = folder.relative_to(root)
-        split = split_of(here) if {*here.parts[:1]} <= splits else None
+        split = split_of(here) if here.parts[:1] in splits else None
         classes = here.parts[bool(split) :]
         for name in filter(is_picture, files):
             place = str(folder / name)

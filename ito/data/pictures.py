@@ -1,8 +1,7 @@
 """Opens pictures within limits of their size, and makes squares of one size of them.
 
 The header is checked before anything is decoded. A JPEG is decoded at a fraction of its size. A
-JPEG 2000 is not: Pillow's `reduce` fails at many sizes, and shifts pictures of other sizes (by up
-to 10 of 255 in the mean, for coloured noise at 8 to 32 px).
+JPEG 2000 is not: Pillow's `reduce` fails at many sizes, and shifts pictures of others.
 """
 
 import io
@@ -17,9 +16,7 @@ from ito.data.shards import Member
 from ito.files import irregular
 
 # Pillow's MAX_IMAGE_PIXELS, above which it warns of decompression bombs; above twice as many it
-# opens no picture. In each thread that decodes, a picture of this size takes 0.1 GB (PNG with a
-# palette), 0.35 (other PNG, TIFF; twice as much if EXIF rotates it), 0.8 (AVIF), 1.4 (WebP) or 1.6
-# (JPEG 2000).
+# opens no picture. What decoding one takes is in docs/data.md.
 MAX_PIXELS = 89_478_485
 LARGE = 2**24  # pixels; larger pictures are reduced before their colours are converted
 # Formats with a signature that Pillow decodes itself. Not EPS, which starts Ghostscript; nor ICO

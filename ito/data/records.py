@@ -14,7 +14,7 @@ from pathlib import Path
 from ito.data import folders
 from ito.data.fields import EXPECTED, PICTURES, Options, Record, Skipped, check_record, text_list
 from ito.data.shards import PIPE, TEXTS, URLS, Sample, expand, read_samples
-from ito.data.tables import open_parquet, read_coco, read_csv, read_jsonl, read_text
+from ito.data.tables import decode_text, open_parquet, read_coco, read_csv, read_jsonl, read_text
 from ito.files import follow_links
 
 ROWS = 1000  # of a table, per shard
@@ -45,7 +45,7 @@ def find_format(path: str | Path, data_format: str = "auto") -> str:
         if suffix in (".csv", ".tsv", ".json", ".jsonl"):
             raise ValueError(f"{path} is a pattern: those are for .tar and .parquet files")
         fitting = ("parquet",) if suffix == ".parquet" else ("webdataset",)
-    elif path.is_dir():
+    elif pattern and path.is_dir():
         fitting = formats_of_folder(path)
         first = next(fitting, None)
         fitting = dict.fromkeys((first, *(fitting if data_format != "auto" else ())))
@@ -54,8 +54,8 @@ def find_format(path: str | Path, data_format: str = "auto") -> str:
                 f"{path} holds no captions.jsonl, .tar, .parquet, nor a picture with a caption: in "
                 "a .txt or .json of its name, metadata.jsonl, metadata.csv, or a folder's name"
             )
-    elif not path.exists():
-        raise FileNotFoundError(f"no data at {path}: {EXPECTED}")
+    elif not pattern or not path.exists():
+        raise FileNotFoundError(f"no data at {pattern or repr(pattern)}: {EXPECTED}")
     elif suffix[1:].lower() in PICTURES:
         raise ValueError(f"{path} is one picture: {EXPECTED}")
     elif data_format == "auto":
@@ -96,10 +96,9 @@ def open_shards(path: str | Path, **options: str | bool | None) -> Shards:
     The options are those of `ito.data.fields.Options`. By default the item of a picture is its
     path; in a tar the path of the tar, from the folder that all tars share, and the sample's name.
 
-    Paths of pictures may lead anywhere, unless `untrusted_data`. Then a picture, or a tar of a
-    folder, is skipped if it lies outside the given folder, or that of the file, and outside
-    `image_root`, after links are followed. Links and names inside a tar never lead to files. Only
-    regular files are read; but a CSV may be a named pipe.
+    With `untrusted_data` a picture, or a tar of a folder, is skipped if it lies outside the given
+    folder, or that of the file, and outside `image_root`, after links are followed. Only regular
+    files are read; but a CSV may be a named pipe.
 
     Raises FileNotFoundError if there is no such file, and ValueError naming the file if it is not
     of its format. Malformed rows, lines and samples are skipped.
@@ -204,7 +203,7 @@ def from_sample(sample: Sample, where: str, name: str, options: Options) -> Reco
         return Skipped(where, f"no picture in the sample: among .{', .'.join(sample.members)}")
     texts = {kind: sample.members[kind].data for kind in TEXTS if kind in sample.members}
     label = texts.pop("cls", None)
-    contents = {kind: data.decode() for kind, data in texts.items()}
+    contents = {kind: decode_text(data) for kind, data in texts.items()}
     record = folders.from_contents(contents, where, sample.members[pictures[0]], name)
     record.name = sample.key  # where the tar lies says nothing about the picture
     if options.lines and "txt" in contents:

@@ -1,9 +1,8 @@
 """WebDataset tar shards: a sample is the files that share a name up to its first dot.
 
-`000017.jpg`, `000017.txt` and `000017.json` are one sample. Names and captions are read in order.
-Pictures are not read, only their offsets in the tar are noted: shuffling a million samples moves no
-pixel. For this tarfile is used: the package webdataset reads all pictures, and joins only members
-that stand together.
+`000017.jpg`, `000017.txt` and `000017.json` are one sample. Of pictures only the offsets in the tar
+are noted: shuffling a million samples moves no pixel. The package webdataset reads all pictures,
+and joins only members that stand together.
 """
 
 import glob
@@ -22,8 +21,7 @@ BRACES = r"\{(?:(\d+)\.\.(\d+)|([^{}]*,[^{}]*))\}"
 
 
 class Member(NamedTuple):
-    """A file inside an uncompressed tar; with its content, if a command wrote the tar or it is a
-    text."""
+    """A file in a tar; with its content if it is a text, or a command wrote the tar."""
 
     tar: Path | str
     offset: int
@@ -64,10 +62,9 @@ def expand(pattern: str) -> list[Path | str]:
         return [path for part in filled for path in expand(before + part + after)]
     if pattern.startswith(PIPE):
         return [pattern]
-    if glob.has_magic(pattern) and not Path(pattern).exists():
-        matched = sorted(glob.glob(pattern, recursive=True))
-        return [Path(path) for path in matched or [pattern]]
-    return [Path(pattern)]
+    magic = glob.has_magic(pattern) and not Path(pattern).exists()
+    matched = sorted(glob.glob(pattern, recursive=True)) if magic else []
+    return [Path(path) for path in matched or [pattern]]
 
 
 def run(command: str) -> tuple[io.BytesIO, str]:

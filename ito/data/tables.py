@@ -31,23 +31,24 @@ LOOKED_AT = 100  # rows of a TSV without a header, to find out its columns
 
 
 def read_text(source: Path, pipe: bool = False) -> str:
-    """The text of a regular file, or with `pipe` also of a named pipe, in UTF-8 or, with a byte
-    order mark, UTF-16; it may be compressed by gzip."""
+    """The text of a regular file, with `pipe` also of a named pipe; it may be gzipped."""
     if not (pipe and irregular(source) == "a named pipe"):
         require_file(source)
     data = source.read_bytes()
     try:
-        if data.startswith(b"\x1f\x8b"):
-            data = gzip.decompress(data)
-        if data.startswith((b"\xff\xfe", b"\xfe\xff")):
-            return data.decode("utf-16")
-        return data.decode("utf-8-sig")  # spreadsheets write a byte order mark
+        data = gzip.decompress(data) if data.startswith(b"\x1f\x8b") else data
+        return decode_text(data)
     except (EOFError, OSError, zlib.error) as error:
         raise ValueError(f"{source}: damaged gzip: {error}") from None
     except UnicodeDecodeError as error:
         row = data.count(b"\n", 0, error.start) + 1
         hint = f"; {EXPECTED}" if pipe else ""
         raise ValueError(f"{source}:{row}: not UTF-8: {error.reason}{hint}") from None
+
+
+def decode_text(data: bytes) -> str:
+    """UTF-16 by its byte order mark; else UTF-8, with or without one."""
+    return data.decode("utf-16" if data[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig")
 
 
 def read_jsonl(source: Path, options: Options, prefix: str = "") -> Iterator[Record | Skipped]:
@@ -70,11 +71,11 @@ def read_coco(source: Path, options: Options) -> Iterator[Record | Skipped]:
     try:
         found = json.loads(read_text(source))
         images, notes = found["images"], found["annotations"]
-        captions: dict = {image["id"]: [] for image in images}
-        notes = [(note.get("image_id"), note.get("caption"), note.get("id")) for note in notes]
+        captions: dict = {str(image["id"]): [] for image in images}
+        notes = [(str(note.get("image_id")), note.get("caption"), note.get("id")) for note in notes]
     except (ValueError, RecursionError, LookupError, TypeError, AttributeError) as error:
-        about = "an object with images and annotations, lists of objects"
-        raise ValueError(f"{source} is not COCO's captions, {about}: {error!r}") from None
+        about = "is not COCO's captions, an object with images and annotations, lists of objects"
+        raise ValueError(f"{source} {about}: {error!r}") from None
     for image, caption, name in notes:
         if image in captions and isinstance(caption, str):
             captions[image].append(caption)
@@ -82,8 +83,9 @@ def read_coco(source: Path, options: Options) -> Iterator[Record | Skipped]:
             kind = "annotation without a caption" if image in captions else "annotation of no image"
             yield Skipped(f"{source}:annotation {name}", kind)
     for image in images:
-        where = f"{source}:image {image['id']}"
-        yield from_row(image | {"captions": captions[image["id"]]}, where, options, [source.parent])
+        number = str(image["id"])
+        fields = image | {"captions": captions[number]}
+        yield from_row(fields, f"{source}:image {number}", options, [source.parent])
 
 
 def read_csv(
@@ -116,6 +118,8 @@ def read_csv(
         where = f"{source}:{at + 1}"
         if isinstance(row, csv.Error):
             yield Skipped(where, f"not CSV: {row}")
+        elif any(row[len(columns) :]):
+            yield Skipped(where, f"malformed: {len(row)} cells, but {len(columns)} columns")
         elif row:
             fields = dict(zip(columns, row, strict=False))
             url = fields["image"] = fields.pop(img, None)
@@ -130,11 +134,11 @@ def read_rows(
 ) -> Iterator[tuple[int, list[str] | csv.Error]]:
     """The index of each row's first line, and its cells, or why it is none. Of a row whose quote is
     not closed, or closed after other rows, only the first line is lost."""
-    after = 0
+    after, strict = 0, True
     while after < len(lines):
         start = after
-        rest = map(lines.__getitem__, range(start, len(lines)))
-        reader = csv.reader(rest, delimiter=separator, strict=True)
+        rest = map(lines.__getitem__, range(start, len(lines) if strict else start + 1))
+        reader = csv.reader(rest, delimiter=separator, strict=strict)
         try:
             for row in reader:
                 end = start + reader.line_num
@@ -142,9 +146,12 @@ def read_rows(
                     raise csv.Error(f"its quote is closed in line {end} only, with rows between")
                 yield after, row
                 after = end
+            strict = True
         except csv.Error as error:
-            yield after, error
-            after += 1
+            strict = not strict or lines[after].count('"') % 2  # not of: "quoted" words first
+            if strict:
+                yield after, error
+                after += 1
 
 
 def choose(columns: list[str], options: Options) -> list[str | None]:
@@ -164,7 +171,7 @@ def require_columns(where: str, found: Iterable, columns: list[str], options: Op
     """Raises ValueError naming the columns that are missing, or that the pictures are URLs."""
     keys = (options.csv_img_key, options.csv_caption_key)
     missing = [repr(key) for name, key in zip(found, keys, strict=True) if not name]
-    if repr(keys[0]) in missing and "url" in map(str.lower, columns):
+    if repr(keys[0]) in missing and any(c.lower().endswith(("url", "link")) for c in columns):
         raise ValueError(f"{where}: its pictures are URLs: {DOWNLOAD}")
     if missing:
         raise ValueError(
@@ -249,7 +256,7 @@ def read_row_group(
 ) -> Iterator[Record | Skipped]:
     with parquet().ParquetFile(source) as file:
         kind = str(file.schema_arrow.field(image).type)
-        is_text = kind in ("string", "large_string")
+        is_text = kind.removeprefix("dictionary<values=").startswith(("string", "large_string"))
         wanted = {caption, "item", "split", "group", "style", "subgroup", *[image] * is_text}
         before = sum(file.metadata.row_group(n).num_rows for n in range(group))
         present = [name for name in file.schema_arrow.names if name in wanted]

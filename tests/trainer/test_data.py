@@ -257,7 +257,7 @@ LONG = '"' + "x" * 200_000
     ("captions", "kept", "reasons"),
     [
         (["a", '"b', "c", "d"], ["a", "c", "d"], {3: "unexpected end of data"}),
-        (["a", '"b', "c", '"d" e'], ["a", "c"], {3: "expected after", 5: "expected after"}),
+        (["a", '"b', "c", '"d" e'], ["a", "c", "d e"], {3: "expected after"}),
         (["a", '"b', "c", 'd"', "e"], ["a", "c", 'd"', "e"], {3: "closed in line 5 only"}),
         (["a", '"b\nand so on, 3"', "", "d"], ["a", "b\nand so on, 3", "d"], {5: "empty caption"}),
         (['"a ""quoted"""', 'b "c"', LONG], ['a "quoted"', 'b "c"'], {4: "field larger"}),

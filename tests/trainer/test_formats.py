@@ -329,7 +329,7 @@ def test_what_to_do_about_unknown_captions_and_separators_is_told(tmp_path):
         load_dataset(source, 4)
     read(source, "jsonl", 2, csv_caption_key="words")
     quoted = put(tmp_path / "a.csv", '"filepath","title"\n"0.png","number 0"\n')
-    with pytest.raises(ValueError, match=r"a.csv:1: not CSV: .*; set --csv-separator, now '.t'"):
+    with pytest.raises(ValueError, match=r"a.csv:1: no column 'filepath', .* set --csv-separator"):
         load_dataset(quoted, 4)
     read(quoted, "csv", 1, csv_separator=",")
 
@@ -687,6 +687,8 @@ def test_paths_of_a_pattern_become_absolute_and_data_of_a_command_are_looked_at_
     tmp_path, monkeypatch
 ):
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "c").mkdir()
+    (tmp_path / "d").mkdir()
     parser = argparse.ArgumentParser()
     add_options(parser)
     words = ["--train-data", "a/{0..1}.tar::b.tar", "--image-root", "c", "--data-format", "tsv"]

@@ -214,7 +214,7 @@ def test_a_diverged_run_ends_with_one_line(data, tmp_path, capsys):
         ({"text_depth": 0}, "text_depth must be at least 1, got 0"),
         ({"seed": 2**70}, f"seed must be at most {2**63 - 1}, got {2**70}"),
         ({"load_size": 65}, "load_size must be at most twice image_size = 32.* got 65"),
-        ({"csv_separator": "::"}, "csv_separator must be one character, got '::'"),
+        ({"csv_separator": "::"}, "--csv-separator must be one character, got '::'"),
     ],
 )
 def test_the_configuration_names_what_cannot_be(options, message):

@@ -236,9 +236,10 @@ def test_folders_name_splits_in_any_case(tmp_path, names):
         assert data.split_by == "split"
 
 
-def test_a_column_may_write_train_in_any_case(tmp_path):
-    data = load_dataset(write(tmp_path, 6, split=lambda n: "TRAIN" if n < 4 else "TEST"), 4)
-    assert data.split == ["train"] * 4 + ["TEST"] * 2
+def test_a_column_may_write_splits_in_any_case_and_with_spaces(tmp_path):
+    names = ["TRAIN", " Train", "train ", "TEST", "Val ", "Odd Ones"]
+    data = load_dataset(write(tmp_path, 6, split=names.__getitem__), 4)
+    assert data.split == ["train"] * 3 + ["test", "val", "Odd Ones"]
 
 
 # --- what leaks ---

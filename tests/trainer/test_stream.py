@@ -128,7 +128,7 @@ def test_bad_samples_are_skipped_and_named(tmp_path):
             ("field.png", png(1)),
             ("field.json", b'{"caption": "a", "split": [3]}'),
             ("latin.png", png(1)),
-            ("latin.txt", b"\xff\xfe"),
+            ("latin.txt", b"f\xfcr"),
             ("broken.png", b"no picture"),
             ("broken.txt", b"a"),
             *sample("good", 8),  # names that were there before: at once, and later
