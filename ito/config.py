@@ -579,6 +579,11 @@ def with_absolute_paths(given: dict) -> dict:
     return given
 
 
+def of_emoji(data: str) -> bool:
+    """Whether `--train-data` names an emoji set, or a folder that `ito.prepare` wrote."""
+    return data in (EMOJI_SMALL, EMOJI_FULL) or is_emoji_set(data)
+
+
 def choose_preset(options: argparse.Namespace) -> tuple[str, str]:
     """The preset that gives values to options that are not given, and why it is this one."""
     given = vars(options)
@@ -587,7 +592,7 @@ def choose_preset(options: argparse.Namespace) -> tuple[str, str]:
     if package_of(given.get("pretrained") or ""):
         return "finetune", f"--pretrained {given['pretrained']}"
     data = given.get("train_data", Config.train_data)
-    if data in (EMOJI_SMALL, EMOJI_FULL) or is_emoji_set(data):
+    if of_emoji(data):
         return EMOJI_SMALL, "the data is an emoji set"
     return "photos", "the data is not an emoji set"
 

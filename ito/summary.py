@@ -7,7 +7,7 @@ from ito.config import Config
 from ito.data.dataset import Dataset
 from ito.data.fields import Skipped, count_kinds
 from ito.data.splits import TEST, picture_hashes, text_key
-from ito.model.tokenizer import Tokenizer
+from ito.model.tokenizer import LEAST_SHARE, Tokenizer
 
 SHARED = {  # what `count_overlap` counts of a held-out split
     "pictures": "are training pictures too: their scores do not measure generalisation",
@@ -74,7 +74,7 @@ def sentence(facts: dict) -> str:
         f"{f'{trained} to train on, ' * (not streamed)}{facts['val_items']} held out, "
         f"split by {facts['split_by']}; {skipped} records skipped"
         + f" ({reasons})" * bool(skipped)
-        + f"; {cut:.1%} of all tokens are cut" * bool(cut)
+        + f"; {cut:.1%} of all tokens are cut" * (cut >= LEAST_SHARE)
         + f"; {enlarged} pictures enlarged" * bool(enlarged)
     )
 
@@ -121,9 +121,12 @@ def report_equal_captions(trained: Dataset | None, meaning: str | None) -> str:
         told = f"{EQUAL_CAPTIONS[meaning]} (--equal-captions {meaning})"
     if trained is None:
         return f"note       equal captions within a batch of the stream are {told}"
-    number = count_equal([trained.captions[n] for n in trained.training_items()])
+    captions = [trained.captions[n] for n in trained.training_items()]
+    number = count_equal(captions)
     if not number:
         return ""
+    if len({text_key(text) for texts in captions for text in texts}) == 1:
+        return "warning    all training captions are equal: there is nothing to tell apart"
     return (
         f"note       {number} training captions are equal to one of another training item: "
         f"within a batch such captions are {told}"

@@ -21,7 +21,7 @@ from tqdm import tqdm
 from ito.checkpoint import checkpoints, load_checkpoint, save_checkpoint
 from ito.cli import Parser, flush, one_line, output_path, shown, user_errors
 from ito.compiled import choose_compile, compile_towers
-from ito.config import Config, add_options, choose_preset, from_options
+from ito.config import Config, add_options, choose_preset, from_options, of_emoji
 from ito.data.dataset import Dataset
 from ito.data.fields import Skipped
 from ito.device import choose_device, choose_precision
@@ -239,7 +239,8 @@ class Run:
         meaning = None if user_file(config.objective) else config.equal_captions
         print_notes(
             report_equal_captions(None if config.stream else train_data, meaning),
-            report_overlap(overlap or {}, eval_data),
+            # the splits of an emoji set share concepts on purpose, and groups are its classes
+            "" if of_emoji(config.train_data) else report_overlap(overlap or {}, eval_data),
             report_test(eval_data),
         )
         if state:  # the original weights are needed no more

@@ -162,11 +162,16 @@ def report_cut(captions: list[str], tokenizer: Tokenizer) -> str:
     if not cut:
         return ""
     read = all(len(caption) <= limit * LONGEST_TOKEN for caption in captions)
+    lost = lost_share(lengths, limit)
     return (
         f"cut        {cut} of {len(captions)} captions, to their first {limit} tokens; "
-        f"the longest has {'' if read else 'at least '}{max(lengths)}\n"
-        f"           {lost_share(lengths, limit):.1%} of all tokens are lost"
+        f"the longest has {'' if read else 'at least '}{max(lengths)}"
+        + f"\n           {lost:.1%} of all tokens are lost"
+        * (lost >= LEAST_SHARE)
     )
+
+
+LEAST_SHARE = 0.0005  # of lost tokens, that is told: a smaller one reads 0.0 %
 
 
 def lost_share(lengths: list[int], limit: int) -> float:

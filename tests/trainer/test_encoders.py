@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from ito.model import embed
 from ito.model.encoders import Block, DualEncoder, ImageEncoder, TextEncoder, attention
 from ito.model.fusion import Fusion
 
@@ -172,3 +173,17 @@ def test_every_parameter_gets_a_gradient():
 def test_bad_input_is_named(call, message):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+def test_texts_of_mixed_lengths_are_embedded_as_each_alone(monkeypatch):
+    """In batches by length, without the columns of padding, and back in their order."""
+    monkeypatch.setattr(embed, "BATCH", 4)
+    torch.manual_seed(0)
+    for patch_size in (None, 8):
+        model = DualEncoder(**ARCHITECTURE, patch_size=patch_size)
+        texts = ids(9, 1, 7, 3, 9, 2, 8, 3, 1, 9, 5)
+        found = embed.embed_texts(model, texts)
+        with torch.no_grad():
+            alone = torch.cat([model.encode_text(row[None]) for row in texts])
+        torch.testing.assert_close(found, alone, atol=1e-6, rtol=0)
+        assert (found[0] - found[4]).abs().max() > 1e-3  # so that the order matters

@@ -341,3 +341,6 @@ def test_what_is_said(meaning, said, tmp_path):
     data = dataset(tmp_path / "b", [["cat"], ["dog"], ["hen"], ["dog"]], held_out={3})
     assert report_equal_captions(data, meaning) == ""
     assert said in report_equal_captions(None, meaning)
+    same = dataset(tmp_path / "c", [["cat"], ["Cat "], ["cat"], ["dog"]], held_out={3})
+    nothing = "warning    all training captions are equal: there is nothing to tell apart"
+    assert report_equal_captions(same, meaning) == nothing
