@@ -9,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from ito.cli import one_line
@@ -171,23 +172,22 @@ def decode_all(
     records: list[Record], size: int, max_pixels: int, fit: str, workers: int | None
 ) -> tuple[torch.Tensor, list[Record], list[Skipped], list]:
     """Pictures uint8 (K, 3, size, size), their K records, skipped records; enlarged pictures.
-
-    If several records of an item name the same picture, it is decoded and counted once.
-    """
-    named = {}
+    One that several records of an item name is decoded and counted once."""
+    named, how = {}, (size, max_pixels, fit)
     for r in records:
         named.setdefault((r.image, r.item, r.split), r)
     images = torch.empty(len(named), 3, size, size, dtype=torch.uint8)
-    kept, bad, small = [], {}, []
+    rows, kept, bad, small = [*named.values()], [], {}, []
     pool = ThreadPoolExecutor(workers or cpu_count())
-    try:
-        pictures = pool.map(lambda r: decode(r.image, size, max_pixels, fit, small), named.values())
-        for r, picture in zip(named.values(), pictures, strict=True):
-            if isinstance(picture, str):
-                bad[r.image] = picture
-            else:
-                images[len(kept)] = torch.from_numpy(picture).permute(2, 0, 1)
-                kept.append(r)
+    try:  # 64 per task: threads that meet after each tiny picture take 1.5 times as long
+        parts = (rows[at : at + 64] for at in range(0, len(rows), 64))
+        tasks = pool.map(lambda part: [(r, decode(r.image, *how, small)) for r in part], parts)
+        for found in tasks:
+            bad |= {r.image: x for r, x in found if isinstance(x, str)}
+            if good := [(r, x) for r, x in found if not isinstance(x, str)]:
+                stack = torch.from_numpy(np.stack([x for _, x in good]))
+                images[len(kept) : len(kept) + len(good)] = stack.permute(0, 3, 1, 2)
+                kept += [r for r, _ in good]
     finally:
         pool.shutdown(cancel_futures=True)  # so that Ctrl-C does not wait for all other pictures
     skipped = [Skipped(r.where, bad[r.image]) for r in records if r.image in bad]

@@ -1,6 +1,7 @@
 """Imports wait until a fixture is used: where open_clip is compared, nothing else is installed."""
 
 import json
+import shutil
 
 import pytest
 from support.quick_run import QUICK, write_set
@@ -19,6 +20,12 @@ def finished(data, tmp_path_factory):
     run = tmp_path_factory.mktemp("runs") / "run"
     arguments = ["--train-data", str(data), "--out", str(run), "--checkpoint-every", "3", *QUICK]
     return train.main(arguments)
+
+
+@pytest.fixture
+def copy(finished, tmp_path):
+    """The finished run, to be changed."""
+    return shutil.copytree(finished, tmp_path / "copy")
 
 
 @pytest.fixture(scope="session")

@@ -7,12 +7,12 @@ import gzip
 import io
 import json
 import sys
-import tarfile
 from dataclasses import replace
 
 import numpy as np
 import pytest
 from PIL import Image
+from support.tars import tar
 
 from ito.cli import one_line
 from ito.config import Config, add_options, from_options
@@ -52,17 +52,6 @@ def put(path, content):
 
 def lines(path, rows):
     return put(path, "".join(json.dumps(row) + "\n" for row in rows))
-
-
-def tar(path, members):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tarfile.open(path, "w") as archive:
-        for name, content in members:
-            content = content.encode() if isinstance(content, str) else content
-            info = tarfile.TarInfo(name)
-            info.size = len(content)
-            archive.addfile(info, io.BytesIO(content))
-    return path
 
 
 def pairs(*numbers):

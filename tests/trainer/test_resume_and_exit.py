@@ -16,12 +16,6 @@ from ito import evaluate, export, prepare, report, search, train
 from ito.run import resumable
 
 
-@pytest.fixture
-def copy(finished, tmp_path):
-    """The finished run, to be changed."""
-    return shutil.copytree(finished, tmp_path / "copy")
-
-
 def refused(command, *arguments, capsys) -> str:
     capsys.readouterr()
     with pytest.raises(SystemExit) as end:

@@ -33,12 +33,6 @@ from ito.run import Log, RunFolder, locked, resumable
 from ito.trainer import Trainer
 
 
-@pytest.fixture
-def copy(finished, tmp_path):
-    """The finished run, to be spoilt."""
-    return shutil.copytree(finished, tmp_path / "copy")
-
-
 def refused(command, *arguments, capsys) -> str:
     """What a command says that ends with status 2 and one line."""
     capsys.readouterr()

@@ -4,11 +4,11 @@ import argparse
 import io
 import json
 import re
-import tarfile
 
 import pytest
 from PIL import Image
 from support.quick_run import TINY
+from support.tars import tar
 
 from ito import evaluate, search, train
 from ito.config import from_options
@@ -24,17 +24,6 @@ def picture(n, kind="webp"):
     buffer = io.BytesIO()
     Image.new("RGB", (8, 8), (20 * n,) * 3).save(buffer, kind.upper(), lossless=True)
     return buffer.getvalue()
-
-
-def tar(path, members):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tarfile.open(path, "w") as archive:
-        for name, content in members:
-            content = content.encode() if isinstance(content, str) else content
-            info = tarfile.TarInfo(name)
-            info.size = len(content)
-            archive.addfile(info, io.BytesIO(content))
-    return path
 
 
 def labelled(*numbers, kind="cls", text=lambda n: f"{n % 3}"):
