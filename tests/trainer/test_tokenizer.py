@@ -11,7 +11,7 @@ import torch
 from tokenizers import Regex, models, normalizers, pre_tokenizers, processors, trainers
 from tokenizers import Tokenizer as BPE
 
-from ito.model.tokenizer import Tokenizer
+from ito.model.tokenizer import Tokenizer, report_cut
 
 CAPTIONS = ["a red apple", "a green apple", "flag for France", "the moon", "a RED flag"] * 3
 
@@ -178,3 +178,13 @@ def test_lengths_are_those_of_whole_texts():
     tokenizer.bpe.pre_tokenizer = pre_tokenizers.FixedLength(4)  # pieces with spaces inside
     whole.pre_tokenizer = tokenizer.bpe.pre_tokenizer
     assert tokenizer.lengths(texts) == [len(whole.encode(text)) for text in texts]
+
+
+def test_a_share_of_lost_tokens_that_would_read_zero_is_not_told():
+    tokenizer = Tokenizer.train(["cat"] * 3, 300, 6)
+    long = "cat " * 9
+    few, many = (report_cut(["cat"] * count + [long], tokenizer) for count in (20_000, 20))
+    for told, count in ((few, 20_001), (many, 21)):
+        assert told.startswith(f"cut        1 of {count} captions, to their first 6 tokens")
+    assert "lost" not in few
+    assert "of all tokens are lost" in many
