@@ -150,12 +150,21 @@ Tile Call::tile(const Workspace& ws, const TileIndex& at) const {
   return t;
 }
 
+// Row blocks of one thread share their place if the cache need not outlive a row block.
 void Call::open_cache(TileCache cache, bool write, bool per_thread) {
   cache_per_thread_ = per_thread;
-  const int64_t owners = per_thread ? plan_.threads : plan_.rows.count;
+  int64_t rows = 0;
+  cached_rows_.assign(plan_.rows.count, 0);
+  for (int64_t block = 0; block < plan_.rows.count; ++block) {
+    const int64_t size = round_up(per_thread ? plan_.rows.largest() : plan_.rows.size(block),
+                                  k_.row_align);
+    const bool shares = per_thread && block >= plan_.threads;
+    cached_rows_[block] = shares ? cached_rows_[block - plan_.threads] : rows;
+    if (!shares) rows += size;
+  }
   const int64_t room = cache.bytes - static_cast<int64_t>(sizeof(CacheHeader));
-  const int64_t tile_bytes = cached_tile_size() * static_cast<int64_t>(sizeof(float));
-  cached_tiles_ = std::min<int64_t>(plan_.tiles(), room / (owners * tile_bytes));
+  const int64_t bytes_per_tile = rows * cols_ * static_cast<int64_t>(sizeof(float));
+  cached_tiles_ = std::min<int64_t>(plan_.tiles(), room / bytes_per_tile);
   if (!cache.data || cached_tiles_ <= 0) {
     cached_tiles_ = 0;
     // fresh memory may hold the header of an earlier call: backward must not believe it
@@ -176,8 +185,8 @@ void Call::open_cache(TileCache cache, bool write, bool per_thread) {
 // Points t.dots at the tile's place in the cache, if it has one.
 bool Call::use_cache(Tile& t, const TileIndex& at) const {
   if (at.offset >= cached_tiles_) return false;
-  const int64_t owner = cache_per_thread_ ? at.row_block % plan_.threads : at.row_block;
-  t.dots = cache_ + (owner * cached_tiles_ + at.offset) * cached_tile_size();
+  const int64_t rows = round_up(t.rows, k_.row_align);
+  t.dots = cache_ + (cached_rows_[at.row_block] * cached_tiles_ + at.offset * rows) * cols_;
   return true;
 }
 

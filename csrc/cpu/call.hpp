@@ -58,7 +58,6 @@ class Call {
   int64_t product_flops(const TileIndex& at) const {
     return 2 * plan_.rows.size(at.row_block) * plan_.cols.size(at.col_block) * p_.a.width;
   }
-  int64_t cached_tile_size() const { return round_up(plan_.rows.largest(), k_.row_align) * cols_; }
   void open_cache(TileCache, bool write, bool per_thread);
   bool use_cache(Tile&, const TileIndex&) const;
 
@@ -111,8 +110,9 @@ class Call {
   std::unique_ptr<const Turns> turns_;
   std::unique_ptr<std::atomic<int>[]> next_turn_;  // at each column block
   float* cache_ = nullptr;
-  int64_t cached_tiles_ = 0;  // of each row block (or thread): those of the smallest offsets
+  int64_t cached_tiles_ = 0;  // of each row block: those of the smallest offsets
   bool cache_per_thread_ = false;
+  std::vector<int64_t> cached_rows_;  // the rows of the cache before those of each row block
 };
 
 }  // namespace ito::cpu

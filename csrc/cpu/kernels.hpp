@@ -75,7 +75,7 @@ struct SoftplusTile {
   GradientSums sums;
 };
 
-constexpr int kScratch = 96;
+constexpr int kScratch = 112;
 
 // Packed sizes are in elements, rows × width, each rounded up as below. Layouts: gemm_fma.hpp.
 struct Kernels {

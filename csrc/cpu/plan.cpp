@@ -22,11 +22,11 @@ Plan make_plan(const Problem& p, const Kernels& k, int threads, int64_t l2_bytes
   plan.self = p.self;
   plan.half = half;
 
-  // A row block, its gradient and the tile are used again and again: they get 5/8 of L2. The rest
-  // is for what streams through, the column blocks and their gradient.
+  // A row block, its gradient and the tile are used again and again and should fit into L2. What
+  // streams through beside them, the column blocks and their gradient, is fetched ahead.
   const int64_t cols = 256;
   const int64_t bytes_per_row = 4 * (cols + 2 * std::min<int64_t>(d, 1024));
-  const int64_t fitting = (l2_bytes > 0 ? l2_bytes : 1 << 20) * 5 / 8 / bytes_per_row;
+  const int64_t fitting = (l2_bytes > 0 ? l2_bytes : 1 << 20) / bytes_per_row;
   const int64_t rows = std::clamp<int64_t>(fitting, 64, 256);
 
   // Whole row panels are the fastest. But where every thread has one row block, equal blocks matter

@@ -9,7 +9,7 @@ from weakref import WeakValueDictionary
 import torch
 from torch import Tensor
 
-TILE_CACHE_BYTES = 64 << 20
+TILE_CACHE_BYTES = (64 << 20) + 64  # all scores of 4096 × 4096, and a header
 # What forward passes have kept and autograd frees in their backward passes. With a budget for each
 # pass instead of one for all, a loss of three passes would keep 192 MiB.
 _kept: WeakValueDictionary[int, Tensor] = WeakValueDictionary()

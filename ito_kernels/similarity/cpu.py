@@ -23,11 +23,6 @@ from .spec import Grads, Needs, Problem, SideStats, Stats, Upstream
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 POSITIVES = (None, "linear", "lse")
 
-# Smaller caches lie in memory that the module keeps from call to call, which saves 1 µs. Larger
-# ones are PyTorch's memory: at N = 2048 the module would map 27 MiB and touch them for the first
-# time in every call, which takes 5 % longer.
-SMALL_CACHE_BYTES = 4 << 20
-
 
 class Cpu(Backend):
     name = "cpu"
@@ -111,9 +106,6 @@ class Cpu(Backend):
         """One native call. Without column statistics (and if a and b differ) it is one pass over
         the tiles: scores that fit into the cache are computed once, which makes 3 matrix products
         instead of 4."""
-        cache, size = None, self.cache_bytes(problem)
-        if size > SMALL_CACHE_BYTES:
-            cache = problem.a.new_empty(size, dtype=torch.uint8)
         total, grads = problem.scale.new_empty(()), _new_grads(problem, needs)
         stats = problem.new_stats() if with_stats else Stats()
         _native.cpu_both(
@@ -122,7 +114,7 @@ class Cpu(Backend):
             (_fp32(*upstream.row), _fp32(*upstream.col)),
             grads,
             (total,),
-            (cache, size),
+            (None, self.cache_bytes(problem)),
             torch.get_num_threads(),
         )
         return total, stats, grads

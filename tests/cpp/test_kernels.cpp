@@ -65,18 +65,23 @@ void test_exp(uint32_t stride) {
   check(worst <= 2, "exp within 2 ulp");
   check(apply(Math<Vec>::exp, 0.0f) == 1.0f, "exp(0) is 1");
   check(apply(Math<Vec>::exp, -INFINITY) == 0.0f, "exp(-inf) is 0");
-  check(apply(Math<Vec>::exp, -88.0f) == 0.0f, "exp(-88) is 0");
+  // the engine's threads flush it to 0
+  check(apply(Math<Vec>::exp, -88.0f) < std::numeric_limits<float>::min(), "exp(-88) is subnormal");
+  check(apply(Math<Vec>::exp, -1000.0f) == 0.0f, "exp(-1000) is 0");
   check(std::isnan(apply(Math<Vec>::exp, NAN)), "exp(NaN) is NaN");
 }
+
+Vec::F softplus(Vec::F x) { return Math<Vec>::logistic(x).softplus; }
+Vec::F sigmoid(Vec::F x) { return Math<Vec>::logistic(x).sigmoid; }
 
 void test_softplus() {
   double worst = 0, slope = 0;
   for (float x = -80; x < 80; x += 0.0137f) {
     const double l = x, e = std::exp(-std::fabs(l));
     const double truth = std::fmax(l, 0.0) + std::log1p(e);
-    worst = std::fmax(worst, std::fabs(apply(Math<Vec>::softplus, x) - truth) / truth);
+    worst = std::fmax(worst, std::fabs(apply(softplus, x) - truth) / truth);
     const double sigma = x < 0 ? e / (1 + e) : 1 / (1 + e);
-    slope = std::fmax(slope, std::fabs(apply(Math<Vec>::sigmoid, x) - sigma) / sigma);
+    slope = std::fmax(slope, std::fabs(apply(sigmoid, x) - sigma) / sigma);
   }
   std::printf("softplus: %.2g, sigmoid: %.2g relative\n", worst, slope);
   check(worst < 4e-7 && slope < 4e-7, "softplus and sigmoid to 4e-7");

@@ -24,32 +24,43 @@ struct DotBf16 {
 struct GemmDotBf16 : LayoutsBf16 {
   static constexpr int kRowPanel = 14;
   using Kernel = MicroKernel<DotBf16, kRowPanel, 2>;
+  using Ahead = Kernel::Ahead;
 
   static const uint32_t* pairs(const uint16_t* p) { return reinterpret_cast<const uint32_t*>(p); }
 
   static void scores(const uint16_t* a, const uint16_t* b, float* s, int rows, int width) {
     const int depth = width / 2;
-    for (int i = 0; i < rows; i += kRowPanel)
+    Ahead ahead(b + width * kColPanel, int64_t(width) * kColPanel * 2,
+                int64_t(ito::ceil_div(rows, kRowPanel)) * depth);
+    for (int i = 0; i < rows; i += kRowPanel, ahead = ahead.after(depth))
       Kernel::rows<1, kRowPanel>(rows - i, depth, depth, pairs(a) + int64_t(i) * depth, 0, pairs(b),
-                             s + i * kColPanel, false);
+                                 s + i * kColPanel, false, ahead);
   }
 
   static void grad_rows(const uint16_t* w, const uint16_t* b, int64_t b_panel, float* da, int rows,
                         int cols, int width, bool add) {
-    for (int d = 0; d < width; d += kColPanel, b += b_panel, da += int64_t(rows) * kColPanel)
-      for (int i = 0; i < rows; i += kRowPanel)
+    const uint16_t* const next_tile = b + int64_t(cols) * kColPanel;
+    for (int d = 0; d < width; d += kColPanel, b += b_panel, da += int64_t(rows) * kColPanel) {
+      Ahead ahead(d + kColPanel < width ? b + b_panel : next_tile, int64_t(cols) * kColPanel * 2,
+                  int64_t(ito::ceil_div(rows, kRowPanel)) * cols / 2);
+      for (int i = 0; i < rows; i += kRowPanel, ahead = ahead.after(cols / 2))
         Kernel::rows<16, 1>(rows - i, cols / 2, 16, pairs(w) + i * 16, int64_t(rows) * 16, pairs(b),
-                            da + i * kColPanel, add);
+                            da + i * kColPanel, add, ahead);
+    }
   }
 
   static void grad_cols(const uint16_t* w, const uint16_t* a, float* dbt, int rows, int cols,
                         int width, bool add) {
+    constexpr int kBlock = kRowPanel * kColPanel;
     w += int64_t(rows) * cols;  // the layout for dB
     a += score_rows(rows) * width;
     for (int j = 0; j < cols; j += kColPanel, w += int64_t(rows) * kColPanel)
-      for (int d = 0; d < width; d += kRowPanel)
+      for (int d = 0; d < width; d += kRowPanel) {
+        float* const c = dbt + int64_t(j) * width + d * kColPanel;
         Kernel::rows<16, 1>(width - d, rows / 2, 16, pairs(a) + d * 16, int64_t(width) * 16,
-                            pairs(w), dbt + int64_t(j) * width + d * kColPanel, add);
+                            pairs(w), c, add,
+                            Ahead(c + kBlock, kBlock * sizeof(float), rows / 2));
+      }
   }
 
   // The rows for scores are whole row panels; the rows for gradients follow them.

@@ -21,6 +21,8 @@
 
 namespace {
 
+using ito::ceil_div;
+
 template <class V>
 struct Fma {
   using Vec = V;
@@ -46,35 +48,47 @@ struct GemmFma {
 
   static constexpr int kChunk = 64;  // features that are packed at a time
   using Kernel = MicroKernel<Fma<V>, R, C>;
+  using Ahead = typename Kernel::Ahead;
 
   // One column panel of a score tile. `a`: packed rows, `b`: one packed column panel.
   static void scores(const float* a, const float* b, float* s, int rows, int width) {
     // 512 features of a row panel are 28 KiB: they stay in L1 while the column panel passes
     constexpr int kDepth = 512;
+    const int64_t panel = int64_t(width) * kColPanel * sizeof(float);
+    Ahead ahead(b + width * kColPanel, panel, int64_t(ceil_div(rows, R)) * width);
     for (int d = 0; d < width; d += kDepth) {
       const int depth = width - d < kDepth ? width - d : kDepth;
-      for (int i = 0; i < rows; i += R)
+      for (int i = 0; i < rows; i += R, ahead = ahead.after(depth))
         Kernel::template rows<1, R>(rows - i, depth, depth, a + int64_t(i) * width + d * R, 0,
-                   b + d * kColPanel, s + i * kColPanel, d > 0);
+                                    b + d * kColPanel, s + i * kColPanel, d > 0, ahead);
     }
   }
 
   // dA (+)= W·B. `b`: the tile's columns, packed for gradients, in panels `b_panel` apart.
   static void grad_rows(const float* w, const float* b, int64_t b_panel, float* da, int rows,
                         int cols, int width, bool add) {
-    for (int d = 0; d < width; d += kColPanel, b += b_panel, da += int64_t(rows) * kColPanel)
-      for (int i = 0; i < rows; i += R)
+    const float* const next_tile = b + int64_t(cols) * kColPanel;
+    const int64_t panel = int64_t(cols) * kColPanel * sizeof(float);
+    for (int d = 0; d < width; d += kColPanel, b += b_panel, da += int64_t(rows) * kColPanel) {
+      Ahead ahead(d + kColPanel < width ? b + b_panel : next_tile, panel,
+                  int64_t(ceil_div(rows, R)) * cols);
+      for (int i = 0; i < rows; i += R, ahead = ahead.after(cols))
         Kernel::template rows<kColPanel, 1>(rows - i, cols, kColPanel, w + i * kColPanel,
-                        int64_t(rows) * kColPanel, b, da + i * kColPanel, add);
+                                            int64_t(rows) * kColPanel, b, da + i * kColPanel, add,
+                                            ahead);
+    }
   }
 
   // dBᵀ (+)= Aᵀ·W. `a`: packed rows.
   static void grad_cols(const float* w, const float* a, float* dbt, int rows, int cols,
                         int width, bool add) {
+    constexpr int kBlock = R * kColPanel;
     for (int j = 0; j < cols; j += kColPanel, w += int64_t(rows) * kColPanel)
-      for (int d = 0; d < width; d += R)
-        Kernel::template rows<R, 1>(width - d, rows, R, a + d * R, int64_t(width) * R, w,
-                   dbt + int64_t(j) * width + d * kColPanel, add);
+      for (int d = 0; d < width; d += R) {
+        float* const c = dbt + int64_t(j) * width + d * kColPanel;
+        Kernel::template rows<R, 1>(width - d, rows, R, a + d * R, int64_t(width) * R, w, c, add,
+                                    Ahead(c + kBlock, kBlock * sizeof(float), rows));
+      }
   }
 
   // Features [d, d + count) of `wanted` rows from row `row` on, `ld` floats apart: where they lie,

@@ -41,17 +41,20 @@ struct Statistics : TileOps<G> {
     for (int i = n; i % kVector; ++i) out[i] = -kInf;
   }
 
-  // Adds another (max, Σ exp(S - shift)) to (max, Σ exp(S - max)). Where both maxima are -inf the
-  // sum is 0, or NaN if a score was NaN, which must not be lost.
-  static void merge(float* max, float* sum, const float* other_max, const float* other_sum,
-                    const float* shift, int n) {
+  // Adds a tile's Σ exp(S - shift) to (max, Σ exp(S - max)), whose maximum may grow. `own_sum`, the
+  // other part of the tile's sum, is relative to that new maximum; with a shift of -inf it is all of
+  // it. Where both maxima are -inf the sum is 0, or
+  // NaN if a score was NaN, which must not be lost.
+  static void merge(float* max, float* sum, const float* tile_max, const float* tile_sum,
+                    float shift, const float* own_sum, int n) {
     for (int i = 0; i < n; i += W) {
-      const F old = V::load(max + i), top = V::max(V::load(other_max + i), old);
+      const F old = V::load(max + i), top = V::max(V::load(tile_max + i), old);
       const M empty = absent(top);
       const F one = V::set(1.0f);
       const F keep = V::select(empty, one, Math<V>::exp(V::sub(old, top)));
-      const F take = V::select(empty, one, Math<V>::exp(V::sub(V::load(shift + i), top)));
-      V::store(sum + i, V::fma(V::load(sum + i), keep, V::mul(V::load(other_sum + i), take)));
+      const F take = V::select(empty, one, Math<V>::exp(V::sub(V::set(shift), top)));
+      const F mine = V::fma(V::load(tile_sum + i), take, V::load(own_sum + i));
+      V::store(sum + i, V::fma(V::load(sum + i), keep, mine));
       V::store(max + i, top);
     }
   }
@@ -67,22 +70,24 @@ struct Statistics : TileOps<G> {
   // Slices of a tile's scratch memory.
   struct Scratch {
     // [rows][W]: of each row the statistics of every W-th column
-    float *lane_max, *lane_sum, *lane_pos, *lane_pos_sum, *lane_neg_max;
-    // of the tile's rows and columns; sums are relative to the shift
+    float *lane_max, *lane_sum, *lane_own_sum, *lane_pos, *lane_pos_sum, *lane_neg_max;
+    // of the tile's rows and columns; `sum` is relative to the tile's shift, `own_sum` to that of
+    // the row or column
     struct Side {
-      float *max, *sum, *shift, *pos, *pos_sum, *neg_max;
+      float *max, *sum, *own_sum, *shift, *pos, *pos_sum, *neg_max;
     } row, col;
     explicit Scratch(const Tile& t) {
       const int rows = round_up(t.rows, kVector);
       float* p = t.scratch;
-      for (float** x : {&lane_max, &lane_sum, &lane_pos, &lane_pos_sum, &lane_neg_max})
+      for (float** x :
+           {&lane_max, &lane_sum, &lane_own_sum, &lane_pos, &lane_pos_sum, &lane_neg_max})
         *x = p, p += rows * W;
       p = slice(row, p, rows);
       slice(col, p, t.cols);
-      static_assert(5 * W + 6 <= ito::cpu::kScratch, "floats for each row");
+      static_assert(6 * W + 7 <= ito::cpu::kScratch, "floats for each row");
     }
     static float* slice(Side& s, float* p, int n) {
-      for (float** x : {&s.max, &s.sum, &s.shift, &s.pos, &s.pos_sum, &s.neg_max})
+      for (float** x : {&s.max, &s.sum, &s.own_sum, &s.shift, &s.pos, &s.pos_sum, &s.neg_max})
         *x = p, p += n;
       return p;
     }
@@ -94,7 +99,7 @@ struct Statistics : TileOps<G> {
     fill(s.lane_max, t.rows * W, -kInf);
     const bool lse = f.positives == Positives::kLse;
     if (!t.plain) {
-      fill(s.lane_neg_max, t.rows * W, -kInf);
+      if (f.hardest) fill(s.lane_neg_max, t.rows * W, -kInf);
       fill(s.lane_pos, t.rows * W, lse ? -kInf : 0);
       fill(s.lane_pos_sum, t.rows * W, 0);
     }
@@ -102,29 +107,31 @@ struct Statistics : TileOps<G> {
       T::dots(t, panel);
       if (t.plain)
         scores_plain(t, s, panel);
+      else if (f.hardest)
+        scores_paired<true>(t, s, panel, lse);
       else
-        scores_paired(t, s, panel, lse);
+        scores_paired<false>(t, s, panel, lse);
     }
     reduce_max(s.lane_max, t.rows, s.row.max);
+    own_shift(s.row.max, f.row.max, s.row.shift, t.rows);
+    own_shift(s.col.max, f.col.max, s.col.shift, t.cols);
 
-    // One shift for the whole tile halves the exponentials. Not where there are positives: a row
-    // whose positive dominates has Σ exp = 1 + tiny. Relative to its own maximum that is exact;
-    // relative to another shift 1e-7 stays in a gradient that should vanish.
-    const float shift = largest(s.row.max, t.rows);
-    if (t.plain && near(shift, s.row.max, f.row.max, t.rows) &&
-        near(shift, s.col.max, f.col.max, t.cols)) {
-      const float finite = shift == -kInf ? 0 : shift;
-      fill(s.row.shift, t.rows, finite);
-      fill(s.col.shift, t.cols, finite);
-      exp_sums<true>(t, s);
-    } else {
-      own_shift(s.row.max, f.row.max, s.row.shift, t.rows);
-      own_shift(s.col.max, f.col.max, s.col.shift, t.cols);
-      exp_sums<false>(t, s);
-    }
+    // One shift for the whole tile halves the exponentials.
+    const float top = largest(s.row.max, t.rows);
+    const bool shared = near(top, s.row.max, f.row.max, t.rows) &&
+                        near(top, s.col.max, f.col.max, t.cols);
+    // without a shared sum -inf: it counts as 0
+    const float shift = !shared ? -kInf : top == -kInf ? 0 : top;
+    if (!shared)
+      exp_sums(t, s);
+    else if (t.plain)
+      exp_sums_shared<false>(t, s, shift);
+    else
+      exp_sums_shared<true>(t, s, shift);
     reduce_sum(s.lane_sum, t.rows, s.row.sum);
-    merge(f.row.max, f.row.sum, s.row.max, s.row.sum, s.row.shift, t.rows);
-    merge(f.col.max, f.col.sum, s.col.max, s.col.sum, s.col.shift, t.cols);
+    reduce_sum(s.lane_own_sum, t.rows, s.row.own_sum);
+    merge(f.row.max, f.row.sum, s.row.max, s.row.sum, shift, s.row.own_sum, t.rows);
+    merge(f.col.max, f.col.sum, s.col.max, s.col.sum, shift, s.col.own_sum, t.cols);
 
     if (f.hardest) {
       if (!t.plain) reduce_max(s.lane_neg_max, t.rows, s.row.neg_max);
@@ -146,8 +153,10 @@ struct Statistics : TileOps<G> {
     own_shift(s.col.pos, f.col.pos, s.col.shift, t.cols);
     exp_sums_of_positives(t, s);
     reduce_sum(s.lane_pos_sum, t.rows, s.row.pos_sum);
-    merge(f.row.pos, f.row.pos_sum, s.row.pos, s.row.pos_sum, s.row.shift, t.rows);
-    merge(f.col.pos, f.col.pos_sum, s.col.pos, s.col.pos_sum, s.col.shift, t.cols);
+    fill(s.row.sum, rows, 0);
+    fill(s.col.sum, t.cols, 0);
+    merge(f.row.pos, f.row.pos_sum, s.row.pos, s.row.sum, -kInf, s.row.pos_sum, t.rows);
+    merge(f.col.pos, f.col.pos_sum, s.col.pos, s.col.sum, -kInf, s.col.pos_sum, t.cols);
   }
 
   // Whether every row (or column) that has a maximum, here or in an earlier tile, has it near
@@ -188,7 +197,9 @@ struct Statistics : TileOps<G> {
     for (int c = 0; c < C; ++c) V::store(s.col.max + panel * P + c * W, top[c]);
   }
 
-  // The same where pairs are positive or excluded. -inf is stored for the excluded.
+  // The same where pairs are positive or excluded. -inf is stored for the excluded. Few vectors hold
+  // such pairs.
+  template <bool Hardest>
   static void scores_paired(const Tile& t, const Scratch& s, int panel, bool lse) {
     const Affine affine(t, panel);
     Pairs pairs(t);
@@ -196,45 +207,98 @@ struct Statistics : TileOps<G> {
     const float* in = t.dots + panel * panel_size(t);
     float* out = t.scores + panel * panel_size(t);
     const F nothing = V::set(-kInf), zero = V::zero(), one = V::set(1.0f);
+    F top[C], top_neg[C], pos[C], count[C];
     for (int c = 0; c < C; ++c) {
-      F top = nothing, top_neg = nothing, pos = lse ? nothing : zero, count = zero;
-      for (int i = 0; i < t.rows; ++i) {
-        const F dot = V::load(in + i * P + c * W);
-        const F x = affine(dot, V::set(t.scale[i]), V::set(t.row_add[i]), c);
+      top[c] = top_neg[c] = nothing;
+      pos[c] = lse ? nothing : zero;
+      count[c] = zero;
+    }
+    for (int i = 0; i < t.rows; ++i, in += P, out += P) {
+      const F scale = V::set(t.scale[i]), add = V::set(t.row_add[i]);
+      F row = V::load(s.lane_max + i * W);
+      for (int c = 0; c < C; ++c) {
+        const F dot = V::load(in + c * W);
+        const F x = affine(dot, scale, add, c);
         const auto masks = pairs(i, panel, c, dot);
         const F allowed = V::select(masks.excluded, nothing, x);
-        const F negative = V::select(masks.positive, nothing, allowed);
-        V::store(out + i * P + c * W, allowed);
-        top = V::max(allowed, top);
-        top_neg = V::max(negative, top_neg);
-        update_max(s.lane_max + i * W, allowed);
-        update_max(s.lane_neg_max + i * W, negative);
+        V::store(out + c * W, allowed);
+        row = V::max(allowed, row);
+        top[c] = V::max(allowed, top[c]);
+        if constexpr (Hardest) {
+          const F negative = V::select(masks.positive, nothing, allowed);
+          update_max(s.lane_neg_max + i * W, negative);
+          top_neg[c] = V::max(negative, top_neg[c]);
+        }
         if (!V::any(masks.positive)) continue;
         const F value = V::select(masks.positive, x, lse ? nothing : zero);
         if (lse) {
-          pos = V::max(value, pos);
+          pos[c] = V::max(value, pos[c]);
           update_max(s.lane_pos + i * W, value);
         } else {
           const F here = V::select(masks.positive, one, zero);
-          pos = V::add(value, pos);
-          count = V::add(here, count);
+          pos[c] = V::add(value, pos[c]);
+          count[c] = V::add(here, count[c]);
           update_sum(s.lane_pos + i * W, value);
           update_sum(s.lane_pos_sum + i * W, here);
         }
       }
+      V::store(s.lane_max + i * W, row);
+    }
+    for (int c = 0; c < C; ++c) {
       const int at = panel * P + c * W;
-      V::store(s.col.max + at, top);
-      V::store(s.col.neg_max + at, top_neg);
-      V::store(s.col.pos + at, pos);
-      V::store(s.col.pos_sum + at, count);
+      V::store(s.col.max + at, top[c]);
+      V::store(s.col.pos + at, pos[c]);
+      V::store(s.col.pos_sum + at, count[c]);
+      if constexpr (Hardest) V::store(s.col.neg_max + at, top_neg[c]);
     }
   }
 
-  // Σ exp(S - shift) of rows and columns. Shared: the tile has one shift.
-  template <bool Shared>
+  // Σ exp(S - shift) of rows and columns with one shift for the tile. Vectors that hold positives
+  // take each row's and column's own: a row whose positive dominates has Σ exp = 1 + tiny. Relative
+  // to its own maximum that is exact; relative to another shift 1e-7 stays in a gradient that should
+  // vanish.
+  template <bool Paired>
+  static void exp_sums_shared(const Tile& t, const Scratch& s, float tile_shift) {
+    fill(s.lane_sum, t.rows * W, 0);
+    fill(s.lane_own_sum, t.rows * W, 0);
+    const F shift = V::set(tile_shift);
+    Pairs pairs(t);
+    for (int panel = 0; panel * P < t.cols; ++panel) {
+      const float* in = t.scores + panel * panel_size(t);
+      pairs.start(panel);
+      F own_shift[C], total[C], own_total[C];
+      for (int c = 0; c < C; ++c) {
+        own_shift[c] = V::load(s.col.shift + panel * P + c * W);
+        total[c] = own_total[c] = V::zero();
+      }
+      for (int i = 0; i < t.rows; ++i, in += P) {
+        F row = V::load(s.lane_sum + i * W);
+        for (int c = 0; c < C; ++c) {
+          const F x = V::load(in + c * W);
+          if (Paired && V::any(pairs.equal_keys(i, c))) {
+            const F row_shift = V::set(s.row.shift[i]);
+            update_sum(s.lane_own_sum + i * W, Math<V>::exp(V::sub(x, row_shift)));
+            own_total[c] = V::add(own_total[c], Math<V>::exp(V::sub(x, own_shift[c])));
+            continue;
+          }
+          const F e = Math<V>::exp(V::sub(x, shift));
+          row = V::add(row, e);
+          total[c] = V::add(total[c], e);
+        }
+        V::store(s.lane_sum + i * W, row);
+      }
+      for (int c = 0; c < C; ++c) {
+        V::store(s.col.sum + panel * P + c * W, total[c]);
+        V::store(s.col.own_sum + panel * P + c * W, own_total[c]);
+      }
+    }
+  }
+
+  // The same where every row and column takes its own shift.
   static void exp_sums(const Tile& t, const Scratch& s) {
     fill(s.lane_sum, t.rows * W, 0);
-    const F shared = V::set(s.row.shift[0]);
+    fill(s.lane_own_sum, t.rows * W, 0);
+    fill(s.col.sum, t.cols, 0);
     for (int panel = 0; panel * P < t.cols; ++panel) {
       const float* in = t.scores + panel * panel_size(t);
       F shift[C], total[C];
@@ -242,22 +306,13 @@ struct Statistics : TileOps<G> {
         shift[c] = V::load(s.col.shift + panel * P + c * W);
         total[c] = V::zero();
       }
-      for (int i = 0; i < t.rows; ++i, in += P) {
-        F row = V::load(s.lane_sum + i * W);
+      for (int i = 0; i < t.rows; ++i, in += P)
         for (int c = 0; c < C; ++c) {
           const F x = V::load(in + c * W);
-          if constexpr (Shared) {
-            const F e = Math<V>::exp(V::sub(x, shared));
-            row = V::add(row, e);
-            total[c] = V::add(total[c], e);
-          } else {
-            row = V::add(row, Math<V>::exp(V::sub(x, V::set(s.row.shift[i]))));
-            total[c] = V::add(total[c], Math<V>::exp(V::sub(x, shift[c])));
-          }
+          update_sum(s.lane_own_sum + i * W, Math<V>::exp(V::sub(x, V::set(s.row.shift[i]))));
+          total[c] = V::add(total[c], Math<V>::exp(V::sub(x, shift[c])));
         }
-        V::store(s.lane_sum + i * W, row);
-      }
-      for (int c = 0; c < C; ++c) V::store(s.col.sum + panel * P + c * W, total[c]);
+      for (int c = 0; c < C; ++c) V::store(s.col.own_sum + panel * P + c * W, total[c]);
     }
   }
 

@@ -70,11 +70,12 @@ struct TileOps {
     void start(int panel) {
       for (int c = 0; c < C && !t.plain; ++c) keys[c] = V::load(t.col_keys + panel * P + c * W);
     }
+    M equal_keys(int i, int c) const { return V::equal(V::set(t.row_keys[i]), keys[c]); }
     struct Masks {
       M positive, excluded;
     };
     Masks operator()(int i, int panel, int c, F dot) const {
-      M positive = V::equal(V::set(t.row_keys[i]), keys[c]);
+      M positive = equal_keys(i, c);
       M excluded = V::none();
       if (t.exclude_self) {
         const int64_t at = i + t.self_column - (panel * P + c * W);

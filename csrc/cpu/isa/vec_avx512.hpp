@@ -4,6 +4,7 @@
 
 #include <cstdint>
 
+#include "cpu/isa/math.hpp"
 #include "cpu/isa/transpose.hpp"
 
 namespace {
@@ -24,7 +25,11 @@ struct Vec512 {
   static F add(F a, F b) { return _mm512_add_ps(a, b); }
   static F sub(F a, F b) { return _mm512_sub_ps(a, b); }
   static F mul(F a, F b) { return _mm512_mul_ps(a, b); }
-  static F div(F a, F b) { return _mm512_div_ps(a, b); }
+  // Of a number in [1, 4], relative error 1e-7: a division takes three times as long.
+  static F reciprocal(F a) {
+    const F y = _mm512_rcp14_ps(a);
+    return _mm512_fmadd_ps(y, _mm512_fnmadd_ps(a, y, _mm512_set1_ps(1.0f)), y);
+  }
   static F fma(F a, F b, F c) { return _mm512_fmadd_ps(a, b, c); }    // a·b + c
   // The same for a number in memory. In assembly, since compilers load it into a register first.
   static F fma(const float* a, F b, F c) {
@@ -98,5 +103,30 @@ struct Transpose<Vec512> {
       if (k < cols) _mm512_mask_storeu_ps(out + k * out_ld, out_row, x[k]);
   }
 };
+
+// 12 instructions instead of 15: e^x = 2^(n/16)·e^r with n = 16·x / ln 2 rounded, so |r| ≤ 0.022. The
+// fractional powers of 2 come from a register, and three terms of the series are enough.
+template <>
+inline __m512 Math<Vec512>::exp(__m512 x) {
+  alignas(64) static constexpr float kPowers[16] = {  // 2^(k/16)
+      1.0f,        1.04427378f, 1.09050773f, 1.13878863f, 1.18920712f, 1.24185781f,
+      1.29683955f, 1.35425555f, 1.41421356f, 1.47682615f, 1.54221083f, 1.61049033f,
+      1.68179283f, 1.75625216f, 1.83400809f, 1.91520656f};
+  constexpr float kMagic = 12582912.0f;  // 1.5·2^23: a sum with it has no fraction bits left
+  // below ln(2^-126) the result is subnormal, which is 0 here, and at -104 it is too small for that;
+  // max keeps a NaN
+  x = _mm512_max_ps(_mm512_set1_ps(-104.0f), x);
+  const __m512 biased = _mm512_fmadd_ps(x, _mm512_set1_ps(23.0831206542f), _mm512_set1_ps(kMagic));
+  const __m512 n = _mm512_sub_ps(biased, _mm512_set1_ps(kMagic));
+  // ln 2 / 16 in two parts, the first short enough for its product with n to be exact
+  __m512 r = _mm512_fnmadd_ps(n, _mm512_set1_ps(0.043334960937500f), x);
+  r = _mm512_fnmadd_ps(n, _mm512_set1_ps(-1.3262151e-5f), r);
+  __m512 p = _mm512_fmadd_ps(r, _mm512_set1_ps(1.0f / 6), _mm512_set1_ps(0.5f));
+  p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(1.0f));
+  p = _mm512_mul_ps(p, r);
+  const __m512 power = _mm512_permutexvar_ps(_mm512_castps_si512(biased), _mm512_load_ps(kPowers));
+  return _mm512_scalef_ps(_mm512_fmadd_ps(power, p, power),
+                          _mm512_mul_ps(n, _mm512_set1_ps(1.0f / 16)));
+}
 
 }  // namespace

@@ -22,7 +22,7 @@ struct VecNeon {
   static F add(F a, F b) { return vaddq_f32(a, b); }
   static F sub(F a, F b) { return vsubq_f32(a, b); }
   static F mul(F a, F b) { return vmulq_f32(a, b); }
-  static F div(F a, F b) { return vdivq_f32(a, b); }
+  static F reciprocal(F a) { return vdivq_f32(vdupq_n_f32(1.0f), a); }
   static F fma(F a, F b, F c) { return vfmaq_f32(c, a, b); }   // a·b + c
   static F fma(const float* a, F b, F c) { return fma(set(*a), b, c); }
   static F fnma(F a, F b, F c) { return vfmsq_f32(c, a, b); }  // c - a·b

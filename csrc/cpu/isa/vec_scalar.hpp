@@ -23,7 +23,7 @@ struct VecScalar {
   static F add(F a, F b) { return a + b; }
   static F sub(F a, F b) { return a - b; }
   static F mul(F a, F b) { return a * b; }
-  static F div(F a, F b) { return a / b; }
+  static F reciprocal(F a) { return 1.0f / a; }
   static F fma(F a, F b, F c) { return a * b + c; }   // rounded twice where there is no FMA
   static F fma(const float* a, F b, F c) { return fma(set(*a), b, c); }
   static F fnma(F a, F b, F c) { return c - a * b; }

@@ -37,25 +37,20 @@ struct Weights : TileOps<G> {
   struct Sums {
     const Scratch& s;
     const GradientSums to;
-    const bool wanted;
-    Sums(const Tile& t, const Scratch& scratch, const GradientSums& sums)
-        : s(scratch), to(sums), wanted(sums.scale || sums.row || sums.col) {
-      if (!wanted) return;
-      T::fill(s.by_dot, t.rows * W, 0);
-      T::fill(s.by_row, t.rows * W, 0);
+    Sums(const Tile& t, const Scratch& scratch, const GradientSums& sums) : s(scratch), to(sums) {
+      if (to.scale) T::fill(s.by_dot, t.rows * W, 0);
+      if (to.row) T::fill(s.by_row, t.rows * W, 0);
     }
     void store(const Tile& t, float scale_part) const {
-      if (!wanted) return;
-      for (int i = 0; i < t.rows; ++i) {
-        if (to.scale) to.scale[i] += scale_part * V::sum(V::load(s.by_dot + i * W));
-        if (to.row) to.row[i] += V::sum(V::load(s.by_row + i * W));
-      }
+      for (int i = 0; to.scale && i < t.rows; ++i)
+        to.scale[i] += scale_part * V::sum(V::load(s.by_dot + i * W));
+      for (int i = 0; to.row && i < t.rows; ++i) to.row[i] += V::sum(V::load(s.by_row + i * W));
     }
   };
 
   // Calls weight(S, dot, i, panel, c) for every vector of the tile; stores scale_i times the
-  // result.
-  template <bool Summed, class Weight>
+  // result. Which sums are wanted is known when this is compiled.
+  template <bool Scale, bool Biases, class Weight>
   static void for_each_vector(const Tile& t, const Sums& sums, Weight&& weight) {
     for (int panel = 0; panel * P < t.cols; ++panel) {
       T::dots(t, panel);
@@ -72,19 +67,17 @@ struct Weights : TileOps<G> {
         for (int c = 0; c < C; ++c) {
           const F dot = V::load(in + c * W);
           const F w = weight(affine(dot, scale, add, c), dot, i, panel, c);
-          if constexpr (Summed) {
-            by_dot = V::fma(w, dot, by_dot);
+          if constexpr (Scale) by_dot = V::fma(w, dot, by_dot);
+          if constexpr (Biases) {
             by_row = V::add(w, by_row);
             total[c] = V::add(w, total[c]);
           }
           V::store(out + c * W, V::mul(w, scale));
         }
-        if constexpr (Summed) {
-          T::update_sum(sums.s.by_dot + i * W, by_dot);
-          T::update_sum(sums.s.by_row + i * W, by_row);
-        }
+        if constexpr (Scale) T::update_sum(sums.s.by_dot + i * W, by_dot);
+        if (Biases && sums.to.row) T::update_sum(sums.s.by_row + i * W, by_row);
       }
-      if (Summed && sums.to.col)
+      if (Biases && sums.to.col)
         for (int c = 0; c < C; ++c) T::update_sum(sums.to.col + panel * P + c * W, total[c]);
       // 0 in the rows up to the alignment: the products run over them
       for (int64_t i = int64_t(t.rows) * P; i < T::panel_size(t); i += W, out += W)
@@ -94,51 +87,42 @@ struct Weights : TileOps<G> {
 
   template <class Weight>
   static void for_each_vector(const Tile& t, const Sums& sums, Weight&& weight) {
-    if (sums.wanted)
-      for_each_vector<true>(t, sums, weight);
+    if (sums.to.row || sums.to.col)
+      for_each_vector<true, true>(t, sums, weight);
+    else if (sums.to.scale)
+      for_each_vector<true, false>(t, sums, weight);
     else
-      for_each_vector<false>(t, sums, weight);
+      for_each_vector<false, false>(t, sums, weight);
   }
 
   // ---- logsumexp
 
-  // Plain tiles: one exponential for both sides, W = exp(S - shift)·(row_factor_i + col_factor_j).
-  struct Shared {
-    const Scratch& s;
-    const F shift;
-    F row_factor, col_factor[C];
-    Shared(const Scratch& scratch, float shift) : s(scratch), shift(V::set(shift)) {}
-    void start(int panel) {
-      for (int c = 0; c < C; ++c) col_factor[c] = V::load(s.col_factor + panel * P + c * W);
-    }
-    void row(int i) { row_factor = V::set(s.row_factor[i]); }
-    F operator()(F score, F, int, int, int c) const {
-      return V::mul(Math<V>::exp(V::sub(score, shift)), V::add(row_factor, col_factor[c]));
-    }
-  };
-
-  // Any tile: an exponential for each side, exclusions and the positives' terms.
+  // An exponential for each side, exclusions and the positives' terms.
   struct General {
     const Tile& t;
     const BackwardTile& b;
     Pairs pairs;
-    explicit General(const Tile& tile, const BackwardTile& back)
-        : t(tile), b(back), pairs(tile) {}
+    General(const Tile& tile, const BackwardTile& back) : t(tile), b(back), pairs(tile) {}
     void start(int panel) { pairs.start(panel); }
     void row(int) {}
     static F term(F s, F shift, F logsum, F factor) {
       return V::mul(factor, Math<V>::exp(V::sub(V::sub(s, shift), logsum)));
     }
     F operator()(F s, F dot, int i, int panel, int c) const {
-      const int j = panel * P + c * W;
+      if (t.plain) return of_all(s, i, panel * P + c * W);
+      return of_pairs(s, i, panel * P + c * W, pairs(i, panel, c, dot));
+    }
+    F of_all(F s, int i, int j) const {
       F w = V::zero();
       const BackwardSide &r = b.row, &q = b.col;
       if (r.factor) w = term(s, V::set(r.shift[i]), V::set(r.logsum[i]), V::set(r.factor[i]));
       if (q.factor)
         w = V::add(w, term(s, V::load(q.shift + j), V::load(q.logsum + j), V::load(q.factor + j)));
-      if (t.plain) return w;
-      const auto masks = pairs(i, panel, c, dot);
-      w = V::select(masks.excluded, V::zero(), w);
+      return w;
+    }
+    F of_pairs(F s, int i, int j, const typename Pairs::Masks& masks) const {
+      const BackwardSide &r = b.row, &q = b.col;
+      const F w = V::select(masks.excluded, V::zero(), of_all(s, i, j));
       if (!V::any(masks.positive)) return w;
       F p = V::zero();
       if (r.pos_factor) {
@@ -155,16 +139,44 @@ struct Weights : TileOps<G> {
     }
   };
 
+  // One exponential for both sides, W = exp(S - shift)·(row_factor_i + col_factor_j), but for
+  // vectors with positive or excluded pairs. Paired: the tile has such pairs.
+  template <bool Paired>
+  struct Shared {
+    const Scratch& s;
+    const F shift;
+    General general;
+    F row_factor, col_factor[C];
+    Shared(const Tile& t, const BackwardTile& b, const Scratch& scratch, float shift)
+        : s(scratch), shift(V::set(shift)), general(t, b) {}
+    void start(int panel) {
+      general.start(panel);
+      for (int c = 0; c < C; ++c) col_factor[c] = V::load(s.col_factor + panel * P + c * W);
+    }
+    void row(int i) { row_factor = V::set(s.row_factor[i]); }
+    F operator()(F score, F dot, int i, int panel, int c) const {
+      if constexpr (Paired) {
+        const auto masks = general.pairs(i, panel, c, dot);
+        if (V::any(V::either(masks.positive, masks.excluded)))
+          return general.of_pairs(score, i, panel * P + c * W, masks);
+      }
+      return V::mul(Math<V>::exp(V::sub(score, shift)), V::add(row_factor, col_factor[c]));
+    }
+  };
+
   static void logsumexp(const Tile& t, const BackwardTile& b) {
     const Scratch s(t);
     const Sums sums(t, s, b.sums);
     const float bound = std::fmin(top(b.row, t.rows), top(b.col, t.cols));
     const float shift = bound == kInf ? 0 : bound;
     // without a maximum to shift by, exp(S) may overflow, and inf times a factor of 0 is NaN
-    if (t.plain && bound != kInf && near(b.row, shift, t.rows) && near(b.col, shift, t.cols)) {
+    if (bound != kInf && near(b.row, shift, t.rows) && near(b.col, shift, t.cols)) {
       factors(b.row, shift, t.rows, s.row_factor);
       factors(b.col, shift, t.cols, s.col_factor);
-      for_each_vector(t, sums, Shared(s, shift));
+      if (t.plain)
+        for_each_vector(t, sums, Shared<false>(t, b, s, shift));
+      else
+        for_each_vector(t, sums, Shared<true>(t, b, s, shift));
     } else {
       for_each_vector(t, sums, General(t, b));
     }
@@ -225,8 +237,9 @@ struct Weights : TileOps<G> {
         weight = V::select(masks.positive, V::negate(weight), weight);
         s = V::select(masks.excluded, V::set(-kInf), s);
       }
-      if constexpr (Forward) T::update_sum(loss + i * W, Math<V>::softplus(s));
-      return Backward ? V::mul(weight, Math<V>::sigmoid(s)) : weight;
+      const auto of = Math<V>::logistic(s);
+      if constexpr (Forward) T::update_sum(loss + i * W, of.softplus);
+      return Backward ? V::mul(weight, of.sigmoid) : weight;
     }
   };
 
