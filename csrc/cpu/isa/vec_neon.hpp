@@ -33,8 +33,9 @@ struct VecNeon {
   static F round(F a) { return vrndnq_f32(a); }  // to nearest, ties to even
   // a·2^n for an integral n in [-126, 128)
   static F scale2(F a, F n) {
-    const I bits = vaddq_s32(vcvtq_s32_f32(n), vdupq_n_s32(127));
-    return vmulq_f32(a, vreinterpretq_f32_s32(vshlq_n_s32(bits, 23)));
+    // Unsigned, since it may overflow: merging statistics computes an exp(+inf) and discards it.
+    const uint32x4_t bits = vaddq_u32(vreinterpretq_u32_s32(vcvtq_s32_f32(n)), vdupq_n_u32(127));
+    return vmulq_f32(a, vreinterpretq_f32_u32(vshlq_n_u32(bits, 23)));
   }
 
   static M equal(I a, I b) { return vceqq_s32(a, b); }
