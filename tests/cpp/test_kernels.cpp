@@ -108,9 +108,8 @@ void test_conversions() {
 }
 
 #if defined(__AVX512BF16__)
-// The emulated product of two tiles has the bits that the loops of Intel's manual give. The elements
-// of a and b are up to 2^size: where they are tiny, products and sums are subnormal, some elements
-// too.
+// The emulated product of two tiles has the bits that the loops of Intel's manual give. The
+// elements of a and b are up to 2^size: some that are tiny, or their products, are subnormal.
 void test_emulated_product(int a_size, int b_size) {
   std::mt19937 random(1);
   const auto numbers = [&](int size) {

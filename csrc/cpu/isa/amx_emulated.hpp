@@ -1,10 +1,10 @@
 // The tile instructions of AMX as vector code, for tests where there are none: include it before
-// gemm_amx.hpp. What the instructions do is as Intel's manual writes it down: every sum starts at 0
-// for the even and for the odd elements of a row, is of fused multiply-adds in order, and both are
-// added to the result. They take subnormal numbers as 0, and so do the engine's threads (threads.cpp).
+// gemm_amx.hpp. A product is what Intel's manual writes down: the even and the odd elements of a
+// row have sums of their own, which start at 0 and are made of fused multiply-adds, in order; both
+// are added to the result. Subnormal numbers are 0, as in the engine's threads (threads.cpp).
 //
-// All tiles are whole here, 16 rows of 64 bytes. Anything else stops the program, and so does a tile
-// used without a configuration.
+// All tiles are whole here, 16 rows of 64 bytes. Anything else stops the program, and so does a
+// tile that is used without a configuration.
 #pragma once
 #include <immintrin.h>
 

@@ -1,22 +1,23 @@
-// Matrix products of fp32 on AMX, which multiplies bf16 only. Every number is the sum of three bf16,
-// each the rounded rest of those before it: x = x1 + x2 + x3, exactly, since 3 × 8 bits are the 24
-// of fp32. Of the nine products of a·b the six largest are computed:
+// Matrix products of fp32 on AMX, which multiplies bf16 only. Every number is the sum of three
+// bf16, each the rounded rest of those before it: x = x1 + x2 + x3, exactly, since 3 × 8 bits are
+// the 24 of fp32. Of the nine products of a·b the six largest are computed:
 //
 //   a·b ≈ a1·b1 + (a1·b2 + a2·b1) + (a1·b3 + a2·b2 + a3·b1)
 //
-// The other three are together below 2^-23 of a·b, about as much as fp32 rounds off. One instruction
-// adds 32 products to the result and rounds it there once: a sum of K terms rounds 6·K / 32 times.
+// The other three are together below 2^-23 of a·b, about as much as fp32 rounds off. One
+// instruction adds 32 products to the result and rounds it there once: a sum of K terms rounds
+// 6·K / 32 times.
 //
-// What differs from fp32: products of parts below 2^-126 are lost, so numbers below about 1e-30 lose
-// their last digits; and an infinite number counts as NaN, since its second part is inf - inf.
+// What differs from fp32: products of parts below 2^-126 are lost, so numbers below about 1e-30
+// lose their last digits; and an infinite number counts as NaN, since its rest is inf - inf.
 //
 // Layouts: every operand is made of blocks of 32 × 32 numbers, and a block of its three parts, one
 // after the other. Paired blocks are [16][32][2], with pairs along the summed dimension; others are
 // [32][32], with the summed dimension last.
 //
-//   rows for scores        [i / 32][d / 32]           columns for scores     [j / 32][d / 32] paired
-//   W for dA               [j / 32][i / 32]           columns for gradients  [d / 32][j / 32] paired
-//   rows for gradients     [i / 32][d / 32], d first  W for dB               [j / 32][i / 32] paired
+//   rows for scores        [i / 32][d / 32]  columns for scores     [j / 32][d / 32] paired
+//   W for dA               [j / 32][i / 32]  columns for gradients  [d / 32][j / 32] paired
+//   rows for gradients     [i / 32][d / 32]  W for dB               [j / 32][i / 32] paired
 #pragma once
 #include "cpu/isa/gemm_amx.hpp"
 
