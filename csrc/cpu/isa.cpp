@@ -25,7 +25,7 @@ struct Set {
 const std::vector<Set>& sets() {
   static const std::vector<Set> all = {
 #if defined(ITO_HAVE_AMX_BF16)
-      {"amx_bf16", {"avx512_bf16", "fma", "amx_tile", "amx_bf16"}, &kAvx512, &kAmxBf16},
+      {"amx_bf16", {"avx512_bf16", "fma", "amx_tile", "amx_bf16"}, &kAmxFp32, &kAmxBf16},
 #endif
 #if defined(ITO_HAVE_AVX512_BF16)
       {"avx512_bf16", {"avx512_bf16", "fma"}, &kAvx512, &kAvx512Bf16},
@@ -40,6 +40,10 @@ const std::vector<Set>& sets() {
       {"neon", {"neon"}, &kNeon, nullptr},
 #endif
       {"scalar", {}, &kScalar, nullptr},
+// For tests. After those that run anywhere: it is never the best.
+#if defined(ITO_HAVE_AMX_EMULATED)
+      {"amx_emulated", {"avx512_bf16", "fma"}, &kEmulatedFp32, &kEmulatedBf16},
+#endif
   };
   return all;
 }

@@ -80,7 +80,7 @@ constexpr int kScratch = 112;
 // Packed sizes are in elements, rows × width, each rounded up as below. Layouts: gemm_fma.hpp.
 struct Kernels {
   const char* name;
-  const char* arithmetic;  // of the matrix products: "fp32" or "bf16"
+  const char* arithmetic;  // of the matrix products: "fp32", "bf16" or "fp32 by six bf16"
   int element;             // bytes of a packed element
   int col_panel;           // columns of a packed column panel, and of the micro-kernel's result
   int row_panel;           // rows of a packed row panel, and of the micro-kernel's result
@@ -109,6 +109,7 @@ struct Kernels {
 };
 
 // One for each instruction set that was compiled. isa.hpp says which the processor runs.
-extern const Kernels kScalar, kAvx2, kAvx512, kAvx512Bf16, kAmxBf16, kNeon;
+extern const Kernels kScalar, kAvx2, kAvx512, kAvx512Bf16, kAmxBf16, kAmxFp32, kNeon;
+extern const Kernels kEmulatedBf16, kEmulatedFp32;
 
 }  // namespace ito::cpu

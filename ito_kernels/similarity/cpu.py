@@ -6,7 +6,8 @@ all passes together that await their backward pass. The kernels run on PyTorch's
 `torch.get_num_threads()` of them. With the same number of threads the results are the same bit for
 bit.
 
-Environment: ITO_CPU_ISA forces an instruction set, one of `instruction_sets()`.
+Environment: ITO_CPU_ISA forces an instruction set, one of `instruction_sets()`. "amx_emulated" is
+for tests: the kernels of AMX on emulated tiles, ten times slower than AVX-512.
 """
 
 from __future__ import annotations

@@ -27,6 +27,9 @@ using Vec = VecScalar;
 #endif
 #include "cpu/isa/convert.hpp"
 #include "cpu/isa/math.hpp"
+#if defined(__AVX512BF16__)
+#include "cpu/isa/amx_emulated.hpp"
+#endif
 
 using namespace ito::cpu;
 
@@ -108,6 +111,57 @@ void test_conversions() {
   check(to_float16(1 + 3 * 0x1p-11f) == 0x3c02, "fp16 tie to even, up");
   check(to_float16(65520.0f) == 0x7c00, "fp16 overflow");
 }
+
+#if defined(__AVX512BF16__)
+// The emulated product of two tiles has the bits that the loops of Intel's manual give. The
+// elements of a and b are up to 2^size: some that are tiny, or their products, are subnormal.
+void test_emulated_product(int a_size, int b_size) {
+  std::mt19937 random(1);
+  const auto numbers = [&](int size) {
+    std::vector<uint16_t> x(512);
+    for (uint16_t& h : x) {
+      const float fraction = static_cast<float>(static_cast<int>(random() % 2001) - 1000) / 1000;
+      h = to_bfloat16(std::ldexp(fraction, size - static_cast<int>(random() % 8)));
+    }
+    return x;
+  };
+  const std::vector<uint16_t> a = numbers(a_size), b = numbers(b_size);
+  std::vector<float> c(256);
+  for (float& x : c) x = std::ldexp(static_cast<float>(random() % 3), a_size + b_size);
+  const auto flushed = [](float x) { return std::fabs(x) < 0x1p-126f ? 0.0f : x; };
+  std::vector<float> expected(256);
+  for (int m = 0; m < 16; ++m)
+    for (int n = 0; n < 16; ++n) {
+      float sum[2] = {};
+      for (int k = 0; k < 16; ++k)
+        for (int half = 0; half < 2; ++half) {
+          const float x = flushed(from_bfloat16(a[m * 32 + 2 * k + half]));
+          const float y = flushed(from_bfloat16(b[k * 32 + 2 * n + half]));
+          sum[half] = flushed(std::fma(x, y, sum[half]));
+        }
+      expected[m * 16 + n] = flushed(c[m * 16 + n] + flushed(sum[0] + sum[1]));
+    }
+
+  struct {
+    uint8_t palette = 1, start_row = 0, reserved[14] = {};
+    uint16_t row_bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
+    uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
+  } config;
+  const unsigned state = _mm_getcsr();
+  _mm_setcsr(state | 0x8040);  // as the engine's threads
+  _tile_loadconfig(&config);
+  _tile_loadd(1, c.data(), 64);
+  _tile_loadd(2, a.data(), 64);
+  _tile_loadd(3, b.data(), 64);
+  _tile_dpbf16ps(1, 2, 3);
+  _tile_stored(1, c.data(), 64);
+  _tile_release();
+  _mm_setcsr(state);
+  const bool same = std::memcmp(c.data(), expected.data(), 256 * sizeof(float)) == 0;
+  check(same, "emulated product of tiles up to 2^" + std::to_string(a_size) + " and 2^" +
+                  std::to_string(b_size));
+}
+#endif
 
 struct Features {
   int64_t rows, width;
@@ -271,6 +325,11 @@ int main(int argc, char** argv) {
   test_exp(quick ? 1009 : 61);
   test_softplus();
   test_conversions();
+#if defined(__AVX512BF16__)
+  test_emulated_product(0, 3);
+  test_emulated_product(-121, 3);
+  test_emulated_product(-60, -64);
+#endif
   const int64_t shapes[][3] = {{1, 1, 1},    {1, 7, 3},      {7, 1, 70},   {33, 257, 70},
                                {257, 33, 1}, {300, 150, 129}, {513, 70, 33}, {64, 64, 600}};
   for (const std::string& isa : instruction_sets())

@@ -31,7 +31,24 @@ struct GemmAmx : LayoutsBf16 {
   // apart, and `a_step` from one step to the next; those of `b` lie side by side.
   static inline void block(int depth, const uint16_t* a, int64_t a_tile, int64_t a_step,
                            const uint16_t* b, float* c, bool accumulate) {
-    constexpr int kC = 128, kA = 64, kB = 128;  // bytes between the rows of a tile
+    constexpr int kA = 64, kB = 128;  // bytes between the rows of a tile
+    load_result(c, accumulate);
+    for (int k = 0; k < depth; ++k, a += a_step, b += 32 * 32) {
+      _tile_loadd(4, a, kA);
+      _tile_loadd(6, b, kB);
+      _tile_loadd(7, b + 32, kB);
+      _tile_loadd(5, a + a_tile, kA);
+      multiply();
+    }
+    store_result(c);
+  }
+  static inline void multiply() {
+    _tile_dpbf16ps(0, 4, 6);
+    _tile_dpbf16ps(1, 4, 7);
+    _tile_dpbf16ps(2, 5, 6);
+    _tile_dpbf16ps(3, 5, 7);
+  }
+  static inline void load_result(const float* c, bool accumulate) {
     if (accumulate) {
       _tile_loadd(0, c, kC);
       _tile_loadd(1, c + 16, kC);
@@ -43,21 +60,14 @@ struct GemmAmx : LayoutsBf16 {
       _tile_zero(2);
       _tile_zero(3);
     }
-    for (int k = 0; k < depth; ++k, a += a_step, b += 32 * 32) {
-      _tile_loadd(4, a, kA);
-      _tile_loadd(6, b, kB);
-      _tile_loadd(7, b + 32, kB);
-      _tile_loadd(5, a + a_tile, kA);
-      _tile_dpbf16ps(0, 4, 6);
-      _tile_dpbf16ps(1, 4, 7);
-      _tile_dpbf16ps(2, 5, 6);
-      _tile_dpbf16ps(3, 5, 7);
-    }
+  }
+  static inline void store_result(float* c) {
     _tile_stored(0, c, kC);
     _tile_stored(1, c + 16, kC);
     _tile_stored(2, c + 16 * 32, kC);
     _tile_stored(3, c + 16 * 32 + 16, kC);
   }
+  static constexpr int kC = 128;  // bytes between the rows of the result
 
   static void scores(const uint16_t* a, const uint16_t* b, float* s, int rows, int width) {
     const Tiles tiles;
@@ -107,12 +117,7 @@ struct GemmAmx : LayoutsBf16 {
     _tile_zero(5);
     _tile_zero(6);
     _tile_zero(7);
-    for (int64_t k = 0; k < rounds; ++k) {
-      _tile_dpbf16ps(0, 4, 6);
-      _tile_dpbf16ps(1, 4, 7);
-      _tile_dpbf16ps(2, 5, 6);
-      _tile_dpbf16ps(3, 5, 7);
-    }
+    for (int64_t k = 0; k < rounds; ++k) multiply();
     return 2.0 * 4 * 16 * 16 * 32 * static_cast<double>(rounds);
   }
 };
