@@ -68,9 +68,6 @@ MemoryBlock take(size_t bytes) {
 
 void give_back(const MemoryBlock& block) {
   if (block.bytes > kKept) return unmap(block.data, block.bytes);
-#if defined(MADV_FREE)
-  madvise(block.data, block.bytes, MADV_FREE);  // the system may take it when it is short of memory
-#endif
   const std::lock_guard<std::mutex> lock(kept_mutex);
   kept.push_back(block);
   size_t total = 0;
