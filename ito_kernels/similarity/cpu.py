@@ -23,6 +23,8 @@ from .spec import Grads, Needs, Problem, SideStats, Stats, Upstream
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 POSITIVES = (None, "linear", "lse")
 
+COUNTABLE = 2**31  # rows and columns are counted with 32 bits
+
 # Smaller caches lie in memory that the module keeps from call to call, which saves 1 µs. Larger
 # ones are PyTorch's memory: at N = 2048 the module would map 27 MiB and touch them for the first
 # time in every call, which takes 5 % longer.
@@ -53,7 +55,7 @@ class Cpu(Backend):
             return False, f"needs CPU tensors, got {problem.a.device.type}"
         if problem.a.dtype not in DTYPES:
             return False, f"needs float32, bfloat16 or float16 features, got {problem.a.dtype}"
-        if max(problem.n, problem.m) >= 2**31 or abs(problem.diagonal) >= 2**31:
+        if problem.n >= COUNTABLE or problem.m >= COUNTABLE or abs(problem.diagonal) >= COUNTABLE:
             return False, "counts rows and columns with 32 bits"
         return True, "native kernels"
 
@@ -94,7 +96,7 @@ class Cpu(Backend):
         _native.cpu_backward(
             _fields(problem),
             stats,
-            (_fp32(*upstream.row), _fp32(*upstream.col)),
+            (_vectors(*upstream.row), _vectors(*upstream.col)),
             grads,
             _memory(cache),
             torch.get_num_threads(),
@@ -111,7 +113,7 @@ class Cpu(Backend):
         """One native call. Without column statistics (and if a and b differ) it is one pass over
         the tiles: scores that fit into the cache are computed once, which makes 3 matrix products
         instead of 4."""
-        cache, size = None, self.cache_bytes(problem)
+        cache, size = None, self.cache_bytes(problem) * any(needs)
         if size > SMALL_CACHE_BYTES:
             cache = problem.a.new_empty(size, dtype=torch.uint8)
         total, grads = problem.scale.new_empty(()), _new_grads(problem, needs)
@@ -119,7 +121,7 @@ class Cpu(Backend):
         _native.cpu_both(
             _fields(problem),
             stats,
-            (_fp32(*upstream.row), _fp32(*upstream.col)),
+            (_vectors(*upstream.row), _vectors(*upstream.col)),
             grads,
             (total,),
             (cache, size),
@@ -147,7 +149,7 @@ def instruction_sets() -> list[str]:
 
 def _softplus(problem: Problem, loss: Tensor | None, u: Tensor | None, needs: Needs) -> Grads:
     grads = _new_grads(problem, needs)
-    _native.cpu_softplus(_fields(problem), (loss,), _fp32(u), grads, torch.get_num_threads())
+    _native.cpu_softplus(_fields(problem), (loss,), _vectors(u), grads, torch.get_num_threads())
     return grads
 
 
@@ -178,12 +180,9 @@ def _rows(x: Tensor) -> Tensor:
     return x if x.stride(1) == 1 or x.shape[1] == 1 else x.contiguous()
 
 
-def _vectors(*vectors: Tensor | None) -> list[Tensor | None]:
-    return [None if x is None else x.contiguous() for x in vectors]
-
-
-def _fp32(*vectors: Tensor | None) -> tuple[Tensor | None, ...]:
-    return tuple([None if x is None else x.float().contiguous() for x in vectors])
+def _vectors(*vectors: Tensor | float | None) -> tuple[Tensor | float | None, ...]:
+    # of a list: a generator would take twice as long
+    return tuple([x if x is None or type(x) is float else x.contiguous() for x in vectors])
 
 
 def _memory(cache: Tensor | None) -> tuple[Tensor | None, int]:
