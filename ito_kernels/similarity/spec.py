@@ -166,9 +166,10 @@ class SideUpstream(NamedTuple):
     pos: Tensor | float | None = None
 
     def tensors(self, length: int, like: Tensor) -> SideUpstream:
-        return SideUpstream(
-            *(like.new_full((length,), x) if isinstance(x, float) else x for x in self)
+        logsum, pos = (
+            x if x is None or isinstance(x, Tensor) else like.new_full((length,), x) for x in self
         )
+        return SideUpstream(logsum, pos)
 
 
 class Upstream(NamedTuple):
