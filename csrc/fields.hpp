@@ -4,6 +4,7 @@
 
 #include <cstdint>
 #include <stdexcept>
+#include <vector>
 
 namespace ito {
 
@@ -18,6 +19,12 @@ class Fields {
   template <class T>
   T* pointer() {
     return reinterpret_cast<T*>(static_cast<uintptr_t>(address_of(next())));
+  }
+  // n values: a tensor's, or a number n times in `memory`.
+  const float* values(int64_t n, std::vector<float>& memory) {
+    if (done() || !PyFloat_Check(PyTuple_GET_ITEM(values_, next_))) return pointer<const float>();
+    memory.assign(n, static_cast<float>(PyFloat_AS_DOUBLE(next())));
+    return memory.data();
   }
   // Of a struct inside of the struct; empty where that is None.
   Fields inner() {

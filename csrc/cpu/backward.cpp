@@ -267,10 +267,11 @@ void logsumexp_both(const Problem& p, Stats stats, const Upstream& up, const Gra
   Call::Wants wants;
   wants.keys = p.row_ids || p.exclude_self || p.exclude_positives || p.row_limit || p.hardest ||
                p.positives != Positives::kNone;
-  wants.statistics = wants.gradients = true;
+  wants.statistics = true;
+  wants.gradients = grads.a || grads.b || grads.scale || grads.row_bias || grads.col_bias;
   // Columns need every row first. Of a symmetric problem, half of the tiles twice are less than all
   // of them once.
-  const bool one_pass = !p.cols && !p.self;
+  const bool one_pass = wants.gradients && !p.cols && !p.self;
   wants.symmetry = !one_pass;
   const int64_t n = p.a.rows, m = p.b.rows;
   std::vector<float> rows, cols;  // backward reads statistics even where the caller wants none
@@ -282,7 +283,7 @@ void logsumexp_both(const Problem& p, Stats stats, const Upstream& up, const Gra
   Call call(p, run, wants, grads);
   if (!cache.data) cache = call.new_cache(cache.bytes);
   if (!one_pass) call.forward(stats, cache);
-  call.backward(stats, up, cache, one_pass);
+  if (wants.gradients) call.backward(stats, up, cache, one_pass);
   *total = static_cast<float>(
       weighted(up.row.logsum, stats.row.logsum, n) + weighted(up.row.pos, stats.row.pos, n) +
       weighted(up.col.logsum, stats.col.logsum, m) + weighted(up.col.pos, stats.col.pos, m));

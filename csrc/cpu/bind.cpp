@@ -58,14 +58,17 @@ Stats stats(const py::tuple& values) {
   return s;
 }
 
-Upstream upstream(const py::tuple& values) {
+struct UpstreamWithMemory : Upstream {
+  std::vector<float> memory[4];  // of weights that are numbers
+};
+
+void read(const py::tuple& values, const Problem& p, UpstreamWithMemory& up) {
   Fields f(values);
-  Upstream up;
-  for (SideUpstream* side : {&up.row, &up.col}) {
+  std::vector<float>* memory = up.memory;
+  for (auto [side, n] : {std::pair{&up.row, p.a.rows}, {&up.col, p.b.rows}}) {
     Fields of_side = f.inner();
-    for (const float** x : {&side->logsum, &side->pos}) *x = of_side.pointer<const float>();
+    for (const float** x : {&side->logsum, &side->pos}) *x = of_side.values(n, *memory++);
   }
-  return up;
 }
 
 Grads grads(const py::tuple& values) {
@@ -113,7 +116,8 @@ void bind(py::module_& m) {
                            const py::tuple& g, const py::tuple& c, int n) {
     const Problem p = problem(f);
     const Stats statistics = stats(s);
-    const Upstream up = upstream(u);
+    UpstreamWithMemory up;
+    read(u, p, up);
     const Grads out = grads(g);
     const TileCache kept = cache(c);
     const Run how = run(n, p);
@@ -124,7 +128,8 @@ void bind(py::module_& m) {
                        const py::tuple& g, const py::tuple& total, const py::tuple& c, int n) {
     const Problem p = problem(f);
     const Stats statistics = stats(s);
-    const Upstream up = upstream(u);
+    UpstreamWithMemory up;
+    read(u, p, up);
     const Grads out = grads(g);
     const TileCache kept = cache(c);
     float* const sum = vector(total);

@@ -19,11 +19,12 @@ void logsumexp_forward(const Problem&, const Stats&, TileCache, const Run&);
 void logsumexp_backward(const Problem&, const Stats&, const Upstream&, const Grads&, TileCache,
                         const Run&);
 
-// Forward and backward, where the upstream gradient is known in advance. `total` gets Σ u·logsum +
-// α·pos over the rows + Σ v·logsum + β·pos over the columns, with (u, α), (v, β) the upstream
-// gradients. Null statistics are not wanted. A problem of rows only takes one pass: a row block's
-// statistics are complete before its gradient is taken, so that its scores are computed once if
-// they fit into the cache. A cache without memory is taken from the working memory of the call.
+// Forward and backward, where the upstream gradient is known in advance; forward alone if no
+// gradient is asked for. `total` gets Σ u·logsum + α·pos over the rows + Σ v·logsum + β·pos over
+// the columns, with (u, α), (v, β) the upstream gradients. Null statistics are not wanted. A
+// problem of rows only takes one pass: a row block's statistics are complete before its gradient is
+// taken, so that its scores are computed once if they fit into the cache. A cache without memory is
+// taken from the working memory of the call.
 void logsumexp_both(const Problem&, Stats, const Upstream&, const Grads&, float* total,
                     TileCache, const Run&);
 

@@ -264,6 +264,7 @@ class GlobalBatch:
         fields = problem._asdict()
         del fields["diagonal"]
         fields["b"] = fields["a"] if problem.b is None else problem.b
+        weights = weights.tensors(problem)
         return self.similarity_logsumexp(
             **fields,
             row_weights=weights.row,

@@ -318,7 +318,7 @@ def _statistics_weights(
     share = 0.5 if o.symmetric else 1.0
     if scores.query_ids is None and not o.exclude_self:  # each anchor has one positive
         n = scores.features(side).size(0)
-        u = scores.scale.new_full((n,), share / n if o.reduction == "mean" else share)
+        u = share / n if o.reduction == "mean" else share
         return SideUpstream(u, -u), 0.0
     k = scores.positive_counts(side)
     number = 1

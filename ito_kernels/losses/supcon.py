@@ -116,7 +116,7 @@ def nt_xent_loss(
         args = args._replace(queries=z, keys=z, scale=scale, query_ids=ids, key_ids=ids)
         return infonce(args, Options(symmetric=False, exclude_self=True))
     ids = torch.arange(len(z1), device=device).repeat(2)
-    share = scale.new_full((len(z),), 1 / len(z))
+    share = 1 / len(z)
     # Every row has exactly one positive. Counting them would take half of supcon_loss's time at
     # N = 64, so the primitive is called directly.
     problem = Problem(

@@ -72,9 +72,12 @@ class Backend:
         needs: Needs,
     ) -> tuple[Tensor, Stats, Grads]:
         """The weighted sum of the statistics, the statistics themselves if `with_stats`, and the
-        gradients. The weights are the upstream gradient, which is known in advance."""
+        gradients, if any. The weights are the upstream gradient, which is known in advance."""
+        upstream = upstream.tensors(problem)
         stats = self.logsumexp_forward(problem)
-        grads = self.logsumexp_backward(problem, stats, upstream, needs)
+        grads = Grads()
+        if any(needs):
+            grads = self.logsumexp_backward(problem, stats, upstream, needs)
         return weighted_sum(stats, upstream), stats if with_stats else Stats(), grads
 
     def softplus_forward(self, problem: Problem) -> Tensor:

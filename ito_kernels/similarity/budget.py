@@ -19,7 +19,8 @@ _numbers = count()
 def tile_cache_left() -> int:
     """What other passes have left of ITO_TILE_CACHE_BYTES, for tiles kept for backward."""
     budget = byte_budget("ITO_TILE_CACHE_BYTES", TILE_CACHE_BYTES)
-    if torch.compiler.is_compiling():  # a compiled call always has what it was compiled for
+    # a compiled call always has what it was compiled for
+    if torch.compiler.is_compiling() or not _kept:
         return budget
     return max(0, budget - sum(x.nbytes for x in _kept.values()))
 
@@ -36,7 +37,9 @@ def byte_budget(variable: str, default: int) -> int:
 
     Raises ValueError for what is no whole number, and for a negative one.
     """
-    text = os.environ.get(variable, default)
+    text = os.environ.get(variable)
+    if text is None:
+        return default
     try:
         budget = int(text)
     except ValueError:

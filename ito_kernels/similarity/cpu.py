@@ -24,6 +24,8 @@ from .spec import Grads, Needs, Problem, SideStats, Stats, Upstream
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 POSITIVES = (None, "linear", "lse")
 
+COUNTABLE = 2**31  # rows and columns are counted with 32 bits
+
 
 class Cpu(Backend):
     name = "cpu"
@@ -49,7 +51,7 @@ class Cpu(Backend):
             return False, f"needs CPU tensors, got {problem.a.device.type}"
         if problem.a.dtype not in DTYPES:
             return False, f"needs float32, bfloat16 or float16 features, got {problem.a.dtype}"
-        if max(problem.n, problem.m) >= 2**31 or abs(problem.diagonal) >= 2**31:
+        if problem.n >= COUNTABLE or problem.m >= COUNTABLE or abs(problem.diagonal) >= COUNTABLE:
             return False, "counts rows and columns with 32 bits"
         return True, "native kernels"
 
@@ -90,7 +92,7 @@ class Cpu(Backend):
         _native.cpu_backward(
             _fields(problem),
             stats,
-            (_fp32(*upstream.row), _fp32(*upstream.col)),
+            (_vectors(*upstream.row), _vectors(*upstream.col)),
             grads,
             _memory(cache),
             torch.get_num_threads(),
@@ -112,10 +114,10 @@ class Cpu(Backend):
         _native.cpu_both(
             _fields(problem),
             stats,
-            (_fp32(*upstream.row), _fp32(*upstream.col)),
+            (_vectors(*upstream.row), _vectors(*upstream.col)),
             grads,
             (total,),
-            (None, self.cache_bytes(problem)),
+            (None, self.cache_bytes(problem) * any(needs)),
             torch.get_num_threads(),
         )
         return total, stats, grads
@@ -140,7 +142,7 @@ def instruction_sets() -> list[str]:
 
 def _softplus(problem: Problem, loss: Tensor | None, u: Tensor | None, needs: Needs) -> Grads:
     grads = _new_grads(problem, needs)
-    _native.cpu_softplus(_fields(problem), (loss,), _fp32(u), grads, torch.get_num_threads())
+    _native.cpu_softplus(_fields(problem), (loss,), _vectors(u), grads, torch.get_num_threads())
     return grads
 
 
@@ -171,12 +173,9 @@ def _rows(x: Tensor) -> Tensor:
     return x if x.stride(1) == 1 or x.shape[1] == 1 else x.contiguous()
 
 
-def _vectors(*vectors: Tensor | None) -> list[Tensor | None]:
-    return [None if x is None else x.contiguous() for x in vectors]
-
-
-def _fp32(*vectors: Tensor | None) -> tuple[Tensor | None, ...]:
-    return tuple([None if x is None else x.float().contiguous() for x in vectors])
+def _vectors(*vectors: Tensor | float | None) -> tuple[Tensor | float | None, ...]:
+    # of a list: a generator would take twice as long
+    return tuple([x if x is None or type(x) is float else x.contiguous() for x in vectors])
 
 
 def _memory(cache: Tensor | None) -> tuple[Tensor | None, int]:

@@ -157,15 +157,29 @@ class Stats(NamedTuple):
 
 
 class SideUpstream(NamedTuple):
-    """The upstream gradients of one side's logsum and pos (or their weights); None means 0."""
+    """The upstream gradients of one side's logsum and pos (or their weights); None means 0.
 
-    logsum: Tensor | None = None
-    pos: Tensor | None = None
+    A weight may be a number, which holds for every row or column: a mean then needs no tensors.
+    """
+
+    logsum: Tensor | float | None = None
+    pos: Tensor | float | None = None
+
+    def tensors(self, length: int, like: Tensor) -> SideUpstream:
+        logsum, pos = (
+            x if x is None or isinstance(x, Tensor) else like.new_full((length,), x) for x in self
+        )
+        return SideUpstream(logsum, pos)
 
 
 class Upstream(NamedTuple):
     row: SideUpstream = SideUpstream()
     col: SideUpstream = SideUpstream()
+
+    def tensors(self, problem: Problem) -> Upstream:
+        """The same with a tensor for each number."""
+        like = problem.scale
+        return Upstream(self.row.tensors(problem.n, like), self.col.tensors(problem.m, like))
 
 
 class Needs(NamedTuple):

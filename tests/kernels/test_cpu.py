@@ -19,7 +19,7 @@ from torch.nn.functional import normalize
 import ito_kernels as ik
 from ito_kernels.similarity import budget, dispatch
 from ito_kernels.similarity.cpu import instruction_sets
-from ito_kernels.similarity.spec import Needs, Problem, SideUpstream, Upstream
+from ito_kernels.similarity.spec import Grads, Needs, Problem, SideUpstream, Stats, Upstream
 
 cpu, reference = dispatch.load("cpu"), dispatch.load("reference")
 ISAS = instruction_sets()
@@ -252,6 +252,29 @@ def test_forward_and_backward_in_one_call(shape, positives, cache, threads, monk
     if problem.cols:
         value += (v.double() * stats.col_logsum).sum() + (beta.double() * stats.col_pos).sum()
     torch.testing.assert_close(total.double(), value, rtol=1e-6, atol=0)
+    # without gradients: the same bits
+    alone, none, grads = cpu.logsumexp_both(problem, False, upstream, Needs())
+    assert torch.equal(alone, total)
+    assert none == Stats()
+    assert grads == Grads()
+
+
+@pytest.mark.parametrize("backend", [cpu, dispatch.load("chunked")], ids=["cpu", "chunked"])
+def test_a_weight_may_be_a_number(backend):
+    """It is that of every row, and of every column, of which there may be more."""
+    problem, needs = clip(30, 8)._replace(positives="linear", cols=True), Needs(True, True, True)
+    problem = problem._replace(a=problem.a[:20])
+
+    def run(*weights):
+        total, _, grads = backend.logsumexp_both(problem, False, Upstream(*weights), needs)
+        return total, *grads[:3]
+
+    u, v = torch.full((20,), 0.3), torch.full((30,), 0.7)
+    numbers = run(SideUpstream(0.3, -0.3), SideUpstream(0.7))
+    for x, y in zip(numbers, run(SideUpstream(u, -u), SideUpstream(v)), strict=True):
+        assert torch.equal(x, y)
+    zero, *grads = run(SideUpstream(0.0, 0.0), SideUpstream(0.0))
+    assert not any(x.any() for x in (zero, *grads))
 
 
 def test_softplus_forward_and_backward_in_one_pass():

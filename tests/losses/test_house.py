@@ -55,6 +55,35 @@ def test_a_plain_loss_reaches_the_primitive_at_once():
         assert frames_above(logsumexp_of, call) == ["call", name, "infonce"]
 
 
+@pytest.mark.skipif(not ik.backends()["cpu"].available, reason="installed without a C++ compiler")
+def test_a_small_call_is_the_kernel_and_little_else():
+    """At N = 8 the kernel takes 16 of a call's 90 µs. Every tensor operation beside it adds 1 to 8
+    µs, every Python call about 0.5: 109 and 114 of them were 20 µs more."""
+    x, y, _ = features()
+    scale = torch.tensor(5.0, requires_grad=True)
+    calls = []
+
+    def hook(frame, event, _):
+        if event == "call":
+            calls.append(frame.f_code.co_name)
+
+    for trains in (True, False):
+        calls.clear()
+        with torch.set_grad_enabled(trains):
+            sys.setprofile(hook)
+            try:
+                ik.clip_loss(x, y, scale)
+            finally:
+                sys.setprofile(None)
+            with torch.autograd.profiler.profile() as profile:
+                ik.clip_loss(x, y, scale)
+        assert len(calls) <= 100, calls
+        # memory for the loss and for three gradients: no tensor is computed
+        names = [e.name for e in profile.function_events if e.name.startswith("aten::")]
+        assert set(names) == {"aten::new_empty", "aten::empty"}
+        assert names.count("aten::empty") == (4 if trains else 1)
+
+
 BY_ID = {"query_ids": IDS, "key_ids": IDS}
 OPTIONS = {
     "plain": {},
