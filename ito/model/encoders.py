@@ -5,6 +5,7 @@ tokens during training; the pooled vectors are the embeddings.
 """
 
 import math
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -38,6 +39,57 @@ def attention(query: Tensor, key: Tensor, value: Tensor, key_mask: Tensor | None
     return scores.softmax(-1).to(value.dtype) @ value
 
 
+class Take(torch.autograd.Function):
+    """`rows[index]`, whose gradient is `grad[back]`, with zeros where `empty` says so.
+
+    Rows that are taken twice get the gradient of one of them: the other must have none.
+    """
+
+    @staticmethod
+    def forward(ctx, rows: Tensor, index: Tensor, back: Tensor, empty: Tensor) -> Tensor:
+        ctx.save_for_backward(back, empty)
+        return rows.index_select(0, index)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
+        back, empty = ctx.saved_tensors
+        return grad.index_select(0, back).masked_fill_(empty, 0), None, None, None
+
+
+class Packed(NamedTuple):
+    """The real tokens of a padded batch (B, L), for layers that see one token at a time.
+
+    places: (T,), the position of each token among the B·L. tokens: (B·L,), which of the T is at
+    each position. Where `extra` (T, 1) or `padding` (B·L, 1) is true it is any, to be ignored.
+    """
+
+    places: Tensor
+    tokens: Tensor
+    extra: Tensor
+    padding: Tensor
+
+    # T is rounded up to a multiple: for each new size oneDNN generates code, which takes longer
+    # than what is saved.
+    MULTIPLE = 32
+
+    @classmethod
+    def of(cls, mask: Tensor) -> "Packed":
+        real = mask.flatten()
+        places = real.nonzero().squeeze(1)
+        places = F.pad(places, (0, -len(places) % cls.MULTIPLE))
+        tokens = real.cumsum(0).sub_(1).clamp_(min=0)
+        extra = torch.arange(len(places)) != tokens[places]
+        return cls(places, tokens, extra[:, None], ~real[:, None])
+
+    def pack(self, x: Tensor) -> Tensor:
+        """``(B, L, W) -> (T, W)``."""
+        return Take.apply(x.flatten(0, 1), self.places, self.tokens, self.padding)
+
+    def pad(self, x: Tensor, batch: int) -> Tensor:
+        """``(T, W) -> (B, L, W)``."""
+        return Take.apply(x, self.tokens, self.places, self.extra).unflatten(0, (batch, -1))
+
+
 class Block(nn.Module):
     """Pre-norm bidirectional transformer block with an MLP of four times the width."""
 
@@ -56,9 +108,14 @@ class Block(nn.Module):
         )
 
     def forward(
-        self, x: Tensor, key_mask: Tensor | None = None, first_only: bool = False
+        self,
+        x: Tensor,
+        key_mask: Tensor | None = None,
+        first_only: bool = False,
+        packed: Packed | None = None,
     ) -> Tensor:
-        """``(B, L, W) -> (B, L, W)``, or with `first_only` position 0 of it, ``(B, 1, W)``.
+        """``(B, L, W) -> (B, L, W)``, or with `first_only` position 0 of it, ``(B, 1, W)``, or with
+        `packed` ``(T, W) -> (T, W)``.
 
         `key_mask` as in `attention`; with `first_only` it is ``(B, L)``.
         """
@@ -66,8 +123,13 @@ class Block(nn.Module):
         if first_only:
             x, mixed = x[:, :1], self.attend_first(normed, key_mask)
         else:
-            qkv = self.qkv(normed).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
+            qkv = self.qkv(normed)
+            if packed:
+                qkv = packed.pad(qkv, len(key_mask))
+            qkv = qkv.unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
             mixed = attention(*qkv, key_mask).transpose(1, 2).flatten(2)
+            if packed:
+                mixed = packed.pack(mixed)
         x = x + self.out(mixed)
         return x + self.mlp(self.norm_mlp(x))
 
@@ -233,9 +295,12 @@ class TextEncoder(nn.Module):
         seen = key_mask
         if self.causal:
             seen = key_mask[:, None, :] & key_mask.new_ones(length, length).tril()
+        packed = Packed.of(key_mask) if self.training and not ids.is_cuda else None
+        x = packed.pack(x) if packed else x
         for block in self.blocks:
-            x = block(x, seen)
+            x = block(x, seen, packed=packed)
         tokens = self.project(self.norm(x))
+        tokens = packed.pad(tokens, len(ids)) if packed else tokens
         if self.causal:
             last = key_mask.sum(1).sub(1).clamp(min=0)
             return tokens, tokens[torch.arange(ids.shape[0], device=ids.device), last]

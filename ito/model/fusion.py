@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ito.model.encoders import Block, initialise
+from ito.model.encoders import Block, Packed, initialise
 
 READOUTS = ("cls", "mean", "token")
 
@@ -77,8 +77,11 @@ class Fusion(nn.Module):
         always = text_mask.new_ones(batch, x.shape[1] - text_mask.shape[1])
         key_mask = torch.cat([always, text_mask], 1)
         # Unless the read-out is "mean", only position 0 is used: the last block computes no other.
+        packed = Packed.of(key_mask) if self.training and not x.is_cuda else None
+        x = packed.pack(x) if packed else x
         for block in self.blocks[:-1]:
-            x = block(x, key_mask)
+            x = block(x, key_mask, packed=packed)
+        x = packed.pad(x, batch) if packed else x
         x = self.norm(self.blocks[-1](x, key_mask, first_only=self.readout != "mean"))
         if self.readout == "mean":
             weights = key_mask.unsqueeze(-1).to(x.dtype)
