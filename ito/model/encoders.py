@@ -39,55 +39,62 @@ def attention(query: Tensor, key: Tensor, value: Tensor, key_mask: Tensor | None
     return scores.softmax(-1).to(value.dtype) @ value
 
 
-class Take(torch.autograd.Function):
-    """`rows[index]`, whose gradient is `grad[back]`, with zeros where `empty` says so.
-
-    Rows that are taken twice get the gradient of one of them: the other must have none.
-    """
-
-    @staticmethod
-    def forward(ctx, rows: Tensor, index: Tensor, back: Tensor, empty: Tensor) -> Tensor:
-        ctx.save_for_backward(back, empty)
-        return rows.index_select(0, index)
-
-    @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
-        back, empty = ctx.saved_tensors
-        return grad.index_select(0, back).masked_fill_(empty, 0), None, None, None
-
-
 class Packed(NamedTuple):
-    """The real tokens of a padded batch (B, L), for layers that see one token at a time.
+    """The T real tokens of a padded batch (B, L), for layers that see one token at a time.
 
-    places: (T,), the position of each token among the B·L. tokens: (B·L,), which of the T is at
-    each position. Where `extra` (T, 1) or `padding` (B·L, 1) is true it is any, to be ignored.
+    T is rounded up to a multiple of 32: for each new size oneDNN generates code, which takes longer
+    than what is saved.
+
+    places: (T,), the position of each token among the B·L; of the rows after the first `count` any.
+    tokens: (B·L,), which of the T is at each position; where `real` (B·L, 1) is False, any.
     """
 
     places: Tensor
     tokens: Tensor
-    extra: Tensor
-    padding: Tensor
-
-    # T is rounded up to a multiple: for each new size oneDNN generates code, which takes longer
-    # than what is saved.
-    MULTIPLE = 32
+    real: Tensor
+    count: int
 
     @classmethod
     def of(cls, mask: Tensor) -> "Packed":
         real = mask.flatten()
         places = real.nonzero().squeeze(1)
-        places = F.pad(places, (0, -len(places) % cls.MULTIPLE))
         tokens = real.cumsum(0).sub_(1).clamp_(min=0)
-        extra = torch.arange(len(places)) != tokens[places]
-        return cls(places, tokens, extra[:, None], ~real[:, None])
+        return cls(F.pad(places, (0, -len(places) % 32)), tokens, real[:, None], len(places))
 
     def pack(self, x: Tensor) -> Tensor:
         """``(B, L, W) -> (T, W)``."""
-        return Take.apply(x.flatten(0, 1), self.places, self.tokens, self.padding)
+        return Pack.apply(x.flatten(0, 1), *self)
 
     def pad(self, x: Tensor, batch: int) -> Tensor:
-        """``(T, W) -> (B, L, W)``."""
-        return Take.apply(x, self.tokens, self.places, self.extra).unflatten(0, (batch, -1))
+        """``(T, W) -> (B, L, W)``; the values at padding must not be used."""
+        return Pad.apply(x, *self).unflatten(0, (batch, -1))
+
+
+# `index_select` with a gradient that is one too; PyTorch's adds row by row, on one thread.
+class Pack(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, places, tokens, real, count):
+        ctx.save_for_backward(tokens, real)
+        return x.index_select(0, places)
+
+    @staticmethod
+    def backward(ctx, grad):
+        tokens, real = ctx.saved_tensors
+        return grad.index_select(0, tokens).mul_(real), None, None, None, None
+
+
+class Pad(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, places, tokens, real, count):
+        ctx.save_for_backward(places)
+        ctx.count = count
+        return x.index_select(0, tokens)
+
+    @staticmethod
+    def backward(ctx, grad):
+        rows = grad.index_select(0, *ctx.saved_tensors)
+        rows[ctx.count :] = 0
+        return rows, None, None, None, None
 
 
 class Block(nn.Module):
