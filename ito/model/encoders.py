@@ -55,7 +55,11 @@ class Packed(NamedTuple):
     count: int
 
     @classmethod
-    def of(cls, mask: Tensor) -> "Packed":
+    def of(cls, mask: Tensor, wanted: bool) -> "Packed | None":
+        """None if not wanted, on a GPU, which would wait for the lengths, and in a module that is
+        compiled or exported, of which each T would be another version."""
+        if not wanted or mask.device.type != "cpu" or torch.compiler.is_compiling():
+            return None
         real = mask.flatten()
         places = real.nonzero().squeeze(1)
         tokens = real.cumsum(0).sub_(1).clamp_(min=0)
@@ -269,7 +273,10 @@ class TextEncoder(nn.Module):
     ``forward(ids (B, L) int64) -> tokens (B, L, E), pooled (B, E)``; L ≤ context_length, id 0 is
     padding, masked on the keys; ``pooled`` is the mean over the real tokens. With ``causal`` a
     token attends to itself and those before it, and ``pooled`` is the last real one, the end token.
+    In training the blocks compute no padding, unless `packs` is False.
     """
+
+    packs = True
 
     def __init__(
         self,
@@ -302,7 +309,7 @@ class TextEncoder(nn.Module):
         seen = key_mask
         if self.causal:
             seen = key_mask[:, None, :] & key_mask.new_ones(length, length).tril()
-        packed = Packed.of(key_mask) if self.training and not ids.is_cuda else None
+        packed = Packed.of(key_mask, self.training and self.packs)
         x = packed.pack(x) if packed else x
         for block in self.blocks:
             x = block(x, seen, packed=packed)
