@@ -308,9 +308,7 @@ class OpenClip:
         self.batches.num_batches = WARMUP + steps
         self.batches.num_samples = self.batches.num_batches * self.args.batch_size
         nothing = (None, None, None)
-        train_one_epoch(
-            self.model, self.data, self.loss, 0, self.optimizer, *nothing, self.args
-        )
+        train_one_epoch(self.model, self.data, self.loss, 0, self.optimizer, *nothing, self.args)
         times = self.batches.times
         return [b - a for a, b in zip(times[WARMUP:], times[WARMUP + 1 :], strict=False)]
 

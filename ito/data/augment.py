@@ -156,9 +156,7 @@ def crop(
     grid = torch.stack([across[:, None].expand(sides), down[..., None].expand(sides)], 1)
     if bend is not None:
         grid += bend
-    view = F.grid_sample(
-        x, grid.permute(0, 2, 3, 1), padding_mode="border", align_corners=False
-    )
+    view = F.grid_sample(x, grid.permute(0, 2, 3, 1), padding_mode="border", align_corners=False)
     outside = grid.abs().amax(1, keepdim=True) > 1
     return torch.maximum(view, outside.to(view.dtype))  # white
 
