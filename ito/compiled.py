@@ -23,9 +23,12 @@ def choose_compile(requested: bool, device: torch.device) -> tuple[bool, str]:
 def compile_towers(*modules: nn.Module) -> None:
     """Compile every transformer block and the image tower's stem, in place: weights keep their
     names. Compilation happens at the first call, for each size. Results change by rounding.
+    Padding is computed then: without it the number of tokens differs from step to step.
     """
     for module in (part for root in modules for part in root.modules()):
         if isinstance(module, Block):
             module.compile()
         elif isinstance(module, ImageEncoder):
             module.stem.compile()
+        elif hasattr(module, "packs"):
+            module.packs = False

@@ -294,10 +294,12 @@ class Run:
         self.compile, why_compile = choose_compile(asked, self.device)
         ranks = f"{self.ranks.size} ranks, each " if self.ranks.size > 1 else ""
         threads = f"{torch.get_num_threads()} threads"
+        padding = "left out" if self.device.type == "cpu" and not self.compile else "computed"
         return {
             "machine": f"{ranks}{self.device}, {threads}, torch {torch.__version__}",
             "precision": f"{str(self.dtype).removeprefix('torch.')}: {why_dtype}",
             "compile": f"{'yes' if self.compile else 'no'}: {why_compile}",
+            "step": f"channels_last, fused AdamW, views augmented as one batch, padding {padding}",
         }
 
     def print_setup(self, machine: dict[str, str]) -> None:

@@ -140,34 +140,32 @@ def crop(
 ) -> torch.Tensor:
     """Random resized crop and flip; `u` (5, B): area, ratio, left, top, flip.
 
-    `bend` (B, out, out, 2) is added to where the picture, seen as [-1, 1]², is sampled.
+    `bend` (B, 2, out, out) is added to where the picture, seen as [-1, 1]², is sampled.
     """
     area = lerp(config.scale, u[0])
     ratio = lerp([math.log(r) for r in config.ratio], u[1]).exp()
     limit = max(1.0, math.sqrt(config.scale[1]))
     width, height = (side.sqrt().clamp(max=limit) for side in (area * ratio, area / ratio))
     flip = 1 - 2 * (u[4] < config.flip_p).float()
-    zero = torch.zeros_like(area)
-    theta = torch.stack(
-        [
-            torch.stack([width * flip, zero, (1 - width) * (2 * u[2] - 1)], 1),
-            torch.stack([zero, height, (1 - height) * (2 * u[3] - 1)], 1),
-        ],
-        1,
-    )
-    grid = F.affine_grid(theta, [len(x), 3, out_size, out_size], align_corners=False)
+    # along each axis the centres of the pixels in [-1, 1]; `affine_grid` takes 1.3 ms for 128
+    # pictures of 32 px on one core, this 0.1
+    centres = (2 * torch.arange(out_size).to(x) + 1) / out_size - 1
+    across = torch.addcmul((1 - width) * (2 * u[2] - 1), width * flip, centres[:, None]).T
+    down = torch.addcmul((1 - height) * (2 * u[3] - 1), height, centres[:, None]).T
+    sides = (-1, out_size, out_size)
+    grid = torch.stack([across[:, None].expand(sides), down[..., None].expand(sides)], 1)
     if bend is not None:
-        grid = grid + bend
-    view = F.grid_sample(x, grid, padding_mode="border", align_corners=False)
-    outside = (grid.abs().amax(-1) > 1)[:, None]
-    return view.masked_fill_(outside, 1.0)
+        grid += bend
+    view = F.grid_sample(x, grid.permute(0, 2, 3, 1), padding_mode="border", align_corners=False)
+    outside = grid.abs().amax(1, keepdim=True) > 1
+    return torch.maximum(view, outside.to(view.dtype))  # white
 
 
 def warp(u: torch.Tensor, out_size: int, config: Augmentation) -> torch.Tensor:
-    """Smooth displacements (B, out, out, 2); `u` (33, B): strength, a 4×4 grid of 2-D vectors."""
+    """Smooth displacements (B, 2, out, out); `u` (33, B): strength, a 4×4 grid of 2-D vectors."""
     points = config.warp * u[0] * (2 * u[1:] - 1)
     field = points.T.reshape(-1, 16) @ bicubic(out_size, u.device)
-    return field.view(-1, 2, out_size, out_size).permute(0, 2, 3, 1)
+    return field.view(-1, 2, out_size, out_size)
 
 
 @functools.cache

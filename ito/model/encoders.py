@@ -5,6 +5,7 @@ tokens during training; the pooled vectors are the embeddings.
 """
 
 import math
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -38,6 +39,68 @@ def attention(query: Tensor, key: Tensor, value: Tensor, key_mask: Tensor | None
     return scores.softmax(-1).to(value.dtype) @ value
 
 
+class Packed(NamedTuple):
+    """The T real tokens of a padded batch (B, L), for layers that see one token at a time.
+
+    T is rounded up to a multiple of 32: for each new size oneDNN generates code, which takes longer
+    than what is saved.
+
+    places: (T,), the position of each token among the B·L; of the rows after the first `count` any.
+    tokens: (B·L,), which of the T is at each position; where `real` (B·L, 1) is False, any.
+    """
+
+    places: Tensor
+    tokens: Tensor
+    real: Tensor
+    count: int
+
+    @classmethod
+    def of(cls, mask: Tensor, wanted: bool) -> "Packed | None":
+        """None if not wanted, on a GPU, which would wait for the lengths, and in a module that is
+        compiled or exported, of which each T would be another version."""
+        if not wanted or mask.device.type != "cpu" or torch.compiler.is_compiling():
+            return None
+        real = mask.flatten()
+        places = real.nonzero().squeeze(1)
+        tokens = real.cumsum(0).sub_(1).clamp_(min=0)
+        return cls(F.pad(places, (0, -len(places) % 32)), tokens, real[:, None], len(places))
+
+    def pack(self, x: Tensor) -> Tensor:
+        """``(B, L, W) -> (T, W)``."""
+        return Pack.apply(x.flatten(0, 1), *self)
+
+    def pad(self, x: Tensor, batch: int) -> Tensor:
+        """``(T, W) -> (B, L, W)``; the values at padding must not be used."""
+        return Pad.apply(x, *self).unflatten(0, (batch, -1))
+
+
+# `index_select` with a gradient that is one too; PyTorch's adds row by row, on one thread.
+class Pack(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, places, tokens, real, count):
+        ctx.save_for_backward(tokens, real)
+        return x.index_select(0, places)
+
+    @staticmethod
+    def backward(ctx, grad):
+        tokens, real = ctx.saved_tensors
+        return grad.index_select(0, tokens).mul_(real), None, None, None, None
+
+
+class Pad(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, places, tokens, real, count):
+        ctx.save_for_backward(places)
+        ctx.count = count
+        return x.index_select(0, tokens)
+
+    @staticmethod
+    def backward(ctx, grad):
+        rows = grad.index_select(0, *ctx.saved_tensors)
+        rows[ctx.count :] = 0
+        return rows, None, None, None, None
+
+
 class Block(nn.Module):
     """Pre-norm bidirectional transformer block with an MLP of four times the width."""
 
@@ -56,9 +119,14 @@ class Block(nn.Module):
         )
 
     def forward(
-        self, x: Tensor, key_mask: Tensor | None = None, first_only: bool = False
+        self,
+        x: Tensor,
+        key_mask: Tensor | None = None,
+        first_only: bool = False,
+        packed: Packed | None = None,
     ) -> Tensor:
-        """``(B, L, W) -> (B, L, W)``, or with `first_only` position 0 of it, ``(B, 1, W)``.
+        """``(B, L, W) -> (B, L, W)``, or with `first_only` position 0 of it, ``(B, 1, W)``, or with
+        `packed` ``(T, W) -> (T, W)``.
 
         `key_mask` as in `attention`; with `first_only` it is ``(B, L)``.
         """
@@ -66,8 +134,13 @@ class Block(nn.Module):
         if first_only:
             x, mixed = x[:, :1], self.attend_first(normed, key_mask)
         else:
-            qkv = self.qkv(normed).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
+            qkv = self.qkv(normed)
+            if packed:
+                qkv = packed.pad(qkv, len(key_mask))
+            qkv = qkv.unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
             mixed = attention(*qkv, key_mask).transpose(1, 2).flatten(2)
+            if packed:
+                mixed = packed.pack(mixed)
         x = x + self.out(mixed)
         return x + self.mlp(self.norm_mlp(x))
 
@@ -200,7 +273,10 @@ class TextEncoder(nn.Module):
     ``forward(ids (B, L) int64) -> tokens (B, L, E), pooled (B, E)``; L ≤ context_length, id 0 is
     padding, masked on the keys; ``pooled`` is the mean over the real tokens. With ``causal`` a
     token attends to itself and those before it, and ``pooled`` is the last real one, the end token.
+    In training the blocks compute no padding, unless `packs` is False.
     """
+
+    packs = True
 
     def __init__(
         self,
@@ -233,9 +309,12 @@ class TextEncoder(nn.Module):
         seen = key_mask
         if self.causal:
             seen = key_mask[:, None, :] & key_mask.new_ones(length, length).tril()
+        packed = Packed.of(key_mask, self.training and self.packs)
+        x = packed.pack(x) if packed else x
         for block in self.blocks:
-            x = block(x, seen)
+            x = block(x, seen, packed=packed)
         tokens = self.project(self.norm(x))
+        tokens = packed.pad(tokens, len(ids)) if packed else tokens
         if self.causal:
             last = key_mask.sum(1).sub(1).clamp(min=0)
             return tokens, tokens[torch.arange(ids.shape[0], device=ids.device), last]

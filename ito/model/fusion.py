@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ito.model.encoders import Block, initialise
+from ito.model.encoders import Block, Packed, initialise
 
 READOUTS = ("cls", "mean", "token")
 
@@ -36,7 +36,11 @@ class Fusion(nn.Module):
         grid: side of the image's patch grid; width: the joint width E; depth, heads of the blocks.
         readout: ``cls`` (position 0, the image's CLS), ``mean`` (over all real tokens) or ``token``
             (an additional learned token, at position 0).
+
+    In training all blocks but the last compute no padding, unless `packs` is False.
     """
+
+    packs = True
 
     def __init__(self, grid: int, width: int, depth: int = 2, heads: int = 4, readout: str = "cls"):
         super().__init__()
@@ -77,8 +81,11 @@ class Fusion(nn.Module):
         always = text_mask.new_ones(batch, x.shape[1] - text_mask.shape[1])
         key_mask = torch.cat([always, text_mask], 1)
         # Unless the read-out is "mean", only position 0 is used: the last block computes no other.
+        packed = Packed.of(key_mask, self.training and self.packs)
+        x = packed.pack(x) if packed else x
         for block in self.blocks[:-1]:
-            x = block(x, key_mask)
+            x = block(x, key_mask, packed=packed)
+        x = packed.pad(x, batch) if packed else x
         x = self.norm(self.blocks[-1](x, key_mask, first_only=self.readout != "mean"))
         if self.readout == "mean":
             weights = key_mask.unsqueeze(-1).to(x.dtype)

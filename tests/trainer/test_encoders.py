@@ -112,6 +112,30 @@ def test_text_padding_does_not_change_the_result():
         torch.testing.assert_close(alone[0], tokens[0].mean(0))
 
 
+@pytest.mark.parametrize("causal", [False, True])
+def test_training_computes_no_padding_and_each_text_as_alone(causal):
+    """Values and gradients; the sums over tokens that no text has would be wrong gradients."""
+    torch.manual_seed(0)
+    encoder = TextEncoder(50, 9, width=16, depth=2, heads=2, embed_dim=16, causal=causal).double()
+    lengths, direction = (3, 9, 1, 5), torch.randn(4, 16, dtype=torch.float64)
+    batch, computed, alone = ids(*lengths), [], []
+    for block in encoder.blocks:
+        hook = block.mlp.register_forward_pre_hook(lambda _, x: computed.append(x[0].shape))
+        pooled = encoder(batch)[1]
+        hook.remove()
+    assert computed == [(32, 16)] * 2  # 18 tokens, rounded up; 36 with padding
+    gradients = torch.autograd.grad((pooled * direction).sum(), list(encoder.parameters()))
+    encoder.eval()
+    for row, length in enumerate(lengths):
+        alone.append(encoder(batch[row : row + 1, :length])[1][0])
+    torch.testing.assert_close(pooled, torch.stack(alone), rtol=1e-12, atol=1e-12)
+    wanted = torch.autograd.grad(
+        sum(x @ y for x, y in zip(alone, direction, strict=True)), list(encoder.parameters())
+    )
+    for got, want in zip(gradients, wanted, strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-12)
+
+
 def test_order_of_words_matters():
     torch.manual_seed(0)
     encoder = TextEncoder(50, 9, width=16, depth=1, heads=2, embed_dim=16)

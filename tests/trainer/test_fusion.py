@@ -48,6 +48,24 @@ def test_padding_never_reaches_the_result(readout):
 
 
 @pytest.mark.parametrize("readout", READOUTS)
+def test_training_computes_no_padding_and_the_same(readout):
+    """With the gradients of evaluation mode, where padding is computed and masked."""
+    module, found = fusion(readout), []
+    image, text, mask, positions = inputs((2, 6, 1) * 4)
+    leaves = [image.requires_grad_(), text.requires_grad_(), *module.parameters()]
+    direction = torch.randn(len(image), WIDTH, dtype=torch.float64)
+    rows = []
+    module.blocks[0].mlp.register_forward_pre_hook(lambda _, x: rows.append(x[0].shape))
+    for training in (True, False):
+        result = module.train(training)(image, text, mask, positions)
+        found.append((result, *torch.autograd.grad((result * direction).sum(), leaves)))
+    extra = readout == "token"  # 96 tokens, or 108 rounded up
+    assert rows == [(96 + 32 * extra, WIDTH), (12, 5 + LENGTH + extra, WIDTH)]
+    for got, want in zip(*found, strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-6)  # the result is fp32
+
+
+@pytest.mark.parametrize("readout", READOUTS)
 def test_every_real_token_reaches_the_result(readout):
     module = fusion(readout)
     image, text, mask, positions = inputs()

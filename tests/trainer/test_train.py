@@ -448,6 +448,8 @@ def test_what_is_compiled_is_asked_for(monkeypatch):
     blocks = [m for m in trained.modules() if type(m).__name__ == "Block"]
     assert len(blocks) == 3 + 1 + 2
     assert {id(m) for m in found} == {id(m) for m in (stem, *blocks)}
+    # without padding the number of tokens would vary
+    assert (trained[0].text.packs, trained[1].packs) == (False, False)
     for device in ("cpu", "cuda"):
         wanted, why = choose_compile(False, torch.device(device))
         assert not wanted
