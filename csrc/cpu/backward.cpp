@@ -210,7 +210,7 @@ void Call::backward(const Stats& stats, const Upstream& up, TileCache cache, boo
         ws.row_side.fill(from(stats.row, first), from(up.row, first), plan_.rows.size(b));
       }
       for_each_tile(ws, b, [&](Tile& t, const TileIndex& at) {
-        t.have_dots = use_cache(t, at);
+        if (float* const kept = place_in_cache(at)) t.dots = kept, t.have_dots = true;
         BackwardTile w;
         w.row = one_pass ? ws.row_side.from(0) : row_side.from(first);
         w.col = col_side.from(plan_.cols.begin(at.col_block));

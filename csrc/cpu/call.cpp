@@ -156,8 +156,8 @@ void Call::open_cache(TileCache cache, bool write, bool per_thread) {
   int64_t rows = 0;
   cached_rows_.assign(plan_.rows.count, 0);
   for (int64_t block = 0; block < plan_.rows.count; ++block) {
-    const int64_t size = round_up(per_thread ? plan_.rows.largest() : plan_.rows.size(block),
-                                  k_.row_align);
+    const int64_t size =
+        per_thread ? round_up(plan_.rows.largest(), k_.row_align) : stored_rows(block);
     const bool shares = per_thread && block >= plan_.threads;
     cached_rows_[block] = shares ? cached_rows_[block - plan_.threads] : rows;
     if (!shares) rows += size;
@@ -182,12 +182,21 @@ void Call::open_cache(TileCache cache, bool write, bool per_thread) {
   }
 }
 
-// Points t.dots at the tile's place in the cache, if it has one.
-bool Call::use_cache(Tile& t, const TileIndex& at) const {
-  if (at.offset >= cached_tiles_) return false;
-  const int64_t rows = round_up(t.rows, k_.row_align);
-  t.dots = cache_ + (cached_rows_[at.row_block] * cached_tiles_ + at.offset * rows) * cols_;
-  return true;
+// Where the tile's inner products are kept; null if they are not.
+float* Call::place_in_cache(const TileIndex& at) const {
+  if (at.offset >= cached_tiles_) return nullptr;
+  return cache_ + (cached_rows_[at.row_block] * cached_tiles_ +
+                   at.offset * stored_rows(at.row_block)) * cols_;
+}
+
+// What the thread reads after the n-th tile of a row block.
+void Call::expect_next(Tile& t, int64_t row_block, int64_t n) const {
+  if (++n == plan_.tiles(row_block)) n = 0, row_block += plan_.threads;
+  if (row_block >= plan_.rows.count) return;
+  const TileIndex next = plan_.tile(row_block, n);
+  t.next_dots = place_in_cache(next);
+  t.next_bytes = stored_rows(row_block) * round_up(plan_.cols.size(next.col_block), k_.col_panel) *
+                 static_cast<int64_t>(sizeof(float));
 }
 
 std::string describe(const Problem& problem, const Run& run) {

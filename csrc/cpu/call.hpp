@@ -59,7 +59,11 @@ class Call {
     return 2 * plan_.rows.size(at.row_block) * plan_.cols.size(at.col_block) * p_.a.width;
   }
   void open_cache(TileCache, bool write, bool per_thread);
-  bool use_cache(Tile&, const TileIndex&) const;
+  int64_t stored_rows(int64_t row_block) const {
+    return round_up(plan_.rows.size(row_block), k_.row_align);
+  }
+  float* place_in_cache(const TileIndex&) const;
+  void expect_next(Tile&, int64_t row_block, int64_t n) const;
 
   // Calls work(tile, index) for every tile of a row block, in the plan's order.
   template <class Work>
@@ -67,6 +71,7 @@ class Call {
     for (int64_t n = 0; n < plan_.tiles(row_block); ++n) {
       const TileIndex at = plan_.tile(row_block, n);
       Tile t = tile(ws, at);
+      expect_next(t, row_block, n);
       work(t, at);
       if (!t.have_dots) ws.flops += product_flops(at);
     }

@@ -68,7 +68,10 @@ void Call::forward_row_block(Workspace& ws, int64_t row_block, const Stats& stat
   for_each_tile(ws, row_block, [&](Tile& t, const TileIndex& at) {
     // S overwrites the inner products, and is -inf where a pair is excluded. The cache wants them
     // whole, and so do the positives of "lse".
-    if (!use_cache(t, at) && !t.plain) t.dots = ws.dots;
+    if (float* const kept = place_in_cache(at))
+      t.dots = kept;
+    else if (!t.plain)
+      t.dots = ws.dots;
     ForwardTile f{p_.positives, p_.hardest, ws.row, from(ws.col, plan_.cols.begin(at.col_block))};
     if (plan_.both_sides(at)) {  // the columns' statistics are the rows' again
       f.col = ws.unread;

@@ -25,6 +25,10 @@ struct Tile {
   float* scores = nullptr;   // S, later W = ∂L/∂S; may be `dots`, which is then overwritten
   void* operand = nullptr;   // W as the gradients' products take it; unused where that is fp32
   float* scratch = nullptr;  // kScratch floats for each row and for each column
+  // The inner products of the tile that comes next, if they were kept: fetched in grad_cols. A null
+  // pointer: there are none.
+  const float* next_dots = nullptr;
+  int64_t next_bytes = 0;
   const float *scale = nullptr, *row_add = nullptr, *col_add = nullptr;  // -inf at padding
 
   // No positives in the tile and nothing excluded: the members below are not read.

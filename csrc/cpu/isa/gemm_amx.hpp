@@ -84,7 +84,7 @@ struct GemmAmx : LayoutsBf16 {
   }
 
   static void grad_cols(const uint16_t* w, const uint16_t* a, float* dbt, int rows, int cols,
-                        int width, bool add) {
+                        int width, bool add, const void*, int64_t) {
     const Tiles tiles;
     w += int64_t(rows) * cols;  // the layout for dB
     a += int64_t(rows) * width;

@@ -34,7 +34,7 @@ struct GemmDotBf16 : LayoutsBf16 {
                 int64_t(ito::ceil_div(rows, kRowPanel)) * depth);
     for (int i = 0; i < rows; i += kRowPanel, ahead = ahead.after(depth))
       Kernel::rows<1, kRowPanel>(rows - i, depth, depth, pairs(a) + int64_t(i) * depth, 0, pairs(b),
-                                 s + i * kColPanel, false, ahead);
+                                 s + i * kColPanel, false, ahead, Ahead(b));
   }
 
   static void grad_rows(const uint16_t* w, const uint16_t* b, int64_t b_panel, float* da, int rows,
@@ -45,21 +45,23 @@ struct GemmDotBf16 : LayoutsBf16 {
                   int64_t(ito::ceil_div(rows, kRowPanel)) * cols / 2);
       for (int i = 0; i < rows; i += kRowPanel, ahead = ahead.after(cols / 2))
         Kernel::rows<16, 1>(rows - i, cols / 2, 16, pairs(w) + i * 16, int64_t(rows) * 16, pairs(b),
-                            da + i * kColPanel, add, ahead);
+                            da + i * kColPanel, add, ahead, Ahead(b));
     }
   }
 
   static void grad_cols(const uint16_t* w, const uint16_t* a, float* dbt, int rows, int cols,
-                        int width, bool add) {
+                        int width, bool add, const void* next, int64_t next_bytes) {
     constexpr int kBlock = kRowPanel * kColPanel;
+    const int64_t blocks = int64_t(cols / kColPanel) * ito::ceil_div(width, kRowPanel);
+    Ahead ahead = next ? Ahead(next, next_bytes, blocks * rows / 2) : Ahead(w);
     w += int64_t(rows) * cols;  // the layout for dB
     a += score_rows(rows) * width;
     for (int j = 0; j < cols; j += kColPanel, w += int64_t(rows) * kColPanel)
-      for (int d = 0; d < width; d += kRowPanel) {
+      for (int d = 0; d < width; d += kRowPanel, ahead = ahead.after(rows / 2)) {
         float* const c = dbt + int64_t(j) * width + d * kColPanel;
         Kernel::rows<16, 1>(width - d, rows / 2, 16, pairs(a) + d * 16, int64_t(width) * 16,
                             pairs(w), c, add,
-                            Ahead(c + kBlock, kBlock * sizeof(float), rows / 2));
+                            Ahead(c + kBlock, kBlock * sizeof(float), rows / 2), ahead);
       }
   }
 

@@ -60,7 +60,7 @@ struct GemmFma {
       const int depth = width - d < kDepth ? width - d : kDepth;
       for (int i = 0; i < rows; i += R, ahead = ahead.after(depth))
         Kernel::template rows<1, R>(rows - i, depth, depth, a + int64_t(i) * width + d * R, 0,
-                                    b + d * kColPanel, s + i * kColPanel, d > 0, ahead);
+                                    b + d * kColPanel, s + i * kColPanel, d > 0, ahead, Ahead(b));
     }
   }
 
@@ -75,19 +75,21 @@ struct GemmFma {
       for (int i = 0; i < rows; i += R, ahead = ahead.after(cols))
         Kernel::template rows<kColPanel, 1>(rows - i, cols, kColPanel, w + i * kColPanel,
                                             int64_t(rows) * kColPanel, b, da + i * kColPanel, add,
-                                            ahead);
+                                            ahead, Ahead(b));
     }
   }
 
-  // dBᵀ (+)= Aᵀ·W. `a`: packed rows.
-  static void grad_cols(const float* w, const float* a, float* dbt, int rows, int cols,
-                        int width, bool add) {
+  // dBᵀ (+)= Aᵀ·W. `a`: packed rows. `next_bytes` from `next` on, if not null, are fetched meanwhile.
+  static void grad_cols(const float* w, const float* a, float* dbt, int rows, int cols, int width,
+                        bool add, const void* next, int64_t next_bytes) {
     constexpr int kBlock = R * kColPanel;
+    const int64_t blocks = int64_t(ceil_div(cols, kColPanel)) * ceil_div(width, R);
+    Ahead ahead = next ? Ahead(next, next_bytes, blocks * rows) : Ahead(w);
     for (int j = 0; j < cols; j += kColPanel, w += int64_t(rows) * kColPanel)
-      for (int d = 0; d < width; d += R) {
+      for (int d = 0; d < width; d += R, ahead = ahead.after(rows)) {
         float* const c = dbt + int64_t(j) * width + d * kColPanel;
         Kernel::template rows<R, 1>(width - d, rows, R, a + d * R, int64_t(width) * R, w, c, add,
-                                    Ahead(c + kBlock, kBlock * sizeof(float), rows));
+                                    Ahead(c + kBlock, kBlock * sizeof(float), rows), ahead);
       }
   }
 

@@ -98,7 +98,7 @@ struct GemmSplit {
   }
 
   static void grad_cols(const Element* w, const Element* a, float* dbt, int rows, int cols,
-                        int width, bool add) {
+                        int width, bool add, const void*, int64_t) {
     const GemmAmx::Tiles tiles;
     w += int64_t(rows) * cols;  // the layout for dB
     a += int64_t(rows) * width;

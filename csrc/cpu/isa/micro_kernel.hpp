@@ -12,15 +12,17 @@ struct MicroKernel {
   using Unit = typename Op::Unit;
   static constexpr int kColPanel = C * V::kWidth;
 
-  // What a product reads next is fetched into L2 meanwhile, `step` bytes further every K step. The
+  // Memory that is read soon is fetched into L2 meanwhile, `step` bytes further every K step. The
   // columns and their gradient come from L3: without it the products run at 91 to 94 % of the peak,
   // with it at 97.
   struct Ahead {
-    const void* from = nullptr;
+    const void* from;
     int step = 0;
     // `bytes` from `p` on, spread over so many K steps
     Ahead(const void* p, int64_t bytes, int64_t k_steps)
         : from(p), step(static_cast<int>((bytes + k_steps - 1) / k_steps)) {}
+    // nothing: memory that is read anyway
+    explicit Ahead(const void* p) : from(p) {}
     // that of a block of the result further on
     Ahead after(int64_t k_steps) const {
       Ahead next = *this;
@@ -33,8 +35,9 @@ struct MicroKernel {
   // on `a_chunk` units from where the chunk began. `b` is contiguous.
   template <int M, int ARow, int AStep>
   static inline void run(int depth, int chunk, const Unit* a, int64_t a_chunk, const Unit* b,
-                         float* c, bool accumulate, Ahead ahead) {
-    const char* next = static_cast<const char*>(ahead.from);
+                         float* c, bool accumulate, Ahead ahead, Ahead other) {
+    const char *next = static_cast<const char*>(ahead.from),
+               *other_next = static_cast<const char*>(other.from);
     typename V::F acc[M][C];
     // c is needed at the end; where it accumulates gradients it comes from L2 or beyond.
     for (int i = 0; i < M * kColPanel; i += 16) __builtin_prefetch(c + i, 1);
@@ -45,8 +48,11 @@ struct MicroKernel {
     for (int k0 = 0; k0 < depth; k0 += chunk, a += a_chunk) {
       const Unit* ak = a;
       const int steps = depth - k0 < chunk ? depth - k0 : chunk;
-      for (int k = 0; k < steps; ++k, ak += AStep, b += kColPanel, next += ahead.step) {
+      for (int k = 0; k < steps; ++k, ak += AStep, b += kColPanel) {
         __builtin_prefetch(next, 0, 2);
+        __builtin_prefetch(other_next, 0, 2);
+        next += ahead.step;
+        other_next += other.step;
         typename Op::Operand right[C];
 #pragma GCC unroll 4
         for (int j = 0; j < C; ++j) right[j] = Op::load(b + j * V::kWidth);
@@ -79,10 +85,11 @@ struct MicroKernel {
   // The same for min(rows, R) rows: nothing is computed for rows that do not exist.
   template <int ARow, int AStep, int M = R>
   static inline void rows(int rows_, int depth, int chunk, const Unit* a, int64_t a_chunk,
-                          const Unit* b, float* c, bool accumulate, Ahead ahead) {
-    if (rows_ >= M) return run<M, ARow, AStep>(depth, chunk, a, a_chunk, b, c, accumulate, ahead);
+                          const Unit* b, float* c, bool accumulate, Ahead ahead, Ahead other) {
+    if (rows_ >= M)
+      return run<M, ARow, AStep>(depth, chunk, a, a_chunk, b, c, accumulate, ahead, other);
     if constexpr (M > 1)
-      rows<ARow, AStep, M - 1>(rows_, depth, chunk, a, a_chunk, b, c, accumulate, ahead);
+      rows<ARow, AStep, M - 1>(rows_, depth, chunk, a, a_chunk, b, c, accumulate, ahead, other);
   }
 
   // Multiply-adds that depend on nothing in memory.

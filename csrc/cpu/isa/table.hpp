@@ -43,7 +43,8 @@ struct Table {
     G::grad_rows(operand(t), static_cast<const E*>(b), b_panel, da, rows(t), cols, width(t), add);
   }
   static void grad_cols(const Tile& t, const void* a, float* dbt, bool add) {
-    G::grad_cols(operand(t), static_cast<const E*>(a), dbt, rows(t), t.cols, width(t), add);
+    G::grad_cols(operand(t), static_cast<const E*>(a), dbt, rows(t), t.cols, width(t), add,
+                 t.next_dots, t.next_bytes);
   }
 
   // Finished gradients, from the layouts of the products to dense rows. fp32 is stored by vectors:
