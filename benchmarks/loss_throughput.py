@@ -56,6 +56,7 @@ from measure import (
     Step,
     copy_bandwidth,
     gemm_flops,
+    instruction_set,
     peak_flops,
     relative_error,
     step,
@@ -143,8 +144,11 @@ def limits(args: argparse.Namespace) -> dict:
         return {}
     found: dict = {"copy_bytes_per_second": copy_bandwidth(), "peak_flops": {}}
     print(f"copying reads and writes {found['copy_bytes_per_second'] / 1e9:.1f} GB/s")
-    for name in args.dtype:
-        one, every = (peak_flops(DTYPES[name], threads) for threads in (1, None))
+    kinds = {name: (DTYPES[name], None) for name in args.dtype}
+    if "fp32" in kinds and instruction_set() == "amx_bf16":
+        kinds["fp32 without AMX"] = (torch.float32, "avx512")
+    for name, (dtype, isa) in kinds.items():
+        one, every = (peak_flops(dtype, threads, isa) for threads in (1, None))
         found["peak_flops"][name] = {"one_thread": one, "all_threads": every}
         if one and every:
             print(

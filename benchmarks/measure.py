@@ -165,14 +165,24 @@ def gemm_flops(run: Callable[[], object], native: bool) -> float | None:
     return flops
 
 
-def peak_flops(dtype: torch.dtype, threads: int | None = None) -> float | None:
+def instruction_set() -> str:
+    """The instruction set of the native kernels; empty without the native module."""
+    native = _native()
+    sets = native.cpu_instruction_sets() if hasattr(native, "cpu_instruction_sets") else [""]
+    return os.environ.get("ITO_CPU_ISA") or sets[0]
+
+
+def peak_flops(
+    dtype: torch.dtype, threads: int | None = None, isa: str | None = None
+) -> float | None:
     """The FLOP/s of a loop of independent multiply-adds, in registers, on `threads`, by default
-    PyTorch's number; None without the native module."""
+    PyTorch's number, with the native kernels' or another instruction set; None without the native
+    module. fp32 on AMX: six products of bf16 count as one."""
     native = _native()
     if not hasattr(native, "cpu_peak"):
         return None
     kind = getattr(native.CpuDType, str(dtype).removeprefix("torch."))
-    isa, rounds = os.environ.get("ITO_CPU_ISA", ""), 1000
+    isa, rounds = isa or instruction_set(), 1000
     threads = threads or torch.get_num_threads()
     best = seconds = 0.0
     while seconds < PEAK_SECONDS:
