@@ -312,10 +312,10 @@ def _first_step(
         warmup_rows = n if contender.compiles or device != "cpu" else min(n, WARMUP_ROWS)
         step(run, loss, make_inputs(loss, warmup_rows, dim, dtype, device))
         x = make_inputs(loss, n, dim, dtype, device)
-        before = _reset_peak(device)
+        before = reset_peak(device)
         grads = step(run, loss, x).grads
         returned = sum(g.numel() * g.element_size() for g in grads if g is not None)
-        return Probe(None if before is None else max(0, _peak(device) - before - returned))
+        return Probe(None if before is None else max(0, peak_memory(device) - before - returned))
     except Exception as error:
         return Probe(failure=f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}")
 
@@ -330,7 +330,7 @@ def _limit_memory() -> None:
     resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
 
 
-def _reset_peak(device: str) -> int | None:
+def reset_peak(device: str) -> int | None:
     """Reset the peak memory. Returns the bytes in use, or None if they cannot be measured."""
     gc.collect()
     if device != "cpu":
@@ -346,7 +346,7 @@ def _reset_peak(device: str) -> int | None:
     return _kib("/proc/self/status", "VmRSS") * 1024
 
 
-def _peak(device: str) -> int:
+def peak_memory(device: str) -> int:
     if device != "cpu":
         return torch.cuda.max_memory_allocated()
     return _kib("/proc/self/status", "VmHWM") * 1024

@@ -140,7 +140,7 @@ def _memory(ax: Axes, rows: list[dict], best: str | None) -> None:
     ax.set_ylim(low, high)
     ax.set_xticks(sizes, [f"N = {sizes[0]}", *map(str, sizes[1:])])
     ax.set_yticks([2.0**k for k in range(-4, 30, 2) if low <= 2.0**k <= high])
-    ax.yaxis.set_major_formatter(FuncFormatter(_mib))
+    ax.yaxis.set_major_formatter(FuncFormatter(format_mib))
     ax.xaxis.set_minor_locator(NullLocator())
     ax.yaxis.set_minor_locator(NullLocator())
     ax.grid(axis="y", color=GRID)
@@ -168,5 +168,5 @@ def _label_ends(ax: Axes, ends: list[tuple[float, float, str, str]]) -> None:
         )
 
 
-def _mib(mib: float, _) -> str:
+def format_mib(mib: float, _) -> str:
     return f"{mib / 1024:g} GiB" if mib >= 1024 else f"{mib:g} MiB"

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cstring>
+#include <utility>
 
 #include "cpu/info.hpp"
 #include "cpu/threads.hpp"
@@ -65,8 +66,9 @@ Call::Call(const Problem& problem, const Run& run, Wants wants, const Grads& gra
     scale_rows_ = p_.scale_per_row ? grads_.scale : arena_.get<float>(p_.a.rows);
 }
 
-Call::~Call() {
-  for (const Workspace& ws : workspaces_) total_flops += ws.flops;
+// After each row block, so that others can see how far a call is.
+void Call::count(Workspace& ws) {
+  total_flops.fetch_add(std::exchange(ws.flops, 0), std::memory_order_relaxed);
 }
 
 int64_t gemm_flops() { return total_flops; }

@@ -21,7 +21,6 @@ class Call {
     bool symmetry = false;  // half of the tiles, if the problem is symmetric
   };
   Call(const Problem&, const Run&, Wants, const Grads& = {});
-  ~Call();
 
   TileCache new_cache(int64_t bytes);  // that lives as long as the call
   void forward(const Stats&, TileCache);
@@ -75,7 +74,9 @@ class Call {
       work(t, at);
       if (!t.have_dots) ws.flops += product_flops(at);
     }
+    count(ws);
   }
+  static void count(Workspace&);  // its products so far, for gemm_flops
 
   // forward.cpp
   void forward_row_block(Workspace&, int64_t row_block, const Stats&);

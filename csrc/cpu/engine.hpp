@@ -32,7 +32,8 @@ void logsumexp_both(const Problem&, Stats, const Upstream&, const Grads&, float*
 // pass.
 void softplus(const Problem&, float* loss, const float* u, const Grads&, const Run&);
 
-// Floating-point operations of all matrix products that were computed so far.
+// Floating-point operations of all matrix products that were computed so far. Running calls add
+// theirs after each row block.
 int64_t gemm_flops();
 
 // Tile shape, threads and instruction set, in words.

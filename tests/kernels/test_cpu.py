@@ -5,6 +5,8 @@ import re
 import shutil
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -131,6 +133,22 @@ def test_threads_may_change_between_forward_and_backward(threads):
     ours = cpu.logsumexp_backward(problem, stats, upstream, Needs(a=True), cache)
     truth = reference.logsumexp_backward(problem, stats, upstream, Needs(a=True))
     assert (ours.a - truth.a).abs().max() < 1e-5 * truth.a.abs().max()
+
+
+def test_products_are_counted_while_a_call_runs(threads):
+    """So that a long call can be watched."""
+    from ito_kernels import _native
+
+    threads(1)  # 3 products of 2.1 GFLOP each: many cores would be done at once
+    x, y = (normalize(torch.randn(4096, 64), dim=1).requires_grad_() for _ in range(2))
+    call = threading.Thread(target=lambda: ik.clip_loss(x, y, 10.0, backend="cpu"))
+    seen = {_native.gemm_flops()}
+    call.start()
+    while call.is_alive():
+        seen.add(_native.gemm_flops())
+        time.sleep(1e-4)
+    assert max(seen) - min(seen) <= 3 * 2 * 4096**2 * 64
+    assert len(seen) > 3, seen
 
 
 def test_the_cache_saves_products(monkeypatch, threads):
