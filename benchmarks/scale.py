@@ -154,13 +154,13 @@ def repeated_pairs(n: int, d: int) -> tuple[Inputs, tuple[Tensor, ...]]:
 
 
 def bound(n: int, d: int, threads: int) -> int:
-    """The extra bytes that a batch may take: linear in n, up to 5 bytes for each tile.
+    """The extra bytes that a batch may take: linear in n, but for 5 bytes for each tile.
 
-    Three copies of the columns in fp32: packed for the scores, packed for the gradients, and the sum
-    of their gradient. Vectors of each row and column: scales, biases, keys, statistics, weights, and
-    four running statistics of the columns for each thread. The scores that are kept. For each tile
-    of about 256 × 256, whether it has positives and its turn. The tiles in work and blocks that are
-    rounded up to huge pages.
+    copies: of the columns in fp32, packed for the scores, packed for the gradients, and the sum of
+    their gradient. vectors: scales, biases, keys, statistics and weights of each row and column,
+    and four running statistics of the columns for each thread. tiles: of about 256 × 256, whether
+    each has positives, and its turn. kept: the scores. Last, the tiles in work, and what blocks are
+    rounded up to.
     """
     copies = 3 * 4 * n * d
     vectors = (104 + 16 * threads) * n

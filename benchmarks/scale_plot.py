@@ -30,8 +30,8 @@ def draw(rows: list[dict], path: Path) -> None:
         figure.supxlabel(
             f"{last['cpu']}, {last['threads']} threads, torch {last['torch']}, {last['date'][:10]}."
             " Extra memory: peak beyond inputs and gradients.\nDashed: the time of the largest N,"
-            " scaled with N²; the bound of the memory, N·D·12 bytes, vectors, and a constant for kept"
-            " scores and the tiles in work.",
+            " scaled with N²; the bound of the memory, 12·N·D bytes, vectors, kept scores and the"
+            " tiles in work.",
             fontsize=9,
             color=MUTED,
             **left,
