@@ -33,7 +33,7 @@ def test_the_line_tells_the_progress(monkeypatch, capsys):
     monkeypatch.setattr(scale, "_native", SimpleNamespace(gemm_flops=lambda: done))
     with scale.progress("N = 8", 1000):
         done += 250
-        until = time.monotonic() + 20
+        until = time.monotonic() + 10
         while "N = 8:  25 % of the products" not in printed and time.monotonic() < until:
             time.sleep(0.05)
             printed += capsys.readouterr().err
