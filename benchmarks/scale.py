@@ -50,8 +50,8 @@ from measure import (
 from torch import Tensor
 from tqdm import tqdm
 
-from ito_kernels import _native
 from ito_kernels.similarity.budget import tile_cache_left
+from ito_kernels.similarity.native import MISSING, _native
 
 SIZES = {64: [1 << k for k in range(12, 19)], 768: [1 << k for k in range(12, 17)]}
 QUICK_SIZES = {64: [1024, 2048, 4096], 768: [1024]}
@@ -94,6 +94,8 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--threads", type=positive, default=torch.get_num_threads())
     parser.add_argument("--out", type=Path, help="the file of JSON lines; it may exist")
     args = parser.parse_args()
+    if MISSING:
+        parser.error(MISSING)
     sizes = QUICK_SIZES if args.quick else SIZES
     args.sizes = {d: args.batch or sizes.get(d, sizes[64]) for d in args.dim or sizes}
     if args.out is None:

@@ -17,6 +17,10 @@ sys.path.insert(0, str(BENCHMARKS))
 
 import scale  # noqa: E402
 
+from ito_kernels.similarity.native import MISSING  # noqa: E402
+
+pytestmark = pytest.mark.skipif(bool(MISSING), reason=MISSING)
+
 
 def test_exact_values_of_repeated_pairs(monkeypatch):
     monkeypatch.setattr(scale, "DISTINCT", 6)
