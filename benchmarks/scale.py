@@ -1,7 +1,7 @@
 """Time and memory of large batches: CLIP, fp32, forward and backward, on the CPU backend.
 
     python benchmarks/scale.py            up to N = 262,144 at D = 64 and N = 65,536 at D = 768:
-                                          12 minutes on two cores
+                                          8 minutes on two cores
     python benchmarks/scale.py --quick    up to N = 4,096, in seconds
     python benchmarks/scale.py --dim 64 --batch 262144
 
