@@ -1,5 +1,5 @@
-"""No module of ito_kernels or ito imports one that imports it, wherever the import stands; no file of
-tests needs an optional package to be collected."""
+"""No module of ito_kernels or ito imports one that imports it, wherever the import stands; no test
+file needs an optional package to be collected."""
 
 import ast
 import sys
@@ -48,7 +48,9 @@ def test_tests_are_collected_without_optional_packages():
     installed = {"torch", "numpy", "PIL", "safetensors", "tokenizers", "pytest", "hypothesis"}
     own = {path.stem for path in (REPOSITORY / "benchmarks").rglob("*.py")}
     known = sys.stdlib_module_names | installed | own | {"ito", "ito_kernels", "support"}
-    for path in (REPOSITORY / "tests").rglob("*.py"):
+    tests = REPOSITORY / "tests"
+    patterns = ("test_*.py", "conftest.py", "support/*.py")
+    for path in (path for pattern in patterns for path in tests.rglob(pattern)):
         for node in ast.parse(path.read_text(encoding="utf-8")).body:
             names = []
             if isinstance(node, ast.Import):

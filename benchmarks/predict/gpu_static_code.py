@@ -201,6 +201,5 @@ def predict(rows: list[dict], parts: dict, chips: list[str]) -> list[dict]:
             "units": 2 + len(parts[loss]),
             "products_ms": 1e3 * products, "total_ms": 1e3 * total,
             "overlapped_ms": 1e3 * overlapped,
-            "share_of_peak": (2 + len(parts[loss])) * unit / total / peak,
         })  # fmt: skip
     return out

@@ -1,7 +1,7 @@
 """A model of the step time and memory of a loss on many GPUs, from counts and published rates.
 
 A step is the loss and its gradients, without the encoders. All numbers for GPUs are predictions;
-nothing here has run on a GPU. The times of the kernels are those that `gpu_static.py` predicts from
+nothing here has run on a GPU. The times of the kernels are the lower bounds of `gpu_static.py`, from
 machine code. Those of the network follow published rates and the cost model of NCCL.
 `scaling_check.py` compares the same formulas with gloo on this machine, with constants measured by
 plain torch calls.

@@ -116,7 +116,8 @@ def dense(x: Tensor | None) -> Tensor | None:
 def _features(x: Tensor, ids: Tensor | None) -> Tensor:
     """Features with 16-byte aligned rows that do not overlap, as tensor descriptors need them.
 
-    `expand` gives rows a stride of 0, which a descriptor must not have; the copy has none. Padded rows may contain any values and become 0: in a matrix product 0 · NaN would spread.
+    `expand` gives rows a stride of 0, which a descriptor must not have; the copy has none.
+    Padded rows may contain any values and become 0: in a matrix product 0 · NaN would spread.
     """
     step = 16 // x.element_size()
     apart = x.stride(1) == 1 and x.stride(0) >= x.shape[1]
