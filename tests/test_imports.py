@@ -1,12 +1,15 @@
-"""No module of ito_kernels or ito imports one that imports it, wherever the import stands."""
+"""No module of ito_kernels or ito imports one that imports it, wherever the import stands; no test
+file needs an optional package to be collected."""
 
 import ast
+import sys
 from graphlib import TopologicalSorter
 from pathlib import Path
 
 import ito
 import ito_kernels
 
+REPOSITORY = Path(__file__).parents[1]
 ROOTS = [Path(package.__file__).parent for package in (ito_kernels, ito)]
 FILES = {
     ".".join(path.relative_to(root.parent).with_suffix("").parts).removesuffix(".__init__"): path
@@ -38,3 +41,21 @@ def test_imports_form_no_circle():
     assert "ito_kernels.distributed.collectives" in graph["ito_kernels.distributed.gather"]
     assert "ito_kernels.distributed" in graph["ito.objectives"]
     TopologicalSorter(graph).prepare()  # raises CycleError, with the circle
+
+
+def test_tests_are_collected_without_optional_packages():
+    """`pytest -m gpu` imports all of them, also on a machine without the extras."""
+    installed = {"torch", "numpy", "PIL", "safetensors", "tokenizers", "pytest", "hypothesis"}
+    own = {path.stem for path in (REPOSITORY / "benchmarks").rglob("*.py")}
+    known = sys.stdlib_module_names | installed | own | {"ito", "ito_kernels", "support"}
+    tests = REPOSITORY / "tests"
+    patterns = ("test_*.py", "conftest.py", "support/*.py")
+    for path in (path for pattern in patterns for path in tests.rglob(pattern)):
+        for node in ast.parse(path.read_text(encoding="utf-8")).body:
+            names = []
+            if isinstance(node, ast.Import):
+                names = [alias.name for alias in node.names]
+            elif isinstance(node, ast.ImportFrom):
+                names = [node.module]
+            others = {name.partition(".")[0] for name in names} - known
+            assert not others, f"{path.name} imports {others} where pytest collects it"

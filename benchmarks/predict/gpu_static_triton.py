@@ -11,13 +11,20 @@ if os.environ.get("TRITON_INTERPRET"):
     sys.exit("unset TRITON_INTERPRET: interpreted kernels cannot be compiled")
 
 import triton
-from gpu_static_code import MATRIX, family, functions, loops, run_tool
+from gpu_static_code import (
+    MATRIX,
+    barrier_between_row_tiles,
+    family,
+    functions,
+    loops,
+    run_tool,
+)
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from ito_kernels.similarity.triton import backward as gradient_kernels
 from ito_kernels.similarity.triton import forward as statistics_kernels
-from ito_kernels.similarity.triton.tiles import ARCHS, Arch, Tile
+from ito_kernels.similarity.triton.tiles import ARCHS, COMPILE, Arch, Tile
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -104,8 +111,8 @@ def variants(arch: Arch, arithmetic: str) -> dict[str, tuple]:
     return out
 
 
-def compile_one(arch_name: str, arithmetic: str, name: str) -> dict:
-    """Compile one variant. Returns its row."""
+def built(arch_name: str, arithmetic: str, name: str):
+    """One compiled variant, and its tile."""
     arch = ARCHS[arch_name]
     kernel, tile, arguments = variants(arch, arithmetic)[name]
     arguments["PARTS"] = arch.parts(tile, arguments["SOFTPLUS"])
@@ -120,33 +127,47 @@ def compile_one(arch_name: str, arithmetic: str, name: str) -> dict:
         else:
             signature[argument], constants[argument] = "constexpr", value
     source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
-    options = {"num_warps": tile.warps, "num_stages": tile.stages}
-    built = triton.compile(source, target=TARGETS[arch_name], options=options)
+    options = {"num_warps": tile.warps, "num_stages": tile.stages} | COMPILE
+    return triton.compile(source, target=TARGETS[arch_name], options=options), tile
+
+
+def compile_one(arch_name: str, arithmetic: str, name: str) -> dict:
+    """Compile one variant. Returns its row."""
+    kernel, tile = built(arch_name, arithmetic, name)
     row = {
         "arch": arch_name, "arithmetic": arithmetic, "kernel": name, "tile": list(tile),
-        "shared": built.metadata.shared,
+        "shared": kernel.metadata.shared,
     }  # fmt: skip
     read = read_amd if arch_name.startswith("gfx") else read_nvidia
-    row |= read(built) | {"element": ELEMENT[arithmetic][1], "ahead": arch.tma}
+    row |= read(kernel) | {"element": ELEMENT[arithmetic][1], "ahead": ARCHS[arch_name].tma}
     row["matrix_instructions"] = sum(row["total"].get(op, 0) for op in MATRIX[arch_name])
+    # row tiles share the columns' slots
+    row["barrier_missing"] = name.startswith("forward") and not row.pop("barrier")
     del row["total"]
     return row
 
 
-def read_nvidia(built) -> dict:
+def disassembled(kernel) -> tuple[list, dict, str]:
+    """The code and the labels of `functions`, and what cuobjdump says of resources."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as f:
-        f.write(built.asm["cubin"])
+        f.write(kernel.asm["cubin"])
         f.flush()
         usage = run_tool("cuobjdump", "--dump-resource-usage", f.name)
         sass = run_tool("nvdisasm", "-c", f.name)
     ((code, labels),) = functions(sass).values()
+    return code, labels, usage
+
+
+def read_nvidia(kernel) -> dict:
+    code, labels, usage = disassembled(kernel)
     registers, stack = (int(re.search(rf"{x}:(\d+)", usage)[1]) for x in ("REG", "STACK"))
     spills = sum(op.startswith(("STL", "LDL")) for op, _ in code)
-    return {"registers": registers, "stack": stack, "spills": spills} | count(code, labels)
+    row = {"registers": registers, "stack": stack, "spills": spills}
+    return row | {"barrier": barrier_between_row_tiles(code, labels)} | count(code, labels)
 
 
-def read_amd(built) -> dict:
-    text = built.asm["amdgcn"]
+def read_amd(kernel) -> dict:
+    text = kernel.asm["amdgcn"]
     code, labels = [], {}
     for line in text.splitlines():
         if label := re.match(r"(\.LBB\w+):", line):
@@ -158,6 +179,7 @@ def read_amd(built) -> dict:
         "registers": number["vgpr_count"],
         "stack": int(re.search(r"ScratchSize: (\d+)", text)[1]),
         "spills": number["vgpr_spill_count"],
+        "barrier": True,  # not looked for
     } | count(code, labels)
 
 

@@ -1,8 +1,8 @@
 """A model of the step time and memory of a loss on many GPUs, from counts and published rates.
 
 A step is the loss and its gradients, without the encoders. All numbers for GPUs are predictions;
-nothing here has run on a GPU. The times of the kernels are those that `gpu_static.py` predicts from
-machine code. Those of the network follow published rates and the cost model of NCCL.
+nothing here has run on a GPU. The times of the kernels are the lower bounds that `gpu_static.py`
+gets from machine code. Those of the network follow published rates and the cost model of NCCL.
 `scaling_check.py` compares the same formulas with gloo on this machine, with constants measured by
 plain torch calls.
 """

@@ -58,18 +58,9 @@ class Cuda(Backend):
             return True, "the CUDA kernels on an emulator, for CPU tensors: only for tests"
         if not torch.cuda.is_available():
             return False, "there is a GPU, but this PyTorch cannot use it"
-        if reason := self._too_old(torch.device("cuda")):
+        if reason := gpu.unsuitable(torch.device("cuda")):
             return False, reason
         return True, torch.cuda.get_device_name()
-
-    def _too_old(self, device: torch.device) -> str:
-        """Why the compute capability of a GPU is too low; empty if it is not."""
-        if device.type == "cpu":
-            return ""
-        gpu = torch.cuda.get_device_properties(device)
-        if gpu.major >= 8:
-            return ""
-        return f"needs compute capability 8.0, {gpu.name} has {gpu.major}.{gpu.minor}"
 
     def supports(self, problem: Problem) -> tuple[bool, str]:
         device = problem.a.device.type
@@ -81,7 +72,7 @@ class Cuda(Backend):
             return False, "fp64 is computed by the reference and chunked backends"
         if max(problem.n, problem.m) > 2**30:
             return False, "more than 2^30 rows: the kernels count them in 32 bits"
-        if reason := self._too_old(problem.a.device):
+        if reason := gpu.unsuitable(problem.a.device):
             return False, reason
         return True, "the CUDA kernels"
 

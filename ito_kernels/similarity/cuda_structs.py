@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .gpu import Operands, Split, Vectors, dense
+from .gpu import Operands, Split, Vectors, dense, matmul_precision
 from .spec import Problem
 
 # in the order of the enumerations in problem.hpp
@@ -144,13 +144,14 @@ class Gradient(NamedTuple):
 
 
 def arithmetic(dtype: torch.dtype) -> str:
-    """The arithmetic of the matrix products.
+    """The arithmetic of the scores, in forward and backward.
 
     For fp32 it follows `torch.set_float32_matmul_precision`: "highest" and "high" are 3×tf32, which
-    has the accuracy of fp32; "medium" is tf32.
+    has the accuracy of fp32; "medium" is tf32. The products W·B and Wᵀ·A of the gradients are
+    PyTorch's own, and on a GPU tf32 at "high" too.
     """
     if dtype == torch.float32:
-        return "tf32" if torch.get_float32_matmul_precision() == "medium" else "tf32x3"
+        return "tf32" if matmul_precision() == "medium" else "tf32x3"
     return {torch.bfloat16: "bf16", torch.float16: "fp16"}[dtype]
 
 

@@ -1,8 +1,10 @@
-"""Host code that the Triton and CUDA backends share: the operands of the kernels, the split of work
-into programs, and the gradients assembled from kernel results."""
+"""Host code that the Triton and CUDA backends share: what they need of torch and of a GPU, the
+operands of the kernels, the split of work into programs, and the gradients assembled from kernel
+results."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from functools import lru_cache
 from math import isqrt
@@ -17,6 +19,47 @@ PANEL_BYTES = 256 << 20  # memory of one W panel: docs/gpu-static.md
 # In fp16, W is scaled so that its largest terms have this value. A sum of 4 of them stays below
 # 65,504, and a softmax entry of 1/N keeps its 11 bits down to 1e-8.
 FP16_SCALED_MAX = 4096.0
+MIN_TORCH = (2, 13)  # as in pyproject.toml
+
+
+# Requirements.
+
+
+def older(version: str, wanted: tuple[int, int]) -> bool:
+    """Whether a version such as "2.13.0+cu130" is below `wanted`."""
+    return tuple(map(int, re.match(r"(\d+)\.(\d+)", version).groups())) < wanted
+
+
+def unsuitable(device: torch.device) -> str:
+    """Why this torch or this GPU is too old; empty if neither is, and for the CPU, where the
+    kernels are interpreted or emulated."""
+    if device.type == "cpu":
+        return ""
+    if older(torch.__version__, MIN_TORCH):
+        return f"needs torch {MIN_TORCH[0]}.{MIN_TORCH[1]}, got {torch.__version__}"
+    if torch.version.hip:
+        return ""
+    gpu = torch.cuda.get_device_properties(device)
+    if gpu.major < 8:
+        return f"needs compute capability 8.0, {gpu.name} has {gpu.major}.{gpu.minor}"
+    return ""
+
+
+# torch.compile uses the value at compilation; it cannot trace `older`
+unsuitable._dynamo_marked_constant = True
+
+
+def matmul_precision() -> str:
+    """PyTorch's setting for fp32 matrix products: "highest", "high" or "medium".
+
+    Where it was set by `torch.backends.*.fp32_precision`, `torch.get_float32_matmul_precision`
+    raises. "tf32" is "medium" then: there is no other name for 3×tf32 than "high".
+    """
+    try:
+        return torch.get_float32_matmul_precision()
+    except RuntimeError:
+        tf32 = torch.backends.cuda.matmul.fp32_precision == "tf32"
+        return "medium" if tf32 else "highest"
 
 
 # The operands of the kernels.
@@ -71,13 +114,14 @@ def dense(x: Tensor | None) -> Tensor | None:
 
 
 def _features(x: Tensor, ids: Tensor | None) -> Tensor:
-    """Features with 16-byte aligned rows, which tensor descriptors and 16-byte loads need.
+    """Features with 16-byte aligned rows that do not overlap, as tensor descriptors need them.
 
+    `expand` gives rows a stride of 0, which a descriptor must not have; the copy has none.
     Padded rows may contain any values and become 0: in a matrix product 0 · NaN would spread.
     """
     step = 16 // x.element_size()
-    aligned = x.stride(1) == 1 and x.stride(0) % step == 0 and x.data_ptr() % 16 == 0
-    if ids is None and aligned:
+    apart = x.stride(1) == 1 and x.stride(0) >= x.shape[1]
+    if ids is None and apart and x.stride(0) % step == 0 and x.data_ptr() % 16 == 0:
         return x
     rows, d = x.shape
     out = x.new_empty(rows, -(-d // step) * step)[:, :d]

@@ -142,7 +142,7 @@ def test_more_work_takes_longer_and_a_faster_network_does_not():
 def test_compute_is_the_published_peak_times_the_predicted_share():
     step = Step(64, 16384, 768, chunk=1 << 20)
     peak = 4096 * 132 * 1.83e9
-    assert 0.70 < step.flops() / model.compute_seconds(step, H100) / peak < 0.73  # gpu-static.md
+    assert 0.70 < step.flops() / model.compute_seconds(step, H100) / peak < 0.73  # gpu_static.json
 
 
 def test_memory_is_the_documented_bound():

@@ -8,7 +8,6 @@ import re
 import tarfile
 from collections import Counter
 
-import emoji
 import numpy as np
 import pytest
 from PIL import Image
@@ -224,6 +223,7 @@ def test_a_misnamed_icon_goes_to_what_it_shows_or_nowhere():
 
 
 def test_misnamed_icons_are_known_by_style_and_show_concepts():
+    emoji = pytest.importorskip("emoji", reason="the extra emoji")
     assert set(emoji_sources.MISNAMED) <= set(STYLES)
     labels = {clean(entry["en"]) for entry in emoji.EMOJI_DATA.values()}
     shown = {name for icons in emoji_sources.MISNAMED.values() for name in icons.values()}

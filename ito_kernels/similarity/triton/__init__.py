@@ -8,14 +8,35 @@ from importlib.util import find_spec
 import torch
 from torch import Tensor
 
+from .. import gpu
 from ..backend import Backend
 from ..spec import Grads, Needs, Problem, Stats, Upstream
 
+MIN_TRITON = (3, 6)  # the oldest version that is tested
 _INSTALLED = find_spec("triton") is not None
 
 
 def _interpreted() -> bool:
     return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def _missing() -> str:
+    """Why no kernel can run here, whatever the GPU; empty if one can."""
+    if not _INSTALLED:
+        return "the triton package is not installed"
+    if not _interpreted() and not torch.cuda.is_available():
+        return "there is no CUDA device, and TRITON_INTERPRET=1 is not set"
+    try:
+        import triton
+    except ImportError as error:
+        return f"the triton package cannot be imported: {error}"
+    if gpu.older(triton.__version__, MIN_TRITON):
+        return f"needs Triton {MIN_TRITON[0]}.{MIN_TRITON[1]}, got {triton.__version__}"
+    return ""
+
+
+# torch.compile uses the value at compilation; it cannot trace the import
+_missing._dynamo_marked_constant = True
 
 
 class Triton(Backend):
@@ -24,24 +45,25 @@ class Triton(Backend):
     device = "cuda"
 
     def status(self) -> tuple[bool, str]:
-        if not _INSTALLED:
-            return False, "the triton package is not installed"
+        if reason := _missing():
+            return False, reason
         if _interpreted():
             return True, "interpreted on the CPU: TRITON_INTERPRET=1"
-        if not torch.cuda.is_available():
-            return False, "there is no CUDA device, and TRITON_INTERPRET=1 is not set"
+        if reason := gpu.unsuitable(torch.device("cuda")):
+            return False, reason
         return True, torch.cuda.get_device_name()
 
     def supports(self, problem: Problem) -> tuple[bool, str]:
-        available, detail = self.status()
-        if not available:
-            return False, detail
+        if reason := _missing():
+            return False, reason
         if problem.a.dtype == torch.float64:
             return False, "fp64 is computed by the reference and chunked backends"
         if problem.a.device.type == "cpu" and not _interpreted():
             return False, "CPU tensors need TRITON_INTERPRET=1 in the environment"
         if problem.a.device.type not in ("cpu", "cuda"):
             return False, f"no tiles for {problem.a.device.type} devices"
+        if reason := gpu.unsuitable(problem.a.device):
+            return False, reason
         if max(problem.n, problem.m) >= 2**31 - 2**9:
             return False, "row numbers do not fit 32 bits"
         return True, "a GPU" if problem.a.is_cuda else "TRITON_INTERPRET=1"
@@ -51,6 +73,12 @@ class Triton(Backend):
         from . import host
 
         return host
+
+    def missed(self, problem: Problem) -> str:
+        reason = _missing() or gpu.unsuitable(problem.a.device)
+        if not reason or problem.a.dtype == torch.float64:
+            return ""
+        return f"ito_kernels runs without its Triton kernels, in plain PyTorch: {reason}"
 
     def describe(self, problem: Problem) -> str:
         return self._host.describe(problem)

@@ -138,15 +138,16 @@ def _milliseconds(run: Callable[[], object]) -> float:
 
 
 def _arithmetic(dtype: torch.dtype) -> str:
-    """The arithmetic of the matrix products.
+    """The arithmetic of the scores, in forward and backward, and of a fused gradient.
 
     For fp32 it follows `torch.set_float32_matmul_precision`: "highest" is ieee; "high" is 3×tf32,
-    which has nearly the accuracy of fp32 on tensor cores; "medium" is tf32.
+    which has nearly the accuracy of fp32 on tensor cores; "medium" is tf32. Outside the fused
+    gradient, the products W·B and Wᵀ·A are PyTorch's own, and on a GPU tf32 at "high" too.
     """
     if dtype != torch.float32:
         return "half"
     modes = {"highest": "ieee", "high": "tf32x3", "medium": "tf32"}
-    return modes[torch.get_float32_matmul_precision()]
+    return modes[gpu.matmul_precision()]
 
 
 def _counts(problem: Problem, op: Operands) -> tuple[Tensor, Tensor]:
@@ -359,7 +360,7 @@ class Gradient(NamedTuple):
 def _launch(kernel, programs: int, *structs: tuple) -> None:
     arguments = {name: x for struct in structs for name, x in struct._asdict().items()}
     with _device_context(next(x for x in arguments.values() if isinstance(x, Tensor)).device):
-        kernel[(programs,)](**arguments)
+        kernel[(programs,)](**arguments, **tiles.COMPILE)
 
 
 def _device_context(device: torch.device) -> AbstractContextManager:
