@@ -4,8 +4,8 @@
 
 namespace {
 
-// Rows of `in` are `in_ld` floats apart, those of `out` `out_ld`. Rows from `rows` to `wanted` are not
-// read: they become 0. V is one of the vec_*.hpp; it may specialise this.
+// Rows of `in` are `in_ld` floats apart, those of `out` `out_ld`. Rows from `rows` to `wanted` are
+// not read: they become 0. V is one of the vec_*.hpp; it may specialise this.
 template <class V>
 struct Transpose {
   static void run(const float* in, int64_t in_ld, int rows, int cols, float* out, int64_t out_ld,
