@@ -18,6 +18,8 @@ double weighted(const float* weight, const float* value, int64_t n) {
   return total;
 }
 
+bool wanted(const Grads& g) { return g.a || g.b || g.scale || g.row_bias || g.col_bias; }
+
 inline void relax() {
 #if defined(__x86_64__)
   __builtin_ia32_pause();
@@ -230,6 +232,7 @@ void Call::backward(const Stats& stats, const Upstream& up, TileCache cache, boo
 }
 
 void Call::softplus(float* loss, const float* u) {
+  if (!wants_.gradients) u = nullptr;
   if (u)
     start_gradients();
   else
@@ -268,7 +271,7 @@ void logsumexp_both(const Problem& p, Stats stats, const Upstream& up, const Gra
   wants.keys = p.row_ids || p.exclude_self || p.exclude_positives || p.row_limit || p.hardest ||
                p.positives != Positives::kNone;
   wants.statistics = true;
-  wants.gradients = grads.a || grads.b || grads.scale || grads.row_bias || grads.col_bias;
+  wants.gradients = wanted(grads);
   // Columns need every row first. Of a symmetric problem, half of the tiles twice are less than all
   // of them once.
   const bool one_pass = wants.gradients && !p.cols && !p.self;
@@ -289,11 +292,18 @@ void logsumexp_both(const Problem& p, Stats stats, const Upstream& up, const Gra
       weighted(up.col.logsum, stats.col.logsum, m) + weighted(up.col.pos, stats.col.pos, m));
 }
 
-void softplus(const Problem& p, float* loss, const float* u, const Grads& grads, const Run& run) {
+void softplus(const Problem& p, float* loss, const float* u, const Grads& grads, float* total,
+              const Run& run) {
   Call::Wants wants;
   wants.keys = true;
-  wants.gradients = u != nullptr;
+  wants.gradients = wanted(grads);
+  std::vector<float> rows;
+  if (total && !loss) {
+    rows.resize(p.a.rows);
+    loss = rows.data();
+  }
   Call(p, run, wants, grads).softplus(loss, u);
+  if (total) *total = static_cast<float>(weighted(u, loss, p.a.rows));
 }
 
 }  // namespace ito::cpu

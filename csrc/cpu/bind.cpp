@@ -8,6 +8,7 @@
 
 #include "cpu/engine.hpp"
 #include "cpu/isa.hpp"
+#include "cpu/keys.hpp"
 #include "cpu/threads.hpp"
 #include "fields.hpp"
 
@@ -138,13 +139,25 @@ void bind(py::module_& m) {
     logsumexp_both(p, statistics, up, out, sum, kept, how);
   });
   m.def("cpu_softplus", [](const py::tuple& f, const py::tuple& loss, const py::tuple& u,
-                           const py::tuple& g, int n) {
+                           const py::tuple& g, const py::tuple& total, int n) {
     const Problem p = problem(f);
     const Grads out = grads(g);
-    float *const sums = vector(loss), *const upstream = vector(u);
+    std::vector<float> memory;
+    const float* const upstream = Fields(u).values(p.a.rows, memory);
+    float *const sums = vector(loss), *const sum = vector(total);
     const Run how = run(n, p);
     const py::gil_scoped_release release;
-    softplus(p, sums, upstream, out, how);
+    softplus(p, sums, upstream, out, sum, how);
+  });
+  m.def("cpu_count_equal", [](const py::tuple& values) {  // ids, n, others, m, counts
+    Fields f(values);
+    const int64_t* const ids = f.pointer<const int64_t>();
+    const int64_t n = f.number();
+    const int64_t* const others = f.pointer<const int64_t>();
+    const int64_t m = f.number();
+    int64_t* const counts = f.pointer<int64_t>();
+    const py::gil_scoped_release release;
+    count_equal(ids, n, others, m, counts);
   });
   m.def("cpu_describe", [](const py::tuple& f, int n) {
     const Problem p = problem(f);

@@ -28,9 +28,9 @@ void logsumexp_backward(const Problem&, const Stats&, const Upstream&, const Gra
 void logsumexp_both(const Problem&, Stats, const Upstream&, const Grads&, float* total,
                     TileCache, const Run&);
 
-// Row sums (unless `loss` is null) and gradients (unless the upstream gradient `u` is null), in one
-// pass.
-void softplus(const Problem&, float* loss, const float* u, const Grads&, const Run&);
+// Row sums and the gradients, whose upstream gradient is `u`, in one pass. `total` gets Σ u·sum.
+// Null results are not wanted.
+void softplus(const Problem&, float* loss, const float* u, const Grads&, float* total, const Run&);
 
 // Floating-point operations of all matrix products that were computed so far. Running calls add
 // theirs after each row block.

@@ -87,6 +87,16 @@ void Keys::from_diagonal(const Problem& p, const Plan& plan) {
       has_positives_[i * col_blocks_ + j] = crosses_diagonal(plan, i, j, p.diagonal);
 }
 
+void count_equal(const int64_t* ids, int64_t n, const int64_t* others, int64_t m,
+                 int64_t* counts) {
+  std::vector<int64_t> ordered(others, others + m);
+  std::sort(ordered.begin(), ordered.end());
+  for (int64_t i = 0; i < n; ++i) {
+    const auto [first, last] = std::equal_range(ordered.begin(), ordered.end(), ids[i]);
+    counts[i] = ids[i] < 0 ? 0 : last - first;
+  }
+}
+
 bool crosses_diagonal(const Plan& plan, int64_t row_block, int64_t col_block, int64_t diagonal) {
   const int64_t first = plan.rows.begin(row_block) + diagonal;
   const int64_t last = plan.rows.begin(row_block + 1) + diagonal;

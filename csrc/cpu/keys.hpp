@@ -26,6 +26,9 @@ struct Keys {
   std::vector<uint8_t> has_positives_;
 };
 
+// How many of `others` equal each id; none if it is negative, which means padding.
+void count_equal(const int64_t* ids, int64_t n, const int64_t* others, int64_t m, int64_t* counts);
+
 // Does the diagonal j = i + diagonal cross the tile?
 bool crosses_diagonal(const Plan& plan, int64_t row_block, int64_t col_block, int64_t diagonal);
 

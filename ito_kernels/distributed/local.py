@@ -74,7 +74,7 @@ class LocalBatch:
         b: Tensor,
         scale: Tensor,
         *,
-        row_weights: Tensor | None = None,
+        row_weights: Tensor | float | None = None,
         backend: str | None = None,
         **fields,
     ) -> Tensor:

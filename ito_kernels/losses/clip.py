@@ -14,7 +14,7 @@ from .batch import Arguments, Names, check_arguments
 from .common import REDUCTIONS, check_choice, check_flags
 from .infonce import infonce, multi_positive_infonce
 from .masked import Mask, masked_softplus_sums
-from .options import Options, check_anchor_weights, check_options, localize_pairs
+from .options import PLAIN, Options, check_anchor_weights, check_options, localize_pairs
 from .precision import row_dot, take_rows, without_autocast
 
 FEATURES = ("image_features", "text_features")
@@ -65,7 +65,7 @@ def clip_loss(
         names=CLIP,
         allow_unequal_rows=options.get("positive_pairs") is not None,
     )
-    return infonce(args, Options(**options))
+    return infonce(args, Options(**options) if options else PLAIN)
 
 
 @same_on_every_rank
@@ -160,7 +160,8 @@ def siglip_loss(
         number = batch.all_reduce_sum((args.query_ids >= 0).sum()).clamp(min=1)  # without padding
     weights = image_weights
     if reduction != "none":
-        weights = args.scale.new_ones(n) if weights is None else weights
+        if weights is None:
+            weights = 1.0 if args.query_ids is None else args.scale.new_ones(n)
         if reduction == "mean":
             weights = weights / number
     if positive_pairs is not None or text_weights is not None:

@@ -66,6 +66,8 @@ class Options(NamedTuple):
     def single_pass(self) -> bool:
         """Whether all options that need several calls of the primitive have their defaults. True
         also for reduction="none", which needs the statistics instead of their sum."""
+        if self is PLAIN:
+            return True
         given = self[_MULTI_PASS:]
         if all(map(is_, given, _DEFAULTS)):  # 0.5 µs, what follows takes 2
             return True
@@ -106,8 +108,8 @@ class Options(NamedTuple):
 
 _COMPARABLE = (bool, int, float, str)  # a tensor and an array compare element by element
 _MULTI_PASS = Options._fields.index("in_batch")
-_ALL_DEFAULTS = Options()
-_DEFAULTS = _ALL_DEFAULTS[_MULTI_PASS:]
+PLAIN = Options()
+_DEFAULTS = PLAIN[_MULTI_PASS:]
 
 
 # the names of sentence-transformers for the hardness modes
@@ -126,8 +128,8 @@ def check_options(o: Options, args: Arguments) -> Options:
 
     Raises TypeError or ValueError that names the option.
     """
-    if all(map(is_, o, _ALL_DEFAULTS)):
-        return o
+    if o is PLAIN or all(map(is_, o, PLAIN)):
+        return PLAIN
     check_flags(
         symmetric=o.symmetric,
         exclude_self=o.exclude_self,

@@ -334,7 +334,9 @@ class Scores:
             return self.positive_counts("row")
         ids, others = self.ids(side), self.ids(OTHER_SIDE[side])
         k = count_positives(ids, self.global_batch.global_ids(OTHER_SIDE[side]))
-        if self.exclude_self:
+        if self.exclude_self and ids is others:  # one of its positives is the row itself
+            k = (k - 1).clamp_(min=0)
+        elif self.exclude_self:
             k = k - ((ids == others) & (ids >= 0)).long()
         return k.to(self.scale.dtype)
 

@@ -90,6 +90,19 @@ class Backend:
         """The row sums, and the gradients for an upstream gradient `u` known in advance."""
         return self.softplus_forward(problem), self.softplus_backward(problem, u, needs)
 
+    def softplus_total(
+        self, problem: Problem, weights: Tensor | float, needs: Needs
+    ) -> tuple[Tensor, Grads]:
+        """The weighted sum of the row sums and its gradients, if any. A number is the weight of
+        every row."""
+        if not isinstance(weights, Tensor):
+            weights = problem.scale.new_full((problem.n,), weights)
+        if any(needs):
+            rows, grads = self.softplus_both(problem, weights, needs)
+        else:
+            rows, grads = self.softplus_forward(problem), Grads()
+        return (rows * weights).sum(), grads
+
 
 def weighted_sum(stats: Stats, weights: Upstream) -> Tensor | None:
     """The weighted sum of the statistics; None without weights.

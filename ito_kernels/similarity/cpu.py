@@ -47,11 +47,11 @@ class Cpu(Backend):
     def supports(self, problem: Problem) -> tuple[bool, str]:
         if _native is None:
             return False, MISSING
-        if problem.a.device.type != "cpu":
+        if not problem.a.is_cpu:
             return False, f"needs CPU tensors, got {problem.a.device.type}"
         if problem.a.dtype not in DTYPES:
             return False, f"needs float32, bfloat16 or float16 features, got {problem.a.dtype}"
-        if problem.n >= COUNTABLE or problem.m >= COUNTABLE or abs(problem.diagonal) >= COUNTABLE:
+        if max(problem.a.shape[0], problem.m, abs(problem.diagonal)) >= COUNTABLE:
             return False, "counts rows and columns with 32 bits"
         return True, "native kernels"
 
@@ -134,15 +134,28 @@ class Cpu(Backend):
         loss = problem.scale.new_empty(problem.n)
         return loss, _softplus(problem, loss, u, needs)
 
+    def softplus_total(
+        self, problem: Problem, weights: Tensor | float, needs: Needs
+    ) -> tuple[Tensor, Grads]:
+        total = problem.scale.new_empty(())
+        return total, _softplus(problem, None, weights, needs, total)
+
 
 def instruction_sets() -> list[str]:
     """The instruction sets that can run here, best first."""
     return [] if _native is None else _native.cpu_instruction_sets()
 
 
-def _softplus(problem: Problem, loss: Tensor | None, u: Tensor | None, needs: Needs) -> Grads:
+def _softplus(
+    problem: Problem,
+    loss: Tensor | None,
+    u: Tensor | float | None,
+    needs: Needs,
+    total: Tensor | None = None,
+) -> Grads:
     grads = _new_grads(problem, needs)
-    _native.cpu_softplus(_fields(problem), (loss,), _vectors(u), grads, torch.get_num_threads())
+    fields, upstream = _fields(problem), _vectors(u)
+    _native.cpu_softplus(fields, (loss,), upstream, grads, (total,), torch.get_num_threads())
     return grads
 
 
@@ -187,7 +200,7 @@ def _new_grads(problem: Problem, needs: Needs) -> Grads:
     return Grads(
         problem.a.new_empty(n, d) if needs.a else None,
         problem.a.new_empty(m, d) if needs.b else None,
-        like.new_empty(like.shape) if needs.scale else None,
+        torch.empty_like(like) if needs.scale else None,
         like.new_empty(n) if needs.row_bias else None,
         like.new_empty(m) if needs.col_bias else None,
     )

@@ -100,7 +100,10 @@ def choose(problem: Problem, name: str | None = None) -> Backend:
     """
     name, source = requested(name)
     if name is None:
-        for backend in _automatic(problem):
+        device = problem.a.device.type
+        for backend in _BY_PRIORITY:
+            if backend.device not in (None, device):
+                continue
             if backend.supports(problem)[0]:
                 return backend
             if not torch.compiler.is_compiling() and (warning := backend.missed(problem)):

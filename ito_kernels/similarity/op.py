@@ -32,6 +32,7 @@ from .spec import (
     SideUpstream,
     Stats,
     Upstream,
+    can_skip_dispatcher,
     readable,
 )
 
@@ -68,18 +69,23 @@ def logsumexp_of(
     return (found.total, found.stats) if return_stats else found.total
 
 
-def softplus_of(problem: Problem, row_weights: Tensor | None, backend: str | None) -> Tensor:
-    """`similarity_softplus` for a checked problem and weights."""
+def softplus_of(
+    problem: Problem, row_weights: Tensor | float | None, backend: str | None
+) -> Tensor:
+    """`similarity_softplus` for a checked problem. Weights: a number is that of every row."""
     chosen, inputs = dispatch.choose(problem, backend), problem.inputs
     needs = needed_gradients(inputs)
     early = needs if row_weights is not None and _early_allowed(problem) else Needs()
+    direct = can_skip_dispatcher(inputs)
+    if row_weights is not None and early == needs and direct:  # as in logsumexp_of
+        with _BELOW_AUTOGRAD(), _WITHOUT_AUTOCAST():
+            found = chosen.softplus_total(problem, row_weights, early)
+        return _with_gradients(*inputs, found) if any(early) else found[0]
+    if not (row_weights is None or isinstance(row_weights, Tensor)):
+        row_weights = problem.scale.new_full((problem.n,), row_weights)
     call = Softplus(problem, chosen, row_weights, early)
-    if not can_skip_dispatcher(inputs):
+    if not direct:
         return _SOFTPLUS(*call.arguments())[0]
-    if any(early):
-        with _BELOW_AUTOGRAD():
-            found = call.compute()
-        return _with_gradients(*inputs, found)
     return (_apply_softplus(*inputs, call, False) if any(needs) else call.compute())[0]
 
 
@@ -109,22 +115,6 @@ def _weighted(weights: Upstream) -> bool:
 
 _BELOW_AUTOGRAD = torch._C._AutoDispatchBelowAutograd  # 1 µs less than `torch.no_grad`
 _WITHOUT_AUTOCAST = torch._C._DisableAutocast  # 2 µs less than `torch.autocast(enabled=False)`
-_PLAIN = {Tensor, torch.nn.Parameter, type(None)}
-
-
-def can_skip_dispatcher(inputs: tuple[Tensor | None, ...]) -> bool:
-    """Whether a call may bypass PyTorch's dispatcher without anything noticing: it is not compiled
-    or traced, no dispatch mode is active, and its tensors are plain.
-
-    The dispatcher takes 25 µs for an operator of 26 arguments, twice in a forward pass, whose
-    kernels take 20 µs for 8 rows.
-    """
-    return not (
-        torch.compiler.is_compiling()
-        or torch._C._is_tracing()
-        or torch._C._len_torch_dispatch_stack()
-        or not _PLAIN.issuperset(map(type, inputs))
-    )
 
 
 def needed_gradients(inputs: tuple[Tensor | None, ...]) -> Needs:
@@ -387,11 +377,9 @@ class Softplus(NamedTuple):
     def compute(self) -> tuple[Tensor, Grads]:
         problem, backend, weights, early = self
         with _WITHOUT_AUTOCAST():
-            if any(early):
-                rows, grads = backend.softplus_both(problem, weights, early)
-            else:
-                rows, grads = backend.softplus_forward(problem), Grads()
-            return rows if weights is None else (rows * weights).sum(), grads
+            if weights is None:
+                return backend.softplus_forward(problem), Grads()
+            return backend.softplus_total(problem, weights, early)
 
     def run(self) -> list[Tensor]:
         value, grads = self.compute()

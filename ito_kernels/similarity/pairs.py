@@ -7,7 +7,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .spec import Problem
+from .native import _native
+from .spec import Problem, can_skip_dispatcher
 
 
 class Pairs(NamedTuple):
@@ -73,6 +74,11 @@ def finite_shift(maximum: Tensor) -> Tensor:
 
 def count_positives(ids: Tensor, other_ids: Tensor) -> Tensor:
     """The number of `other_ids` that equal ids_i, 0 for padding. O((N + M) log M) operations."""
+    if _native is not None and ids.is_cpu and can_skip_dispatcher((ids, other_ids)):
+        ids, other_ids = ids.contiguous(), other_ids.contiguous()
+        counts = torch.empty_like(ids)
+        _native.cpu_count_equal((ids, ids.shape[0], other_ids, other_ids.shape[0], counts))
+        return counts
     ordered = other_ids.sort().values
     end = torch.searchsorted(ordered, ids, right=True)
     return (end - torch.searchsorted(ordered, ids)).masked_fill(ids < 0, 0)

@@ -26,6 +26,7 @@ from torch import Tensor
 
 FEATURE_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _PLAIN = (Tensor, torch.nn.Parameter)
+_PLAIN_OR_NONE = {*_PLAIN, type(None)}
 
 
 class Problem(NamedTuple):
@@ -218,13 +219,29 @@ def cast(x: Tensor, dtype: torch.dtype) -> Tensor:
 def autocast_enabled(device: torch.device) -> bool:
     # For the meta device PyTorch raises. torch.amp.is_autocast_available would tell, but
     # torch.compile of 2.11 cannot trace it.
-    return device.type != "meta" and torch.is_autocast_enabled(device.type)
+    kind = device.type
+    return kind != "meta" and torch.is_autocast_enabled(kind)
 
 
 def without_autocast(device: torch.device) -> AbstractContextManager:
     if autocast_enabled(device):
         return torch.autocast(device.type, enabled=False)
     return nullcontext()
+
+
+def can_skip_dispatcher(inputs: tuple[Tensor | None, ...]) -> bool:
+    """Whether a call may bypass PyTorch's dispatcher without anything noticing: it is not compiled
+    or traced, no dispatch mode is active, and its tensors are plain.
+
+    The dispatcher takes 25 µs for an operator of 26 arguments, twice in a forward pass, whose
+    kernels take 20 µs for 8 rows.
+    """
+    return not (
+        torch.compiler.is_compiling()
+        or torch._C._is_tracing()
+        or torch._C._len_torch_dispatch_stack()
+        or not _PLAIN_OR_NONE.issuperset(map(type, inputs))
+    )
 
 
 def is_number(x: object) -> bool:

@@ -16,11 +16,12 @@ from hypothesis import strategies as st
 from support.kernel_checks import check_logsumexp, check_softplus
 from support.memory import linux, printed
 from support.problems import CASES, Case, leaves, make, tensors, turned
-from torch.nn.functional import normalize
+from torch.nn.functional import cross_entropy, normalize
 
 import ito_kernels as ik
 from ito_kernels.similarity import budget, dispatch
 from ito_kernels.similarity.cpu import instruction_sets
+from ito_kernels.similarity.pairs import count_positives
 from ito_kernels.similarity.spec import Grads, Needs, Problem, SideUpstream, Stats, Upstream
 
 cpu, reference = dispatch.load("cpu"), dispatch.load("reference")
@@ -302,6 +303,43 @@ def test_softplus_forward_and_backward_in_one_pass():
     assert torch.equal(loss, cpu.softplus_forward(problem))
     for x, y in zip(grads[:4], cpu.softplus_backward(problem, u, needs)[:4], strict=True):
         assert torch.equal(x, y)
+
+
+def test_the_weighted_sum_of_softplus_is_one_call():
+    """With the weight as a number too, and without gradients."""
+    problem = clip(40, 20)._replace(positives=None, row_bias=torch.full((40,), -2.0))
+    rows, u, needs = cpu.softplus_forward(problem), torch.full((40,), 0.25), Needs(True, True, True)
+    for weights in (0.25, u):
+        total, grads = cpu.softplus_total(problem, weights, needs)
+        torch.testing.assert_close(total, (0.25 * rows.double()).sum().float())
+        expected = cpu.softplus_backward(problem, u, needs)
+        assert all(torch.equal(x, y) for x, y in zip(grads[:3], expected[:3], strict=True))
+        assert torch.equal(cpu.softplus_total(problem, weights, Needs())[0], total)
+
+
+@pytest.mark.parametrize("isa", ISAS)
+def test_rows_that_do_not_exist_are_not_read(isa, monkeypatch):
+    """A panel has more rows than a small batch. Memory is kept from call to call: there lie NaN."""
+    monkeypatch.setenv("ITO_CPU_ISA", isa)
+    d = 600
+    for n in (1, 8, 17):
+        unknown = [torch.full((31, d), torch.nan).requires_grad_() for _ in range(2)]
+        assert ik.clip_loss(*unknown, 10.0).isnan()
+        x, y = (normalize(torch.randn(n, d), dim=1).requires_grad_() for _ in range(2))
+        loss, scores = ik.clip_loss(x, y, 10.0), 10 * x.double() @ y.double().T
+        labels = torch.arange(n)
+        truth = (cross_entropy(scores, labels) + cross_entropy(scores.T, labels)) / 2
+        torch.testing.assert_close(loss.double(), truth, rtol=1e-5, atol=1e-6)
+        found, wanted = (torch.autograd.grad(value, (x, y)) for value in (loss, truth))
+        for a, b in zip(found, wanted, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+def test_positives_are_counted():
+    rng = torch.Generator().manual_seed(0)
+    ids, others = (torch.randint(-2, 5, (2 * n,), generator=rng)[::2] for n in (37, 50))
+    equal = (ids[:, None] == others) & (ids >= 0)[:, None]
+    assert torch.equal(count_positives(ids, others), equal.sum(1))
 
 
 def test_bf16_subtracts_the_positive_before_rounding():

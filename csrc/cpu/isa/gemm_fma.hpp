@@ -93,16 +93,16 @@ struct GemmFma {
       }
   }
 
-  // Features [d, d + count) of `wanted` rows from row `row` on, `ld` floats apart: where they lie,
-  // or copied to `part` if they have to be converted or some of the rows do not exist.
-  static const float* read(const Matrix& m, const uint8_t* skip, int64_t row, int64_t available,
-                           int wanted, int64_t d, int count, float* part, int64_t& ld) {
-    if (m.dtype == DType::kFloat32 && !skip && available >= wanted) {
+  // Features [d, d + count) of rows [row, row + rows), `ld` floats apart: where they lie, or copied
+  // to `part` if they have to be converted or some of them are skipped.
+  static const float* read(const Matrix& m, const uint8_t* skip, int64_t row, int rows, int64_t d,
+                           int count, float* part, int64_t& ld) {
+    if (m.dtype == DType::kFloat32 && !skip) {
       ld = m.stride;
       return static_cast<const float*>(m.data) + row * m.stride + d;
     }
     ld = kChunk;
-    read_rows(m, skip, row, available, wanted, d, count, part, kChunk);
+    read_rows(m, skip, row, rows, rows, d, count, part, kChunk);
     return part;
   }
 
@@ -113,8 +113,9 @@ struct GemmFma {
     for (int i = 0; i < rows; i += R)
       for (int d = 0; d < m.width; d += kChunk) {
         const int count = m.width - d < kChunk ? m.width - d : kChunk;
-        const float* in = read(m, skip, first + i, rows - i, R, d, count, part, ld);
-        Transpose<V>::run(in, ld, R, count, out, R);
+        const int real = rows - i < R ? rows - i : R;
+        const float* in = read(m, skip, first + i, real, d, count, part, ld);
+        Transpose<V>::run(in, ld, real, count, out, R, R);
         out += count * R;
       }
   }
@@ -132,8 +133,8 @@ struct GemmFma {
     scores += first * m.width;
     for (int d = 0; d < m.width; d += kChunk) {
       const int count = m.width - d < kChunk ? m.width - d : kChunk;
-      const float* in = read(m, skip, first, m.rows - first, kColPanel, d, count, part, ld);
-      Transpose<V>::run(in, ld, kColPanel, count, scores, kColPanel);
+      const float* in = read(m, skip, first, real, d, count, part, ld);
+      Transpose<V>::run(in, ld, real, count, scores, kColPanel, kColPanel);
       scores += count * kColPanel;
       for (int k = 0; grad && k < count; k += kColPanel) {
         float* to = grad + (d + k) / kColPanel * grad_panel + first * kColPanel;

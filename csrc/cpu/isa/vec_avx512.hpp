@@ -61,16 +61,27 @@ struct Vec512 {
 // 16 × 16 at a time in registers: four rounds of exchanges between vectors at distance 1, 2, 4, 8.
 template <>
 struct Transpose<Vec512> {
-  static void run(const float* in, int64_t in_ld, int rows, int cols, float* out, int64_t out_ld) {
-    for (int r = 0; r < rows; r += 16)
-      for (int k = 0; k < cols; k += 16)
-        block(in + r * in_ld + k, in_ld, rows - r, cols - k, out + k * out_ld + r, out_ld);
+  static void run(const float* in, int64_t in_ld, int rows, int cols, float* out, int64_t out_ld,
+                  int wanted = 0) {
+    if (wanted < rows) wanted = rows;
+    for (int r = 0; r < wanted; r += 16)
+      for (int k = 0; k < cols; k += 16) {
+        float* const to = out + k * out_ld + r;
+        if (r < rows)
+          block(in + r * in_ld + k, in_ld, rows - r, cols - k, to, out_ld, wanted - r);
+        else
+          clear(to, out_ld, cols - k, wanted - r);
+      }
   }
   static __mmask16 first(int n) { return n < 16 ? static_cast<__mmask16>((1u << n) - 1) : 0xffff; }
+  static void clear(float* out, int64_t out_ld, int cols, int wanted) {
+    for (int k = 0; k < 16 && k < cols; ++k)
+      _mm512_mask_storeu_ps(out + k * out_ld, first(wanted), _mm512_setzero_ps());
+  }
   static void block(const float* in, int64_t in_ld, int rows, int cols, float* out,
-                    int64_t out_ld) {
+                    int64_t out_ld, int wanted) {
     __m512 x[16], y[16];
-    const __mmask16 in_row = first(cols), out_row = first(rows);
+    const __mmask16 in_row = first(cols), out_row = first(wanted);
 #pragma GCC unroll 16
     for (int r = 0; r < 16; ++r)
       x[r] = r < rows ? _mm512_maskz_loadu_ps(in_row, in + r * in_ld) : _mm512_setzero_ps();
