@@ -76,7 +76,7 @@ def main() -> None:
     try:
         import open_clip_train.data  # noqa: F401  needs pandas, webdataset, torchvision
     except ImportError as error:
-        print(f"\nnot beside open_clip: {error}")
+        print(f"\nnot beside open_clip: {error}; pip install open_clip_torch[training]")
     else:
         with tempfile.TemporaryDirectory() as folder:
             table = write_csv(data, Path(folder))

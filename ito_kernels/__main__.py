@@ -141,6 +141,13 @@ def main() -> None:
     print("backends")
     for name, status in ik.backends().items():
         print(f"  {name:10} {'yes' if status.available else 'no '}  {status.detail}")
+    print("a call with features on the CPU")
+    features = torch.zeros(256, D)
+    try:
+        explained = ik.explain(features, features.clone())
+    except ValueError as error:  # an ITO_ variable
+        sys.exit(str(error))
+    print("".join(f"  {line}\n" for line in explained.splitlines()), end="")
     print("values and gradients beside the dense formulas in fp64")
     good = check()
     print("all right" if good else "WRONG values: please report them, with this output")

@@ -33,12 +33,12 @@ def count_as_kept(x: Tensor) -> Tensor:
 
 
 def byte_budget(variable: str, default: int) -> int:
-    """The number of bytes in an environment variable, `default` where it is not set.
+    """The number of bytes in an environment variable, `default` where it is not set or empty.
 
     Raises ValueError for what is no whole number, and for a negative one.
     """
     text = os.environ.get(variable)
-    if text is None:
+    if not text:
         return default
     try:
         budget = int(text)

@@ -41,3 +41,11 @@ def test_a_wrong_value_or_gradient_is_named(wrong, capsys, monkeypatch):
     monkeypatch.setattr(ik, "backends", lambda: {"chunked": BackendStatus(True, "")})
     assert not self_check.check()
     assert "WRONG: siglip_loss" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("variable", ["ITO_CPU_ISA", "ITO_TILE_CACHE_BYTES"])
+def test_a_wrong_variable_is_said_in_a_line(variable, monkeypatch):
+    monkeypatch.setenv(variable, "abc")
+    with pytest.raises(SystemExit, match=f"^{variable} must be .*abc") as ended:
+        self_check.main()
+    assert "\n" not in str(ended.value)
