@@ -244,6 +244,21 @@ def test_far_rows_and_columns(isa, monkeypatch):
         assert (x - y).abs().max() < 1e-3 * y.abs().max()
 
 
+@pytest.mark.parametrize("isa", ISAS)
+def test_tiles_of_padding_alone(isa, threads, monkeypatch):
+    """Rows and columns whose scores are all below -88, where exp(-S) overflows, also meet tiles in
+    which no pair is allowed: these add nothing to their sums."""
+    threads(1)
+    monkeypatch.setenv("ITO_CPU_ISA", isa)
+    ids = torch.arange(600).masked_fill(torch.arange(600) >= 200, -1)
+    problem = clip(600, 8)._replace(
+        row_bias=torch.full((600,), -120.0), row_ids=ids, col_ids=ids, positives="linear"
+    )
+    stats, truth = cpu.logsumexp_forward(problem), reference.logsumexp_forward(problem)
+    for side, true_side in zip(stats, truth, strict=True):
+        torch.testing.assert_close(side.logsum, true_side.logsum, rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize("positives", ["linear", "lse"])
 @pytest.mark.parametrize("cache", [0, 300_000, 1 << 24])
 @pytest.mark.parametrize("shape", ["rows", "both sides", "self"])

@@ -118,10 +118,9 @@ struct Statistics : TileOps<G> {
 
     // One shift for the whole tile halves the exponentials.
     const float top = largest(s.row.max, t.rows);
-    const bool shared = near(top, s.row.max, f.row.max, t.rows) &&
+    const bool shared = top != -kInf && near(top, s.row.max, f.row.max, t.rows) &&
                         near(top, s.col.max, f.col.max, t.cols);
-    // without a shared sum -inf: it counts as 0
-    const float shift = !shared ? -kInf : top == -kInf ? 0 : top;
+    const float shift = shared ? top : -kInf;  // -inf: there is no shared sum
     if (!shared)
       exp_sums(t, s);
     else if (t.plain)
