@@ -19,7 +19,13 @@ constexpr size_t kSlab = size_t(8) << 20;  // enough for small batches
 constexpr size_t kKept = size_t(128) << 20;
 
 std::mutex kept_mutex;
-std::vector<MemoryBlock> kept;  // that no Arena is using, the one given back last at the end
+
+// The blocks that no Arena is using, the one given back last at the end. Never destroyed: a thread
+// may still run when the process ends.
+std::vector<MemoryBlock>& kept_blocks() {
+  static auto* const blocks = new std::vector<MemoryBlock>;
+  return *blocks;
+}
 
 void* map(size_t bytes) {
 #if defined(__linux__)
@@ -53,6 +59,7 @@ void unmap(void* data, size_t bytes) {
 MemoryBlock take(size_t bytes) {
   {
     const std::lock_guard<std::mutex> lock(kept_mutex);
+    std::vector<MemoryBlock>& kept = kept_blocks();
     size_t best = kept.size();
     for (size_t i = 0; i < kept.size(); ++i)
       if (kept[i].bytes >= bytes && (best == kept.size() || kept[i].bytes < kept[best].bytes))
@@ -67,15 +74,23 @@ MemoryBlock take(size_t bytes) {
 }
 
 void give_back(const MemoryBlock& block) {
-  if (block.bytes > kKept) return unmap(block.data, block.bytes);
-  const std::lock_guard<std::mutex> lock(kept_mutex);
-  kept.push_back(block);
-  size_t total = 0;
-  for (const MemoryBlock& b : kept) total += b.bytes;
-  for (; total > kKept; kept.erase(kept.begin())) {
-    unmap(kept[0].data, kept[0].bytes);
-    total -= kept[0].bytes;
+  std::vector<MemoryBlock> surplus;
+  {
+    const std::lock_guard<std::mutex> lock(kept_mutex);
+    std::vector<MemoryBlock>& kept = kept_blocks();
+    size_t total = block.bytes;
+    for (const MemoryBlock& b : kept) total += b.bytes;
+    if (block.bytes > kKept) {
+      surplus.push_back(block);
+    } else {
+      kept.push_back(block);
+      for (; total > kKept; kept.erase(kept.begin())) {
+        surplus.push_back(kept[0]);
+        total -= kept[0].bytes;
+      }
+    }
   }
+  for (const MemoryBlock& b : surplus) unmap(b.data, b.bytes);
 }
 
 }  // namespace
