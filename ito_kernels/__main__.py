@@ -145,6 +145,7 @@ def main() -> None:
     features = torch.zeros(256, D)
     try:
         explained = ik.explain(features, features.clone())
+        ik.clip_loss(features, features.clone(), SCALE)
     except ValueError as error:  # an ITO_ variable
         sys.exit(str(error))
     print("".join(f"  {line}\n" for line in explained.splitlines()), end="")

@@ -231,7 +231,7 @@ def without_autocast(device: torch.device) -> AbstractContextManager:
 
 def can_skip_dispatcher(inputs: tuple[Tensor | None, ...]) -> bool:
     """Whether a call may bypass PyTorch's dispatcher without anything noticing: it is not compiled
-    or traced, no dispatch mode is active, and its tensors are plain.
+    or traced, no dispatch mode or transform of torch.func is active, and its tensors are plain.
 
     The dispatcher takes 25 µs for an operator of 26 arguments, twice in a forward pass, whose
     kernels take 20 µs for 8 rows.
@@ -240,6 +240,7 @@ def can_skip_dispatcher(inputs: tuple[Tensor | None, ...]) -> bool:
         torch.compiler.is_compiling()
         or torch._C._is_tracing()
         or torch._C._len_torch_dispatch_stack()
+        or torch._C._functorch.maybe_current_level() is not None
         or not _PLAIN_OR_NONE.issuperset(map(type, inputs))
     )
 

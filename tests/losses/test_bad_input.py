@@ -131,7 +131,7 @@ def test_modules_need_an_initialised_group(module):
         loss(X, Y, torch.tensor(1.0), torch.tensor(0.0))
 
 
-@pytest.mark.parametrize("value", ["-1", "", "64MiB"])
+@pytest.mark.parametrize("value", ["-1", "64MiB"])
 def test_the_cache_of_gathered_keys_is_a_number_of_bytes(value, monkeypatch):
     monkeypatch.setenv("ITO_GATHER_CACHE_BYTES", value)
     with pytest.raises(ValueError, match=f"ITO_GATHER_CACHE_BYTES must .* bytes, got '{value}'"):
