@@ -358,9 +358,10 @@ def test_rows_that_do_not_exist_are_not_read(isa, monkeypatch):
             torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
 
 
-def test_positives_are_counted():
+@pytest.mark.parametrize("dtype", [torch.int64, torch.int32])
+def test_positives_are_counted(dtype):
     rng = torch.Generator().manual_seed(0)
-    ids, others = (torch.randint(-2, 5, (2 * n,), generator=rng)[::2] for n in (37, 50))
+    ids, others = (torch.randint(-2, 5, (2 * n,), generator=rng)[::2].to(dtype) for n in (37, 50))
     equal = (ids[:, None] == others) & (ids >= 0)[:, None]
     assert torch.equal(count_positives(ids, others), equal.sum(1))
 
