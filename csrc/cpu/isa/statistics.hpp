@@ -284,7 +284,7 @@ struct Statistics : TileOps<G> {
       }
       for (int i = 0; i < t.rows; ++i, in += P) {
         if (i % kGroup == 0) close_group(total, sum, C);
-        F row = V::load(s.lane_sum + i * W);
+        F row = V::zero();
         for (int c = 0; c < C; ++c) {
           const F x = V::load(in + c * W);
           if (Paired && V::any(pairs.equal_keys(i, c))) {
@@ -297,7 +297,7 @@ struct Statistics : TileOps<G> {
           row = V::add(row, e);
           total[c] = V::add(total[c], e);
         }
-        V::store(s.lane_sum + i * W, row);
+        update_sum(s.lane_sum + i * W, row);
       }
       close_group(total, sum, C);
       for (int c = 0; c < C; ++c) {
