@@ -43,8 +43,7 @@ struct Statistics : TileOps<G> {
 
   // Adds a tile's Σ exp(S - shift) to (max, Σ exp(S - max)), whose maximum may grow. `own_sum`, the
   // other part of the tile's sum, is relative to that new maximum; with a shift of -inf it is all of
-  // it. Where both maxima are -inf the sum is 0, or
-  // NaN if a score was NaN, which must not be lost.
+  // it. Where both maxima are -inf the sum is 0, or NaN if a score was NaN, which must not be lost.
   static void merge(float* max, float* sum, const float* tile_max, const float* tile_sum,
                     float shift, const float* own_sum, int n) {
     for (int i = 0; i < n; i += W) {
@@ -68,8 +67,8 @@ struct Statistics : TileOps<G> {
   // A column's sum is taken in groups of so many rows: one after the other, 256 numbers of about the
   // same size lose four times as much to rounding.
   static constexpr int kGroup = 64;
-  static void close_group(F* part, F* sum, int n) {
-    for (int c = 0; c < n; ++c) {
+  static void close_group(F (&part)[C], F (&sum)[C]) {
+    for (int c = 0; c < C; ++c) {
       sum[c] = V::add(sum[c], part[c]);
       part[c] = V::zero();
     }
@@ -223,7 +222,7 @@ struct Statistics : TileOps<G> {
       count[c] = pos_sum[c] = zero;
     }
     for (int i = 0; i < t.rows; ++i, in += P, out += P) {
-      if (i % kGroup == 0 && !lse) close_group(pos, pos_sum, C);
+      if (i % kGroup == 0 && !lse) close_group(pos, pos_sum);
       const F scale = V::set(t.scale[i]), add = V::set(t.row_add[i]);
       F row = V::load(s.lane_max + i * W);
       for (int c = 0; c < C; ++c) {
@@ -254,7 +253,7 @@ struct Statistics : TileOps<G> {
       }
       V::store(s.lane_max + i * W, row);
     }
-    if (!lse) close_group(pos, pos_sum, C);
+    if (!lse) close_group(pos, pos_sum);
     for (int c = 0; c < C; ++c) {
       const int at = panel * P + c * W;
       V::store(s.col.max + at, top[c]);
@@ -283,7 +282,7 @@ struct Statistics : TileOps<G> {
         sum[c] = total[c] = own_total[c] = V::zero();
       }
       for (int i = 0; i < t.rows; ++i, in += P) {
-        if (i % kGroup == 0) close_group(total, sum, C);
+        if (i % kGroup == 0) close_group(total, sum);
         F row = V::zero();
         for (int c = 0; c < C; ++c) {
           const F x = V::load(in + c * W);
@@ -299,7 +298,7 @@ struct Statistics : TileOps<G> {
         }
         update_sum(s.lane_sum + i * W, row);
       }
-      close_group(total, sum, C);
+      close_group(total, sum);
       for (int c = 0; c < C; ++c) {
         V::store(s.col.sum + panel * P + c * W, sum[c]);
         V::store(s.col.own_sum + panel * P + c * W, own_total[c]);
@@ -320,14 +319,14 @@ struct Statistics : TileOps<G> {
         sum[c] = total[c] = V::zero();
       }
       for (int i = 0; i < t.rows; ++i, in += P) {
-        if (i % kGroup == 0) close_group(total, sum, C);
+        if (i % kGroup == 0) close_group(total, sum);
         for (int c = 0; c < C; ++c) {
           const F x = V::load(in + c * W);
           update_sum(s.lane_own_sum + i * W, Math<V>::exp(V::sub(x, V::set(s.row.shift[i]))));
           total[c] = V::add(total[c], Math<V>::exp(V::sub(x, shift[c])));
         }
       }
-      close_group(total, sum, C);
+      close_group(total, sum);
       for (int c = 0; c < C; ++c) V::store(s.col.own_sum + panel * P + c * W, sum[c]);
     }
   }

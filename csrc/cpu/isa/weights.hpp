@@ -49,7 +49,7 @@ struct Weights : TileOps<G> {
   };
 
   // Calls weight(S, dot, i, panel, c) for every vector of the tile; stores scale_i times the
-  // result. Which sums are wanted is known when this is compiled.
+  // result. Scale, Biases: whether the sums of their gradients may be wanted.
   template <bool Scale, bool Biases, class Weight>
   static void for_each_vector(const Tile& t, const Sums& sums, Weight&& weight) {
     for (int panel = 0; panel * P < t.cols; ++panel) {
@@ -74,7 +74,7 @@ struct Weights : TileOps<G> {
           }
           V::store(out + c * W, V::mul(w, scale));
         }
-        if constexpr (Scale) T::update_sum(sums.s.by_dot + i * W, by_dot);
+        if (Scale && sums.to.scale) T::update_sum(sums.s.by_dot + i * W, by_dot);
         if (Biases && sums.to.row) T::update_sum(sums.s.by_row + i * W, by_row);
       }
       if (Biases && sums.to.col)
