@@ -25,6 +25,6 @@ bench-regression:
 ci:
 	bash .ci/run
 
-# Slower checks, about 20 minutes; the log goes to check-deep.log, which Git ignores
+# Slower checks, about 50 minutes; the log goes to check-deep.log, which Git ignores
 check-deep:
 	bash -o pipefail -c 'bash .ci/deep 2>&1 | tee check-deep.log'

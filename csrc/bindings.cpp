@@ -12,7 +12,7 @@ PYBIND11_MODULE(_native, m) {
   m.doc() = "Native code of ito_kernels";
   // One more whenever what a call's structures hold changes: ito_kernels/similarity/native.py
   // refuses a module with another number.
-  m.attr("interface") = 6;
+  m.attr("interface") = 7;
 
   m.def("build_info", [] {
     py::dict out;
@@ -34,7 +34,9 @@ PYBIND11_MODULE(_native, m) {
   });
 
   ito::cpu::bind(m);
+#ifdef ITO_EMULATOR
   ito::emulated::bind(m.def_submodule("simt", "The CUDA kernels on the emulator"));
+#endif
 #ifdef ITO_CUDA
   ito::cuda::bind(m.def_submodule("cuda", "The CUDA kernels"));
 #endif

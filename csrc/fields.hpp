@@ -4,12 +4,10 @@
 
 #include <cstdint>
 #include <stdexcept>
-#include <vector>
 
 namespace ito {
 
-// Reads a tuple from left to right. What is pointed to is an address, a tensor, which is asked for
-// its `data_ptr()`, or None.
+// Reads a tuple from left to right.
 class Fields {
  public:
   explicit Fields(const pybind11::tuple& values) : values_(values.ptr()) {}
@@ -17,14 +15,8 @@ class Fields {
     return number_of(next());
   }
   template <class T>
-  T* pointer() {
-    return reinterpret_cast<T*>(static_cast<uintptr_t>(address_of(next())));
-  }
-  // n values: a tensor's, or a number n times in `memory`.
-  const float* values(int64_t n, std::vector<float>& memory) {
-    if (done() || !PyFloat_Check(PyTuple_GET_ITEM(values_, next_))) return pointer<const float>();
-    memory.assign(n, static_cast<float>(PyFloat_AS_DOUBLE(next())));
-    return memory.data();
+  T* pointer() {  // an address
+    return reinterpret_cast<T*>(static_cast<uintptr_t>(number_of(next())));
   }
   // Of a struct inside of the struct; empty where that is None.
   Fields inner() {
@@ -35,30 +27,31 @@ class Fields {
   }
   template <class T>
   T as() {
-    return static_cast<T>(number());
+    const int64_t value = number();
+    const T out = static_cast<T>(value);
+    if (static_cast<int64_t>(out) != value) throw std::invalid_argument("a number is out of range");
+    return out;
   }
   bool done() const { return !values_ || next_ >= PyTuple_GET_SIZE(values_); }
 
- private:
-  Fields() = default;
-  PyObject* next() {
+ protected:
+  PyObject* peek() const {
     if (done()) throw std::invalid_argument("too few fields");
-    return PyTuple_GET_ITEM(values_, next_++);
+    return PyTuple_GET_ITEM(values_, next_);
+  }
+  PyObject* next() {
+    PyObject* const item = peek();
+    ++next_;
+    return item;
   }
   static int64_t number_of(PyObject* item) {
     const int64_t value = PyLong_AsLongLong(item);
     if (value == -1 && PyErr_Occurred()) throw pybind11::error_already_set();
     return value;
   }
-  static int64_t address_of(PyObject* item) {
-    if (item == Py_None) return 0;
-    if (PyLong_Check(item)) return number_of(item);
-    static PyObject* const name = PyUnicode_InternFromString("data_ptr");
-    const auto address = pybind11::reinterpret_steal<pybind11::object>(
-        PyObject_CallMethodObjArgs(item, name, nullptr));
-    if (!address) throw pybind11::error_already_set();
-    return number_of(address.ptr());
-  }
+
+ private:
+  Fields() = default;
 
   PyObject* values_ = nullptr;
   Py_ssize_t next_ = 0;

@@ -6,7 +6,10 @@
 
 #include "base.hpp"
 
-#if defined(__linux__)
+// Under a sanitizer memory comes from malloc: the sanitizer sees what lies beyond a request's end,
+// and what is read after it was given back.
+#if defined(__linux__) && !defined(ITO_SANITIZED)
+#define ITO_HUGE_PAGES
 #include <sys/mman.h>
 #endif
 
@@ -14,9 +17,14 @@ namespace ito::cpu {
 namespace {
 
 constexpr size_t kHuge = size_t(2) << 20;
+#ifdef ITO_SANITIZED  // every request has an allocation of its own
+constexpr size_t kSlab = 0, kKept = 0, kUnit = 1, kPage = 1;
+#else
 constexpr size_t kSlab = size_t(8) << 20;  // enough for small batches
 // At N = 4096, D = 512 a call uses 90 MiB, of which 64 are the tile cache.
 constexpr size_t kKept = size_t(128) << 20;
+constexpr size_t kUnit = 64, kPage = 4096;  // what requests are rounded up to
+#endif
 
 std::mutex kept_mutex;
 
@@ -28,7 +36,7 @@ std::vector<MemoryBlock>& kept_blocks() {
 }
 
 void* map(size_t bytes) {
-#if defined(__linux__)
+#ifdef ITO_HUGE_PAGES
   // Aligned to a huge page: what is too much at the ends is unmapped again.
   void* raw = mmap(nullptr, bytes + kHuge, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1,
                    0);
@@ -40,14 +48,14 @@ void* map(size_t bytes) {
   madvise(reinterpret_cast<void*>(data), bytes, MADV_HUGEPAGE);
   return reinterpret_cast<void*>(data);
 #else
-  void* data = std::aligned_alloc(64, bytes);
-  if (!data) throw std::bad_alloc();
+  void* data = nullptr;
+  if (posix_memalign(&data, 64, bytes) != 0) throw std::bad_alloc();
   return data;
 #endif
 }
 
 void unmap(void* data, size_t bytes) {
-#if defined(__linux__)
+#ifdef ITO_HUGE_PAGES
   munmap(data, bytes);
 #else
   (void)bytes;
@@ -103,13 +111,13 @@ Arena::~Arena() {
 }
 
 void* Arena::allocate(size_t bytes) {
-  bytes = round_up(bytes, size_t(64));
+  bytes = round_up(bytes, kUnit);
   if (used_ + bytes <= kSlab) {
     void* p = static_cast<char*>(slab_.data) + used_;
     used_ += bytes;
     return p;
   }
-  blocks_.push_back(take(round_up(bytes, size_t(4096))));
+  blocks_.push_back(take(round_up(bytes, kPage)));
   return blocks_.back().data;
 }
 
@@ -124,7 +132,7 @@ void Arena::release(const void* p) {
 }
 
 void prefer_huge_pages(void* data, size_t bytes) {
-#if defined(__linux__)
+#ifdef ITO_HUGE_PAGES
   const uintptr_t begin = round_up(reinterpret_cast<uintptr_t>(data), kHuge);
   const uintptr_t end = (reinterpret_cast<uintptr_t>(data) + bytes) / kHuge * kHuge;
   if (data && begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);

@@ -6,7 +6,11 @@ namespace ito::cpu {
 namespace {
 
 // Waking a thread takes about 10 µs: below this many multiply-adds it costs more than it brings.
-constexpr int64_t kWorkPerThread = int64_t(1) << 19;
+#ifdef ITO_SANITIZED  // every problem on all threads
+constexpr double kWorkPerThread = 1;
+#else
+constexpr double kWorkPerThread = 1 << 19;
+#endif
 
 }  // namespace
 
@@ -33,8 +37,9 @@ Plan make_plan(const Problem& p, const Kernels& k, int threads, int64_t l2_bytes
   // more: 128 rows become 64 + 64, not 70 + 58.
   const int64_t unit = p.self ? k.col_panel : n <= threads * rows ? 2 : k.row_panel;
   const int64_t units = ceil_div(n, unit);
+  const double work = static_cast<double>(n) * m * d;  // beyond 64 bits for what is only explained
   plan.threads = static_cast<int>(
-      std::max<int64_t>(1, std::min<int64_t>({threads, units, n * m * d / kWorkPerThread})));
+      std::max(1.0, std::min<double>({1.0 * threads, 1.0 * units, work / kWorkPerThread})));
   // With half of the tiles, threads get equally many if each has an even number of row blocks.
   const int64_t share = plan.threads * (half ? 2 : 1);
   plan.rows = {n, std::min(round_up(ceil_div(n, std::max(rows, unit)), share), units), unit};

@@ -5,6 +5,10 @@
 #include <numeric>
 #include <utility>
 
+#ifdef ITO_SANITIZED
+#include <sanitizer/asan_interface.h>
+#endif
+
 #ifdef __APPLE__
 #define SYMBOL "_ito_simt_switch"
 #else
@@ -68,6 +72,9 @@ void Block::run(unsigned index) {
   std::fill(shared_.begin(), shared_.end(), char(0xff));  // NaN in every format
   cells_.assign(shared_.size() / kChunk, {});
   warps_.assign(warps_.size(), {});
+#ifdef ITO_SANITIZED  // threads of the last block never returned: the ends of their frames are marked
+  ASAN_UNPOISON_MEMORY_REGION(stacks_.get(), threads_.size() * kStack);
+#endif
   for (size_t i = 0; i < threads_.size(); ++i) {
     threads_[i] = {};
     Thread& t = threads_[i];

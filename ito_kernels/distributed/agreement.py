@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from functools import partial, wraps
 from itertools import chain
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.distributed as dist
@@ -49,6 +50,12 @@ class _Call(threading.local):
 
 
 _current = _Call()
+
+# How many calls each group has had. Where a rank's own function raises between two heads of
+# `multi_head_loss`, the rank's next call may look like the head that the others are at: its number
+# differs.
+_calls: WeakKeyDictionary[dist.ProcessGroup, int] = WeakKeyDictionary()
+CALL_NUMBER = "the number of the call"
 
 
 def same_on_every_rank(
@@ -108,6 +115,8 @@ def same_on_every_rank(
         if torch.compiler.is_compiling():  # every collective would cause a graph break
             return torch.compiler.disable(call)(*args, group=group, **options)
         group, outer = process_group(group), len(_current.description)
+        if outer == 0:
+            _count_call(group)
         _current.before_exchange = True
         try:
             _current.description += describe_call(args, options)
@@ -143,10 +152,17 @@ def exchanged_sizes(
             f" {dist.get_backend_config(group)}"
         )
     _current.before_exchange = False
-    description = [*_current.description, *description]
+    if not _current.description:
+        _count_call(group)
+    number = (CALL_NUMBER, str(_calls.get(group, 0)))
+    description = [*_current.description, *description, number]
     counts = all_gather_counts(group, device, queries, keys, _digest(description))
     if len(set(counts[:, 2].tolist())) > 1:
-        raise ValueError(_first_difference(_all_gather_object(group, description)))
+        descriptions = _all_gather_object(group, description)
+        # all ranks are told now, and count on together
+        numbers = [int(x[-1][1]) for x in descriptions if not isinstance(x, str)]
+        _calls[group] = max(numbers)
+        raise ValueError(_first_difference(descriptions))
     _current.before_exchange = another_follows
     return counts[:, :2]
 
@@ -177,6 +193,10 @@ def _dtype(x: Tensor) -> torch.dtype:
     if x.dtype != torch.float64 and autocast_enabled(x.device):
         return torch.get_autocast_dtype(x.device.type)
     return x.dtype
+
+
+def _count_call(group: dist.ProcessGroup) -> None:
+    _calls[group] = _calls.get(group, 0) + 1
 
 
 def _digest(description: CallDescription) -> int:

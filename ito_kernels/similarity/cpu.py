@@ -18,13 +18,15 @@ from torch import Tensor
 from .backend import Backend
 from .budget import count_as_kept, tile_cache_left
 from .native import MISSING, _native
-from .spec import Grads, Needs, Problem, SideStats, Stats, Upstream
+from .spec import Grads, Needs, Problem, Stats, Upstream
 
 # in the order of the enumerations in problem.hpp and base.hpp
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 POSITIVES = (None, "linear", "lse")
 
-COUNTABLE = 2**31  # rows and columns are counted with 32 bits
+# Rows and columns are counted with 32 bits, and so are the elements of a panel of columns.
+COUNTABLE = 2**31
+WIDEST = 2**24
 
 
 class Cpu(Backend):
@@ -53,6 +55,8 @@ class Cpu(Backend):
             return False, f"needs float32, bfloat16 or float16 features, got {problem.a.dtype}"
         if max(problem.n, problem.m, abs(problem.diagonal)) >= COUNTABLE:
             return False, "counts rows and columns with 32 bits"
+        if problem.d >= WIDEST:
+            return False, f"takes fewer than 2^24 features, got {problem.d}"
         return True, "native kernels"
 
     def missed(self, problem: Problem) -> str:
@@ -88,11 +92,10 @@ class Cpu(Backend):
         cache: Tensor | None = None,
     ) -> Grads:
         grads = _new_grads(problem, needs)
-        stats = Stats(*(side and SideStats(*_vectors(*side)) for side in stats))
         _native.cpu_backward(
             _fields(problem),
             stats,
-            (_vectors(*upstream.row), _vectors(*upstream.col)),
+            upstream,
             grads,
             _memory(cache),
             torch.get_num_threads(),
@@ -114,7 +117,7 @@ class Cpu(Backend):
         _native.cpu_both(
             _fields(problem),
             stats,
-            (_vectors(*upstream.row), _vectors(*upstream.col)),
+            upstream,
             grads,
             (total,),
             (None, self.cache_bytes(problem) * any(needs)),
@@ -154,24 +157,23 @@ def _softplus(
     total: Tensor | None = None,
 ) -> Grads:
     grads = _new_grads(problem, needs)
-    fields, upstream = _fields(problem), _vectors(u)
-    _native.cpu_softplus(fields, (loss,), upstream, grads, (total,), torch.get_num_threads())
+    threads = torch.get_num_threads()
+    _native.cpu_softplus(_fields(problem), (loss,), (u,), grads, (total,), threads)
     return grads
 
 
 def _fields(p: Problem) -> tuple[Tensor | int | None, ...]:
-    """The problem as the tuple that bind.cpp reads, with adjacent elements in rows and vectors."""
-    a = _rows(p.a)
-    b = a if p.b is None else _rows(p.b)
+    """The problem as the tuple that bind.cpp reads."""
     return (
-        DTYPES.index(a.dtype),
-        a.size(1),
-        *(a, a.size(0), a.stride(0)),
-        *(b, b.size(0), b.stride(0)),
-        p.b is None,
+        p.a,
+        p.b,
         p.scale.ndim == 1,
-        p.scale.contiguous(),
-        *_vectors(p.row_bias, p.col_bias, p.row_ids, p.col_ids, p.row_limit),
+        p.scale,
+        p.row_bias,
+        p.col_bias,
+        p.row_ids,
+        p.col_ids,
+        p.row_limit,
         POSITIVES.index(p.positives),
         p.exclude_self,
         p.exclude_positives,
@@ -180,15 +182,6 @@ def _fields(p: Problem) -> tuple[Tensor | int | None, ...]:
         p.cols,
         p.hardest,
     )
-
-
-def _rows(x: Tensor) -> Tensor:
-    return x if x.stride(1) == 1 or x.size(1) == 1 else x.contiguous()
-
-
-def _vectors(*vectors: Tensor | float | None) -> tuple[Tensor | float | None, ...]:
-    # of a list: a generator would take twice as long
-    return tuple([x if x is None or type(x) is float else x.contiguous() for x in vectors])
 
 
 def _memory(cache: Tensor | None) -> tuple[Tensor | None, int]:

@@ -76,9 +76,8 @@ def count_positives(ids: Tensor, other_ids: Tensor) -> Tensor:
     """The number of `other_ids` that equal ids_i, 0 for padding. O((N + M) log M) operations."""
     native = ids.is_cpu and ids.dtype == other_ids.dtype == torch.int64
     if native and _native is not None and can_skip_dispatcher((ids, other_ids)):
-        ids, other_ids = ids.contiguous(), other_ids.contiguous()
-        counts = torch.empty_like(ids)
-        _native.cpu_count_equal((ids, ids.shape[0], other_ids, other_ids.shape[0], counts))
+        counts = ids.new_empty(ids.shape)
+        _native.cpu_count_equal((ids.shape[0], other_ids.shape[0], ids, other_ids, counts))
         return counts
     ordered = other_ids.sort().values
     end = torch.searchsorted(ordered, ids, right=True)

@@ -7,6 +7,7 @@ case the same group computes a loss that is right: nothing is left in flight.
 import os
 import re
 import time
+from contextlib import suppress
 from functools import cache, partial
 from unittest.mock import patch
 
@@ -19,7 +20,7 @@ from support.losses_table import ROWS
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 import ito_kernels as ik
-from ito_kernels.distributed import GlobalBatch, global_row_numbers
+from ito_kernels.distributed import GlobalBatch, collectives, global_row_numbers
 
 SECONDS = 5  # of the group's 240
 X = torch.arange(24.0).view(4, 6).sin()
@@ -58,6 +59,22 @@ def ito(views=2, **options):
 def heads(number):
     x, scale = X.expand(number, 4, 6), torch.ones(number)
     return ik.multi_head_loss(ik.clip_loss, x, x, logit_scale=scale, group=world())
+
+
+def heads_twice(raises=False):
+    """A loss of two heads, twice. If its function raises at the second head, the second call meets
+    the second head of the others."""
+    left = [False, raises]
+
+    def loss(*x, **o):
+        if left and left.pop(0):
+            raise KeyError("of the user")
+        return ik.clip_loss(*x, **o)
+
+    x, scale = X.expand(2, 4, 6), torch.ones(2)
+    with suppress(KeyError):
+        ik.multi_head_loss(loss, x, x, logit_scale=scale, group=world())
+    return ik.multi_head_loss(loss, x, x, logit_scale=scale, group=world())
 
 
 def clustered(size=3, rows=None, **options):
@@ -160,6 +177,11 @@ UNLIKE = {
         under(partial(torch.autocast, "cpu", torch.bfloat16), infonce),
         "queries .* a torch.float32 tensor .* a torch.bfloat16 tensor",
     ),
+    "dtype": (
+        infonce,
+        lambda: infonce(X.double(), Y.double()),
+        "queries .* a torch.float32 tensor .* a torch.float64 tensor",
+    ),
     "width": (
         infonce,
         lambda: infonce(X[:, :5], Y[:, :5]),
@@ -169,6 +191,11 @@ UNLIKE = {
     "ito: lambda": (ito, partial(ito, lambda_fusion=0), "lambda_fusion .* got 2 on .* and 0 on"),
     "ito: denominator": (ito, partial(ito, denominator="pooled"), "denominator must be the"),
     "heads": (partial(heads, 2), partial(heads, 3), r"features 0 .* \(2, …, 6\) .* \(3, …, 6\)"),
+    "a head left out": (
+        heads_twice,
+        partial(heads_twice, raises=True),
+        r"the number of the call must .* got \d+ on .* and \d+ on rank",
+    ),
     "dims": (
         lambda: ik.matryoshka_loss(ik.clip_loss, X, Y, dims=[2], logit_scale=2.0, group=world()),
         lambda: ik.matryoshka_loss(ik.clip_loss, X, Y, dims=[2, 6], logit_scale=2.0, group=world()),
@@ -374,7 +401,11 @@ def disagreements(names, odd):
 
 
 CASES = [("unlike", name) for name in UNLIKE] + [("refused", name) for name in REFUSED]
-AT_THREE = [("unlike", "symmetric on one rank"), ("refused", "no rows, clip"), ("refused", "dims")]
+AT_THREE = [
+    *(("unlike", name) for name in ("symmetric on one rank", "query_ids on one rank")),
+    *(("unlike", name) for name in ("dtype", "width", "a head left out")),
+    *(("refused", name) for name in ("no rows, clip", "dims")),
+]
 
 
 @pytest.fixture(scope="module")
@@ -412,6 +443,40 @@ def test_every_rank_ends_at_once_and_by_name(found, size, case):
         assert re.search(f"^ValueError: .*{pattern}", own), own
         assert re.search("got .* on rank 0 and .* on rank 1$", own), own
         assert texts == [own] * (size - 1)
+
+
+# --- what it costs
+
+
+def collectives_of_calls():
+    """The names of the transfers of each of three equal calls; "an object" is of the details."""
+    found, started, objects = [], collectives.Started.__init__, dist.all_gather_object
+
+    def counted(self, name, *args):
+        found[-1].append(name)
+        started(self, name, *args)
+
+    def counted_object(*args):
+        found[-1].append("an object")
+        objects(*args)
+
+    with (
+        patch.object(collectives.Started, "__init__", counted),
+        patch.object(dist, "all_gather_object", counted_object),
+    ):
+        for _ in range(3):
+            found.append([])
+            infonce()
+    return {"calls": found}
+
+
+def test_the_check_is_part_of_the_exchange_of_sizes():
+    """No call has a transfer more than the exchange that every batch needs, the first neither."""
+    for found in processes.run(collectives_of_calls, 2, seconds=30):
+        first, *others = found["calls"]
+        assert others == [first, first]
+        assert first.count("all-gather of batch sizes") == 1
+        assert "an object" not in first
 
 
 # --- what may differ

@@ -4,6 +4,7 @@ Each W is one start of processes, which run every check; the tests read what the
 """
 
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -40,6 +41,7 @@ from torch.nn.functional import normalize
 from torch.nn.parallel import DistributedDataParallel
 
 import ito_kernels as ik
+from ito_kernels.distributed import collectives
 
 SIZES = (1, 2, 3, 4)
 
@@ -502,7 +504,8 @@ def test_the_package_does_not_import_dynamo():
 
 
 def abandoned(where, how):
-    """Rank 1 leaves or hangs before the forward or the backward pass; what do the others say?"""
+    """Rank 1 leaves or hangs before the forward or the backward pass, or raises before it calls the
+    loss, or is killed when it starts to send its keys; what do the others say?"""
     x = torch.randn(4, 3, requires_grad=True)
     loss = None
     if where == "ring":
@@ -513,10 +516,22 @@ def abandoned(where, how):
     if dist.get_rank() == 1:
         if how == "dies":
             os._exit(1)
-        time.sleep(8)
+        if how == "raises":
+            raise KeyError("of the user's own code")
+        if how == "is killed":
+            started = collectives.Started.__init__
+
+            def killed(self, name, *args):
+                if "keys" in name:
+                    os.kill(os.getpid(), signal.SIGKILL)
+                started(self, name, *args)
+
+            collectives.Started.__init__ = killed
+        else:
+            time.sleep(8)
     start = time.monotonic()
     try:
-        if where == "forward":
+        if where in ("forward", "keys"):
             ik.clip_loss(x, x.flip(0), 1.0, group=dist.group.WORLD)
         else:
             loss.backward()
@@ -526,6 +541,7 @@ def abandoned(where, how):
 
 
 ENDS = list(product(("forward", "backward", "ring"), ("dies", "hangs")))
+ENDS += [("forward", "raises"), ("keys", "is killed")]
 
 
 @pytest.fixture(scope="module")
@@ -540,6 +556,7 @@ def test_a_rank_that_ends_ends_the_others(ended, where, how):
     first, _, third = ended[where, how]
     message = {
         "forward": "all-gather of batch sizes",
+        "keys": "all-gather of keys 0 to 4 of each rank",
         "backward": "all-gather of column statistics",
         "ring": "ring transfer of keys 0 to 4 of each rank",
     }[where]
