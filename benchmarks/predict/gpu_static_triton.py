@@ -24,7 +24,7 @@ from triton.compiler import ASTSource
 
 from ito_kernels.similarity.triton import backward as gradient_kernels
 from ito_kernels.similarity.triton import forward as statistics_kernels
-from ito_kernels.similarity.triton.tiles import ARCHS, COMPILE, Arch, Tile
+from ito_kernels.similarity.triton.tiles import ARCHS, COMPILE, Arch, Tile, two_blocks
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -33,11 +33,6 @@ TARGETS = {
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
 ELEMENT = {"half": ("bf16", 2), "ieee": ("fp32", 4), "tf32": ("fp32", 4), "tf32x3": ("fp32", 4)}
-# {loss: (part, kernel, bytes written per score)}; SigLIP computes its sums together with W
-PARTS = {
-    "clip": (("forward", "forward clip", 0), ("panel", "panel clip", 2)),
-    "siglip": (("panel", "panel siglip", 2),),
-}
 
 
 def variants(arch: Arch, arithmetic: str) -> dict[str, tuple]:
@@ -93,6 +88,11 @@ def variants(arch: Arch, arithmetic: str) -> dict[str, tuple]:
         "panel siglip": (panels, w, panel | softplus | siglip),
         "panel softplus": (panels, by_ids, panel_ids | ids | softplus | sums | siglip),
     }
+    if arch.name == "sm_90" and element != "fp32":  # the first run on a GPU compares both
+        for name, tile in (("forward clip", score), ("panel clip", w)):
+            other = two_blocks(tile)
+            arguments = out[name][2] | features(other, other.k)
+            out[f"{name}, two blocks"] = (out[name][0], other, arguments)
     for d in (64, 128) if gradient else ():
         fused = features(gradient, d) | {"grad": f"*{element}", "stride_grad": "i32"}
         out[f"gradient {d} clip"] = (
@@ -183,6 +183,11 @@ def read_amd(kernel) -> dict:
     } | count(code, labels)
 
 
+def last_exit(code: list) -> int:
+    ends = [at for at, (op, _) in enumerate(code) if op in ("EXIT", "s_endpgm")]
+    return ends[-1] if ends else len(code)
+
+
 def count(code: list, labels: dict) -> dict:
     """Count the instructions of one thread: in the whole kernel, in one step of the loop over D,
     and in one tile outside of such steps.
@@ -192,6 +197,8 @@ def count(code: list, labels: dict) -> dict:
     once per tile. The counts are valid for kernels without ids; with ids the branches nest.
     """
     matrix = {at for at, (op, _) in enumerate(code) if family(op) in sum(MATRIX.values(), ())}
+    # behind the last EXIT there are only waits that branch back
+    labels = {x: at for x, at in labels.items() if at <= last_exit(code)}
 
     def within(part: range) -> Counter:
         return Counter(family(code[at][0]) for at in part)
