@@ -184,8 +184,7 @@ def read_amd(kernel) -> dict:
 
 
 def last_exit(code: list) -> int:
-    ends = [at for at, (op, _) in enumerate(code) if op in ("EXIT", "s_endpgm")]
-    return ends[-1] if ends else len(code)
+    return max((at for at, (op, _) in enumerate(code) if op == "EXIT"), default=len(code))
 
 
 def count(code: list, labels: dict) -> dict:
@@ -193,12 +192,14 @@ def count(code: list, labels: dict) -> dict:
     and in one tile outside of such steps.
 
     Code in a tile that a forward branch skips is not counted: it is for tiles with positives. With
-    tensor descriptors one loop runs over tiles and steps, and a branch skips the code that runs
-    once per tile. The counts are valid for kernels without ids; with ids the branches nest.
+    tensor descriptors one loop runs over tiles and steps, and branches skip the code that runs once
+    per tile: what follows the products, and before them the choice of the next tile. The counts are
+    valid for kernels without ids; with ids the branches nest.
     """
+    # behind the last EXIT there are only waits, which branch back
+    code = code[: last_exit(code) + 1]
+    labels = {x: at for x, at in labels.items() if at < len(code)}
     matrix = {at for at, (op, _) in enumerate(code) if family(op) in sum(MATRIX.values(), ())}
-    # behind the last EXIT there are only waits that branch back
-    labels = {x: at for x, at in labels.items() if at <= last_exit(code)}
 
     def within(part: range) -> Counter:
         return Counter(family(code[at][0]) for at in part)
@@ -214,13 +215,17 @@ def count(code: list, labels: dict) -> dict:
         for at, (_, targets) in enumerate(code)
         for target in targets
     ]
+    choice = [x for x in skips if 40 < len(x) <= 100 and not any(at in x for at in matrix)]
     skips = [x for x in skips if len(x) > 100 and not any(at in x for at in matrix)]
     if inner:
         step = min(inner, key=len)
         once_a_tile = [x for x in skips if inside(x, step)]
         if once_a_tile:
             tile = max(once_a_tile, key=len)
-            per_step, per_tile = within(step) - within(tile), within(tile)
+            chosen = {at for x in choice if inside(x, step) and not inside(x, tile) for at in x}
+            next_tile = Counter(family(code[at][0]) for at in chosen)
+            per_step = within(step) - within(tile) - next_tile
+            per_tile = within(tile) + next_tile
         else:
             outer = [x for x in inner if inside(step, x)]
             tile = min(outer, key=len) if outer else range(len(code))
