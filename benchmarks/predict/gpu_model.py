@@ -283,7 +283,12 @@ def gradients_ms(design: Design, chip: Chip, n: int, d: int, end: str) -> float:
 
 
 def parts(design: Design, chip: Chip, n: int, d: int, rows: dict) -> dict[str, Range]:
-    """The predicted milliseconds of each part of a design."""
+    """The predicted milliseconds of each part of a design. Raises ValueError for a kernel of which
+    no loop was found in the machine code: its time would be far too short."""
+    for p in design.passes:
+        row = rows[chip.arch, p.kernel]
+        if not (row.get("per_step") and row.get("per_tile")):
+            raise ValueError(f"{p.kernel} on {chip.arch}: no loop over steps and tiles was found")
 
     def both(function, *args) -> Range:
         return Range(*(function(*args, end) for end in ENDS))

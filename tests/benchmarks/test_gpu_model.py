@@ -133,6 +133,13 @@ def test_more_instructions_take_longer():
     assert after["W"] == before["W"]
 
 
+@pytest.mark.parametrize("part", ["per_step", "per_tile"])
+def test_a_kernel_whose_loop_was_not_found_has_no_time(part):
+    rows = ROWS | {("sm_90", "panel clip"): ROWS["sm_90", "panel clip"] | {part: {}}}
+    with pytest.raises(ValueError, match="panel clip on sm_90: no loop"):
+        model.parts(DESIGNS["CLIP"], H100, 65536, 768, rows)
+
+
 def test_kept_exponentials_trade_a_product_for_memory():
     """The design with three products: its forward pass stores 2 bytes per score, and a pass scales
     them in place at the rate of memory."""
