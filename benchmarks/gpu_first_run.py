@@ -94,7 +94,7 @@ class Run(NamedTuple):
             F.normalize(torch.randn(k, d, device=self.device), dim=1).bfloat16().requires_grad_()
             for k in (n, m or n)
         )
-        return x, y, torch.tensor(20.0, device=self.device, requires_grad=True)
+        return x, y, torch.full((), 20.0, device=self.device, requires_grad=True)
 
 
 # The machine.
@@ -225,13 +225,15 @@ def bandwidth(run: Run) -> None:
 
     from read_kernel import read
 
+    from ito_kernels.similarity.triton.tiles import COMPILE
+
     programs = size.programs * processors(run)
     out = torch.zeros(programs, device=run.device)
     block = 4096
     blocks = size.shared // FP32 // block
 
     def from_l2() -> None:
-        read[(programs,)](x, out, blocks, BLOCK=block, num_warps=8)
+        read[(programs,)](x, out, blocks, BLOCK=block, num_warps=8, **COMPILE)
 
     ms = run.milliseconds(from_l2)
     found |= {"l2": programs * blocks * block * FP32 / ms * 1e3, "l2_bytes": size.shared}

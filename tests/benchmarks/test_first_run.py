@@ -9,6 +9,9 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
+import torch
+
+from ito_kernels.similarity.triton import tiles
 
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "benchmarks"))
@@ -17,6 +20,9 @@ import gpu_first_run as first  # noqa: E402
 import gpu_model as model  # noqa: E402
 
 SCRIPT = ROOT / "benchmarks" / "gpu_first_run.sh"
+needs_pretended = pytest.mark.skipif(
+    find_spec("dry_device") is None, reason="there is no pretended GPU in benchmarks/predict"
+)
 needs_triton = pytest.mark.skipif(find_spec("triton") is None, reason="triton is not installed")
 
 
@@ -54,6 +60,42 @@ def test_a_whole_rehearsal(tmp_path):
     page = (tmp_path / "page.md").read_text()
     for word in ("L2, read", "Wᵀ·A", "| clip | 160 | in all |", "| ito triton |"):
         assert word in page, word
+
+
+class Event:
+    """A CUDA event of a GPU that takes a millisecond for everything."""
+
+    def __init__(self, enable_timing: bool):
+        assert enable_timing
+
+    def record(self) -> None: ...
+    def synchronize(self) -> None: ...
+
+    def elapsed_time(self, end: "Event") -> float:
+        return 1.0
+
+
+@needs_triton
+@needs_pretended
+def test_on_a_pretended_gpu(tmp_path, monkeypatch):
+    """What the steps do on the host of a Hopper GPU; nothing is computed."""
+    from dry_device import pretended
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    for name in ("memory_allocated", "max_memory_allocated", "reset_peak_memory_stats"):
+        monkeypatch.setattr(torch.cuda, name, lambda: 0)
+    monkeypatch.setattr(first, "profiled", lambda *_: {"cutlass_gemm": 2.0})
+    monkeypatch.setattr(first, "FULL", first.FULL._replace(n=512, copied=1 << 16, shared=1 << 14))
+    this = first.Run(tmp_path, rehearse=False)
+    with pretended(90):
+        for step in (first.bandwidth, first.products, first.tiles, first.kernels):
+            step(this)
+    rows = this.load("tiles")["rows"]
+    assert all(r.get("ms") == 1.0 for r in rows), rows
+    table = tiles.ARCHS["sm_90"].forward["half"]
+    tried = [tuple(r["tile"]) for r in rows if r["kernel"] == "forward" and r["d"] == 768]
+    assert tried[:3] == [table, tiles.two_blocks(table), tiles.two_blocks(table)]
+    assert {r["loss"] for r in this.load("kernels")["rows"]} == {"clip", "siglip"}
 
 
 def test_a_step_that_fails_or_hangs_is_recorded_and_the_rest_goes_on(tmp_path):
