@@ -48,7 +48,9 @@ class Sizes(NamedTuple):
 
 
 FULL = Sizes(65536, (512, 768), 5, 2 << 30, 16 << 20, 4, 4.0)
-TINY = Sizes(160, (160,), 1, 1 << 16, 1 << 14, 1, 0.01)
+CONTENDERS = ("eager", "open_clip form", "linear_cross_entropy ×2", "memeff", "siglip-kernel",
+              "inf-cl", "cut-cross-entropy", "ito triton", "ito cuda")  # fmt: skip
+TINY = Sizes(128, (160,), 1, 1 << 16, 1 << 14, 1, 0.01)
 
 
 class Run(NamedTuple):
@@ -64,17 +66,21 @@ class Run(NamedTuple):
         return TINY if self.rehearse else FULL
 
     def save(self, step: str, found: dict) -> None:
-        (self.folder / f"{step}.json").write_text(json.dumps(found, indent=1, default=str) + "\n")
+        """Whole or not at all: the step may be stopped at any time."""
+        path = self.folder / f"{step}.json"
+        part = path.with_suffix(".part")
+        part.write_text(json.dumps(found, indent=1, default=str) + "\n")
+        part.replace(path)
 
     def load(self, step: str) -> dict:
         path = self.folder / f"{step}.json"
         return json.loads(path.read_text()) if path.exists() else {}
 
-    def milliseconds(self, call: Callable[[], object], repeats: int | None = None) -> float:
+    def milliseconds(self, call: Callable[[], object]) -> float:
         """The median of a few calls, after one that compiles."""
         call()
         times = []
-        for _ in range(repeats or self.sizes.repeats):
+        for _ in range(self.sizes.repeats):
             if self.rehearse:
                 begin = time.perf_counter()
                 call()
@@ -366,17 +372,7 @@ def in_place_of(table, arch, kernel: str, tile, number: int):
 def throughput(run: Run) -> None:
     """loss_throughput.py with the packages that are installed, without what compiles for long."""
     command = [sys.executable, str(HERE / "loss_throughput.py"), "--device", run.device]
-    ours = ["ito triton", "ito cuda"] if not run.rehearse else ["ito triton"]
-    theirs = [
-        "eager",
-        "open_clip form",
-        "linear_cross_entropy ×2",
-        "memeff",
-        "siglip-kernel",
-        "inf-cl",
-        "cut-cross-entropy",
-    ]
-    command += ["--contender", *ours, *(theirs if not run.rehearse else ["eager"])]
+    command += ["--contender", *(("eager", "ito triton") if run.rehearse else CONTENDERS)]
     command += ["--seconds", str(run.sizes.seconds), "--dtype", "bf16"]
     if run.rehearse:
         command += ["--dim", "64", "--batch", "64", "--quick"]

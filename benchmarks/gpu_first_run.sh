@@ -40,8 +40,8 @@ step() {  # name, limit
 rm -f "$folder/steps.jsonl"
 for name in ${STEPS:-environment small bandwidth products tiles kernels tests throughput sanitizer}; do
   case $name in
-    environment) step environment 40 ;;
-    small) step small 60 ;;
+    environment) step environment 60 ;;
+    small) step small 80 ;;
     bandwidth) step bandwidth 30 ;;
     products) step products 40 ;;
     tiles) step tiles 90 ;;
