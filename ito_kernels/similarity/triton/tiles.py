@@ -105,9 +105,9 @@ ARCHS = {
     ),
     # One block of 256 × 128 is a guess. It reads 48 bytes of operands from L2 per clock at the full
     # matrix rate, but nothing runs beside the reduction of a tile. Two blocks of 128 × 128
-    # (`two_blocks`) hide it and read 64. docs/gpu-static.md has both predictions; the first run on a
-    # GPU decides. Four stages take 192 KiB, so that at D = 768 a quarter of the next tile is loaded
-    # while one is reduced.
+    # (`two_blocks`) hide it and read 64. docs/gpu-static.md has both predictions; the first run on
+    # a GPU decides. Four stages take 192 KiB, so that at D = 768 a quarter of the next tile is
+    # loaded while one is reduced.
     "sm_90": Arch(
         "sm_90",
         True,
