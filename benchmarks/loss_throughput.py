@@ -32,7 +32,6 @@ import math
 import platform
 from datetime import datetime
 from functools import partial
-from importlib.metadata import version
 from itertools import product
 from pathlib import Path
 
@@ -63,6 +62,8 @@ from measure import (
     time_in_turns,
 )
 from torch import Tensor
+
+import ito_kernels
 
 MIB = 1 << 20
 NEEDED_GEMMS = {loss: 1.5 if loss in ONE_TOWER else 3.0 for loss in LOSSES}
@@ -135,7 +136,7 @@ def machine(device: str) -> dict[str, str | int]:
     facts = {"device": device, "cpu": cpu or platform.machine(), "threads": torch.get_num_threads()}
     if device == "cuda":
         facts |= {"gpu": torch.cuda.get_device_name(), "cuda": torch.version.cuda}
-    return facts | {"torch": torch.__version__, "ito_kernels": version("ito_kernels")}
+    return facts | {"torch": torch.__version__, "ito_kernels": ito_kernels.__version__}
 
 
 def limits(args: argparse.Namespace) -> dict:

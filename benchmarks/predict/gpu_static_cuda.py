@@ -17,11 +17,6 @@ from ito_kernels.similarity import cuda
 CSRC = Path(__file__).parents[2] / "csrc"
 ARCHS = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120")
 SOURCES = ("forward.cu", "panel.cu", "gradient.cu")
-# {loss: (part, kernel, bytes written per score)}
-PARTS = {
-    "clip": (("forward", "forward", 0), ("panel", "panel", 2)),
-    "siglip": (("forward", "forward softplus", 0), ("panel", "panel softplus", 2)),
-}
 ARITHMETIC = {"Bf16": "bf16", "F16": "fp16", "Tf32x3": "tf32x3", "Tf32": "tf32"}
 
 

@@ -24,7 +24,7 @@ from triton.compiler import ASTSource
 
 from ito_kernels.similarity.triton import backward as gradient_kernels
 from ito_kernels.similarity.triton import forward as statistics_kernels
-from ito_kernels.similarity.triton.tiles import ARCHS, COMPILE, Arch, Tile
+from ito_kernels.similarity.triton.tiles import ARCHS, COMPILE, Arch, Tile, two_blocks
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -33,11 +33,6 @@ TARGETS = {
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
 ELEMENT = {"half": ("bf16", 2), "ieee": ("fp32", 4), "tf32": ("fp32", 4), "tf32x3": ("fp32", 4)}
-# {loss: (part, kernel, bytes written per score)}; SigLIP computes its sums together with W
-PARTS = {
-    "clip": (("forward", "forward clip", 0), ("panel", "panel clip", 2)),
-    "siglip": (("panel", "panel siglip", 2),),
-}
 
 
 def variants(arch: Arch, arithmetic: str) -> dict[str, tuple]:
@@ -93,6 +88,11 @@ def variants(arch: Arch, arithmetic: str) -> dict[str, tuple]:
         "panel siglip": (panels, w, panel | softplus | siglip),
         "panel softplus": (panels, by_ids, panel_ids | ids | softplus | sums | siglip),
     }
+    if arch.name == "sm_90" and element != "fp32":  # the first run on a GPU compares both
+        for name, tile in (("forward clip", score), ("panel clip", w)):
+            other = two_blocks(tile)
+            arguments = out[name][2] | features(other, other.k)
+            out[f"{name}, two blocks"] = (out[name][0], other, arguments)
     for d in (64, 128) if gradient else ():
         fused = features(gradient, d) | {"grad": f"*{element}", "stride_grad": "i32"}
         out[f"gradient {d} clip"] = (
@@ -183,14 +183,22 @@ def read_amd(kernel) -> dict:
     } | count(code, labels)
 
 
+def last_exit(code: list) -> int:
+    return max((at for at, (op, _) in enumerate(code) if op == "EXIT"), default=len(code))
+
+
 def count(code: list, labels: dict) -> dict:
     """Count the instructions of one thread: in the whole kernel, in one step of the loop over D,
     and in one tile outside of such steps.
 
     Code in a tile that a forward branch skips is not counted: it is for tiles with positives. With
-    tensor descriptors one loop runs over tiles and steps, and a branch skips the code that runs
-    once per tile. The counts are valid for kernels without ids; with ids the branches nest.
+    tensor descriptors one loop runs over tiles and steps, and branches skip the code that runs once
+    per tile: what follows the products, and before them the choice of the next tile. The counts are
+    valid for kernels without ids; with ids the branches nest.
     """
+    # behind the last EXIT there are only waits, which branch back
+    code = code[: last_exit(code) + 1]
+    labels = {x: at for x, at in labels.items() if at < len(code)}
     matrix = {at for at, (op, _) in enumerate(code) if family(op) in sum(MATRIX.values(), ())}
 
     def within(part: range) -> Counter:
@@ -207,13 +215,17 @@ def count(code: list, labels: dict) -> dict:
         for at, (_, targets) in enumerate(code)
         for target in targets
     ]
+    choice = [x for x in skips if 40 < len(x) <= 100 and not any(at in x for at in matrix)]
     skips = [x for x in skips if len(x) > 100 and not any(at in x for at in matrix)]
     if inner:
         step = min(inner, key=len)
         once_a_tile = [x for x in skips if inside(x, step)]
         if once_a_tile:
             tile = max(once_a_tile, key=len)
-            per_step, per_tile = within(step) - within(tile), within(tile)
+            chosen = {at for x in choice if inside(x, step) and not inside(x, tile) for at in x}
+            next_tile = Counter(family(code[at][0]) for at in chosen)
+            per_step = within(step) - within(tile) - next_tile
+            per_tile = within(tile) + next_tile
         else:
             outer = [x for x in inner if inside(step, x)]
             tile = min(outer, key=len) if outer else range(len(code))

@@ -1,4 +1,5 @@
-"""Predicts the time of a loss's step on many GPUs: prints the table and draws the picture.
+"""Predicts the time of a loss's step on many GPUs: prints the table and draws the picture. Without
+options it writes the figures of docs/scaling.md again.
 
     python benchmarks/predict/scaling.py [--gpu h100] [--dim 512] [--loss clip] [--out FOLDER]
     python benchmarks/predict/scaling.py --measure     runs the loss on gloo instead, and compares
@@ -22,6 +23,7 @@ from pathlib import Path
 
 sys.path.insert(1, str(Path(__file__).parent.parent))  # where loss_throughput.py and plot.py are
 
+from gpu_model import ROOT, written
 from scaling_check import check
 from scaling_model import (
     BATCHES,
@@ -32,14 +34,17 @@ from scaling_model import (
     PROTOCOLS,
     RANKS,
     RESULTS,
+    Gpu,
     Step,
-    load_gpu,
     markdown,
     most_gpus,
+    page,
     row,
     rows_to_hide,
 )
 from scaling_plot import draw
+
+PAGE = ROOT / "docs" / "scaling.md"
 
 
 def main() -> None:
@@ -58,7 +63,7 @@ def main() -> None:
         check(options.out / "scaling_check.json")
         return
 
-    gpu = load_gpu(options.gpu)
+    gpu = Gpu(options.gpu)
     rows = [
         row(Step(ranks, batch // ranks, options.dim, loss=options.loss), gpu)
         for ranks, batch in product(RANKS, BATCHES)
@@ -81,6 +86,8 @@ def main() -> None:
     }  # fmt: skip
     (options.out / f"{name}.json").write_text(json.dumps(report, indent=1) + "\n")
     draw(gpu, options.dim, options.loss, options.out / f"{name}.png")
+    if (options.gpu, options.loss, options.dim) == ("h100", "clip", 512):
+        PAGE.write_text(written(PAGE.read_text(), page(rows)))
 
 
 if __name__ == "__main__":

@@ -1,20 +1,23 @@
 """A model of the step time and memory of a loss on many GPUs, from counts and published rates.
 
 A step is the loss and its gradients, without the encoders. All numbers for GPUs are predictions;
-nothing here has run on a GPU. The times of the kernels are the lower bounds that `gpu_static.py`
-gets from machine code. Those of the network follow published rates and the cost model of NCCL.
+nothing here has run on a GPU. The times of the kernels are the middles of the ranges of
+`gpu_model.py`. Those of the network follow published rates and the cost model of NCCL.
 `scaling_check.py` compares the same formulas with gloo on this machine, with constants measured by
 plain torch calls.
 """
 
 from __future__ import annotations
 
-import json
 import math
 from collections import Counter
+from functools import cache
 from itertools import accumulate
 from pathlib import Path
+from textwrap import fill
 from typing import NamedTuple, Protocol
+
+import gpu_model
 
 from ito_kernels.distributed.chunks import GATHER_CACHE_BYTES as CACHE
 from ito_kernels.distributed.transport import default_chunk_size
@@ -285,7 +288,8 @@ NETWORKS = {
                     "A100 SXM data sheet: NVLink 600 GB/s both ways; DGX A100: a 200 Gb/s"
                     " ConnectX-6 for each GPU"),
 }  # fmt: skip
-CHIPS = {"h100": "H100 SXM", "a100": "A100 SXM"}  # names in gpu_static.json
+CHIPS = {"h100": "H100 SXM", "a100": "A100 SXM"}  # names in gpu_model.py
+ROWS = 65536  # the batch for which the time per score is taken
 # NCCL's cost model for rings (src/graph/tuning.cc, 2.28). Protocol: µs per call, µs per step inside
 # a node, µs per step between nodes, and the fraction of the link rate. The fastest one is used.
 PROTOCOLS = {
@@ -303,45 +307,33 @@ HOST, CALL = 0.25e-3, 1.7e-3
 class Gpu:
     """A cluster of nodes with 8 GPUs and a network card per GPU."""
 
-    def __init__(self, name: str, static: dict):
+    def __init__(self, name: str):
         self.name, self.network = name, NETWORKS[name]
         self.host, self.call = HOST, CALL
-        self.chip = static["chips"][CHIPS[name]]
-        self.predictions = [
-            p for p in static["predictions"] if (p["chip"], p["kernels"]) == (CHIPS[name], "triton")
-        ]
+        self.chip, self.rows = gpu_model.CHIPS[CHIPS[name]], gpu_model.load()
+        self.memory = 1e12 * self.chip.memory * gpu_model.ASSUMPTIONS["memory"].ends.middle
         self.tiles = {
-            kernel: next(
-                row["tile"][:2]
-                for row in static["kernels"]["triton"]
-                if (row["arch"], row["arithmetic"], row["kernel"])
-                == (self.chip["arch"], "half", kernel)
-            )
+            kernel: self.rows[self.chip.arch, kernel]["tile"][:2]
             for kernel in ("forward clip", "panel clip", "panel siglip")
         }
+        self.per_score = cache(self._per_score)
 
-    def per_score(self, kernels: str, dim: int) -> float:
-        """The predicted seconds per element of S in bf16, interpolated linearly in D between 512
-        and 768. Matrix products and loads grow with D."""
-        loss = "siglip" if kernels == "both" else "clip"
-        names = ("forward_ms",) if kernels == "forward" else ("panel_ms", "products_ms")
-        at = {
-            p["d"]: sum(p[x] for x in names) * 1e-3 / p["n"] ** 2
-            for p in self.predictions
-            if p["loss"] == loss and p["n"] == 65536
-        }
-        return at[512] + (dim - 512) / 256 * (at[768] - at[512])
+    def _per_score(self, kernels: str, dim: int) -> float:
+        """The predicted seconds per element of S in bf16, the middle of the range."""
+        design = gpu_model.DESIGNS["SigLIP" if kernels == "both" else "CLIP"]
+        times = gpu_model.parts(design, self.chip, ROWS, dim, self.rows)
+        names = ("forward",) if kernels == "forward" else ("W", "products")
+        return sum(times[x].middle for x in names) * 1e-3 / ROWS**2
 
     def compute(self, walk: Walk, rows: int, keys: int, dim: int, itemsize: int) -> float:
         """The predicted time of whole waves of tiles, or of reading the features if that is longer;
         in backward plus the time of summing the gradients in fp32."""
         name = {"forward": "forward clip", "backward": "panel clip", "both": "panel siglip"}
         m, n = self.tiles[name[walk.kernels]]
-        waves = math.ceil(math.ceil(rows / m) * math.ceil(keys / n) / self.chip["processors"])
-        scores = waves * self.chip["processors"] * m * n
-        memory = self.chip["memory"] * 1e9
-        reads = (2 if walk.gradients else 1) * (rows + keys) * dim * itemsize / memory
-        sums = (3 * rows + 2 * keys) * dim * FP32_BYTES / memory if walk.gradients else 0.0
+        waves = math.ceil(math.ceil(rows / m) * math.ceil(keys / n) / self.chip.processors)
+        scores = waves * self.chip.processors * m * n
+        reads = (2 if walk.gradients else 1) * (rows + keys) * dim * itemsize / self.memory
+        sums = (3 * rows + 2 * keys) * dim * FP32_BYTES / self.memory if walk.gradients else 0.0
         return max(scores * self.per_score(walk.kernels, dim), reads) + sums
 
     def all_gather(self, ranks: int, nbytes: int) -> float:
@@ -468,5 +460,53 @@ def size(nbytes: float) -> str:
     raise AssertionError
 
 
-def load_gpu(name: str) -> Gpu:
-    return Gpu(name, json.loads((RESULTS / "gpu_static.json").read_text()))
+# The page.
+
+
+def most_gpus_table() -> str:
+    """Up to how many GPUs the kernels take at least half of a step."""
+    lines = [
+        "| global batch | " + " | ".join(f"{batch:,}" for batch in BATCHES) + " |",
+        "|---" * (len(BATCHES) + 1) + "|",
+    ]
+    for gpu, dim, loss in (("h100", 512, "clip"), ("h100", 768, "clip"),
+                           ("h100", 512, "siglip"), ("a100", 512, "clip")):  # fmt: skip
+        most = [most_gpus(batch, Gpu(gpu), dim, loss) for batch in BATCHES]
+        name = f"{gpu.upper()}, D = {dim}" + ", SigLIP" * (loss == "siglip")
+        lines.append(f"| {name} | " + " | ".join(f"{x:,}" if x else "none" for x in most) + " |")
+    return "\n".join(lines)
+
+
+def figures() -> str:
+    """The predictions that docs/scaling.md names in its text."""
+    h100, a100 = Gpu("h100"), Gpu("a100")
+
+    def hidden(gpu: Gpu, dim: int) -> str:
+        return " and ".join(f"{rows_to_hide(gpu, dim, ranks):,.0f}" for ranks in (NODE, 2 * NODE))
+
+    small, large = (step_seconds(Step(512, 8192, chunk=x), h100) for x in (8192, 131072))
+    steps = [Step(ranks, (1 << 19) // ranks) for ranks in RANKS]
+    ms = [1e3 * step_seconds(s._replace(chunk=best_chunk(s, h100)), h100) for s in steps]
+    on = ", ".join(f"{x:.0f} on {ranks:,}" for x, ranks in zip(ms, RANKS, strict=True))
+    ring = []
+    for ranks in (512, 4096):
+        rows = (row(Step(ranks, b // ranks), h100) for b in BATCHES if b // ranks >= LEAST_ROWS)
+        ratios = [r["ring_ms"] / r["step_ms"] for r in rows]
+        ring.append(f"{min(ratios):.1f} to {max(ratios):.0f} times as long on {ranks:,} GPUs")
+    bullets = (
+        "- **Rows per GPU** from which the kernels hide large chunks, inside a node and across"
+        f" nodes: on H100s {hidden(h100, 512)} (D = 512; {hidden(h100, 768)} at D = 768), on A100s"
+        f" {hidden(a100, 512)}.",
+        f"- **A batch of 512K on H100s**, ms per step: {on} GPUs. More GPUs hardly make the loss"
+        " faster, and then slower.",
+        "- **Small chunks are slow**: with 16 rows from each of 512 GPUs (8,192 keys), a step with"
+        f" a batch of 4M takes {small:.1f} s, with 131,072 keys {large:.2f} s.",
+        "- **The ring** (`ITO_TRANSPORT=ring`) uses one network card per node where an all-gather"
+        f" uses eight, and has W chunks for any chunk size. A step takes {' and '.join(ring)}.",
+    )
+    return "\n".join(fill(x, 100, subsequent_indent="  ") for x in bullets)
+
+
+def page(rows: list[dict]) -> dict[str, str]:
+    """What stands between the marks of docs/scaling.md. rows: of CLIP on H100, D = 512."""
+    return {"figures": figures(), "most": most_gpus_table(), "steps": markdown(rows)}

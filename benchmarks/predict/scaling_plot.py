@@ -46,7 +46,7 @@ def draw(gpu: Gpu, dim: int, loss: str, path: Path) -> None:
             **left,
         )
         figure.supxlabel(
-            "Kernels: gpu_static.py. Network: published rates, NCCL's cost model. Left: solid is"
+            "Kernels: gpu_model.py. Network: published rates, NCCL's cost model. Left: solid is"
             " the step with the best chunk size, dotted its kernels alone; where they part,"
             " communication has taken over.\nMiddle: the dot is the chunk size to choose, the cross"
             f" the default. Right: {MEMORY_ROWS:,} rows for each GPU; the loss alone, without the"

@@ -1,5 +1,6 @@
 """The machine code of the Triton forward kernel, compiled ahead of time: no GPU is needed."""
 
+import json
 import os
 import sys
 from importlib.util import find_spec
@@ -14,8 +15,10 @@ if find_spec("triton") is None:
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks" / "predict"))
 
+import gpu_model
 import gpu_static_code as code
 import gpu_static_triton as ahead
+import triton
 
 
 @pytest.fixture(scope="module")
@@ -37,3 +40,39 @@ def test_multiplications_and_additions_are_fused(forward):
     """Each exponential takes its shift in one instruction."""
     ops = [code.family(op) for op, _ in forward[0]]
     assert ops.count("FFMA") > ops.count("special") / 2
+
+
+def test_the_predictions_are_of_these_kernels(forward):
+    """docs/gpu-static.md says how to write the counts again after a change of the kernels."""
+    written = json.loads(gpu_model.STATIC.read_text())
+    if f"triton {triton.__version__}," not in written["versions"]["triton"]:
+        pytest.skip("the counts are of another version of Triton")
+    row = gpu_model.load()["sm_90", "forward clip"]
+    now = ahead.count(*forward)
+    assert (row["per_step"], row["per_tile"]) == (now["per_step"], now["per_tile"])
+
+
+def test_what_runs_once_a_tile_in_a_loop_over_steps():
+    """The choice of the next tile and what follows the products, each behind a branch. On Hopper
+    and later, waits stand behind the last EXIT and branch back: they are no loops of the kernel."""
+    instructions = [
+        ("MOV", []),
+        ("BRA", [".chosen"]),  # 1
+        *[("IMAD", [])] * 60,
+        ("BRA.U", [".wait"]),  # 62
+        ("HGMMA", []),
+        ("BRA", [".another"]),
+        ("BRA", [".end"]),  # 65
+        *[("FFMA", [])] * 120,
+        ("BRA", [".start"]),  # 186
+        ("EXIT", []),
+        ("NOP", []),  # 188
+        ("BRA", [".back"]),
+        ("NOP", []),  # 190
+        ("BRA", [".further"]),
+    ]
+    labels = {".start": 0, ".chosen": 62, ".back": 63, ".further": 65, ".end": 186}
+    labels |= {".wait": 188, ".another": 190}
+    found = ahead.count(instructions, labels)
+    assert found["per_tile"] == {"IMAD": 60, "FFMA": 120}
+    assert found["per_step"] == {"MOV": 1, "BRA": 5, "HGMMA": 1}

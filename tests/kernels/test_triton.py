@@ -366,14 +366,14 @@ def test_autotuning(backward, launched, monkeypatch):
     assert "64 x 64 x 32, 4 warps, 1 stages (from the table)" in text
     monkeypatch.setenv("ITO_TRITON_AUTOTUNE", "1")
     got, text = step(100)
-    assert len(trials) == 2 * 5  # forward and backward
+    assert len(trials) == 2 * 6  # forward and backward
     assert text.count("64 x 32 x 32, 4 warps, 1 stages (tuned)") == 2
     torch.testing.assert_close(got, expected)
     _, text = step(90)
-    assert len(trials) == 10
+    assert len(trials) == 12
     assert "tuned" in text
     _, text = step(40)
-    assert len(trials) == 20
+    assert len(trials) == 24
 
 
 def test_fp32_follows_the_matmul_precision():

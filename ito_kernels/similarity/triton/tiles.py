@@ -1,8 +1,10 @@
 """Tile shapes of the Triton kernels for each architecture, and the size of W panels.
 
 The shapes were chosen from machine code, not from timings: `benchmarks/predict/gpu_static.py`
-compiles the entries in a few variants, fails if one of these spills registers, and predicts the
-time. docs/gpu-static.md names other variants that spill.
+compiles the entries in a few variants and fails if one of these spills registers, and
+`benchmarks/predict/gpu_model.py` predicts the time. docs/gpu-static.md names other variants that
+spill. `benchmarks/gpu_first_run.sh` times each candidate of `tuning_candidates` on a GPU. To make
+another tile permanent, write it into ARCHS; ITO_TRITON_AUTOTUNE=1 chooses it for one process.
 """
 
 from __future__ import annotations
@@ -25,11 +27,18 @@ class Tile(NamedTuple):
     stages: int
 
 
+def two_blocks(tile: Tile) -> Tile:
+    """Half the rows and warps, and a stage less: two blocks fit on a Hopper processor at a time
+    where one of the given tile does."""
+    return tile._replace(m=tile.m // 2, warps=tile.warps // 2, stages=max(1, tile.stages - 1))
+
+
 def tuning_candidates(tile: Tile) -> list[Tile]:
-    """The tiles that autotuning compares: the given tile first, then with fewer rows, with fewer
-    columns, with fewer warps, and with one more pipeline stage."""
+    """The tiles that autotuning compares: the given tile first, then two blocks on a processor,
+    with fewer rows, with fewer columns, with fewer warps, and with one more pipeline stage."""
     return [
         tile,
+        two_blocks(tile),
         tile._replace(m=tile.m // 2),
         tile._replace(n=tile.n // 2),
         tile._replace(m=tile.m // 2, warps=tile.warps // 2),
@@ -94,9 +103,11 @@ ARCHS = {
         ids={"half": Tile(64, 64, 64, 8, 3)} | FP32_IDS,
         gradient=GRADIENT,
     ),
-    # The matrix unit is twice as fast as on sm_80, L2 is not. It delivers about 39 bytes per clock;
-    # 256 × 128 reads 48, 128 × 128 would read 64. Four stages take 192 KiB, so that at D = 768 a
-    # quarter of the next tile is loaded while one is reduced.
+    # One block of 256 × 128 is a guess. It reads 48 bytes of operands from L2 per clock at the full
+    # matrix rate, but nothing runs beside the reduction of a tile. Two blocks of 128 × 128
+    # (`two_blocks`) hide it and read 64. docs/gpu-static.md has both predictions; the first run on
+    # a GPU decides. Four stages take 192 KiB, so that at D = 768 a quarter of the next tile is
+    # loaded while one is reduced.
     "sm_90": Arch(
         "sm_90",
         True,
