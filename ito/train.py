@@ -25,8 +25,8 @@ from ito.config import Config, add_options, choose_preset, from_options, of_emoj
 from ito.data.dataset import Dataset
 from ito.data.fields import Skipped
 from ito.device import choose_device, choose_precision
-from ito.files import undamaged, write_text
-from ito.model.exported import export, load, saved_tokenizer
+from ito.files import FileError, undamaged, write_text
+from ito.model.exported import export, load, require_shapes, saved_tokenizer
 from ito.model.pretrained import OURS, described_encoders, encoders, load_tokenizer
 from ito.model.pretrained_dual import Loaded, load_dual, package_of
 from ito.model.tokenizer import Tokenizer, lost_share, report_cut
@@ -35,13 +35,16 @@ from ito.ranks import Ranks
 from ito.recipes import PRESETS
 from ito.resume import changed_data, data_hashes, digest, resumed_config
 from ito.run import (
+    MOST_THREADS,
     RunFolder,
     created,
     locked,
     on_stop_signals,
+    refuse_strange,
     refuse_used,
     remove_temporary_files,
     resumable,
+    resume_command,
     stoppable,
 )
 from ito.scoring.evaluation import evaluate
@@ -79,6 +82,7 @@ def main(arguments: list[str] | None = None) -> Path:
                 else:
                     folder, config = new_folder(options), from_options(options)
                 if ranks.leads and options.resume:
+                    refuse_strange(folder)
                     held.enter_context(locked(folder))
                     remove_temporary_files(folder)
                 elif ranks.leads:
@@ -165,8 +169,8 @@ def run_options(parser: argparse.ArgumentParser) -> None:
 def thread_count(text: str) -> int:
     if int(text) < 1:
         raise argparse.ArgumentTypeError(f"must be at least 1, got {text}")
-    if int(text) > 1024:  # OpenMP would end the process without a message
-        raise argparse.ArgumentTypeError(f"must be at most 1024, got {text}")
+    if int(text) > MOST_THREADS:
+        raise argparse.ArgumentTypeError(f"must be at most {MOST_THREADS}, got {text}")
     return int(text)
 
 
@@ -226,6 +230,8 @@ class Run:
         has_checkpoint = options.resume and checkpoints(self.files.checkpoints)
         state = load_checkpoint(self.files.checkpoints) if has_checkpoint else None
         self.resumed = state is not None
+        if state:
+            self.require_sizes(state)
         machine = self.choose_machine(options, state)
         if not options.resume:
             print("preset     {}: {}".format(*choose_preset(options)))
@@ -264,6 +270,17 @@ class Run:
             self.trainer.start_from(pretrained)
 
     # --- set-up ---
+
+    def require_sizes(self, state: dict) -> None:
+        """Raises ValueError if the checkpoint's weights are not of the sizes that it and
+        config.json name, before memory is taken for a model of these sizes."""
+        with undamaged(self.files.checkpoints):
+            saved = state["architecture"]
+            require_shapes(saved, state["model"])
+            for name in saved.keys() - {"vocab_size", "image_encoder", "text_encoder"}:
+                if saved[name] != getattr(self.config, name):
+                    about = f"{name} {saved[name]}, config.json has {getattr(self.config, name)}"
+                    raise FileError(f"{self.files.checkpoints} is of another model: {about}")
 
     def choose_machine(self, options: argparse.Namespace, state: dict | None) -> dict[str, str]:
         """Set device, threads and dtype, and return them in words.
@@ -509,8 +526,7 @@ class Run:
     def finish(self, step: int, seconds: float) -> None:
         """Write the report and print the scores; or, of a stopped run, how to continue it."""
         if step < self.config.steps:
-            command = f"python -m ito.train --resume {shown(self.folder)}"
-            print(f"stopped after step {step}; continue with: {command}")
+            print(f"stopped after step {step}; continue with: {resume_command(self.folder)}")
             return
         trained = step - self.first_step
         if self.config.stream and trained:

@@ -17,13 +17,13 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from PIL import Image
-from tokenizers import Tokenizer as BPE
 
 from ito.data.pictures import FITS, MAX_PIXELS, Refused, decode, square
 from ito.device import find_device
 from ito.files import FileError, naming, read_text, require_file, undamaged, write_atomically
 from ito.model.embed import embed_images, embed_texts
 from ito.model.encoders import DualEncoder
+from ito.model.pretrained import planned_body
 from ito.model.tokenizer import Tokenizer
 from ito.run import RunFolder
 from ito.tensors import load_tensors, save_tensors, verify
@@ -31,6 +31,7 @@ from ito.tensors import load_tensors, save_tensors, verify
 Picture = Image.Image | str | os.PathLike | bytes | np.ndarray | torch.Tensor
 PICTURE = "a path, the bytes of a file, a PIL image, a uint8 array or tensor"
 WEIGHTS, ABOUT, TOKENS = "model.safetensors", "config.json", "tokenizer.json"
+MOST_SIZE = 2**22  # of widths, vocabularies and the like
 
 
 def export(
@@ -186,22 +187,63 @@ def load(run: str | Path, device: str | torch.device = "cpu") -> Encoder:
         )
         why = written if Path(run).exists() else "because it does not exist"
         raise FileNotFoundError(f"{run} holds no exported model {why}")
+    with undamaged(folder / WEIGHTS) as path:
+        weights, sums = load_tensors(path)
     with undamaged(folder / ABOUT) as path:
         about = json.loads(read_text(path))
-        model = DualEncoder(**about["architecture"])
+        model = built(about["architecture"], weights)
         load_size, step = about["load_size"], about["step"]
         fit = about.get("fit", "crop")  # older versions had no other
         if fit not in FITS:
             raise ValueError(f"fit must be one of {', '.join(FITS)}, got {fit!r}")
-    with undamaged(folder / WEIGHTS) as path:
-        weights, sums = load_tensors(path)
-        model.load_state_dict(weights)
+        if type(step) is not int or type(load_size) is not int:
+            raise TypeError(f"step and load_size must be numbers, got {step!r} and {load_size!r}")
+        if not 0 < load_size <= 2 * model.architecture["image_size"]:
+            raise ValueError(f"load_size must be at most twice the image_size, got {load_size}")
     model.to(device, memory_format=torch.channels_last).eval().requires_grad_(False)
     with undamaged(folder / TOKENS) as path:
         verify(hashlib.sha256(require_file(path).read_bytes()).hexdigest(), sums.get("tokenizer"))
         tokenizer = Tokenizer.load(path)
         require_fit(tokenizer, model.architecture, path)
     return Encoder(model, tokenizer, load_size, step, fit)
+
+
+def built(architecture: dict, weights: dict[str, torch.Tensor]) -> DualEncoder:
+    """The model with these weights.
+
+    Raises ValueError if they are another model's, before any memory is taken for it: the sizes may
+    be anything.
+    """
+    require_shapes(architecture, weights)
+    model = DualEncoder(**architecture)
+    model.load_state_dict(weights)
+    return model
+
+
+def require_shapes(architecture: dict, weights: dict[str, torch.Tensor]) -> None:
+    """Raises ValueError or TypeError if a model of this architecture has no such weights."""
+    for name, value in architecture.items():
+        if name in ("image_encoder", "text_encoder"):
+            continue
+        most = len(weights) if name.endswith("depth") else MOST_SIZE
+        if value is not None and (type(value) is not int or not 0 < value <= most):
+            raise ValueError(f"{name} must be a number from 1 to {most}, got {value!r}")
+    encoders = [architecture.get(f"{tower}_encoder") for tower in ("image", "text")]
+    if any(encoders):  # the sizes of the own tower beside a body are limited, but not compared
+        planned = zip(
+            ("image.body.", "text.body."), map(planned_body, encoders, (0, 1)), strict=True
+        )
+    else:
+        with torch.device("meta"):  # shapes without memory
+            planned = [("", DualEncoder(**architecture))]
+    for prefix, module in planned:
+        if module is None:
+            continue
+        wanted = {f"{prefix}{n}": tuple(value.shape) for n, value in module.state_dict().items()}
+        found = {n: tuple(value.shape) for n, value in weights.items() if n.startswith(prefix)}
+        if other := sorted(n for n in {*wanted, *found} if wanted.get(n) != found.get(n)):
+            name = other[0]
+            raise ValueError(f"{name} must be {wanted.get(name)}, got {found.get(name)}")
 
 
 def saved_tokenizer(state: dict, run: RunFolder) -> Tokenizer:
@@ -214,7 +256,7 @@ def saved_tokenizer(state: dict, run: RunFolder) -> Tokenizer:
     """
     inside = "tokenizer" in state
     with undamaged(run.checkpoints if inside else run.model / TOKENS) as path:
-        tokenizer = Tokenizer(BPE.from_str(state["tokenizer"])) if inside else Tokenizer.load(path)
+        tokenizer = Tokenizer.parse(state["tokenizer"]) if inside else Tokenizer.load(path)
         require_fit(tokenizer, state["architecture"], path)
     return tokenizer
 

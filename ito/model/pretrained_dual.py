@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from ito.files import read_text, undamaged
 from ito.model.pretrained import (
+    LOCAL,
     PROJECTED,
     OpenClip,
     OpenClipDualText,
@@ -160,7 +161,7 @@ def load_dual(pretrained: str, context_length: int) -> Loaded:
             model = OpenClip().pretrained(name)
             modules = {"image": {"network": model.visual}, "text": {"network": model.text}}
         else:
-            model = package("transformers", "hf").AutoModel.from_pretrained(name).float()
+            model = package("transformers", "hf").AutoModel.from_pretrained(name, **LOCAL).float()
             parts = {
                 "image": ("vision_model", "visual_projection"),
                 "text": ("text_model", "text_projection"),

@@ -10,6 +10,7 @@ import dataclasses
 import importlib.util
 import json
 import math
+import re
 import statistics
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -18,7 +19,7 @@ from pathlib import Path
 
 import torch
 
-from ito.cli import shown
+from ito.cli import one_line, shown
 from ito.config import Config, from_options
 from ito.data.augment import Augmentation
 from ito.data.dataset import Dataset
@@ -119,7 +120,8 @@ def write_comparison(out: Path, cache: Path | None = None, given: dict | None = 
     check_equal([run for runs in arms.values() for run in runs])
     for run in (run for runs in arms.values() for run in runs):
         same = from_options(argparse.Namespace(**given or {}), run.config) == run.config
-        refuse_commands(run.folder, run.config, given if given and same else {})
+        about = given if given and same else {}
+        refuse_commands(run.folder, run.config, about, ("train_data", "val_data", "objective"))
     costs = measured({arm: runs[0].folder for arm, runs in arms.items()}, out, cache)
     arms = dict(sorted(arms.items(), key=lambda item: costs[item[0]].seconds))
     first = next(iter(arms.values()))[0]
@@ -185,8 +187,14 @@ def measured(folders: dict[str, Path], out: Path, cache: Path | None) -> dict[st
 
 
 def rows(header: list[str], lines: list[list[str]]) -> str:
-    table = [header, ["---"] * len(header), *lines]
+    table = [[*map(plain_text, header)], ["---"] * len(header)]
+    table += [[*map(plain_text, line)] for line in lines]
     return "\n".join(f"| {' | '.join(line)} |" for line in table)
+
+
+def plain_text(text: object) -> str:
+    """Without markup: names of folders and of splits may be others'."""
+    return re.sub(r"[\\`*<>|\[\]!&]", r"\\\g<0>", one_line(str(text), 2000))
 
 
 def spread(values: list[float], form: Callable[[float], str]) -> str:
@@ -210,10 +218,10 @@ def about(arms: dict[str, list[Result]], first: Result) -> str:
     config, chance = first.config, first.end("i2t/chance")
     environment = first.environment
     seeds = ", ".join(f"{arm} {len(runs)}" for arm, runs in arms.items())
-    return (
+    return plain_text(
         f"{config.steps} steps of {config.batch_size} items each, {environment['threads']} threads,"
         f" {environment['dtype'].removeprefix('torch.')}; {environment['data']}. Split "
-        f"`{first.split}`, {first.end('i2t/candidates')} captions, chance {chance:.2%}. "
+        f"{first.split}, {first.end('i2t/candidates')} captions, chance {chance:.2%}. "
         f"Seeds: {seeds}. Percentages, mean ± deviation over seeds."
     )
 

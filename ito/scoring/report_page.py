@@ -25,6 +25,7 @@ from ito.scoring.projections import PROJECTIONS
 from ito.scoring.scores import DIRECTIONS, sections
 from ito.summary import sentence
 
+POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"  # no scripts, no network
 QUERIES, SHOWN, MISTAKES = 8, 6, 12
 MAPPED = 300  # pairs in the map: more would hide each other
 # names, and endings of names, that are logged at every step but are no terms of the loss
@@ -79,7 +80,7 @@ def write_report(run: Path, encoder: Encoder, dataset: Dataset, project: str = "
         f"<h1>{html.escape(run.name)}</h1>",
         f"<p>Step {encoder.step}, {len(dataset.items)} items, {len(dataset.images)} pictures, "
         f"{len(dataset.skipped)} records skipped"
-        f"{f'; {streams[-1]} of the stream trained on' if streams else ''}.</p>",
+        f"{f'; {html.escape(str(streams[-1]))} of the stream trained on' if streams else ''}.</p>",
     ]
     if files.data.exists():
         with undamaged(files.data):
@@ -103,6 +104,7 @@ def write_report(run: Path, encoder: Encoder, dataset: Dataset, project: str = "
                 parts.append(settings(title, json.loads(read_text(path))))
     page = (
         '<!doctype html><html lang="en"><meta charset="utf-8">'
+        f'<meta http-equiv="Content-Security-Policy" content="{POLICY}">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
         f"<title>{html.escape(run.name)}</title><style>{STYLE}</style>{''.join(parts)}</html>"
     )
