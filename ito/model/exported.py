@@ -54,10 +54,10 @@ def export(
     }
     about = {"architecture": model.architecture, "load_size": load_size, "fit": fit, "step": step}
     tokens = tokenizer.bpe.to_str(pretty=True).encode()
-    files = {
-        TOKENS: tokens,
-        ABOUT: (json.dumps(about, indent=2) + "\n").encode(),
+    files = {  # renamed from the last on: without weights there is no model yet
         WEIGHTS: save_tensors(weights, tokenizer=hashlib.sha256(tokens).hexdigest()),
+        ABOUT: (json.dumps(about, indent=2) + "\n").encode(),
+        TOKENS: tokens,
     }
     with ExitStack() as written:
         for name, content in files.items():
@@ -267,3 +267,6 @@ def require_fit(tokenizer: Tokenizer, architecture: dict, path: Path) -> None:
         found, expected = getattr(tokenizer, name), architecture[name]
         if found != expected:
             raise FileError(f"{path} is of another model: {name} {found}, expected {expected}")
+    highest = max(tokenizer.bpe.get_vocab().values())
+    if not architecture.get("text_encoder") and highest >= tokenizer.vocab_size:
+        raise FileError(f"{path}: its ids must be below {tokenizer.vocab_size}, got {highest}")
