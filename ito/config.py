@@ -475,7 +475,7 @@ class Config:
             # to runs from before this option, equal captions were negatives
             values = {"equal_captions": "negative"} | values
             return cls(**values, augmentation=Augmentation(**drawn))
-        except (ValueError, TypeError, KeyError, AttributeError) as error:
+        except (ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
             raise ValueError(f"{path} is not the configuration of a run: {error}") from None
 
     def flat(self) -> dict:

@@ -407,7 +407,8 @@ class Run:
             print(f"warning    {name} of the data changed since the run began: numbers differ")
         for name, value in saved.items():
             if name != "sha256" and now.get(name) != value:
-                print(f"warning    {name} was {value}, is {now.get(name)}: numbers may differ")
+                was = one_line(f"{name} was {value}, is {now.get(name)}")
+                print(f"warning    {was}: numbers may differ")
         before = self.files.read_config()
         if self.config.steps != before.steps:
             rate = self.trainer.learning_rate(self.first_step)
@@ -418,7 +419,7 @@ class Run:
         if self.config != before:
             self.config.save(self.files.config)
         for problem in self.log.rewind(self.first_step, state.get("logged")):
-            print(f"warning    {shown(self.log.path)}: {problem}")
+            print(f"warning    {shown(self.log.path)}: {one_line(problem)}")
 
     def environment(self) -> dict:
         """What the numbers depend on, apart from the configuration."""

@@ -38,7 +38,7 @@ def at_most(seconds: float, what: str) -> Iterator[None]:
     longer than anyone lives. Only in the main thread, where signals are received."""
 
     def stop(*_):
-        raise ValueError(f"{what} takes longer than {seconds:.0f} s: simplify it")
+        raise ValueError(f"{what} takes longer than {seconds:.2g} s: simplify it")
 
     if threading.current_thread() is not threading.main_thread() or not hasattr(signal, "SIGALRM"):
         yield

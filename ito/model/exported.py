@@ -269,4 +269,6 @@ def require_fit(tokenizer: Tokenizer, architecture: dict, path: Path) -> None:
             raise FileError(f"{path} is of another model: {name} {found}, expected {expected}")
     highest = max(tokenizer.bpe.get_vocab().values())
     if not architecture.get("text_encoder") and highest >= tokenizer.vocab_size:
-        raise FileError(f"{path}: its ids must be below {tokenizer.vocab_size}, got {highest}")
+        raise FileError(
+            f"{path} is damaged: its ids must be below {tokenizer.vocab_size}, got {highest}"
+        )

@@ -23,7 +23,7 @@ from ito.cli import one_line, shown
 from ito.config import Config, from_options
 from ito.data.augment import Augmentation
 from ito.data.dataset import Dataset
-from ito.files import read_text, write_atomically, write_text
+from ito.files import read_text, undamaged, write_atomically, write_text
 from ito.model.exported import WEIGHTS, load
 from ito.objectives import OPTIONS
 from ito.run import RunFolder, refuse_commands
@@ -65,8 +65,8 @@ class Result:
             run.read_environment(),
             log.read("train"),
             log.read("eval"),
-            json.loads(read_text(run.evaluation)),
-            json.loads(read_text(run.cost))["peak_bytes"],
+            dict(read_json(run.evaluation)),
+            int(read_json(run.cost)["peak_bytes"]),
         )
 
     @property
@@ -174,13 +174,18 @@ def check_equal(runs: list[Result]) -> None:
 def measured(folders: dict[str, Path], out: Path, cache: Path | None) -> dict[str, StepCost]:
     """`step_costs`, saved in `out` for the next report of the same arms."""
     path = out / "step_costs.json"
-    known = json.loads(read_text(path)) if path.exists() else {}
+    known = read_json(path) if path.exists() else {}
     fields = {field.name for field in dataclasses.fields(StepCost)}
     if known.keys() != folders.keys() or any(cost.keys() != fields for cost in known.values()):
         print(f"timing steps of {', '.join(folders)}", flush=True)
         known = {arm: dataclasses.asdict(x) for arm, x in step_costs(folders, cache).items()}
         write_text(path, json.dumps(known, indent=2) + "\n")
     return {arm: StepCost(**x) for arm, x in known.items()}
+
+
+def read_json(path: Path):
+    with undamaged(path):
+        return json.loads(read_text(path))
 
 
 # ---- tables

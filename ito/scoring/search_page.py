@@ -8,7 +8,6 @@ more than QUERIES queries or one above QUERY characters, and bodies above UPLOAD
 An uploaded picture is decoded within the limits of the data's own, and is not kept.
 """
 
-import html
 import io
 import re
 import signal
@@ -19,6 +18,7 @@ import torch
 from PIL import Image
 
 from ito.cli import one_line
+from ito.scoring.charts import escaped
 from ito.scoring.index import Index, Near
 
 try:
@@ -94,7 +94,7 @@ def application(index: Index, near: Near | None = None) -> Starlette:
             if picture is None:
                 return PlainTextResponse(f"like must be in [0, {count}), got {one_line(like)}", 400)
             about = f'<img src="/picture/{picture}" alt="">Pictures like this one: '
-            about += html.escape(index.name(picture))
+            about += escaped(index.name(picture))
             return page([], f"<p>{about}</p>" + tiles(index, index.embeddings[picture][None]))
         if not texts:
             return page([], f"<p>{count} pictures. Type what you look for.</p>")
@@ -125,10 +125,10 @@ def application(index: Index, near: Near | None = None) -> Starlette:
         best = index.search(query, 1)[0].item()
         doubt = near.doubt(kind, best) if near else ""
         about = doubt[:1].upper() + doubt[1:] or f"The closest of {count} pictures."
-        return f"<h2>{html.escape(title)}</h2><p>{about}</p>" + tiles(index, query)
+        return f"<h2>{escaped(title)}</h2><p>{about}</p>" + tiles(index, query)
 
     def page(texts: list[str], body: str) -> HTMLResponse:
-        text = html.escape(" | ".join(texts))
+        text = escaped(" | ".join(texts))
         return HTMLResponse(
             '<!doctype html><html lang="en"><meta charset="utf-8">'
             '<meta name="viewport" content="width=device-width, initial-scale=1">'
@@ -213,7 +213,7 @@ def tiles(index: Index, query: torch.Tensor) -> str:
     scores, found = index.search(query, SHOWN)
     parts = []
     for score, picture in zip(scores[0].tolist(), found[0].tolist(), strict=True):
-        name = html.escape(index.name(picture))
+        name = escaped(index.name(picture))
         parts.append(
             f'<a href="/?like={picture}" title="{name}"><img src="/picture/{picture}" alt="{name}">'
             f"<span>{name}</span><small>{score:.3f}</small></a>"

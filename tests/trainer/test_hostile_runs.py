@@ -7,6 +7,7 @@ import pickle
 import re
 import resource
 import shutil
+import signal
 import struct
 import zipfile
 
@@ -18,6 +19,8 @@ from support import untrained_run
 import ito
 from ito import compare, evaluate, export, report, search, train
 from ito.checkpoint import load_checkpoint, save_checkpoint
+from ito.data import splits
+from ito.data.fields import Record
 from ito.model import pretrained
 from ito.model.exported import require_shapes
 from ito.model.hf import write_tokenizer
@@ -236,10 +239,14 @@ def test_a_pattern_of_very_many_files_is_refused(run, capsys):
         assert "stands for more than 1000000 files" in refused(evaluate, run, capsys=capsys)
 
 
-def test_a_regular_expression_that_takes_for_ever_is_stopped(run, made, monkeypatch, capsys):
-    monkeypatch.setattr("ito.data.splits.SEARCHED", 0.5)
-    change(run / "config.json", group_by="^(([a-z-]+)+)+$")
-    assert "takes longer than 1 s" in refused(evaluate, run, capsys=capsys)
+def test_a_regular_expression_that_takes_for_ever_is_stopped(monkeypatch):
+    monkeypatch.setattr(splits, "SEARCHED", 0.3)
+    record = Record("a.csv:2", "a.png", "a", ["a"], {}, None, None, None, None, "a" * 60 + "!")
+    with pytest.raises(ValueError, match=r"--group-by '\(a\+\)\+\$' takes longer than 0.3 s"):
+        splits.set_groups([record], "(a+)+$")
+    splits.set_groups([record], "a")
+    assert record.group == "a"
+    assert signal.getitimer(signal.ITIMER_REAL) == (0, 0)
 
 
 @pytest.fixture
@@ -318,7 +325,7 @@ def test_a_checkpoint_that_expands_is_refused(copy, capsys):
 
 def test_parts_of_a_checkpoint_of_another_type(copy, capsys):
     state = load_checkpoint(copy / "checkpoints")
-    for name in ("model", "objective", "optimizer", "architecture", "tokenizer", "dtype", "logged"):
+    for name in ("model", "objective", "optimizer", "architecture", "tokenizer", "dtype"):
         save_checkpoint(copy / "checkpoints", 6, state | {name: [3]})
         said = refused(train, "--resume", copy, capsys=capsys)
         assert f"{copy}/checkpoints" in said or f"{copy}/environment.json" in said, name
@@ -402,12 +409,12 @@ def test_a_tokenizer_of_others_is_limited(name, run, little_memory, capsys):
 
 @pytest.mark.parametrize(
     ("name", "value"),
-    [("threads", 10**9), ("threads", -1), ("threads", "8"), ("device", 3), ("dtype", "torch.int8")],
+    [("threads", 10**9), ("threads", -1), ("threads", "8"), ("device", 3)],
 )
 def test_an_environment_that_cannot_be_is_refused(name, value, copy, capsys):
     change(copy / "environment.json", **{name: value})
     said = refused(train, "--resume", copy, capsys=capsys)
-    assert "environment.json is damaged" in said or "dtype" in said
+    assert f"{copy}/environment.json is damaged" in said
 
 
 def test_kept_embeddings_of_others_are_refused(run, capsys):
