@@ -237,12 +237,26 @@ def parquet():
     return parquet
 
 
+class Unreadable:
+    """In place of the pictures of a row group: each of its rows raises the error."""
+
+    def __init__(self, error: ValueError):
+        self.error = error
+
+    def __getitem__(self, row: int):
+        raise self.error
+
+
 @lru_cache(maxsize=4)
 def pictures_of(file: Path, group: int, column: str):
-    """The pictures of a row group. It is read as a whole, so a few are kept for the next rows."""
+    """The pictures of a row group, or why they cannot be read: each row of it asks for them. It is
+    read as a whole, so a few are kept for the next rows."""
     from pyarrow import chunked_array
 
-    return chunked_array([batch.column(column) for batch in batches_of(file, group, [column])])
+    try:
+        return chunked_array([batch.column(column) for batch in batches_of(file, group, [column])])
+    except ValueError as error:
+        return Unreadable(error)
 
 
 def batches_of(file: Path, group: int, columns: list[str]) -> list:

@@ -104,7 +104,7 @@ def application(index: Index, near: Near | None = None) -> Starlette:
 
     async def upload(request: Request) -> Response:
         size = request.headers.get("content-length", "")
-        if not size.isdecimal() or len(size) > 10:
+        if not size.isdecimal() or len(size) > 10 or "transfer-encoding" in request.headers:
             return PlainTextResponse("the request must name its length", 411)
         if int(size) > UPLOAD:
             return PlainTextResponse(f"at most {UPLOAD} bytes, got {size}", 413)
@@ -235,7 +235,12 @@ def serve(index: Index, near: Near | None, port: int) -> None:
         reason = error.strerror if isinstance(error, OSError) else "must be in [0, 65535]"
         raise OSError(f"--serve {port}: {reason}") from None
     print(f"http://127.0.0.1:{listener.getsockname()[1]} (Ctrl-C ends it)", flush=True)
-    # h11 limits the size of a request's headers; httptools, which uvicorn prefers, does not
-    config = uvicorn.Config(application(index, near), log_level="warning", http="h11")
     signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
-    uvicorn.Server(config).run([listener])  # on a signal it ends, and raises the signal again
+    server(index, near).run([listener])  # on a signal it ends, and raises the signal again
+
+
+def server(index: Index, near: Near | None) -> uvicorn.Server:
+    # h11 limits the size of a request's headers; httptools, which uvicorn prefers, does not
+    return uvicorn.Server(
+        uvicorn.Config(application(index, near), log_level="warning", http="h11", ws="none")
+    )
