@@ -190,12 +190,14 @@ def load_pretrained(config: Config) -> Loaded:
     print(f"pretrained {shown(config.pretrained)}, step {encoder.step}")
     bias = None
     if checkpoints(run.checkpoints) and run.read_config().objective == config.objective:
-        bias = load_checkpoint(run.checkpoints)["objective"].get("logit_bias")
+        with undamaged(run.checkpoints):
+            bias = load_checkpoint(run.checkpoints)["objective"].get("logit_bias")
+            bias = None if bias is None else bias.item()
     return Loaded(
         architecture=encoder.model.architecture,
         towers={name: getattr(encoder.model, name).state_dict() for name in ("image", "text")},
         logit_scale=encoder.model.logit_scale.item(),
-        logit_bias=None if bias is None else bias.item(),
+        logit_bias=bias,
         tokenizer=encoder.tokenizer,
     )
 
@@ -404,7 +406,8 @@ class Run:
         if "sha256" not in saved or "logged" not in state:
             print("note       an older version began this: changed data, a cut log go unnoticed")
         for name in changed_data(self.files, self.config, saved, now):
-            print(f"warning    {name} of the data changed since the run began: numbers differ")
+            about = "of the data changed since the run began: numbers differ"
+            print(f"warning    {one_line(name)} {about}")
         for name, value in saved.items():
             if name != "sha256" and now.get(name) != value:
                 was = one_line(f"{name} was {value}, is {now.get(name)}")

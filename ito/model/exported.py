@@ -32,6 +32,10 @@ Picture = Image.Image | str | os.PathLike | bytes | np.ndarray | torch.Tensor
 PICTURE = "a path, the bytes of a file, a PIL image, a uint8 array or tensor"
 WEIGHTS, ABOUT, TOKENS = "model.safetensors", "config.json", "tokenizer.json"
 MOST_SIZE = 2**22  # of widths, vocabularies and the like
+NO_TOWER = {  # arguments of `DualEncoder` in place of another package's tower
+    "image": {"image_encoder": None, "image_size": 8, "patch_size": None, "image_depth": 0},
+    "text": {"text_encoder": None, "text_depth": 0},
+}
 
 
 def export(
@@ -54,16 +58,16 @@ def export(
     }
     about = {"architecture": model.architecture, "load_size": load_size, "fit": fit, "step": step}
     tokens = tokenizer.bpe.to_str(pretty=True).encode()
-    files = {  # renamed from the last on: without weights there is no model yet
+    files = {  # written and renamed from the last on: without weights there is no model yet
         WEIGHTS: save_tensors(weights, tokenizer=hashlib.sha256(tokens).hexdigest()),
         ABOUT: (json.dumps(about, indent=2) + "\n").encode(),
         TOKENS: tokens,
     }
     with ExitStack() as written:
-        for name, content in files.items():
-            temporary = written.enter_context(write_atomically(out / name))
+        places = {name: written.enter_context(write_atomically(out / name)) for name in files}
+        for name, content in reversed(files.items()):
             with naming(out / name):
-                temporary.write_bytes(content)
+                places[name].write_bytes(content)
 
 
 class Encoder:
@@ -228,14 +232,15 @@ def require_shapes(architecture: dict, weights: dict[str, torch.Tensor]) -> None
         most = len(weights) if name.endswith("depth") else MOST_SIZE
         if value is not None and (type(value) is not int or not 0 < value <= most):
             raise ValueError(f"{name} must be a number from 1 to {most}, got {value!r}")
-    encoders = [architecture.get(f"{tower}_encoder") for tower in ("image", "text")]
-    if any(encoders):  # the sizes of the own tower beside a body are limited, but not compared
-        planned = zip(
-            ("image.body.", "text.body."), map(planned_body, encoders, (0, 1)), strict=True
-        )
-    else:
-        with torch.device("meta"):  # shapes without memory
-            planned = [("", DualEncoder(**architecture))]
+    planned, others = [], {}
+    for number, (tower, nothing) in enumerate(NO_TOWER.items()):
+        if encoder := architecture.get(f"{tower}_encoder"):
+            planned.append((f"{tower}.body.", planned_body(encoder, number)))
+            others |= nothing
+    with torch.device("meta"):  # shapes without memory
+        own = DualEncoder(**architecture | others)
+    own_towers = [tower for tower in NO_TOWER if f"{tower}_encoder" not in others]
+    planned += [(f"{tower}.", getattr(own, tower)) for tower in own_towers]
     for prefix, module in planned:
         if module is None:
             continue

@@ -148,7 +148,10 @@ def exported(run: str) -> dict:
             with undamaged(path):
                 about = json.loads(read_text(path))
                 pictures = {"load_size": about.get("load_size"), "fit": about.get("fit", "crop")}
-                return about.get("architecture", {}) | pictures
+                found = about.get("architecture", {}) | pictures
+                if not all(isinstance(found.get(name) or {}, dict) for name in OF_TOWERS[:2]):
+                    raise TypeError("towers must be objects")
+                return found
     return {}
 
 

@@ -177,7 +177,7 @@ def measured(folders: dict[str, Path], out: Path, cache: Path | None) -> dict[st
     known = read_json(path) if path.exists() else {}
     fields = {field.name for field in dataclasses.fields(StepCost)}
     if known.keys() != folders.keys() or any(cost.keys() != fields for cost in known.values()):
-        print(f"timing steps of {', '.join(folders)}", flush=True)
+        print(f"timing steps of {one_line(', '.join(folders), 2000)}", flush=True)
         known = {arm: dataclasses.asdict(x) for arm, x in step_costs(folders, cache).items()}
         write_text(path, json.dumps(known, indent=2) + "\n")
     return {arm: StepCost(**x) for arm, x in known.items()}

@@ -470,6 +470,20 @@ def test_no_page_and_no_output_holds_what_others_wrote_raw(tmp_path, capsys):
         assert not OBEYED.findall(text.replace("\r", ""))
 
 
+def test_what_a_run_says_about_itself_is_shown_by_numbers(copy, capsys):
+    """On --resume: its environment, the hashes of its data, its log."""
+    about = json.loads((copy / "environment.json").read_text())
+    about |= {"torch": CANARY, CANARY: 1, "sha256": about["sha256"] | {CANARY: CANARY}}
+    (copy / "environment.json").write_text(json.dumps(about))
+    lines = (copy / "metrics.jsonl").read_text().replace("heldout/", json.dumps(CANARY)[1:-1] + "/")
+    (copy / "metrics.jsonl").write_text(lines)
+    train.main(["--resume", str(copy)])
+    printed = capsys.readouterr()
+    assert "\\x1b[31m" in printed.out
+    assert not OBEYED.findall(printed.out + printed.err.replace("\r", ""))
+    assert not strange((copy / "report.html").read_text())
+
+
 def test_a_comparison_of_others_holds_no_markup():
     from ito.scoring.comparison import plain_text, rows
 
