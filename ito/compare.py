@@ -175,7 +175,8 @@ def train(run: Run, out: Path, threads: int | None, environment: dict) -> str:
         usage = call(words, log, environment)
         write_text(cost, json.dumps(usage) + "\n")
     words = [sys.executable, "-m", "ito.evaluate", str(folder), "--json", str(scores)]
-    words += command_line(executed(run.config))
+    places = {name: getattr(run.config, name) for name in ("train_data", "val_data")}
+    words += command_line({name: place for name, place in places.items() if place})
     call(words, log, environment)
     peak = json.loads(read_text(cost))["peak_bytes"]
     return f"{run.name}: {run.config.steps} steps, {peak / 2**20:.0f} MiB at most"

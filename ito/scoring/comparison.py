@@ -120,8 +120,8 @@ def write_comparison(out: Path, cache: Path | None = None, given: dict | None = 
     check_equal([run for runs in arms.values() for run in runs])
     for run in (run for runs in arms.values() for run in runs):
         same = from_options(argparse.Namespace(**given or {}), run.config) == run.config
-        about = given if given and same else {}
-        refuse_commands(run.folder, run.config, about, ("train_data", "val_data", "objective"))
+        named = given if given and same else {}
+        refuse_commands(run.folder, run.config, named, ("train_data", "val_data", "objective"))
     costs = measured({arm: runs[0].folder for arm, runs in arms.items()}, out, cache)
     arms = dict(sorted(arms.items(), key=lambda item: costs[item[0]].seconds))
     first = next(iter(arms.values()))[0]

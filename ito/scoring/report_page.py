@@ -24,7 +24,6 @@ from ito.scoring.projections import PROJECTIONS
 from ito.scoring.scores import DIRECTIONS, sections
 from ito.summary import sentence
 
-POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"  # no scripts, no network
 QUERIES, SHOWN, MISTAKES = 8, 6, 12
 MAPPED = 300  # pairs in the map: more would hide each other
 # names, and endings of names, that are logged at every step but are no terms of the loss
@@ -103,7 +102,6 @@ def write_report(run: Path, encoder: Encoder, dataset: Dataset, project: str = "
                 parts.append(settings(title, json.loads(read_text(path))))
     page = (
         '<!doctype html><html lang="en"><meta charset="utf-8">'
-        f'<meta http-equiv="Content-Security-Policy" content="{POLICY}">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
         f"<title>{escaped(run.name)}</title><style>{STYLE}</style>{''.join(parts)}</html>"
     )
