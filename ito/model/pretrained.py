@@ -431,7 +431,7 @@ def no_dropout(config: dict) -> dict:
         key: no_dropout(value)
         if isinstance(value, dict)
         else 0.0
-        if "drop" in key and isinstance(value, float)
+        if "drop" in str(key) and isinstance(value, float)
         else value
         for key, value in config.items()
         if key not in FETCHED
@@ -658,7 +658,7 @@ def require_small(config: dict) -> None:
     for key, value in config.items():
         if isinstance(value, dict):
             require_small(value)
-        most = 1000 if key.endswith(("layers", "depth")) else 2**32
+        most = 1000 if str(key).endswith(("layers", "depth")) else 2**32
         if isinstance(value, int) and abs(value) > most:
             raise ValueError(f"{key} must be at most {most}, got {value}")
 
