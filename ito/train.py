@@ -279,7 +279,7 @@ class Run:
         with undamaged(self.files.checkpoints):
             saved = state["architecture"]
             require_shapes(saved, state["model"])
-            for name in saved.keys() - {"vocab_size", "image_encoder", "text_encoder"}:
+            for name in sorted(saved.keys() - {"vocab_size", "image_encoder", "text_encoder"}):
                 if saved[name] != getattr(self.config, name):
                     about = f"{name} {saved[name]}, config.json has {getattr(self.config, name)}"
                     raise FileError(f"{self.files.checkpoints} is of another model: {about}")
@@ -537,7 +537,9 @@ class Run:
             self.log.write("stream", step, {"skipped": len(self.train_data.skipped)})
         report = write_report(self.folder, load(self.folder), self.eval_data)
         if evaluations := self.log.read("eval"):
-            print(table({"before": evaluations[0], "after": evaluations[-1]}))
+            with undamaged(self.log.path):
+                scores = table({"before": evaluations[0], "after": evaluations[-1]})
+            print(scores)
         if trained:
             compute = 1 - self.trainer.input_seconds / self.trainer.seconds
             loader = self.trainer.loader_seconds / self.trainer.seconds

@@ -74,6 +74,7 @@ def write_report(run: Path, encoder: Encoder, dataset: Dataset, project: str = "
         scores = [r for r in records if r["kind"] == "eval"]
         streams = [r["skipped"] for r in records if r["kind"] == "stream"]
         curves = curve_charts(records, dataset.held_out_splits())
+        tables = score_tables({"before": scores[0], "after": scores[-1]}) if scores else ""
     parts = [
         f"<h1>{escaped(run.name)}</h1>",
         f"<p>Step {encoder.step}, {len(dataset.items)} items, {len(dataset.images)} pictures, "
@@ -84,9 +85,7 @@ def write_report(run: Path, encoder: Encoder, dataset: Dataset, project: str = "
         with undamaged(files.data):
             facts = json.loads(read_text(files.data))
             parts.append(f"<p>{escaped(sentence(facts))}.</p>")
-    if scores:
-        parts.append(score_tables({"before": scores[0], "after": scores[-1]}))
-    parts.append(f'<h2>Curves</h2><div class="grid">{curves}</div>')
+    parts.append(f'{tables}<h2>Curves</h2><div class="grid">{curves}</div>')
     for split in dataset.held_out_splits():
         view = EmbeddedSplit(dataset.rows(split), encoder.model, encoder.tokenizer, dataset)
         parts += [
