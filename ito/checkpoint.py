@@ -12,6 +12,7 @@ import torch
 
 from ito.files import require_file, write_atomically
 
+STATES = ("model", "objective", "optimizer", "architecture")
 KEPT = 2  # the newest, and one before it in case it is damaged
 
 
@@ -60,11 +61,16 @@ def load_checkpoint(folder: Path) -> dict:
     require_file(path)
     try:
         with zipfile.ZipFile(path) as archive:
+            if any(part.compress_type != zipfile.ZIP_STORED for part in archive.infolist()):
+                raise zipfile.BadZipFile("it is compressed: torch.save does not do so")
             part = archive.testzip()
         if part:
             raise zipfile.BadZipFile(f"{part} does not have its checksum")
         state = torch.load(path, weights_only=True, map_location="cpu")
         held = state["step"]
+        for name in STATES:
+            if not isinstance(state.get(name, {}), dict):
+                raise TypeError(name)
     except OSError:
         raise
     except Exception as error:  # torch, pickle and zipfile raise many types

@@ -65,6 +65,14 @@ def user_errors() -> Iterator[None]:
             sys.exit(CLOSED)
         print(f"error: {one_line(reason(error), 2000)}", file=sys.stderr)
         sys.exit(2)
+    except (MemoryError, RuntimeError) as error:
+        if not isinstance(error, MemoryError) and "allocate memory" not in str(error):
+            raise
+        print(
+            f"error: not enough memory{f': {one_line(str(error))}' * bool(str(error))}",
+            file=sys.stderr,
+        )
+        sys.exit(2)
     except FloatingPointError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(1)

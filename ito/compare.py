@@ -17,7 +17,7 @@ from pathlib import Path
 from ito.cli import Parser, output_path, user_errors
 from ito.config import Config, add_options, from_options
 from ito.files import read_text, write_text
-from ito.run import RunFolder, locked
+from ito.run import RunFolder, executed, locked, refuse_strange
 from ito.scoring.comparison import write_comparison
 
 # The options of each arm, added to those that all share.
@@ -101,6 +101,7 @@ def main(arguments: list[str] | None = None) -> Path:
         if options.jobs < 1:
             raise ValueError(f"--jobs must be at least 1, got {options.jobs}")
         output_path("--out", options.out)
+        refuse_strange(options.out)
         if not options.report_only:
             runs = plan(options)
             options.out.mkdir(parents=True, exist_ok=True)
@@ -167,13 +168,14 @@ def train(run: Run, out: Path, threads: int | None, environment: dict) -> str:
         return f"{run.name}: finished before"
     if not (begun and cost.exists()):
         words = [sys.executable, "-m", "ito.train"]
-        words += ["--resume", str(folder)] if begun else ["--out", str(folder), *run.options]
+        # what a run's config.json names is run only if it is given again
+        again = ["--resume", str(folder), *command_line(executed(run.config))]
+        words += again if begun else ["--out", str(folder), *run.options]
         words += ["--threads", str(threads)] if threads else []
         usage = call(words, log, environment)
         write_text(cost, json.dumps(usage) + "\n")
     words = [sys.executable, "-m", "ito.evaluate", str(folder), "--json", str(scores)]
     places = {name: getattr(run.config, name) for name in ("train_data", "val_data")}
-    # named again, because it runs no command that only the run's config.json names
     words += command_line({name: place for name, place in places.items() if place})
     call(words, log, environment)
     peak = json.loads(read_text(cost))["peak_bytes"]

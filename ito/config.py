@@ -45,6 +45,8 @@ def option(
     return field(default=default, metadata=metadata)
 
 
+# Above all that is in use; they stop what a configuration of others could fill the memory with.
+MOST_PIXELS, MOST_WIDTH, MOST_BLOCKS, MOST_TOKENS = 8192, 65_536, 1000, 4_000_000
 SEPARATORS = {"tab": "\t", "\\t": "\t", "comma": ",", "semicolon": ";", "pipe": "|"}
 AUGMENTATIONS = {
     "scale": "range of the crop's area relative to the image's; above 1: shrunk, on white",
@@ -147,6 +149,7 @@ class Config:
         "streaming",
         "number of captions, from the start of the stream, that the BPE is trained on",
         least=1,
+        most=10**12,
     )
 
     objective: str = option(
@@ -162,6 +165,7 @@ class Config:
         "augmented views per item and step (default: ito 2, slip 3, others 1; only ito and your "
         "own objective accept other values)",
         least=1,
+        most=64,
         kind=int,
     )
     captions: int = option(
@@ -169,6 +173,7 @@ class Config:
         "objective",
         "captions per item and step (default: flair 2, others 1)",
         least=1,
+        most=64,
         kind=int,
     )
     equal_captions: str = option(
@@ -196,7 +201,7 @@ class Config:
         ("pair", "pooled"),
     )
     fusion_depth: int = option(
-        2, "objective", "ito: transformer blocks of the fusion module", least=1
+        2, "objective", "ito: transformer blocks of the fusion module", least=1, most=MOST_BLOCKS
     )
     fusion_readout: str = option(
         "cls", "objective", "ito: pooling of the fusion module's output", READOUTS
@@ -233,6 +238,7 @@ class Config:
         "side in pixels of the images in memory (default: 8/7 of --image-size, or, if that is "
         "more, twice --image-size up to 64; with a pretrained image encoder, --image-size)",
         least=1,
+        most=MOST_PIXELS,
         kind=int,
     )
     image_size: int = option(
@@ -241,6 +247,7 @@ class Config:
         "side in pixels of the image tower's input (default: 32, preset photos 112; a pretrained "
         "encoder's own size)",
         least=8,
+        most=MOST_PIXELS,
         kind=int,
     )
     vocab_size: int = option(
@@ -248,29 +255,50 @@ class Config:
         "model",
         "largest vocabulary of the BPE, which is trained on the training captions; preset photos: "
         "8000",
+        least=1,
+        most=MOST_TOKENS,
     )
     context_length: int = option(
         16,
         "model",
         "maximum caption length in tokens, with start and end token; preset photos: 32",
+        least=1,
+        most=MOST_WIDTH,
     )
-    width: int = option(128, "model", "width of both towers and of the embedding", least=1)
-    heads: int = option(4, "model", "attention heads", least=1)
+    width: int = option(
+        128, "model", "width of both towers and of the embedding", least=1, most=MOST_WIDTH
+    )
+    heads: int = option(4, "model", "attention heads", least=1, most=MOST_WIDTH)
     image_width: int | None = option(
-        None, "model", "width of the image tower (default: --width)", least=1, kind=int
+        None,
+        "model",
+        "width of the image tower (default: --width)",
+        least=1,
+        most=MOST_WIDTH,
+        kind=int,
     )
     image_heads: int | None = option(
-        None, "model", "attention heads of the image tower (default: --heads)", least=1, kind=int
+        None,
+        "model",
+        "attention heads of the image tower (default: --heads)",
+        least=1,
+        most=MOST_WIDTH,
+        kind=int,
     )
     patch_size: int | None = option(
         None,
         "model",
         "ViT patch size; replaces the convolutional stem (default: none)",
         least=1,
+        most=MOST_PIXELS,
         kind=int,
     )
-    image_depth: int = option(1, "model", "transformer blocks of the image tower", least=1)
-    text_depth: int = option(3, "model", "transformer blocks of the text tower", least=1)
+    image_depth: int = option(
+        1, "model", "transformer blocks of the image tower", least=1, most=MOST_BLOCKS
+    )
+    text_depth: int = option(
+        3, "model", "transformer blocks of the text tower", least=1, most=MOST_BLOCKS
+    )
     pretrained: str | None = option(
         None,
         "model",
@@ -283,13 +311,16 @@ class Config:
         "none", "model", "towers that are not trained (LiT)", ("none", "image", "text", "both")
     )
 
-    steps: int = option(2000, "optimisation", "optimizer steps", least=1)
-    batch_size: int = option(64, "optimisation", "distinct items per step, over all ranks", least=2)
+    steps: int = option(2000, "optimisation", "optimizer steps", least=1, most=10**12)
+    batch_size: int = option(
+        64, "optimisation", "distinct items per step, over all ranks", least=2, most=10**9
+    )
     accum_freq: int = option(
         1,
         "optimisation",
         "micro-batches per rank and step: less memory, the same gradient up to rounding",
         least=1,
+        most=10**9,
     )
     lr: float = option(7e-4, "optimisation", "peak learning rate of AdamW", least=1e-9)
     layer_decay: float = option(
@@ -312,13 +343,16 @@ class Config:
         0, "optimisation", "seed of weights, data order and augmentation", least=0, most=2**63 - 1
     )
 
-    log_every: int = option(10, "intervals", "steps between log entries", least=1)
-    eval_every: int = option(500, "intervals", "steps between evaluations", least=1)
-    checkpoint_every: int = option(250, "intervals", "steps between checkpoints", least=1)
+    log_every: int = option(10, "intervals", "steps between log entries", least=1, most=10**12)
+    eval_every: int = option(500, "intervals", "steps between evaluations", least=1, most=10**12)
+    checkpoint_every: int = option(
+        250, "intervals", "steps between checkpoints", least=1, most=10**12
+    )
 
     augmentation: Augmentation | None = None  # None: the objective's default
 
     def __post_init__(self):
+        self.require_types()
         kind = objective_class(self.objective)
         for name in ("views", "captions", "equal_captions", "augmentation"):
             if getattr(self, name) is None:
@@ -373,6 +407,18 @@ class Config:
                 f"the fusion term compares views: views must be at least 2, got {self.views}; "
                 "or set lambda_fusion to 0"
             )
+
+    def require_types(self) -> None:
+        """Raises ValueError naming an option of another type; a whole number is a float too."""
+        for item in dataclasses.fields(self):
+            value, kind = getattr(self, item.name), item.metadata.get("kind")
+            if kind is None or (value is None and item.default is None):
+                continue
+            if type(value) is not kind and (kind, type(value)) != (float, int):
+                wanted = {str: "a text", bool: "true or false"}.get(
+                    kind, f"of type {kind.__name__}"
+                )
+                raise ValueError(f"{item.name} must be {wanted}, got {value!r}")
 
     def set_encoder_sizes(self) -> None:
         """Set the sizes that depend on the encoders.
@@ -429,7 +475,7 @@ class Config:
             # to runs from before this option, equal captions were negatives
             values = {"equal_captions": "negative"} | values
             return cls(**values, augmentation=Augmentation(**drawn))
-        except (ValueError, TypeError, KeyError, AttributeError) as error:
+        except (ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
             raise ValueError(f"{path} is not the configuration of a run: {error}") from None
 
     def flat(self) -> dict:

@@ -9,7 +9,7 @@ import json
 import os
 from pathlib import Path
 
-from ito.cli import Parser, output_path, user_errors
+from ito.cli import Parser, output_path, shown, user_errors
 from ito.config import add_options
 from ito.files import read_text, write_text
 from ito.model.exported import load
@@ -99,7 +99,7 @@ def prompts_of(data: str) -> list[str] | tuple[str, ...]:
         file = folder / "zeroshot_classification_templates.txt"
         if os.path.isfile(file):
             prompts = [line.strip().replace("{c}", "{}") for line in read_text(file).splitlines()]
-            print(f"prompts    {file}: {len(prompts)}")
+            print(f"prompts    {shown(file)}: {len(prompts)}")
             return [prompt for prompt in prompts if "{}" in prompt] or PROMPTS
     return PROMPTS
 

@@ -10,9 +10,8 @@ from pathlib import Path
 from ito.checkpoint import load_checkpoint
 from ito.cli import Parser, output_path, shown, user_errors
 from ito.files import follow_links, undamaged
-from ito.model.encoders import DualEncoder
-from ito.model.exported import export, saved_tokenizer
-from ito.run import RunFolder, locked
+from ito.model.exported import built, export, saved_tokenizer
+from ito.run import RunFolder, locked, refuse_strange
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -46,13 +45,14 @@ def main(arguments: list[str] | None = None) -> None:
             output_path("--hf", options.hf)
         state = load_checkpoint(run.checkpoints)
         with undamaged(run.checkpoints):
-            model = DualEncoder(**state["architecture"])
-            model.load_state_dict(state["model"])
+            model = built(state["architecture"], state["model"])
             load_size, step = state["load_size"], state["step"]
             fit = state.get("fit", "crop")  # older versions had no other
         tokenizer = saved_tokenizer(state, run)
         # a run that is training writes this model too
         own = follow_links(out) == follow_links(run.model)
+        if own:
+            refuse_strange(options.run)
         with locked(options.run) if own else nullcontext():
             export(model, tokenizer, load_size, step, out, fit)
             if options.onnx:

@@ -125,6 +125,7 @@ def undamaged(path: Path) -> Iterator[Path]:
     except (OSError, FileError):
         raise
     except Exception as error:  # torch, pickle, zipfile and tokenizers raise many types
+        about = f": {str(error)[:300]}" * bool(str(error))
         raise ValueError(
-            f"{path} is damaged, or not of this run ({type(error).__name__})"
+            f"{path} is damaged, or not of this run ({type(error).__name__}){about}"
         ) from None

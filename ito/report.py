@@ -9,7 +9,7 @@ from pathlib import Path
 from ito.cli import Parser, shown, user_errors
 from ito.config import add_options
 from ito.model.exported import load
-from ito.run import choose_data, where_it_is_now
+from ito.run import choose_data, refuse_strange, where_it_is_now
 from ito.scoring.projections import PROJECTIONS
 from ito.scoring.report_page import write_report
 from ito.source import open_dataset
@@ -31,6 +31,7 @@ def main(arguments: list[str] | None = None) -> None:
     with user_errors():
         options = parser.parse_args(arguments)
         options.data = None
+        refuse_strange(options.run)
         encoder = load(options.run)
         config = choose_data(options)
         with where_it_is_now(options):

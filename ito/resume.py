@@ -8,9 +8,9 @@ import numpy as np
 
 from ito.checkpoint import checkpoints
 from ito.cli import shown
-from ito.config import Config, flag, from_options
+from ito.config import Config, flag, from_options, with_absolute_paths
 from ito.data.dataset import Dataset
-from ito.run import RunFolder
+from ito.run import RunFolder, executed, refuse_commands
 from ito.stream import Stream, first_captions
 
 PLACES = ("train_data", "val_data", "image_root")  # of data, which may have moved
@@ -21,7 +21,8 @@ HASHED_CAPTIONS = 10_000  # of a stream
 def resumed_config(options: argparse.Namespace) -> Config:
     """The configuration of the run to resume, with those of the options FREE that are given.
 
-    Raises ValueError for other options that change it, and for fewer steps than are done.
+    Raises ValueError for other options that change it, for fewer steps than are done, and if the
+    configuration names a command or a file to run that the options do not.
     """
     run = options.resume
     if options.preset:
@@ -31,8 +32,10 @@ def resumed_config(options: argparse.Namespace) -> Config:
     if not RunFolder(run).config.is_file():
         raise FileNotFoundError(f"--resume: no run folder at {run}")
     saved = RunFolder(run).read_config()
-    if vars(options).get("objective", saved.objective) != saved.objective:
+    given = with_absolute_paths({n: v for n, v in vars(options).items() if n == "objective"})
+    if given.get("objective", saved.objective) != saved.objective:
         raise ValueError("--resume keeps the run's configuration: drop --objective")
+    refuse_commands(run, saved, vars(options), executed(saved))
     config = from_options(options, saved)
     changed = [
         flag(name)

@@ -4,10 +4,11 @@ import argparse
 import errno
 import json
 import os
+import shlex
 import signal
 import socket
 import stat
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterator
 from contextlib import contextmanager
 from io import FileIO
 from pathlib import Path
@@ -18,6 +19,8 @@ from ito.config import Config, flag, from_options
 from ito.data.shards import PIPE
 from ito.files import (
     TEMPORARY,
+    FileError,
+    irregular,
     naming,
     read_text,
     require_file,
@@ -25,6 +28,7 @@ from ito.files import (
     write_atomically,
     write_text,
 )
+from ito.objectives import user_file
 from ito.ranks import RankLost
 
 try:
@@ -33,6 +37,9 @@ except ImportError:  # Windows
     fcntl = None
 
 LOCK_FILES: set[FileIO] = set()  # of the locks that this process has
+MOST_THREADS = 1024  # for more OpenMP ends the process without a message
+# what of environment.json a command goes by
+USED = {"threads": int, "ranks": int, "device": str, "dtype": str, "compile": bool, "sha256": dict}
 
 
 # --- files ---
@@ -68,13 +75,35 @@ class RunFolder:
         return Config.load(self.config)
 
     def read_environment(self) -> dict:
-        """What the numbers depend on apart from the configuration, when the run began."""
+        """What the numbers depend on apart from the configuration, when the run began.
+
+        Raises ValueError if a value that is used is of another type.
+        """
         with undamaged(self.environment):
             found = dict(json.loads(read_text(self.environment)))
-            return found | ({"sha256": dict(found["sha256"])} if "sha256" in found else {})
+            for name, kind in USED.items():
+                if type(found.get(name, kind())) is not kind:
+                    raise TypeError(name)
+            if not 0 < found.get("threads", 1) <= MOST_THREADS:
+                raise ValueError("threads")
+            return found
 
     def log(self) -> "Log":
         return Log(self.metrics)
+
+
+def refuse_strange(folder: Path) -> None:
+    """Raises ValueError if the folder of a run, or of several, holds a link that leads out of it,
+    or anything but files and folders: who wrote it would decide where a command writes. For every
+    command that writes in a folder that exists."""
+    root = os.path.realpath(folder)
+    for top, folders, files in os.walk(folder):
+        for path in (Path(top, name) for name in (*folders, *files)):
+            if path.is_symlink():
+                if not Path(os.path.realpath(path)).is_relative_to(root):
+                    raise FileError(f"{path} is a link that leads out of {folder}: remove it")
+            elif not path.is_dir() and (found := irregular(path)):
+                raise FileError(f"{path} is {found}, not a file")
 
 
 # --- the lock ---
@@ -236,7 +265,17 @@ def kept(folder: Path) -> str:
     if step is None and not run.config.exists():
         return "nothing is written yet"
     what = "no checkpoint yet" if step is None else f"the checkpoint of step {step} is kept"
-    return f"{what}; continue with: python -m ito.train --resume {shown(folder)}"
+    return f"{what}; continue with: {resume_command(folder)}"
+
+
+def resume_command(folder: Path) -> str:
+    """The command that continues a run, with what it runs only if it is given again."""
+    try:
+        given = executed(RunFolder(folder).read_config())
+    except (OSError, ValueError):
+        given = {}
+    words = [f"{flag(name)} {shlex.quote(value)}" for name, value in given.items()]
+    return " ".join(["python -m ito.train --resume", shown(folder), *map(shown, words)])
 
 
 # --- the log ---
@@ -341,10 +380,20 @@ def choose_data(options: argparse.Namespace) -> Config:
     return from_options(argparse.Namespace(**given), config)
 
 
-def refuse_commands(run: Path, config: Config, given: Mapping) -> None:
-    """Raises ValueError if the run's configuration names a command in place of data, by an option
-    that is not `given`: a folder of others must not run commands here."""
-    for name in ("train_data", "val_data"):
-        if name not in given and f"::{PIPE}" in f"::{getattr(config, name)}":
-            about = "its config.json names a command, which is run only if you give it"
-            raise ValueError(f"{run}: {about}: {flag(name)} '{getattr(config, name)}'")
+def executed(config: Config) -> dict[str, str]:
+    """The options whose values are run: commands in place of data, and a file with a loss."""
+    data = {name: getattr(config, name) for name in ("train_data", "val_data")}
+    found = {name: value for name, value in data.items() if f"::{PIPE}" in f"::{value}"}
+    return found | ({"objective": config.objective} if user_file(config.objective) else {})
+
+
+def refuse_commands(
+    run: Path, config: Config, given: Container, names: Container = ("train_data", "val_data")
+) -> None:
+    """Raises ValueError if the run's configuration names a command or a file to run, by an option
+    of `names` that is not `given`: a folder of others must not run anything here."""
+    for name, value in executed(config).items():
+        if name in names and name not in given:
+            what = "a file" if name == "objective" else "a command"
+            about = f"its config.json names {what}, which is run only if you give it"
+            raise ValueError(f"{run}: {about}: {flag(name)} {shlex.quote(value)}")

@@ -16,7 +16,7 @@ from ito.cli import Parser, one_line, output_path, reason, shown, user_errors
 from ito.config import add_options
 from ito.files import write_atomically
 from ito.model.exported import Encoder, load
-from ito.run import RunFolder, choose_data, where_it_is_now
+from ito.run import RunFolder, choose_data, refuse_strange, where_it_is_now
 from ito.scoring.contact_sheet import contact_sheet
 from ito.scoring.index import Index, Near
 from ito.source import open_dataset
@@ -93,6 +93,7 @@ def main(arguments: list[str] | None = None) -> None:
             from ito.scoring.search_page import (
                 serve,  # imported before the work, so that a missing package is reported at once
             )
+        refuse_strange(options.run)
         encoder = load(options.run)
         config = choose_data(options)
         encoder.max_pixels, encoder.fit = config.max_pixels, config.fit

@@ -25,8 +25,8 @@ from ito.config import Config, add_options, choose_preset, from_options, of_emoj
 from ito.data.dataset import Dataset
 from ito.data.fields import Skipped
 from ito.device import choose_device, choose_precision
-from ito.files import undamaged, write_text
-from ito.model.exported import export, load, saved_tokenizer
+from ito.files import FileError, undamaged, write_text
+from ito.model.exported import export, load, require_shapes, saved_tokenizer
 from ito.model.pretrained import OURS, described_encoders, encoders, load_tokenizer
 from ito.model.pretrained_dual import Loaded, load_dual, package_of
 from ito.model.tokenizer import Tokenizer, lost_share, report_cut
@@ -35,13 +35,16 @@ from ito.ranks import Ranks
 from ito.recipes import PRESETS
 from ito.resume import changed_data, data_hashes, digest, resumed_config
 from ito.run import (
+    MOST_THREADS,
     RunFolder,
     created,
     locked,
     on_stop_signals,
+    refuse_strange,
     refuse_used,
     remove_temporary_files,
     resumable,
+    resume_command,
     stoppable,
 )
 from ito.scoring.evaluation import evaluate
@@ -79,6 +82,7 @@ def main(arguments: list[str] | None = None) -> Path:
                 else:
                     folder, config = new_folder(options), from_options(options)
                 if ranks.leads and options.resume:
+                    refuse_strange(folder)
                     held.enter_context(locked(folder))
                     remove_temporary_files(folder)
                 elif ranks.leads:
@@ -165,8 +169,8 @@ def run_options(parser: argparse.ArgumentParser) -> None:
 def thread_count(text: str) -> int:
     if int(text) < 1:
         raise argparse.ArgumentTypeError(f"must be at least 1, got {text}")
-    if int(text) > 1024:  # OpenMP would end the process without a message
-        raise argparse.ArgumentTypeError(f"must be at most 1024, got {text}")
+    if int(text) > MOST_THREADS:
+        raise argparse.ArgumentTypeError(f"must be at most {MOST_THREADS}, got {text}")
     return int(text)
 
 
@@ -186,12 +190,14 @@ def load_pretrained(config: Config) -> Loaded:
     print(f"pretrained {shown(config.pretrained)}, step {encoder.step}")
     bias = None
     if checkpoints(run.checkpoints) and run.read_config().objective == config.objective:
-        bias = load_checkpoint(run.checkpoints)["objective"].get("logit_bias")
+        with undamaged(run.checkpoints):
+            bias = load_checkpoint(run.checkpoints)["objective"].get("logit_bias")
+            bias = None if bias is None else bias.item()
     return Loaded(
         architecture=encoder.model.architecture,
         towers={name: getattr(encoder.model, name).state_dict() for name in ("image", "text")},
         logit_scale=encoder.model.logit_scale.item(),
-        logit_bias=None if bias is None else bias.item(),
+        logit_bias=bias,
         tokenizer=encoder.tokenizer,
     )
 
@@ -226,6 +232,8 @@ class Run:
         has_checkpoint = options.resume and checkpoints(self.files.checkpoints)
         state = load_checkpoint(self.files.checkpoints) if has_checkpoint else None
         self.resumed = state is not None
+        if state:
+            self.require_sizes(state)
         machine = self.choose_machine(options, state)
         if not options.resume:
             print("preset     {}: {}".format(*choose_preset(options)))
@@ -264,6 +272,17 @@ class Run:
             self.trainer.start_from(pretrained)
 
     # --- set-up ---
+
+    def require_sizes(self, state: dict) -> None:
+        """Raises ValueError if the checkpoint's weights are not of the sizes that it and
+        config.json name, before memory is taken for a model of these sizes."""
+        with undamaged(self.files.checkpoints):
+            saved = state["architecture"]
+            require_shapes(saved, state["model"])
+            for name in sorted(saved.keys() - {"vocab_size", "image_encoder", "text_encoder"}):
+                if saved[name] != getattr(self.config, name):
+                    about = f"{name} {saved[name]}, config.json has {getattr(self.config, name)}"
+                    raise FileError(f"{self.files.checkpoints} is of another model: {about}")
 
     def choose_machine(self, options: argparse.Namespace, state: dict | None) -> dict[str, str]:
         """Set device, threads and dtype, and return them in words.
@@ -387,10 +406,12 @@ class Run:
         if "sha256" not in saved or "logged" not in state:
             print("note       an older version began this: changed data, a cut log go unnoticed")
         for name in changed_data(self.files, self.config, saved, now):
-            print(f"warning    {name} of the data changed since the run began: numbers differ")
+            about = "of the data changed since the run began: numbers differ"
+            print(f"warning    {one_line(name)} {about}")
         for name, value in saved.items():
             if name != "sha256" and now.get(name) != value:
-                print(f"warning    {name} was {value}, is {now.get(name)}: numbers may differ")
+                was = one_line(f"{name} was {value}, is {now.get(name)}")
+                print(f"warning    {was}: numbers may differ")
         before = self.files.read_config()
         if self.config.steps != before.steps:
             rate = self.trainer.learning_rate(self.first_step)
@@ -401,7 +422,7 @@ class Run:
         if self.config != before:
             self.config.save(self.files.config)
         for problem in self.log.rewind(self.first_step, state.get("logged")):
-            print(f"warning    {shown(self.log.path)}: {problem}")
+            print(f"warning    {shown(self.log.path)}: {one_line(problem)}")
 
     def environment(self) -> dict:
         """What the numbers depend on, apart from the configuration."""
@@ -509,15 +530,16 @@ class Run:
     def finish(self, step: int, seconds: float) -> None:
         """Write the report and print the scores; or, of a stopped run, how to continue it."""
         if step < self.config.steps:
-            command = f"python -m ito.train --resume {shown(self.folder)}"
-            print(f"stopped after step {step}; continue with: {command}")
+            print(f"stopped after step {step}; continue with: {resume_command(self.folder)}")
             return
         trained = step - self.first_step
         if self.config.stream and trained:
             self.log.write("stream", step, {"skipped": len(self.train_data.skipped)})
         report = write_report(self.folder, load(self.folder), self.eval_data)
         if evaluations := self.log.read("eval"):
-            print(table({"before": evaluations[0], "after": evaluations[-1]}))
+            with undamaged(self.log.path):
+                scores = table({"before": evaluations[0], "after": evaluations[-1]})
+            print(scores)
         if trained:
             compute = 1 - self.trainer.input_seconds / self.trainer.seconds
             loader = self.trainer.loader_seconds / self.trainer.seconds

@@ -25,6 +25,7 @@ FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "TIFF", "BMP", "JPEG2000", "AVIF", "PPM
 PAD = partial(ImageOps.pad, color="white", centering=(0.4999, 0.4999))  # floor, as open_clip
 FITS = {"crop": ImageOps.fit, "pad": PAD, "warp": Image.Image.resize}  # see `ito.config.Config.fit`
 TOO_LARGE = "too many pixels"
+SCANS = 100  # of a progressive JPEG, which has about 10; each is decoded for all pixels
 TILE_WIDTH, TILE_LENGTH, ORIENTATION = 322, 323, 274  # tags of TIFF and EXIF
 
 
@@ -73,8 +74,16 @@ def open_picture(image: Path | Member, size: int) -> Image.Image:
         raise Refused("not a file", f"is {found}, not a file")
     file = image if isinstance(image, Path) else io.BytesIO(image.read_bytes())
     picture = Image.open(file, formats=FORMATS)
+    if picture.info.get("progressive"):
+        scans = whole(file).count(b"\xff\xda")
+        if scans > SCANS:
+            raise Refused("too many scans", f"has {scans} scans, more than {SCANS}")
     picture.draft("RGB", (2 * size, 2 * size))
     return picture
+
+
+def whole(file: Path | io.BytesIO) -> bytes:
+    return file.read_bytes() if isinstance(file, Path) else file.getvalue()
 
 
 def square(picture: Image.Image, size: int, max_pixels: int = MAX_PIXELS, fit="crop") -> np.ndarray:

@@ -7,6 +7,8 @@ and joins only members that stand together.
 
 import glob
 import io
+import math
+import os
 import re
 import subprocess
 import tarfile
@@ -17,6 +19,10 @@ from typing import NamedTuple
 PIPE = "pipe:"
 URLS = ("http://", "https://", "s3://", "gs://")
 TEXTS = ("txt", "json", "cls")
+MOST_FILES = 1_000_000  # that braces may stand for
+LONGEST_HEADER = 16_384  # bytes of a name or of attributes; tarfile's time grows with its square
+ATTRIBUTES = (tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.SOLARIS_XHDTYPE)
+ATTRIBUTES += (tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK)
 BRACES = r"\{(?:(\d+)\.\.(\d+)|([^{}]*,[^{}]*))\}"
 
 
@@ -39,6 +45,18 @@ class Member(NamedTuple):
             return file.read(self.size)
 
 
+class Header(tarfile.TarInfo):
+    """A member's header. Refuses a size below 0, with which tarfile would read for ever, and very
+    long names and attributes."""
+
+    @classmethod
+    def frombuf(cls, buf, encoding, errors):
+        found = super().frombuf(buf, encoding, errors)
+        if found.size < 0 or (found.type in ATTRIBUTES and found.size > LONGEST_HEADER):
+            raise tarfile.ReadError(f"a header names {found.size} bytes")
+        return found
+
+
 class Sample(NamedTuple):
     key: str
     members: dict[str, Member]  # by what follows the first dot, in lower case
@@ -50,11 +68,13 @@ def expand(pattern: str) -> list[Path | str]:
     `shard-{00000..00012}.tar` has both ends; `{a,b}.tar` is a choice; `*`, `?` and `[…]` are
     matched with the files there are; `A::B` is the one, then the other; `pipe:COMMAND` is the tar
     that a shell command writes. Only what a user wrote is a command: a path that a file names, or
-    that is matched, stays a path.
+    that is matched, stays a path. Raises ValueError for braces that stand for more than MOST_FILES.
     """
     if "::" in pattern:
         return [path for part in pattern.split("::") for path in expand(part)]
     if found := re.search(BRACES, pattern):
+        if count(pattern) > MOST_FILES:
+            raise ValueError(f"{pattern[:300]} stands for more than {MOST_FILES} files")
         first, last, choice = found.groups()
         parts = choice.split(",") if choice else map(str, range(int(first), int(last) + 1))
         filled = [part if choice else part.zfill(len(first)) for part in parts]
@@ -65,6 +85,15 @@ def expand(pattern: str) -> list[Path | str]:
     magic = glob.has_magic(pattern) and not Path(pattern).exists()
     matched = sorted(glob.glob(pattern, recursive=True)) if magic else []
     return [Path(path) for path in matched or [pattern]]
+
+
+def count(pattern: str) -> int:
+    """Of how many paths the braces of a pattern stand for."""
+
+    def choices(first: str, last: str, choice: str | None) -> int:
+        return choice.count(",") + 1 if choice else max(0, int(last[:19]) - int(first[:19]) + 1)
+
+    return math.prod(choices(*found.groups()) for found in re.finditer(BRACES, pattern))
 
 
 def run(command: str) -> tuple[io.BytesIO, str]:
@@ -84,12 +113,18 @@ def read_samples(tar: Path | str) -> Iterator[Sample]:
     """
     samples: list[Sample] = []
     named: dict[str, list[Sample]] = {}
-    last = None
+    last, end = None, -1
     file, failed = run(tar) if isinstance(tar, str) else (tar.open("rb"), "")
+    whole = file.seek(0, os.SEEK_END)
+    file.seek(0)
+    # names may be any bytes, and must be printable
+    how = {"mode": "r:", "errors": "backslashreplace", "tarinfo": Header}
     try:
-        # names may be any bytes, and must be printable
-        with file, tarfile.open(fileobj=file, mode="r:", errors="backslashreplace") as archive:
+        with file, tarfile.open(fileobj=file, **how) as archive:
             for info in archive:
+                if archive.offset <= end or info.size < 0:
+                    raise tarfile.ReadError(f"a member names {info.size} bytes")
+                end = archive.offset
                 # links may lead out of the tar, and a sparse file may expand to a terabyte
                 if not info.isfile() or info.issparse():
                     continue
@@ -100,11 +135,13 @@ def read_samples(tar: Path | str) -> Iterator[Sample]:
                     sample = Sample(key, {})
                     same.append(sample), samples.append(sample)
                 last, read = sample, kind in TEXTS or isinstance(tar, str)
+                if info.offset_data + info.size > whole:  # of a text, tarfile would take the memory
+                    raise tarfile.ReadError("unexpected end of data")
                 data = archive.extractfile(info).read() if read else None
                 sample.members[kind] = Member(tar, info.offset_data, info.size, data)
             archive.fileobj.seek(archive.offset)  # tarfile stops silently at a bad header
             ending = archive.fileobj.read(512)
-    except tarfile.TarError as error:
+    except (tarfile.TarError, ArithmeticError, MemoryError, OSError, RecursionError) as error:
         yield from (sample for sample in samples if sample is not last)  # its files may be missing
         damage = f"damaged tar: or not an uncompressed tar: {error}"
         raise ValueError(failed or damage) from None

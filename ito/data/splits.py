@@ -3,27 +3,53 @@
 import hashlib
 import itertools
 import re
+import signal
+import threading
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 
 from ito.data.fields import Record
 
 HELD_OUT = 0.1  # of the items, if the data names no splits
+SEARCHED = 30.0  # seconds for --group-by, and one more for ten thousand records
 TEST = "test"  # the split that is scored once, after the last step
 
 
 def set_groups(records: list[Record], pattern: str | None) -> None:
     """Sets the group of each record to what `pattern` finds in its picture's path: its first group
     in parentheses, if it has one. Where it finds nothing there is none, nor is any from a column.
-    With None, groups stay as they are.
+    With None, groups stay as they are. Raises ValueError if it takes very long.
     """
     if pattern is None:
         return
     search = re.compile(pattern).search
-    for r in records:
-        found = search(r.name)
-        r.group = found[1 if found.re.groups else 0] or None if found else None
+    with at_most(SEARCHED + len(records) / 10_000, f"--group-by '{pattern}'"):
+        for r in records:
+            found = search(r.name)
+            r.group = found[1 if found.re.groups else 0] or None if found else None
+
+
+@contextmanager
+def at_most(seconds: float, what: str) -> Iterator[None]:
+    """Raises ValueError naming `what` if the body takes longer: some regular expressions take
+    longer than anyone lives. Only in the main thread, where signals are received."""
+
+    def stop(*_):
+        raise ValueError(f"{what} takes longer than {seconds:.2g} s: simplify it")
+
+    if threading.current_thread() is not threading.main_thread() or not hasattr(signal, "SIGALRM"):
+        yield
+        return
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
 
 
 def choose_splits(

@@ -27,6 +27,7 @@ from ito.data.fields import (
 )
 from ito.files import irregular, require_file
 
+GROWTH = 50  # of a table when it is unpacked, at most; gzip reaches 1000, captions 3 to 10
 LOOKED_AT = 100  # rows of a TSV without a header, to find out its columns
 
 
@@ -36,7 +37,12 @@ def read_text(source: Path, pipe: bool = False) -> str:
         require_file(source)
     data = source.read_bytes()
     try:
-        data = gzip.decompress(data) if data.startswith(b"\x1f\x8b") else data
+        if data.startswith(b"\x1f\x8b"):
+            most = GROWTH * len(data) + 2**24
+            with gzip.open(io.BytesIO(data)) as packed:
+                data = packed.read(most + 1)
+            if len(data) > most:
+                raise OSError(f"it expands to more than {GROWTH} times its size")
         return decode_text(data)
     except (EOFError, OSError, zlib.error) as error:
         raise ValueError(f"{source}: damaged gzip: {error}") from None
@@ -231,11 +237,42 @@ def parquet():
     return parquet
 
 
+class Unreadable:
+    """In place of the pictures of a row group: each of its rows raises the error."""
+
+    def __init__(self, error: ValueError):
+        self.error = error
+
+    def __getitem__(self, row: int):
+        raise self.error
+
+
 @lru_cache(maxsize=4)
 def pictures_of(file: Path, group: int, column: str):
-    """The pictures of a row group. It is read as a whole, so a few are kept for the next rows."""
+    """The pictures of a row group, or why they cannot be read: each row of it asks for them. It is
+    read as a whole, so a few are kept for the next rows."""
+    from pyarrow import chunked_array
+
+    try:
+        return chunked_array([batch.column(column) for batch in batches_of(file, group, [column])])
+    except ValueError as error:
+        return Unreadable(error)
+
+
+def batches_of(file: Path, group: int, columns: list[str]) -> list:
+    """The columns of a row group, in batches.
+
+    Raises ValueError if they need far more memory than the file has bytes: one value may stand for
+    a billion rows.
+    """
+    found, most = [], GROWTH * file.stat().st_size + 2**24
     with parquet().ParquetFile(file) as source:
-        return source.read_row_group(group, columns=[column]).column(column)
+        for batch in source.iter_batches(64, row_groups=[group], columns=columns):
+            found.append(batch)
+            most -= batch.nbytes
+            if most < 0:
+                raise ValueError(f"{file} expands to more than {GROWTH} times its size")
+    return found
 
 
 def open_parquet(source: Path, name: str, options: Options) -> list[partial]:
@@ -243,12 +280,23 @@ def open_parquet(source: Path, name: str, options: Options) -> list[partial]:
     reader = parquet()
     try:
         with reader.ParquetFile(require_file(source)) as file:
-            schema, groups = file.schema_arrow, file.num_row_groups
+            schema, groups, about = file.schema_arrow, file.num_row_groups, file.metadata
+            require_plausible(about, source.stat().st_size)
     except Exception as error:  # pyarrow's own kinds
         raise ValueError(f"{source} is not parquet: {error}") from None
     found = choose(schema.names, options)
     require_columns(str(source), found, schema.names, options, "; set ")
     return [partial(read_row_group, source, name, n, *found, options) for n in range(groups)]
+
+
+def require_plausible(about, size: int) -> None:
+    """Raises ValueError if a parquet file's metadata names more than its `size` can hold."""
+    groups = [about.row_group(n) for n in range(about.num_row_groups)]
+    columns = [group.column(n) for group in groups for n in range(about.num_columns)]
+    unpacked = sum(column.total_uncompressed_size for column in columns)
+    if about.num_rows > size or unpacked > GROWTH * size + 2**24:
+        what = f"{about.num_rows} rows of {unpacked} bytes"
+        raise ValueError(f"it names {what}, more than {size} bytes can hold")
 
 
 def read_row_group(
@@ -261,7 +309,11 @@ def read_row_group(
         before = sum(file.metadata.row_group(n).num_rows for n in range(group))
         present = [name for name in file.schema_arrow.names if name in wanted]
         present += [f"{image}.path"] * ("path: string" in kind)  # of the bytes, not these
-        rows = file.read_row_group(group, columns=present).to_pylist()
+    try:
+        rows = [row for batch in batches_of(source, group, present) for row in batch.to_pylist()]
+    except (ValueError, OSError) as error:  # pyarrow's own are of these kinds
+        yield Skipped(f"{source}:{before + 1}", f"damaged row group: {error}")
+        return
     for n, fields in enumerate(rows):
         where = f"{source}:{before + n + 1}"
         if is_text:

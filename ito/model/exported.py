@@ -17,13 +17,13 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from PIL import Image
-from tokenizers import Tokenizer as BPE
 
 from ito.data.pictures import FITS, MAX_PIXELS, Refused, decode, square
 from ito.device import find_device
 from ito.files import FileError, naming, read_text, require_file, undamaged, write_atomically
 from ito.model.embed import embed_images, embed_texts
 from ito.model.encoders import DualEncoder
+from ito.model.pretrained import planned_body
 from ito.model.tokenizer import Tokenizer
 from ito.run import RunFolder
 from ito.tensors import load_tensors, save_tensors, verify
@@ -31,6 +31,11 @@ from ito.tensors import load_tensors, save_tensors, verify
 Picture = Image.Image | str | os.PathLike | bytes | np.ndarray | torch.Tensor
 PICTURE = "a path, the bytes of a file, a PIL image, a uint8 array or tensor"
 WEIGHTS, ABOUT, TOKENS = "model.safetensors", "config.json", "tokenizer.json"
+MOST_SIZE = 2**22  # of widths, vocabularies and the like
+NO_TOWER = {  # arguments of `DualEncoder` in place of another package's tower
+    "image": {"image_encoder": None, "image_size": 8, "patch_size": None, "image_depth": 0},
+    "text": {"text_encoder": None, "text_depth": 0},
+}
 
 
 def export(
@@ -53,16 +58,16 @@ def export(
     }
     about = {"architecture": model.architecture, "load_size": load_size, "fit": fit, "step": step}
     tokens = tokenizer.bpe.to_str(pretty=True).encode()
-    files = {
-        TOKENS: tokens,
-        ABOUT: (json.dumps(about, indent=2) + "\n").encode(),
+    files = {  # written and renamed from the last on: without weights there is no model yet
         WEIGHTS: save_tensors(weights, tokenizer=hashlib.sha256(tokens).hexdigest()),
+        ABOUT: (json.dumps(about, indent=2) + "\n").encode(),
+        TOKENS: tokens,
     }
     with ExitStack() as written:
-        for name, content in files.items():
-            temporary = written.enter_context(write_atomically(out / name))
+        places = {name: written.enter_context(write_atomically(out / name)) for name in files}
+        for name, content in reversed(files.items()):
             with naming(out / name):
-                temporary.write_bytes(content)
+                places[name].write_bytes(content)
 
 
 class Encoder:
@@ -186,22 +191,64 @@ def load(run: str | Path, device: str | torch.device = "cpu") -> Encoder:
         )
         why = written if Path(run).exists() else "because it does not exist"
         raise FileNotFoundError(f"{run} holds no exported model {why}")
+    with undamaged(folder / WEIGHTS) as path:
+        weights, sums = load_tensors(path)
     with undamaged(folder / ABOUT) as path:
         about = json.loads(read_text(path))
-        model = DualEncoder(**about["architecture"])
+        model = built(about["architecture"], weights)
         load_size, step = about["load_size"], about["step"]
         fit = about.get("fit", "crop")  # older versions had no other
         if fit not in FITS:
             raise ValueError(f"fit must be one of {', '.join(FITS)}, got {fit!r}")
-    with undamaged(folder / WEIGHTS) as path:
-        weights, sums = load_tensors(path)
-        model.load_state_dict(weights)
+        if type(step) is not int or type(load_size) is not int:
+            raise TypeError(f"step and load_size must be numbers, got {step!r} and {load_size!r}")
+        if not 0 < load_size <= 2 * model.architecture["image_size"]:
+            raise ValueError(f"load_size must be at most twice the image_size, got {load_size}")
     model.to(device, memory_format=torch.channels_last).eval().requires_grad_(False)
     with undamaged(folder / TOKENS) as path:
         verify(hashlib.sha256(require_file(path).read_bytes()).hexdigest(), sums.get("tokenizer"))
         tokenizer = Tokenizer.load(path)
         require_fit(tokenizer, model.architecture, path)
     return Encoder(model, tokenizer, load_size, step, fit)
+
+
+def built(architecture: dict, weights: dict[str, torch.Tensor]) -> DualEncoder:
+    """The model with these weights.
+
+    Raises ValueError if they are another model's, before any memory is taken for it: the sizes may
+    be anything.
+    """
+    require_shapes(architecture, weights)
+    model = DualEncoder(**architecture)
+    model.load_state_dict(weights)
+    return model
+
+
+def require_shapes(architecture: dict, weights: dict[str, torch.Tensor]) -> None:
+    """Raises ValueError or TypeError if a model of this architecture has no such weights."""
+    for name, value in architecture.items():
+        if name in ("image_encoder", "text_encoder"):
+            continue
+        most = len(weights) if name.endswith("depth") else MOST_SIZE
+        if value is not None and (type(value) is not int or not 0 < value <= most):
+            raise ValueError(f"{name} must be a number from 1 to {most}, got {value!r}")
+    planned, others = [], {}
+    for number, (tower, nothing) in enumerate(NO_TOWER.items()):
+        if encoder := architecture.get(f"{tower}_encoder"):
+            planned.append((f"{tower}.body.", planned_body(encoder, number)))
+            others |= nothing
+    with torch.device("meta"):  # shapes without memory
+        own = DualEncoder(**architecture | others)
+    own_towers = [tower for tower in NO_TOWER if f"{tower}_encoder" not in others]
+    planned += [(f"{tower}.", getattr(own, tower)) for tower in own_towers]
+    for prefix, module in planned:
+        if module is None:
+            continue
+        wanted = {f"{prefix}{n}": tuple(value.shape) for n, value in module.state_dict().items()}
+        found = {n: tuple(value.shape) for n, value in weights.items() if n.startswith(prefix)}
+        if other := sorted(n for n in {*wanted, *found} if wanted.get(n) != found.get(n)):
+            name = other[0]
+            raise ValueError(f"{name} must be {wanted.get(name)}, got {found.get(name)}")
 
 
 def saved_tokenizer(state: dict, run: RunFolder) -> Tokenizer:
@@ -214,7 +261,7 @@ def saved_tokenizer(state: dict, run: RunFolder) -> Tokenizer:
     """
     inside = "tokenizer" in state
     with undamaged(run.checkpoints if inside else run.model / TOKENS) as path:
-        tokenizer = Tokenizer(BPE.from_str(state["tokenizer"])) if inside else Tokenizer.load(path)
+        tokenizer = Tokenizer.parse(state["tokenizer"]) if inside else Tokenizer.load(path)
         require_fit(tokenizer, state["architecture"], path)
     return tokenizer
 
@@ -225,3 +272,8 @@ def require_fit(tokenizer: Tokenizer, architecture: dict, path: Path) -> None:
         found, expected = getattr(tokenizer, name), architecture[name]
         if found != expected:
             raise FileError(f"{path} is of another model: {name} {found}, expected {expected}")
+    highest = max(tokenizer.bpe.get_vocab().values())
+    if not architecture.get("text_encoder") and highest >= tokenizer.vocab_size:
+        raise FileError(
+            f"{path} is damaged: its ids must be below {tokenizer.vocab_size}, got {highest}"
+        )

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ito.files import write_atomically, write_text
 from ito.model.encoders import DualEncoder
+from ito.model.pretrained import TOKENIZER_FILES
 from ito.model.tokenizer import Tokenizer
 
 
@@ -60,8 +61,9 @@ def write_tokenizer(tokenizer: Tokenizer, files: dict[str, dict], out: Path) -> 
     bpe.no_padding()
     bpe.no_truncation()
     write_text(out / "tokenizer.json", bpe.to_str(pretty=True))
-    for name, values in files.items():
-        write_text(out / name, json.dumps(values, indent=2, ensure_ascii=False) + "\n")
+    for name in TOKENIZER_FILES:  # the description may be others', and name any path
+        if name in files:
+            write_text(out / name, json.dumps(files[name], indent=2, ensure_ascii=False) + "\n")
 
 
 def processor(image: dict, size: int, fit: str) -> dict:

@@ -15,6 +15,7 @@ and micro-batches are computed twice.
 import importlib
 import json
 import math
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -32,6 +33,11 @@ from ito.model.tokenizer import Tokenizer
 
 PAD = Tokenizer.pad_id
 OURS = "ours"  # the name of the towers of ito.model.encoders
+LOCAL = {"trust_remote_code": False}  # transformers would ask whether to run a model's own code
+# what in a configuration makes a package fetch something else, or run code
+FETCHED = ("auto_map", "_attn_implementation", "_attn_implementation_internal", "_name_or_path")
+TOKENIZER_FILES = ("tokenizer_config.json", "special_tokens_map.json")
+FETCHED += ("attn_implementation", "quantization_config", "backbone", "use_pretrained_backbone")
 
 
 def package(name: str, extra: str) -> ModuleType:
@@ -90,6 +96,8 @@ class Timm(nn.Module):
     def __init__(self, architecture: str, image_size: int, mean: list, std: list):
         super().__init__()
         self.mean, self.std = mean, std
+        if not re.fullmatch(r"\w+", architecture):  # "hf-hub:NAME" would be fetched
+            raise ValueError(f"architecture must be a name of timm's, got {architecture!r}")
         create = package("timm", "timm").create_model
         self.network = without_dropout(create(architecture, pretrained=False, num_classes=0))
 
@@ -125,8 +133,8 @@ class HuggingFace(nn.Module):
     @classmethod
     def describe(cls, name: str) -> dict:
         transformers = package("transformers", "hf")
-        config = transformers.AutoConfig.from_pretrained(cls.source(name))
-        tokenizer = transformers.AutoTokenizer.from_pretrained(cls.source(name))
+        config = transformers.AutoConfig.from_pretrained(cls.source(name), **LOCAL)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(cls.source(name), **LOCAL)
         if config.is_encoder_decoder or tokenizer.pad_token_id is None:
             raise ValueError(f"hf:{name} is no text encoder, or has no padding token")
         about = config.to_dict()
@@ -136,11 +144,10 @@ class HuggingFace(nn.Module):
     def __init__(self, config: dict, pad_id: int):
         super().__init__()
         transformers = package("transformers", "hf")
-        kept = {k: 0.0 if "drop" in k and isinstance(v, float) else v for k, v in config.items()}
         self.pad_id = pad_id
         # eager: see `ito.model.encoders.attention`
         self.network = transformers.AutoModel.from_config(
-            transformers.AutoConfig.for_model(**kept), attn_implementation="eager"
+            transformers.AutoConfig.for_model(**no_dropout(config)), attn_implementation="eager"
         ).float()
         self.network.pooler = None
         self.longest = getattr(self.network.config, "max_position_embeddings", math.inf)
@@ -153,13 +160,17 @@ class HuggingFace(nn.Module):
 
     def load(self, name: str) -> None:
         transformers = package("transformers", "hf")
-        loaded = transformers.AutoModel.from_pretrained(self.source(name), dtype=torch.float32)
+        loaded = transformers.AutoModel.from_pretrained(
+            self.source(name), dtype=torch.float32, **LOCAL
+        )
         loaded.pooler = None
         self.network.load_state_dict(loaded.state_dict())
 
     @classmethod
     def tokenizer(cls, name: str) -> BPE:
-        loaded = package("transformers", "hf").AutoTokenizer.from_pretrained(cls.source(name))
+        loaded = package("transformers", "hf").AutoTokenizer.from_pretrained(
+            cls.source(name), **LOCAL
+        )
         if not loaded.is_fast:
             raise ValueError(f"hf:{name} has no fast tokenizer (tokenizer.json)")
         bpe = BPE.from_str(loaded.backend_tokenizer.to_str())
@@ -220,8 +231,12 @@ class OpenClip(nn.Module):
             raise ValueError(f"open_clip:{name} is no plain CLIP: it has {', '.join(other)}")
         return config, pictures
 
-    def build(self, config: dict) -> nn.Module:
-        """Both towers with random weights, which see all patches in training too."""
+    def build(self, config: dict, other: dict) -> nn.Module:
+        """Both towers with random weights, which see all patches in training too. `other` replaces
+        the configuration of the tower that is not used: a model that it names would be fetched."""
+        config = {key: config[key] for key in self.CLIP & config.keys()} | other
+        if config["vision_cfg"].get("timm_model_name") or config["text_cfg"].get("hf_model_name"):
+            raise ValueError("open_clip: expected a CLIP with a ViT and CLIP's own text tower")
         vision = config["vision_cfg"] | {"patch_dropout": 0.0}
         return package("open_clip", "open_clip").model.CustomTextCLIP(
             **config | {"vision_cfg": vision}
@@ -247,7 +262,10 @@ class OpenClipImage(OpenClip):
     def __init__(self, config: dict, mean: list, std: list):
         super().__init__()
         self.mean, self.std = mean, std
-        self.network = self.build(config).visual
+        if config["vision_cfg"].get("timm_model_name"):
+            raise ValueError("open_clip: expected a CLIP with a ViT; timm:NAME takes timm's models")
+        small = {"vocab_size": 2, "width": 64, "heads": 1, "layers": 1}
+        self.network = self.build(config, {"text_cfg": small}).visual
         if getattr(self.network, "proj", None) is None:
             raise ValueError("open_clip: expected a CLIP with a ViT; timm:NAME takes timm's models")
         self.network.output_tokens = True
@@ -268,7 +286,8 @@ class OpenClipText(OpenClip):
         others = config["text_cfg"].keys() & self.REFUSED
         if others:
             raise ValueError(f"open_clip: expected CLIP's own text tower, got one with {others}")
-        self.network = self.build(config).text
+        small = {"image_size": 16, "patch_size": 16, "width": 64, "layers": 1}
+        self.network = self.build(config, {"vision_cfg": small}).text
         self.network.output_tokens = True
         self.longest, self.pad_id = self.network.context_length, self.network.vocab_size
         self.padding = 0  # theirs
@@ -316,7 +335,7 @@ class HuggingFaceDual(nn.Module):
 
     @classmethod
     def configuration(cls, name: str) -> dict:
-        config = package("transformers", "hf").AutoConfig.from_pretrained(name)
+        config = package("transformers", "hf").AutoConfig.from_pretrained(name, **LOCAL)
         about = json.loads(config.to_json_string(use_diff=False))  # as it will be read again
         if about["model_type"] not in cls.MODELS:
             raise ValueError(
@@ -330,6 +349,8 @@ class HuggingFaceDual(nn.Module):
 
     def build(self, config: dict) -> nn.Module:
         """Both towers with random weights."""
+        if config.get("model_type") not in self.MODELS:
+            raise ValueError(f"model_type must be one of {', '.join(self.MODELS)}")
         transformers = package("transformers", "hf")
         # eager: see `ito.model.encoders.attention`
         return transformers.AutoModel.from_config(
@@ -405,20 +426,21 @@ def picture_settings(name: str) -> dict:
 
 
 def no_dropout(config: dict) -> dict:
-    """The configuration without dropout, in both towers."""
+    """The configuration without dropout and without FETCHED, in both towers."""
     return {
         key: no_dropout(value)
         if isinstance(value, dict)
         else 0.0
-        if "drop" in key and isinstance(value, float)
+        if "drop" in str(key) and isinstance(value, float)
         else value
         for key, value in config.items()
+        if key not in FETCHED
     }
 
 
 def transformers_tokenizer(name: str):
     """Raises ValueError if it cannot be used here."""
-    tokenizer = package("transformers", "hf").AutoTokenizer.from_pretrained(name)
+    tokenizer = package("transformers", "hf").AutoTokenizer.from_pretrained(name, **LOCAL)
     if not tokenizer.is_fast:
         raise ValueError(f"hf:{name} has no fast tokenizer (tokenizer.json)")
     if tokenizer.pad_token_id is None or tokenizer.padding_side != "right":
@@ -440,7 +462,7 @@ def describe_tokenizer(name: str) -> dict:
     tokenizer = transformers_tokenizer(name)
     with TemporaryDirectory() as folder:
         tokenizer.save_pretrained(folder)
-        paths = [Path(folder) / f"{n}.json" for n in ("tokenizer_config", "special_tokens_map")]
+        paths = [Path(folder) / name for name in TOKENIZER_FILES]
         files = {p.name: json.loads(p.read_text(encoding="utf-8")) for p in paths if p.exists()}
     about = {"pad_id": free_id(tokenizer), "padding": tokenizer.pad_token_id}
     return about | {"tokenizer_files": files}
@@ -615,6 +637,30 @@ def body_class(encoder: dict, tower: int) -> type[nn.Module]:
     if encoder.get("projected"):
         return PROJECTED[encoder["name"]][tower]
     return (IMAGE, TEXT)[tower][encoder["name"]]
+
+
+def planned_body(encoder: dict | None, tower: int) -> nn.Module | None:
+    """A described body without memory, to compare its shapes; None where a name decides its sizes,
+    and for a tower of `ito.model.encoders`.
+
+    Raises ValueError if the description has sizes that no model has.
+    """
+    if not encoder or "config" not in encoder:
+        return None
+    about = {k: v for k, v in encoder.items() if k not in ("name", "projected")}
+    require_small(about["config"])
+    with torch.device("meta"):
+        return body_class(encoder, tower)(**about)
+
+
+def require_small(config: dict) -> None:
+    """Raises ValueError for more than 1000 layers or a size above 2³², at any depth."""
+    for key, value in config.items():
+        if isinstance(value, dict):
+            require_small(value)
+        most = 1000 if str(key).endswith(("layers", "depth")) else 2**32
+        if isinstance(value, int) and abs(value) > most:
+            raise ValueError(f"{key} must be at most {most}, got {value}")
 
 
 # --- by their options ---

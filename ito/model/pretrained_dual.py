@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from ito.files import read_text, undamaged
 from ito.model.pretrained import (
+    LOCAL,
     PROJECTED,
     OpenClip,
     OpenClipDualText,
@@ -147,7 +148,10 @@ def exported(run: str) -> dict:
             with undamaged(path):
                 about = json.loads(read_text(path))
                 pictures = {"load_size": about.get("load_size"), "fit": about.get("fit", "crop")}
-                return about.get("architecture", {}) | pictures
+                found = about.get("architecture", {}) | pictures
+                if not all(isinstance(found.get(name) or {}, dict) for name in OF_TOWERS[:2]):
+                    raise TypeError("towers must be objects")
+                return found
     return {}
 
 
@@ -160,7 +164,7 @@ def load_dual(pretrained: str, context_length: int) -> Loaded:
             model = OpenClip().pretrained(name)
             modules = {"image": {"network": model.visual}, "text": {"network": model.text}}
         else:
-            model = package("transformers", "hf").AutoModel.from_pretrained(name).float()
+            model = package("transformers", "hf").AutoModel.from_pretrained(name, **LOCAL).float()
             parts = {
                 "image": ("vision_model", "visual_projection"),
                 "text": ("text_model", "text_projection"),

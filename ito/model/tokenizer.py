@@ -1,6 +1,10 @@
 """A byte-level BPE tokenizer, trained on the training captions."""
 
+import json
+import math
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -90,7 +94,15 @@ class Tokenizer:
 
     @classmethod
     def load(cls, path: str | Path) -> "Tokenizer":
-        return cls(BPE.from_str(read_text(Path(path))))
+        return cls.parse(read_text(Path(path)))
+
+    @classmethod
+    def parse(cls, text: str) -> "Tokenizer":
+        """The tokenizer that `bpe.to_str()` has written. Raises ValueError if a text would become
+        much longer with it, or anything but `context_length` ids below `vocab_size`."""
+        require_bounded(json.loads(text))
+        with panics_as_errors():
+            return cls(BPE.from_str(text))
 
     def __call__(self, texts: list[str]) -> torch.Tensor:
         if isinstance(texts, str):
@@ -100,7 +112,8 @@ class Tokenizer:
                 raise TypeError(f"texts[{number}] must be a text, got {text!r}")
         if not texts:
             return torch.empty(0, self.context_length, dtype=torch.int64)
-        ids = torch.tensor([e.ids for e in self.bpe.encode_batch_fast(self.bounded(texts))])
+        with panics_as_errors():
+            ids = torch.tensor([e.ids for e in self.bpe.encode_batch_fast(self.bounded(texts))])
         return self.swap(ids, self.bpe.padding["pad_id"])
 
     def lengths(self, texts: list[str]) -> list[int]:
@@ -122,11 +135,9 @@ class Tokenizer:
         if (str(bpe.normalizer), str(bpe.pre_tokenizer)) == ours:
             parts = [SPACE.split(text) for [text] in parts]
         distinct = list(dict.fromkeys(part for own in parts for part in own))
-        ends = len(bpe.encode(""))
-        count = {
-            part: len(e) - ends
-            for part, e in zip(distinct, bpe.encode_batch_fast(distinct), strict=True)
-        }
+        with panics_as_errors():
+            ends, encoded = len(bpe.encode("")), bpe.encode_batch_fast(distinct)
+        count = {part: len(e) - ends for part, e in zip(distinct, encoded, strict=True)}
         found = [ends + sum(map(count.__getitem__, own)) for own in parts]
         self.measured = list(texts), found
         return found
@@ -141,6 +152,45 @@ class Tokenizer:
             return ids
         swapped = torch.where(ids == pad_id, cls.pad_id, ids)
         return torch.where(ids == cls.pad_id, pad_id, swapped)
+
+
+MOST_GROWTH = 16  # of a text, by replacements
+
+
+def require_bounded(about: dict) -> None:
+    """Raises ValueError if a tokenizer's JSON cuts and pads to different lengths, makes texts more
+    than MOST_GROWTH times as long, or adds many tokens to each. Its regular expressions need no
+    limit: Oniguruma gives up after ten million steps."""
+    length, padding = about["truncation"]["max_length"], about["padding"]
+    if about["truncation"]["stride"] or padding["strategy"] != {"Fixed": length}:
+        raise ValueError(f"it must cut and pad to the same length, got {length} and {padding}")
+    if padding["pad_to_multiple_of"]:
+        raise ValueError("padding must not be to a multiple")
+    parts = json_objects([about["normalizer"], about["pre_tokenizer"], about["post_processor"]])
+    growth = math.prod(
+        max(1, len(part.get(key) or "")) for part in parts for key in ("content", "prepend")
+    )
+    added = sum(len(part.get(key) or "") for part in parts for key in ("single", "ids"))
+    if growth > MOST_GROWTH or added > MOST_GROWTH:
+        raise ValueError(f"texts grow by a factor of {growth} and by {added} tokens")
+
+
+def json_objects(value) -> list[dict]:
+    """All objects in a JSON value, at any depth."""
+    below = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    own = [value] if isinstance(value, dict) else []
+    return own + [found for part in below for found in json_objects(part)]
+
+
+@contextmanager
+def panics_as_errors() -> Iterator[None]:
+    """Turns a panic of the package tokenizers, which is no Exception, into a ValueError."""
+    try:
+        yield
+    except BaseException as error:
+        if type(error).__name__ != "PanicException":
+            raise
+        raise ValueError(f"the tokenizer fails: {error}") from None
 
 
 def bounded(text: str, tokens: int) -> str:

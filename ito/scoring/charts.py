@@ -4,11 +4,19 @@ import html
 import math
 from collections.abc import Sequence
 
+from ito.cli import one_line
+
 COLOURS = ("#2463a8", "#c4572b", "#3d8a4f", "#7a4fa3", "#a88b24", "#28a0ae", "#c2417c", "#6b4226")
 COLOURS += ("#8cb82b", "#777777")
 POINTS = 300  # per line: more cannot be distinguished at this width
 WIDTH, HEIGHT = 320, 190
 Point = tuple[float, float]
+
+
+def escaped(text: object, limit: int = 2000) -> str:
+    """Any value as text of a page or of an attribute's value: without markup and control
+    characters."""
+    return html.escape(one_line(str(text), limit))
 
 
 def lines(title: str, series: dict[str, list[Point]]) -> str:
@@ -33,7 +41,7 @@ def lines(title: str, series: dict[str, list[Point]]) -> str:
         down = above + (1 - (y - bottom) / (top - bottom)) * inner_height
         return f"{left + x / right * inner_width:.1f},{down:.1f}"
 
-    parts = [svg(title), f'<text x="2" y="14" font-weight="600">{html.escape(title)}</text>']
+    parts = [svg(title), f'<text x="2" y="14" font-weight="600">{escaped(title)}</text>']
     for n in range(round((top - bottom) / step) + 1):
         value = bottom + n * step
         y = place(0, value).split(",")[1]
@@ -58,7 +66,7 @@ def lines(title: str, series: dict[str, list[Point]]) -> str:
             f'<polyline points="{path}" fill="none" stroke="{colour}" stroke-width="1.6"/>'
         )
         if many:
-            parts.append(f'<text x="{at:.0f}" y="31" fill="{colour}">{html.escape(name)}</text>')
+            parts.append(f'<text x="{at:.0f}" y="31" fill="{colour}">{escaped(name)}</text>')
             at += 12 + 6.2 * len(name)
     return "".join([*parts, "</svg>"])
 
@@ -72,12 +80,12 @@ def points(title: str, groups: dict[str, tuple[Sequence[Point], Sequence[str], s
     height = above + 16 + (high - low) * scale
     parts = [
         svg(title, height),
-        f'<text x="2" y="14" font-weight="600">{html.escape(title)}</text>',
+        f'<text x="2" y="14" font-weight="600">{escaped(title)}</text>',
     ]
     for n, (name, (place, names, mark)) in enumerate(groups.items()):
         colour = COLOURS[n % len(COLOURS)]
         x, y = 2 + n % 2 * WIDTH // 2, 31 + n // 2 * 15
-        parts.append(f'<text x="{x}" y="{y}" fill="{colour}">{html.escape(name)}</text>')
+        parts.append(f'<text x="{x}" y="{y}" fill="{colour}">{escaped(name)}</text>')
         parts.append(
             f'<g fill="{colour}" stroke="none" opacity="0.65">'
             if mark == "o"
@@ -85,7 +93,7 @@ def points(title: str, groups: dict[str, tuple[Sequence[Point], Sequence[str], s
         )
         for (x, y), about in zip(place, names, strict=True):
             cx, cy = WIDTH / 2 + (x - (left + right) / 2) * scale, above + 8 + (high - y) * scale
-            about = f"<title>{html.escape(about)}</title>"
+            about = f"<title>{escaped(about)}</title>"
             cross = f"M{cx - 2.4:.1f},{cy - 2.4:.1f}l4.8,4.8m0,-4.8l-4.8,4.8"
             parts.append(
                 f'<circle cx="{cx:.1f}" cy="{cy:.1f}" r="2.6">{about}</circle>'
@@ -98,7 +106,7 @@ def points(title: str, groups: dict[str, tuple[Sequence[Point], Sequence[str], s
 
 def svg(title: str, height: float = HEIGHT) -> str:
     return (
-        f'<svg viewBox="0 0 {WIDTH} {height:.0f}" role="img" aria-label="{html.escape(title)}" '
+        f'<svg viewBox="0 0 {WIDTH} {height:.0f}" role="img" aria-label="{escaped(title)}" '
         'font-family="system-ui, sans-serif" font-size="11">'
     )
 

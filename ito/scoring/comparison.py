@@ -10,6 +10,7 @@ import dataclasses
 import importlib.util
 import json
 import math
+import re
 import statistics
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -18,11 +19,11 @@ from pathlib import Path
 
 import torch
 
-from ito.cli import shown
+from ito.cli import one_line, shown
 from ito.config import Config, from_options
 from ito.data.augment import Augmentation
 from ito.data.dataset import Dataset
-from ito.files import read_text, write_atomically, write_text
+from ito.files import read_text, undamaged, write_atomically, write_text
 from ito.model.exported import WEIGHTS, load
 from ito.objectives import OPTIONS
 from ito.run import RunFolder, refuse_commands
@@ -64,8 +65,8 @@ class Result:
             run.read_environment(),
             log.read("train"),
             log.read("eval"),
-            json.loads(read_text(run.evaluation)),
-            json.loads(read_text(run.cost))["peak_bytes"],
+            dict(read_json(run.evaluation)),
+            int(read_json(run.cost)["peak_bytes"]),
         )
 
     @property
@@ -119,7 +120,8 @@ def write_comparison(out: Path, cache: Path | None = None, given: dict | None = 
     check_equal([run for runs in arms.values() for run in runs])
     for run in (run for runs in arms.values() for run in runs):
         same = from_options(argparse.Namespace(**given or {}), run.config) == run.config
-        refuse_commands(run.folder, run.config, given if given and same else {})
+        named = given if given and same else {}
+        refuse_commands(run.folder, run.config, named, ("train_data", "val_data", "objective"))
     costs = measured({arm: runs[0].folder for arm, runs in arms.items()}, out, cache)
     arms = dict(sorted(arms.items(), key=lambda item: costs[item[0]].seconds))
     first = next(iter(arms.values()))[0]
@@ -172,21 +174,32 @@ def check_equal(runs: list[Result]) -> None:
 def measured(folders: dict[str, Path], out: Path, cache: Path | None) -> dict[str, StepCost]:
     """`step_costs`, saved in `out` for the next report of the same arms."""
     path = out / "step_costs.json"
-    known = json.loads(read_text(path)) if path.exists() else {}
+    known = read_json(path) if path.exists() else {}
     fields = {field.name for field in dataclasses.fields(StepCost)}
     if known.keys() != folders.keys() or any(cost.keys() != fields for cost in known.values()):
-        print(f"timing steps of {', '.join(folders)}", flush=True)
+        print(f"timing steps of {one_line(', '.join(folders), 2000)}", flush=True)
         known = {arm: dataclasses.asdict(x) for arm, x in step_costs(folders, cache).items()}
         write_text(path, json.dumps(known, indent=2) + "\n")
     return {arm: StepCost(**x) for arm, x in known.items()}
+
+
+def read_json(path: Path):
+    with undamaged(path):
+        return json.loads(read_text(path))
 
 
 # ---- tables
 
 
 def rows(header: list[str], lines: list[list[str]]) -> str:
-    table = [header, ["---"] * len(header), *lines]
+    table = [[*map(plain_text, header)], ["---"] * len(header)]
+    table += [[*map(plain_text, line)] for line in lines]
     return "\n".join(f"| {' | '.join(line)} |" for line in table)
+
+
+def plain_text(text: object) -> str:
+    """Without markup: names of folders and of splits may be others'."""
+    return re.sub(r"[\\`*<>|\[\]!&]", r"\\\g<0>", one_line(str(text), 2000))
 
 
 def spread(values: list[float], form: Callable[[float], str]) -> str:
@@ -210,10 +223,10 @@ def about(arms: dict[str, list[Result]], first: Result) -> str:
     config, chance = first.config, first.end("i2t/chance")
     environment = first.environment
     seeds = ", ".join(f"{arm} {len(runs)}" for arm, runs in arms.items())
-    return (
+    return plain_text(
         f"{config.steps} steps of {config.batch_size} items each, {environment['threads']} threads,"
         f" {environment['dtype'].removeprefix('torch.')}; {environment['data']}. Split "
-        f"`{first.split}`, {first.end('i2t/candidates')} captions, chance {chance:.2%}. "
+        f"{first.split}, {first.end('i2t/candidates')} captions, chance {chance:.2%}. "
         f"Seeds: {seeds}. Percentages, mean ± deviation over seeds."
     )
 

@@ -34,7 +34,13 @@ class Index:
         path = RunFolder(run).index / f"{key.hexdigest()[:16]}.safetensors"
         if path.exists():
             with undamaged(path):
-                return cls(encoder, dataset, load_tensors(path)[0]["images"])
+                kept = load_tensors(path)[0]["images"]
+                wanted = (len(dataset.images), encoder.model.architecture["width"])
+                if kept.shape != wanted or kept.dtype != torch.float32:
+                    raise ValueError(
+                        f"expected fp32 {wanted}, got {kept.dtype} {tuple(kept.shape)}"
+                    )
+                return cls(encoder, dataset, kept)
         embeddings = encoder.encode_image(dataset.images)
         with write_atomically(path) as temporary:
             temporary.write_bytes(save_tensors({"images": embeddings}))

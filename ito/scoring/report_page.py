@@ -5,7 +5,6 @@ the machine. The page loads nothing over the network.
 """
 
 import base64
-import html
 import io
 import json
 from pathlib import Path
@@ -13,12 +12,12 @@ from pathlib import Path
 import torch
 from PIL import Image
 
-from ito.cli import one_line
 from ito.data.dataset import Dataset
 from ito.files import read_text, undamaged, write_text
 from ito.model.exported import Encoder
 from ito.run import RunFolder
 from ito.scoring import charts
+from ito.scoring.charts import escaped
 from ito.scoring.embedded_split import EmbeddedSplit
 from ito.scoring.metrics import image_text_pairs, ranks
 from ito.scoring.projections import PROJECTIONS
@@ -75,23 +74,22 @@ def write_report(run: Path, encoder: Encoder, dataset: Dataset, project: str = "
         scores = [r for r in records if r["kind"] == "eval"]
         streams = [r["skipped"] for r in records if r["kind"] == "stream"]
         curves = curve_charts(records, dataset.held_out_splits())
+        tables = score_tables({"before": scores[0], "after": scores[-1]}) if scores else ""
     parts = [
-        f"<h1>{html.escape(run.name)}</h1>",
+        f"<h1>{escaped(run.name)}</h1>",
         f"<p>Step {encoder.step}, {len(dataset.items)} items, {len(dataset.images)} pictures, "
         f"{len(dataset.skipped)} records skipped"
-        f"{f'; {streams[-1]} of the stream trained on' if streams else ''}.</p>",
+        f"{f'; {escaped(streams[-1])} of the stream trained on' if streams else ''}.</p>",
     ]
     if files.data.exists():
         with undamaged(files.data):
             facts = json.loads(read_text(files.data))
-            parts.append(f"<p>{html.escape(sentence(facts))}.</p>")
-    if scores:
-        parts.append(score_tables({"before": scores[0], "after": scores[-1]}))
-    parts.append(f'<h2>Curves</h2><div class="grid">{curves}</div>')
+            parts.append(f"<p>{escaped(sentence(facts))}.</p>")
+    parts.append(f'{tables}<h2>Curves</h2><div class="grid">{curves}</div>')
     for split in dataset.held_out_splits():
         view = EmbeddedSplit(dataset.rows(split), encoder.model, encoder.tokenizer, dataset)
         parts += [
-            f"<h2>{html.escape(split)}</h2>",
+            f"<h2>{escaped(split)}</h2>",
             embedding_map(view, project),
             text_to_image(view),
             image_to_text(view),
@@ -104,7 +102,7 @@ def write_report(run: Path, encoder: Encoder, dataset: Dataset, project: str = "
     page = (
         '<!doctype html><html lang="en"><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>{html.escape(run.name)}</title><style>{STYLE}</style>{''.join(parts)}</html>"
+        f"<title>{escaped(run.name)}</title><style>{STYLE}</style>{''.join(parts)}</html>"
     )
     write_text(files.report, page)
     return files.report
@@ -115,12 +113,12 @@ def score_tables(columns: dict[str, dict[str, float]]) -> str:
     for section in sections(columns):
         head = "".join(f"<th>{title}</th>" for title in ["", *section.columns])
         rows = "".join(
-            "<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in [label, *cells, chance])
+            "<tr>" + "".join(f"<td>{escaped(cell)}</td>" for cell in [label, *cells, chance])
             for label, cells, chance in section.rows
         )
-        notes = "".join(f"<p>Note: {html.escape(note)}.</p>" for note in section.notes)
+        notes = "".join(f"<p>Note: {escaped(note)}.</p>" for note in section.notes)
         parts.append(
-            f'<div class="wide"><h3>{html.escape(section.title)}</h3>{notes}'
+            f'<div class="wide"><h3>{escaped(section.title)}</h3>{notes}'
             f"<table><tr>{head}</tr>{rows}</table></div>"
         )
     return "".join([*parts, "</div>"])
@@ -193,10 +191,10 @@ def text_to_image(view: EmbeddedSplit) -> str:
     for text, pictures in zip(asked.tolist(), best.tolist(), strict=True):
         found = "".join(
             f"<figure{' class=right' if text in view.right(p) else ''}>{img(view, p)}"
-            f'<span class="name">{html.escape(view.name(p))}</span></figure>'
+            f'<span class="name">{escaped(view.name(p))}</span></figure>'
             for p in pictures
         )
-        caption = html.escape(one_line(view.captions[text]))
+        caption = escaped(view.captions[text], 300)
         parts.append(
             f'<div class="query"><span>{caption}</span><div class="found">{found}</div></div>'
         )
@@ -211,7 +209,7 @@ def image_to_text(view: EmbeddedSplit) -> str:
     for p, texts in zip(asked.tolist(), best.tolist(), strict=True):
         captions = "".join(
             f"<li{' class=right' if text in view.right(p) else ''}>"
-            f"{html.escape(one_line(view.captions[text]))}</li>"
+            f"{escaped(view.captions[text], 300)}</li>"
             for text in texts
         )
         parts.append(f"<div>{img(view, p)}<ol>{captions}</ol></div>")
@@ -233,7 +231,7 @@ def mistakes(view: EmbeddedSplit) -> str:
         cosines[view.right(p)] = -torch.inf
         wrong = int(cosines.argmax())
         other = view.picture_of(int(view.item_text[view.item_text[:, 1] == wrong][0, 0]))
-        own, taken = html.escape(view.name(p)), html.escape(one_line(view.captions[wrong]))
+        own, taken = escaped(view.name(p)), escaped(view.captions[wrong], 300)
         parts.append(
             f"<div>{img(view, p)}<span><b>{own}</b>, its best caption {rank[p]} of "
             f"{len(view.captions)}; taken for <b>{taken}</b></span>{img(view, other)}</div>"
@@ -242,7 +240,7 @@ def mistakes(view: EmbeddedSplit) -> str:
 
 
 def img(view: EmbeddedSplit, picture: int) -> str:
-    name = html.escape(view.name(picture))
+    name = escaped(view.name(picture))
     return f'<img src="{png(view.pictures[picture])}" alt="{name}" loading="lazy">'
 
 
@@ -260,7 +258,7 @@ def settings(title: str, values: dict) -> str:
     for name, value in values.items():
         flat |= value if isinstance(value, dict) else {name: value}
     rows = "".join(
-        f"<div>{html.escape(name)} <code>{html.escape(json.dumps(value))}</code></div>"
+        f"<div>{escaped(name)} <code>{escaped(json.dumps(value))}</code></div>"
         for name, value in flat.items()
     )
     return f'<h2>{title}</h2><div class="settings">{rows}</div>'

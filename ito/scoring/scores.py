@@ -3,6 +3,8 @@
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from ito.cli import one_line
+
 KS = (1, 5, 10)
 # Of fewer queries the intervals are too narrow: of 6 queries, 28 % of them miss a true R@1 of 20 %;
 # of 20 queries 8 %.
@@ -143,7 +145,7 @@ def table(columns: dict[str, dict[str, float]]) -> str:
         for label, *cells in grid:
             padded = (f"{x:>{width}}" for x, width in zip(cells, widths, strict=True))
             text.append(f"  {label:36}" + "".join(padded))
-    return "\n".join(line.rstrip() for line in text)
+    return "\n".join(one_line(line.rstrip(), 2000) for line in text)
 
 
 def clip_benchmark(scores: dict[str, float], data: str, run: Path) -> list[dict]:

@@ -112,8 +112,8 @@ def test_finished_runs_stay_and_those_cut_off_go_on(tmp_path, monkeypatch):
     # what its training took is not what its scoring takes
     assert json.loads((tmp_path / scoreless.name / "cost.json").read_text()) == {"peak_bytes": 7}
     assert called == [
-        ["--resume", str(tmp_path / halfway.name)],
-        ["--resume", str(tmp_path / early.name)],
+        ["--resume", str(tmp_path / halfway.name), "--train-data", "pipe:cat a.tar"],
+        ["--resume", str(tmp_path / early.name), "--train-data", "pipe:cat a.tar"],
         ["--out", str(tmp_path / new.name), *new.options],
     ]
 

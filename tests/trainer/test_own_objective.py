@@ -136,14 +136,19 @@ def test_a_module_s_parameters_are_trained_saved_and_resumed(
             copy.parent.mkdir(exist_ok=True)
             copy.write_bytes(path.read_bytes())
     monkeypatch.chdir(data)
-    train.main(["--resume", str(cut)])
+    with pytest.raises(SystemExit):  # the folder may be others'
+        train.main(["--resume", str(cut)])
+    told = f"names a file, which is run only if you give it: --objective {file}:Biased\n"
+    assert told in capsys.readouterr().err
+    train.main(["--resume", str(cut), "--objective", f"{file}:Biased"])
     assert "warning" not in capsys.readouterr().out
     assert torch.equal(
         load_checkpoint(cut / "checkpoints")["objective"]["function.bias"],
         state["objective"]["function.bias"],
     )
     file.write_text(OWN + "# changed")
-    train.main(["--resume", str(cut)])
+    monkeypatch.chdir(tmp_path)
+    train.main(["--resume", str(cut), "--objective", "own.py:Biased"])
     assert "warning    objective was " in capsys.readouterr().out
 
 

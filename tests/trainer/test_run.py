@@ -359,6 +359,45 @@ def test_a_full_disk_names_the_file_and_what_is_kept(name, copy, capsys):
     assert not list(copy.rglob(".*.tmp"))
 
 
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of its own, and what sets its size in bytes."""
+    place = tmp_path / "disk"
+    place.mkdir()
+
+    def resize(size: int, more: str = "remount,") -> int:
+        words = ["mount", "-t", "tmpfs", "-o", f"{more}size={size}", "tmpfs", str(place)]
+        return subprocess.run(words, capture_output=True).returncode
+
+    if resize(2**24, ""):
+        pytest.skip("no file system can be mounted here; RLIMIT_FSIZE stands for a full disk above")
+    yield place, resize
+    subprocess.run(["umount", str(place)], check=True)
+
+
+@pytest.mark.parametrize("room", [0, 200_000, 400_000])
+def test_a_run_on_a_disk_that_is_full_goes_on_when_there_is_room(
+    room, copy, finished, small_disk, capsys
+):
+    place, resize = small_disk
+    (copy / "checkpoints" / "step_0000006.pt").unlink()
+    run = shutil.copytree(copy, place / "run")
+    used = shutil.disk_usage(place).used
+    assert not resize(used + room)
+    said = refused(train, "--resume", run, capsys=capsys)
+    assert f"error: {run}/" in said
+    kept = " (the checkpoint of step 3 is kept; continue with: " * bool(room)  # before it trains
+    assert f"No space left on device{kept}" in said
+    assert not list(run.rglob(".*.tmp"))
+    load_checkpoint(run / "checkpoints")
+    ito.load(run)
+    assert not resize(2**25)
+    train.main(["--resume", str(run)])
+    assert steady(run) == steady(finished)
+    weights = "model/model.safetensors"
+    assert (run / weights).read_bytes() == (finished / weights).read_bytes()
+
+
 def stop_by(number: int):
     def stop(*_):
         signal.raise_signal(number)

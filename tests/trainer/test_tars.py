@@ -216,8 +216,8 @@ def test_a_command_stays_as_it_is_written(tmp_path, monkeypatch):
 
 
 def test_only_the_user_s_own_commands_are_run(tmp_path, capsys):
-    """A run that others made may name a command: the commands that open a run's data refuse it
-    unless it is given to them. A run is resumed as it began."""
+    """A run that others made may name a command: what opens a run's data, and what resumes it,
+    refuses it unless it is given again."""
     tar(tmp_path / "a.tar", pairs(*range(8)))
     ran = tmp_path / "ran"
     data = f"pipe:touch {ran}; cat {tmp_path}/a.tar"
@@ -242,7 +242,11 @@ def test_only_the_user_s_own_commands_are_run(tmp_path, capsys):
         ran.unlink()
         command([*words, "--data", f"pipe:cat {tmp_path}/a.tar"])
         assert not ran.exists()
-    train.main(["--resume", str(run)])
+    with pytest.raises(SystemExit):
+        train.main(["--resume", str(run)])
+    assert "config.json names a command" in capsys.readouterr().err
+    assert not ran.exists()
+    train.main(["--resume", str(run), "--train-data", data])
     assert ran.exists()
 
 
