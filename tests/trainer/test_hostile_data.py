@@ -183,7 +183,7 @@ def test_parquet_bombs_are_refused(tmp_path):
     same = {"image": repeated(noise, 2000), "caption": [f"a {n}" for n in range(2000)]}
     parquet.write_table(pyarrow.table(same), path, store_schema=False, use_dictionary=True)
     assert path.stat().st_size < 300_000
-    with pytest.raises(ValueError, match=r"unreadable picture: 2000: .* expands to more than 50"):
+    with pytest.raises(ValueError, match=r"unreadable picture: 2000: .* expands to"):
         load_dataset(path, 4)
 
 
