@@ -58,7 +58,8 @@ void Call::SideVectors::reserve(int64_t n) {
     v->reserve(n + kSlack);
 }
 
-// A row that allows no pair gets factor 0 and logsum +inf: every exp(S - shift - logsum) is 0.
+// A row that allows no pair gets factor 0 and logsum +inf: every exp(S - shift - logsum) is 0. So
+// does one without a positive, or with scores of -inf at all of them, which -inf would make NaN.
 void Call::SideVectors::fill(const SideStats& stats, const SideUpstream& up, int64_t n) {
   const float *const u = up.logsum, *const alpha = up.pos;
   if (!u && !alpha) return;
@@ -74,7 +75,7 @@ void Call::SideVectors::fill(const SideStats& stats, const SideUpstream& up, int
     if (!empty) logsum[i] = stats.logsum[i];
     if (u && !empty) factor[i] = u[i];
     if (alpha) pos_factor[i] = alpha[i];
-    if (alpha && stats.pos) pos[i] = stats.pos[i];
+    if (alpha && stats.pos) pos[i] = stats.pos[i] == -kInf ? kInf : stats.pos[i];
   }
 }
 
