@@ -131,34 +131,48 @@ def test_one_hot_softmax(backend, scale):
 
 @pytest.mark.parametrize("isa", ISAS)
 def test_a_million_equal_scores(isa, monkeypatch):
-    """One after the other, 10⁶ equal terms would lose 1e-2 of their sum in fp32."""
+    """In tiles of 256, the sum of the tiles alone would lose 2.7e-5 in fp32: so did softplus, and
+    the mean of as many positives 1.9e-4, because it is taken from the maximum."""
     monkeypatch.setenv("ITO_CPU_ISA", isa)
     check_equal_scores("cpu", 1_000_000, 1e-4)
 
 
 @pytest.mark.parametrize("backend", [b for b in AVAILABLE if b not in ("cpu", "triton")])
 def test_many_equal_scores(backend):
-    """PyTorch's product of a softmax of 10⁶ and the keys is wrong by 5e-4."""
-    check_equal_scores(backend, 20_000 if backend == "simt" else 1_000_000, 1e-3)
+    """PyTorch's product of a softmax of 10⁶ and the keys is wrong by 6e-3."""
+    check_equal_scores(backend, 4_000 if backend == "simt" else 1_000_000, 1e-2)
 
 
 def check_equal_scores(backend: str, count: int, of_product: float) -> None:
     """Of one row against many columns and of many rows against one column."""
     score = 11 * torch.tensor(0.7).double() * torch.tensor(0.9).double()
     for sizes, side in (((1, count), "row"), ((count, 1), "col")):
-        leaves = [torch.full((k, 1), x).requires_grad_() for k, x in zip(sizes, (0.7, 0.9))]
-        ids = {f"{s}_ids": torch.full((k,), x) for s, k, x in zip(("row", "col"), sizes, (0, 1))}
+        values = (0.7, 0.9)
+        leaves = [
+            torch.full((k, 1), x).requires_grad_() for k, x in zip(sizes, values, strict=True)
+        ]
         sides = {"rows": side == "row", "cols": side == "col"}
-        stats = ik.similarity_logsumexp(*leaves, 11.0, **sides, backend=backend)
-        _, logsum, *_ = stats.row or stats.col
+
+        def statistics(leaves=leaves, sides=sides, **options):
+            stats = ik.similarity_logsumexp(*leaves, 11.0, **sides, **options, backend=backend)
+            return stats.row or stats.col
+
+        def ids(row, col, sizes=sizes):
+            return {"row_ids": torch.full(sizes[:1], row), "col_ids": torch.full(sizes[1:], col)}
+
+        logsum = statistics().logsum
         assert abs(logsum.item() - math.log(count)) <= 2e-6
-        # softplus, of pairs that are all negative
-        softplus = ik.similarity_softplus(*leaves, 11.0, **ids, backend=backend).double().sum()
-        torch.testing.assert_close(softplus, count * score.exp().log1p(), rtol=1e-6, atol=0)
-        for k, x, grad in zip(sizes, (0.9, 0.7), torch.autograd.grad(logsum.sum(), leaves)):
-            expected = torch.full((k, 1), 11 * x / k)  # ∂L/∂S is 1 / count at each
-            rtol = of_product if k == 1 else 1e-5
-            torch.testing.assert_close(grad, expected, rtol=rtol, atol=0)
+        # W is 1 / count at each; the one that is alone on its side gets the mean of the others
+        gradients = torch.autograd.grad(logsum.sum(), leaves)
+        for k, x, grad in zip(sizes, values[::-1], gradients, strict=True):
+            expected = torch.full((k, 1), 11 * x / k)
+            torch.testing.assert_close(grad, expected, rtol=of_product if k == 1 else 1e-5, atol=0)
+        for positives, truth in (("linear", 0.0), ("lse", math.log(count))):
+            pos = statistics(positives=positives, **ids(0, 0)).pos.item()
+            assert abs(pos / (count if positives == "linear" else 1) - truth) <= 3e-5
+        softplus = ik.similarity_softplus(*leaves, 11.0, **ids(0, 1), backend=backend)
+        total = softplus.double().sum()
+        torch.testing.assert_close(total, count * score.exp().log1p(), rtol=5e-6, atol=0)
 
 
 # ---- scores of -inf

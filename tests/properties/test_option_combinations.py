@@ -9,9 +9,8 @@ from random import Random
 
 import pytest
 import torch
-from support.combinations import Refused, all_pairs, pairs_of, pairwise, random_combination
+from support.combinations import Refused, all_pairs, pairs_of, pairwise
 from support.infonce_formula import infonce_formula
-from support.problems import AVAILABLE
 from torch.nn.functional import normalize
 
 import ito_kernels as ik
@@ -77,8 +76,7 @@ REFUSED = [
     ({"exclude_self": True, "equal_ids": "ignore"}, "exclude_self"),
     ({"in_batch": False, "queue": None, "hard_negatives": None}, "in_batch"),
     ({"in_batch": False, "margin_on": "in_batch"}, "margin_on"),
-    ({"in_batch": False, "guide_queries": GIVEN}, "guide_queries"),
-    ({"in_batch": False, "guide_keys": GIVEN}, "guide_keys"),
+    ({"in_batch": False, "guide_queries": GIVEN, "guide_keys": GIVEN}, "guide_queries"),
     ({"in_batch": False, "hardness_mode": "in_batch"}, "hardness_mode"),
     ({"equal_ids": "ignore", "positive_pairs": PAIRS}, "positive_pairs"),
     ({"label_smoothing": 0.2, "debias": PRIORS}, "label_smoothing"),
@@ -92,8 +90,7 @@ REFUSED = [
     ({"hard_negatives": None, "hardness_mode": "hard"}, "hardness_mode"),
     ({"false_negative_margin": None, "margin_type": "relative"}, "margin_type"),
     ({"false_negative_margin": None, "margin_on": "in_batch"}, "margin_on"),
-    ({"false_negative_margin": None, "guide_queries": GIVEN}, "guide_queries"),
-    ({"false_negative_margin": None, "guide_keys": GIVEN}, "guide_keys"),
+    ({"false_negative_margin": None, "guide_queries": GIVEN, "guide_keys": GIVEN}, "guide_queries"),
     ({"guide_queries": GIVEN, "guide_keys": None}, "guide_keys"),
     ({"guide_queries": None, "guide_keys": GIVEN}, "guide_queries"),
     ({"debias": PRIORS, "hardness_mode": MODES}, "debias"),
