@@ -26,7 +26,7 @@ BY_NUMBER = {
     case
     for case in CASES
     if "pairs" in case[1]
-    or case[1] in ("hard_negative_ids", "guide_queries, guide_keys")
+    or case[1] in ("hard_negative_ids", "guide_queries, guide_keys", 'empty="drop"')
     or case[0] == "mixup_infonce"
     or case == ("symile_loss", "generator")
 }
@@ -121,7 +121,13 @@ def test_dtypes(case, backend, n, d, seed):
     inputs = Inputs.of(*(x.bfloat16() for x in features(n, d, seed)))
     wide = inputs._replace(**{k: getattr(inputs, k).double() for k in "xyz"})
     truth = value_and_gradients(case, wide, "reference")
-    for dtype, rtol in ((torch.float32, 1e-4), (torch.float16, 5e-3), (torch.bfloat16, 4e-2)):
+    # what is normalised is rounded once more
+    more = 3 if "normalize" in case[1] or case[0] == "mnrl_loss" else 1
+    for dtype, rtol in (
+        (torch.float32, 1e-4),
+        (torch.float16, 5e-3 * more),
+        (torch.bfloat16, 4e-2 * more),
+    ):
         found = value_and_gradients(case, inputs, backend, dtype)
         assert found[0].dtype == torch.float32
         assert found[1].dtype == found[2].dtype == dtype
@@ -182,7 +188,7 @@ def test_scale_and_queries_are_one_factor(case, backend, dtype, power, n, d, see
 of_infonce = {
     "backend": st.sampled_from(QUICK),
     "n": st.sampled_from([1, 2, 7, 40, 300]),
-    "d": st.integers(1, 12),
+    "d": st.integers(2, 12),  # with 1, unit vectors give ties, at which debias has a kink
     "seed": seeds,
     "positives": st.sampled_from(["mean", "in", "sum"]),
 }

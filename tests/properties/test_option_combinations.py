@@ -9,8 +9,11 @@ from random import Random
 
 import pytest
 import torch
-from support.combinations import Refused, all_pairs, pairs_of, pairwise
+from hypothesis import strategies as st
+from support.combinations import Refused, all_pairs, pairs_of, pairwise, random_combination
+from support.examples import examples
 from support.infonce_formula import infonce_formula
+from support.problems import AVAILABLE
 from torch.nn.functional import normalize
 
 import ito_kernels as ik
@@ -285,3 +288,29 @@ def test_pairs_of_options(backend):
             check_in_fp64(chosen, backend)
         except Exception as error:
             raise AssertionError(named(chosen)) from error
+
+
+@pytest.mark.parametrize("backend", [x for x in AVAILABLE if x != "triton"])
+def test_pairs_of_options_in_fp32_and_half_precision(backend):
+    """The accuracy rule: dense PyTorch in fp32 is the formula. What is in half precision is close to
+    fp64, because only the features and their gradients are rounded."""
+    dtypes = (torch.float32, torch.bfloat16, torch.float16)
+    for i, chosen in enumerate(combinations()[0]):
+        dtype = dtypes[i % 3]
+        if dtype != torch.float32:  # normalised features are rounded again, perhaps over a margin
+            chosen = chosen | {"normalize": False}
+        given = cast(arguments(chosen), dtype)
+        ours = value_and_gradients(partial(library, backend), given)
+        truth = value_and_gradients(formula, cast(given, F64))
+        peer = value_and_gradients(formula, cast(given, torch.float32))
+        for name, x in truth.items():
+            factor, eps = (2, 1e-5) if name == "loss" else (3, 1e-5 * x.abs().max().item())
+            eps = eps if dtype == torch.float32 else 1e-2 * (1 + x.abs().max().item())
+            error, of_peer = ((y[name].double() - x).abs().max() for y in (ours, peer))
+            assert error <= factor * of_peer + eps + 1e-7, (named(chosen), name)
+
+
+@examples(1, 3000, random=st.randoms(use_true_random=False))
+def test_random_combinations(random):
+    chosen = random_combination(OPTIONS, RULES, random)
+    check_in_fp64(chosen, random.choice(["reference", "chunked"]), random.randrange(1000))
