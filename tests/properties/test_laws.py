@@ -2,9 +2,6 @@
 options: what may change without changing the loss, and by how much the loss changes."""
 
 import math
-from contextlib import nullcontext
-
-import math
 
 import pytest
 import torch

@@ -292,7 +292,7 @@ def test_pairs_of_options(backend):
 
 @pytest.mark.parametrize("backend", [x for x in AVAILABLE if x != "triton"])
 def test_pairs_of_options_in_fp32_and_half_precision(backend):
-    """The accuracy rule: dense PyTorch in fp32 is the formula. What is in half precision is close to
+    """The accuracy rule, where the formula in fp32 is dense PyTorch. Half precision is close to
     fp64, because only the features and their gradients are rounded."""
     dtypes = (torch.float32, torch.bfloat16, torch.float16)
     for i, chosen in enumerate(combinations()[0]):
