@@ -74,14 +74,16 @@ def test_a_cluster_weight_of_0_leaves_negatives_out_at_any_scale(scale):
     the weights took the digits of small scores, and left too little room below large ones."""
     x, y, _ = features()
     clusters = torch.arange(N) % 2
-    given = {"query_clusters": clusters, "key_clusters": clusters, "weights": torch.eye(2)}
+    y[clusters == 0] = -x[0] + 0.01 * y[clusters == 0]  # the kept negatives are the farthest
+    weights = torch.tensor([[0.7, 0.0], [0.0, 1.9]])
+    given = {"query_clusters": clusters, "key_clusters": clusters, "weights": weights}
     for more in ({}, {"include_positives": False}):
         leaf = torch.tensor(scale, requires_grad=True)
         ours = ik.cluster_weighted_infonce(x, y, leaf, symmetric=False, **given, **more)
         S = leaf.double() * (x.double() @ y.double().T)
         own = torch.eye(N, dtype=torch.bool)
-        kept = (clusters[:, None] == clusters) & ~own if more else clusters[:, None] == clusters
-        truth = (S.masked_fill(~kept, -torch.inf).logsumexp(1) - S.diag()).mean()
+        w = weights.double()[clusters][:, clusters].masked_fill(own, 0 if more else 1)
+        truth = ((S + w.log()).logsumexp(1) - S.diag()).mean()
         torch.testing.assert_close(ours.double(), truth, rtol=1e-6, atol=1e-6)
         grads = (torch.autograd.grad(loss, leaf)[0] for loss in (ours, truth))
         torch.testing.assert_close(*grads, rtol=1e-5, atol=1e-7)
@@ -244,6 +246,14 @@ def test_what_is_not_finite_shows(loss, option, bad):
         for i in range(3):
             if value(i, 0.5 * xyz[i][4]) == value(i, xyz[i][3]):
                 continue  # a feature that is not read
-            spoilt = xyz[i][3].abs()  # so that products with it may all be -inf
+            spoilt = xyz[i][3].abs()
             spoilt[2] = bad
             assert not value(i, spoilt).isfinite(), f"{backend}, {'xyz'[i]}"
+
+
+@pytest.mark.parametrize("backend", [b for b in AVAILABLE if b in ("reference", "chunked", "cpu")])
+def test_an_infinite_distance_shows_in_uniformity(backend):
+    """Its potential is 0, if all inner products are -inf."""
+    x = features()[0].abs()
+    x[3, 2] = -torch.inf
+    assert not ik.uniformity_loss(x, backend=backend).isfinite()
