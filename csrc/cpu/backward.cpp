@@ -58,7 +58,8 @@ void Call::SideVectors::reserve(int64_t n) {
     v->reserve(n + kSlack);
 }
 
-// A row that allows no pair gets factor 0 and logsum +inf: every exp(S - shift - logsum) is 0.
+// A row that allows no pair gets factor 0 and logsum +inf: every exp(S - shift - logsum) is 0. So
+// does one without a positive, or with scores of -inf at all of them, which -inf would make NaN.
 void Call::SideVectors::fill(const SideStats& stats, const SideUpstream& up, int64_t n) {
   const float *const u = up.logsum, *const alpha = up.pos;
   if (!u && !alpha) return;
@@ -74,7 +75,7 @@ void Call::SideVectors::fill(const SideStats& stats, const SideUpstream& up, int
     if (!empty) logsum[i] = stats.logsum[i];
     if (u && !empty) factor[i] = u[i];
     if (alpha) pos_factor[i] = alpha[i];
-    if (alpha && stats.pos) pos[i] = stats.pos[i];
+    if (alpha && stats.pos) pos[i] = stats.pos[i] == -kInf ? kInf : stats.pos[i];
   }
 }
 
@@ -109,15 +110,13 @@ void Call::in_turn(int64_t col_block, int turn, Work work) {
   now.store(turn + 1, std::memory_order_release);
 }
 
-void Call::start_row_gradients(int64_t row_block) {
-  const int64_t first = plan_.rows.begin(row_block), n = plan_.rows.size(row_block);
-  if (scale_rows_) std::fill_n(scale_rows_ + first, n, 0.0f);
-  if (grads_.row_bias) std::fill_n(grads_.row_bias + first, n, 0.0f);
+void Call::start_row_gradients(const Workspace& ws) {
+  for (double* x : {ws.row_scale, ws.row_bias})
+    if (x) std::fill_n(x, rows_, 0.0);
 }
 
 GradientSums Call::gradient_sums(const Workspace& ws, const TileIndex& at) const {
-  const int64_t i = plan_.rows.begin(at.row_block), j = plan_.cols.begin(at.col_block);
-  return {from(scale_rows_, i), from(grads_.row_bias, i), from(ws.col_bias, j)};
+  return {ws.row_scale, ws.row_bias, from(ws.col_bias, plan_.cols.begin(at.col_block))};
 }
 
 void Call::add_products(Workspace& ws, const Tile& t, const TileIndex& at) {
@@ -134,11 +133,13 @@ void Call::add_products(Workspace& ws, const Tile& t, const TileIndex& at) {
 }
 
 void Call::finish_row_gradients(const Workspace& ws, int64_t row_block) {
-  if (!row_products()) return;
   const int n = static_cast<int>(plan_.rows.size(row_block));
+  const int64_t first = plan_.rows.begin(row_block);
+  if (ws.row_scale) std::copy_n(ws.row_scale, n, scale_rows_ + first);
+  if (ws.row_bias) std::copy_n(ws.row_bias, n, grads_.row_bias + first);
+  if (!row_products()) return;
   const int stride = static_cast<int>(round_up(n, k_.row_align));
   const int width = static_cast<int>(p_.a.width), packed = static_cast<int>(width_);
-  const int64_t first = plan_.rows.begin(row_block);
   if (p_.self)  // both sides' gradients are added in fp32 and rounded once
     in_turn(row_block, turns_->of_rows(row_block), [&](bool add) {
       k_.fold_rows(ws.da, stride, n, width, acc_ + first * width_, packed, add);
@@ -166,8 +167,9 @@ void Call::finish_col_gradients() {
     if (!grads_.col_bias) return;
     const int64_t m = p_.b.rows, share = ceil_div(m, plan_.threads);
     for (int64_t j = thread * share; j < std::min(m, (thread + 1) * share); ++j) {
-      grads_.col_bias[j] = 0;
-      for (const Workspace& ws : workspaces_) grads_.col_bias[j] += ws.col_bias[j];
+      double sum = 0;
+      for (const Workspace& ws : workspaces_) sum += ws.col_bias[j];
+      grads_.col_bias[j] = static_cast<float>(sum);
     }
   });
 }
@@ -187,7 +189,7 @@ void Call::start_gradients() {
     acc_ = unread && k_.element == sizeof(float) ? reinterpret_cast<float*>(b_scores_)
                                                  : arena_.get<float>(columns_ * width_);
   if (!grads_.col_bias) return;
-  for (const Workspace& ws : workspaces_) std::fill_n(ws.col_bias, columns_, 0.0f);
+  for (const Workspace& ws : workspaces_) std::fill_n(ws.col_bias, columns_, 0.0);
 }
 
 void Call::backward(const Stats& stats, const Upstream& up, TileCache cache, bool one_pass) {
@@ -206,7 +208,7 @@ void Call::backward(const Stats& stats, const Upstream& up, TileCache cache, boo
     for (int64_t b = thread; b < plan_.rows.count; b += plan_.threads) {
       const int64_t first = plan_.rows.begin(b);
       pack_rows(ws, b);
-      start_row_gradients(b);
+      start_row_gradients(ws);
       if (one_pass) {
         forward_row_block(ws, b, stats);
         ws.row_side.fill(from(stats.row, first), from(up.row, first), plan_.rows.size(b));
@@ -242,12 +244,13 @@ void Call::softplus(float* loss, const float* u) {
     for (int64_t b = thread; b < plan_.rows.count; b += plan_.threads) {
       const int64_t first = plan_.rows.begin(b);
       pack_rows(ws, b);
-      if (loss) std::fill_n(loss + first, plan_.rows.size(b), 0.0f);
-      if (u) start_row_gradients(b);
+      if (loss) std::fill_n(ws.row_loss, rows_, 0.0);
+      if (u) start_row_gradients(ws);
       for_each_tile(ws, b, [&](Tile& t, const TileIndex& at) {
-        k_.softplus(t, {from(u, first), from(loss, first), gradient_sums(ws, at)});
+        k_.softplus(t, {from(u, first), loss ? ws.row_loss : nullptr, gradient_sums(ws, at)});
         if (u) add_products(ws, t, at);
       });
+      if (loss) std::copy_n(ws.row_loss, plan_.rows.size(b), loss + first);
       if (u) finish_row_gradients(ws, b);
     }
   });

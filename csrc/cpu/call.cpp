@@ -77,8 +77,9 @@ RunningStats Call::running_stats(int64_t n, bool positives, bool negatives) {
   RunningStats r;
   r.max = arena_.get<float>(n);
   r.sum = arena_.get<float>(n);
-  if (positives) r.pos = arena_.get<float>(n);
-  if (positives) r.pos_sum = arena_.get<float>(n);
+  r.low = arena_.get<float>(n);
+  if (positives)
+    for (float** x : {&r.pos, &r.pos_sum, &r.pos_low}) *x = arena_.get<float>(n);
   if (negatives) r.neg_max = arena_.get<float>(n);
   return r;
 }
@@ -95,11 +96,14 @@ void Call::allocate(Workspace& ws) {
     ws.col = running_stats(columns_, positives, p_.hardest);
     if (plan_.half) ws.unread = running_stats(cols_, positives, p_.hardest);
   }
+  ws.row_loss = arena_.get<double>(rows_);
   if (!wants_.gradients) return;
   ws.row_side.reserve(rows_);
   ws.operand = arena_.get<char>(area * k_.operand_bytes);
   if (row_products()) ws.da = arena_.get<float>(rows_ * round_up(p_.a.width, k_.col_panel));
-  if (grads_.col_bias) ws.col_bias = arena_.get<float>(columns_);
+  if (grads_.scale) ws.row_scale = arena_.get<double>(rows_);
+  if (grads_.row_bias) ws.row_bias = arena_.get<double>(rows_);
+  if (grads_.col_bias) ws.col_bias = arena_.get<double>(columns_);
 }
 
 void Call::pack_columns() {

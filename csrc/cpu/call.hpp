@@ -42,7 +42,8 @@ class Call {
     RunningStats row;     // of the row block in work
     RunningStats col;     // of all columns, over the thread's row blocks
     RunningStats unread;  // column statistics of a tile on the diagonal: those of its rows
-    float* col_bias = nullptr;
+    double *row_loss = nullptr, *row_scale = nullptr, *row_bias = nullptr;  // of the row block
+    double* col_bias = nullptr;  // of all columns, over the thread's row blocks
     SideVectors row_side;
     int64_t packed = -1;  // the row block that `a` holds
     int64_t flops = 0;
@@ -88,7 +89,7 @@ class Call {
   bool col_products() const { return grads_.b || (grads_.a && p_.self); }
   void symmetric_sides(const Stats&, const Upstream&, SideVectors& row, SideVectors& col) const;
   void start_gradients();
-  void start_row_gradients(int64_t row_block);
+  void start_row_gradients(const Workspace&);
   GradientSums gradient_sums(const Workspace&, const TileIndex&) const;
   void add_products(Workspace&, const Tile&, const TileIndex&);
   void finish_row_gradients(const Workspace&, int64_t row_block);

@@ -8,26 +8,40 @@
 namespace ito::cpu {
 namespace {
 
+// A sum and what rounding has taken from it. NaN, if the sum is infinite: then the sum alone.
+double total(float sum, float low) {
+  return std::isfinite(low) ? static_cast<double>(sum) + low : sum;
+}
+
+void set(float& sum, float& low, double value) {
+  sum = static_cast<float>(value);
+  low = static_cast<float>(value - sum);
+}
+
 // Adds another (max, Σ exp(S - max)) to one.
-void merge(float& max, float& sum, float other_max, float other_sum) {
+void merge(float& max, float& sum, float& low, float other_max, float other_sum, float other_low) {
+  double here = total(sum, low), other = total(other_sum, other_low);
   if (other_max > max) {
     std::swap(max, other_max);
-    std::swap(sum, other_sum);
+    std::swap(here, other);
   }
   // both -inf: the other sum is 0, or NaN if a score was NaN, which must not be lost
-  sum += other_max == max ? other_sum : other_sum * std::exp(other_max - max);
+  here += other_max == max ? other : other * std::exp(static_cast<double>(other_max) - max);
+  set(sum, low, here);
 }
 
 // Adds entry `from` of `other` to entry `to` of `r`.
 void merge(const RunningStats& r, int64_t to, const RunningStats& other, int64_t from,
            Positives kind) {
-  merge(r.max[to], r.sum[to], other.max[from], other.sum[from]);
+  merge(r.max[to], r.sum[to], r.low[to], other.max[from], other.sum[from], other.low[from]);
   if (r.neg_max && other.neg_max) r.neg_max[to] = std::max(r.neg_max[to], other.neg_max[from]);
   if (kind == Positives::kLinear) {
-    r.pos[to] += other.pos[from];
+    set(r.pos[to], r.pos_low[to],
+        total(r.pos[to], r.pos_low[to]) + total(other.pos[from], other.pos_low[from]));
     r.pos_sum[to] += other.pos_sum[from];
   } else if (kind == Positives::kLse) {
-    merge(r.pos[to], r.pos_sum[to], other.pos[from], other.pos_sum[from]);
+    merge(r.pos[to], r.pos_sum[to], r.pos_low[to], other.pos[from], other.pos_sum[from],
+          other.pos_low[from]);
   }
 }
 
@@ -35,19 +49,19 @@ void merge(const RunningStats& r, int64_t to, const RunningStats& other, int64_t
 void finish(const RunningStats& r, int64_t i, Positives kind, const SideStats& out, int64_t to) {
   const double shift = r.max[i] == -kInf ? 0.0 : r.max[i];
   if (out.max) out.max[to] = r.max[i];
-  if (out.logsum) out.logsum[to] = static_cast<float>(std::log(static_cast<double>(r.sum[i])));
+  if (out.logsum) out.logsum[to] = static_cast<float>(std::log(total(r.sum[i], r.low[i])));
   if (out.neg_max) out.neg_max[to] = r.neg_max[i];
   if (!out.pos) return;
-  const double pos_sum = r.pos_sum[i];
-  const bool linear = kind == Positives::kLinear;
-  out.pos[to] = static_cast<float>(linear ? r.pos[i] - pos_sum * shift
-                                          : r.pos[i] - shift + std::log(pos_sum));
+  const float low = r.pos_low[i];
+  out.pos[to] = static_cast<float>(
+      kind == Positives::kLinear ? total(r.pos[i], low) - r.pos_sum[i] * shift
+                                 : r.pos[i] - shift + std::log(total(r.pos_sum[i], low)));
 }
 
 float no_positives(Positives kind) { return kind == Positives::kLse ? -kInf : 0.0f; }
 
 RunningStats from(RunningStats r, int64_t first) {
-  for (float** x : {&r.max, &r.sum, &r.pos, &r.pos_sum, &r.neg_max})
+  for (float** x : {&r.max, &r.sum, &r.low, &r.pos, &r.pos_sum, &r.pos_low, &r.neg_max})
     if (*x) *x += first;
   return r;
 }
@@ -56,9 +70,9 @@ RunningStats from(RunningStats r, int64_t first) {
 
 void Call::reset(const RunningStats& r, int64_t n) const {
   std::fill_n(r.max, n, -kInf);
-  std::fill_n(r.sum, n, 0.0f);
+  for (float* x : {r.sum, r.low, r.pos_sum, r.pos_low})
+    if (x) std::fill_n(x, n, 0.0f);
   if (r.pos) std::fill_n(r.pos, n, no_positives(p_.positives));
-  if (r.pos_sum) std::fill_n(r.pos_sum, n, 0.0f);
   if (r.neg_max) std::fill_n(r.neg_max, n, -kInf);
 }
 
@@ -108,8 +122,8 @@ void Call::finish_columns(const SideStats& out) {
   run_parallel(plan_.threads, [&](int thread) {
     const int64_t m = p_.b.rows, share = ceil_div(m, plan_.threads);
     for (int64_t j = thread * share; j < std::min(m, (thread + 1) * share); ++j) {
-      float max, sum, pos, pos_sum, neg_max;
-      const RunningStats total = {&max, &sum, &pos, &pos_sum, &neg_max};
+      float max, sum, low, pos, pos_sum, pos_low, neg_max;
+      const RunningStats total = {&max, &sum, &low, &pos, &pos_sum, &pos_low, &neg_max};
       reset(total, 1);
       for (const Workspace& ws : workspaces_) merge(total, 0, ws.col, j, p_.positives);
       finish(total, 0, p_.positives, out, j);

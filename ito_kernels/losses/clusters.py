@@ -17,7 +17,7 @@ from .precision import row_dot, without_autocast
 from .scores import Direction
 
 # The logarithm of a weight of 0, below any score. A sum of negatives below its half has only such.
-LEFT_OUT = -1e4
+LEFT_OUT = -1e30
 
 
 @same_on_every_rank
@@ -89,12 +89,17 @@ def cluster_weighted_infonce(
         weights = weights.to(dtype)
         # the bias of weight 0 becomes a feature, which must be finite
         bias = torch.where(weights > 0, torch.where(weights > 0, weights, 1).log(), LEFT_OUT)
-        query_columns = bias[rows] / scores.scale.reshape(-1, 1)
         key_columns = one_hot(cols, len(weights)).to(dtype)
+        # The scale is in the features: divided by a small one, the bias would hide their products.
+        # Padding, which may be NaN, is not in the gradient of the scale.
+        features = scores.queries
+        if scores.query_ids is not None:
+            features = features.masked_fill((scores.query_ids < 0)[:, None], 0)
         weighted = replace(
             scores,
-            queries=torch.cat([scores.queries, query_columns], 1),
+            queries=torch.cat([scores.scale.reshape(-1, 1) * features, bias[rows]], 1),
             keys=torch.cat([scores.keys, key_columns], 1),
+            scale=torch.ones_like(scores.scale),
         )
         negatives = weighted.statistics(exclude_positives=True)
         losses = []

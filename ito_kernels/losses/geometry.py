@@ -72,7 +72,9 @@ def uniformity_loss(
             cols=False,
             backend=backend,
         )
-        potential = (stats.row_max + stats.row_logsum).logsumexp(0, keepdim=True)
+        # what is infinite shows, although the potential of an infinite distance is 0
+        infinite = 0 * (row_norms.sum() + col_norms.sum())
+        potential = (stats.row_max + stats.row_logsum).logsumexp(0, keepdim=True) + infinite
         return batch.all_gather_rows(potential).logsumexp(0) - math.log(n * (n - 1))
 
 

@@ -56,16 +56,12 @@ class Chunked(Backend):
     ) -> Grads:
         panels, gradients = _Panels(problem), _Gradients(problem, needs)
 
-        # -inf in max and logsum is replaced by 0: masked scores then contribute exp(-inf - 0) = 0
+        # -inf is replaced by 0: scores of -inf, as of masked pairs, then add exp(-inf - 0) = 0
         sides = []
-        if problem.rows:
-            side = stats.row
-            norms = finite_shift(side.max), finite_shift(side.logsum), side.pos
-            sides.append((1, *norms, *upstream.row))
-        if problem.cols:
-            side = stats.col
-            norms = finite_shift(side.max), finite_shift(side.logsum), side.pos
-            sides.append((0, *norms, *upstream.col))
+        for dim, side, grads in ((1, stats.row, upstream.row), (0, stats.col, upstream.col)):
+            if side is not None:
+                norms = (x if x is None else finite_shift(x) for x in side[:3])
+                sides.append((dim, *norms, *grads))
 
         for rows, dot, scores, pairs in panels:
             allowed = panels.allowed(scores, pairs)

@@ -62,13 +62,14 @@ class Reference(Backend):
 
         def add(side: SideStats, grad: SideUpstream, dim: int) -> None:
             relative = scores - finite_shift(side.max).unsqueeze(dim)
+            # finite_shift: where all scores are -inf, so that their gradient is 0 instead of NaN
             if grad.logsum is not None:
-                softmax = (relative - side.logsum.unsqueeze(dim)).exp()
+                softmax = (relative - finite_shift(side.logsum).unsqueeze(dim)).exp()
                 weights.add_((softmax * grad.logsum.unsqueeze(dim)).masked_fill(pairs.masked, 0))
             if grad.pos is not None:
                 term = grad.pos.unsqueeze(dim).expand_as(scores)
                 if problem.positives == "lse":
-                    term = term * (relative - side.pos.unsqueeze(dim)).exp()
+                    term = term * (relative - finite_shift(side.pos).unsqueeze(dim)).exp()
                 weights.add_(term.masked_fill(~pairs.positive, 0))
 
         if problem.rows:

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from support.formulas import check, random_ids, unit
+from support.infonce_formula import infonce_formula
 from support.problems import AVAILABLE
 from torch.nn.functional import normalize
 
@@ -15,116 +16,6 @@ import ito_kernels as ik
 from ito_kernels.losses.reweighting import debiased
 
 F64 = torch.float64
-
-
-def oracle(q, k, scale, row_ids=None, col_ids=None, **o):
-    """The loss by its definition, as a list of loops: no row of a matrix is shared."""
-    n, m = len(q), len(k)
-    row_ids = range(n) if row_ids is None else row_ids.tolist()
-    col_ids = range(m) if col_ids is None else col_ids.tolist()
-    scale = torch.as_tensor(scale, dtype=F64)
-    scale = scale if scale.ndim else scale.expand(n)
-    if o.get("positive_pairs") is not None:
-        row_ids, col_ids = [0] * n, [0] * m  # nobody is padded
-        weights = torch.zeros(n, m, dtype=F64)
-        given = o.get("positive_weights")
-        for p, (i, j) in enumerate(o["positive_pairs"].tolist()):
-            weights[i, j] += 1 if given is None else given[p]
-    else:
-        weights = torch.tensor([[float(r == c and r >= 0) for c in col_ids] for r in row_ids])
-    ignore = o.get("equal_ids") == "ignore"
-    if ignore:
-        both = [float(r >= 0 and c >= 0) for r, c in zip(row_ids, col_ids, strict=True)]
-        weights = torch.diag(torch.tensor(both))
-
-    def harder(score, inner_product, *modes):
-        if o.get("hardness_mode") in modes:
-            return score + o["hardness_strength"] * inner_product.detach()
-        return score
-
-    def term(i, pos, w, neg, tau):
-        """One anchor's loss from its positives' scores and weights and its negatives' scores."""
-        everything = torch.cat([pos, neg])
-        denominator = everything.exp().sum()
-        if o.get("debias") is not None or o.get("hardness"):
-            hard = torch.zeros((), dtype=F64)
-            if len(neg):
-                hard = neg.exp()
-                if o.get("hardness"):
-                    importance = (o["hardness"] * neg).exp()
-                    hard = hard * importance / importance.mean()
-                hard = hard.sum()
-                if o.get("debias") is not None:
-                    hard = (hard - len(neg) * tau * (w * pos.exp()).sum() / w.sum()) / (1 - tau)
-                    hard = torch.maximum(hard, len(neg) * (-i).exp())
-            denominator = pos.exp().sum() + hard
-        kind = o.get("positives", "mean")
-        if kind == "mean":
-            loss = denominator.log() - (w * pos).sum() / w.sum()
-        elif kind == "in":
-            loss = denominator.log() - ((w * pos.exp()).sum() / w.sum()).log()
-        else:
-            loss = denominator.log() - (w * pos.exp()).sum().log()
-        epsilon = o.get("label_smoothing", 0)
-        return (1 - epsilon) * loss + epsilon * (denominator.log() - everything.mean())
-
-    def direction(rows):
-        losses, weight_sum = [], 0
-        own, others = (row_ids, col_ids) if rows else (col_ids, row_ids)
-        given = o.get("query_weights" if rows else "key_weights")
-        for i in range(len(own)):
-            if own[i] < 0 or (ignore and others[i] < 0):
-                losses.append(torch.zeros((), dtype=F64))
-                continue
-            pos, w, neg = [], [], []
-            for j in range(len(others)):
-                if not (weights[i, j] if rows else weights[j, i]) and not o.get("in_batch", True):
-                    continue
-                if others[j] < 0 or (o.get("exclude_self") and i == j):
-                    continue
-                if ignore and i != j and own[i] == others[j]:
-                    continue
-                a, b = (i, j) if rows else (j, i)
-                score = scale[a] * (q[a] @ k[b])
-                if rows and o.get("key_bias") is not None:
-                    score = score + o["key_bias"][b]
-                if weights[a, b]:
-                    pos.append(score)
-                    w.append(weights[a, b])
-                else:
-                    neg.append(harder(score, q[a] @ k[b], "in_batch", "all"))
-            if rows and o.get("queue") is not None:
-                ids = o.get("queue_ids")
-                for j, key in enumerate(o["queue"].detach()):
-                    if ids is None or (ids[j] >= 0 and ids[j] != own[i]):
-                        neg.append(harder(scale[i] * (q[i] @ key), q[i] @ key, "all"))
-            if rows and o.get("hard_negatives") is not None:
-                keep = range(len(o["hard_negatives"][i]))
-                if o.get("hard_negative_ids") is not None:
-                    keep = [j for j in keep if o["hard_negative_ids"][i, j] not in (own[i], -1)]
-                products = [q[i] @ o["hard_negatives"][i, j] for j in keep]
-                neg += [harder(scale[i] * dot, dot, "hard", "all") for dot in products]
-            anchor_weight = 1 if given is None else given[i]
-            if pos or o.get("empty") != "drop":
-                weight_sum = weight_sum + anchor_weight
-            if not pos:
-                losses.append(torch.zeros((), dtype=F64))
-                continue
-            tau = o.get("debias")
-            tau = tau[i] if isinstance(tau, torch.Tensor) and tau.ndim else tau
-            neg = torch.stack(neg) if neg else torch.zeros(0, dtype=F64)
-            floor = scale[i] if rows else scale[0]
-            loss = term(floor, torch.stack(pos), torch.stack(w).to(F64), neg, tau)
-            losses.append(anchor_weight * loss)
-        losses = torch.stack(losses)
-        if o.get("reduction") == "none":
-            return losses
-        return losses.sum() / (weight_sum or 1) if o.get("reduction") != "sum" else losses.sum()
-
-    if not o.get("symmetric", True):
-        return direction(True)
-    out = direction(True), direction(False)
-    return out if o.get("reduction") == "none" else 0.5 * (out[0] + out[1])
 
 
 def pairs_of(n, m, count, seed=5):
@@ -208,7 +99,7 @@ def test_by_ids(n, m, d, symmetric, positives, name):
         loss = ik.multi_positive_infonce(
             q, k, scale, query_ids=ids[0], key_ids=ids[1], backend=backend, **options
         )
-        check(loss, oracle(q, k, scale, *ids, **options), leaves_of(q, k, scale, options))
+        check(loss, infonce_formula(q, k, scale, *ids, **options), leaves_of(q, k, scale, options))
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -223,7 +114,7 @@ def test_paired_rows_and_one_tower(name, same):
     scale = torch.tensor(4.0, dtype=F64, requires_grad=True)
     loss = ik.multi_positive_infonce(q, k, scale, **given, **options)
     leaves = leaves_of(q, k, scale, options)
-    check(loss, oracle(q, k, scale, *ids, **options), leaves[:1] + leaves[1 + same :])
+    check(loss, infonce_formula(q, k, scale, *ids, **options), leaves[:1] + leaves[1 + same :])
 
 
 @pytest.mark.parametrize("name", ["smoothing", "debias, hardness"])
@@ -232,7 +123,7 @@ def test_self_pairs_of_sides_padded_differently(name):
     ids = torch.tensor([0, -1, 1, 2, 1, 0, 3, 2, -1]), torch.tensor([-1, 0, 1, 2, 1, -1, 3, 0, 2])
     options = make(name, 9, 9, 5) | {"exclude_self": True}
     loss = ik.multi_positive_infonce(q, k, 4.0, query_ids=ids[0], key_ids=ids[1], **options)
-    check(loss, oracle(q, k, 4.0, *ids, **options), [q, k])
+    check(loss, infonce_formula(q, k, 4.0, *ids, **options), [q, k])
 
 
 @pytest.mark.parametrize(
@@ -256,7 +147,7 @@ def test_in_batch(by, positives, name):
         options["positive_pairs"] = options["positive_pairs"].unique(dim=0)
     given = dict(zip(("query_ids", "key_ids"), ids, strict=True))
     loss = ik.multi_positive_infonce(q, k, scale, **given, **options)
-    check(loss, oracle(q, k, scale, *ids, **options), leaves_of(q, k, scale, options))
+    check(loss, infonce_formula(q, k, scale, *ids, **options), leaves_of(q, k, scale, options))
 
 
 @pytest.mark.parametrize("mode", ["in_batch", "hard", "all"])
@@ -284,7 +175,7 @@ def test_hardness_mode(per_query, symmetric, by, positives, mode):
     given = dict(zip(("query_ids", "key_ids"), ids, strict=True))
     for backend in ("reference", "chunked"):
         loss = ik.multi_positive_infonce(q, k, scale, **given, backend=backend, **options)
-        check(loss, oracle(q, k, scale, *ids, **options), leaves_of(q, k, scale, options))
+        check(loss, infonce_formula(q, k, scale, *ids, **options), leaves_of(q, k, scale, options))
 
 
 def test_hardness_mode_has_the_names_of_sentence_transformers():
@@ -314,7 +205,7 @@ def test_equal_ids_are_ignored(symmetric, positives, name):
     if not symmetric:
         options.pop("key_weights", None)
     ids = random_ids(9, 4, 2, padded=True), random_ids(9, 4, 3, padded=True)
-    truth = oracle(q, k, scale, *ids, **options)
+    truth = infonce_formula(q, k, scale, *ids, **options)
     padded = (x.masked_fill((i < 0)[:, None], torch.nan) for x, i in zip((q, k), ids, strict=True))
     if options.get("key_bias") is not None:
         bias = options["key_bias"].masked_fill(ids[1] < 0, torch.nan)
@@ -397,7 +288,7 @@ def test_in_batch_keeps_its_digits(positives):
     queue, ids = 0.02 * unit(5, 4, seed=3), torch.arange(2)
     options = {"in_batch": False, "symmetric": False, "positives": positives, "query_ids": ids}
     options |= {"key_ids": ids, "query_weights": torch.tensor([1.0, 0.0])}
-    truth = oracle(
+    truth = infonce_formula(
         *(q, k, 100.0, ids, ids),
         **(options | {"queue": queue, "query_weights": torch.tensor([1.0, 0.0], dtype=F64)}),
     )
@@ -412,7 +303,7 @@ def test_reductions(name, reduction):
     ids = random_ids(7, 3, 2, padded=True), random_ids(5, 3, 3, padded=True)
     options = make(name, 7, 5, 4) | {"reduction": reduction}
     loss = ik.multi_positive_infonce(q, k, 4.0, query_ids=ids[0], key_ids=ids[1], **options)
-    torch.testing.assert_close(loss, oracle(q, k, 4.0, *ids, **options))
+    torch.testing.assert_close(loss, infonce_formula(q, k, 4.0, *ids, **options))
 
 
 REWEIGHTED = ["debias", "debias floor", "hardness", "debias, hardness", "reweighted self"]
@@ -450,7 +341,7 @@ def test_positive_pairs(monkeypatch, more, weighted, positives):
         options["positive_pairs"] = pairs.unique(dim=0)
     check(
         ik.multi_positive_infonce(q, k, scale, **options),
-        oracle(q, k, scale, **options),
+        infonce_formula(q, k, scale, **options),
         leaves_of(q, k, scale, options),
     )
 
@@ -500,13 +391,13 @@ def test_scale_and_prior_per_query():
         "queue": unit(4, 5, seed=3),
     }
     loss = ik.multi_positive_infonce(q, k, scale, **options)
-    check(loss, oracle(q, k, scale, **options), [q, k, scale, hard])
+    check(loss, infonce_formula(q, k, scale, **options), [q, k, scale, hard])
     options = {"debias": 0.3 * rand(8)}
     loss = ik.multi_positive_infonce(q, k, 4.0, **options)
-    check(loss, oracle(q, k, 4.0, **options), [q, k])
+    check(loss, infonce_formula(q, k, 4.0, **options), [q, k])
     options = {"label_smoothing": 0.2, "queue": unit(4, 5, seed=3), "hard_negatives": hard}
     loss = ik.multi_positive_infonce(q, k, scale, **options)
-    check(loss, oracle(q, k, scale, **options), [q, k, scale, hard])
+    check(loss, infonce_formula(q, k, scale, **options), [q, k, scale, hard])
 
 
 def test_label_smoothing_is_cross_entropys():
@@ -565,7 +456,7 @@ def test_stats(positives):
     for name in ("row_accuracy", "col_accuracy", "positive_score", "hardest_negative_score"):
         torch.testing.assert_close(stats[name], plain[name])
     options.pop("query_weights")
-    rows, cols = oracle(q, k, 5.0, *ids, positives=positives, reduction="none", **options)
+    rows, cols = infonce_formula(q, k, 5.0, *ids, positives=positives, reduction="none", **options)
     torch.testing.assert_close(stats["row_loss"], rows)
     torch.testing.assert_close(stats["col_loss"], cols)
     queue = {"queue": options["queue"]}
@@ -652,7 +543,7 @@ def test_autocast(name):
 def test_clip_loss_takes_pairs():
     q, k, pairs = unit(5, 4), unit(7, 4, seed=1), pairs_of(5, 7, 6).unique(dim=0)
     loss = ik.clip_loss(q, k, 5.0, positive_pairs=pairs)
-    torch.testing.assert_close(loss, oracle(q, k, 5.0, positive_pairs=pairs))
+    torch.testing.assert_close(loss, infonce_formula(q, k, 5.0, positive_pairs=pairs))
 
 
 def test_gradcheck():

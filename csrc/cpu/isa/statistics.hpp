@@ -44,8 +44,8 @@ struct Statistics : TileOps<G> {
   // Adds a tile's Σ exp(S - shift) to (max, Σ exp(S - max)), whose maximum may grow. `own_sum`, the
   // other part of the tile's sum, is relative to that new maximum; with a shift of -inf it is all of
   // it. Where both maxima are -inf the sum is 0, or NaN if a score was NaN, which must not be lost.
-  static void merge(float* max, float* sum, const float* tile_max, const float* tile_sum,
-                    float shift, const float* own_sum, int n) {
+  static void merge(float* max, float* sum, float* low, const float* tile_max,
+                    const float* tile_sum, float shift, const float* own_sum, int n) {
     for (int i = 0; i < n; i += W) {
       const F old = V::load(max + i), top = V::max(V::load(tile_max + i), old);
       const M empty = absent(top);
@@ -53,15 +53,27 @@ struct Statistics : TileOps<G> {
       const F keep = V::select(empty, one, Math<V>::exp(V::sub(old, top)));
       const F take = V::select(empty, one, Math<V>::exp(V::sub(V::set(shift), top)));
       const F mine = V::fma(V::load(tile_sum + i), take, V::load(own_sum + i));
-      V::store(sum + i, V::fma(V::load(sum + i), keep, mine));
+      V::store(sum + i, V::mul(V::load(sum + i), keep));
+      V::store(low + i, V::mul(V::load(low + i), keep));
+      add(sum + i, low + i, mine);
       V::store(max + i, top);
     }
+  }
+  // sum += x, and what rounding takes from it to `low`; NaN there if the sum is infinite.
+  static void add(float* sum, float* low, F x) {
+    const F before = V::load(sum), after = V::add(before, x), added = V::sub(after, before);
+    const F lost = V::add(V::sub(before, V::sub(after, added)), V::sub(x, added));
+    V::store(low, V::add(V::load(low), lost));
+    V::store(sum, after);
   }
   static void merge_max(float* max, const float* other, int n) {
     for (int i = 0; i < n; i += W) V::store(max + i, V::max(V::load(other + i), V::load(max + i)));
   }
   static void merge_sum(float* sum, const float* other, int n) {
     for (int i = 0; i < n; i += W) V::store(sum + i, V::add(V::load(other + i), V::load(sum + i)));
+  }
+  static void merge_sum(float* sum, float* low, const float* other, int n) {
+    for (int i = 0; i < n; i += W) add(sum + i, low + i, V::load(other + i));
   }
 
   // A column's sum is taken in groups of so many rows: one after the other, 256 numbers of about the
@@ -138,8 +150,10 @@ struct Statistics : TileOps<G> {
       exp_sums_shared<true>(t, s, shift);
     reduce_sum(s.lane_sum, t.rows, s.row.sum);
     reduce_sum(s.lane_own_sum, t.rows, s.row.own_sum);
-    merge(f.row.max, f.row.sum, s.row.max, s.row.sum, shift, s.row.own_sum, t.rows);
-    merge(f.col.max, f.col.sum, s.col.max, s.col.sum, shift, s.col.own_sum, t.cols);
+    merge(f.row.max, f.row.sum, f.row.low, s.row.max, s.row.sum, shift,
+          s.row.own_sum, t.rows);
+    merge(f.col.max, f.col.sum, f.col.low, s.col.max, s.col.sum, shift,
+          s.col.own_sum, t.cols);
 
     if (f.hardest) {
       if (!t.plain) reduce_max(s.lane_neg_max, t.rows, s.row.neg_max);
@@ -150,9 +164,9 @@ struct Statistics : TileOps<G> {
     if (!lse) {
       reduce_sum(s.lane_pos, t.rows, s.row.pos);
       reduce_sum(s.lane_pos_sum, t.rows, s.row.pos_sum);
-      merge_sum(f.row.pos, s.row.pos, rows);
+      merge_sum(f.row.pos, f.row.pos_low, s.row.pos, rows);
       merge_sum(f.row.pos_sum, s.row.pos_sum, rows);
-      merge_sum(f.col.pos, s.col.pos, t.cols);
+      merge_sum(f.col.pos, f.col.pos_low, s.col.pos, t.cols);
       merge_sum(f.col.pos_sum, s.col.pos_sum, t.cols);
       return;
     }
@@ -163,8 +177,10 @@ struct Statistics : TileOps<G> {
     reduce_sum(s.lane_pos_sum, t.rows, s.row.pos_sum);
     fill(s.row.sum, rows, 0);
     fill(s.col.sum, t.cols, 0);
-    merge(f.row.pos, f.row.pos_sum, s.row.pos, s.row.sum, -kInf, s.row.pos_sum, t.rows);
-    merge(f.col.pos, f.col.pos_sum, s.col.pos, s.col.sum, -kInf, s.col.pos_sum, t.cols);
+    merge(f.row.pos, f.row.pos_sum, f.row.pos_low, s.row.pos, s.row.sum, -kInf,
+          s.row.pos_sum, t.rows);
+    merge(f.col.pos, f.col.pos_sum, f.col.pos_low, s.col.pos, s.col.sum, -kInf,
+          s.col.pos_sum, t.cols);
   }
 
   // Whether every row (or column) that has a maximum, here or in an earlier tile, has it near

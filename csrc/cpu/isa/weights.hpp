@@ -41,12 +41,18 @@ struct Weights : TileOps<G> {
       if (to.scale) T::fill(s.by_dot, t.rows * W, 0);
       if (to.row) T::fill(s.by_row, t.rows * W, 0);
     }
-    void store(const Tile& t, float scale_part) const {
+    void store(const Tile& t, double scale_part) const {
       for (int i = 0; to.scale && i < t.rows; ++i)
         to.scale[i] += scale_part * V::sum(V::load(s.by_dot + i * W));
       for (int i = 0; to.row && i < t.rows; ++i) to.row[i] += V::sum(V::load(s.by_row + i * W));
     }
   };
+
+  static void add(double* to, F x) {
+    alignas(64) float terms[W];
+    V::store(terms, x);
+    for (int k = 0; k < W; ++k) to[k] += terms[k];
+  }
 
   // Calls weight(S, dot, i, panel, c) for every vector of the tile; stores scale_i times the
   // result. Scale, Biases: whether the sums of their gradients may be wanted.
@@ -78,7 +84,7 @@ struct Weights : TileOps<G> {
         if (Biases && sums.to.row) T::update_sum(sums.s.by_row + i * W, by_row);
       }
       if (Biases && sums.to.col)
-        for (int c = 0; c < C; ++c) T::update_sum(sums.to.col + panel * P + c * W, total[c]);
+        for (int c = 0; c < C; ++c) add(sums.to.col + panel * P + c * W, total[c]);
       // 0 in the rows up to the alignment: the products run over them
       for (int64_t i = int64_t(t.rows) * P; i < T::panel_size(t); i += W, out += W)
         V::store(out, V::zero());
