@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from numbers import Integral
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -260,7 +261,7 @@ class MultiPositiveInfoNCE(PrintsOptions, nn.Module):
     Raises TypeError for an unknown option.
     """
 
-    def __init__(self, **options):
+    def __init__(self, **options: Any) -> None:
         super().__init__()
         unknown = options.keys() - _OPTIONS.keys()
         if unknown:

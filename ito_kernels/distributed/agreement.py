@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from functools import partial, wraps
 from itertools import chain
+from typing import TypeVar, overload
 from weakref import WeakKeyDictionary
 
 import torch
@@ -56,6 +57,17 @@ _current = _Call()
 # differs.
 _calls: WeakKeyDictionary[dist.ProcessGroup, int] = WeakKeyDictionary()
 CALL_NUMBER = "the number of the call"
+Loss = TypeVar("Loss", bound=Callable)
+
+
+@overload
+def same_on_every_rank(loss: Loss) -> Loss: ...
+
+
+@overload
+def same_on_every_rank(
+    *, stacked: Sequence[str] = (), free: Sequence[str] = (), options_of: Callable | None = None
+) -> Callable[[Loss], Loss]: ...
 
 
 def same_on_every_rank(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -34,7 +35,7 @@ def clip_loss(
     chunk_size: int | None = None,
     backend: str | None = None,
     **options,
-) -> Tensor | tuple:
+) -> Tensor | Any:  # Any: the pair of return_stats; callers need no cast
     """Symmetric InfoNCE of images and texts. Row i of both is a positive pair.
 
         L = ½ · mean_i [ logsumexp_j S_ij - S_ii ] + ½ · mean_j [ logsumexp_i S_ij - S_jj ]

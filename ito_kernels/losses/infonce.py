@@ -16,7 +16,7 @@ gradients.
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -79,7 +79,7 @@ def multi_positive_infonce(
     group=None,
     chunk_size: int | None = None,
     backend: str | None = None,
-) -> Tensor | tuple:
+) -> Tensor | Any:  # Any: the pair of return_stats; callers need no cast
     """Contrastive loss of queries against keys, with in-batch negatives.
 
     With S = logit_scale · queries · keysᵀ, D_i = Σ_j exp S_ij and the k_i positives P_i of query i,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor
 
 from . import dispatch
@@ -38,7 +40,7 @@ def similarity_logsumexp(
     col_weights: tuple[Tensor, Tensor | None] | None = None,
     return_stats: bool = True,
     backend: str | None = None,
-) -> Stats | Tensor | tuple[Tensor, Stats]:
+) -> Stats | Any:  # Any: with weights, the loss or the pair of it and the statistics
     """Row and column logsumexp of S = scale·a·bᵀ + biases, without forming S.
 
     Args:

@@ -122,8 +122,8 @@ def test_backends_and_explain():
 
 
 def test_import_is_light():
-    """Importing the package imports nothing that torch has not: no compiler, nothing of the trainer,
-    not even more of the standard library."""
+    """Importing the package imports nothing that torch has not imported: no compiler, nothing of
+    the trainer, no more of the standard library."""
     code = (
         "import torch, sys; before = set(sys.modules); import ito_kernels;"
         " print(sorted(m for m in set(sys.modules) - before if m.split('.')[0] != 'ito_kernels'))"
