@@ -70,6 +70,7 @@ def uniformity_loss(
             col_ids=batch.key_ids,
             exclude_self=True,
             cols=False,
+            exact_max=False,
             backend=backend,
         )
         # what is infinite shows, although the potential of an infinite distance is 0

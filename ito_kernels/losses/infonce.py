@@ -284,6 +284,7 @@ def infonce(args: Arguments, options: Options) -> Tensor | tuple:
         exclude_self=o.exclude_self,
         cols=o.symmetric,
         hardest=o.return_stats,
+        exact_max=o.return_stats,
     )
     weights, log_counts = _statistics_weights(o, args, scores)
     problem = as_autocast_problem(problem)

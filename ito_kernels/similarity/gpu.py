@@ -7,11 +7,12 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from functools import lru_cache
-from math import isqrt
+from math import e, isqrt, log, log2
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.linalg import vector_norm
 
 from .spec import Grads, Needs, Problem, SideStats, SideUpstream, Stats, Upstream
 
@@ -19,6 +20,7 @@ PANEL_BYTES = 256 << 20  # memory of one W panel: docs/gpu-static.md
 # In fp16, W is scaled so that its largest terms have this value. A sum of 4 of them stays below
 # 65,504, and a softmax entry of 1/N keeps its 11 bits down to 1e-8.
 FP16_SCALED_MAX = 4096.0
+ALIGNED_ROWS = 256  # a multiple of the rows and of the columns of any tile
 MIN_TORCH = (2, 13)  # as in pyproject.toml
 
 
@@ -66,7 +68,8 @@ def matmul_precision() -> str:
 
 
 class Operands(NamedTuple):
-    """Contiguous vectors, features with 16-byte aligned rows, ids as int32.
+    """Contiguous vectors, features with 16-byte aligned rows, ids as int32, followed by -1 up to a
+    multiple of `ALIGNED_ROWS`: tiles that extend beyond the end read them without a mask.
 
     b is the same tensor as a for a self-similarity, unless padding differs between the sides.
     """
@@ -141,12 +144,29 @@ def _ranks(problem: Problem) -> tuple[Tensor | None, Tensor | None]:
         return None, None
     order = p.col_ids.sort().values
     cols = torch.searchsorted(order, p.col_ids)
-    cols = torch.where(p.col_ids < 0, -1, cols).int()
+    cols = _padded_ids(torch.where(p.col_ids < 0, -1, cols))
     if is_symmetric(p):
         return cols, cols
     rows = torch.searchsorted(order, p.row_ids)
     found = order[rows.clamp(max=p.m - 1)] == p.row_ids
-    return torch.where(p.row_ids < 0, -1, torch.where(found, rows, p.m)).int(), cols
+    return _padded_ids(torch.where(p.row_ids < 0, -1, torch.where(found, rows, p.m))), cols
+
+
+def _padded_ids(ids: Tensor) -> Tensor:
+    out = ids.new_full((_aligned(len(ids)),), -1, dtype=torch.int32)
+    out[: len(ids)] = ids
+    return out[: len(ids)]
+
+
+def _aligned(rows: int) -> int:
+    return -(-rows // ALIGNED_ROWS) * ALIGNED_ROWS
+
+
+def padded_pairs(x: Tensor, y: Tensor) -> Tensor:
+    """(length, 2) with the columns x and y, followed by 0 up to a multiple of `ALIGNED_ROWS`."""
+    out = x.new_zeros((_aligned(len(x)), 2))
+    torch.stack([x, y], 1, out=out[: len(x)])
+    return out
 
 
 def accumulate(out: Tensor, x: Tensor, y: Tensor) -> None:
@@ -155,6 +175,46 @@ def accumulate(out: Tensor, x: Tensor, y: Tensor) -> None:
         out.addmm_(x.float(), y.float())
     else:
         torch.addmm(out, x, y, out_dtype=torch.float32, out=out)
+
+
+# One exponential per score.
+
+LOG2E, LN2 = log2(e), log(2)
+HEADROOM = 60 * LOG2E  # no exponential exceeds 2^HEADROOM, so that sums of 2^40 of them fit fp32
+# Of a sum that has not underflowed. The exponentials that it may have lost are below 2^-126 each,
+# 2^-26 of it for 2^20 of them.
+LEAST = 2.0**-80
+
+
+def fixed_shift(problem: Problem, op: Operands) -> Tensor:
+    """The shift T of all exponentials of a problem, in base 2, as a 0-d fp32 tensor.
+
+    No score exceeds max |scale|·‖a‖ · max ‖b‖ + max row_bias + max col_bias, so with T = that
+    bound - 60 nats, but at least 0, every E = 2^(S·log2 e - T) is at most e^60. One T for all rows
+    and columns means that one exponential serves both sides, that no maxima are needed, and that
+    statistics are plain sums: logsumexp = log Σ E + T, and the softmax of a row is E / Σ E.
+
+    A row or column far below the bound underflows, which shows in its sum: see `underflowed`. Such
+    problems are computed again with true maxima, by kernels that are always launched and leave at
+    once if a tensor on the device says that nothing underflowed: the host never waits.
+
+    NaN or infinite if a feature is; the statistics are then not finite.
+    """
+
+    def largest(x: Tensor, ids: Tensor | None, least: float) -> Tensor:
+        """Padding may hold anything."""
+        return (x if ids is None else x.masked_fill(ids < 0, least)).amax()
+
+    longest = [vector_norm(x, dim=1, dtype=torch.float32) for x in (op.a, op.b)]
+    row, col = (
+        largest(longest[0] * op.scale.abs(), op.row_ids, 0),
+        largest(longest[1], op.col_ids, 0),
+    )
+    bound = row * col
+    for bias, ids in ((op.row_bias, op.row_ids), (op.col_bias, op.col_ids)):
+        if bias is not None:
+            bound = bound + largest(bias, ids, -torch.inf)
+    return (bound * LOG2E - HEADROOM).clamp(min=0)
 
 
 # The split of work.
@@ -268,6 +328,40 @@ class Side(NamedTuple):
             factors = torch.stack([maximum.masked_fill(empty, 0), factor.masked_fill(empty, 0)], 1)
         return Vectors(u, factors, alpha, pos)
 
+    def weights(self, problem: Problem, shift: Tensor, norm: Tensor | None) -> SideWeights | None:
+        """What kernels with one exponential per score read; None if nothing arrives at the side.
+
+        shift: that of `fixed_shift`. norm: fp16 only, a divisor of W.
+        """
+        u, alpha = map(_fp32, self.upstream)
+        if u is None and alpha is None:
+            return None
+        maximum, logsum, pos = map(_fp32, (self.stats.max, self.stats.logsum, self.stats.pos))
+        zero = torch.zeros_like(maximum)
+        u, alpha = (zero if x is None else x if norm is None else x / norm for x in (u, alpha))
+        maximum = maximum.masked_fill(maximum == -torch.inf, 0)
+        base = shift.double() - maximum.double() * LOG2E
+
+        def inverse(logsum: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+            """log2 of 1 / Σ E, the logsum and the weight; all 0 for a sum over nothing."""
+            nothing = logsum == -torch.inf
+            logarithm = (base - logsum * LOG2E).float()
+            return tuple(x.masked_fill(nothing, 0) for x in (logarithm, logsum, weight))
+
+        inverse_sum, logsum, u = inverse(logsum, u)
+        inverse_pos, of_positives = zero, alpha
+        if problem.positives == "lse" and pos is not None:
+            inverse_pos, pos, alpha = inverse(pos, alpha)
+            of_positives = alpha * torch.exp2(inverse_pos)
+        biased = problem.row_bias is not None or problem.col_bias is not None
+        underflowed = torch.maximum(inverse_sum, inverse_pos).amax() > -log2(LEAST)
+        return SideWeights(
+            padded_pairs(u * torch.exp2(inverse_sum), of_positives),
+            padded_pairs(u * torch.exp(-logsum), alpha),
+            padded_pairs(maximum, zero if pos is None else pos),
+            underflowed if biased else underflowed & (shift > 0),
+        )
+
 
 class Vectors(NamedTuple):
     """The vectors of one side that the backward kernels read.
@@ -283,6 +377,27 @@ class Vectors(NamedTuple):
     pos: Tensor | None = None
 
 
+class SideWeights(NamedTuple):
+    """What the backward kernels read of one side.
+
+    W is the sum over both sides of u·e^S / Σ e^S, and at positives of alpha ("linear") or of
+    alpha·e^S / Σ e^S over the positives ("lse").
+
+    The tensors are `padded_pairs`.
+
+    fixed: (length, 2), the factors of E in W: u / Σ E, and for positives alpha ("linear", which no
+        E multiplies) or alpha / Σ E over them. For the kernels with one exponential per score.
+    exact: (length, 2), u·e^-logsum and alpha, and shifts: (length, 2), the maximum and pos. For the
+        kernels with one exponential per score and side.
+    underflowed: 0-d, whether a sum of E is too small for the first kind.
+    """
+
+    fixed: Tensor
+    exact: Tensor
+    shifts: Tensor
+    underflowed: Tensor
+
+
 def _fp32(x: Tensor | None) -> Tensor | None:
     return None if x is None else x.float().contiguous()
 
@@ -292,11 +407,10 @@ class Backward(NamedTuple):
 
     problem: Problem
     op: Operands
-    row: Vectors
-    col: Vectors
+    row: Side
+    col: Side
     symmetric: bool  # compute W + Wᵀ from `row`
     softplus: bool
-    norm: Tensor | None  # fp16 only: the kernels divide W by it
 
     @classmethod
     def of_logsumexp(cls, problem: Problem, stats: Stats, upstream: Upstream) -> Backward:
@@ -313,21 +427,23 @@ class Backward(NamedTuple):
         symmetric = is_symmetric(problem)
         if symmetric:
             row = col = row.merge(col)
-        norm = _norm(problem, row, col) if problem.a.dtype == torch.float16 else None
-        vectors = row.vectors(), col.vectors()
-        return cls(problem, Operands.of(problem), *vectors, symmetric, softplus, norm)
+        return cls(problem, Operands.of(problem), row, col, symmetric, softplus)
 
     def transposed(self) -> Backward:
         """The same for Sᵀ. `problem` is not transposed."""
         return self._replace(op=self.op.transposed(), row=self.col, col=self.row)
 
-
-def _norm(problem: Problem, row: Side, col: Side) -> Tensor:
-    """A divisor that brings scale·W, which is of the order of 1/N², into the range of fp16."""
-    vectors = (*row.upstream, *col.upstream)
-    maxima = [x.abs().max().float() for x in vectors if x is not None]
-    norm = torch.stack(maxima).max() * problem.scale.abs().max() / FP16_SCALED_MAX
-    return torch.where((norm > 0) & norm.isfinite(), norm, 1.0)
+    def norm(self, of_scale: bool) -> Tensor | None:
+        """A divisor that brings W, or scale·W, into the range of fp16: it is of the order of 1/N².
+        None for other dtypes."""
+        if self.problem.a.dtype != torch.float16:
+            return None
+        vectors = (*self.row.upstream, *self.col.upstream)
+        norm = torch.stack([x.abs().max().float() for x in vectors if x is not None]).max()
+        if of_scale:
+            norm = norm * self.problem.scale.abs().max()
+        norm = norm / FP16_SCALED_MAX
+        return torch.where((norm > 0) & norm.isfinite(), norm, 1.0)
 
 
 class RowGradient(NamedTuple):
@@ -342,19 +458,19 @@ def fused_gradients(
     call: Backward,
     needs: Needs,
     run: Callable[[Backward, bool, Needs], RowGradient],
-    norm: Tensor | None,
+    factor: Tensor | None,
 ) -> Grads:
     """The gradients by a kernel that keeps rows of the gradient in registers, run once per side.
 
     run: launches the kernel. Its arguments are the call, whether that is transposed, and which of
         the gradients of a, scale and row_bias are needed.
-    norm: the divisor that the results still contain, None if the kernel has multiplied by it.
+    factor: what the results are still to be multiplied by, None for nothing.
     """
     dtype, same = call.problem.a.dtype, call.problem.b is None
     if call.symmetric:
         out = run(call, False, Needs(a=needs.a, scale=needs.scale))
         scale = None if out.scale_sums is None else out.scale_sums * 0.5
-        return Grads(_to_dtype(out.grad, dtype, norm), None, call.problem.scale_grad(scale))
+        return Grads(_to_dtype(out.grad, dtype, factor), None, call.problem.scale_grad(scale))
     together = needs.a and same  # the gradients of both sides are added
     row = run(call, False, Needs(a=needs.a, scale=needs.scale, row_bias=needs.row_bias))
     col = run(call.transposed(), True, Needs(a=needs.b or together, row_bias=needs.col_bias))
@@ -362,8 +478,8 @@ def fused_gradients(
     if together:
         grad_a, grad_b = grad_a + grad_b, None
     return Grads(
-        _to_dtype(grad_a, dtype, norm),
-        _to_dtype(grad_b, dtype, norm),
+        _to_dtype(grad_a, dtype, factor),
+        _to_dtype(grad_b, dtype, factor),
         call.problem.scale_grad(row.scale_sums),
         row.row_sums,
         col.row_sums,
@@ -398,12 +514,17 @@ def panel_gradients(
     size: tuple[int, int],
     tile: tuple[int, int],
     run: Callable[[slice, slice, Tensor | None], PanelSums],
+    factor: Tensor | None,
+    scale_of_products: bool = False,
 ) -> Grads:
     """The gradients from panels of W, by the vendor's matrix products.
 
     size: rows and columns of a panel. tile: those of a tile.
-    run: launches the kernel that writes scale·W of the given rows and columns to the workspace, in
-        whole tiles.
+    run: launches the kernel that writes W of the given rows and columns to the workspace, in whole
+        tiles.
+    factor: what the products are still to be multiplied by, None for nothing.
+    scale_of_products: form the gradient of a scale that is one number from the products. It is
+        Σ <a, W·B>, in fp32, and takes no sums in the kernel.
     """
     p, op = call.problem, call.op
 
@@ -412,7 +533,7 @@ def panel_gradients(
 
     grad_a = zeros(p.n, p.d) if needs.a else None
     grad_b = grad_a if p.b is None else zeros(p.m, p.d) if needs.b else None
-    scale = zeros(p.n) if needs.scale else None
+    scale = zeros(p.n) if needs.scale and not scale_of_products else None
     row_bias = zeros(p.n) if needs.row_bias else None
     col_bias = zeros(p.m) if needs.col_bias else None
     workspace = None
@@ -443,13 +564,20 @@ def panel_gradients(
                 accumulate(grad_b[cols], weights.T, op.a[rows])
 
     dtype = p.a.dtype
-    grad_a = _to_dtype(grad_a, dtype, call.norm)
-    grad_b = None if p.b is None else _to_dtype(grad_b, dtype, call.norm)
+    if needs.scale and scale_of_products:
+        x, grad = (op.b, grad_b) if grad_a is None else (op.a, grad_a)
+        scale = (x * grad).sum()
+        if p.b is None:  # it holds the gradients of both sides
+            scale = scale * 0.5
+        norm = call.norm(of_scale=False)
+        scale = scale if norm is None else scale * norm
+    grad_a = _to_dtype(grad_a, dtype, factor)
+    grad_b = None if p.b is None else _to_dtype(grad_b, dtype, factor)
     return Grads(grad_a, grad_b, p.scale_grad(scale), row_bias, col_bias)
 
 
-def _to_dtype(x: Tensor | None, dtype: torch.dtype, norm: Tensor | None) -> Tensor | None:
+def _to_dtype(x: Tensor | None, dtype: torch.dtype, factor: Tensor | None) -> Tensor | None:
     if x is None:
         return None
-    x = x if norm is None else x * norm
+    x = x if factor is None else x * factor
     return x.to(dtype, memory_format=torch.contiguous_format)
