@@ -78,11 +78,11 @@ def compile_one(source: str, arch: str) -> list[dict]:
     with tempfile.TemporaryDirectory() as folder:
         plain = Path(folder) / "csrc"
         shutil.copytree(CSRC, plain)
-        scores = plain / "cuda/scores.cuh"
-        vote = "return gpu::any(found);"
-        text = scores.read_text()
+        votes = plain / "cuda/ptx.cuh"
+        vote = "return __any_sync(~0u, value);"
+        text = votes.read_text()
         assert vote in text
-        scores.write_text(text.replace(vote, "return false;"))
+        votes.write_text(text.replace(vote, "return false;"))
         _, plain_code = compiled(plain / "cuda" / source, arch, plain)
     plain_of = {key(symbol): value for symbol, value in plain_code.items() if kernel_of(symbol)}
     rows = []
