@@ -215,6 +215,7 @@ class GlobalBatch:
         rows: bool = True,
         cols: bool = True,
         hardest: bool = False,
+        exact_max: bool = True,
         row_weights: tuple[Tensor, Tensor | None] | None = None,
         col_weights: tuple[Tensor, Tensor | None] | None = None,
         return_stats: bool = True,
@@ -244,6 +245,7 @@ class GlobalBatch:
             rows=rows,
             cols=cols,
             hardest=hardest,
+            exact_max=exact_max,
         )
         out = iter(Logsumexp.apply(self.shards, module, needs, *arguments))
         stats = op.present_stats(Problem(*arguments), out)

@@ -81,7 +81,7 @@ class NTXentLoss(PrintsOptions, nn.Module):
         if out0.requires_grad:
             self._remember(global_batch(group, out1, out1).all_gather_rows(out1.detach()))
         with without_autocast(a.device):
-            stats = similarity_logsumexp(a, bank, scale, cols=False)
+            stats = similarity_logsumexp(a, bank, scale, cols=False, exact_max=False)
             negatives = stats.row_logsum + stats.row_max
             return softplus(negatives - scale * row_dot(a, b), threshold=40).mean()
 

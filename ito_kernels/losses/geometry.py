@@ -70,6 +70,7 @@ def uniformity_loss(
             col_ids=batch.key_ids,
             exclude_self=True,
             cols=False,
+            exact_max=False,
             backend=backend,
         )
         potential = (stats.row_max + stats.row_logsum).logsumexp(0, keepdim=True)

@@ -282,6 +282,7 @@ def infonce(args: Arguments, options: Options) -> Tensor | tuple:
         exclude_self=o.exclude_self,
         cols=o.symmetric,
         hardest=o.return_stats,
+        exact_max=o.return_stats,
     )
     row_weights, log_counts = _statistics_weights(o, scores, "row")
     col_weights = SideUpstream()

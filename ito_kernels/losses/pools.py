@@ -160,6 +160,7 @@ class QueueCandidates:
             col_ids=self.col_ids,
             row_limit=self.scores.row_limit,
             cols=False,
+            exact_max=False,
             backend=self.scores.backend,
             **options,
         )

@@ -131,7 +131,8 @@ class Scores:
     # Passes over S.
 
     def logsumexp(self, power: float = 1.0, **options) -> Stats | Tensor:
-        """Call the primitive for power·S, without the bias, the limits and the boost."""
+        """Call the primitive for power·S, without the bias, the limits and the boost. The maxima
+        serve as shifts only, unless the hardest negatives are asked for."""
         return self.global_batch.similarity_logsumexp(
             self.queries,
             self.keys,
@@ -139,6 +140,7 @@ class Scores:
             row_ids=self.query_ids,
             col_ids=self.key_ids,
             exclude_self=self.exclude_self,
+            exact_max=options.get("hardest", False),
             backend=self.backend,
             **options,
         )

@@ -126,6 +126,7 @@ def nt_xent_loss(
         positives="linear",
         exclude_self=True,
         cols=False,
+        exact_max=False,
     )
     weights = Upstream(SideUpstream(share, -share))
     return logsumexp_of(as_autocast_problem(problem), weights, False, backend)

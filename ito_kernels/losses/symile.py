@@ -126,6 +126,7 @@ def symile_loss(
                     col_ids=batch.key_ids,
                     exclude_self=True,
                     cols=False,
+                    exact_max=False,
                     backend=backend,
                 )
                 maximum, logsum = stats.row_max, stats.row_logsum
@@ -200,5 +201,6 @@ def _blocks(
                 col_ids=ids,
                 exclude_positives=True,
                 cols=False,
+                exact_max=False,
             ),
         )

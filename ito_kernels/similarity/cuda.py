@@ -143,6 +143,7 @@ class Cuda(Backend):
 
     def _fused_gradients(self, call: gpu.Backward, needs: Needs) -> Grads:
         d, step = call.problem.d, 16 // call.op.a.element_size()
+        norm = call.norm(of_scale=True)
 
         def run(call: gpu.Backward, transposed: bool, needs: Needs) -> RowGradient:
             like = call.op.a
@@ -152,15 +153,15 @@ class Cuda(Backend):
             if any(needs):
                 stride = 0 if grad is None else grad.shape[1] // 2
                 scores = _scores(call, transposed)
-                self._run("gradient", Gradient(scores, call.norm, grad, stride, *sums), like)
+                self._run("gradient", Gradient(scores, norm, grad, stride, *sums), like)
             return RowGradient(None if grad is None else grad[:, :d], *sums)
 
-        return gpu.fused_gradients(call, needs, run, call.norm)
+        return gpu.fused_gradients(call, needs, run, norm)
 
     def _panels(self, call: gpu.Backward, needs: Needs) -> Grads:
         like, kernels, tile = call.op.a, self._kernels, self._kernels.TILE
         height, width = self._panel_size(call.problem)
-        scores = _scores(call)
+        scores, norm = _scores(call), call.norm(of_scale=True)
 
         def run(rows: slice, cols: slice, workspace: Tensor | None) -> PanelSums:
             n, m = rows.stop - rows.start, cols.stop - cols.start
@@ -175,7 +176,7 @@ class Cuda(Backend):
                 last_row=rows.stop,
                 first_col=cols.start,
                 last_col=cols.stop,
-                norm=call.norm,
+                norm=norm,
                 panel=workspace,
                 stride=width * like.element_size() // 8,
                 scale_sums=sums.scale,
@@ -185,7 +186,7 @@ class Cuda(Backend):
             self._run("panel", panel, like)
             return sums
 
-        return gpu.panel_gradients(call, needs, (height, width), (tile, tile), run)
+        return gpu.panel_gradients(call, needs, (height, width), (tile, tile), run, norm)
 
     # The split of work.
 
@@ -242,8 +243,8 @@ def _scores(call: gpu.Backward, transposed: bool = False) -> Scores:
     return Scores.of(
         call.problem,
         call.op,
-        row=call.row,
-        col=call.col,
+        row=call.row.vectors(),
+        col=call.col.vectors(),
         softplus=call.softplus,
         transposed=transposed,
     )

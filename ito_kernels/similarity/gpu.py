@@ -7,11 +7,12 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from functools import lru_cache
-from math import isqrt
+from math import e, isqrt, log, log2
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.linalg import vector_norm
 
 from .spec import Grads, Needs, Problem, SideStats, SideUpstream, Stats, Upstream
 
@@ -157,6 +158,46 @@ def accumulate(out: Tensor, x: Tensor, y: Tensor) -> None:
         torch.addmm(out, x, y, out_dtype=torch.float32, out=out)
 
 
+# One exponential per score.
+
+LOG2E, LN2 = log2(e), log(2)
+HEADROOM = 60 * LOG2E  # no exponential exceeds 2^HEADROOM, so that sums of 2^40 of them fit fp32
+# Of a sum that has not underflowed. The exponentials that it may have lost are below 2^-126 each,
+# 2^-26 of it for 2^20 of them.
+LEAST = 2.0**-80
+
+
+def fixed_shift(problem: Problem, op: Operands) -> Tensor:
+    """The shift T of all exponentials of a problem, in base 2, as a 0-d fp32 tensor.
+
+    No score exceeds max |scale|·‖a‖ · max ‖b‖ + max row_bias + max col_bias, so with T = that
+    bound - 60 nats, but at least 0, every E = 2^(S·log2 e - T) is at most e^60. One T for all rows
+    and columns means that one exponential serves both sides, that no maxima are needed, and that
+    statistics are plain sums: logsumexp = log Σ E + T, and the softmax of a row is E / Σ E.
+
+    A row or column far below the bound underflows, which shows in its sum: see `underflowed`. Such
+    problems are computed again with true maxima, by kernels that are always launched and leave at
+    once if a tensor on the device says that nothing underflowed: the host never waits.
+
+    NaN or infinite if a feature is; the statistics are then not finite.
+    """
+
+    def largest(x: Tensor, ids: Tensor | None, least: float) -> Tensor:
+        """Padding may hold anything."""
+        return (x if ids is None else x.masked_fill(ids < 0, least)).amax()
+
+    longest = [vector_norm(x, dim=1, dtype=torch.float32) for x in (op.a, op.b)]
+    row, col = (
+        largest(longest[0] * op.scale.abs(), op.row_ids, 0),
+        largest(longest[1], op.col_ids, 0),
+    )
+    bound = row * col
+    for bias, ids in ((op.row_bias, op.row_ids), (op.col_bias, op.col_ids)):
+        if bias is not None:
+            bound = bound + largest(bias, ids, -torch.inf)
+    return (bound * LOG2E - HEADROOM).clamp(min=0)
+
+
 # The split of work.
 
 
@@ -268,6 +309,39 @@ class Side(NamedTuple):
             factors = torch.stack([maximum.masked_fill(empty, 0), factor.masked_fill(empty, 0)], 1)
         return Vectors(u, factors, alpha, pos)
 
+    def weights(self, problem: Problem, shift: Tensor, norm: Tensor | None) -> SideWeights | None:
+        """What kernels with one exponential per score read; None if nothing arrives at the side.
+
+        shift: that of `fixed_shift`. norm: fp16 only, a divisor of W.
+        """
+        u, alpha = map(_fp32, self.upstream)
+        if u is None and alpha is None:
+            return None
+        maximum, logsum, pos = map(_fp32, (self.stats.max, self.stats.logsum, self.stats.pos))
+        zero = torch.zeros_like(maximum)
+        u, alpha = (zero if x is None else x if norm is None else x / norm for x in (u, alpha))
+        empty = maximum == -torch.inf
+        base = shift - maximum.masked_fill(empty, 0) * LOG2E
+
+        def inverse(logsum: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+            """log2 of 1 / Σ E, and the weight; 0 for a sum over nothing."""
+            nothing = logsum == -torch.inf
+            return (base - logsum * LOG2E).masked_fill(nothing, 0), weight.masked_fill(nothing, 0)
+
+        inverse_sum, u = inverse(logsum, u)
+        inverse_pos, of_positives = zero, alpha
+        if problem.positives == "lse" and pos is not None:
+            inverse_pos, alpha = inverse(pos, alpha)
+            of_positives = alpha * torch.exp2(inverse_pos)
+        biased = problem.row_bias is not None or problem.col_bias is not None
+        underflowed = torch.maximum(inverse_sum, inverse_pos).amax() > -log2(LEAST)
+        return SideWeights(
+            torch.stack([u * torch.exp2(inverse_sum), of_positives], 1),
+            torch.stack([u, alpha], 1),
+            torch.stack([shift - inverse_sum, shift - inverse_pos], 1),
+            underflowed if biased else underflowed & (shift > 0),
+        )
+
 
 class Vectors(NamedTuple):
     """The vectors of one side that the backward kernels read.
@@ -283,6 +357,25 @@ class Vectors(NamedTuple):
     pos: Tensor | None = None
 
 
+class SideWeights(NamedTuple):
+    """What the backward kernels read of one side.
+
+    W is the sum over both sides of u·e^S / Σ e^S, and at positives of alpha ("linear") or of
+    alpha·e^S / Σ e^S over the positives ("lse").
+
+    fixed: (length, 2), the factors of E in W: u / Σ E, and for positives alpha ("linear", which no
+        E multiplies) or alpha / Σ E over them. For the kernels with one exponential per score.
+    exact: (length, 2), u and alpha, and logs: (length, 2), log2 Σ e^S and the same over the
+        positives. For the kernels with one exponential per score and side.
+    underflowed: 0-d, whether a sum of E is too small for the first kind.
+    """
+
+    fixed: Tensor
+    exact: Tensor
+    logs: Tensor
+    underflowed: Tensor
+
+
 def _fp32(x: Tensor | None) -> Tensor | None:
     return None if x is None else x.float().contiguous()
 
@@ -292,11 +385,10 @@ class Backward(NamedTuple):
 
     problem: Problem
     op: Operands
-    row: Vectors
-    col: Vectors
+    row: Side
+    col: Side
     symmetric: bool  # compute W + Wᵀ from `row`
     softplus: bool
-    norm: Tensor | None  # fp16 only: the kernels divide W by it
 
     @classmethod
     def of_logsumexp(cls, problem: Problem, stats: Stats, upstream: Upstream) -> Backward:
@@ -313,21 +405,23 @@ class Backward(NamedTuple):
         symmetric = is_symmetric(problem)
         if symmetric:
             row = col = row.merge(col)
-        norm = _norm(problem, row, col) if problem.a.dtype == torch.float16 else None
-        vectors = row.vectors(), col.vectors()
-        return cls(problem, Operands.of(problem), *vectors, symmetric, softplus, norm)
+        return cls(problem, Operands.of(problem), row, col, symmetric, softplus)
 
     def transposed(self) -> Backward:
         """The same for Sᵀ. `problem` is not transposed."""
         return self._replace(op=self.op.transposed(), row=self.col, col=self.row)
 
-
-def _norm(problem: Problem, row: Side, col: Side) -> Tensor:
-    """A divisor that brings scale·W, which is of the order of 1/N², into the range of fp16."""
-    vectors = (*row.upstream, *col.upstream)
-    maxima = [x.abs().max().float() for x in vectors if x is not None]
-    norm = torch.stack(maxima).max() * problem.scale.abs().max() / FP16_SCALED_MAX
-    return torch.where((norm > 0) & norm.isfinite(), norm, 1.0)
+    def norm(self, of_scale: bool) -> Tensor | None:
+        """A divisor that brings W, or scale·W, into the range of fp16: it is of the order of 1/N².
+        None for other dtypes."""
+        if self.problem.a.dtype != torch.float16:
+            return None
+        vectors = (*self.row.upstream, *self.col.upstream)
+        norm = torch.stack([x.abs().max().float() for x in vectors if x is not None]).max()
+        if of_scale:
+            norm = norm * self.problem.scale.abs().max()
+        norm = norm / FP16_SCALED_MAX
+        return torch.where((norm > 0) & norm.isfinite(), norm, 1.0)
 
 
 class RowGradient(NamedTuple):
@@ -342,19 +436,19 @@ def fused_gradients(
     call: Backward,
     needs: Needs,
     run: Callable[[Backward, bool, Needs], RowGradient],
-    norm: Tensor | None,
+    factor: Tensor | None,
 ) -> Grads:
     """The gradients by a kernel that keeps rows of the gradient in registers, run once per side.
 
     run: launches the kernel. Its arguments are the call, whether that is transposed, and which of
         the gradients of a, scale and row_bias are needed.
-    norm: the divisor that the results still contain, None if the kernel has multiplied by it.
+    factor: what the results are still to be multiplied by, None for nothing.
     """
     dtype, same = call.problem.a.dtype, call.problem.b is None
     if call.symmetric:
         out = run(call, False, Needs(a=needs.a, scale=needs.scale))
         scale = None if out.scale_sums is None else out.scale_sums * 0.5
-        return Grads(_to_dtype(out.grad, dtype, norm), None, call.problem.scale_grad(scale))
+        return Grads(_to_dtype(out.grad, dtype, factor), None, call.problem.scale_grad(scale))
     together = needs.a and same  # the gradients of both sides are added
     row = run(call, False, Needs(a=needs.a, scale=needs.scale, row_bias=needs.row_bias))
     col = run(call.transposed(), True, Needs(a=needs.b or together, row_bias=needs.col_bias))
@@ -362,8 +456,8 @@ def fused_gradients(
     if together:
         grad_a, grad_b = grad_a + grad_b, None
     return Grads(
-        _to_dtype(grad_a, dtype, norm),
-        _to_dtype(grad_b, dtype, norm),
+        _to_dtype(grad_a, dtype, factor),
+        _to_dtype(grad_b, dtype, factor),
         call.problem.scale_grad(row.scale_sums),
         row.row_sums,
         col.row_sums,
@@ -398,12 +492,14 @@ def panel_gradients(
     size: tuple[int, int],
     tile: tuple[int, int],
     run: Callable[[slice, slice, Tensor | None], PanelSums],
+    factor: Tensor | None,
 ) -> Grads:
     """The gradients from panels of W, by the vendor's matrix products.
 
     size: rows and columns of a panel. tile: those of a tile.
-    run: launches the kernel that writes scale·W of the given rows and columns to the workspace, in
-        whole tiles.
+    run: launches the kernel that writes W of the given rows and columns to the workspace, in whole
+        tiles.
+    factor: what the products are still to be multiplied by, None for nothing.
     """
     p, op = call.problem, call.op
 
@@ -443,13 +539,13 @@ def panel_gradients(
                 accumulate(grad_b[cols], weights.T, op.a[rows])
 
     dtype = p.a.dtype
-    grad_a = _to_dtype(grad_a, dtype, call.norm)
-    grad_b = None if p.b is None else _to_dtype(grad_b, dtype, call.norm)
+    grad_a = _to_dtype(grad_a, dtype, factor)
+    grad_b = None if p.b is None else _to_dtype(grad_b, dtype, factor)
     return Grads(grad_a, grad_b, p.scale_grad(scale), row_bias, col_bias)
 
 
-def _to_dtype(x: Tensor | None, dtype: torch.dtype, norm: Tensor | None) -> Tensor | None:
+def _to_dtype(x: Tensor | None, dtype: torch.dtype, factor: Tensor | None) -> Tensor | None:
     if x is None:
         return None
-    x = x if norm is None else x * norm
+    x = x if factor is None else x * factor
     return x.to(dtype, memory_format=torch.contiguous_format)

@@ -34,6 +34,7 @@ def similarity_logsumexp(
     rows: bool = True,
     cols: bool = True,
     hardest: bool = False,
+    exact_max: bool = True,
     row_weights: tuple[Tensor, Tensor | None] | None = None,
     col_weights: tuple[Tensor, Tensor | None] | None = None,
     return_stats: bool = True,
@@ -57,6 +58,8 @@ def similarity_logsumexp(
         diagonal: the offset of the self pairs, and without ids of the positives.
         rows, cols: whether to compute the row statistics and the column statistics.
         hardest: also compute the maximum over the negatives.
+        exact_max: False if `max` serves as a shift only. Another finite number near the logsumexp
+            may then stand in its place, which takes the Triton backend half the time.
         row_weights, col_weights: (u, alpha) of shape (N,) and (v, beta) of shape (M,), tensors
             without gradient; alpha and beta may be None. With weights the result is the weighted
             sum of the statistics
@@ -103,6 +106,7 @@ def similarity_logsumexp(
         rows=rows,
         cols=cols,
         hardest=hardest,
+        exact_max=exact_max and return_stats,
     )
     weights = Upstream(
         check_weights("row_weights", row_weights, problem, rows, problem.n),

@@ -42,6 +42,8 @@ class Problem(NamedTuple):
     diagonal: column i + diagonal is the self pair of row i, and without ids its positive. Other
         than 0 for a block of a larger matrix.
     rows, cols: which statistics to compute. hardest: whether to compute `SideStats.neg_max`.
+    exact_max: whether `SideStats.max` must be the maximum. False lets a backend put another number
+        of about the same size in its place; -inf still says that there was nothing to sum.
     """
 
     a: Tensor
@@ -59,6 +61,7 @@ class Problem(NamedTuple):
     rows: bool = True
     cols: bool = True
     hardest: bool = False
+    exact_max: bool = True
 
     @property
     def n(self) -> int:
@@ -92,6 +95,7 @@ class Problem(NamedTuple):
             self.rows,
             self.cols,
             self.hardest,
+            self.exact_max,
         )
 
     def scale_grad(self, rows: Tensor | None) -> Tensor | None:
@@ -124,7 +128,8 @@ class SideStats(NamedTuple):
 
     max:     maximum over the pairs that are not excluded, or with `exclude_positives` over the
              negatives alone; -inf without any. It has no gradient: it only shifts the other
-             statistics, and `max + logsum` has the right gradient.
+             statistics, and `max + logsum` has the right gradient. With `exact_max` False it may be
+             another finite number near `max + logsum`.
     logsum:  log Σ exp(S - max) over the same pairs; -inf without any.
     pos:     "linear": Σ (S - max) over the positives; "lse": log Σ exp(S - max) over them. A `max`
              of -inf counts as 0 here. None if positives are not asked for.

@@ -64,7 +64,12 @@ def backward(request, monkeypatch):
 
 @pytest.mark.parametrize(("case", "dtype"), spread(OPTIONS[:-1] + LIMITS))
 def test_options(case, dtype, backward):
-    kernel_checks.check_logsumexp("triton", case, dtype)
+    kernel_checks.check_logsumexp("triton", case, dtype, case.hardest)
+
+
+@pytest.mark.parametrize(("case", "dtype"), spread(OPTIONS[:-1] + LIMITS))
+def test_true_maxima(case, dtype):
+    kernel_checks.check_logsumexp("triton", replace(case, hardest=True), dtype)
 
 
 @pytest.mark.parametrize(("case", "dtype"), spread(OPTIONS[:-1:2], (FP16, FP32, BF16)))
@@ -87,7 +92,7 @@ RAGGED = [
 @pytest.mark.parametrize(("case", "dtype"), spread(RAGGED, (BF16, FP32, FP16)))
 def test_many_small_tiles(case, dtype, tma, backward, monkeypatch):
     tiles(monkeypatch, tma=tma)
-    kernel_checks.check_logsumexp("triton", case, dtype)
+    kernel_checks.check_logsumexp("triton", case, dtype, case.hardest)
 
 
 @pytest.mark.parametrize(("m", "n", "warps"), [(64, 32, 4), (32, 64, 4), (64, 64, 1)])
@@ -98,7 +103,7 @@ def test_tiles_that_are_not_square_or_come_in_parts(m, n, warps, same, backward,
     # so few processors that a program gets several tiles of a panel
     tiles(monkeypatch, tile=tile, tma=True, processors=5 if backward == "fused" else 1)
     case = Case(150, 150, 16, same=same, ids="groups", positives="linear", exclude_self=same)
-    kernel_checks.check_logsumexp("triton", case, FP32)
+    kernel_checks.check_logsumexp("triton", case, FP32, False)
 
 
 LIMITED = Case(100, 70, 40, scale_per_row=True, limit=True, exclude_self=True, ids="groups")
@@ -117,7 +122,7 @@ def test_limits_that_leave_nothing_or_everything(case, dtype, warps, backward, m
     limit = problems.row_limit(make(case, dtype))
     limit[::3], limit[1::5] = -2.0, torch.inf
     monkeypatch.setattr(problems, "row_limit", lambda t: limit)
-    kernel_checks.check_logsumexp("triton", case, dtype)
+    kernel_checks.check_logsumexp("triton", case, dtype, False)
 
 
 def test_limits_spare_positives_that_are_not_asked_for(backward, monkeypatch):

@@ -241,7 +241,7 @@ def safe_logsumexp(x: Tensor, dim: int) -> Tensor:
     return torch.where(empty.squeeze(dim), -torch.inf, torch.where(empty, 0, x).logsumexp(dim))
 
 
-def run(case: Case, t: dict, backend: str):
+def run(case: Case, t: dict, backend: str, exact_max: bool = True):
     """Our statistics of a case."""
     return similarity_logsumexp(
         **t,
@@ -253,6 +253,7 @@ def run(case: Case, t: dict, backend: str):
         rows=case.rows,
         cols=case.cols,
         hardest=case.hardest,
+        exact_max=exact_max,
         backend=backend,
     )
 

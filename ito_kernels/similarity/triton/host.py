@@ -1,14 +1,16 @@
 """Launches the Triton kernels on CUDA and ROCm devices, and under TRITON_INTERPRET=1 on the CPU.
 
-One forward pass computes the statistics of both sides. Backward has two forms. For D ≤ 128, a fused
+One forward pass computes the statistics of both sides, with one exponential per score
+(`gpu.fixed_shift`). What underflows, and maxima that are asked for, are computed by another kernel,
+one side at a time. Backward has two forms. For D ≤ 128, a fused
 kernel keeps rows of the gradient in registers and runs once per side. For larger D, W is written to
 a bounded workspace, panel by panel, and the vendor's matrix product computes W·B and Wᵀ·A with fp32
 accumulation: 4 matrix products in all. For a symmetric S half of the tiles are computed: 2 matrix
 products in all.
 
-No atomics are used and sums have a fixed order, so on one device the same inputs should give the
-same bits. Nothing synchronises with the device, so that calls can be captured in a CUDA graph. Both
-are by design: no GPU has run this yet.
+Only one program adds to an element and sums have a fixed order, so on one device the same inputs
+should give the same bits. Nothing synchronises with the device, so that calls can be captured in a
+CUDA graph. Both are by design: no GPU has run this yet.
 
 With ITO_TRITON_AUTOTUNE=1 in the environment, the first call for a kernel, dtype and size (rounded
 up to powers of two) times a few tiles similar to the table's and keeps the fastest. That call
@@ -34,9 +36,9 @@ from .. import gpu
 from ..gpu import Operands, PanelSums, RowGradient, Split, dense, is_symmetric
 from ..pairs import count_positives
 from ..spec import Grads, Needs, Problem, SideStats, Stats, Upstream
-from . import backward, forward, tiles
+from . import backward, forward, maxima, tiles
 
-INTERPRETED = not isinstance(forward.logsumexp_kernel, triton.JITFunction)
+INTERPRETED = not isinstance(forward.sums_kernel, triton.JITFunction)
 MERGE_BLOCK = 256
 
 
@@ -66,6 +68,7 @@ class _Plan:
             (self.arch.ids if by_ids else x)[self.arithmetic]
             for x in (self.arch.forward, self.arch.panel)
         )
+        self.maxima = self.arch.ids[self.arithmetic]
         self.gradient = None
         if problem.d <= tiles.FUSED_D:
             self.gradient = self.arch.gradient.get(self.arithmetic)
@@ -178,6 +181,8 @@ class Scores(NamedTuple):
     col_bias: Tensor | None
     row_ids: Tensor | None
     col_ids: Tensor | None
+    row_limit: Tensor | None
+    col_limit: Tensor | None
     n: int
     m: int
     d: int
@@ -185,6 +190,7 @@ class Scores(NamedTuple):
     stride_b: int
     diagonal: int
     EVEN_D: bool
+    SCALE: str
     SELF: bool
     TMA: bool
     PRECISION: str
@@ -201,6 +207,7 @@ class Scores(NamedTuple):
         """k: the columns of features that are loaded at a time. transposed: whether `op` is that of
         the transposed matrix."""
         p, tma = plan.problem, plan.arch.tma
+        limit, sides = dense(p.row_limit), ("row", "col")
 
         def source(x: Tensor, rows: int) -> Tensor | TensorDescriptor:
             if not tma:
@@ -215,6 +222,8 @@ class Scores(NamedTuple):
             col_bias=op.col_bias,
             row_ids=op.row_ids,
             col_ids=op.col_ids,
+            row_limit=None if transposed else limit,
+            col_limit=limit if transposed else None,
             n=op.a.shape[0],
             m=op.b.shape[0],
             d=op.a.shape[1],
@@ -222,6 +231,7 @@ class Scores(NamedTuple):
             stride_b=op.b.stride(0),
             diagonal=-p.diagonal if transposed else p.diagonal,
             EVEN_D=op.a.shape[1] % k == 0,
+            SCALE="one" if op.scale.ndim == 0 else sides[transposed],
             SELF=p.exclude_self,
             TMA=tma,
             PRECISION=plan.arithmetic if p.a.dtype == torch.float32 else "ieee",
@@ -231,19 +241,6 @@ class Scores(NamedTuple):
             num_warps=tile.warps,
             num_stages=tile.stages,
         )
-
-
-class KSteps(NamedTuple):
-    """Further arguments of the kernels that compute inner products in steps over D, which are never
-    called with the sides exchanged."""
-
-    row_limit: Tensor | None
-    SCALE_PER_ROW: bool
-    BLOCK_K: int
-
-    @classmethod
-    def of(cls, problem: Problem, tile: tiles.Tile) -> KSteps:
-        return cls(dense(problem.row_limit), problem.scale.ndim == 1, tile.k)
 
 
 class Groups(NamedTuple):
@@ -258,7 +255,8 @@ class Groups(NamedTuple):
         return cls(split.row_tiles, split.col_tiles, split.col_groups)
 
 
-class Statistics(NamedTuple):
+class Sums(NamedTuple):
+    shift: Tensor
     row_slots: Tensor | None
     col_slots: Tensor | None
     pair_scores: Tensor | None
@@ -267,69 +265,100 @@ class Statistics(NamedTuple):
     COLS: bool
     POSITIVES: str
     EXCLUDE_POSITIVES: bool
-    HARDEST: bool
     TRIANGLE: bool
-    EXACT: bool
+    BLOCK_K: int
+    KEPT: int
     PARTS: int
 
 
 class SoftplusRows(NamedTuple):
     row_slots: Tensor
+    BLOCK_K: int
 
 
 class Merge(NamedTuple):
     slots: Tensor
     pair_scores: Tensor | None
     counts: Tensor | None
+    ids: Tensor | None
+    shift: Tensor
     max_out: Tensor
     logsum_out: Tensor
     pos_out: Tensor | None
-    neg_max_out: Tensor | None
+    underflowed: Tensor
     length: int
     groups: int
     offset: int
     first_pair: int
     last_pair: int
-    IDS: bool
+    BIASED: bool
     POSITIVES: str
-    HARDEST: bool
-    BLOCK: int
+    LEAST: float = gpu.LEAST
+    BLOCK: int = MERGE_BLOCK
+
+
+class Maxima(NamedTuple):
+    underflowed: Tensor | None
+    max_out: Tensor
+    logsum_out: Tensor
+    pos_out: Tensor | None
+    neg_max_out: Tensor | None
+    POSITIVES: str
+    EXCLUDE_POSITIVES: bool
+    BLOCK_K: int
 
 
 class Weights(NamedTuple):
-    """The arguments for computing W from S. `row_factors`, `col_factors`: see `gpu.Vectors`."""
+    """The arguments for computing W from S: see `gpu.SideWeights`."""
 
-    u: Tensor | None
-    row_factors: Tensor | None
-    alpha: Tensor | None
-    row_pos: Tensor | None
-    v: Tensor | None
-    col_factors: Tensor | None
-    beta: Tensor | None
-    col_pos: Tensor | None
-    norm: Tensor | None
+    shift: Tensor | None
+    underflowed: Tensor | None
+    row_weights: Tensor | None
+    col_weights: Tensor | None
+    row_logs: Tensor | None
+    col_logs: Tensor | None
     SOFTPLUS: bool
     POSITIVES: str
     EXCLUDE_POSITIVES: bool
-    EXACT: bool
+    FIXED: bool
 
     @classmethod
-    def of(cls, call: gpu.Backward) -> Weights:
-        p, row, col = call.problem, call.row, call.col
-        return cls(
-            u=row.u,
-            row_factors=row.factors,
-            alpha=row.alpha,
-            row_pos=row.pos,
-            v=col.u,
-            col_factors=col.factors,
-            beta=col.alpha,
-            col_pos=col.pos,
-            norm=call.norm,
-            SOFTPLUS=call.softplus,
-            POSITIVES=p.positives or "none",
-            EXCLUDE_POSITIVES=p.exclude_positives,
-            EXACT=p.a.dtype == torch.float32,
+    def of(cls, call: gpu.Backward, norm: Tensor | None) -> list[Weights]:
+        """The two kinds of a kernel, one of which does nothing; softplus has one."""
+        p = call.problem
+        options = {
+            "SOFTPLUS": call.softplus,
+            "POSITIVES": p.positives or "none",
+            "EXCLUDE_POSITIVES": p.exclude_positives,
+        }
+        if call.softplus:
+
+            def pairs(u: Tensor | None) -> Tensor | None:
+                if u is None:
+                    return None
+                u = u.float() if norm is None else u.float() / norm
+                return torch.stack([u, torch.zeros_like(u)], 1)
+
+            u, v = (pairs(side.upstream.logsum) for side in (call.row, call.col))
+            return [cls(None, None, u, v, None, None, FIXED=True, **options)]
+        shift = gpu.fixed_shift(p, call.op)
+        row, col = (side.weights(p, shift, norm) for side in (call.row, call.col))
+        underflowed = torch.stack([x.underflowed for x in (row, col) if x]).any().int()
+
+        def of(name: str) -> list[Tensor | None]:
+            return [side and getattr(side, name) for side in (row, col)]
+
+        return [
+            cls(shift, underflowed, *of("fixed"), None, None, FIXED=True, **options),
+            cls(None, underflowed, *of("exact"), *of("logs"), FIXED=False, **options),
+        ]
+
+    def transposed(self) -> Weights:
+        return self._replace(
+            row_weights=self.col_weights,
+            col_weights=self.row_weights,
+            row_logs=self.col_logs,
+            col_logs=self.row_logs,
         )
 
 
@@ -342,18 +371,17 @@ class Panel(NamedTuple):
     row_sums: Tensor | None
     col_sums: Tensor | None
     softplus_sums: Tensor | None
+    BLOCK_K: int
     PARTS: int
 
 
 class Gradient(NamedTuple):
+    factor: Tensor
     grad: Tensor | None
     stride_grad: int
     scale_sums: Tensor | None
     row_sums: Tensor | None
     softplus_sums: Tensor | None
-    row_limit: Tensor | None
-    col_limit: Tensor | None
-    SCALE: str
     BLOCK_D: int
 
 
@@ -374,79 +402,97 @@ def _device_context(device: torch.device) -> AbstractContextManager:
 @_autotuned_forward
 def logsumexp_forward(problem: Problem) -> Stats:
     p, plan, op = problem, _Plan(problem), Operands.of(problem)
-    symmetric = is_symmetric(p)
+    if p.exact_max or p.hardest:
+        return gpu.both_sides(p, lambda: _maxima(plan, op, False), lambda: _maxima(plan, op, True))
+    symmetric, by_ids = is_symmetric(p), p.row_ids is not None
     rows, cols = (True, True) if symmetric else (p.rows, p.cols)
     split, tile = plan.split(), plan.forward
+    fields = 2 if by_ids and p.positives else 1
 
     def slots(groups: int, length: int) -> Tensor:
-        out = op.a.new_empty((4, groups, length), dtype=torch.float32)
-        if p.row_ids is not None and p.positives:  # tiles without positives do not write these
-            out[2].fill_(0.0 if p.positives == "linear" else -torch.inf)
-        if p.hardest:
-            out[3].fill_(-torch.inf)
-        return out
+        return op.a.new_empty((fields, groups, length), dtype=torch.float32).zero_()
 
     row_slots = slots(split.col_groups, p.n) if rows else None
     col_slots = row_slots if symmetric else slots(split.row_groups, p.m) if cols else None
     pair_scores = None
-    if p.row_ids is None and not p.exclude_self:  # even if not requested: one kernel variant less
+    if not by_ids and not p.exclude_self:  # even if not requested: one kernel variant less
         pair_scores = op.a.new_empty(p.n, dtype=torch.float32)
-    statistics = Statistics(
+    shift = gpu.fixed_shift(p, op)
+    sums = Sums(
+        shift=shift,
         row_slots=row_slots,
         col_slots=col_slots,
         pair_scores=pair_scores,
         row_groups=split.row_groups,
         ROWS=rows,
         COLS=cols,
-        POSITIVES=p.positives if p.positives and p.row_ids is not None else "none",
+        POSITIVES=p.positives if p.positives and by_ids else "none",
         EXCLUDE_POSITIVES=p.exclude_positives,
-        HARDEST=p.hardest,
         TRIANGLE=symmetric,
-        EXACT=p.a.dtype == torch.float32,
-        PARTS=plan.arch.parts(tile),
+        BLOCK_K=tile.k,
+        KEPT=plan.arch.kept_rows(tile, plan.arithmetic),
+        PARTS=min(2, plan.arch.parts(tile)),
     )
-    _launch(
-        forward.logsumexp_kernel,
-        split.programs,
-        Scores.of(plan, op, tile, tile.k),
-        KSteps.of(p, tile),
-        Groups.of(split),
-        statistics,
-    )
+    scores = Scores.of(plan, op, tile, tile.k)
+    _launch(forward.sums_kernel, split.programs, scores, Groups.of(split), sums)
 
-    row_counts = col_counts = None
-    if p.positives == "linear" and p.row_ids is not None:
-        row_counts, col_counts = _counts(p, op)
+    counts = _counts(p, op) if fields == 2 else (None, None)
 
-    def merged(slots: Tensor, counts: Tensor | None, offset: int) -> SideStats:
+    def merged(transposed: bool) -> SideStats:
+        slots = col_slots if transposed else row_slots
         _, groups, length = slots.shape
         out = p.new_side(length)
+        underflowed = torch.empty_like(out.max, dtype=torch.int8)
         merge = Merge(
             slots=slots,
             pair_scores=pair_scores if p.positives else None,
-            counts=counts,
+            counts=counts[transposed],
+            ids=op.col_ids if transposed else op.row_ids,
+            shift=shift,
             max_out=out.max,
             logsum_out=out.logsum,
             pos_out=out.pos,
-            neg_max_out=out.neg_max,
+            underflowed=underflowed,
             length=length,
             groups=groups,
-            offset=offset,
+            offset=-p.diagonal if transposed else 0,
             first_pair=max(0, -p.diagonal),
             last_pair=min(p.n, p.m - p.diagonal),
-            IDS=p.row_ids is not None,
+            BIASED=p.row_bias is not None or p.col_bias is not None,
             POSITIVES=p.positives or "none",
-            HARDEST=p.hardest,
-            BLOCK=MERGE_BLOCK,
         )
         _launch(forward.merge_kernel, triton.cdiv(length, MERGE_BLOCK), merge)
-        return out
+        return _maxima(plan, op, transposed, underflowed, out)
 
-    return gpu.both_sides(
-        p,
-        lambda: merged(row_slots, row_counts, 0),
-        lambda: merged(col_slots, col_counts, -p.diagonal),
+    return gpu.both_sides(p, lambda: merged(False), lambda: merged(True))
+
+
+def _maxima(
+    plan: _Plan,
+    op: Operands,
+    transposed: bool,
+    underflowed: Tensor | None = None,
+    out: SideStats | None = None,
+) -> SideStats:
+    """The statistics of one side with true maxima: of all rows, or in `out` of those that have
+    underflowed."""
+    p, tile = plan.problem, plan.maxima
+    op = op.transposed() if transposed else op
+    n = op.a.shape[0]
+    out = p.new_side(n) if out is None else out
+    maximum = Maxima(
+        underflowed=underflowed,
+        max_out=out.max,
+        logsum_out=out.logsum,
+        pos_out=out.pos,
+        neg_max_out=out.neg_max,
+        POSITIVES=p.positives or "none",
+        EXCLUDE_POSITIVES=p.exclude_positives,
+        BLOCK_K=tile.k,
     )
+    scores = Scores.of(plan, op, tile, tile.k, transposed)
+    _launch(maxima.maxima_kernel, triton.cdiv(n, tile.m), scores, maximum)
+    return out
 
 
 @_autotuned_forward
@@ -454,14 +500,9 @@ def softplus_forward(problem: Problem) -> Tensor:
     plan, op = _Plan(problem), Operands.of(problem)
     split, tile = plan.split(triangle=False), plan.forward
     slots = op.a.new_empty((split.col_groups, problem.n), dtype=torch.float32)
-    _launch(
-        forward.softplus_kernel,
-        split.programs,
-        Scores.of(plan, op, tile, tile.k),
-        KSteps.of(problem, tile),
-        Groups.of(split),
-        SoftplusRows(slots),
-    )
+    scores = Scores.of(plan, op, tile, tile.k)
+    rows = SoftplusRows(slots, tile.k)
+    _launch(forward.softplus_kernel, split.programs, scores, Groups.of(split), rows)
     return slots.sum(0)
 
 
@@ -501,11 +542,29 @@ def _backward(call: gpu.Backward, needs: Needs, values: Tensor | None = None) ->
     return (_fused_gradients if plan.gradient else _panel_gradients)(call, plan, needs, values)
 
 
+def _scaling(call: gpu.Backward) -> tuple[Tensor | None, Tensor | None]:
+    """(norm, factor): W is divided by the norm, in fp16, and W·B to be multiplied by the factor.
+
+    A scale that is one number is part of the factor. One per row multiplies W itself.
+    """
+    scale = call.op.scale
+    norm = call.norm(of_scale=scale.ndim == 1)
+    if scale.ndim:
+        return norm, norm
+    return norm, scale if norm is None else scale * norm
+
+
+def _restored(sums: tuple, norm: Tensor | None) -> list[Tensor | None]:
+    """Sums of W from those of W divided by the norm."""
+    return [x if x is None or norm is None else x * norm for x in sums]
+
+
 def _fused_gradients(call: gpu.Backward, plan: _Plan, needs: Needs, values: Tensor | None) -> Grads:
     p, tile = call.problem, plan.gradient
     block_d = max(16, triton.next_power_of_2(p.d))
-    limit = dense(p.row_limit)
     together = p.b is None and not call.symmetric  # the gradients of both sides are added
+    norm, factor = _scaling(call)
+    kinds = Weights.of(call, norm)
 
     def run(call: gpu.Backward, transposed: bool, needs: Needs) -> RowGradient:
         op, n = call.op, call.op.a.shape[0]
@@ -520,34 +579,30 @@ def _fused_gradients(call: gpu.Backward, plan: _Plan, needs: Needs, values: Tens
         if not any(needs) and row_values is None:
             return RowGradient(grad, *sums)
         gradient = Gradient(
+            factor=op.scale.new_ones(()) if factor is None else factor,
             grad=grad,
             stride_grad=p.d,
             scale_sums=sums[0],
             row_sums=sums[1],
             softplus_sums=row_values,
-            row_limit=None if transposed else limit,
-            col_limit=limit if transposed else None,
-            SCALE="one" if op.scale.ndim == 0 else "col" if transposed else "row",
             BLOCK_D=block_d,
         )
-        _launch(
-            backward.gradient_kernel,
-            triton.cdiv(n, tile.m),
-            Scores.of(plan, op, tile, block_d, transposed),
-            Weights.of(call),
-            gradient,
-        )
-        return RowGradient(grad, *sums)
+        scores = Scores.of(plan, op, tile, block_d, transposed)
+        for weights in kinds:
+            weights = weights.transposed() if transposed else weights
+            _launch(backward.gradient_kernel, triton.cdiv(n, tile.m), scores, weights, gradient)
+        return RowGradient(grad, *_restored(sums, norm))
 
-    # the kernel has already multiplied by the norm
-    return gpu.fused_gradients(call, needs, run, norm=None)
+    # the kernel has already multiplied by the factor
+    return gpu.fused_gradients(call, needs, run, factor=None)
 
 
 def _panel_gradients(call: gpu.Backward, plan: _Plan, needs: Needs, values: Tensor | None) -> Grads:
     like, tile = call.op.a, plan.panel
     parts = plan.arch.parts(tile, call.softplus)
     scores = Scores.of(plan, call.op, tile, tile.k)
-    steps, weights = KSteps.of(call.problem, tile), Weights.of(call)
+    norm, factor = _scaling(call)
+    kinds = Weights.of(call, norm)
 
     def run(rows: slice, cols: slice, workspace: Tensor | None) -> PanelSums:
         n, m = rows.stop - rows.start, cols.stop - cols.start
@@ -566,16 +621,19 @@ def _panel_gradients(call: gpu.Backward, plan: _Plan, needs: Needs, values: Tens
             row_sums=sums.row,
             col_sums=sums.col,
             softplus_sums=softplus_sums,
+            BLOCK_K=tile.k,
             PARTS=parts,
         )
         programs = grid[0] * grid[1]
         if plan.arch.tma:  # each program loads its next tile while it reduces the current one
             programs = min(programs, 2 * plan.processors)
         panel_scores = scores._replace(n=rows.stop, m=cols.stop)
-        _launch(backward.weights_kernel, programs, panel_scores, steps, weights, panel)
+        for weights in kinds:
+            _launch(backward.weights_kernel, programs, panel_scores, weights, panel)
         if values is not None:
             values[rows] += softplus_sums.sum(0)
-        return sums
+        return PanelSums(*_restored(sums, norm))
 
     # the kernel stores whole tiles without masks, so the workspace covers whole tiles
-    return gpu.panel_gradients(call, needs, plan.panel_size(), (tile.m, tile.n), run)
+    size = plan.panel_size()
+    return gpu.panel_gradients(call, needs, size, (tile.m, tile.n), run, factor)

@@ -1,9 +1,8 @@
 """A tile of S = scale·a·bᵀ + biases inside a Triton kernel, and the masks of its pairs.
 
-Scores are accumulated in fp32 and never stored. Padded rows and rows beyond the end get an offset
-of -inf. Most tiles then need no masks, because exp(-inf) and σ(-inf) are 0. Tiles that contain
-positives or self pairs are "special": they are recognised by position or by comparing ids, and take
-a separate branch.
+Scores are accumulated in fp32 and never stored. Most tiles need no masks. Those that contain
+positives, self pairs or padding, or extend beyond the end, are "special": they are recognised by
+position or by comparing ids, and take a separate branch.
 
 `n`, `m` and `d` are run-time values and never specialised, so that one compilation serves every
 batch size. A missing pointer is None, which Triton treats as a constant.
@@ -24,34 +23,16 @@ SIZES = ["n", "m", "d", "diagonal"]
 
 
 @triton.jit
-def exp(x, shift, EXACT: tl.constexpr):
-    """e^(x - shift).
-
-    EXACT: compute x - shift first, so that e^0 is 1. Otherwise one FMA with an error of |x|·2^-24,
-    which is far below that of a bf16 or fp16 score.
-    """
-    if EXACT:
-        return tl.exp2((x - shift) * LOG2E)
-    else:
-        return tl.exp2(x * LOG2E - shift * LOG2E)
+def softplus(x):
+    """softplus of x·log 2."""
+    return tl.maximum(x, 0.0) * LN2 + _log1p_unit(tl.exp2(-tl.abs(x)))
 
 
 @triton.jit
-def finite_shift(x):
-    """x with -inf replaced by 0: -inf - -inf would be NaN."""
-    return tl.where(x == float("-inf"), 0.0, x)
-
-
-@triton.jit
-def softplus(s):
-    return tl.maximum(s, 0.0) + _log1p_unit(tl.exp2(tl.abs(s) * -LOG2E))
-
-
-@triton.jit
-def sigmoid(s):
-    """σ(s) from the same exponential as softplus, so that both together compute it once."""
-    t = tl.exp2(tl.abs(s) * -LOG2E)
-    return tl.where(s >= 0, 1.0, t) / (1.0 + t)
+def sigmoid(x):
+    """σ(x·log 2) from the same exponential as softplus, so that both together compute it once."""
+    t = tl.exp2(-tl.abs(x))
+    return tl.where(x >= 0, 1.0, t) / (1.0 + t)
 
 
 @triton.jit
@@ -78,8 +59,7 @@ def _log1p_unit(t):
 def _tile_pointers(x, row0, length, stride, ROWS: tl.constexpr, BLOCK_K: tl.constexpr):
     """Pointers to the features [row0 : row0 + ROWS, 0 : BLOCK_K].
 
-    Rows beyond the end point to the last row, which saves a mask in the inner loop. The scores of
-    such rows get an offset of -inf.
+    Rows beyond the end point to the last row, which saves a mask in the inner loop.
     """
     rows = tl.minimum(row0 + tl.arange(0, ROWS), length - 1).to(tl.int64)
     return x + rows[:, None] * stride + tl.arange(0, BLOCK_K)[None, :]
@@ -155,6 +135,14 @@ def split_columns(tile):
     return tl.split(tl.permute(tl.reshape(tile, [M, 2, N // 2]), [0, 2, 1]))
 
 
+@triton.jit
+def join_columns(left, right):
+    """A tile from the halves of its columns."""
+    M: tl.constexpr = left.shape[0]
+    N: tl.constexpr = left.shape[1]
+    return tl.reshape(tl.permute(tl.join(left, right), [0, 2, 1]), [M, 2 * N])
+
+
 # Scores.
 
 
@@ -165,103 +153,114 @@ def load_vector(pointer, index, length, other):
 
 
 @triton.jit
-def load_side(bias, ids, index, length, PADDING: tl.constexpr):
-    """The offsets and the labels of the rows or columns of a tile.
+def exponents(acc, scale, row_bias, col_bias, shift, rows, cols, n, m, SCALE: tl.constexpr):
+    """S·log2 e - shift of a tile from its inner products: without biases one FMA.
 
-    offset: the bias, -inf for padding and beyond the end. label: the id, or the index without ids.
-    Padding gets the label PADDING, which differs between rows and columns and so never matches.
+    SCALE: the scale is "one" number, or one per "row" or per "col".
     """
-    inside = index < length
-    label = index
-    if ids is not None:
-        label = tl.load(ids + index, mask=inside, other=-1)
-        inside = inside & (label >= 0)
-        label = tl.where(inside, label, PADDING)
-    offset = tl.zeros_like(index).to(tl.float32)
-    if bias is not None:
-        offset = tl.load(bias + index, mask=inside, other=0.0)
-    return tl.where(inside, offset, float("-inf")), label
+    if SCALE == "one":
+        factor = tl.load(scale) * LOG2E
+    if SCALE == "row":
+        factor = load_vector(scale, rows, n, 0.0)[:, None] * LOG2E
+    if SCALE == "col":
+        factor = load_vector(scale, cols, m, 0.0)[None, :] * LOG2E
+    x = acc * factor - shift
+    if row_bias is not None:
+        x += load_vector(row_bias, rows, n, 0.0)[:, None] * LOG2E
+    if col_bias is not None:
+        x += load_vector(col_bias, cols, m, 0.0)[None, :] * LOG2E
+    return x
 
 
 @triton.jit
-def load_row_side(scale, bias, ids, rows, n, SCALE_PER_ROW: tl.constexpr):
-    """The scale, the offsets and the labels of the rows of a tile."""
-    offset, label = load_side(bias, ids, rows, n, -1)
-    if SCALE_PER_ROW:
-        row_scale = load_vector(scale, rows, n, 0.0)
+def labels(row_ids, col_ids, rows, cols, n, m):
+    """The ids of the rows and columns of a tile, or their indices without ids.
+
+    Padding and what lies beyond the end have -1 and -2, which differ and so never match.
+    """
+    if row_ids is None:
+        return rows, cols
     else:
-        row_scale = tl.load(scale) + tl.zeros_like(offset)
-    return row_scale, offset, label
-
-
-@triton.jit
-def scale_and_offset(acc, scale, row_offset, col_offset):
-    """The scores of a tile from its inner products."""
-    return acc * scale[:, None] + col_offset[None, :] + row_offset[:, None]
+        row_label = tl.load(row_ids + rows, mask=rows < n, other=-1)
+        col_label = tl.load(col_ids + cols, mask=cols < m, other=-1)
+        return row_label, tl.where(col_label < 0, -2, col_label)
 
 
 # Masks.
 
 
 @triton.jit
-def is_special(row_ids, row_label, col_label, row0, col0, diagonal,
+def is_special(row_ids, row_label, col_label, row0, col0, n, m, diagonal,
                SELF: tl.constexpr, POSITIVE: tl.constexpr, BLOCK_M: tl.constexpr,
                BLOCK_N: tl.constexpr):  # fmt: skip
-    """Whether the tile contains a positive or a self pair, by ids or by position."""
+    """Whether the tile contains a positive (if POSITIVE), a self pair or padding, or extends beyond
+    the end."""
     first = row0 + diagonal
-    diagonal_crosses = (col0 < first + BLOCK_M) & (first < col0 + BLOCK_N)
+    crossed = (col0 < first + BLOCK_M) & (first < col0 + BLOCK_N)
     if row_ids is None:
-        return diagonal_crosses
+        ragged = (row0 + BLOCK_M > n) | (col0 + BLOCK_N > m)
+        if SELF or POSITIVE:
+            return ragged | crossed
+        else:
+            return ragged
     else:
-        found = False
+        nearest = tl.where(row_label < 0, 0, 1).to(tl.uint32)
         if POSITIVE:  # the minimum of the unsigned xor is 0 if any pair of labels is equal
             different = row_label[:, None] ^ col_label[None, :]
-            found = tl.min(tl.min(different.to(tl.uint32, bitcast=True), 1), 0) == 0
+            nearest = tl.minimum(nearest, tl.min(different.to(tl.uint32, bitcast=True), 1))
+        found = (tl.min(nearest, 0) == 0) | (tl.min(col_label, 0) < 0)
         if SELF:
-            found = found | diagonal_crosses
+            found = found | crossed
         return found
 
 
 @triton.jit
 def classify(row_ids, row_label, col_label, rows, cols, n, m, diagonal,
              SELF: tl.constexpr):  # fmt: skip
-    """The masks (positive, excluded) of a tile. Padding and pairs beyond the end are in neither."""
+    """The masks (positive, kept) of a tile. Padding, self pairs that are left out and what lies
+    beyond the end are in neither."""
     # Compare cols with rows + diagonal. The difference rows - cols would be a loop invariant of the
     # size of a tile, which the compiler hoists out of the loop and spills.
     partner = rows + diagonal
     partner = tl.where((rows < n) & (partner < m), partner, -1)
     self_pair = cols[None, :] == partner[:, None]
-    if row_ids is None:  # noqa: SIM108 (Triton decides an `if` at compile time)
+    if row_ids is None:
         positive = self_pair
+        kept = (rows < n)[:, None] & (cols < m)[None, :]
     else:
         positive = row_label[:, None] == col_label[None, :]
+        kept = (row_label >= 0)[:, None] & (col_label >= 0)[None, :]
     if SELF:
-        return positive & (self_pair == 0), self_pair
+        return positive & (self_pair == 0), kept & (self_pair == 0)
     else:
-        return positive, tl.zeros_like(self_pair)
+        return positive, kept
 
 
 @triton.jit
-def apply_limit(s, products, limit, special, row_ids, row_label, col_label, rows, cols, n, m,
-            diagonal, SELF: tl.constexpr):  # fmt: skip
-    """The scores with -inf at negatives whose inner product is above `limit`.
-
-    limit: (rows, 1) or (1, columns).
-    """
-    above = products > limit
-    if special:
-        positive, _ = classify(row_ids, row_label, col_label, rows, cols, n, m, diagonal, SELF)
-        above = above & (positive == 0)
-    return tl.where(above, float("-inf"), s)
+def above_limit(acc, row_limit, col_limit, rows, cols, n, m):
+    """Whether the inner products exceed the limit of their row or column."""
+    if row_limit is not None:
+        return acc > load_vector(row_limit, rows, n, 0.0)[:, None]
+    else:
+        return acc > load_vector(col_limit, cols, m, 0.0)[None, :]
 
 
 @triton.jit
-def signed_scores(s, special, row_ids, row_label, col_label, rows, cols, n, m, diagonal,
-                  SELF: tl.constexpr):  # fmt: skip
-    """The arguments of softplus: S at negatives, -S at positives, -inf at excluded pairs."""
-    if special:
-        positive, excluded = classify(
-            row_ids, row_label, col_label, rows, cols, n, m, diagonal, SELF
-        )
-        s = tl.where(excluded, float("-inf"), tl.where(positive, -s, s))
-    return s
+def signed_exponents(acc, scale, row_bias, col_bias, row_ids, col_ids, row_limit, col_limit, row0,
+                     col0, n, m, diagonal, SCALE: tl.constexpr, SELF: tl.constexpr):  # fmt: skip
+    """The arguments of softplus times log2 e: S at negatives, -S at positives, -inf elsewhere."""
+    BLOCK_M: tl.constexpr = acc.shape[0]
+    BLOCK_N: tl.constexpr = acc.shape[1]
+    rows, cols = row0 + tl.arange(0, BLOCK_M), col0 + tl.arange(0, BLOCK_N)
+    x = exponents(acc, scale, row_bias, col_bias, 0.0, rows, cols, n, m, SCALE)
+    row_label, col_label = labels(row_ids, col_ids, rows, cols, n, m)
+    LIMITED: tl.constexpr = row_limit is not None or col_limit is not None
+    signed = x
+    if LIMITED:
+        above = above_limit(acc, row_limit, col_limit, rows, cols, n, m)
+        signed = tl.where(above, float("-inf"), x)
+    if is_special(row_ids, row_label, col_label, row0, col0, n, m, diagonal, SELF, True, BLOCK_M,
+                  BLOCK_N):  # fmt: skip
+        positive, kept = classify(row_ids, row_label, col_label, rows, cols, n, m, diagonal, SELF)
+        signed = tl.where(positive, -x, tl.where(kept, signed, float("-inf")))
+    return signed

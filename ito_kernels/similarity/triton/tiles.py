@@ -45,7 +45,8 @@ class Arch(NamedTuple):
 
     tma: load features through tensor descriptors (Hopper and later) instead of pointers.
     forward, panel: for the statistics and for the W panels, without ids.
-    ids: for both, with ids. Comparing ids and summing over positives takes registers.
+    ids: for both, with ids. Comparing ids and summing over positives takes registers. Also for the
+        statistics with true maxima.
     gradient: for the fused gradient, D ≤ FUSED_D. k is unused, and arithmetics may be missing.
     """
 
@@ -55,6 +56,20 @@ class Arch(NamedTuple):
     panel: dict[str, Tile]
     ids: dict[str, Tile]
     gradient: dict[str, Tile]
+
+    def kept_rows(self, tile: Tile, arithmetic: str) -> int:
+        """How many rows of column sums the forward kernel keeps apart in registers.
+
+        A thread has one row of eight in its part of a tile, so the others are summed by other
+        threads. Adding them up, 96 shuffles at 128 columns, is then due once for each column tile
+        instead of once for each tile. 1: add them up at once.
+        """
+        if self.name == "gfx942" or arithmetic == "ieee":
+            return 1
+        if self.name == "sm_100":  # a row for each thread
+            return tile.m
+        warps = tile.warps if self.name == "sm_90" else 4  # those that lie along the rows
+        return min(8 * warps, tile.m // 2)
 
     def parts(self, tile: Tile, softplus: bool = False) -> int:
         """The number of parts in which the columns of a tile are reduced.
