@@ -22,14 +22,14 @@ class Reader {
 
   void read(Forward& p) { all(p.scores, p.split, p.row_slots, p.col_slots); }
   void read(Merge& p) {
-    all(p.slots, p.length, p.count, p.positives, p.ids, p.shift, p.out, p.underflowed);
+    all(p.slots, p.length, p.count, p.positives, p.biased, p.ids, p.shift, p.out, p.underflowed);
   }
   void read(Fallback& p) { all(p.scores, p.underflowed, p.slots, p.out); }
   void read(Panel& p) {
-    all(p.scores, p.split, p.first_row, p.last_row, p.first_col, p.last_col, p.norm, p.panel,
-        p.stride, p.scale_sums, p.row_sums, p.col_sums);
+    all(p.scores, p.split, p.first_row, p.last_row, p.first_col, p.last_col, p.panel, p.stride,
+        p.scale_sums, p.row_sums, p.col_sums);
   }
-  void read(Gradient& p) { all(p.scores, p.norm, p.grad, p.stride, p.scale_sums, p.row_sums); }
+  void read(Gradient& p) { all(p.scores, p.grad, p.stride, p.scale_sums, p.row_sums); }
 
  private:
   template <class... T>
@@ -47,10 +47,10 @@ class Reader {
   }
   void read(SideStats& s) { all(s.max, s.logsum, s.pos, s.neg_max); }
   void read(Side& s) {
-    all(s.features, s.stride, s.length, s.bias, s.ids, s.limit, s.factors, s.alpha, s.pos);
+    all(s.features, s.stride, s.length, s.bias, s.ids, s.limit, s.weights, s.exact, s.logs);
   }
   void read(Scores& s) {
-    all(s.arithmetic, s.row, s.col, s.row_bytes, s.scale, s.scale_of, s.shift, s.positives, s.exclude_self,
+    all(s.arithmetic, s.row, s.col, s.row_bytes, s.scale, s.scale_of, s.shift, s.underflowed, s.positives, s.exclude_self,
         s.exclude_positives, s.softplus, s.positives_matter, s.diagonal);
   }
   void read(Split& s) {

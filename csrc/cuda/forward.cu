@@ -13,9 +13,6 @@ namespace {
 
 constexpr float kLeast = 0x1p-80f;  // of a sum that has not underflowed
 
-// For positives, so that their sum is 0 only without any. NaN remains.
-__device__ __forceinline__ float at_least_tiny(float e) { return e < 0x1p-126f ? 0x1p-126f : e; }
-
 static_assert(kWarpRows == kSlots && kWarpCols * 2 == kSlots);
 
 class Statistics {
@@ -79,34 +76,42 @@ class Statistics {
   __device__ __forceinline__ void mask(Fragment& s, const Row (&rows)[kRows], int row0,
                                        int first) {
     const bool lse = p_.positives == Positives::kLse;
-    float row_pos[kRows] = {};
+    Pair row_pos[kRows] = {};  // a sum and a number
 #pragma unroll
     for (int j = 0; j < kCols; ++j) {
       const Column col(p_, col_of(first, j));
-      float pos = 0.0f;
+      Pair pos = {};
 #pragma unroll
       for (int r = 0; r < kRows; ++r) {
         const float dot = at(s, r, j);
         float x = score(dot, rows[r].scale * col.scale, cols_.added[j], rows[r]);
         const Kind kind = kind_of(p_, dot, rows[r], col);
         if (kind == Kind::kPositive) {
-          const float value = lse ? at_least_tiny(gpu::exp2_fast(x)) : x;
-          row_pos[r] += value;
-          pos += value;
+          const Pair value{lse ? gpu::exp2_fast(x) : x, 1.0f};
+          row_pos[r] = sum(row_pos[r], value);
+          pos = sum(pos, value);
         }
         if (kind == Kind::kExcluded || (kind == Kind::kPositive && p_.exclude_positives)) x = -kInf;
         at(s, r, j) = x;
       }
       if (p_.positives == Positives::kNone) continue;
 #pragma unroll
-      for (int lane = 4; lane <= 16; lane *= 2) pos += gpu::shuffle_xor(pos, lane);
-      if (with_cols_ && place_.group == j / 2 && col.index < p_.col.length)
-        col_slot_.add(kPos, col.index, pos);
+      for (int lane = 4; lane <= 16; lane *= 2)
+        pos = sum(pos, {gpu::shuffle_xor(pos.x, lane), gpu::shuffle_xor(pos.y, lane)});
+      if (with_cols_ && place_.group == j / 2 && col.index < p_.col.length) {
+        col_slot_.add(kPos, col.index, pos.x);
+        col_slot_.add(kPosCount, col.index, pos.y);
+      }
     }
     if (p_.positives == Positives::kNone) return;
 #pragma unroll
-    for (int r = 0; r < kRows; ++r) add_to_row(kPos, row0 + place_.row(r), row_pos[r]);
+    for (int r = 0; r < kRows; ++r) {
+      add_to_row(kPos, row0 + place_.row(r), row_pos[r].x);
+      add_to_row(kPosCount, row0 + place_.row(r), row_pos[r].y);
+    }
   }
+
+  static __device__ Pair sum(Pair a, Pair b) { return {a.x + b.x, a.y + b.y}; }
 
   __device__ __forceinline__ void add_to_row(Field field, int row, float x) {
     x += gpu::shuffle_xor(x, 1);
@@ -192,17 +197,24 @@ __global__ void __launch_bounds__(kMergeThreads) merge_kernel(const __grid_const
   const int i = blockIdx.x * kMergeThreads + threadIdx.x;
   if (i >= p.length) return;
   const int64_t field = static_cast<int64_t>(p.count) * p.length;
-  float sum = 0.0f, pos = 0.0f;
+  float sum = 0.0f, pos = 0.0f, count = 0.0f;
   int64_t at = i;
   for (int slot = 0; slot < p.count; ++slot, at += p.length) {
     sum += p.slots.load(at + kSum * field);
-    if (p.out.pos) pos += p.slots.load(at + kPos * field);
+    if (!p.out.pos) continue;
+    pos += p.slots.load(at + kPos * field);
+    count += p.slots.load(at + kPosCount * field);
   }
-  const bool padded = p.ids && p.ids.load(i) < 0, lse = p.positives == Positives::kLse;
-  p.underflowed.store(i, !padded && (sum < kLeast || (lse && pos > 0.0f && pos < kLeast)));
-  p.out.max.store(i, padded ? -kInf : p.shift.load(0) * kLn2);
-  p.out.logsum.store(i, logf(sum));
-  if (p.out.pos) p.out.pos.store(i, lse ? logf(pos) : pos * kLn2);
+  const bool padded = p.ids && p.ids.load(i) < 0, empty = padded || sum == 0.0f;
+  const bool lse = p.positives == Positives::kLse;
+  const float shift = p.shift.load(0), least = p.biased || shift > 0.0f ? kLeast : 0.0f;
+  const bool lost = sum < least || (lse && count > 0.0f && pos < least);
+  p.underflowed.store(i, lost && !padded);
+  // the power of two below Σ E stands for the maximum; without one, 0
+  const float top = empty ? -shift : floorf(log2f(sum));
+  p.out.max.store(i, empty ? -kInf : (shift + top) * kLn2);
+  p.out.logsum.store(i, empty ? -kInf : log2f(sum * exp2f(-top)) * kLn2);
+  if (p.out.pos) p.out.pos.store(i, ((lse ? log2f(pos) : pos) - (lse ? 1.0f : count) * top) * kLn2);
 }
 
 // Σ 2^x as a maximum and the sum relative to it.

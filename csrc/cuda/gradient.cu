@@ -48,7 +48,7 @@ __global__ void __launch_bounds__(kGradientThreads, 2)
   load_rows<kWidth, kGradientRows>(own, q.row, row0 - warp_row, q.row_bytes);
   for (int tile = 0; tile < kGradientStages - 1; ++tile) load(tile);
 
-  Weights<kSoftplus, 2> weights(q, p.norm);
+  Weights<kSoftplus, 2> weights(q);
   weights.set_rows(row0 + group);
   const bool sums = p.scale_sums || p.row_sums;
   float grad[kWidth / 8][4] = {}, scale_sum[2] = {}, row_sum[2] = {};

@@ -1,5 +1,4 @@
-// A panel of scale·W, W = ∂L/∂S, in the features' dtype: the vendor's matrix product does W·B and
-// Wᵀ·A with it.
+// A panel of W = ∂L/∂S in the features' dtype: the vendor's matrix product does W·B and Wᵀ·A with it.
 #include "cuda/weights.cuh"
 
 namespace ito::ITO_GPU {
@@ -12,7 +11,7 @@ class Writer {
       : panel_(panel),
         row_slot_(col_group * kWarpCols + place_.warp_col),
         col_slot_(row_group * kWarpRows + place_.warp_row),
-        weights_(panel.scores, panel.norm) {}
+        weights_(panel.scores) {}
 
   __device__ __forceinline__ void begin(int col0) { weights_.set_cols(col0 + place_.col()); }
 

@@ -32,10 +32,9 @@ struct Side {
   // Negatives with a larger <a, b> are left out. One side has limits at most: the rows, or where
   // the problem is transposed the columns.
   Global<const float> limit;
-  // Backward: (shift, factor), where upstream · softmax = factor · e^(S - shift). For softplus the
-  // factor is the upstream gradient. `alpha` is the upstream gradient of pos.
-  Global<const Pair> factors;
-  Global<const float> alpha, pos;
+  // Backward, as in gpu.SideWeights: factors of E = 2^x in W, of all pairs and of positives
+  // ("linear": without E); and for what has underflowed the factors of 2^(x + T - log).
+  Global<const Pair> weights, exact, logs;
 };
 
 struct Scores {
@@ -46,6 +45,7 @@ struct Scores {
   ScaleOf scale_of = ScaleOf::kAll;
   // One number T, here in base 2, with S - T ≤ 60: e^(S - T) serves rows and columns. Absent for 0.
   Global<const float> shift;
+  Global<const int32_t> underflowed;  // backward: whether `exact` and `logs` are needed
   Positives positives = Positives::kNone;
   bool exclude_self = false, exclude_positives = false;
   bool softplus = false;
@@ -65,8 +65,8 @@ constexpr int kTile = 128;                   // rows and columns
 constexpr int kWarpRows = 4, kWarpCols = 2;  // the warps of a block that share them
 
 // The statistics of one row or column: Σ e^(S - T); over the positives Σ (S - T) in base 2, or
-// Σ e^(S - T).
-enum Field { kSum, kPos, kFields };
+// Σ e^(S - T); their number.
+enum Field { kSum, kPos, kPosCount, kFields };
 
 // Partial statistics, [field][slot][row or column]. There are kSlots slots for each group of the
 // other side: no two warps write to the same place. They add to what is there, which is 0. Of
@@ -78,18 +78,20 @@ struct Forward {
   Global<float> row_slots, col_slots;  // the same ones under `triangle`
 };
 
-// Statistics of one side, relative to `max`: T, or of underflowed rows the true maximum.
+// Statistics of one side, relative to `max`: near the logsumexp, or the true maximum.
 struct SideStats {
   Global<float> max, logsum, pos, neg_max;  // neg_max: by `fallback` alone
 };
 
 // Merges one side's slots, in their order. A sum below 2^-80 may have lost terms: its row is marked
 // for `fallback`. Lost terms are below 2^-126 each, so of a larger sum 2^20 of them are less than
-// 2^-26. Rows with negative ids, padding, are empty and not marked.
+// 2^-26. Without biases and with T = 0 nothing is lost. Padding, which has a negative id, is not
+// marked.
 struct Merge {
   Global<const float> slots;
   int length = 0, count = 0;
   Positives positives = Positives::kNone;
+  bool biased = false;
   Global<const int32_t> ids;
   Global<const float> shift;
   SideStats out;
@@ -110,25 +112,23 @@ struct alignas(8) TwoWords {
   uint32_t x, y;
 };
 
-// A panel of scale·W / norm, W = ∂L/∂S, in the features' dtype: rows [first_row, last_row), columns
-// [first_col, last_col). Tiles at the edges are written in full. And sums of W before it is
-// rounded: Σ_j W·<a, b> and Σ_j W in kWarpCols slots for each column group, which is one tile wide,
+// A panel of W = ∂L/∂S in the features' dtype, times the scale if there is one for each row: rows
+// [first_row, last_row), columns [first_col, last_col). Tiles at the edges are written in full. And sums of W before it is
+// scaled: Σ_j W·<a, b> and Σ_j W in kWarpCols slots for each column group, which is one tile wide,
 // and Σ_i W, added to what is there, in kWarpRows slots for each row group. Any output may be
 // absent.
 struct Panel {
   Scores scores;
   Split split;
   int first_row = 0, last_row = 0, first_col = 0, last_col = 0;
-  Global<const float> norm;
   Global<TwoWords> panel;
   int64_t stride = 0;  // of two words
   Global<float> scale_sums, row_sums, col_sums;
 };
 
-// scale·W·B / norm for small D, (rows, stride) in fp32, and Σ_j W·<a, b> and Σ_j W of each row.
+// W·B for small D, (rows, stride) in fp32, and Σ_j W·<a, b> and Σ_j W of each row; W as in a panel.
 struct Gradient {
   Scores scores;
-  Global<const float> norm;
   Global<Pair> grad;
   int64_t stride = 0;  // of pairs
   Global<float> scale_sums, row_sums;

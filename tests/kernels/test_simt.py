@@ -190,7 +190,7 @@ def test_many_tiles(case, dtype, backward, monkeypatch):
     """One block that walks everything, and several groups each way."""
     processors = 6 if backward == "fused" else 1
     monkeypatch.setattr(simt, "_processors", lambda device: processors, raising=False)
-    kernel_checks.check_logsumexp("simt", case, dtype)
+    kernel_checks.check_logsumexp("simt", case, dtype, case.hardest)
 
 
 @pytest.mark.parametrize(("case", "dtype"), spread(LARGE, (FP16, FP32, BF16)))
@@ -201,7 +201,7 @@ def test_many_tiles_of_softplus(case, dtype, backward):
 @pytest.mark.parametrize(("case", "dtype"), spread(OPTIONS[:-1:2], (FP16, BF16)))
 def test_panels_of_half_precision(case, dtype, monkeypatch):
     monkeypatch.setattr(simt, "_fused", lambda problem: False, raising=False)
-    kernel_checks.check_logsumexp("simt", case, dtype)
+    kernel_checks.check_logsumexp("simt", case, dtype, case.hardest)
     kernel_checks.check_softplus("simt", case, dtype)
 
 
