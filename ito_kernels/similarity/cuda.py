@@ -124,7 +124,7 @@ class Cuda(Backend):
                 ids=op.col_ids if transposed else op.row_ids,
                 shift=shift,
                 out=out,
-                underflowed=out.max.new_empty(length, dtype=torch.int32),
+                underflowed=torch.empty_like(out.max, dtype=torch.int32),
             )
             self._run("merge", merge, slots)
             return self._maxima(p, op, transposed, merge.underflowed, out)

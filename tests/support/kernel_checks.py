@@ -240,7 +240,7 @@ def nothing_outside_is_read_or_written(backend, case: Case, monkeypatch) -> None
     if case.same:
         t["b"], t["col_ids"] = t["a"], t["row_ids"]
     names = ("positives", "exclude_self", "exclude_positives", "diagonal", "hardest")
-    fields = {name: getattr(case, name) for name in names}
+    fields = {name: getattr(case, name) for name in names} | {"exact_max": case.hardest}
     problem = Problem(**(t | {"b": None if case.same else t["b"]}), **fields)
     needs = Needs(True, not case.same, True, case.biases, case.biases)
     g = torch.Generator().manual_seed(3)
