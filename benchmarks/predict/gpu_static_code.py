@@ -67,7 +67,8 @@ def run_tool(tool: str, *arguments: str) -> str:
 
 
 def functions(sass: str) -> dict[str, tuple[list, dict]]:
-    """Parse the output of nvdisasm: {symbol: ([(instruction, its labels)], {label: position})}."""
+    """Parse the output of nvdisasm: {symbol: ([(instruction, its labels)], {label: position})}. A
+    branch with a condition is "@BRA"."""
     out = {}
     for part in re.split(r"\n\s*\.section\s+\.text\.", sass)[1:]:
         symbol = re.match(r"[\w$]+", part)[0]
@@ -75,8 +76,10 @@ def functions(sass: str) -> dict[str, tuple[list, dict]]:
         for line in part.splitlines():
             if label := re.match(r"\s*(\.L_x_\d+):", line):
                 labels[label[1]] = len(code)
-            elif found := re.match(r"\s*/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+\s+)?([A-Z]\S*)(.*)", line):
-                code.append((found[1].rstrip(";"), re.findall(r"\.L_x_\d+", found[2])))
+            elif found := re.match(r"\s*/\*[0-9a-f]+\*/\s+(@!?U?P\w+\s+)?([A-Z]\S*)(.*)", line):
+                condition = "@" if found[1] and found[2].startswith("BRA") else ""
+                labels_of = re.findall(r"\.L_x_\d+", found[3])
+                code.append((condition + found[2].rstrip(";"), labels_of))
         out[symbol] = code, labels
     return out
 

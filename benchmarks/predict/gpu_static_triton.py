@@ -24,6 +24,7 @@ from triton.compiler import ASTSource
 
 from ito_kernels.similarity.triton import backward as gradient_kernels
 from ito_kernels.similarity.triton import forward as statistics_kernels
+from ito_kernels.similarity.triton import maxima as maxima_kernels
 from ito_kernels.similarity.triton.tiles import ARCHS, COMPILE, Arch, Tile
 
 TARGETS = {
@@ -42,17 +43,17 @@ PARTS = {
 
 def variants(arch: Arch, arithmetic: str) -> dict[str, tuple]:
     """The compiled variants {name: (kernel, tile, arguments)}: the plain CLIP loss, and for each
-    kernel the options with the most state; in fp32 mostly the latter."""
+    kernel the options that take registers, alone and together; in fp32 mostly the latter."""
     element, _ = ELEMENT[arithmetic]
     fp32, i32 = "*fp32", "*i32"
     score, by_ids = arch.forward[arithmetic], arch.ids[arithmetic]
     w, gradient = arch.panel[arithmetic], arch.gradient.get(arithmetic)
     common = {
         "scale": fp32, "n": "i32", "m": "i32", "d": "i32", "stride_a": "i32", "stride_b": "i32",
-        "diagonal": "i32", "EVEN_D": True, "SCALE_PER_ROW": False, "SELF": False,
-        "EXCLUDE_POSITIVES": False, "EXACT": element == "fp32", "TMA": arch.tma,
+        "diagonal": "i32", "EVEN_D": True, "SCALE": "one", "SELF": False,
+        "EXCLUDE_POSITIVES": False, "TMA": arch.tma,
         "PRECISION": "ieee" if arithmetic == "half" else arithmetic, "INTERPRETED": False,
-        "POSITIVES": "none", "HARDEST": False, "TRIANGLE": False, "SOFTPLUS": False, "SCALE": "one",
+        "POSITIVES": "none", "TRIANGLE": False, "SOFTPLUS": False, "FIXED": True,
     }  # fmt: skip
 
     def features(tile: Tile, k: int) -> dict:
@@ -61,53 +62,82 @@ def variants(arch: Arch, arithmetic: str) -> dict[str, tuple]:
             a, b = (f"tensordesc<{element}[{rows}, {k}]>" for rows in (tile.m, tile.n))
         else:
             a = b = f"*{element}"
-        return common | blocks | {"a": a, "b": b}
+        return common | blocks | {"a": a, "b": b, "KEPT": arch.kept_rows(tile, arithmetic)}
 
     groups = dict.fromkeys(("row_tiles", "col_tiles", "row_groups", "col_groups"), "i32")
+    slots = {"row_slots": fp32, "col_slots": fp32, "shift": fp32, "ROWS": True, "COLS": True}
+    sums = groups | slots
     ids = {"row_ids": i32, "col_ids": i32}
-    everything = ids | {"row_bias": fp32, "col_bias": fp32, "SELF": True, "SCALE_PER_ROW": True}
-    sides = {"row_slots": fp32, "col_slots": fp32, "ROWS": True, "COLS": True}
-    forward = features(score, score.k) | groups | sides
-    forward_ids = features(by_ids, by_ids.k) | groups | sides | ids
-    up = ("u", "row_factors", "v", "col_factors")
-    upstream = dict.fromkeys(up, fp32)
-    positive = {"alpha": fp32, "beta": fp32, "POSITIVES": "linear"}
-    lse = positive | {"row_pos": fp32, "col_pos": fp32, "POSITIVES": "lse"}
-    sizes = dict.fromkeys(("panel_row", "panel_col", "stride_panel"), "i32") | {
-        "panel": f"*{element}"
-    }
-    panel, panel_ids = (features(x, x.k) | sizes for x in (w, by_ids))
-    sums = {"scale_sums": fp32, "row_sums": fp32, "col_sums": fp32}
-    softplus = {"SOFTPLUS": True, "u": fp32}
+    itself = {"SELF": True}
+    linear, lse = {"POSITIVES": "linear"}, {"POSITIVES": "lse"}
+    options = itself | {"row_bias": fp32, "col_bias": fp32, "SCALE": "row", "row_limit": fp32}
+    everything = ids | lse | options
+    statistics = dict.fromkeys(("max_out", "logsum_out", "pos_out", "neg_max_out"), fp32)
+    statistics |= {"underflowed": "*i8"}
+    upstream = dict.fromkeys(("row_weights", "col_weights", "shift"), fp32)
+    upstream |= {"underflowed": i32}
+    exact = upstream | {"row_logs": fp32, "col_logs": fp32, "shift": None, "FIXED": False}
+    learned = {"scale_sums": fp32}
+    all_sums = learned | {"row_sums": fp32, "col_sums": fp32}
+    softplus = {"SOFTPLUS": True, "row_weights": fp32}
     # the results of one pass that a SigLIP loss with a learned scale and bias needs
-    siglip = dict.fromkeys(("row_bias", "scale_sums", "row_sums", "softplus_sums"), fp32)
-    hard = everything | {"POSITIVES": "lse", "HARDEST": True, "TRIANGLE": True}
-    statistics, panels = statistics_kernels.logsumexp_kernel, gradient_kernels.weights_kernel
-    out = {
-        "forward clip": (statistics, score, forward | {"pair_scores": fp32}),
-        "forward ids": (statistics, by_ids, forward_ids | {"POSITIVES": "linear"}),
-        "forward all": (statistics, by_ids, forward_ids | hard),
-        "softplus ids": (statistics_kernels.softplus_kernel, by_ids, forward_ids),
-        "panel clip": (panels, w, panel | upstream | positive | {"scale_sums": fp32}),
-        "panel all": (panels, by_ids, panel_ids | upstream | lse | everything | sums),
-        "panel siglip": (panels, w, panel | softplus | siglip),
-        "panel softplus": (panels, by_ids, panel_ids | ids | softplus | sums | siglip),
+    siglip = softplus | dict.fromkeys(("row_bias", "scale_sums", "row_sums", "softplus_sums"), fp32)
+    # how the positives and self pairs are found, and what is computed of them
+    masks = {
+        "self": itself,
+        "ids": ids | linear,
+        "ids in": ids | lse,
+        "ids self": ids | linear | itself,
+        "ids self in": ids | lse | itself,
+        "decoupled": ids | linear | {"EXCLUDE_POSITIVES": True},
+        "all": everything,
     }
+    out = {}
+
+    def add(name: str, kernel, tile: Tile, k: int, **rest) -> None:
+        out[name] = kernel, tile, features(tile, k) | rest
+
+    kernel = statistics_kernels.sums_kernel
+    add("forward clip", kernel, score, score.k, **sums, pair_scores=fp32)
+    for name, mask in masks.items():
+        tile = by_ids if "row_ids" in mask else score
+        add(f"forward {name}", kernel, tile, tile.k, **sums | mask)
+    add("forward symmetric", kernel, by_ids, by_ids.k, **sums | everything | {"TRIANGLE": True})
+    kernel = maxima_kernels.maxima_kernel
+    add("maxima clip", kernel, by_ids, by_ids.k, **statistics | linear)
+    add("maxima all", kernel, by_ids, by_ids.k, **statistics | everything)
+    kernel = statistics_kernels.softplus_kernel
+    add("softplus", kernel, score, score.k, **groups, row_slots=fp32, row_bias=fp32)
+    add("softplus ids", kernel, by_ids, by_ids.k, **groups | options | ids, row_slots=fp32)
+    kernel = gradient_kernels.weights_kernel
+    sizes = dict.fromkeys(("panel_row", "panel_col", "stride_panel"), "i32")
+    sizes |= {"panel": f"*{element}"}
+    add("panel clip", kernel, w, w.k, **sizes | upstream | linear | learned)
+    add("panel in", kernel, w, w.k, **sizes | upstream | lse | learned)
+    add("panel exact", kernel, w, w.k, **sizes | exact | linear | learned)
+    add("panel siglip", kernel, w, w.k, **sizes | siglip)
+    add("panel siglip ids", kernel, by_ids, by_ids.k, **sizes | siglip | ids | all_sums)
+    for name, mask in masks.items():
+        tile = by_ids if "row_ids" in mask else w
+        add(f"panel {name}", kernel, tile, tile.k, **sizes | upstream | learned | mask)
+    rest = sizes | all_sums | everything
+    add("panel all sums", kernel, by_ids, by_ids.k, **rest | upstream)
+    add("panel all exact", kernel, by_ids, by_ids.k, **rest | exact)
+    kernel = gradient_kernels.gradient_kernel
+    fused = {"grad": f"*{element}", "stride_grad": "i32", "factor": fp32}
     for d in (64, 128) if gradient else ():
-        fused = features(gradient, d) | {"grad": f"*{element}", "stride_grad": "i32"}
-        out[f"gradient {d} clip"] = (
-            gradient_kernels.gradient_kernel, gradient,
-            fused | upstream | positive | {"scale_sums": fp32},
-        )  # fmt: skip
-        out[f"gradient {d} siglip"] = (
-            gradient_kernels.gradient_kernel,
-            gradient,
-            fused | softplus | siglip,
-        )
+        add(f"gradient {d} clip", kernel, gradient, d, **fused | upstream | linear | learned)
+        add(f"gradient {d} exact", kernel, gradient, d, **fused | exact | linear | learned)
+        add(f"gradient {d} siglip", kernel, gradient, d, **fused | siglip)
+        add(f"gradient {d} siglip ids", kernel, gradient, d, **fused | siglip | ids)
+        for name, mask in masks.items():
+            add(f"gradient {d} {name}", kernel, gradient, d, **fused | upstream | learned | mask)
+        rest = fused | everything | learned | {"row_sums": fp32}
+        add(f"gradient {d} all exact", kernel, gradient, d, **rest | exact)
     if element == "fp32":
-        out = {
-            k: v for k, v in out.items() if k in ("forward all", "panel all", "gradient 128 clip")
-        }
+        kept = ("forward clip", "forward all", "maxima all", "panel clip", "panel all sums")
+        kept += ("panel all exact", "gradient 128 clip", "gradient 128 all")
+        out = {k: v for k, v in out.items() if k in kept}
     return out
 
 
@@ -119,7 +149,7 @@ def built(arch_name: str, arithmetic: str, name: str):
     signature, constants, attributes = {}, {}, {}
     for i, argument in enumerate(kernel.arg_names):
         value = arguments.get(argument)
-        is_type = isinstance(value, str) and (value[0] == "*" or value in ("i32", "fp32"))
+        is_type = isinstance(value, str) and (value[0] == "*" or value == "i32")
         if is_type or (isinstance(value, str) and value.startswith("tensordesc")):
             signature[argument] = value
             if value[0] == "*" or argument.startswith("stride"):
@@ -183,18 +213,33 @@ def read_amd(kernel) -> dict:
     } | count(code, labels)
 
 
+def shortest(code: list, labels: dict, part: range) -> Counter:
+    """The instructions of the shortest way through a part of the code, by forward branches alone:
+    branches for tiles with positives or padding are not taken."""
+    ways = {part.start: Counter()}
+    for at in part:
+        if at not in ways:
+            continue
+        op, targets = code[at]
+        way = ways.pop(at)
+        way[family(op)] += 1
+        ends = [] if op.startswith(("BRA", "EXIT", "s_branch")) else [at + 1]
+        if op.startswith(("BRA", "@BRA", "s_cbranch", "s_branch")):
+            ends += [labels[x] for x in targets if at < labels.get(x, 0) <= part.stop]
+        for end in ends:
+            if end not in ways or way.total() < ways[end].total():
+                ways[end] = way.copy()
+    return ways.get(part.stop, Counter())
+
+
 def count(code: list, labels: dict) -> dict:
     """Count the instructions of one thread: in the whole kernel, in one step of the loop over D,
     and in one tile outside of such steps.
 
-    Code in a tile that a forward branch skips is not counted: it is for tiles with positives. With
-    tensor descriptors one loop runs over tiles and steps, and a branch skips the code that runs
-    once per tile. The counts are valid for kernels without ids; with ids the branches nest.
+    With tensor descriptors one loop runs over tiles and steps, and a branch skips the code that
+    runs once per tile.
     """
     matrix = {at for at, (op, _) in enumerate(code) if family(op) in sum(MATRIX.values(), ())}
-
-    def within(part: range) -> Counter:
-        return Counter(family(code[at][0]) for at in part)
 
     def inside(part: range, whole: range) -> bool:
         return whole.start <= part.start and part.stop <= whole.stop and part != whole
@@ -213,14 +258,14 @@ def count(code: list, labels: dict) -> dict:
         once_a_tile = [x for x in skips if inside(x, step)]
         if once_a_tile:
             tile = max(once_a_tile, key=len)
-            per_step, per_tile = within(step) - within(tile), within(tile)
+            per_step = shortest(code, labels, range(step.start, step.stop - 1))
+            per_tile = shortest(code, labels, tile)
         else:
             outer = [x for x in inner if inside(step, x)]
             tile = min(outer, key=len) if outer else range(len(code))
-            per_step, per_tile = within(step), within(tile) - within(step)
-        rare = {at for x in skips if inside(x, tile) for at in x}
-        out["per_step"] = dict(per_step)
-        out["per_tile"] = dict(per_tile - Counter(family(code[at][0]) for at in rare))
+            per_step = shortest(code, labels, range(step.start, step.stop - 1))
+            per_tile = shortest(code, labels, range(tile.start, tile.stop - 1)) - per_step
+        out["per_step"], out["per_tile"] = dict(per_step), dict(per_tile)
     return out
 
 

@@ -20,6 +20,7 @@ PANEL_BYTES = 256 << 20  # memory of one W panel: docs/gpu-static.md
 # In fp16, W is scaled so that its largest terms have this value. A sum of 4 of them stays below
 # 65,504, and a softmax entry of 1/N keeps its 11 bits down to 1e-8.
 FP16_SCALED_MAX = 4096.0
+IDS_MULTIPLE = 256  # of rows or columns of a tile, at most
 MIN_TORCH = (2, 13)  # as in pyproject.toml
 
 
@@ -67,7 +68,8 @@ def matmul_precision() -> str:
 
 
 class Operands(NamedTuple):
-    """Contiguous vectors, features with 16-byte aligned rows, ids as int32.
+    """Contiguous vectors, features with 16-byte aligned rows, ids as int32, followed by -1 up to a
+    multiple of `IDS_MULTIPLE`: tiles that extend beyond the end read them without a mask.
 
     b is the same tensor as a for a self-similarity, unless padding differs between the sides.
     """
@@ -142,12 +144,19 @@ def _ranks(problem: Problem) -> tuple[Tensor | None, Tensor | None]:
         return None, None
     order = p.col_ids.sort().values
     cols = torch.searchsorted(order, p.col_ids)
-    cols = torch.where(p.col_ids < 0, -1, cols).int()
+    cols = _padded_ids(torch.where(p.col_ids < 0, -1, cols))
     if is_symmetric(p):
         return cols, cols
     rows = torch.searchsorted(order, p.row_ids)
     found = order[rows.clamp(max=p.m - 1)] == p.row_ids
-    return torch.where(p.row_ids < 0, -1, torch.where(found, rows, p.m)).int(), cols
+    return _padded_ids(torch.where(p.row_ids < 0, -1, torch.where(found, rows, p.m))), cols
+
+
+def _padded_ids(ids: Tensor) -> Tensor:
+    length = len(ids)
+    out = ids.new_full((-(-length // IDS_MULTIPLE) * IDS_MULTIPLE,), -1, dtype=torch.int32)
+    out[:length] = ids
+    return out[:length]
 
 
 def accumulate(out: Tensor, x: Tensor, y: Tensor) -> None:

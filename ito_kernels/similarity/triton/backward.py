@@ -49,7 +49,7 @@ def _sigmoid_weights(acc, x, row_weights, col_weights, row_ids, col_ids, row0, c
     if col_weights is not None:
         v, _ = _pair(col_weights, cols, m)
         w = scores.sigmoid(x) * (u[:, None] + v[None, :])
-    row_label, col_label = scores.labels(row_ids, col_ids, rows, cols, n, m)
+    row_label, col_label = scores.labels(row_ids, col_ids, rows, cols)
     if scores.is_special(row_ids, row_label, col_label, row0, col0, n, m, diagonal, SELF, True,
                          BLOCK_M, BLOCK_N):  # fmt: skip
         positive, _ = scores.classify(
@@ -72,7 +72,7 @@ def _softmax_weights(acc, scale, row_bias, col_bias, row_ids, col_ids, row_limit
     # both the inner products and W would be alive and spill.
     u, alpha = _pair(row_weights, rows, n)
     v, beta = _pair(col_weights, cols, m)
-    row_label, col_label = scores.labels(row_ids, col_ids, rows, cols, n, m)
+    row_label, col_label = scores.labels(row_ids, col_ids, rows, cols)
     x = scores.exponents(acc, scale, row_bias, col_bias, shift, rows, cols, n, m, SCALE)
     if FIXED:
         all_pairs = tl.exp2(x) * (u[:, None] + v[None, :])

@@ -88,27 +88,24 @@ def _add_tile(
         )  # fmt: skip
         rows, cols = row0 + tl.arange(0, BLOCK_M), col0 + tl.arange(0, BLOCK_N)
         x = scores.exponents(acc, scale, row_bias, col_bias, shift, rows, cols, n, m, SCALE)
-        e = tl.exp2(x)
         if LIMITED:
             above = scores.above_limit(acc, row_limit, col_limit, rows, cols, n, m)
-            e = tl.where(above, 0.0, e)
-        row_label, col_label = scores.labels(row_ids, col_ids, rows, cols, n, m)
+        row_label, col_label = scores.labels(row_ids, col_ids, rows, cols)
         if scores.is_special(
             row_ids, row_label, col_label, row0, col0, n, m, diagonal, SELF, POSITIVE, BLOCK_M,
             BLOCK_N,
         ):  # fmt: skip
-            x = scores.exponents(acc, scale, row_bias, col_bias, shift, rows, cols, n, m, SCALE)
             positive, kept = scores.classify(row_ids, row_label, col_label, rows, cols, n, m,
                                              diagonal, SELF)  # fmt: skip
             if LIMITED:
-                e = tl.where(positive, tl.exp2(x), e)
+                above = above & (positive == 0)
             if pair_scores is not None:
                 target = rows + diagonal
                 here = (target >= col0) & (target < tl.minimum(col0 + BLOCK_N, m))
                 found = tl.sum(tl.where(positive, x, 0.0), 1)
                 tl.store(pair_scores + rows, found, mask=here & (rows < n))
             if POSITIVES != "none":
-                of_positives = tl.where(positive, e if POSITIVES == "lse" else x, 0.0)
+                of_positives = tl.where(positive, tl.exp2(x) if POSITIVES == "lse" else x, 0.0)
                 if ROWS:
                     _add(row_pos, rows, tl.sum(of_positives, 1), n)
                 if COLS:
@@ -116,7 +113,10 @@ def _add_tile(
                         _add(col_pos, cols, tl.sum(of_positives, 0), m)
             if EXCLUDE_POSITIVES:
                 kept = kept & (positive == 0)
-            e = tl.where(kept, e, 0.0)
+            x = tl.where(kept, x, float("-inf"))
+        if LIMITED:
+            x = tl.where(above, float("-inf"), x)
+        e = tl.exp2(x)
         if ROWS:
             _add(row_slots, rows, tl.sum(e, 1), n)
         if COLS:

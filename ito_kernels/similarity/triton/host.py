@@ -431,7 +431,7 @@ def logsumexp_forward(problem: Problem) -> Stats:
         TRIANGLE=symmetric,
         BLOCK_K=tile.k,
         KEPT=plan.arch.kept_rows(tile, plan.arithmetic),
-        PARTS=min(2, plan.arch.parts(tile)),
+        PARTS=plan.arch.parts(tile),
     )
     scores = Scores.of(plan, op, tile, tile.k)
     _launch(forward.sums_kernel, split.programs, scores, Groups.of(split), sums)

@@ -61,7 +61,7 @@ def maxima_kernel(
             )  # fmt: skip
         cols = col0 + tl.arange(0, BLOCK_N)
         x = scores.exponents(acc, scale, row_bias, col_bias, 0.0, rows, cols, n, m, SCALE)
-        row_label, col_label = scores.labels(row_ids, col_ids, rows, cols, n, m)
+        row_label, col_label = scores.labels(row_ids, col_ids, rows, cols)
         positive, kept = scores.classify(
             row_ids, row_label, col_label, rows, cols, n, m, diagonal, SELF
         )

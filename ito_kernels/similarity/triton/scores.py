@@ -173,17 +173,13 @@ def exponents(acc, scale, row_bias, col_bias, shift, rows, cols, n, m, SCALE: tl
 
 
 @triton.jit
-def labels(row_ids, col_ids, rows, cols, n, m):
-    """The ids of the rows and columns of a tile, or their indices without ids.
-
-    Padding and what lies beyond the end have -1 and -2, which differ and so never match.
-    """
+def labels(row_ids, col_ids, rows, cols):
+    """The ids of the rows and columns of a tile, -1 for padding and beyond the end, where
+    `gpu.Operands` has them too. Without ids their indices."""
     if row_ids is None:
         return rows, cols
     else:
-        row_label = tl.load(row_ids + rows, mask=rows < n, other=-1)
-        col_label = tl.load(col_ids + cols, mask=cols < m, other=-1)
-        return row_label, tl.where(col_label < 0, -2, col_label)
+        return tl.load(row_ids + rows), tl.load(col_ids + cols)
 
 
 # Masks.
@@ -204,11 +200,8 @@ def is_special(row_ids, row_label, col_label, row0, col0, n, m, diagonal,
         else:
             return ragged
     else:
-        nearest = tl.where(row_label < 0, 0, 1).to(tl.uint32)
-        if POSITIVE:  # the minimum of the unsigned xor is 0 if any pair of labels is equal
-            different = row_label[:, None] ^ col_label[None, :]
-            nearest = tl.minimum(nearest, tl.min(different.to(tl.uint32, bitcast=True), 1))
-        found = (tl.min(nearest, 0) == 0) | (tl.min(col_label, 0) < 0)
+        # 0 if any pair of labels is equal, negative if exactly one is -1
+        found = tl.min(row_label[:, None] ^ col_label[None, :]) <= 0
         if SELF:
             found = found | crossed
         return found
@@ -228,8 +221,8 @@ def classify(row_ids, row_label, col_label, rows, cols, n, m, diagonal,
         positive = self_pair
         kept = (rows < n)[:, None] & (cols < m)[None, :]
     else:
-        positive = row_label[:, None] == col_label[None, :]
         kept = (row_label >= 0)[:, None] & (col_label >= 0)[None, :]
+        positive = kept & (row_label[:, None] == col_label[None, :])
     if SELF:
         return positive & (self_pair == 0), kept & (self_pair == 0)
     else:
@@ -253,7 +246,7 @@ def signed_exponents(acc, scale, row_bias, col_bias, row_ids, col_ids, row_limit
     BLOCK_N: tl.constexpr = acc.shape[1]
     rows, cols = row0 + tl.arange(0, BLOCK_M), col0 + tl.arange(0, BLOCK_N)
     x = exponents(acc, scale, row_bias, col_bias, 0.0, rows, cols, n, m, SCALE)
-    row_label, col_label = labels(row_ids, col_ids, rows, cols, n, m)
+    row_label, col_label = labels(row_ids, col_ids, rows, cols)
     LIMITED: tl.constexpr = row_limit is not None or col_limit is not None
     signed = x
     if LIMITED:
