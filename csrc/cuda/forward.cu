@@ -191,6 +191,11 @@ __global__ void __launch_bounds__(kThreads) forward_kernel(const __grid_constant
   for_each_tile<Arithmetic>(p.scores, region, epilogue);
 }
 
+// x·ln 2 less its rounding `product`: what the other statistics of a row keep of its maximum.
+__device__ __forceinline__ float product_rest(float x, float product) {
+  return fmaf(x, kLn2, -product) - x * 1.9046543e-9f;  // kLn2 is larger than ln 2 by that
+}
+
 constexpr int kMergeThreads = 128;
 
 __global__ void __launch_bounds__(kMergeThreads) merge_kernel(const __grid_constant__ Merge p) {
@@ -212,9 +217,13 @@ __global__ void __launch_bounds__(kMergeThreads) merge_kernel(const __grid_const
   p.underflowed.store(i, lost && !padded);
   // the power of two below Σ E stands for the maximum; without one, 0
   const float top = empty ? -shift : floorf(log2f(sum));
-  p.out.max.store(i, empty ? -kInf : (shift + top) * kLn2);
-  p.out.logsum.store(i, empty ? -kInf : log2f(sum * exp2f(-top)) * kLn2);
-  if (p.out.pos) p.out.pos.store(i, ((lse ? log2f(pos) : pos) - (lse ? 1.0f : count) * top) * kLn2);
+  const float max = (shift + top) * kLn2, rest = product_rest(shift + top, max);
+  p.out.max.store(i, empty ? -kInf : max);
+  p.out.logsum.store(i, empty ? -kInf : fmaf(log2f(sum * exp2f(-top)), kLn2, rest));
+  if (p.out.pos) {
+    const float number = lse ? 1.0f : count;
+    p.out.pos.store(i, fmaf((lse ? log2f(pos) : pos) - number * top, kLn2, number * rest));
+  }
 }
 
 // Σ 2^x as a maximum and the sum relative to it.
@@ -298,14 +307,13 @@ class Running {
       merge_positive(pos, {one.load(kPos, row), one.load(kPosSum, row)});
       neg = fmaxf(neg, one.load(kNegMax, row));
     }
-    // relative to what backward makes of the maximum
-    const float max = all.max * kLn2, base = finite(max) * kLog2e;
-    p.out.max.store(row, max);
-    p.out.logsum.store(row, fmaf(finite(all.max) - base, kLn2, logf(all.sum)));
+    const float top = finite(all.max), max = top * kLn2, rest = product_rest(top, max);
+    p.out.max.store(row, all.max == -kInf ? -kInf : max);
+    p.out.logsum.store(row, logf(all.sum) + rest);
     if (p.out.pos)
       p.out.pos.store(row, p_.positives == Positives::kLse
-                               ? fmaf(pos.max - base, kLn2, logf(pos.sum))
-                               : (pos.max - pos.sum * base) * kLn2);
+                               ? fmaf(pos.max - top, kLn2, logf(pos.sum) + rest)
+                               : fmaf(pos.max - pos.sum * top, kLn2, pos.sum * rest));
     if (p.out.neg_max) p.out.neg_max.store(row, neg * kLn2);
   }
 

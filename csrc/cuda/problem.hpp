@@ -33,7 +33,7 @@ struct Side {
   // the problem is transposed the columns.
   Global<const float> limit;
   // Backward, as in gpu.SideWeights: factors of E = 2^x in W, of all pairs and of positives
-  // ("linear": without E); and for what has underflowed the factors of 2^(x + T - log).
+  // ("linear": without E); and where sums have underflowed the factors of 2^(S - log).
   Global<const Pair> weights, exact, logs;
 };
 

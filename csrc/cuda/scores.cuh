@@ -90,8 +90,9 @@ struct Cols {
   }
 };
 
+// The biases are added to one another first: the same bits where the problem is transposed.
 __device__ __forceinline__ float score(float dot, float scale, float col_added, const Row& row) {
-  return fmaf(dot, scale, col_added) + row.added;
+  return fmaf(dot, scale, col_added + row.added);
 }
 
 // What a column's scores need besides where they may be masked.

@@ -19,7 +19,9 @@ class Weights {
   using Tile = float[kRowCount / 2][kCols / 2][4];
 
   __device__ Weights(const Scores& p)
-      : p_(p), shift_(shift_of(p)), underflowed_(p.underflowed && p.underflowed.load(0)) {}
+      : p_(p),
+        underflowed_(p.underflowed && p.underflowed.load(0)),
+        shift_(underflowed_ ? 0.0f : shift_of(p)) {}
 
   // Row r is `first` + 8·r.
   __device__ __forceinline__ void set_rows(int first) {
@@ -123,6 +125,7 @@ class Weights {
   }
 
   // The same where sums have underflowed: an exponential for each side, relative to its own log.
+  // Scores are not less T, which may be so far away that they would lose their digits.
   __device__ __forceinline__ void with_logs(Tile& s, float (&scale_sum)[kRowCount],
                                             float (&row_sum)[kRowCount]) const {
     const bool lse = p_.positives == Positives::kLse;
@@ -136,8 +139,7 @@ class Weights {
         const Pair v = pair_of(p_.col.exact, p_.col, at_col.index);
         const Pair col = pair_of(p_.col.logs, p_.col, at_col.index);
         const float dot = at(s, r, j);
-        const float x =
-            score(dot, rows_[r].scale * at_col.scale, cols_.added[j], rows_[r]) + shift_;
+        const float x = score(dot, rows_[r].scale * at_col.scale, cols_.added[j], rows_[r]);
         const Kind kind = kind_of(p_, dot, rows_[r], at_col);
         const bool positive = kind == Kind::kPositive;
         float w = 0.0f;
@@ -153,8 +155,8 @@ class Weights {
   }
 
   const Scores& p_;
-  float shift_;
   bool underflowed_;
+  float shift_;  // T; 0 where sums have underflowed
   int first_row_, first_col_;
   Row rows_[kRowCount];
   float row_weights_[kRowCount];

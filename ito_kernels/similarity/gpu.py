@@ -326,7 +326,9 @@ class Side(NamedTuple):
         u, alpha = map(_fp32, self.upstream)
         if u is None and alpha is None:
             return None
-        maximum, logsum, pos = map(_fp32, (self.stats.max, self.stats.logsum, self.stats.pos))
+        # Logs of 100 and more: fp32 would lose the last digits of their exponentials.
+        stats = self.stats.max, self.stats.logsum, self.stats.pos
+        maximum, logsum, pos = (None if x is None else x.double() for x in stats)
         zero = torch.zeros_like(maximum)
         u, alpha = (zero if x is None else x if norm is None else x / norm for x in (u, alpha))
         empty = maximum == -torch.inf
@@ -344,10 +346,12 @@ class Side(NamedTuple):
             of_positives = alpha * torch.exp2(inverse_pos)
         biased = problem.row_bias is not None or problem.col_bias is not None
         underflowed = torch.maximum(inverse_sum, inverse_pos).amax() > -log2(LEAST)
+        logs = torch.stack([shift - inverse_sum, shift - inverse_pos], 1)
+        exact = torch.stack([u, alpha], 1) * torch.exp2(logs.float() - logs)
         return SideWeights(
-            torch.stack([u * torch.exp2(inverse_sum), of_positives], 1),
-            torch.stack([u, alpha], 1),
-            torch.stack([shift - inverse_sum, shift - inverse_pos], 1),
+            torch.stack([u * torch.exp2(inverse_sum), of_positives], 1).float(),
+            exact.float(),
+            logs.float(),
             underflowed if biased else underflowed & (shift > 0),
         )
 
@@ -375,7 +379,8 @@ class SideWeights(NamedTuple):
     fixed: (length, 2), the factors of E in W: u / Σ E, and for positives alpha ("linear", which no
         E multiplies) or alpha / Σ E over them. For the kernels with one exponential per score.
     exact: (length, 2), u and alpha, and logs: (length, 2), log2 Σ e^S and the same over the
-        positives. For the kernels with one exponential per score and side.
+        positives; `exact` makes up for the rounding of `logs`. For the kernels with one exponential
+        per score and side.
     underflowed: 0-d, whether a sum of E is too small for the first kind.
     """
 
