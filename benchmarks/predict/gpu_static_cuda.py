@@ -23,14 +23,16 @@ PARTS = {
     "siglip": (("forward", "forward softplus", 0), ("panel", "panel softplus", 2)),
 }
 # What makes a tile plain: no positive, nothing masked, nothing underflowed, one scale. The sums for the gradient
-# of the scale are taken, as CLIP needs them.
+# of the scale are taken.
 PLAIN = (
     ("scores.cuh", "return gpu::any(found);", "gpu::any(found); return false;"),
     ("weights.cuh", "p.underflowed && p.underflowed.load(0)", "false"),
     ("weights.cuh", "if (p_.scale_of == ScaleOf::kAll) return;", "return;"),
-    ("panel.cu", "bool sums = panel_.scale_sums || panel_.row_sums", "bool sums = true"),
-    ("panel.cu", "if (panel_.col_sums) sum_columns", "if (false) sum_columns"),
-    ("gradient.cu", "bool sums = p.scale_sums || p.row_sums", "bool sums = true"),
+    ("panel.cu", "panel_.row_sums || panel_.col_sums ? Sums::kAll", "false ? Sums::kAll"),
+    ("panel.cu", "panel_.scale_sums                ? Sums::kScale", "true ? Sums::kScale"),
+    ("panel.cu", "if (panel_.row_sums)", "if (false)"),
+    ("panel.cu", "if (panel_.col_sums)", "if (false)"),
+    ("gradient.cu", "p.row_sums ? Sums::kAll : p.scale_sums ?", "true ?"),
 )
 ARITHMETIC = {"Bf16": "bf16", "F16": "fp16", "Tf32x3": "tf32x3", "Tf32": "tf32"}
 

@@ -50,7 +50,7 @@ __global__ void __launch_bounds__(kGradientThreads, 2)
 
   Weights<kSoftplus, 2> weights(q);
   weights.set_rows(row0 + group);
-  const bool sums = p.scale_sums || p.row_sums;
+  const Sums sums = p.row_sums ? Sums::kAll : p.scale_sums ? Sums::kScale : Sums::kNone;
   float grad[kWidth / 8][4] = {}, scale_sum[2] = {}, row_sum[2] = {};
 
   for (int tile = 0; tile < tiles; ++tile) {

@@ -18,7 +18,9 @@ class Writer {
   __device__ __forceinline__ void tile(Fragment& s, int row0, int col0) {
     float scale_sum[kRows] = {}, row_sum[kRows] = {};
     weights_.set_rows(row0 + place_.row(0));
-    const bool sums = panel_.scale_sums || panel_.row_sums || panel_.col_sums;
+    const Sums sums = panel_.row_sums || panel_.col_sums ? Sums::kAll
+                      : panel_.scale_sums                ? Sums::kScale
+                                                         : Sums::kNone;
     weights_.weigh(s, sums, scale_sum, row_sum, [&] {
       store_sums(row0, scale_sum, row_sum);
       if (panel_.col_sums) sum_columns(s, col0 + place_.col());
@@ -75,8 +77,8 @@ class Writer {
           const uint32_t first = Arithmetic::pack(at(s, r, j), at(s, r, j + 1));
           const uint32_t next = Arithmetic::pack(at(s, r, j + 2), at(s, r, j + 3));
           const uint32_t got = gpu::shuffle_xor(odd ? first : next, 1);
-          panel_.panel.store(from + (col + j / 2 * 8) / 4 + odd * 2 + place_.member / 2,
-                             odd ? TwoWords{got, next} : TwoWords{first, got});
+          const TwoWords words{odd ? got : first, odd ? next : got};
+          panel_.panel.store(from + (col + j / 2 * 8) / 4 + odd * 2 + place_.member / 2, words);
         }
       } else {
 #pragma unroll

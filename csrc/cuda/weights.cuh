@@ -12,6 +12,9 @@ __device__ __forceinline__ Pair pair_of(Global<const Pair> pairs, const Side& si
   return pairs ? pairs.load(min(index, side.length - 1)) : Pair{};
 }
 
+// Which sums of W are wanted: none, Σ W·<a, b>, or also Σ W.
+enum class Sums { kNone, kScale, kAll };
+
 // A thread's part of a tile of W, and of scale·W where there is a scale for each row.
 template <bool kSoftplus, int kRowCount>
 class Weights {
@@ -43,17 +46,19 @@ class Weights {
   // Inner products become W. Where there are `sums`, adds to Σ W·<a, b> and Σ W of the rows and
   // calls `sum_columns`, before W is scaled.
   template <class SumColumns>
-  __device__ __forceinline__ void weigh(Tile& s, bool sums, float (&scale_sum)[kRowCount],
+  __device__ __forceinline__ void weigh(Tile& s, Sums sums, float (&scale_sum)[kRowCount],
                                         float (&row_sum)[kRowCount], SumColumns sum_columns) {
     if (!kSoftplus && underflowed_)
       with_logs(s, scale_sum, row_sum);
     else if (special(p_, rows_, first_col_))
       any_pairs(s, scale_sum, row_sum);
-    else if (sums)
-      negatives<true>(s, scale_sum, row_sum);
+    else if (sums == Sums::kAll)
+      negatives<Sums::kAll>(s, scale_sum, row_sum);
+    else if (sums == Sums::kScale)
+      negatives<Sums::kScale>(s, scale_sum, row_sum);
     else
-      negatives<false>(s, scale_sum, row_sum);
-    if (sums) sum_columns();
+      negatives<Sums::kNone>(s, scale_sum, row_sum);
+    if (sums != Sums::kNone) sum_columns();
     if (p_.scale_of == ScaleOf::kAll) return;
 #pragma unroll
     for (int j = 0; j < kCols; ++j) {
@@ -68,7 +73,7 @@ class Weights {
     return kSoftplus ? sigmoid(x) : gpu::exp2_fast(x);
   }
 
-  template <bool kSums>
+  template <Sums kSums>
   __device__ __forceinline__ void negatives(Tile& s, float (&scale_sum)[kRowCount],
                                             float (&row_sum)[kRowCount]) const {
 #pragma unroll
@@ -78,10 +83,8 @@ class Weights {
         const float dot = at(s, r, j);
         const float x = score(dot, rows_[r].scale, cols_.added[j], rows_[r]);
         const float w = activation(x) * (row_weights_[r] + col_weights_[j]);
-        if (kSums) {
-          scale_sum[r] = fmaf(w, dot, scale_sum[r]);
-          row_sum[r] += w;
-        }
+        if (kSums != Sums::kNone) scale_sum[r] = fmaf(w, dot, scale_sum[r]);
+        if (kSums == Sums::kAll) row_sum[r] += w;
         at(s, r, j) = w;
       }
   }
