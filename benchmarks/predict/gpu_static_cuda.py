@@ -22,8 +22,8 @@ PARTS = {
     "clip": (("forward", "forward", 0), ("panel", "panel", 2)),
     "siglip": (("forward", "forward softplus", 0), ("panel", "panel softplus", 2)),
 }
-# What makes a tile plain: no positive, nothing masked, nothing underflowed, one scale. The sums for the gradient
-# of the scale are taken.
+# What makes a tile plain: no positive, nothing masked, nothing underflowed, one scale. The sums for
+# the gradient of the scale are taken.
 PLAIN = (
     ("scores.cuh", "return gpu::any(found);", "gpu::any(found); return false;"),
     ("weights.cuh", "p.underflowed && p.underflowed.load(0)", "false"),
@@ -39,7 +39,9 @@ ARITHMETIC = {"Bf16": "bf16", "F16": "fp16", "Tf32x3": "tf32x3", "Tf32": "tf32"}
 
 def kernel_of(symbol: str) -> dict | None:
     """The properties of a kernel by its mangled name. None for the merge kernel: it has no tile."""
-    found = re.search(r"(forward|panel|gradient)_kernelINS0_\d+(Bf16|F16|Tf32x3|Tf32)E", symbol)
+    found = re.search(
+        r"(forward|fallback|panel|gradient)_kernelINS0_\d+(Bf16|F16|Tf32x3|Tf32)E", symbol
+    )
     if not found:
         return None
     kind, arithmetic = found[1], ARITHMETIC[found[2]]

@@ -50,8 +50,9 @@ class Reader {
     all(s.features, s.stride, s.length, s.bias, s.ids, s.limit, s.weights, s.exact, s.logs);
   }
   void read(Scores& s) {
-    all(s.arithmetic, s.row, s.col, s.row_bytes, s.scale, s.scale_of, s.shift, s.underflowed, s.positives, s.exclude_self,
-        s.exclude_positives, s.softplus, s.positives_matter, s.diagonal);
+    all(s.arithmetic, s.row, s.col, s.row_bytes, s.scale, s.scale_of, s.shift, s.underflowed,
+        s.positives, s.exclude_self, s.exclude_positives, s.softplus, s.positives_matter,
+        s.diagonal);
   }
   void read(Split& s) {
     all(s.row_tiles, s.col_tiles, s.row_groups, s.col_groups, s.triangle);

@@ -1,4 +1,4 @@
-// A panel of W = ∂L/∂S in the features' dtype: the vendor's matrix product does W·B and Wᵀ·A with it.
+// A panel of W = ∂L/∂S in the features' dtype: the vendor's matrix product does W·B and Wᵀ·A.
 #include "cuda/weights.cuh"
 
 namespace ito::ITO_GPU {

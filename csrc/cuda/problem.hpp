@@ -113,10 +113,10 @@ struct alignas(8) TwoWords {
 };
 
 // A panel of W = ∂L/∂S in the features' dtype, times the scale if there is one for each row: rows
-// [first_row, last_row), columns [first_col, last_col). Tiles at the edges are written in full. And sums of W before it is
-// scaled: Σ_j W·<a, b> and Σ_j W in kWarpCols slots for each column group, which is one tile wide,
-// and Σ_i W, added to what is there, in kWarpRows slots for each row group. Any output may be
-// absent.
+// [first_row, last_row), columns [first_col, last_col). Tiles at the edges are written in full. And
+// sums of W before it is scaled: Σ_j W·<a, b> and Σ_j W in kWarpCols slots for each column group,
+// which is one tile wide, and Σ_i W, added to what is there, in kWarpRows slots for each row group.
+// Any output may be absent.
 struct Panel {
   Scores scores;
   Split split;
@@ -126,7 +126,7 @@ struct Panel {
   Global<float> scale_sums, row_sums, col_sums;
 };
 
-// W·B for small D, (rows, stride) in fp32, and Σ_j W·<a, b> and Σ_j W of each row; W as in a panel.
+// W·B for small D, W as in a panel, (rows, stride) in fp32; Σ_j W·<a, b> and Σ_j W of each row.
 struct Gradient {
   Scores scores;
   Global<Pair> grad;

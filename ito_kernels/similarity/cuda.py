@@ -7,8 +7,8 @@ gradient in registers and runs once per side. Otherwise W is written to a bounde
 by panel, and the vendor's matrix product computes W·B and Wᵀ·A with fp32 accumulation: 4 matrix
 products in all. For a symmetric S half of the tiles are computed.
 
-No atomics are used and sums have a fixed order, so the same inputs should give the same bits on a
-device; no GPU has run this yet. Nothing synchronises with the device.
+One exponential for each score: see `gpu.fixed_shift`. Sums have a fixed order, so the same inputs
+should give the same bits on a device; no GPU has run this yet. Nothing synchronises with the device.
 """
 
 from __future__ import annotations
