@@ -24,8 +24,8 @@ YFCC_VITB16 = {
     "augmentation": PAPER,
     "batch_size": 4096,
     "lr": 3e-3,
-    "steps": 30 * 14_829_396 // 4096,  # 30 epochs of the pairs that open_clip counts
-    "warmup": 10_000 / (30 * 14_829_396 // 4096),
+    "steps": 30 * 14_082_031 // 4096,  # 30 epochs of the paper's pairs
+    "warmup": 10_000 / (30 * 14_082_031 // 4096),
 }
 CC12M_VITB16 = YFCC_VITB16 | {
     "batch_size": 2048,

@@ -1,3 +1,8 @@
+import os
+
+if "PYTEST_XDIST_WORKER" in os.environ:  # workers, and the processes they start, share the cores
+    os.environ["OMP_NUM_THREADS"] = "1"
+
 import pytest
 import torch
 

@@ -270,7 +270,9 @@ def infonce(args: Arguments, options: Options) -> Tensor | tuple:
         return _multi_pass_infonce(o, args, batch)
 
     queries, keys, scale = args[:3]
-    scores = Scores(batch, queries, keys, scale, o.symmetric, o.exclude_self, args.backend)
+    scores = None
+    if args.query_ids is not None or o.exclude_self or o.return_stats:
+        scores = Scores(batch, queries, keys, scale, o.symmetric, o.exclude_self, args.backend)
     positives = "linear" if o.positives == "mean" else "lse"
     problem = Problem(
         queries,
@@ -284,19 +286,9 @@ def infonce(args: Arguments, options: Options) -> Tensor | tuple:
         hardest=o.return_stats,
         exact_max=o.return_stats,
     )
-    row_weights, log_counts = _statistics_weights(o, scores, "row")
-    col_weights = SideUpstream()
-    if o.symmetric and args.query_ids is args.key_ids:
-        col_weights, log_counts = row_weights, 2 * log_counts
-    elif o.symmetric:
-        col_weights, col_log_counts = _statistics_weights(o, scores, "col")
-        log_counts = log_counts + col_log_counts
-    result = batch.logsumexp_of(
-        as_autocast_problem(problem),
-        Upstream(row_weights, col_weights),
-        o.return_stats,
-        args.backend,
-    )
+    weights, log_counts = _statistics_weights(o, args, scores)
+    problem = as_autocast_problem(problem)
+    result = batch.logsumexp_of(problem, weights, o.return_stats, args.backend)
     loss, stats = result if o.return_stats else (result, None)
     if o.positives == "in":
         loss = loss + batch.all_reduce_loss(log_counts)
@@ -309,18 +301,34 @@ def infonce(args: Arguments, options: Options) -> Tensor | tuple:
 
 
 def _statistics_weights(
-    o: Options, scores: Scores, side: str
-) -> tuple[SideUpstream, Tensor | float]:
+    o: Options, args: Arguments, scores: Scores | None
+) -> tuple[Upstream, Tensor | float]:
     """The weights of logsum and pos in the loss, and the term of log k for positives="in".
+
+    scores: None if each anchor has one positive and no statistics are asked for.
+    """
+    share = 0.5 if o.symmetric else 1.0
+    if args.query_ids is None and not o.exclude_self:  # each anchor has one positive
+        u = share / args.queries.size(0) if o.reduction == "mean" else share
+        row = SideUpstream(u, -u)
+        return Upstream(row, row if o.symmetric else SideUpstream()), 0.0
+    row, log_counts = _side_weights(o, scores, "row", share)
+    if not o.symmetric:
+        return Upstream(row), log_counts
+    if args.query_ids is args.key_ids:
+        return Upstream(row, row), 2 * log_counts
+    col, col_log_counts = _side_weights(o, scores, "col", share)
+    return Upstream(row, col), log_counts + col_log_counts
+
+
+def _side_weights(
+    o: Options, scores: Scores, side: str, share: float
+) -> tuple[SideUpstream, Tensor | float]:
+    """Those of one direction, whose losses are multiplied by `share`.
 
     Both statistics are relative to the row maximum, which cancels. An anchor without a positive has
     weight 0, but its statistics are still part of the sum, so that NaN and infinity reach the loss.
     """
-    share = 0.5 if o.symmetric else 1.0
-    if scores.query_ids is None and not o.exclude_self:  # each anchor has one positive
-        n = scores.features(side).size(0)
-        u = share / n if o.reduction == "mean" else share
-        return SideUpstream(u, -u), 0.0
     k = scores.positive_counts(side)
     number = 1
     if o.reduction == "mean":

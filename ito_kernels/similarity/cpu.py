@@ -51,7 +51,7 @@ class Cpu(Backend):
             return False, f"needs CPU tensors, got {problem.a.device.type}"
         if problem.a.dtype not in DTYPES:
             return False, f"needs float32, bfloat16 or float16 features, got {problem.a.dtype}"
-        if max(problem.a.shape[0], problem.m, abs(problem.diagonal)) >= COUNTABLE:
+        if max(problem.n, problem.m, abs(problem.diagonal)) >= COUNTABLE:
             return False, "counts rows and columns with 32 bits"
         return True, "native kernels"
 
@@ -67,7 +67,7 @@ class Cpu(Backend):
         """Memory to keep scores for backward, 4 bytes each, up to what other passes have left of
         ITO_TILE_CACHE_BYTES."""
         # tiles are rounded up to whole panels
-        n, m = problem.a.shape[0], problem.m
+        n, m = problem.n, problem.m
         return min(tile_cache_left(), 4 * (n + n // 4 + 64) * (m + m // 4 + 64))
 
     def new_cache(self, problem: Problem, size: int) -> Tensor:
@@ -165,9 +165,9 @@ def _fields(p: Problem) -> tuple[Tensor | int | None, ...]:
     b = a if p.b is None else _rows(p.b)
     return (
         DTYPES.index(a.dtype),
-        a.shape[1],
-        *(a, a.shape[0], a.stride(0)),
-        *(b, b.shape[0], b.stride(0)),
+        a.size(1),
+        *(a, a.size(0), a.stride(0)),
+        *(b, b.size(0), b.stride(0)),
         p.b is None,
         p.scale.ndim == 1,
         p.scale.contiguous(),
@@ -183,7 +183,7 @@ def _fields(p: Problem) -> tuple[Tensor | int | None, ...]:
 
 
 def _rows(x: Tensor) -> Tensor:
-    return x if x.stride(1) == 1 or x.shape[1] == 1 else x.contiguous()
+    return x if x.stride(1) == 1 or x.size(1) == 1 else x.contiguous()
 
 
 def _vectors(*vectors: Tensor | float | None) -> tuple[Tensor | float | None, ...]:
@@ -196,10 +196,10 @@ def _memory(cache: Tensor | None) -> tuple[Tensor | None, int]:
 
 
 def _new_grads(problem: Problem, needs: Needs) -> Grads:
-    (n, d), m, like = problem.a.shape, problem.m, problem.scale
+    a, like, n, m = problem.a, problem.scale, problem.n, problem.m
     return Grads(
-        problem.a.new_empty(n, d) if needs.a else None,
-        problem.a.new_empty(m, d) if needs.b else None,
+        a.new_empty(n, problem.d) if needs.a else None,
+        a.new_empty(m, problem.d) if needs.b else None,
         torch.empty_like(like) if needs.scale else None,
         like.new_empty(n) if needs.row_bias else None,
         like.new_empty(m) if needs.col_bias else None,

@@ -65,15 +65,15 @@ class Problem(NamedTuple):
 
     @property
     def n(self) -> int:
-        return self.a.shape[0]
+        return self.a.size(0)
 
     @property
     def m(self) -> int:
-        return (self.a if self.b is None else self.b).shape[0]
+        return (self.a if self.b is None else self.b).size(0)
 
     @property
     def d(self) -> int:
-        return self.a.shape[1]
+        return self.a.size(1)
 
     @property
     def inputs(self) -> tuple[Tensor | None, ...]:

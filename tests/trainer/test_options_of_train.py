@@ -245,7 +245,9 @@ def test_presets_are_values_for_what_is_not_given():
     assert (paper.image_size, paper.patch_size, paper.lr, paper.batch_size) == (224, 16, 1e-3, 512)
     assert paper.augmentation == PAPER
     assert paper.warmup * paper.steps == pytest.approx(10_000)
-    assert config("--preset", "yfcc15m-vitb16", "--objective", "clip").augmentation == CROP
+    yfcc = config("--preset", "yfcc15m-vitb16", "--objective", "clip")
+    assert yfcc.augmentation == CROP
+    assert yfcc.steps * yfcc.batch_size / 14_082_031 == pytest.approx(30, abs=1e-3)  # epochs
 
 
 def test_resuming_a_finished_run_says_so_and_one_held_out_item_is_remarked(
