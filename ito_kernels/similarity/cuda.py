@@ -8,7 +8,7 @@ by panel, and the vendor's matrix product computes W·B and Wᵀ·A with fp32 ac
 products in all. For a symmetric S half of the tiles are computed.
 
 One exponential for each score: see `gpu.fixed_shift`. Sums have a fixed order, so the same inputs
-should give the same bits on a device; no GPU has run this yet. Nothing synchronises with the device.
+should give the same bits on a device; no GPU has run this yet. Nothing waits for the device.
 """
 
 from __future__ import annotations
