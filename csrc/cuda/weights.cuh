@@ -8,8 +8,9 @@ __device__ __forceinline__ float sigmoid(float x) {
   return gpu::reciprocal(1.0f + gpu::exp2_fast(-x));
 }
 
-__device__ __forceinline__ Pair pair_of(Global<const Pair> pairs, const Side& side, int index) {
-  return pairs ? pairs.load(min(index, side.length - 1)) : Pair{};
+__device__ __forceinline__ Pair pair_of(Global<const Pair> pairs, const Side& side, int index,
+                                        float absent = 0.0f) {
+  return pairs ? pairs.load(min(index, side.length - 1)) : Pair{absent, absent};
 }
 
 // Which sums of W are wanted: none, Σ W·<a, b>, or also Σ W.
@@ -128,19 +129,20 @@ class Weights {
   }
 
   // The same where sums have underflowed: an exponential for each side, relative to its own log.
-  // Scores are not less T, which may be so far away that they would lose their digits.
+  // Scores are not less T, which may be so far away that they would lose their digits. A side that
+  // nothing arrives at has an infinite log: 0 times an exponential that overflows would be NaN.
   __device__ __forceinline__ void with_logs(Tile& s, float (&scale_sum)[kRowCount],
                                             float (&row_sum)[kRowCount]) const {
     const bool lse = p_.positives == Positives::kLse;
 #pragma unroll
     for (int r = 0; r < kRowCount; ++r) {
       const Pair u = pair_of(p_.row.exact, p_.row, first_row_ + r * 8);
-      const Pair row = pair_of(p_.row.logs, p_.row, first_row_ + r * 8);
+      const Pair row = pair_of(p_.row.logs, p_.row, first_row_ + r * 8, kInf);
 #pragma unroll
       for (int j = 0; j < kCols; ++j) {
         const Column at_col(p_, col_of(first_col_, j));
         const Pair v = pair_of(p_.col.exact, p_.col, at_col.index);
-        const Pair col = pair_of(p_.col.logs, p_.col, at_col.index);
+        const Pair col = pair_of(p_.col.logs, p_.col, at_col.index, kInf);
         const float dot = at(s, r, j);
         const float x = score(dot, rows_[r].scale * at_col.scale, cols_.added[j], rows_[r]);
         const Kind kind = kind_of(p_, dot, rows_[r], at_col);
