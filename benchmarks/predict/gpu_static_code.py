@@ -106,19 +106,6 @@ def loops(code: list, labels: dict) -> list[range]:
     ]
 
 
-def barrier_between_row_tiles(code: list, labels: dict) -> bool:
-    """Whether in the outermost loop a barrier stands between the last store to global memory and
-    the branch back, on every path."""
-    entries = set(labels.values())
-    for at in reversed(max(loops(code, labels), key=len)):
-        op, _ = code[at]
-        if op.startswith("BAR.SYNC"):
-            return True
-        if op.startswith("STG") or at in entries:
-            return False
-    return False
-
-
 def programs(row: dict) -> int:
     """The number of blocks per processor that registers, shared memory and threads allow. On AMD
     the number of waves per SIMD that registers allow."""

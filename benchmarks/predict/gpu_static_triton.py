@@ -13,7 +13,6 @@ if os.environ.get("TRITON_INTERPRET"):
 import triton
 from gpu_static_code import (
     MATRIX,
-    barrier_between_row_tiles,
     family,
     functions,
     loops,
@@ -47,7 +46,8 @@ def variants(arch: Arch, arithmetic: str) -> dict[str, tuple]:
     element, _ = ELEMENT[arithmetic]
     fp32, i32 = "*fp32", "*i32"
     score, by_ids = arch.forward[arithmetic], arch.ids[arithmetic]
-    w, gradient = arch.panel[arithmetic], arch.gradient.get(arithmetic)
+    w, small = arch.panel[arithmetic], arch.maxima[arithmetic]
+    gradient = arch.gradient.get(arithmetic)
     common = {
         "scale": fp32, "n": "i32", "m": "i32", "d": "i32", "stride_a": "i32", "stride_b": "i32",
         "diagonal": "i32", "EVEN_D": True, "SCALE": "one", "SELF": False,
@@ -76,7 +76,7 @@ def variants(arch: Arch, arithmetic: str) -> dict[str, tuple]:
     statistics |= {"underflowed": "*i8"}
     upstream = dict.fromkeys(("row_weights", "col_weights", "shift"), fp32)
     upstream |= {"underflowed": i32}
-    exact = upstream | {"row_logs": fp32, "col_logs": fp32, "shift": None, "FIXED": False}
+    exact = upstream | {"row_shifts": fp32, "col_shifts": fp32, "shift": None, "FIXED": False}
     learned = {"scale_sums": fp32}
     all_sums = learned | {"row_sums": fp32, "col_sums": fp32}
     softplus = {"SOFTPLUS": True, "row_weights": fp32}
@@ -104,15 +104,15 @@ def variants(arch: Arch, arithmetic: str) -> dict[str, tuple]:
         add(f"forward {name}", kernel, tile, tile.k, **sums | mask)
     add("forward symmetric", kernel, by_ids, by_ids.k, **sums | everything | {"TRIANGLE": True})
     kernel = maxima_kernels.maxima_kernel
-    add("maxima clip", kernel, by_ids, by_ids.k, **statistics | linear)
-    add("maxima all", kernel, by_ids, by_ids.k, **statistics | everything)
+    add("maxima clip", kernel, small, small.k, **statistics | linear)
+    add("maxima all", kernel, small, small.k, **statistics | everything)
     kernel = statistics_kernels.softplus_kernel
     add("softplus", kernel, score, score.k, **groups, row_slots=fp32, row_bias=fp32)
     add("softplus ids", kernel, by_ids, by_ids.k, **groups | options | ids, row_slots=fp32)
     kernel = gradient_kernels.weights_kernel
     sizes = dict.fromkeys(("panel_row", "panel_col", "stride_panel"), "i32")
     sizes |= {"panel": f"*{element}"}
-    add("panel clip", kernel, w, w.k, **sizes | upstream | linear | learned)
+    add("panel clip", kernel, w, w.k, **sizes | upstream | linear)
     add("panel in", kernel, w, w.k, **sizes | upstream | lse | learned)
     add("panel exact", kernel, w, w.k, **sizes | exact | linear | learned)
     add("panel siglip", kernel, w, w.k, **sizes | siglip)
@@ -145,7 +145,11 @@ def built(arch_name: str, arithmetic: str, name: str):
     """One compiled variant, and its tile."""
     arch = ARCHS[arch_name]
     kernel, tile, arguments = variants(arch, arithmetic)[name]
-    arguments["PARTS"] = arch.parts(tile, arguments["SOFTPLUS"])
+    crowded = arguments["SELF"] or arguments["SCALE"] != "one" or "row_limit" in arguments
+    crowded |= "row_bias" in arguments or (arguments["SOFTPLUS"] and "row_ids" in arguments)
+    arguments["PARTS"] = arch.parts(
+        tile, "forward" if "KEPT" in kernel.arg_names else "panel", crowded
+    )
     signature, constants, attributes = {}, {}, {}
     for i, argument in enumerate(kernel.arg_names):
         value = arguments.get(argument)
@@ -171,8 +175,6 @@ def compile_one(arch_name: str, arithmetic: str, name: str) -> dict:
     read = read_amd if arch_name.startswith("gfx") else read_nvidia
     row |= read(kernel) | {"element": ELEMENT[arithmetic][1], "ahead": ARCHS[arch_name].tma}
     row["matrix_instructions"] = sum(row["total"].get(op, 0) for op in MATRIX[arch_name])
-    # row tiles share the columns' slots
-    row["barrier_missing"] = name.startswith("forward") and not row.pop("barrier")
     del row["total"]
     return row
 
@@ -193,7 +195,7 @@ def read_nvidia(kernel) -> dict:
     registers, stack = (int(re.search(rf"{x}:(\d+)", usage)[1]) for x in ("REG", "STACK"))
     spills = sum(op.startswith(("STL", "LDL")) for op, _ in code)
     row = {"registers": registers, "stack": stack, "spills": spills}
-    return row | {"barrier": barrier_between_row_tiles(code, labels)} | count(code, labels)
+    return row | count(code, labels)
 
 
 def read_amd(kernel) -> dict:
@@ -209,7 +211,6 @@ def read_amd(kernel) -> dict:
         "registers": number["vgpr_count"],
         "stack": int(re.search(r"ScratchSize: (\d+)", text)[1]),
         "spills": number["vgpr_spill_count"],
-        "barrier": True,  # not looked for
     } | count(code, labels)
 
 

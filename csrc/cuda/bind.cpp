@@ -47,7 +47,7 @@ class Reader {
   }
   void read(SideStats& s) { all(s.max, s.logsum, s.pos, s.neg_max); }
   void read(Side& s) {
-    all(s.features, s.stride, s.length, s.bias, s.ids, s.limit, s.weights, s.exact, s.logs);
+    all(s.features, s.stride, s.length, s.bias, s.ids, s.limit, s.weights, s.exact, s.shifts);
   }
   void read(Scores& s) {
     all(s.arithmetic, s.row, s.col, s.row_bytes, s.scale, s.scale_of, s.shift, s.underflowed,

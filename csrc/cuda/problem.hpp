@@ -33,8 +33,9 @@ struct Side {
   // the problem is transposed the columns.
   Global<const float> limit;
   // Backward, as in gpu.SideWeights: factors of E = 2^x in W, of all pairs and of positives
-  // ("linear": without E); and where sums have underflowed the factors of 2^(S - log).
-  Global<const Pair> weights, exact, logs;
+  // ("linear": without E). Where sums have underflowed: factors of e^(S - max), and of positives
+  // ("linear": alone, "lse": of e^(S - max - pos)); max and pos.
+  Global<const Pair> weights, exact, shifts;
 };
 
 struct Scores {
@@ -45,7 +46,7 @@ struct Scores {
   ScaleOf scale_of = ScaleOf::kAll;
   // One number T, here in base 2, with S - T ≤ 60: e^(S - T) serves rows and columns. Absent for 0.
   Global<const float> shift;
-  Global<const int32_t> underflowed;  // backward: whether `exact` and `logs` are needed
+  Global<const int32_t> underflowed;  // backward: whether `exact` and `shifts` are needed
   Positives positives = Positives::kNone;
   bool exclude_self = false, exclude_positives = false;
   bool softplus = false;

@@ -50,7 +50,7 @@ class Weights {
   __device__ __forceinline__ void weigh(Tile& s, Sums sums, float (&scale_sum)[kRowCount],
                                         float (&row_sum)[kRowCount], SumColumns sum_columns) {
     if (!kSoftplus && underflowed_)
-      with_logs(s, scale_sum, row_sum);
+      with_maxima(s, scale_sum, row_sum);
     else if (special(p_, rows_, first_col_))
       any_pairs(s, scale_sum, row_sum);
     else if (sums == Sums::kAll)
@@ -128,30 +128,34 @@ class Weights {
     }
   }
 
-  // The same where sums have underflowed: an exponential for each side, relative to its own log.
+  // The same where sums have underflowed: an exponential for each side, relative to its own maximum.
   // Scores are not less T, which may be so far away that they would lose their digits. A side that
-  // nothing arrives at has an infinite log: 0 times an exponential that overflows would be NaN.
-  __device__ __forceinline__ void with_logs(Tile& s, float (&scale_sum)[kRowCount],
+  // nothing arrives at has an infinite one: 0 times an exponential that overflows would be NaN.
+  __device__ __forceinline__ void with_maxima(Tile& s, float (&scale_sum)[kRowCount],
                                             float (&row_sum)[kRowCount]) const {
     const bool lse = p_.positives == Positives::kLse;
 #pragma unroll
     for (int r = 0; r < kRowCount; ++r) {
       const Pair u = pair_of(p_.row.exact, p_.row, first_row_ + r * 8);
-      const Pair row = pair_of(p_.row.logs, p_.row, first_row_ + r * 8, kInf);
+      const Pair row = pair_of(p_.row.shifts, p_.row, first_row_ + r * 8, kInf);
 #pragma unroll
       for (int j = 0; j < kCols; ++j) {
         const Column at_col(p_, col_of(first_col_, j));
         const Pair v = pair_of(p_.col.exact, p_.col, at_col.index);
-        const Pair col = pair_of(p_.col.logs, p_.col, at_col.index, kInf);
+        const Pair col = pair_of(p_.col.shifts, p_.col, at_col.index, kInf);
         const float dot = at(s, r, j);
         const float x = score(dot, rows_[r].scale * at_col.scale, cols_.added[j], rows_[r]);
         const Kind kind = kind_of(p_, dot, rows_[r], at_col);
         const bool positive = kind == Kind::kPositive;
+        const float to_row = fmaf(row.x, -kLog2e, x), to_col = fmaf(col.x, -kLog2e, x);
         float w = 0.0f;
         if (kind == Kind::kNegative || (positive && !p_.exclude_positives))
-          w = u.x * gpu::exp2_fast(x - row.x) + v.x * gpu::exp2_fast(x - col.x);
-        if (positive)
-          w += lse ? u.y * gpu::exp2_fast(x - row.y) + v.y * gpu::exp2_fast(x - col.y) : u.y + v.y;
+          w = u.x * gpu::exp2_fast(to_row) + v.x * gpu::exp2_fast(to_col);
+        if (positive && lse)
+          w += u.y * gpu::exp2_fast(fmaf(row.y, -kLog2e, to_row)) +
+               v.y * gpu::exp2_fast(fmaf(col.y, -kLog2e, to_col));
+        else if (positive)
+          w += u.y + v.y;
         scale_sum[r] = fmaf(w, dot, scale_sum[r]);
         row_sum[r] += w;
         at(s, r, j) = w;

@@ -26,7 +26,7 @@ class Side(NamedTuple):
     limit: Tensor | None
     weights: Tensor | None
     exact: Tensor | None
-    logs: Tensor | None
+    shifts: Tensor | None
 
     @classmethod
     def of(
@@ -46,7 +46,7 @@ class Side(NamedTuple):
             limit=limit,
             weights=weights and weights.fixed,
             exact=weights and weights.exact,
-            logs=weights and weights.logs,
+            shifts=weights and weights.shifts,
         )
 
 

@@ -20,7 +20,7 @@ PANEL_BYTES = 256 << 20  # memory of one W panel: docs/gpu-static.md
 # In fp16, W is scaled so that its largest terms have this value. A sum of 4 of them stays below
 # 65,504, and a softmax entry of 1/N keeps its 11 bits down to 1e-8.
 FP16_SCALED_MAX = 4096.0
-IDS_MULTIPLE = 256  # of rows or columns of a tile, at most
+ALIGNED_ROWS = 256  # a multiple of the rows and of the columns of any tile
 MIN_TORCH = (2, 13)  # as in pyproject.toml
 
 
@@ -69,7 +69,7 @@ def matmul_precision() -> str:
 
 class Operands(NamedTuple):
     """Contiguous vectors, features with 16-byte aligned rows, ids as int32, followed by -1 up to a
-    multiple of `IDS_MULTIPLE`: tiles that extend beyond the end read them without a mask.
+    multiple of `ALIGNED_ROWS`: tiles that extend beyond the end read them without a mask.
 
     b is the same tensor as a for a self-similarity, unless padding differs between the sides.
     """
@@ -153,10 +153,20 @@ def _ranks(problem: Problem) -> tuple[Tensor | None, Tensor | None]:
 
 
 def _padded_ids(ids: Tensor) -> Tensor:
-    length = len(ids)
-    out = ids.new_full((-(-length // IDS_MULTIPLE) * IDS_MULTIPLE,), -1, dtype=torch.int32)
-    out[:length] = ids
-    return out[:length]
+    out = ids.new_full((_aligned(len(ids)),), -1, dtype=torch.int32)
+    out[: len(ids)] = ids
+    return out[: len(ids)]
+
+
+def _aligned(rows: int) -> int:
+    return -(-rows // ALIGNED_ROWS) * ALIGNED_ROWS
+
+
+def padded_pairs(x: Tensor, y: Tensor) -> Tensor:
+    """(length, 2) with the columns x and y, followed by 0 up to a multiple of `ALIGNED_ROWS`."""
+    out = x.new_zeros((_aligned(len(x)), 2))
+    torch.stack([x, y], 1, out=out[: len(x)])
+    return out
 
 
 def accumulate(out: Tensor, x: Tensor, y: Tensor) -> None:
@@ -316,32 +326,29 @@ class Side(NamedTuple):
         u, alpha = map(_fp32, self.upstream)
         if u is None and alpha is None:
             return None
-        # Logs of 100 and more: fp32 would lose the last digits of their exponentials.
-        stats = self.stats.max, self.stats.logsum, self.stats.pos
-        maximum, logsum, pos = (None if x is None else x.double() for x in stats)
+        maximum, logsum, pos = map(_fp32, (self.stats.max, self.stats.logsum, self.stats.pos))
         zero = torch.zeros_like(maximum)
         u, alpha = (zero if x is None else x if norm is None else x / norm for x in (u, alpha))
-        empty = maximum == -torch.inf
-        base = shift - maximum.masked_fill(empty, 0) * LOG2E
+        maximum = maximum.masked_fill(maximum == -torch.inf, 0)
+        base = shift.double() - maximum.double() * LOG2E
 
-        def inverse(logsum: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-            """log2 of 1 / Σ E, and the weight; 0 for a sum over nothing."""
+        def inverse(logsum: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+            """log2 of 1 / Σ E, the logsum and the weight; all 0 for a sum over nothing."""
             nothing = logsum == -torch.inf
-            return (base - logsum * LOG2E).masked_fill(nothing, 0), weight.masked_fill(nothing, 0)
+            logarithm = (base - logsum * LOG2E).float()
+            return tuple(x.masked_fill(nothing, 0) for x in (logarithm, logsum, weight))
 
-        inverse_sum, u = inverse(logsum, u)
+        inverse_sum, logsum, u = inverse(logsum, u)
         inverse_pos, of_positives = zero, alpha
         if problem.positives == "lse" and pos is not None:
-            inverse_pos, alpha = inverse(pos, alpha)
+            inverse_pos, pos, alpha = inverse(pos, alpha)
             of_positives = alpha * torch.exp2(inverse_pos)
         biased = problem.row_bias is not None or problem.col_bias is not None
         underflowed = torch.maximum(inverse_sum, inverse_pos).amax() > -log2(LEAST)
-        logs = torch.stack([shift - inverse_sum, shift - inverse_pos], 1)
-        exact = torch.stack([u, alpha], 1) * torch.exp2(logs.float() - logs)
         return SideWeights(
-            torch.stack([u * torch.exp2(inverse_sum), of_positives], 1).float(),
-            exact.float(),
-            logs.float(),
+            padded_pairs(u * torch.exp2(inverse_sum), of_positives),
+            padded_pairs(u * torch.exp(-logsum), alpha),
+            padded_pairs(maximum, zero if pos is None else pos),
             underflowed if biased else underflowed & (shift > 0),
         )
 
@@ -352,17 +359,18 @@ class SideWeights(NamedTuple):
     W is the sum over both sides of u·e^S / Σ e^S, and at positives of alpha ("linear") or of
     alpha·e^S / Σ e^S over the positives ("lse").
 
+    The tensors are `padded_pairs`.
+
     fixed: (length, 2), the factors of E in W: u / Σ E, and for positives alpha ("linear", which no
         E multiplies) or alpha / Σ E over them. For the kernels with one exponential per score.
-    exact: (length, 2), u and alpha, and logs: (length, 2), log2 Σ e^S and the same over the
-        positives; `exact` makes up for the rounding of `logs`. For the kernels with one exponential
-        per score and side.
+    exact: (length, 2), u·e^-logsum and alpha, and shifts: (length, 2), the maximum and pos. For the
+        kernels with one exponential per score and side.
     underflowed: 0-d, whether a sum of E is too small for the first kind.
     """
 
     fixed: Tensor
     exact: Tensor
-    logs: Tensor
+    shifts: Tensor
     underflowed: Tensor
 
 
@@ -483,6 +491,7 @@ def panel_gradients(
     tile: tuple[int, int],
     run: Callable[[slice, slice, Tensor | None], PanelSums],
     factor: Tensor | None,
+    scale_of_products: bool = False,
 ) -> Grads:
     """The gradients from panels of W, by the vendor's matrix products.
 
@@ -490,6 +499,8 @@ def panel_gradients(
     run: launches the kernel that writes W of the given rows and columns to the workspace, in whole
         tiles.
     factor: what the products are still to be multiplied by, None for nothing.
+    scale_of_products: form the gradient of a scale that is one number from the products. It is
+        Σ <a, W·B>, in fp32, and takes no sums in the kernel.
     """
     p, op = call.problem, call.op
 
@@ -498,7 +509,7 @@ def panel_gradients(
 
     grad_a = zeros(p.n, p.d) if needs.a else None
     grad_b = grad_a if p.b is None else zeros(p.m, p.d) if needs.b else None
-    scale = zeros(p.n) if needs.scale else None
+    scale = zeros(p.n) if needs.scale and not scale_of_products else None
     row_bias = zeros(p.n) if needs.row_bias else None
     col_bias = zeros(p.m) if needs.col_bias else None
     workspace = None
@@ -529,6 +540,13 @@ def panel_gradients(
                 accumulate(grad_b[cols], weights.T, op.a[rows])
 
     dtype = p.a.dtype
+    if needs.scale and scale_of_products:
+        x, grad = (op.b, grad_b) if grad_a is None else (op.a, grad_a)
+        scale = (x * grad).sum()
+        if p.b is None:  # it holds the gradients of both sides
+            scale = scale * 0.5
+        norm = call.norm(of_scale=False)
+        scale = scale if norm is None else scale * norm
     grad_a = _to_dtype(grad_a, dtype, factor)
     grad_b = None if p.b is None else _to_dtype(grad_b, dtype, factor)
     return Grads(grad_a, grad_b, p.scale_grad(scale), row_bias, col_bias)

@@ -1,4 +1,4 @@
-"""The machine code of the Triton forward kernel, compiled ahead of time: no GPU is needed."""
+"""The machine code of Triton kernels, compiled ahead of time: no GPU is needed."""
 
 import os
 import sys
@@ -17,23 +17,37 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks" / "predict"))
 import gpu_static_code as code
 import gpu_static_triton as ahead
 
+# A thread's instructions and exponentials once a tile, for 128 × 128 scores and 128 threads.
+MOST = {
+    "forward clip": (900, 130),
+    "forward ids": (1170, 169),
+    "panel clip": (1000, 130),
+    "panel ids": (1300, 169),
+}
 
-@pytest.fixture(scope="module")
-def forward():
-    """The plain CLIP loss on Hopper, where features come through tensor descriptors."""
+
+@pytest.fixture(scope="module", params=MOST)
+def built(request):
+    """A plain loss on Hopper, where features come through tensor descriptors."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TRITON_DEFAULT_FP_FUSION", "0")  # as Triton 3.10 will have it
-        kernel, _ = ahead.built("sm_90", "half", "forward clip")
-    instructions, labels, _ = ahead.disassembled(kernel)
-    return instructions, labels
+        return request.param, *ahead.built("sm_90", "half", request.param)
 
 
-def test_a_barrier_between_row_tiles(forward):
-    """The next row tile reads column statistics that other threads have written."""
-    assert code.barrier_between_row_tiles(*forward)
+def test_instructions_of_a_tile(built):
+    """One exponential per score, few instructions around it, and no spilled register."""
+    name, kernel, tile = built
+    row = ahead.read_nvidia(kernel)
+    assert row["spills"] == row["stack"] == 0
+    share = 128 * 32 * tile.warps / (tile.m * tile.n)
+    instructions, exponentials = MOST[name]
+    assert sum(row["per_tile"].values()) * share <= instructions
+    assert 128 <= row["per_tile"]["special"] * share <= exponentials
 
 
-def test_multiplications_and_additions_are_fused(forward):
+def test_multiplications_and_additions_are_fused(built):
     """Each exponential takes its shift in one instruction."""
-    ops = [code.family(op) for op, _ in forward[0]]
+    _, kernel, _ = built
+    instructions, _, _ = ahead.disassembled(kernel)
+    ops = [code.family(op) for op, _ in instructions]
     assert ops.count("FFMA") > ops.count("special") / 2

@@ -361,9 +361,10 @@ def test_every_tile_once_and_little_memory():
 # ---- memory
 
 
+@pytest.mark.parametrize("exact_max", [True, False])
 @pytest.mark.parametrize("case", kernel_checks.GUARDED, ids=str)
-def test_nothing_outside_is_read_or_written(case, backward, monkeypatch):
-    kernel_checks.nothing_outside_is_read_or_written(simt, case, monkeypatch)
+def test_nothing_outside_is_read_or_written(case, exact_max, backward, monkeypatch):
+    kernel_checks.nothing_outside_is_read_or_written(simt, case, monkeypatch, exact_max)
 
 
 def test_memory_outside_is_an_error():

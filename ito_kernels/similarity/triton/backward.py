@@ -10,22 +10,25 @@ import triton
 import triton.language as tl
 
 from . import scores
+from .scores import LOG2E
 
 
 @triton.jit
-def _pair(x, index, length):
-    """Both columns of the rows `index` of an (N, 2) tensor, 0 without a tensor.
+def _pair(x, first, SIZE: tl.constexpr):
+    """Both columns of the rows [first : first + SIZE] of `gpu.padded_pairs`, 0 without a tensor.
 
-    Both are loaded at once. A vector shorter than the number of threads would be loaded by every
-    thread in the layout of the scores: 64 loads and 67 more registers at 128 columns.
+    Both are loaded at once and without a mask. A vector shorter than the number of threads is
+    loaded by every thread in the layout of the scores: with masks and 64-bit indices 64 loads, 67
+    more registers and 200 more instructions at 128 columns.
     """
     if x is None:
-        zero = tl.zeros_like(index).to(tl.float32)
+        zero = tl.zeros([SIZE], tl.float32)
         return zero, zero
     else:
-        pair = tl.arange(0, 2)[None, :]
-        at = x + index.to(tl.int64)[:, None] * 2 + pair
-        return tl.split(tl.load(at, mask=(index < length)[:, None] & (pair >= 0), other=0.0))
+        base = x + 2 * tl.cast(first, tl.int64)
+        return tl.split(
+            tl.load(base + (2 * tl.arange(0, SIZE)[:, None] + tl.arange(0, 2)[None, :]))
+        )
 
 
 @triton.jit
@@ -44,12 +47,12 @@ def _sigmoid_weights(acc, x, row_weights, col_weights, row_ids, col_ids, row0, c
     BLOCK_M: tl.constexpr = acc.shape[0]
     BLOCK_N: tl.constexpr = acc.shape[1]
     rows, cols = row0 + tl.arange(0, BLOCK_M), col0 + tl.arange(0, BLOCK_N)
-    u, _ = _pair(row_weights, rows, n)
+    u, _ = _pair(row_weights, row0, BLOCK_M)
     w = scores.sigmoid(x) * u[:, None]
     if col_weights is not None:
-        v, _ = _pair(col_weights, cols, m)
+        v, _ = _pair(col_weights, col0, BLOCK_N)
         w = scores.sigmoid(x) * (u[:, None] + v[None, :])
-    row_label, col_label = scores.labels(row_ids, col_ids, rows, cols)
+    row_label, col_label = scores.labels(row_ids, col_ids, row0, col0, BLOCK_M, BLOCK_N)
     if scores.is_special(row_ids, row_label, col_label, row0, col0, n, m, diagonal, SELF, True,
                          BLOCK_M, BLOCK_N):  # fmt: skip
         positive, _ = scores.classify(
@@ -61,7 +64,7 @@ def _sigmoid_weights(acc, x, row_weights, col_weights, row_ids, col_ids, row0, c
 
 @triton.jit
 def _softmax_weights(acc, scale, row_bias, col_bias, row_ids, col_ids, row_limit, col_limit, shift,
-                     row_weights, col_weights, row_logs, col_logs, row0, col0, n, m, diagonal,
+                     row_weights, col_weights, row_shifts, col_shifts, row0, col0, n, m, diagonal,
                      SCALE: tl.constexpr, POSITIVES: tl.constexpr, SELF: tl.constexpr,
                      EXCLUDE_POSITIVES: tl.constexpr, FIXED: tl.constexpr):  # fmt: skip
     """W of a tile for logsumexp, from its inner products."""
@@ -70,20 +73,21 @@ def _softmax_weights(acc, scale, row_bias, col_bias, row_ids, col_ids, row_limit
     rows, cols = row0 + tl.arange(0, BLOCK_M), col0 + tl.arange(0, BLOCK_N)
     # All vectors are loaded first. They pass through shared memory; at the barrier of a later load
     # both the inner products and W would be alive and spill.
-    u, alpha = _pair(row_weights, rows, n)
-    v, beta = _pair(col_weights, cols, m)
-    row_label, col_label = scores.labels(row_ids, col_ids, rows, cols)
-    x = scores.exponents(acc, scale, row_bias, col_bias, shift, rows, cols, n, m, SCALE)
+    u, alpha = _pair(row_weights, row0, BLOCK_M)
+    v, beta = _pair(col_weights, col0, BLOCK_N)
+    row_label, col_label = scores.labels(row_ids, col_ids, row0, col0, BLOCK_M, BLOCK_N)
+    UNIT: tl.constexpr = LOG2E if FIXED else 1.0
+    x = scores.exponents(acc, scale, row_bias, col_bias, shift, rows, cols, n, m, SCALE, UNIT)
     if FIXED:
         all_pairs = tl.exp2(x) * (u[:, None] + v[None, :])
     else:
-        row_log, row_pos = _pair(row_logs, rows, n)
-        col_log, col_pos = _pair(col_logs, cols, m)
+        row_max, row_pos = _pair(row_shifts, row0, BLOCK_M)
+        col_max, col_pos = _pair(col_shifts, col0, BLOCK_N)
         all_pairs = tl.zeros_like(x)
-        if row_logs is not None:
-            all_pairs += tl.exp2(x - row_log[:, None]) * u[:, None]
-        if col_logs is not None:
-            all_pairs += tl.exp2(x - col_log[None, :]) * v[None, :]
+        if row_shifts is not None:
+            all_pairs += tl.exp2((x - row_max[:, None]) * LOG2E) * u[:, None]
+        if col_shifts is not None:
+            all_pairs += tl.exp2((x - col_max[None, :]) * LOG2E) * v[None, :]
     w = all_pairs
     LIMITED: tl.constexpr = row_limit is not None or col_limit is not None
     if LIMITED:
@@ -103,22 +107,26 @@ def _softmax_weights(acc, scale, row_bias, col_bias, row_ids, col_ids, row_limit
         if POSITIVES != "none":
             of_positives = alpha[:, None] + beta[None, :]
             if POSITIVES == "lse":
-                x = scores.exponents(acc, scale, row_bias, col_bias, shift, rows, cols, n, m, SCALE)
+                x = scores.exponents(
+                    acc, scale, row_bias, col_bias, shift, rows, cols, n, m, SCALE, UNIT
+                )
                 if FIXED:
                     of_positives *= tl.exp2(x)
                 else:
                     of_positives = tl.zeros_like(x)
-                    if row_logs is not None:
-                        of_positives += tl.exp2(x - row_pos[:, None]) * alpha[:, None]
-                    if col_logs is not None:
-                        of_positives += tl.exp2(x - col_pos[None, :]) * beta[None, :]
+                    if row_shifts is not None:
+                        row_x = (x - row_max[:, None]) - row_pos[:, None]
+                        of_positives += tl.exp2(row_x * LOG2E) * alpha[:, None]
+                    if col_shifts is not None:
+                        col_x = (x - col_max[None, :]) - col_pos[None, :]
+                        of_positives += tl.exp2(col_x * LOG2E) * beta[None, :]
             w += tl.where(positive, of_positives, 0.0)
     return w
 
 
 @triton.jit
 def _weights(acc, row0, col0, scale, row_bias, col_bias, row_ids, col_ids, row_limit, col_limit,
-             shift, row_weights, col_weights, row_logs, col_logs, n, m, diagonal,
+             shift, row_weights, col_weights, row_shifts, col_shifts, n, m, diagonal,
              SCALE: tl.constexpr, SOFTPLUS: tl.constexpr, POSITIVES: tl.constexpr,
              SELF: tl.constexpr, EXCLUDE_POSITIVES: tl.constexpr,
              FIXED: tl.constexpr):  # fmt: skip
@@ -134,7 +142,7 @@ def _weights(acc, row0, col0, scale, row_bias, col_bias, row_ids, col_ids, row_l
     else:
         w = _softmax_weights(
             acc, scale, row_bias, col_bias, row_ids, col_ids, row_limit, col_limit, shift,
-            row_weights, col_weights, row_logs, col_logs, row0, col0, n, m, diagonal, SCALE,
+            row_weights, col_weights, row_shifts, col_shifts, row0, col0, n, m, diagonal, SCALE,
             POSITIVES, SELF, EXCLUDE_POSITIVES, FIXED,
         )  # fmt: skip
         return w, acc
@@ -149,7 +157,7 @@ def _store_sums(sums, group, length, index, values):
 @triton.jit
 def _write_weights(
     acc, tile_m, tile_n, scale, row_bias, col_bias, row_ids, col_ids, row_limit, col_limit, shift,
-    row_weights, col_weights, row_logs, col_logs, n, m, diagonal,
+    row_weights, col_weights, row_shifts, col_shifts, n, m, diagonal,
     panel, scale_sums, row_sums, col_sums, softplus_sums, panel_row, panel_col, stride_panel,
     SCALE: tl.constexpr, SOFTPLUS: tl.constexpr, POSITIVES: tl.constexpr, SELF: tl.constexpr,
     EXCLUDE_POSITIVES: tl.constexpr, FIXED: tl.constexpr, BLOCK_M: tl.constexpr,
@@ -158,7 +166,7 @@ def _write_weights(
     """Store one tile of the panel and its sums, from the tile's inner products `acc`."""
     score = (
         scale, row_bias, col_bias, row_ids, col_ids, row_limit, col_limit, shift, row_weights,
-        col_weights, row_logs, col_logs, n, m, diagonal,
+        col_weights, row_shifts, col_shifts, n, m, diagonal,
     )  # fmt: skip
     if PARTS > 1:
         out = (
@@ -188,14 +196,15 @@ def _write_weights(
         if panel is not None:
             if SCALE == "row":
                 w *= scores.load_vector(scale, panel_row + tile_rows, n, 0.0)[:, None]
-            at = panel + tile_rows.to(tl.int64)[:, None] * stride_panel + tile_cols[None, :]
-            tl.store(at, w.to(panel.dtype.element_ty))
+            first = tl.cast(tile_m * BLOCK_M, tl.int64) * stride_panel + tile_n * BLOCK_N
+            at = tl.arange(0, BLOCK_M)[:, None] * stride_panel + tl.arange(0, BLOCK_N)[None, :]
+            tl.store(panel + first + at, w.to(panel.dtype.element_ty))
 
 
 @triton.jit(do_not_specialize=[*scores.SIZES, "panel_row", "panel_col"])
 def weights_kernel(
     a, b, scale, row_bias, col_bias, row_ids, col_ids, row_limit, col_limit, shift, underflowed,
-    row_weights, col_weights, row_logs, col_logs,
+    row_weights, col_weights, row_shifts, col_shifts,
     panel, scale_sums, row_sums, col_sums, softplus_sums,
     n, m, d, stride_a, stride_b, diagonal, panel_row, panel_col, stride_panel,
     EVEN_D: tl.constexpr, SCALE: tl.constexpr, SOFTPLUS: tl.constexpr, POSITIVES: tl.constexpr,
@@ -211,7 +220,7 @@ def weights_kernel(
     mask: they are then 16 bytes wide instead of 2.
 
     FIXED: whether the weights of rows and columns are `gpu.SideWeights.fixed`; else they are
-        `exact` and need the logs.
+        `exact` and need the shifts.
     scale_sums, row_sums, col_sums, softplus_sums: sums of the unrounded W, or None. Σ_j W·<a, b>
         and Σ_j W as [part of a column tile][row of the panel], Σ_i W as [row tile][column of the
         panel], and the forward value of softplus in the shape of row_sums.
@@ -222,9 +231,10 @@ def weights_kernel(
     T = 0.0
     if shift is not None:
         T = tl.load(shift)
+    factor = scores.load_one(scale, SCALE, LOG2E if FIXED else 1.0)
     rest = (
-        scale, row_bias, col_bias, row_ids, col_ids, row_limit, col_limit, T,
-        row_weights, col_weights, row_logs, col_logs, n, m, diagonal,
+        factor, row_bias, col_bias, row_ids, col_ids, row_limit, col_limit, T,
+        row_weights, col_weights, row_shifts, col_shifts, n, m, diagonal,
         panel, scale_sums, row_sums, col_sums, softplus_sums, panel_row, panel_col, stride_panel,
     )  # fmt: skip
     tiles_m, tiles_n = tl.cdiv(n - panel_row, BLOCK_M), tl.cdiv(m - panel_col, BLOCK_N)
@@ -256,7 +266,7 @@ def weights_kernel(
 @triton.jit(do_not_specialize=scores.SIZES)
 def gradient_kernel(
     a, b, scale, row_bias, col_bias, row_ids, col_ids, row_limit, col_limit, shift, underflowed,
-    row_weights, col_weights, row_logs, col_logs,
+    row_weights, col_weights, row_shifts, col_shifts,
     factor, grad, scale_sums, row_sums, softplus_sums,
     n, m, d, stride_a, stride_b, stride_grad, diagonal,
     EVEN_D: tl.constexpr, SCALE: tl.constexpr, SOFTPLUS: tl.constexpr, POSITIVES: tl.constexpr,
@@ -278,6 +288,7 @@ def gradient_kernel(
         T = tl.load(shift)
     row0 = tl.program_id(0) * BLOCK_M
     rows = row0 + tl.arange(0, BLOCK_M)
+    score_scale = scores.load_one(scale, SCALE, LOG2E if FIXED else 1.0)
     x = scores.features(a, row0, n, d, stride_a, BLOCK_M, BLOCK_D, EVEN_D, TMA)
     total = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     scale_total = tl.zeros([BLOCK_M], tl.float32)
@@ -287,10 +298,11 @@ def gradient_kernel(
         y = scores.features(b, col0, m, d, stride_b, BLOCK_N, BLOCK_D, EVEN_D, TMA)
         acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
         acc = scores.dot(x, tl.trans(y), acc, PRECISION, INTERPRETED)
-        w, s = _weights(acc, row0, col0, scale, row_bias, col_bias, row_ids, col_ids, row_limit,
-                        col_limit, T, row_weights, col_weights, row_logs, col_logs, n, m,
-                        diagonal, SCALE, SOFTPLUS, POSITIVES, SELF, EXCLUDE_POSITIVES,
-                        FIXED)  # fmt: skip
+        w, s = _weights(
+            acc, row0, col0, score_scale, row_bias, col_bias, row_ids, col_ids, row_limit,
+            col_limit, T, row_weights, col_weights, row_shifts, col_shifts, n, m, diagonal, SCALE,
+            SOFTPLUS, POSITIVES, SELF, EXCLUDE_POSITIVES, FIXED,
+        )  # fmt: skip
         if softplus_sums is not None:
             softplus_total += tl.sum(scores.softplus(s), 1)
         if scale_sums is not None:

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 
 from . import scores
-from .scores import LN2
+from .scores import LN2, LOG2E
 
 
 @triton.jit
@@ -87,10 +87,10 @@ def _add_tile(
             EXCLUDE_POSITIVES or POSITIVES != "none" or pair_scores is not None or LIMITED
         )  # fmt: skip
         rows, cols = row0 + tl.arange(0, BLOCK_M), col0 + tl.arange(0, BLOCK_N)
-        x = scores.exponents(acc, scale, row_bias, col_bias, shift, rows, cols, n, m, SCALE)
+        x = scores.exponents(acc, scale, row_bias, col_bias, shift, rows, cols, n, m, SCALE, LOG2E)
         if LIMITED:
             above = scores.above_limit(acc, row_limit, col_limit, rows, cols, n, m)
-        row_label, col_label = scores.labels(row_ids, col_ids, rows, cols)
+        row_label, col_label = scores.labels(row_ids, col_ids, row0, col0, BLOCK_M, BLOCK_N)
         if scores.is_special(
             row_ids, row_label, col_label, row0, col0, n, m, diagonal, SELF, POSITIVE, BLOCK_M,
             BLOCK_N,
@@ -164,6 +164,7 @@ def sums_kernel(
     last_col = tl.minimum(first_col + col_tiles * BLOCK_N, m)
     k_steps = scores.steps(d, BLOCK_K, TMA)
     T = tl.load(shift)
+    factor = scores.load_one(scale, SCALE, LOG2E)
     for col0 in tl.range(first_col, last_col, BLOCK_N):
         col_total = tl.zeros([KEPT, BLOCK_N], tl.float32)
         # one loop over tiles and steps of D: loads of the next tile overlap with this reduction
@@ -177,7 +178,7 @@ def sums_kernel(
             k += 1
             if k == k_steps:
                 col_total = _add_tile(
-                    acc, col_total, row0, col0, scale, row_bias, col_bias, row_ids, col_ids,
+                    acc, col_total, row0, col0, factor, row_bias, col_bias, row_ids, col_ids,
                     row_limit, col_limit, T, row_slots, row_pos, col_pos, pair_scores, n, m,
                     diagonal, with_cols, SCALE, ROWS, COLS, POSITIVES, SELF, EXCLUDE_POSITIVES,
                     BLOCK_M, BLOCK_N, KEPT, PARTS,
@@ -221,10 +222,15 @@ def merge_kernel(
     if ids is not None:
         valid = valid & (tl.load(ids + index, mask=inside, other=-1) >= 0)
     empty = (total == 0.0) | (valid == 0)
-    top = tl.where(empty, -T, tl.floor(tl.log2(total)))  # in base 2, relative to T
-    logsum = tl.log2(total * tl.exp2(-top)) * LN2
-    tl.store(max_out + index, tl.where(empty, float("-inf"), (T + top) * LN2), mask=inside)
+    top = tl.where(empty, 0.0, tl.floor(tl.log2(total)))
+    # in fp64: at a score of 200, half an ulp of the shift would be an error of 1e-5 of the softmax
+    power = tl.where(empty, 0.0, (T + tl.zeros_like(top)).to(tl.float64) + top)
+    maximum = (power * LN2).to(tl.float32)
+    rest = (power - maximum.to(tl.float64) * LOG2E).to(tl.float32)  # what rounding takes off
+    logsum = (tl.log2(total * tl.exp2(-top)) + rest) * LN2
+    tl.store(max_out + index, tl.where(empty, float("-inf"), maximum), mask=inside)
     tl.store(logsum_out + index, tl.where(empty, float("-inf"), logsum), mask=inside)
+    top = tl.where(empty, -T, top) - rest  # what positives are relative to, less T
     least = LEAST
     if not BIASED:  # with T = 0 no exponential is below 2^-87
         least = tl.where(T > 0, LEAST, 0.0)
@@ -265,6 +271,7 @@ def softplus_kernel(
     first_col = col_group * col_tiles * BLOCK_N
     last_col = tl.minimum(first_col + col_tiles * BLOCK_N, m)
     k_steps = scores.steps(d, BLOCK_K, TMA)
+    factor = scores.load_one(scale, SCALE, LOG2E)
     for row0 in tl.range(first_row, last_row, BLOCK_M):
         rows = row0 + tl.arange(0, BLOCK_M)
         total = tl.zeros([BLOCK_M], tl.float32)
@@ -278,7 +285,7 @@ def softplus_kernel(
             k += 1
             if k == k_steps:
                 x = scores.signed_exponents(
-                    acc, scale, row_bias, col_bias, row_ids, col_ids, row_limit, col_limit, row0,
+                    acc, factor, row_bias, col_bias, row_ids, col_ids, row_limit, col_limit, row0,
                     col0, n, m, diagonal, SCALE, SELF,
                 )  # fmt: skip
                 total += tl.sum(scores.softplus(x), 1)

@@ -68,7 +68,7 @@ class _Plan:
             (self.arch.ids if by_ids else x)[self.arithmetic]
             for x in (self.arch.forward, self.arch.panel)
         )
-        self.maxima = self.arch.ids[self.arithmetic]
+        self.maxima = self.arch.maxima[self.arithmetic]
         self.gradient = None
         if problem.d <= tiles.FUSED_D:
             self.gradient = self.arch.gradient.get(self.arithmetic)
@@ -84,6 +84,15 @@ class _Plan:
         m, n, k, warps, stages = getattr(self, kernel)
         source = "tuned" if self.key(kernel) in _TUNED else "from the table"
         return f"{m} x {n} x {k}, {warps} warps, {stages} stages ({source})"
+
+    def exact_max(self) -> bool:
+        return self.problem.exact_max or self.problem.hardest
+
+    def crowded(self) -> bool:
+        """Whether an option takes registers beside those of the plain losses."""
+        p = self.problem
+        biased = p.row_bias is not None or p.col_bias is not None
+        return p.exclude_self or p.scale.ndim > 0 or p.row_limit is not None or biased
 
     def panel_size(self) -> tuple[int, int]:
         p = self.problem
@@ -102,7 +111,8 @@ _TUNED: dict[tuple, tiles.Tile] = {}
 def _autotuned(choose: Callable[[_Plan], str]) -> Callable:
     """Decorate a function of a problem so that it autotunes the tile of a kernel.
 
-    choose: returns the name of the kernel that the function runs, given its plan.
+    choose: returns the name of the kernel that the function runs, given its plan; "" for one that
+        is not tuned.
     """
 
     def decorate(function: Callable) -> Callable:
@@ -112,7 +122,7 @@ def _autotuned(choose: Callable[[_Plan], str]) -> Callable:
                 plan = _Plan(problem)
                 kernel = choose(plan)
                 key = plan.key(kernel)
-                if key not in _TUNED:
+                if kernel and key not in _TUNED:
                     times = {}
                     try:
                         for tile in tiles.tuning_candidates(getattr(plan, kernel)):
@@ -130,7 +140,8 @@ def _autotuned(choose: Callable[[_Plan], str]) -> Callable:
     return decorate
 
 
-_autotuned_forward = _autotuned(lambda plan: "forward")
+_autotuned_forward = _autotuned(lambda plan: "" if plan.exact_max() else "forward")
+_autotuned_softplus = _autotuned(lambda plan: "forward")
 _autotuned_backward = _autotuned(lambda plan: "gradient" if plan.gradient else "panel")
 
 
@@ -315,8 +326,8 @@ class Weights(NamedTuple):
     underflowed: Tensor | None
     row_weights: Tensor | None
     col_weights: Tensor | None
-    row_logs: Tensor | None
-    col_logs: Tensor | None
+    row_shifts: Tensor | None
+    col_shifts: Tensor | None
     SOFTPLUS: bool
     POSITIVES: str
     EXCLUDE_POSITIVES: bool
@@ -337,7 +348,7 @@ class Weights(NamedTuple):
                 if u is None:
                     return None
                 u = u.float() if norm is None else u.float() / norm
-                return torch.stack([u, torch.zeros_like(u)], 1)
+                return gpu.padded_pairs(u, torch.zeros_like(u))
 
             u, v = (pairs(side.upstream.logsum) for side in (call.row, call.col))
             return [cls(None, None, u, v, None, None, FIXED=True, **options)]
@@ -350,15 +361,15 @@ class Weights(NamedTuple):
 
         return [
             cls(shift, underflowed, *of("fixed"), None, None, FIXED=True, **options),
-            cls(None, underflowed, *of("exact"), *of("logs"), FIXED=False, **options),
+            cls(None, underflowed, *of("exact"), *of("shifts"), FIXED=False, **options),
         ]
 
     def transposed(self) -> Weights:
         return self._replace(
             row_weights=self.col_weights,
             col_weights=self.row_weights,
-            row_logs=self.col_logs,
-            col_logs=self.row_logs,
+            row_shifts=self.col_shifts,
+            col_shifts=self.row_shifts,
         )
 
 
@@ -402,7 +413,7 @@ def _device_context(device: torch.device) -> AbstractContextManager:
 @_autotuned_forward
 def logsumexp_forward(problem: Problem) -> Stats:
     p, plan, op = problem, _Plan(problem), Operands.of(problem)
-    if p.exact_max or p.hardest:
+    if plan.exact_max():
         return gpu.both_sides(p, lambda: _maxima(plan, op, False), lambda: _maxima(plan, op, True))
     symmetric, by_ids = is_symmetric(p), p.row_ids is not None
     rows, cols = (True, True) if symmetric else (p.rows, p.cols)
@@ -431,7 +442,7 @@ def logsumexp_forward(problem: Problem) -> Stats:
         TRIANGLE=symmetric,
         BLOCK_K=tile.k,
         KEPT=plan.arch.kept_rows(tile, plan.arithmetic),
-        PARTS=plan.arch.parts(tile),
+        PARTS=plan.arch.parts(tile, "forward", plan.crowded()),
     )
     scores = Scores.of(plan, op, tile, tile.k)
     _launch(forward.sums_kernel, split.programs, scores, Groups.of(split), sums)
@@ -495,7 +506,7 @@ def _maxima(
     return out
 
 
-@_autotuned_forward
+@_autotuned_softplus
 def softplus_forward(problem: Problem) -> Tensor:
     plan, op = _Plan(problem), Operands.of(problem)
     split, tile = plan.split(triangle=False), plan.forward
@@ -599,16 +610,19 @@ def _fused_gradients(call: gpu.Backward, plan: _Plan, needs: Needs, values: Tens
 
 def _panel_gradients(call: gpu.Backward, plan: _Plan, needs: Needs, values: Tensor | None) -> Grads:
     like, tile = call.op.a, plan.panel
-    parts = plan.arch.parts(tile, call.softplus)
+    crowded = plan.crowded() or (call.softplus and call.problem.row_ids is not None)
+    parts = plan.arch.parts(tile, "panel", crowded)
     scores = Scores.of(plan, call.op, tile, tile.k)
     norm, factor = _scaling(call)
     kinds = Weights.of(call, norm)
+    scale_of_products = call.op.scale.ndim == 0 and (needs.a or needs.b)
+    sums_needed = needs._replace(scale=needs.scale and not scale_of_products)
 
     def run(rows: slice, cols: slice, workspace: Tensor | None) -> PanelSums:
         n, m = rows.stop - rows.start, cols.stop - cols.start
         grid = triton.cdiv(n, tile.m), triton.cdiv(m, tile.n)
         row_slots = grid[1] * parts, n
-        sums = PanelSums.new(like, needs, row_slots, (grid[0], m))
+        sums = PanelSums.new(like, sums_needed, row_slots, (grid[0], m))
         softplus_sums = None
         if values is not None:
             softplus_sums = like.new_empty(row_slots, dtype=torch.float32)
@@ -636,4 +650,4 @@ def _panel_gradients(call: gpu.Backward, plan: _Plan, needs: Needs, values: Tens
 
     # the kernel stores whole tiles without masks, so the workspace covers whole tiles
     size = plan.panel_size()
-    return gpu.panel_gradients(call, needs, size, (tile.m, tile.n), run, factor)
+    return gpu.panel_gradients(call, needs, size, (tile.m, tile.n), run, factor, scale_of_products)

@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 
 from . import scores
-from .scores import LN2
+from .scores import LN2, LOG2E
 
 
 @triton.jit
@@ -19,10 +19,11 @@ def _finite(x):
 
 @triton.jit
 def _add_exponentials(x, top, total):
-    """The maximum and Σ 2^(x - maximum) of each row, with those of a tile."""
+    """The maximum and Σ e^(x - maximum) of each row, with those of a tile."""
     new = tl.maximum(top, tl.max(x, 1))
     shift = _finite(new)
-    return new, total * tl.exp2(top - shift) + tl.sum(tl.exp2(x - shift[:, None]), 1)
+    total *= tl.exp2((top - shift) * LOG2E)
+    return new, total + tl.sum(tl.exp2((x - shift[:, None]) * LOG2E), 1)
 
 
 @triton.jit(do_not_specialize=scores.SIZES)
@@ -52,6 +53,7 @@ def maxima_kernel(
     count = tl.zeros([BLOCK_M], tl.float32)
     neg_max = tl.full([BLOCK_M], float("-inf"), tl.float32)
     LIMITED: tl.constexpr = row_limit is not None or col_limit is not None
+    factor = scores.load_one(scale, SCALE, 1.0)
     for col0 in tl.range(0, m, BLOCK_N):
         acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
         for k in tl.range(0, scores.steps(d, BLOCK_K, TMA)):
@@ -60,8 +62,8 @@ def maxima_kernel(
                 BLOCK_M, BLOCK_N, BLOCK_K, TMA, PRECISION, INTERPRETED,
             )  # fmt: skip
         cols = col0 + tl.arange(0, BLOCK_N)
-        x = scores.exponents(acc, scale, row_bias, col_bias, 0.0, rows, cols, n, m, SCALE)
-        row_label, col_label = scores.labels(row_ids, col_ids, rows, cols)
+        x = scores.exponents(acc, factor, row_bias, col_bias, 0.0, rows, cols, n, m, SCALE, 1.0)
+        row_label, col_label = scores.labels(row_ids, col_ids, row0, col0, BLOCK_M, BLOCK_N)
         positive, kept = scores.classify(
             row_ids, row_label, col_label, rows, cols, n, m, diagonal, SELF
         )
@@ -83,12 +85,12 @@ def maxima_kernel(
         top, total = _add_exponentials(x, top, total)
 
     shift = _finite(top)
-    tl.store(max_out + rows, top * LN2, mask=wanted)
+    tl.store(max_out + rows, top, mask=wanted)
     tl.store(logsum_out + rows, tl.log2(total) * LN2, mask=wanted)
     if POSITIVES == "linear":
-        tl.store(pos_out + rows, (of_positives - count * shift) * LN2, mask=wanted)
+        tl.store(pos_out + rows, of_positives - count * shift, mask=wanted)
     if POSITIVES == "lse":
-        pos = pos_top - shift + tl.log2(of_positives)
-        tl.store(pos_out + rows, pos * LN2, mask=wanted)
+        pos = pos_top - shift + tl.log2(of_positives) * LN2
+        tl.store(pos_out + rows, pos, mask=wanted)
     if neg_max_out is not None:
-        tl.store(neg_max_out + rows, neg_max * LN2, mask=wanted)
+        tl.store(neg_max_out + rows, neg_max, mask=wanted)

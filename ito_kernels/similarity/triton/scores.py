@@ -153,33 +153,45 @@ def load_vector(pointer, index, length, other):
 
 
 @triton.jit
-def exponents(acc, scale, row_bias, col_bias, shift, rows, cols, n, m, SCALE: tl.constexpr):
-    """S·log2 e - shift of a tile from its inner products: without biases one FMA.
+def load_one(scale, SCALE: tl.constexpr, UNIT: tl.constexpr):
+    """A scale that is one number as that number times UNIT, once for a program; the pointer to one
+    per row or column."""
+    if SCALE == "one":
+        return tl.load(scale) * UNIT
+    else:
+        return scale
 
-    SCALE: the scale is "one" number, or one per "row" or per "col".
+
+@triton.jit
+def exponents(acc, scale, row_bias, col_bias, shift, rows, cols, n, m, SCALE: tl.constexpr,
+              UNIT: tl.constexpr):  # fmt: skip
+    """S·UNIT - shift of a tile from its inner products: without biases one FMA.
+
+    scale: the result of `load_one`. SCALE: the scale is "one" number, or one per "row" or "col".
     """
     if SCALE == "one":
-        factor = tl.load(scale) * LOG2E
+        factor = scale
     if SCALE == "row":
-        factor = load_vector(scale, rows, n, 0.0)[:, None] * LOG2E
+        factor = load_vector(scale, rows, n, 0.0)[:, None] * UNIT
     if SCALE == "col":
-        factor = load_vector(scale, cols, m, 0.0)[None, :] * LOG2E
+        factor = load_vector(scale, cols, m, 0.0)[None, :] * UNIT
     x = acc * factor - shift
     if row_bias is not None:
-        x += load_vector(row_bias, rows, n, 0.0)[:, None] * LOG2E
+        x += load_vector(row_bias, rows, n, 0.0)[:, None] * UNIT
     if col_bias is not None:
-        x += load_vector(col_bias, cols, m, 0.0)[None, :] * LOG2E
+        x += load_vector(col_bias, cols, m, 0.0)[None, :] * UNIT
     return x
 
 
 @triton.jit
-def labels(row_ids, col_ids, rows, cols):
+def labels(row_ids, col_ids, row0, col0, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
     """The ids of the rows and columns of a tile, -1 for padding and beyond the end, where
     `gpu.Operands` has them too. Without ids their indices."""
     if row_ids is None:
-        return rows, cols
+        return row0 + tl.arange(0, BLOCK_M), col0 + tl.arange(0, BLOCK_N)
     else:
-        return tl.load(row_ids + rows), tl.load(col_ids + cols)
+        return (tl.load(row_ids + row0 + tl.arange(0, BLOCK_M)),
+                tl.load(col_ids + col0 + tl.arange(0, BLOCK_N)))  # fmt: skip
 
 
 # Masks.
@@ -245,8 +257,8 @@ def signed_exponents(acc, scale, row_bias, col_bias, row_ids, col_ids, row_limit
     BLOCK_M: tl.constexpr = acc.shape[0]
     BLOCK_N: tl.constexpr = acc.shape[1]
     rows, cols = row0 + tl.arange(0, BLOCK_M), col0 + tl.arange(0, BLOCK_N)
-    x = exponents(acc, scale, row_bias, col_bias, 0.0, rows, cols, n, m, SCALE)
-    row_label, col_label = labels(row_ids, col_ids, rows, cols)
+    x = exponents(acc, scale, row_bias, col_bias, 0.0, rows, cols, n, m, SCALE, LOG2E)
+    row_label, col_label = labels(row_ids, col_ids, row0, col0, BLOCK_M, BLOCK_N)
     LIMITED: tl.constexpr = row_limit is not None or col_limit is not None
     signed = x
     if LIMITED:

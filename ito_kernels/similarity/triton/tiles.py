@@ -45,8 +45,8 @@ class Arch(NamedTuple):
 
     tma: load features through tensor descriptors (Hopper and later) instead of pointers.
     forward, panel: for the statistics and for the W panels, without ids.
-    ids: for both, with ids. Comparing ids and summing over positives takes registers. Also for the
-        statistics with true maxima.
+    ids: for both, with ids. Comparing ids and summing over positives takes registers.
+    maxima: for the statistics with true maxima.
     gradient: for the fused gradient, D ≤ FUSED_D. k is unused, and arithmetics may be missing.
     """
 
@@ -55,6 +55,7 @@ class Arch(NamedTuple):
     forward: dict[str, Tile]
     panel: dict[str, Tile]
     ids: dict[str, Tile]
+    maxima: dict[str, Tile]
     gradient: dict[str, Tile]
 
     def kept_rows(self, tile: Tile, arithmetic: str) -> int:
@@ -71,15 +72,15 @@ class Arch(NamedTuple):
         warps = tile.warps if self.name == "sm_90" else 4  # those that lie along the rows
         return min(8 * warps, tile.m // 2)
 
-    def parts(self, tile: Tile, softplus: bool = False) -> int:
+    def parts(self, tile: Tile, kernel: str, crowded: bool = False) -> int:
         """The number of parts in which the columns of a tile are reduced.
 
         With 128 scores per thread, the column vectors take 3 registers for each of 32 columns and
-        spill, unless 8 columns are processed at a time. The loss and gradient of softplus together
-        spill at 64 scores per thread.
+        spill. kernel: "forward" or "panel". crowded: whether an option takes further registers.
         """
         threads = tile.warps * (64 if self.name == "gfx942" else 32)
-        return 4 if tile.m * tile.n >= (64 if softplus else 128) * threads else 1
+        at_once = {"forward": 64, "panel": 32}[kernel] // (2 if crowded else 1)
+        return max(1, min(tile.m * tile.n // (threads * at_once), tile.n // 16))
 
 
 # Up to this D the rows of the gradient fit in registers. Writing and reading W takes 6 bytes of
@@ -107,6 +108,7 @@ ARCHS = {
         forward={"half": Tile(128, 128, 64, 8, 3)} | FP32,
         panel={"half": Tile(128, 128, 64, 8, 3)} | FP32,
         ids={"half": Tile(64, 64, 64, 8, 3)} | FP32_IDS,
+        maxima={"half": Tile(64, 64, 64, 4, 3)} | FP32_IDS,
         gradient=GRADIENT,
     ),
     # The matrix unit is twice as fast as on sm_80, L2 is not. It delivers about 39 bytes per clock;
@@ -117,7 +119,8 @@ ARCHS = {
         True,
         forward={"half": Tile(256, 128, 64, 8, 4)} | FP32,
         panel={"half": Tile(256, 128, 64, 8, 4)} | FP32,
-        ids={"half": Tile(128, 64, 64, 8, 3)} | FP32_IDS,
+        ids={"half": Tile(256, 64, 64, 8, 4)} | FP32_IDS,
+        maxima={"half": Tile(128, 64, 64, 8, 3)} | FP32_IDS,
         gradient=GRADIENT | {"half": Tile(64, 64, 0, 4, 2)},
     ),
     # Scores are read from tensor memory with one row per thread, so column vectors take a register
@@ -128,6 +131,7 @@ ARCHS = {
         forward={"half": Tile(128, 64, 64, 8, 4)} | FP32,
         panel={"half": Tile(128, 128, 64, 8, 3)} | FP32,
         ids={"half": Tile(128, 32, 64, 8, 3)} | FP32_IDS | {"ieee": TF32X3},
+        maxima={"half": Tile(128, 32, 64, 8, 3)} | FP32_IDS | {"ieee": TF32X3},
         gradient=GRADIENT,
     ),
     # 64 KiB of shared memory hold two stages of 128 × 128 × 64. There is no 3×tf32.
@@ -137,6 +141,7 @@ ARCHS = {
         forward={"half": Tile(128, 128, 64, 8, 2), "tf32": FP32["tf32"], "ieee": IEEE},
         panel={"half": Tile(128, 128, 64, 8, 2), "tf32": FP32["tf32"], "ieee": IEEE},
         ids={"half": Tile(128, 64, 64, 8, 2), "tf32": FP32_IDS["tf32"], "ieee": IEEE},
+        maxima={"half": Tile(128, 64, 64, 8, 2), "tf32": FP32_IDS["tf32"], "ieee": IEEE},
         gradient=GRADIENT,
     ),
 }
@@ -145,7 +150,7 @@ ARCHS = {
 def interpreter() -> Arch:
     """Large tiles: the interpreter takes as long for a large tile as for a small one."""
     same = dict.fromkeys(("half", "tf32", "tf32x3", "ieee"), Tile(128, 128, 128, 4, 1))
-    return Arch("interpreter", False, same, same, same, same)
+    return Arch("interpreter", False, same, same, same, same, same)
 
 
 @lru_cache(maxsize=32)
