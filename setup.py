@@ -33,8 +33,9 @@ def compiler() -> str | None:
     return next((path for name in names if (path := shutil.which(name.split()[0]))), None)
 
 
-# PTX of the oldest runs on every later GPU; the driver compiles it when it is first used
-CUDA_ARCHS = "80"
+# Machine code runs on later GPUs of the same major version. PTX runs on every later GPU; of the
+# newest architecture alone, so that the driver need not compile what there is machine code for.
+CUDA_ARCHS = "80-real;90-real;100-real;120"
 ALL_CUDA_ARCHS = "80-real;86-real;89-real;90-real;100-real;120"
 
 
@@ -88,6 +89,12 @@ def cuda_options() -> tuple[list[str], str]:
         return ["-DITO_CUDA=OFF"], f"CUDA kernels: not built: {why}, but {no_nvcc}"
     archs = os.environ.get("ITO_CUDA_ARCHS") or CUDA_ARCHS
     archs = ALL_CUDA_ARCHS if archs == "all" else archs
+    for arch in archs.split(";"):
+        number = re.fullmatch(r"(\d+)[af]?(-real|-virtual)?", arch)
+        if arch != "native" and (number is None or int(number[1]) < 80):
+            raise ValueError(
+                f"ITO_CUDA_ARCHS must name 80 and later, or be all or native: {arch!r}"
+            )
     options = [
         "-DITO_CUDA=ON",
         f"-DCMAKE_CUDA_COMPILER={found}",

@@ -12,7 +12,7 @@ PYBIND11_MODULE(_native, m) {
   m.doc() = "Native code of ito_kernels";
   // One more whenever what a call's structures hold changes: ito_kernels/similarity/native.py
   // refuses a module with another number.
-  m.attr("interface") = 7;
+  m.attr("interface") = 8;
 
   m.def("build_info", [] {
     py::dict out;

@@ -17,12 +17,26 @@ from ito_kernels.similarity import cuda
 CSRC = Path(__file__).parents[2] / "csrc"
 ARCHS = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120")
 SOURCES = ("forward.cu", "panel.cu", "gradient.cu")
+# What makes a tile plain: no positive, nothing masked, nothing underflowed, one scale. The sums for
+# the gradient of the scale are taken.
+PLAIN = (
+    ("scores.cuh", "return gpu::any(found);", "gpu::any(found); return false;"),
+    ("weights.cuh", "p.underflowed && p.underflowed.load(0)", "false"),
+    ("weights.cuh", "if (p_.scale_of == ScaleOf::kAll) return;", "return;"),
+    ("panel.cu", "panel_.row_sums || panel_.col_sums ? Sums::kAll", "false ? Sums::kAll"),
+    ("panel.cu", "panel_.scale_sums                ? Sums::kScale", "true ? Sums::kScale"),
+    ("panel.cu", "if (panel_.row_sums)", "if (false)"),
+    ("panel.cu", "if (panel_.col_sums)", "if (false)"),
+    ("gradient.cu", "p.row_sums ? Sums::kAll : p.scale_sums ?", "true ?"),
+)
 ARITHMETIC = {"Bf16": "bf16", "F16": "fp16", "Tf32x3": "tf32x3", "Tf32": "tf32"}
 
 
 def kernel_of(symbol: str) -> dict | None:
     """The properties of a kernel by its mangled name. None for the merge kernel: it has no tile."""
-    found = re.search(r"(forward|panel|gradient)_kernelINS0_\d+(Bf16|F16|Tf32x3|Tf32)E", symbol)
+    found = re.search(
+        r"(forward|fallback|panel|gradient)_kernelINS0_\d+(Bf16|F16|Tf32x3|Tf32)E", symbol
+    )
     if not found:
         return None
     kind, arithmetic = found[1], ARITHMETIC[found[2]]
@@ -68,16 +82,15 @@ def compiled(source: Path, arch: str, include: Path) -> tuple[str, dict]:
 
 def compile_one(source: str, arch: str) -> list[dict]:
     usage, code = compiled(CSRC / "cuda" / source, arch, CSRC)
-    # Instructions are counted for a tile that contains only negatives: the other branch is compiled
+    # Instructions are counted for a tile that contains only negatives: other branches are compiled
     # out. Code for options that are chosen at run time is still counted.
     with tempfile.TemporaryDirectory() as folder:
         plain = Path(folder) / "csrc"
         shutil.copytree(CSRC, plain)
-        scores = plain / "cuda/scores.cuh"
-        vote = "return gpu::any(found);"
-        text = scores.read_text()
-        assert vote in text
-        scores.write_text(text.replace(vote, "return false;"))
+        for file, old, new in PLAIN:
+            text = (plain / "cuda" / file).read_text()
+            assert old in text
+            (plain / "cuda" / file).write_text(text.replace(old, new))
         _, plain_code = compiled(plain / "cuda" / source, arch, plain)
     plain_of = {key(symbol): value for symbol, value in plain_code.items() if kernel_of(symbol)}
     rows = []

@@ -22,13 +22,14 @@ class Reader {
 
   void read(Forward& p) { all(p.scores, p.split, p.row_slots, p.col_slots); }
   void read(Merge& p) {
-    all(p.slots, p.length, p.count, p.positives, p.max, p.logsum, p.pos, p.neg_max);
+    all(p.slots, p.length, p.count, p.positives, p.biased, p.ids, p.shift, p.out, p.underflowed);
   }
+  void read(Fallback& p) { all(p.scores, p.underflowed, p.slots, p.out); }
   void read(Panel& p) {
-    all(p.scores, p.split, p.first_row, p.last_row, p.first_col, p.last_col, p.norm, p.panel,
-        p.stride, p.scale_sums, p.row_sums, p.col_sums);
+    all(p.scores, p.split, p.first_row, p.last_row, p.first_col, p.last_col, p.panel, p.stride,
+        p.scale_sums, p.row_sums, p.col_sums);
   }
-  void read(Gradient& p) { all(p.scores, p.norm, p.grad, p.stride, p.scale_sums, p.row_sums); }
+  void read(Gradient& p) { all(p.scores, p.grad, p.stride, p.scale_sums, p.row_sums); }
 
  private:
   template <class... T>
@@ -44,12 +45,14 @@ class Reader {
     T* const data = fields_.pointer<T>();
     to = {data, ceil_div(fields_.number(), static_cast<int64_t>(sizeof(T)))};
   }
+  void read(SideStats& s) { all(s.max, s.logsum, s.pos, s.neg_max); }
   void read(Side& s) {
-    all(s.features, s.stride, s.length, s.bias, s.ids, s.limit, s.factors, s.alpha, s.pos);
+    all(s.features, s.stride, s.length, s.bias, s.ids, s.limit, s.weights, s.exact, s.shifts);
   }
   void read(Scores& s) {
-    all(s.arithmetic, s.row, s.col, s.row_bytes, s.scale, s.scale_of, s.positives, s.exclude_self,
-        s.exclude_positives, s.hardest, s.softplus, s.positives_matter, s.diagonal);
+    all(s.arithmetic, s.row, s.col, s.row_bytes, s.scale, s.scale_of, s.shift, s.underflowed,
+        s.positives, s.exclude_self, s.exclude_positives, s.softplus, s.positives_matter,
+        s.diagonal);
   }
   void read(Split& s) {
     all(s.row_tiles, s.col_tiles, s.row_groups, s.col_groups, s.triangle);
@@ -75,6 +78,7 @@ void define(py::module_& m, const char* name, void (*kernel)(const Parameters&, 
 void bind(py::module_ m) {
   m.attr("TILE") = kTile;
   m.attr("FIELDS") = static_cast<int>(kFields);
+  m.attr("FALLBACK_FIELDS") = kFallbackFields;
   m.attr("SLOTS") = kSlots;
   m.attr("WARP_ROWS") = kWarpRows;
   m.attr("WARP_COLS") = kWarpCols;
@@ -82,6 +86,7 @@ void bind(py::module_ m) {
   m.def("unavailable", &unavailable);
   define(m, "forward", &forward);
   define(m, "merge", &merge);
+  define(m, "fallback", &fallback);
   define(m, "panel", &panel);
   define(m, "gradient", &gradient);
 #ifdef ITO_SIMT

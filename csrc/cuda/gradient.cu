@@ -1,6 +1,5 @@
 // The gradient of one side for small D. Its rows stay in registers. W stays in registers too: what
 // the product for the scores leaves there is what the product for the gradient reads.
-#include "cuda/tile.cuh"
 #include "cuda/weights.cuh"
 
 namespace ito::ITO_GPU {
@@ -49,14 +48,9 @@ __global__ void __launch_bounds__(kGradientThreads, 2)
   load_rows<kWidth, kGradientRows>(own, q.row, row0 - warp_row, q.row_bytes);
   for (int tile = 0; tile < kGradientStages - 1; ++tile) load(tile);
 
-  Row rows[2];
-  Factor row_factors[2];
-#pragma unroll
-  for (int r = 0; r < 2; ++r) {
-    rows[r] = Row(q, row0 + r * 8 + group);
-    row_factors[r] = Factor(q.row, row0 + r * 8 + group);
-  }
-  const float inverse = p.norm ? 1.0f / p.norm.load(0) : 1.0f;
+  Weights<kSoftplus, 2> weights(q);
+  weights.set_rows(row0 + group);
+  const Sums sums = p.row_sums ? Sums::kAll : p.scale_sums ? Sums::kScale : Sums::kNone;
   float grad[kWidth / 8][4] = {}, scale_sum[2] = {}, row_sum[2] = {};
 
   for (int tile = 0; tile < tiles; ++tile) {
@@ -64,9 +58,8 @@ __global__ void __launch_bounds__(kGradientThreads, 2)
     gpu::barrier();
     load(tile + kGradientStages - 1);
     const Shared stage = stages + tile % kGradientStages * kStage;
-    const int col0 = tile * kGradientCols;
 
-    float s[kCols / 2][4] = {};
+    float s[1][kCols / 2][4] = {};
 #pragma unroll
     for (int k = 0; k < kSteps; ++k) {
       uint32_t a[4];
@@ -76,45 +69,21 @@ __global__ void __launch_bounds__(kGradientThreads, 2)
         uint32_t b[4];
         gpu::ldmatrix(b, stage,
                       swizzled_row<kWidth>(j * 8 + lane % 8 + lane / 16 * 8, k * 2 + lane / 8 % 2));
-        Arithmetic::multiply(s[j], a, b[0], b[1]);
-        Arithmetic::multiply(s[j + 1], a, b[2], b[3]);
+        Arithmetic::multiply(s[0][j], a, b[0], b[1]);
+        Arithmetic::multiply(s[0][j + 1], a, b[2], b[3]);
       }
     }
 
-    const int first = col0 + member * 2;
-    const Cols cols(q.col, first);
-    const bool limited = q.row.limit || q.col.limit;
-    const bool masked = special(q, rows, cols, col0, kGradientCols, limited);
-    const float row_limit[2] = {limit_of(q.row, row0 + group), limit_of(q.row, row0 + 8 + group)};
-#pragma unroll
-    for (int j = 0; j < kCols; ++j) {
-      const int col = col_of(first, j);
-      const Factor col_factor(q.col, col);
-      const float col_scale =
-          q.scale_of == ScaleOf::kCol ? q.scale.load(min(col, q.col.length - 1)) : 1.0f;
-      const float col_limit = limit_of(q.col, col);
-#pragma unroll
-      for (int r = 0; r < 2; ++r) {
-        float& x = s[j / 2][r * 2 + j % 2];
-        const float dot = x, scale = rows[r].scale * col_scale;
-        const float score = fmaf(dot, scale, cols.added[j]) + rows[r].added;
-        const float limit = fminf(row_limit[r], col_limit);
-        const Kind kind =
-            masked ? kind_of(q, rows[r], col, cols.id[j], dot, limit) : Kind::kNegative;
-        const float w = weight<kSoftplus, false>(q, score, kind, row_factors[r], col_factor,
-                                                  row0 + r * 8 + group, col);
-        scale_sum[r] = fmaf(w, dot, scale_sum[r]);
-        row_sum[r] += w;
-        x = w * scale * inverse;
-      }
-    }
+    weights.set_cols(tile * kGradientCols + member * 2);
+    weights.weigh(s, sums, scale_sum, row_sum, [] {});
 
     // W of 16 columns, as the product left it, is the left operand of a product of depth 16.
 #pragma unroll
     for (int j = 0; j < kCols / 2; j += 2) {
-      const uint32_t w[4] = {Arithmetic::pack(s[j][0], s[j][1]), Arithmetic::pack(s[j][2], s[j][3]),
-                             Arithmetic::pack(s[j + 1][0], s[j + 1][1]),
-                             Arithmetic::pack(s[j + 1][2], s[j + 1][3])};
+      const uint32_t w[4] = {Arithmetic::pack(at(s, 0, 2 * j), at(s, 0, 2 * j + 1)),
+                             Arithmetic::pack(at(s, 1, 2 * j), at(s, 1, 2 * j + 1)),
+                             Arithmetic::pack(at(s, 0, 2 * j + 2), at(s, 0, 2 * j + 3)),
+                             Arithmetic::pack(at(s, 1, 2 * j + 2), at(s, 1, 2 * j + 3))};
 #pragma unroll
       for (int d = 0; d < kWidth / 8; d += 2) {
         uint32_t b[4];

@@ -5,17 +5,10 @@
 
 namespace ito::ITO_GPU {
 
-constexpr float kLog2e = 1.4426950408889634f;
+constexpr float kLog2e = 1.4426950408889634f, kLn2 = 0.6931471805599453f;
 
 // 0 in place of -inf, the maximum where no pair is allowed: -inf - -inf would be NaN.
 __device__ __forceinline__ float finite(float x) { return x == -kInf ? 0.0f : x; }
-
-// e^(x - shift). For fp32 features x - shift is rounded first, so that e^0 is 1. Else it is one
-// FMA: its error, |x|·2^-24, is far below that of a score of half-precision features.
-template <bool kExact>
-__device__ __forceinline__ float exp_of(float x, float shift) {
-  return gpu::exp2_fast(kExact ? (x - shift) * kLog2e : fmaf(x, kLog2e, -shift * kLog2e));
-}
 
 // log(1 + t) for t in [0, 1], relative error 3e-8: log2(1 + t) would lose the digits of small t.
 __device__ __forceinline__ float log1p_unit(float t) {
@@ -30,140 +23,135 @@ __device__ __forceinline__ float log1p_unit(float t) {
   return p * t;
 }
 
-__device__ __forceinline__ float softplus(float s) {
-  return fmaxf(s, 0.0f) + log1p_unit(gpu::exp2_fast(fabsf(s) * -kLog2e));
+// Of a score in base 2.
+__device__ __forceinline__ float softplus(float x) {
+  return fmaf(fmaxf(x, 0.0f), kLn2, log1p_unit(gpu::exp2_fast(-fabsf(x))));
 }
 
-// Σ e^x as a maximum and the sum relative to it.
-struct LogSum {
-  float max = -kInf, sum = 0.0f;
-
-  __device__ void merge(LogSum other) {
-    const float top = fmaxf(max, other.max), shift = finite(top);
-    sum = sum * exp_of<true>(max, shift) + other.sum * exp_of<true>(other.max, shift);
-    max = top;
-  }
-};
-
-// The positives' statistics in two numbers: Σ S and their count, or Σ e^S.
-__device__ __forceinline__ Pair no_positives(Positives kind) {
-  return {kind == Positives::kLse ? -kInf : 0.0f, 0.0f};
-}
-__device__ __forceinline__ Pair merged(Positives kind, Pair a, Pair b) {
-  if (kind != Positives::kLse) return {a.x + b.x, a.y + b.y};
-  LogSum sum{a.x, a.y};
-  sum.merge({b.x, b.y});
-  return {sum.max, sum.sum};
+// The shift T of all scores, in base 2.
+__device__ __forceinline__ float shift_of(const Scores& p) {
+  return p.shift ? p.shift.load(0) : 0.0f;
 }
 
-// What a row's scores need. Padding and rows beyond the end have -inf added: e^-inf is 0, so that
-// plain negatives need no masks. Their ids are -1, and -2 for columns: never equal.
+// What a row's scores need: in base 2 a score less T is <a, b>·scale + added, and what the column
+// adds. Padding and rows beyond the end have -inf added: 2^-inf is 0, so that plain negatives need
+// no masks. Their ids are -1, and -2 for columns: never equal.
 struct Row {
-  float added = -kInf, scale = 0.0f;
+  float added = -kInf, scale = 0.0f, limit = kInf;
   int id = -1;
   int partner = -1;  // the column of its self pair; without ids also of its positive
 
   Row() = default;
   __device__ Row(const Scores& p, int index) {
     if (index >= p.row.length) return;
-    scale = p.scale_of == ScaleOf::kCol ? 1.0f
-                                        : p.scale.load(p.scale_of == ScaleOf::kRow ? index : 0);
+    scale = kLog2e;
+    if (p.scale_of != ScaleOf::kCol) scale *= p.scale.load(p.scale_of == ScaleOf::kRow ? index : 0);
     const int64_t col = index + p.diagonal;
     if (col >= 0 && col < p.col.length) partner = static_cast<int>(col);
+    if (p.row.limit) limit = p.row.limit.load(index);
     if (p.row.ids) {
       const int given = p.row.ids.load(index);
       if (given < 0) return;
       id = given;
     }
-    added = p.row.bias ? p.row.bias.load(index) : 0.0f;
+    added = p.row.bias ? p.row.bias.load(index) * kLog2e : 0.0f;
   }
 };
 
-// The columns of a thread's scores. mma leaves two neighbours every 8 columns. Loaded for every
-// tile: the branches are around the loops, not in them.
+// The columns of a thread's scores. mma leaves two neighbours every 8 columns. The branches are
+// around the loops, not in them.
 constexpr int kCols = 16;
 __device__ __forceinline__ int col_of(int first, int j) { return first + j / 2 * 8 + j % 2; }
 
+// Padding and columns beyond the end: -2.
+__device__ __forceinline__ int col_id(const Side& side, int col) {
+  const int id = col < side.length ? side.ids.load(col) : -2;
+  return id < 0 ? -2 : id;
+}
+
 struct Cols {
   float added[kCols];
-  int id[kCols];
 
-  __device__ __forceinline__ Cols(const Side& side, int first) {
+  Cols() = default;
+  __device__ __forceinline__ Cols(const Side& side, int first, float shift) {
 #pragma unroll
-    for (int j = 0; j < kCols; ++j) {
-      added[j] = col_of(first, j) < side.length ? 0.0f : -kInf;
-      id[j] = -2;
-    }
+    for (int j = 0; j < kCols; ++j) added[j] = col_of(first, j) < side.length ? -shift : -kInf;
     if (side.bias) {
 #pragma unroll
       for (int j = 0; j < kCols; ++j)
-        if (col_of(first, j) < side.length) added[j] = side.bias.load(col_of(first, j));
+        if (col_of(first, j) < side.length)
+          added[j] = fmaf(side.bias.load(col_of(first, j)), kLog2e, -shift);
     }
     if (side.ids) {
 #pragma unroll
-      for (int j = 0; j < kCols; ++j) {
-        const int given = col_of(first, j) < side.length ? side.ids.load(col_of(first, j)) : -1;
-        id[j] = given < 0 ? -2 : given;
-        added[j] = given < 0 ? -kInf : added[j];
-      }
+      for (int j = 0; j < kCols; ++j)
+        if (col_id(side, col_of(first, j)) < 0) added[j] = -kInf;
     }
+  }
+};
+
+// The biases are added to one another first: the same bits where the problem is transposed.
+__device__ __forceinline__ float score(float dot, float scale, float col_added, const Row& row) {
+  return fmaf(dot, scale, col_added + row.added);
+}
+
+// What a column's scores need besides where they may be masked.
+struct Column {
+  int index, id = -2;
+  float scale = 1.0f, limit = kInf;
+
+  __device__ Column(const Scores& p, int index) : index(index) {
+    const int inside = min(index, p.col.length - 1);
+    if (p.col.ids) id = col_id(p.col, index);
+    if (p.scale_of == ScaleOf::kCol) scale = p.scale.load(inside);
+    if (p.col.limit) limit = p.col.limit.load(inside);
   }
 };
 
 enum class Kind { kNegative, kPositive, kExcluded };
 
-__device__ __forceinline__ Kind kind_of(const Scores& p, const Row& row, int col, int col_id) {
-  const bool itself = col == row.partner;
+__device__ __forceinline__ Kind kind_of(const Scores& p, float dot, const Row& row,
+                                        const Column& col) {
+  const bool itself = col.index == row.partner;
   if (itself && p.exclude_self) return Kind::kExcluded;
-  return (p.row.ids ? row.id == col_id : itself) ? Kind::kPositive : Kind::kNegative;
+  if (p.row.ids ? row.id == col.id : itself) return Kind::kPositive;
+  return dot > fminf(row.limit, col.limit) ? Kind::kExcluded : Kind::kNegative;
 }
 
-__device__ __forceinline__ float limit_of(const Side& side, int index) {
-  return side.limit ? side.limit.load(min(index, side.length - 1)) : kInf;
-}
-
-// The same for an inner product under a limit.
-__device__ __forceinline__ Kind kind_of(const Scores& p, const Row& row, int col, int col_id,
-                                        float dot, float limit) {
-  const Kind kind = kind_of(p, row, col, col_id);
-  return kind == Kind::kNegative && dot > limit ? Kind::kExcluded : kind;
-}
-
-// Whether a warp's scores, of these rows and `width` columns from `col0`, need masks: some pair is
-// positive or excluded, or may be where they are `limited`. Most tiles do not.
+// Whether a warp's scores, of these rows and a thread's columns from `col`, need masks: some pair is
+// positive or excluded, or may be. Most tiles do not.
 template <int kRowCount>
-__device__ __forceinline__ bool special(const Scores& p, const Row (&rows)[kRowCount],
-                                        const Cols& cols, int col0, int width,
-                                        bool limited = false) {
-  bool found = limited;
+__device__ __forceinline__ bool special(const Scores& p, const Row (&rows)[kRowCount], int col) {
+  bool found = p.row.limit || p.col.limit || p.scale_of == ScaleOf::kCol;
   if (p.exclude_self || (p.positives_matter && !p.row.ids)) {
+    constexpr int kWidth = 4 * kCols;  // of the warp
+    const int col0 = col / kWidth * kWidth;
 #pragma unroll
     for (int r = 0; r < kRowCount; ++r)
-      found |= rows[r].partner >= col0 && rows[r].partner < col0 + width;
+      found |= rows[r].partner >= col0 && rows[r].partner < col0 + kWidth;
   }
   if (p.positives_matter && p.row.ids) {
 #pragma unroll
-    for (int r = 0; r < kRowCount; ++r)
+    for (int j = 0; j < kCols; ++j) {
+      const int id = col_id(p.col, col_of(col, j));
 #pragma unroll
-      for (int j = 0; j < kCols; ++j) found |= rows[r].id == cols.id[j];
+      for (int r = 0; r < kRowCount; ++r) found |= rows[r].id == id;
+    }
   }
   return gpu::any(found);
 }
 
-// One slot of one side; see Forward. The fields of a pair are adjacent.
+// One slot of `count` of one side; see Forward. Addresses are computed anew each time: registers are
+// scarce.
 struct Slot {
-  Global<float> data;
-  int64_t field, first;
+  const Global<float>& data;
+  int slot, count;
+  const int& length;
 
-  __device__ Slot(Global<float> data, int slot, int count, int64_t length)
-      : data(data), field(count * length), first(slot * length) {}
-  __device__ float load(int f, int i) const { return data.load(f * field + first + i); }
-  __device__ void store(int f, int i, float x) const { data.store(f * field + first + i, x); }
-  __device__ void store_pair(int f, int i, Pair x) const {
-    store(f, i, x.x);
-    store(f + 1, i, x.y);
-  }
-  __device__ Pair load_pair(int f, int i) const { return {load(f, i), load(f + 1, i)}; }
+  __device__ int64_t at(int f, int i) const { return int64_t{f * count + slot} * length + i; }
+  __device__ float load(int f, int i) const { return data.load(at(f, i)); }
+  __device__ void store(int f, int i, float x) const { data.store(at(f, i), x); }
+  __device__ void add(int f, int i, float x) const { gpu::add(data, at(f, i), x); }
 };
 
 // The sum of the four lanes that share rows.
@@ -183,19 +171,6 @@ __device__ __forceinline__ void reduce_columns(float (&v)[kCols], Op op) {
     v[j] = op(kept, gpu::shuffle_xor(given, kHalf * 2));
   }
   if constexpr (kHalf > 2) reduce_columns<kHalf / 2>(v, op);
-}
-
-// The reverse: every lane gets the results of all 16 columns.
-template <int kHalf = 2>
-__device__ __forceinline__ void spread_columns(float (&v)[kCols]) {
-  const bool upper = threadIdx.x % 32 & (kHalf * 2);
-#pragma unroll
-  for (int j = 0; j < kHalf; ++j) {
-    const float own = v[j], got = gpu::shuffle_xor(own, kHalf * 2);
-    v[j] = upper ? got : own;
-    v[j + kHalf] = upper ? own : got;
-  }
-  if constexpr (kHalf < 8) spread_columns<kHalf * 2>(v);
 }
 
 }  // namespace ito::ITO_GPU

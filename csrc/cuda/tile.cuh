@@ -19,7 +19,8 @@ constexpr int kTileShared = kStages * kStageChunks * 16;
 // A thread's scores, as mma leaves them: r counts its rows, which are 8 apart, j its columns.
 constexpr int kRows = 4;
 using Fragment = float[kRows / 2][kCols / 2][4];
-__device__ __forceinline__ float& at(Fragment& s, int r, int j) {
+template <int kPairs>
+__device__ __forceinline__ float& at(float (&s)[kPairs][kCols / 2][4], int r, int j) {
   return s[r / 2][j / 2][r % 2 * 2 + j % 2];
 }
 
@@ -150,8 +151,8 @@ struct Region {
   int first_row, last_row, first_col, last_col;
 };
 
-// Computes the inner products of a region, one row of tiles after another, and gives each tile to
-// `epilogue`. Meanwhile the first K steps of the next tile are under way.
+// Computes the inner products of a region, one column of tiles after another, and gives each tile
+// to `epilogue`. Meanwhile the first K steps of the next tile are under way.
 template <class Arithmetic, class Epilogue>
 __device__ __forceinline__ void for_each_tile(const Scores& p, const Region& region,
                                               Epilogue& epilogue) {
@@ -160,16 +161,16 @@ __device__ __forceinline__ void for_each_tile(const Scores& p, const Region& reg
   const int steps = ceil_div(p.row_bytes, kStepChunks * 16);
   int row = region.first_row, col = region.first_col, step = 0;  // the next to load
   const auto load = [&](int stage) {
-    if (row < region.last_row) {
+    if (col < region.last_col) {
       const Shared to = memory + stage * kStageChunks;
       load_step(to, p.row, row, step, p.row_bytes);
       load_step(to + kTile * kStepChunks, p.col, col, step, p.row_bytes);
       if (++step == steps) {
         step = 0;
-        col += kTile;
-        if (col >= region.last_col) {
-          col = region.first_col;
-          row += kTile;
+        row += kTile;
+        if (row >= region.last_row) {
+          row = region.first_row;
+          col += kTile;
         }
       }
     }
@@ -177,9 +178,9 @@ __device__ __forceinline__ void for_each_tile(const Scores& p, const Region& reg
   };
   for (int stage = 0; stage < kStages - 1; ++stage) load(stage);
   int stage = 0;
-  for (int row0 = region.first_row; row0 < region.last_row; row0 += kTile) {
-    epilogue.begin(row0);
-    for (int col0 = region.first_col; col0 < region.last_col; col0 += kTile) {
+  for (int col0 = region.first_col; col0 < region.last_col; col0 += kTile) {
+    epilogue.begin(col0);
+    for (int row0 = region.first_row; row0 < region.last_row; row0 += kTile) {
       Fragment s = {};
       for (int i = 0; i < steps; ++i) {
         gpu::cp_async_wait<kStages - 2>();
@@ -190,7 +191,7 @@ __device__ __forceinline__ void for_each_tile(const Scores& p, const Region& reg
       }
       epilogue.tile(s, row0, col0);
     }
-    epilogue.end(row0);
+    epilogue.end(col0);
   }
 }
 

@@ -227,6 +227,11 @@ inline float exp2_fast(float x) {
 }
 inline float reciprocal(float x) { return 1 / x; }
 
+inline void add(Global<float> to, int64_t i, float x, SIMT_WHERE) {
+  block->check(i >= 0 && i < to.size, "a tensor", i, to.size, SIMT_HERE);
+  to.data[i] += x;
+}
+
 struct Stream {  // there is one
   void* address = nullptr;
   int device = 0;

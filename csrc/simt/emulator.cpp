@@ -156,7 +156,7 @@ void Block::copy(int chunk, const void* from, int bytes, Where where) {
   if (settings().trace) {
     auto& copies = running_->warp->copies;
     if (copies.size() <= running_->issued) copies.push_back({where, {}});
-    copies[running_->issued++].chunks.push_back(chunk);
+    copies[running_->issued++].chunks[running_->lane] = chunk;
   }
 }
 
@@ -216,8 +216,11 @@ void Block::record(const char* what, const int* chunks, int count, Where where) 
 }
 
 void Block::bank_use_of_copies(Warp& warp) {
-  for (const Warp::Copies& c : warp.copies)
-    record("cp.async", c.chunks.data(), static_cast<int>(c.chunks.size()), c.where);
+  for (const Warp::Copies& c : warp.copies) {
+    std::vector<int> chunks;  // in the order of lanes, whatever the order in which they ran
+    for (const auto& [lane, chunk] : c.chunks) chunks.push_back(chunk);
+    record("cp.async", chunks.data(), static_cast<int>(chunks.size()), c.where);
+  }
   warp.copies.clear();
 }
 

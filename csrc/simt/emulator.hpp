@@ -70,7 +70,7 @@ struct Warp {
   void* slot[kWarp] = {};
   struct Copies {
     Where where;
-    std::vector<int> chunks;
+    std::map<int, int> chunks;  // by lane
   };
   std::vector<Copies> copies;  // the lanes' k-th cp.async since the last barrier, while tracing
 };

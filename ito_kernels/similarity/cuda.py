@@ -7,8 +7,8 @@ gradient in registers and runs once per side. Otherwise W is written to a bounde
 by panel, and the vendor's matrix product computes W·B and Wᵀ·A with fp32 accumulation: 4 matrix
 products in all. For a symmetric S half of the tiles are computed.
 
-No atomics are used and sums have a fixed order, so the same inputs should give the same bits on a
-device; no GPU has run this yet. Nothing synchronises with the device.
+One exponential for each score: see `gpu.fixed_shift`. Sums have a fixed order, so the same inputs
+should give the same bits on a device; no GPU has run this yet. Nothing waits for the device.
 """
 
 from __future__ import annotations
@@ -22,15 +22,17 @@ from . import gpu
 from .backend import Backend
 from .cuda_structs import (
     POSITIVES,
+    Fallback,
     Forward,
     Gradient,
     Merge,
     Panel,
     Scores,
+    Weights,
     arithmetic,
     flatten,
 )
-from .gpu import Operands, PanelSums, RowGradient, Split, is_symmetric
+from .gpu import Operands, PanelSums, RowGradient, SideWeights, Split, is_symmetric
 from .native import _native
 from .spec import Grads, Needs, Problem, SideStats, Stats, Upstream
 
@@ -90,31 +92,67 @@ class Cuda(Backend):
 
     def logsumexp_forward(self, problem: Problem, cache: Tensor | None = None) -> Stats:
         p, op, kernels = problem, Operands.of(problem), self._kernels
+        if p.exact_max or p.hardest:
+            return gpu.both_sides(
+                p, lambda: self._maxima(p, op, False), lambda: self._maxima(p, op, True)
+            )
         symmetric = is_symmetric(p)
         split = self._split(p, symmetric)
+        fields = kernels.FIELDS if p.positives else 1
 
         def slots(groups: int, length: int) -> Tensor:
-            return _empty(op.a, kernels.FIELDS, groups * kernels.SLOTS, length)
+            return _empty(op.a, fields, groups * kernels.SLOTS, length).zero_()
 
         row_slots = slots(split.col_groups, p.n) if p.rows or symmetric else None
         col_slots = row_slots
         if not symmetric:
             col_slots = slots(split.row_groups, p.m) if p.cols else None
-        self._run("forward", Forward(Scores.of(p, op), split, row_slots, col_slots), op.a)
+        shift = gpu.fixed_shift(p, op)
+        scores = Scores.of(p, op, Weights(shift))
+        self._run("forward", Forward(scores, split, row_slots, col_slots), op.a)
 
-        def merged(slots: Tensor) -> SideStats:
+        def merged(transposed: bool) -> SideStats:
+            slots = col_slots if transposed else row_slots
             _, count, length = slots.shape
             out = p.new_side(length)
-            kind = POSITIVES.index(p.positives)
-            self._run("merge", Merge(slots, length, count, kind, *out), slots)
-            return out
+            merge = Merge(
+                slots=slots,
+                length=length,
+                count=count,
+                positives=POSITIVES.index(p.positives),
+                biased=p.row_bias is not None or p.col_bias is not None,
+                ids=op.col_ids if transposed else op.row_ids,
+                shift=shift,
+                out=out,
+                underflowed=torch.empty_like(out.max, dtype=torch.int32),
+            )
+            self._run("merge", merge, slots)
+            return self._maxima(p, op, transposed, merge.underflowed, out)
 
-        return gpu.both_sides(p, lambda: merged(row_slots), lambda: merged(col_slots))
+        return gpu.both_sides(p, lambda: merged(False), lambda: merged(True))
+
+    def _maxima(
+        self,
+        problem: Problem,
+        op: Operands,
+        transposed: bool,
+        underflowed: Tensor | None = None,
+        out: SideStats | None = None,
+    ) -> SideStats:
+        """The statistics of one side with true maxima: of all rows, or in `out` of those that have
+        underflowed."""
+        op = op.transposed() if transposed else op
+        n = op.a.shape[0]
+        out = problem.new_side(n) if out is None else out
+        scores = Scores.of(problem, op, transposed=transposed)
+        slots = _empty(op.a, self._kernels.FALLBACK_FIELDS, self._kernels.SLOTS, n)
+        self._run("fallback", Fallback(scores, underflowed, slots, out), op.a)
+        return out
 
     def softplus_forward(self, problem: Problem) -> Tensor:
         op = Operands.of(problem)
         split = self._split(problem, triangle=False)
-        slots = _empty(op.a, split.col_groups * self._kernels.WARP_COLS, problem.n)
+        slots = _empty(op.a, split.col_groups * self._kernels.WARP_COLS, problem.n).zero_()
         scores = Scores.of(problem, op, softplus=True)
         self._run("forward", Forward(scores, split, slots, None), op.a)
         return slots.sum(0)
@@ -143,7 +181,8 @@ class Cuda(Backend):
 
     def _fused_gradients(self, call: gpu.Backward, needs: Needs) -> Grads:
         d, step = call.problem.d, 16 // call.op.a.element_size()
-        norm = call.norm(of_scale=True)
+        norm, factor = _scaling(call)
+        weights = _weights(call, norm)
 
         def run(call: gpu.Backward, transposed: bool, needs: Needs) -> RowGradient:
             like = call.op.a
@@ -152,16 +191,23 @@ class Cuda(Backend):
             sums = [_empty(like, n) if x else None for x in (needs.scale, needs.row_bias)]
             if any(needs):
                 stride = 0 if grad is None else grad.shape[1] // 2
-                scores = _scores(call, transposed)
-                self._run("gradient", Gradient(scores, norm, grad, stride, *sums), like)
-            return RowGradient(None if grad is None else grad[:, :d], *sums)
+                scores = Scores.of(
+                    call.problem,
+                    call.op,
+                    weights.transposed() if transposed else weights,
+                    softplus=call.softplus,
+                    transposed=transposed,
+                )
+                self._run("gradient", Gradient(scores, grad, stride, *sums), like)
+            return RowGradient(None if grad is None else grad[:, :d], *_restored(sums, norm))
 
-        return gpu.fused_gradients(call, needs, run, norm)
+        return gpu.fused_gradients(call, needs, run, factor)
 
     def _panels(self, call: gpu.Backward, needs: Needs) -> Grads:
         like, kernels, tile = call.op.a, self._kernels, self._kernels.TILE
         height, width = self._panel_size(call.problem)
-        scores, norm = _scores(call), call.norm(of_scale=True)
+        norm, factor = _scaling(call)
+        scores = Scores.of(call.problem, call.op, _weights(call, norm), softplus=call.softplus)
 
         def run(rows: slice, cols: slice, workspace: Tensor | None) -> PanelSums:
             n, m = rows.stop - rows.start, cols.stop - cols.start
@@ -169,6 +215,8 @@ class Cuda(Backend):
             row_slots = split.col_groups * kernels.WARP_COLS, n
             col_slots = split.row_groups * kernels.WARP_ROWS, m
             sums = PanelSums.new(like, needs, row_slots, col_slots)
+            if sums.col is not None:
+                sums.col.zero_()
             panel = Panel(
                 scores,
                 split,
@@ -176,7 +224,6 @@ class Cuda(Backend):
                 last_row=rows.stop,
                 first_col=cols.start,
                 last_col=cols.stop,
-                norm=norm,
                 panel=workspace,
                 stride=width * like.element_size() // 8,
                 scale_sums=sums.scale,
@@ -184,9 +231,9 @@ class Cuda(Backend):
                 col_sums=sums.col,
             )
             self._run("panel", panel, like)
-            return sums
+            return PanelSums(*_restored(sums, norm))
 
-        return gpu.panel_gradients(call, needs, (height, width), (tile, tile), run, norm)
+        return gpu.panel_gradients(call, needs, (height, width), (tile, tile), run, factor)
 
     # The split of work.
 
@@ -195,11 +242,11 @@ class Cuda(Backend):
         return gpu.split(problem.n, problem.m, tile, tile, processors, triangle)
 
     def _panel_split(self, rows: int, cols: int, processors: int) -> Split:
-        """One row tile per block, and enough blocks for eight waves."""
+        """One column tile per block, and enough blocks for eight waves."""
         tile = self._kernels.TILE
-        row_groups, tiles = -(-rows // tile), -(-cols // tile)
-        col_tiles = -(-tiles // min(tiles, -(-8 * processors // row_groups)))
-        return Split(1, col_tiles, row_groups, -(-tiles // col_tiles), False)
+        col_groups, tiles = -(-cols // tile), -(-rows // tile)
+        row_tiles = -(-tiles // min(tiles, -(-8 * processors // col_groups)))
+        return Split(row_tiles, 1, -(-tiles // row_tiles), col_groups, False)
 
     def _panel_size(self, problem: Problem) -> tuple[int, int]:
         """Rows and columns of a W panel, in whole tiles.
@@ -239,12 +286,35 @@ def _empty(like: Tensor, *shape: int) -> Tensor:
     return like.new_empty(shape, dtype=torch.float32)
 
 
-def _scores(call: gpu.Backward, transposed: bool = False) -> Scores:
-    return Scores.of(
-        call.problem,
-        call.op,
-        row=call.row.vectors(),
-        col=call.col.vectors(),
-        softplus=call.softplus,
-        transposed=transposed,
-    )
+def _scaling(call: gpu.Backward) -> tuple[Tensor | None, Tensor | None]:
+    """(norm, factor): W is divided by the norm, in fp16, and W·B to be multiplied by the factor.
+
+    A scale that is one number is part of the factor. One per row multiplies W itself.
+    """
+    scale = call.op.scale
+    norm = call.norm(of_scale=scale.ndim == 1)
+    if scale.ndim:
+        return norm, norm
+    return norm, scale if norm is None else scale * norm
+
+
+def _restored(sums: tuple, norm: Tensor | None) -> list[Tensor | None]:
+    """Sums of W from those of W divided by the norm."""
+    return [x if x is None or norm is None else x * norm for x in sums]
+
+
+def _weights(call: gpu.Backward, norm: Tensor | None) -> Weights:
+    sides = call.row, call.col
+    if call.softplus:
+
+        def pairs(u: Tensor | None) -> SideWeights | None:
+            if u is None:
+                return None
+            u = u.float() if norm is None else u.float() / norm
+            return SideWeights(torch.stack([u, torch.zeros_like(u)], 1), None, None, None)
+
+        return Weights(None, None, *(pairs(side.upstream.logsum) for side in sides))
+    shift = gpu.fixed_shift(call.problem, call.op)
+    row, col = (side.weights(call.problem, shift, norm) for side in sides)
+    underflowed = torch.stack([x.underflowed for x in (row, col) if x]).any().int()
+    return Weights(shift, underflowed, row, col)

@@ -8,8 +8,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .gpu import Operands, Split, Vectors, dense, matmul_precision
-from .spec import Problem
+from .gpu import Operands, SideWeights, Split, dense, matmul_precision
+from .spec import Problem, SideStats
 
 # in the order of the enumerations in problem.hpp
 ARITHMETIC = ("bf16", "fp16", "tf32", "tf32x3")
@@ -24,9 +24,9 @@ class Side(NamedTuple):
     bias: Tensor | None
     ids: Tensor | None
     limit: Tensor | None
-    factors: Tensor | None
-    alpha: Tensor | None
-    pos: Tensor | None
+    weights: Tensor | None
+    exact: Tensor | None
+    shifts: Tensor | None
 
     @classmethod
     def of(
@@ -35,11 +35,8 @@ class Side(NamedTuple):
         bias: Tensor | None,
         ids: Tensor | None,
         limit: Tensor | None,
-        vectors: Vectors,
+        weights: SideWeights | None,
     ) -> Side:
-        factors = vectors.factors
-        if factors is None and vectors.u is not None:  # softplus
-            factors = torch.stack([torch.zeros_like(vectors.u), vectors.u], 1)
         return cls(
             features=features,
             stride=features.stride(0) * features.element_size() // 16,
@@ -47,10 +44,22 @@ class Side(NamedTuple):
             bias=bias,
             ids=ids,
             limit=limit,
-            factors=factors,
-            alpha=vectors.alpha,
-            pos=vectors.pos,
+            weights=weights and weights.fixed,
+            exact=weights and weights.exact,
+            shifts=weights and weights.shifts,
         )
+
+
+class Weights(NamedTuple):
+    """What backward needs besides the problem, and forward the shift alone."""
+
+    shift: Tensor | None = None
+    underflowed: Tensor | None = None
+    row: SideWeights | None = None
+    col: SideWeights | None = None
+
+    def transposed(self) -> Weights:
+        return self._replace(row=self.col, col=self.row)
 
 
 class Scores(NamedTuple):
@@ -60,10 +69,11 @@ class Scores(NamedTuple):
     row_bytes: int
     scale: Tensor
     scale_of: int
+    shift: Tensor | None
+    underflowed: Tensor | None
     positives: int
     exclude_self: bool
     exclude_positives: bool
-    hardest: bool
     softplus: bool
     positives_matter: bool
     diagonal: int
@@ -73,28 +83,28 @@ class Scores(NamedTuple):
         cls,
         problem: Problem,
         op: Operands,
+        weights: Weights = Weights(),  # noqa: B008 (immutable)
         *,
-        row: Vectors = Vectors(),  # noqa: B008 (immutable)
-        col: Vectors = Vectors(),  # noqa: B008
         softplus: bool = False,
         transposed: bool = False,
     ) -> Scores:
-        """transposed: whether `op`, `row` and `col` are those of the transposed matrix."""
+        """transposed: whether `op` and `weights` are those of the transposed matrix."""
         p = problem
         limit = dense(p.row_limit)
         row_limit, col_limit = (None, limit) if transposed else (limit, None)
         scale_of = "all" if op.scale.ndim == 0 else "col" if transposed else "row"
         return cls(
             arithmetic=ARITHMETIC.index(arithmetic(p.a.dtype)),
-            row=Side.of(op.a, op.row_bias, op.row_ids, row_limit, row),
-            col=Side.of(op.b, op.col_bias, op.col_ids, col_limit, col),
+            row=Side.of(op.a, op.row_bias, op.row_ids, row_limit, weights.row),
+            col=Side.of(op.b, op.col_bias, op.col_ids, col_limit, weights.col),
             row_bytes=p.d * op.a.element_size(),
             scale=op.scale,
             scale_of=SCALE_OF.index(scale_of),
+            shift=weights.shift,
+            underflowed=weights.underflowed,
             positives=POSITIVES.index(p.positives),
             exclude_self=p.exclude_self,
             exclude_positives=p.exclude_positives,
-            hardest=p.hardest,
             softplus=softplus,
             positives_matter=bool(p.positives or p.exclude_positives or p.hardest or softplus),
             diagonal=-p.diagonal if transposed else p.diagonal,
@@ -113,10 +123,18 @@ class Merge(NamedTuple):
     length: int
     count: int
     positives: int
-    max: Tensor
-    logsum: Tensor
-    pos: Tensor | None
-    neg_max: Tensor | None
+    biased: bool
+    ids: Tensor | None
+    shift: Tensor
+    out: SideStats
+    underflowed: Tensor
+
+
+class Fallback(NamedTuple):
+    scores: Scores
+    underflowed: Tensor | None
+    slots: Tensor
+    out: SideStats
 
 
 class Panel(NamedTuple):
@@ -126,7 +144,6 @@ class Panel(NamedTuple):
     last_row: int
     first_col: int
     last_col: int
-    norm: Tensor | None
     panel: Tensor | None
     stride: int  # in units of 8 bytes
     scale_sums: Tensor | None
@@ -136,7 +153,6 @@ class Panel(NamedTuple):
 
 class Gradient(NamedTuple):
     scores: Scores
-    norm: Tensor | None
     grad: Tensor | None
     stride: int  # in units of 8 bytes
     scale_sums: Tensor | None

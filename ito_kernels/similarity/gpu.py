@@ -318,16 +318,6 @@ class Side(NamedTuple):
             SideStats(*map(first, self.stats, other.stats)),
         )
 
-    def vectors(self) -> Vectors:
-        u, alpha = map(_fp32, self.upstream)
-        maximum, logsum, pos = map(_fp32, (self.stats.max, self.stats.logsum, self.stats.pos))
-        factors = None
-        if maximum is not None and (u is not None or alpha is not None):
-            factor = torch.zeros_like(maximum) if u is None else u * torch.exp(-logsum)
-            empty = maximum == -torch.inf
-            factors = torch.stack([maximum.masked_fill(empty, 0), factor.masked_fill(empty, 0)], 1)
-        return Vectors(u, factors, alpha, pos)
-
     def weights(self, problem: Problem, shift: Tensor, norm: Tensor | None) -> SideWeights | None:
         """What kernels with one exponential per score read; None if nothing arrives at the side.
 
@@ -361,20 +351,6 @@ class Side(NamedTuple):
             padded_pairs(maximum, zero if pos is None else pos),
             underflowed if biased else underflowed & (shift > 0),
         )
-
-
-class Vectors(NamedTuple):
-    """The vectors of one side that the backward kernels read.
-
-    u: the upstream gradients of logsum, or of the softplus sums. alpha: those of pos.
-    factors: (length, 2) with (shift, factor), so that u·softmax = factor·e^(S - shift). None for
-        softplus.
-    """
-
-    u: Tensor | None = None
-    factors: Tensor | None = None
-    alpha: Tensor | None = None
-    pos: Tensor | None = None
 
 
 class SideWeights(NamedTuple):

@@ -7,7 +7,7 @@ from importlib.util import find_spec
 # The version of the structs that are passed to the module. csrc/bindings.cpp has the same number.
 # A module of another version, for example after an update of an editable install without a new
 # build, would misread them.
-INTERFACE = 7
+INTERFACE = 8
 
 MISSING = ""
 try:

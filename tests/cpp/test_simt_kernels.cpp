@@ -91,10 +91,11 @@ void run() {
   scores.positives_matter = true;
   const Split split{2, 2, 1, 2, false};
 
-  std::vector<float> row_slots(kFields * 2 * kSlots * kN, NAN);
-  std::vector<float> col_slots(kFields * kSlots * kM, NAN);
+  const std::vector<float> shift{3.5};
+  std::vector<float> row_slots(kFields * 2 * kSlots * kN), col_slots(kFields * kSlots * kM);
   Forward f;
   f.scores = scores;
+  f.scores.shift = input(shift);
   f.split = split;
   f.row_slots = tensor(row_slots);
   f.col_slots = tensor(col_slots);
@@ -103,44 +104,63 @@ void run() {
   const auto check_side = [&](const char* name, const std::vector<float>& slots, int length,
                               int count, int stride, int other, int other_stride) {
     std::vector<float> max(length), logsum(length), pos(length);
+    std::vector<int32_t> underflowed(length, -1);
+    const SideStats out{tensor(max), tensor(logsum), tensor(pos), {}};
+    const auto check = [&] {
+      for (int i = 0; i < length; ++i) {
+        double sum = 0;
+        for (int j = 0; j < other; ++j) sum += std::exp(s[i * stride + j * other_stride]);
+        expect_close(name, i, max[i] + logsum[i], std::log(sum), 1e-4);
+        if (i < std::min(kN, kM)) expect_close(name, i, pos[i] + max[i], s[i * kM + i], 1e-4);
+      }
+    };
     Merge m;
     m.slots = input(slots);
     m.length = length;
     m.count = count;
     m.positives = Positives::kLinear;
-    m.max = tensor(max);
-    m.logsum = tensor(logsum);
-    m.pos = tensor(pos);
+    m.shift = input(shift);
+    m.out = out;
+    m.underflowed = tensor(underflowed);
     merge(m, {});
-    for (int i = 0; i < length; ++i) {
-      double sum = 0;
-      for (int j = 0; j < other; ++j) sum += std::exp(s[i * stride + j * other_stride]);
-      expect_close(name, i, max[i] + logsum[i], std::log(sum), 1e-4);
-      if (i < std::min(kN, kM)) expect_close(name, i, pos[i] + max[i], s[i * kM + i], 1e-4);
-    }
+    check();
+    for (const int32_t x : underflowed) expect_close("underflowed", 0, x, 0, 0);
+
+    // the last row again, with its maximum
+    max[length - 1] = logsum[length - 1] = NAN;
+    underflowed[length - 1] = 1;
+    std::vector<float> memory(kFallbackFields * kSlots * length, NAN);
+    Fallback again;
+    again.scores = scores;
+    if (stride == 1) std::swap(again.scores.row, again.scores.col);
+    again.underflowed = input(underflowed);
+    again.slots = tensor(memory);
+    again.out = out;
+    fallback(again, {});
+    check();
   };
   check_side("row", row_slots, kN, 2 * kSlots, kM, kM, 1);
   check_side("column", col_slots, kM, kSlots, 1, kN, kM);
 
-  // W of Σ_i row_i: softmax of rows, with the maximum as 0 and the logarithm of the sum in factor
-  std::vector<Pair> factors(kN);
+  // W of Σ_i row_i: softmax of rows, without a shift
+  std::vector<Pair> weights(kN);
   std::vector<double> w(kN * kM);
   for (int i = 0; i < kN; ++i) {
     double sum = 0;
     for (int j = 0; j < kM; ++j) sum += std::exp(s[i * kM + j]);
-    factors[i] = {0, static_cast<float>(1 / sum)};
+    weights[i] = {static_cast<float>(1 / sum), 0};
     for (int j = 0; j < kM; ++j) w[i * kM + j] = std::exp(s[i * kM + j]) / sum;
   }
-  scores.row.factors = input(factors);
+  scores.row.weights = input(weights);
   scores.positives = Positives::kNone;
   scores.positives_matter = false;
 
   const int stride = 96;  // two words, 4 halves each: 384 columns
   std::vector<TwoWords> words(256 * stride);
-  std::vector<float> sums(2 * kWarpCols * kN, NAN);
+  std::vector<float> sums(3 * kWarpCols * kN, NAN);
   Panel p;
   p.scores = scores;
-  p.split = {1, 2, 2, 2, false};
+  p.split = {2, 1, 1, 3, false};
   p.last_row = kN;
   p.last_col = kM;
   p.panel = tensor(words);
@@ -150,11 +170,11 @@ void run() {
   const auto* half = reinterpret_cast<const uint16_t*>(words.data());
   for (int i = 0; i < kN; ++i) {
     for (int j = 0; j < kM; ++j) {
-      const double right = kScale * w[i * kM + j];
+      const double right = w[i * kM + j];
       expect_close("W, row", i, simt::from_bf16(half[i * 384 + j]), right, 0.005 * right);
     }
     double sum = 0;
-    for (int slot = 0; slot < 2 * kWarpCols; ++slot) sum += sums[slot * kN + i];
+    for (int slot = 0; slot < 3 * kWarpCols; ++slot) sum += sums[slot * kN + i];
     expect_close("sum of W, row", i, sum, 1, 1e-4);
   }
 
@@ -168,7 +188,7 @@ void run() {
   for (int i = 0; i < kN; ++i)
     for (int d = 0; d < kD; ++d) {
       double right = 0;
-      for (int j = 0; j < kM; ++j) right += kScale * w[i * kM + j] * b.value[j * kD + d];
+      for (int j = 0; j < kM; ++j) right += w[i * kM + j] * b.value[j * kD + d];
       expect_close("gradient, row", i, value[i * kD + d], right, 0.005);
     }
 }

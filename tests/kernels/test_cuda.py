@@ -14,7 +14,7 @@ import torch
 import ito_kernels
 from ito_kernels import clip_loss
 from ito_kernels.similarity import cuda
-from ito_kernels.similarity.spec import Problem
+from ito_kernels.similarity.spec import Problem, SideStats
 
 ROOT = Path(__file__).parents[2]
 NOT_BUILT = "built without the CUDA kernels: ITO_BUILD_CUDA=1 and nvcc build them"
@@ -75,10 +75,11 @@ def test_a_launch_that_fails_names_its_kernel():
     scores = cuda.Scores.of(problem, cuda.Operands.of(problem))
     split, nothing = cuda.Split(1, 1, 1, 1, False), (None,) * 3
     calls = {
-        "merge": cuda.Merge(x, 8, 1, 0, x, x, None, None),
+        "merge": cuda.Merge(x, 8, 1, 0, False, None, x, SideStats(x, x), x),
         "forward": cuda.Forward(scores, split, x, None),
-        "panel": cuda.Panel(scores, split, 0, 1, 0, 1, None, x, 64, *nothing),
-        "gradient": cuda.Gradient(scores._replace(arithmetic=0), None, x, 2, None, None),
+        "fallback": cuda.Fallback(scores, x, x, SideStats(x, x)),
+        "panel": cuda.Panel(scores, split, 0, 1, 0, 1, x, 64, *nothing),
+        "gradient": cuda.Gradient(scores._replace(arithmetic=0), x, 2, None, None),
     }
     for kernel, struct in calls.items():
         name = {"forward": "logsumexp"}.get(kernel, kernel)
@@ -119,11 +120,17 @@ def test_build_options(tmp_path, compiler):
     out = options(**compiler, **asked).stdout
     assert "-DITO_CUDA=ON" in out
     assert f"-DCMAKE_CUDA_COMPILER={compiler['CUDACXX']}" in out
-    assert "-DCMAKE_CUDA_ARCHITECTURES=80\n" in out
-    assert "CUDA kernels: built for 80 with" in out
-    for archs, expected in (("90a", "=90a\n"), ("all", "=80-real;86-real;89-real;90-real;")):
+    for archs, expected in (
+        ("", "80-real;90-real;100-real;120"),  # PTX of the newest alone
+        ("all", "80-real;86-real;89-real;90-real;100-real;120"),
+        ("90a", "90a"),
+    ):
         out = options(**compiler, **asked, ITO_CUDA_ARCHS=archs).stdout
-        assert "ARCHITECTURES" + expected in out
+        assert f"-DCMAKE_CUDA_ARCHITECTURES={expected}\n" in out
+        assert f"CUDA kernels: built for {expected} with" in out
+    for archs in ("75", "80;70-real", "all-major"):
+        out = options(**compiler, **asked, ITO_CUDA_ARCHS=archs)
+        assert "ITO_CUDA_ARCHS must name 80 and later" in out.stderr
     out = options(**compiler, ITO_BUILD_CUDA="0").stdout
     assert out == "-DITO_CUDA=OFF\nCUDA kernels: not built: ITO_BUILD_CUDA=0\n"
     assert "there is no nvcc" in options(**absent, **asked).stderr
