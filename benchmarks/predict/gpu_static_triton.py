@@ -108,13 +108,13 @@ def variants(arch: Arch, arithmetic: str) -> dict[str, tuple]:
     sizes = dict.fromkeys(("panel_row", "panel_col", "stride_panel"), "i32")
     sizes |= {"panel": f"*{element}"}
     add("panel clip", kernel, w, w.k, **sizes | upstream | linear)
-    add("panel in", kernel, w, w.k, **sizes | upstream | lse | learned)
+    add("panel in", kernel, w, w.k, **sizes | upstream | lse)
     add("panel exact", kernel, w, w.k, **sizes | exact | linear | learned)
     add("panel siglip", kernel, w, w.k, **sizes | siglip)
     add("panel siglip ids", kernel, by_ids, by_ids.k, **sizes | siglip | ids | all_sums)
     for name, mask in masks.items():
         tile = by_ids if "row_ids" in mask else w
-        add(f"panel {name}", kernel, tile, tile.k, **sizes | upstream | learned | mask)
+        add(f"panel {name}", kernel, tile, tile.k, **sizes | upstream | mask)
     rest = sizes | all_sums | everything
     add("panel all sums", kernel, by_ids, by_ids.k, **rest | upstream)
     add("panel all exact", kernel, by_ids, by_ids.k, **rest | exact)

@@ -249,8 +249,9 @@ def weights_kernel(
             # bands of eight tiles: programs that run at the same time share columns in the L2 cache
             band = tile // (8 * tiles_n)
             height = tl.minimum(tiles_m - band * 8, 8)
-            tile_m = band * 8 + (tile % (8 * tiles_n)) % height
-            tile_n = (tile % (8 * tiles_n)) // height
+            rest_of_band = tile - band * 8 * tiles_n
+            tile_n = rest_of_band // height
+            tile_m = band * 8 + rest_of_band - tile_n * height
         row0, col0 = panel_row + tile_m * BLOCK_M, panel_col + tile_n * BLOCK_N
         acc = scores.multiply(
             acc, k, a, b, row0, col0, n, m, d, stride_a, stride_b, EVEN_D,
