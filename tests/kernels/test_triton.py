@@ -38,8 +38,9 @@ from support.problems import (
 
 from ito_kernels import similarity_softplus
 from ito_kernels.similarity import dispatch, gpu
+from ito_kernels.similarity.op import logsumexp_of, present
 from ito_kernels.similarity.spec import Needs, Problem, SideUpstream, Upstream
-from ito_kernels.similarity.triton import host
+from ito_kernels.similarity.triton import host, small
 from ito_kernels.similarity.triton import tiles as triton_tiles
 
 backend, reference = dispatch.load("triton"), dispatch.load("reference")
@@ -502,3 +503,55 @@ def test_cpu_tensors_never_choose_the_interpreter():
     a = torch.randn(4, 8)
     assert dispatch.choose(Problem(a, a, torch.tensor(1.0))).name != "triton"
     assert dispatch.load("chunked").supports(Problem(a, a, torch.tensor(1.0)))[0]
+
+
+# ---- small batches
+
+
+@pytest.mark.parametrize(
+    ("n", "m", "d", "dtype", "cols", "frozen"),
+    [
+        (5, 5, 8, FP32, True, ()),
+        (150, 150, 40, BF16, True, ()),
+        (70, 300, 200, FP32, True, ()),
+        (300, 70, 200, BF16, True, ("b",)),
+        (130, 140, 136, FP32, False, ("a", "scale")),
+        (1, 1, 16, FP32, True, ()),
+        (40, 40, 16, FP32, True, ("a", "b", "scale")),
+    ],
+)
+def test_a_small_batch_in_few_launches(n, m, d, dtype, cols, frozen, launched, monkeypatch):
+    """Against the reference in fp64, and not worse than the way of large batches."""
+    inputs = {"a": torch.randn(n, d).to(dtype), "b": torch.randn(m, d).to(dtype)}
+    inputs["scale"] = torch.tensor(2.0 / d**0.5)
+
+    def step(name, dtype=None):
+        leaves = {k: x.to(dtype or x.dtype, copy=True) for k, x in inputs.items()}
+        for k, x in leaves.items():
+            x.requires_grad_(k not in frozen)
+        weights = Upstream(SideUpstream(0.5 / n, -0.5 / n), SideUpstream(*(0.3, -0.2) * cols))
+        problem = Problem(*leaves.values(), positives="linear", cols=cols, exact_max=False)
+        total, stats = logsumexp_of(problem, weights, True, name)
+        if total.requires_grad:
+            (3 * total).backward()
+        return [total.detach(), *present(*stats.row, *(stats.col or ()))], [
+            x.grad for x in leaves.values()
+        ]
+
+    (values, grads), (exact, exact_grads) = step("triton"), step("reference", torch.float64)
+    names = [name for name, *_ in launched]
+    assert names[: 2 + cols] == ["maxima_kernel", "maxima_kernel", "combine_kernel"][1 - cols :]
+    monkeypatch.setattr(small, "LARGEST", 0)
+    launched.clear()
+    values_of_large, grads_of_large = step("triton")
+    assert "sums_kernel" in [name for name, *_ in launched]
+
+    def close(ours, others, truth, rounding):
+        for x, y, z in zip(ours, others, truth, strict=True):
+            assert (x is None) == (z is None)
+            if x is not None:
+                error, other = ((v.double() - z).abs().max() for v in (x, y))
+                assert error <= 2 * other + rounding * z.abs().max()
+
+    close(values[:1], values_of_large[:1], exact[:1], 1e-6)
+    close(grads, grads_of_large, exact_grads, {FP32: 1e-6, BF16: 4e-3}[dtype])

@@ -73,7 +73,8 @@ CLUSTERS = {
 
 
 def row_weights(at: Inputs) -> Tensor:
-    return 0.5 + (at.rows % 8).to(at.x.dtype) / 8
+    """In fp32, or in fp64 with fp64 features."""
+    return 0.5 + (at.rows % 8).to(torch.promote_types(at.x.dtype, torch.float32)) / 8
 
 
 class Row(NamedTuple):
@@ -82,12 +83,16 @@ class Row(NamedTuple):
     options: dict
     value: Callable  # of what the loss returns
 
-    def call(self, loss: str, inputs: Inputs, **where) -> Tensor:
+    def arguments(self, inputs: Inputs) -> tuple[list, dict]:
         def made(given):
             return given.of(inputs) if isinstance(given, Made) else given
 
         options = {name: made(given) for name, given in self.options.items()}
-        return self.value(getattr(ik, loss)(*map(made, self.args), **options, **where))
+        return list(map(made, self.args)), options
+
+    def call(self, loss: str, inputs: Inputs, **where) -> Tensor:
+        args, options = self.arguments(inputs)
+        return self.value(getattr(ik, loss)(*args, **options, **where))
 
 
 def row(test: str, *args, value=lambda found: found, **options) -> Row:

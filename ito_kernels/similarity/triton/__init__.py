@@ -96,6 +96,15 @@ class Triton(Backend):
     ) -> Grads:
         return self._host.logsumexp_backward(problem, stats, upstream, needs)
 
+    def logsumexp_both(
+        self, problem: Problem, with_stats: bool, upstream: Upstream, needs: Needs
+    ) -> tuple[Tensor, Stats, Grads]:
+        from . import small
+
+        if small.fits(problem, upstream):
+            return small.both(problem, with_stats, upstream, needs)
+        return super().logsumexp_both(problem, with_stats, upstream, needs)
+
     def softplus_forward(self, problem: Problem) -> Tensor:
         return self._host.softplus_forward(problem)
 

@@ -158,9 +158,9 @@ def _store_sums(sums, group, length, index, values):
 def _write_weights(
     acc, tile_m, tile_n, scale, row_bias, col_bias, row_ids, col_ids, row_limit, col_limit, shift,
     row_weights, col_weights, row_shifts, col_shifts, n, m, diagonal,
-    panel, scale_sums, row_sums, col_sums, softplus_sums, panel_row, panel_col, stride_panel,
-    SCALE: tl.constexpr, SOFTPLUS: tl.constexpr, POSITIVES: tl.constexpr, SELF: tl.constexpr,
-    EXCLUDE_POSITIVES: tl.constexpr, FIXED: tl.constexpr, BLOCK_M: tl.constexpr,
+    panel_factor, panel, scale_sums, row_sums, col_sums, softplus_sums, panel_row, panel_col,
+    stride_panel, SCALE: tl.constexpr, SOFTPLUS: tl.constexpr, POSITIVES: tl.constexpr,
+    SELF: tl.constexpr, EXCLUDE_POSITIVES: tl.constexpr, FIXED: tl.constexpr, BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
     """Store one tile of the panel and its sums, from the tile's inner products `acc`."""
@@ -170,8 +170,8 @@ def _write_weights(
     )  # fmt: skip
     if PARTS > 1:
         out = (
-            panel, scale_sums, row_sums, col_sums, softplus_sums, panel_row, panel_col,
-            stride_panel,
+            panel_factor, panel, scale_sums, row_sums, col_sums, softplus_sums, panel_row,
+            panel_col, stride_panel,
         )  # fmt: skip
         left, right = scores.split_columns(acc)
         _write_weights(left, tile_m, 2 * tile_n, *score, *out, SCALE, SOFTPLUS, POSITIVES, SELF,
@@ -196,6 +196,8 @@ def _write_weights(
         if panel is not None:
             if SCALE == "row":
                 w *= scores.load_vector(scale, panel_row + tile_rows, n, 0.0)[:, None]
+            if panel_factor is not None:
+                w *= tl.load(panel_factor)
             first = tl.cast(tile_m * BLOCK_M, tl.int64) * stride_panel + tile_n * BLOCK_N
             at = tl.arange(0, BLOCK_M)[:, None] * stride_panel + tl.arange(0, BLOCK_N)[None, :]
             tl.store(panel + first + at, w.to(panel.dtype.element_ty))
@@ -205,7 +207,7 @@ def _write_weights(
 def weights_kernel(
     a, b, scale, row_bias, col_bias, row_ids, col_ids, row_limit, col_limit, shift, underflowed,
     row_weights, col_weights, row_shifts, col_shifts,
-    panel, scale_sums, row_sums, col_sums, softplus_sums,
+    panel_factor, panel, scale_sums, row_sums, col_sums, softplus_sums,
     n, m, d, stride_a, stride_b, diagonal, panel_row, panel_col, stride_panel,
     EVEN_D: tl.constexpr, SCALE: tl.constexpr, SOFTPLUS: tl.constexpr, POSITIVES: tl.constexpr,
     SELF: tl.constexpr, EXCLUDE_POSITIVES: tl.constexpr, FIXED: tl.constexpr, TMA: tl.constexpr,
@@ -213,7 +215,7 @@ def weights_kernel(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
     """Write a panel of W, rounded to the panel's dtype, for the vendor's matrix products. With a
-    scale per row it is scale·W.
+    scale per row it is scale·W. With a `panel_factor`, one number, W is multiplied by it.
 
     The panel has the rows [panel_row : n] and the columns [panel_col : m]. With P programs, each
     computes every P-th tile. The memory of the panel covers whole tiles, so that stores need no
@@ -235,7 +237,8 @@ def weights_kernel(
     rest = (
         factor, row_bias, col_bias, row_ids, col_ids, row_limit, col_limit, T,
         row_weights, col_weights, row_shifts, col_shifts, n, m, diagonal,
-        panel, scale_sums, row_sums, col_sums, softplus_sums, panel_row, panel_col, stride_panel,
+        panel_factor, panel, scale_sums, row_sums, col_sums, softplus_sums, panel_row, panel_col,
+        stride_panel,
     )  # fmt: skip
     tiles_m, tiles_n = tl.cdiv(n - panel_row, BLOCK_M), tl.cdiv(m - panel_col, BLOCK_N)
     first, programs = tl.program_id(0), tl.num_programs(0)

@@ -375,6 +375,7 @@ class Weights(NamedTuple):
 
 
 class Panel(NamedTuple):
+    panel_factor: Tensor | None
     panel: Tensor | None
     stride_panel: int
     panel_row: int
@@ -571,12 +572,18 @@ def _restored(sums: tuple, norm: Tensor | None) -> list[Tensor | None]:
     return [x if x is None or norm is None else x * norm for x in sums]
 
 
-def _fused_gradients(call: gpu.Backward, plan: _Plan, needs: Needs, values: Tensor | None) -> Grads:
+def _fused_gradients(
+    call: gpu.Backward,
+    plan: _Plan,
+    needs: Needs,
+    values: Tensor | None = None,
+    kinds: list[Weights] | None = None,
+) -> Grads:
     p, tile = call.problem, plan.gradient
     block_d = max(16, triton.next_power_of_2(p.d))
     together = p.b is None and not call.symmetric  # the gradients of both sides are added
     norm, factor = _scaling(call)
-    kinds = Weights.of(call, norm)
+    kinds = kinds or Weights.of(call, norm)
 
     def run(call: gpu.Backward, transposed: bool, needs: Needs) -> RowGradient:
         op, n = call.op, call.op.a.shape[0]
@@ -610,23 +617,40 @@ def _fused_gradients(call: gpu.Backward, plan: _Plan, needs: Needs, values: Tens
 
 
 def _panel_gradients(call: gpu.Backward, plan: _Plan, needs: Needs, values: Tensor | None) -> Grads:
-    like, tile = call.op.a, plan.panel
-    parts = plan.arch.parts(tile, "panel", plan.crowded(call.softplus))
-    scores = Scores.of(plan, call.op, tile, tile.k)
     norm, factor = _scaling(call)
-    kinds = Weights.of(call, norm)
     scale_of_products = call.op.scale.ndim == 0 and (needs.a or needs.b)
     sums_needed = needs._replace(scale=needs.scale and not scale_of_products)
+    run = _panel_run(call, plan, sums_needed, Weights.of(call, norm), values, norm)
+    # the kernel stores whole tiles without masks, so the workspace covers whole tiles
+    size, tile = plan.panel_size(), (plan.panel.m, plan.panel.n)
+    return gpu.panel_gradients(call, needs, size, tile, run, factor, scale_of_products)
+
+
+def _panel_run(
+    call: gpu.Backward,
+    plan: _Plan,
+    needs: Needs,
+    kinds: list[Weights],
+    values: Tensor | None = None,
+    norm: Tensor | None = None,
+    panel_factor: Tensor | None = None,
+) -> Callable[[slice, slice, Tensor | None], PanelSums]:
+    """The function that writes a panel and returns its sums."""
+    like, tile = call.op.a, plan.panel
+    crowded = plan.crowded(call.softplus) + (panel_factor is not None)
+    parts = plan.arch.parts(tile, "panel", crowded)
+    scores = Scores.of(plan, call.op, tile, tile.k)
 
     def run(rows: slice, cols: slice, workspace: Tensor | None) -> PanelSums:
         n, m = rows.stop - rows.start, cols.stop - cols.start
         grid = triton.cdiv(n, tile.m), triton.cdiv(m, tile.n)
         row_slots = grid[1] * parts, n
-        sums = PanelSums.new(like, sums_needed, row_slots, (grid[0], m))
+        sums = PanelSums.new(like, needs, row_slots, (grid[0], m))
         softplus_sums = None
         if values is not None:
             softplus_sums = like.new_empty(row_slots, dtype=torch.float32)
         panel = Panel(
+            panel_factor=panel_factor,
             panel=workspace,
             stride_panel=0 if workspace is None else workspace.stride(0),
             panel_row=rows.start,
@@ -648,6 +672,4 @@ def _panel_gradients(call: gpu.Backward, plan: _Plan, needs: Needs, values: Tens
             values[rows] += softplus_sums.sum(0)
         return PanelSums(*_restored(sums, norm))
 
-    # the kernel stores whole tiles without masks, so the workspace covers whole tiles
-    size = plan.panel_size()
-    return gpu.panel_gradients(call, needs, size, (tile.m, tile.n), run, factor, scale_of_products)
+    return run

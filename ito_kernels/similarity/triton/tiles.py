@@ -117,7 +117,7 @@ ARCHS = {
         forward={"half": Tile(128, 128, 64, 8, 3)} | FP32,
         panel={"half": Tile(128, 128, 64, 8, 3)} | FP32,
         ids={"half": Tile(64, 64, 64, 8, 3)} | FP32_IDS,
-        maxima={"half": Tile(64, 64, 64, 4, 3)} | FP32_IDS,
+        maxima={"half": Tile(64, 64, 64, 4, 3)} | FP32_IDS | {"ieee": TF32X3},
         gradient=GRADIENT,
     ),
     # One block of 256 × 128 is a guess. It reads 48 bytes of operands from L2 per clock at the full
@@ -131,7 +131,7 @@ ARCHS = {
         forward={"half": Tile(256, 128, 64, 8, 4)} | FP32,
         panel={"half": Tile(256, 128, 64, 8, 4)} | FP32,
         ids={"half": Tile(256, 64, 64, 8, 4)} | FP32_IDS,
-        maxima={"half": Tile(128, 64, 64, 8, 3)} | FP32_IDS,
+        maxima={"half": Tile(128, 64, 64, 8, 3)} | FP32_IDS | {"ieee": TF32X3},
         gradient=GRADIENT | {"half": Tile(64, 64, 0, 4, 2)},
     ),
     # Scores are read from tensor memory with one row per thread, so column vectors take a register
