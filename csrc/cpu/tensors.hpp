@@ -35,7 +35,9 @@ class Memory {
   // Whatever is written overlaps nothing else.
   void check() {
     std::sort(spans_.begin(), spans_.begin() + count_,
-              [](const Span& x, const Span& y) { return x.begin < y.begin; });
+              [](const Span& x, const Span& y) {
+                return std::pair(x.begin, x.written) < std::pair(y.begin, y.written);
+              });
     const Span *last = nullptr, *last_written = nullptr;  // the ones that end last so far
     for (size_t i = 0; i < count_; ++i) {
       const Span& s = spans_[i];

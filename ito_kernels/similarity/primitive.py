@@ -108,7 +108,7 @@ def similarity_logsumexp(
         rows=rows,
         cols=cols,
         hardest=hardest,
-        exact_max=exact_max and return_stats,
+        exact_max=exact_max,
     )
     weights = Upstream(
         check_weights("row_weights", row_weights, problem, rows, problem.n),

@@ -86,7 +86,8 @@ def problem(r: random.Random) -> Problem:
 
 
 def fields(p: Problem) -> list:
-    return [*p.tensors[:2], p.scale.ndim == 1, *p.tensors[2:], POSITIVES.index(p.positives), *p[9:]]
+    flags = (p.exclude_self, p.exclude_positives, p.diagonal, p.rows, p.cols, p.hardest)
+    return [*p.tensors[:2], p.scale.ndim == 1, *p.tensors[2:], POSITIVES.index(p.positives), *flags]
 
 
 def exact(given: tuple) -> Problem:
