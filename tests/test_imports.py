@@ -54,7 +54,7 @@ def test_tests_are_collected_without_optional_packages():
     patterns = ("test_*.py", "conftest.py", "support/*.py")
     for path in (path for pattern in patterns for path in tests.rglob(pattern)):
         text = path.read_text(encoding="utf-8")
-        skipped_without = set(
+        optional = set(
             re.findall(r'if find_spec\("(\w+)"\) is None:\n    pytest.skip', text)
         )
         for node in ast.parse(text).body:
@@ -63,5 +63,5 @@ def test_tests_are_collected_without_optional_packages():
                 names = [alias.name for alias in node.names]
             elif isinstance(node, ast.ImportFrom):
                 names = [node.module]
-            others = {name.partition(".")[0] for name in names} - known - skipped_without
+            others = {name.partition(".")[0] for name in names} - known - optional
             assert not others, f"{path.name} imports {others} where pytest collects it"
