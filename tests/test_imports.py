@@ -54,9 +54,7 @@ def test_tests_are_collected_without_optional_packages():
     patterns = ("test_*.py", "conftest.py", "support/*.py")
     for path in (path for pattern in patterns for path in tests.rglob(pattern)):
         text = path.read_text(encoding="utf-8")
-        optional = set(
-            re.findall(r'if find_spec\("(\w+)"\) is None:\n    pytest.skip', text)
-        )
+        optional = set(re.findall(r'if find_spec\("(\w+)"\) is None:\n    pytest.skip', text))
         for node in ast.parse(text).body:
             names = []
             if isinstance(node, ast.Import):

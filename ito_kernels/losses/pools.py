@@ -127,7 +127,8 @@ class QueueCandidates:
     def count(self) -> Tensor:
         if self.scores.row_limit is not None:  # as in Scores.candidate_counts
             with torch.no_grad():
-                return self._statistics(0.0, exclude_positives=True).row_logsum.exp().round()
+                zeros = self._statistics(0.0, exclude_positives=True)
+                return (zeros.row_logsum + zeros.row_max).exp().round()
         same = count_positives(self.row_ids, self.col_ids)
         return ((self.col_ids >= 0).sum() - same).to(self.scores.scale.dtype)
 

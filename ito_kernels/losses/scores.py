@@ -350,7 +350,8 @@ class Scores:
             scores = self if side == "row" else self._transposed()
             with torch.no_grad():
                 scores = replace(scores, scale=self.scale.new_ones(()))
-                return scores.statistics(0.0)["row"].logsum.exp().round()
+                zeros = scores.statistics(0.0)["row"]
+                return (zeros.logsum + zeros.max).exp().round()
         n, m = len(self.features(side)), len(self.features(OTHER_SIDE[side]))
         others = self.ids(OTHER_SIDE[side])
         number = self.scale.new_full((n,), m if others is None else 0)
