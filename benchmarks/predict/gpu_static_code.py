@@ -48,7 +48,7 @@ def functions(sass: str) -> dict[str, tuple[list, dict]]:
             if label := re.match(r"\s*(\.L_x_\d+):", line):
                 labels[label[1]] = len(code)
             elif found := re.match(r"\s*/\*[0-9a-f]+\*/\s+(@!?U?P\w+\s+)?([A-Z]\S*)(.*)", line):
-                condition = "@" if found[1] and found[2].startswith("BRA") else ""
+                condition = "@" if found[1] and found[2].startswith(("BRA", "EXIT")) else ""
                 labels_of = re.findall(r"\.L_x_\d+", found[3])
                 code.append((condition + found[2].rstrip(";"), labels_of))
         out[symbol] = code, labels

@@ -228,7 +228,8 @@ def shortest(code: list, labels: dict, part: range) -> Counter:
         op, targets = code[at]
         way = ways.pop(at)
         way[family(op)] += 1
-        ends = [] if op.startswith(("BRA", "EXIT", "s_branch")) else [at + 1]
+        # BRA.U has its condition among its operands
+        ends = [] if op in ("BRA", "EXIT", "s_branch") else [at + 1]
         if op.startswith(("BRA", "@BRA", "s_cbranch", "s_branch")):
             ends += [labels[x] for x in targets if at < labels.get(x, 0) <= part.stop]
         for end in ends:
@@ -275,7 +276,8 @@ def count(code: list, labels: dict) -> dict:
             outer = [x for x in inner if inside(step, x)]
             tile = min(outer, key=len) if outer else range(len(code))
             per_step = shortest(code, labels, range(step.start, step.stop - 1))
-            per_tile = shortest(code, labels, range(tile.start, tile.stop - 1)) - per_step
+            per_tile = shortest(code, labels, range(tile.start, step.start))
+            per_tile += shortest(code, labels, range(step.stop, tile.stop - 1))
         out["per_step"], out["per_tile"] = dict(per_step), dict(per_tile)
     return out
 

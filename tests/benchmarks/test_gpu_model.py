@@ -126,8 +126,8 @@ def test_more_instructions_take_longer():
     clip = DESIGNS["CLIP"]
     slower = dict(ROWS)
     forward = ROWS["sm_90", "forward clip"]
-    twice = {op: 2 * count for op, count in forward["per_tile"].items()}
-    slower["sm_90", "forward clip"] = forward | {"per_tile": twice}
+    more = {op: 4 * count for op, count in forward["per_tile"].items()}
+    slower["sm_90", "forward clip"] = forward | {"per_tile": more}
     before, after = (model.parts(clip, H100, 65536, 768, x) for x in (ROWS, slower))
     assert after["forward"].fast > 1.2 * before["forward"].fast
     assert after["W"] == before["W"]
