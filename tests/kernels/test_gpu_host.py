@@ -59,6 +59,16 @@ def test_a_machine_that_has_what_is_needed(machine):
     assert dispatch.choose(on_gpu()) is TRITON
 
 
+@pytest.mark.parametrize("side", ["n", "m"])
+def test_rows_are_counted_with_32_bits(side, machine):
+    problem = on_gpu()
+    for name in ("triton", "cuda"):
+        setattr(problem, side, 2**30)
+        assert dispatch.load(name).supports(problem)[0]
+        setattr(problem, side, 2**30 + 1)
+        assert "more than 2^30 rows" in dispatch.load(name).supports(problem)[1]
+
+
 @pytest.mark.parametrize("version", ["2.12.1+cu128", "2.9.0", "1.13.1"])
 @pytest.mark.parametrize("name", ["triton", "cuda"])
 def test_an_old_torch(name, version, machine, monkeypatch):

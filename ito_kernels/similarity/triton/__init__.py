@@ -64,8 +64,8 @@ class Triton(Backend):
             return False, f"no tiles for {problem.a.device.type} devices"
         if reason := gpu.unsuitable(problem.a.device):
             return False, reason
-        if max(problem.n, problem.m) >= 2**31 - 2**9:
-            return False, "row numbers do not fit 32 bits"
+        if max(problem.n, problem.m) > 2**30:  # a group of rows may end beyond the last one
+            return False, "more than 2^30 rows: the kernels count them in 32 bits"
         return True, "a GPU" if problem.a.is_cuda else "TRITON_INTERPRET=1"
 
     @property
