@@ -226,13 +226,13 @@ __global__ void __launch_bounds__(kMergeThreads) merge_kernel(const __grid_const
   }
 }
 
-// Σ 2^x as a maximum and the sum relative to it.
+// Σ e^x as a maximum and the sum relative to it.
 struct LogSum {
   float max = -kInf, sum = 0.0f;
 
   __device__ void merge(LogSum other) {
     const float top = fmaxf(max, other.max), shift = finite(top);
-    sum = sum * gpu::exp2_fast(max - shift) + other.sum * gpu::exp2_fast(other.max - shift);
+    sum = sum * exp_fast(max - shift) + other.sum * exp_fast(other.max - shift);
     max = top;
   }
   __device__ LogSum of_lane(int mask) const {
@@ -240,21 +240,21 @@ struct LogSum {
   }
 };
 
-// The statistics of 128 rows with running maxima. Of the positives Σ x, with their number as `sum`,
+// The statistics of 128 rows with running maxima, in base e. Of the positives Σ x, with their number as `sum`,
 // or the logsum.
 class Running {
  public:
   __device__ Running(const Scores& p, int row0) : p_(p) {
 #pragma unroll
     for (int r = 0; r < kRows; ++r) {
-      rows_[r] = Row(p_, row0 + place_.row(r));
+      rows_[r] = Row(p_, row0 + place_.row(r), 1.0f);
       pos_[r] = no_positives();
       neg_[r] = -kInf;
     }
   }
 
   __device__ __forceinline__ void begin(int col0) {
-    cols_ = Cols(p_.col, col0 + place_.col(), 0.0f);
+    cols_ = Cols(p_.col, col0 + place_.col(), 0.0f, 1.0f);
   }
 
   __device__ __forceinline__ void tile(Fragment& s, int /*row0*/, int col0) {
@@ -272,7 +272,7 @@ class Running {
       if (!masked) neg_[r] = fmaxf(neg_[r], top);
       const float shift = finite(top);
 #pragma unroll
-      for (int j = 0; j < kCols; ++j) sum += gpu::exp2_fast(at(s, r, j) - shift);
+      for (int j = 0; j < kCols; ++j) sum += exp_fast(at(s, r, j) - shift);
       all_[r].merge({top, sum});
     }
   }
@@ -307,14 +307,13 @@ class Running {
       merge_positive(pos, {one.load(kPos, row), one.load(kPosSum, row)});
       neg = fmaxf(neg, one.load(kNegMax, row));
     }
-    const float top = finite(all.max), max = top * kLn2, rest = product_rest(top, max);
-    p.out.max.store(row, all.max == -kInf ? -kInf : max);
-    p.out.logsum.store(row, logf(all.sum) + rest);
+    const float top = finite(all.max);
+    p.out.max.store(row, all.max);
+    p.out.logsum.store(row, logf(all.sum));
     if (p.out.pos)
-      p.out.pos.store(row, p_.positives == Positives::kLse
-                               ? fmaf(pos.max - top, kLn2, logf(pos.sum) + rest)
-                               : fmaf(pos.max - pos.sum * top, kLn2, pos.sum * rest));
-    if (p.out.neg_max) p.out.neg_max.store(row, neg * kLn2);
+      p.out.pos.store(row, p_.positives == Positives::kLse ? pos.max - top + logf(pos.sum)
+                                                           : pos.max - pos.sum * top);
+    if (p.out.neg_max) p.out.neg_max.store(row, neg);
   }
 
   static __device__ bool marked(const Fallback& p, int row) {

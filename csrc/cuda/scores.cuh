@@ -23,6 +23,8 @@ __device__ __forceinline__ float log1p_unit(float t) {
   return p * t;
 }
 
+__device__ __forceinline__ float exp_fast(float x) { return gpu::exp2_fast(x * kLog2e); }
+
 // Of a score in base 2.
 __device__ __forceinline__ float softplus(float x) {
   return fmaf(fmaxf(x, 0.0f), kLn2, log1p_unit(gpu::exp2_fast(-fabsf(x))));
@@ -33,8 +35,10 @@ __device__ __forceinline__ float shift_of(const Scores& p) {
   return p.shift ? p.shift.load(0) : 0.0f;
 }
 
-// What a row's scores need: in base 2 a score less T is <a, b>·scale + added, and what the column
-// adds. Padding and rows beyond the end have -inf added: 2^-inf is 0, so that plain negatives need
+// What a row's scores need: in units of 1 / `unit` a score less T is <a, b>·scale + added, and what
+// the column adds. One exponential for both sides takes base 2, one FMA for each score. Relative to
+// a true maximum scores are in base e, so that they and the maximum have the same bits and the
+// largest one differs from it by 0. Padding and rows beyond the end have -inf added: 2^-inf is 0, so that plain negatives need
 // no masks. Their ids are -1, and -2 for columns: never equal.
 struct Row {
   float added = -kInf, scale = 0.0f, limit = kInf;
@@ -42,9 +46,9 @@ struct Row {
   int partner = -1;  // the column of its self pair; without ids also of its positive
 
   Row() = default;
-  __device__ Row(const Scores& p, int index) {
+  __device__ Row(const Scores& p, int index, float unit = kLog2e) {
     if (index >= p.row.length) return;
-    scale = kLog2e;
+    scale = unit;
     if (p.scale_of != ScaleOf::kCol) scale *= p.scale.load(p.scale_of == ScaleOf::kRow ? index : 0);
     const int64_t col = index + p.diagonal;
     if (col >= 0 && col < p.col.length) partner = static_cast<int>(col);
@@ -54,7 +58,7 @@ struct Row {
       if (given < 0) return;
       id = given;
     }
-    added = p.row.bias ? p.row.bias.load(index) * kLog2e : 0.0f;
+    added = p.row.bias ? p.row.bias.load(index) * unit : 0.0f;
   }
 };
 
@@ -73,14 +77,14 @@ struct Cols {
   float added[kCols];
 
   Cols() = default;
-  __device__ __forceinline__ Cols(const Side& side, int first, float shift) {
+  __device__ __forceinline__ Cols(const Side& side, int first, float shift, float unit = kLog2e) {
 #pragma unroll
     for (int j = 0; j < kCols; ++j) added[j] = col_of(first, j) < side.length ? -shift : -kInf;
     if (side.bias) {
 #pragma unroll
       for (int j = 0; j < kCols; ++j)
         if (col_of(first, j) < side.length)
-          added[j] = fmaf(side.bias.load(col_of(first, j)), kLog2e, -shift);
+          added[j] = fmaf(side.bias.load(col_of(first, j)), unit, -shift);
     }
     if (side.ids) {
 #pragma unroll

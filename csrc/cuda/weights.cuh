@@ -25,6 +25,7 @@ class Weights {
   __device__ Weights(const Scores& p)
       : p_(p),
         underflowed_(p.underflowed && p.underflowed.load(0)),
+        unit_(underflowed_ ? 1.0f : kLog2e),
         shift_(underflowed_ ? 0.0f : shift_of(p)) {}
 
   // Row r is `first` + 8·r.
@@ -32,13 +33,13 @@ class Weights {
     first_row_ = first;
 #pragma unroll
     for (int r = 0; r < kRowCount; ++r) {
-      rows_[r] = Row(p_, first + r * 8);
+      rows_[r] = Row(p_, first + r * 8, unit_);
       row_weights_[r] = pair_of(p_.row.weights, p_.row, first + r * 8).x;
     }
   }
   __device__ __forceinline__ void set_cols(int first) {
     first_col_ = first;
-    cols_ = Cols(p_.col, first, shift_);
+    cols_ = Cols(p_.col, first, shift_, unit_);
 #pragma unroll
     for (int j = 0; j < kCols; ++j)
       col_weights_[j] = pair_of(p_.col.weights, p_.col, col_of(first, j)).x;
@@ -63,7 +64,7 @@ class Weights {
     if (p_.scale_of == ScaleOf::kAll) return;
 #pragma unroll
     for (int j = 0; j < kCols; ++j) {
-      const float col_scale = Column(p_, col_of(first_col_, j)).scale * kLn2;
+      const float col_scale = Column(p_, col_of(first_col_, j)).scale / unit_;
 #pragma unroll
       for (int r = 0; r < kRowCount; ++r) at(s, r, j) *= rows_[r].scale * col_scale;
     }
@@ -128,9 +129,10 @@ class Weights {
     }
   }
 
-  // The same where sums have underflowed: an exponential for each side, relative to its own maximum.
-  // Scores are not less T, which may be so far away that they would lose their digits. A side that
-  // nothing arrives at has an infinite one: 0 times an exponential that overflows would be NaN.
+  // The same where sums have underflowed: an exponential for each side, relative to its own maximum,
+  // of scores in base e and not less T, which may be so far away that they would lose their digits. A
+  // side that nothing arrives at has an infinite one: 0 times an exponential that overflows would be
+  // NaN.
   __device__ __forceinline__ void with_maxima(Tile& s, float (&scale_sum)[kRowCount],
                                             float (&row_sum)[kRowCount]) const {
     const bool lse = p_.positives == Positives::kLse;
@@ -147,13 +149,12 @@ class Weights {
         const float x = score(dot, rows_[r].scale * at_col.scale, cols_.added[j], rows_[r]);
         const Kind kind = kind_of(p_, dot, rows_[r], at_col);
         const bool positive = kind == Kind::kPositive;
-        const float to_row = fmaf(row.x, -kLog2e, x), to_col = fmaf(col.x, -kLog2e, x);
+        const float to_row = x - row.x, to_col = x - col.x;
         float w = 0.0f;
         if (kind == Kind::kNegative || (positive && !p_.exclude_positives))
-          w = u.x * gpu::exp2_fast(to_row) + v.x * gpu::exp2_fast(to_col);
+          w = u.x * exp_fast(to_row) + v.x * exp_fast(to_col);
         if (positive && lse)
-          w += u.y * gpu::exp2_fast(fmaf(row.y, -kLog2e, to_row)) +
-               v.y * gpu::exp2_fast(fmaf(col.y, -kLog2e, to_col));
+          w += u.y * exp_fast(to_row - row.y) + v.y * exp_fast(to_col - col.y);
         else if (positive)
           w += u.y + v.y;
         scale_sum[r] = fmaf(w, dot, scale_sum[r]);
@@ -165,7 +166,7 @@ class Weights {
 
   const Scores& p_;
   bool underflowed_;
-  float shift_;  // T; 0 where sums have underflowed
+  float unit_, shift_;  // of the scores: log2 e and T; 1 and 0 where sums have underflowed
   int first_row_, first_col_;
   Row rows_[kRowCount];
   float row_weights_[kRowCount];

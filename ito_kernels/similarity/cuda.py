@@ -7,7 +7,8 @@ gradient in registers and runs once per side. Otherwise W is written to a bounde
 by panel, and the vendor's matrix product computes W·B and Wᵀ·A with fp32 accumulation: 4 matrix
 products in all. For a symmetric S half of the tiles are computed.
 
-One exponential for each score: see `gpu.fixed_shift`. Sums have a fixed order, so the same inputs
+One exponential for each score in half precision: see `gpu.fixed_shift`. In fp32 one for each side,
+and a forward pass for each: see `gpu.needs_maxima`. Sums have a fixed order, so the same inputs
 should give the same bits on a device; no GPU has run this yet. Nothing waits for the device.
 """
 
@@ -28,11 +29,10 @@ from .cuda_structs import (
     Merge,
     Panel,
     Scores,
-    Weights,
     arithmetic,
     flatten,
 )
-from .gpu import Operands, PanelSums, RowGradient, SideWeights, Split, is_symmetric
+from .gpu import Operands, PanelSums, RowGradient, Split, Weights, is_symmetric
 from .native import _native
 from .spec import Grads, Needs, Problem, SideStats, Stats, Upstream
 
@@ -92,7 +92,7 @@ class Cuda(Backend):
 
     def logsumexp_forward(self, problem: Problem, cache: Tensor | None = None) -> Stats:
         p, op, kernels = problem, Operands.of(problem), self._kernels
-        if p.exact_max or p.hardest:
+        if gpu.needs_maxima(p):
             return gpu.both_sides(
                 p, lambda: self._maxima(p, op, False), lambda: self._maxima(p, op, True)
             )
@@ -181,8 +181,8 @@ class Cuda(Backend):
 
     def _fused_gradients(self, call: gpu.Backward, needs: Needs) -> Grads:
         d, step = call.problem.d, 16 // call.op.a.element_size()
-        norm, factor = _scaling(call)
-        weights = _weights(call, norm)
+        norm, factor = call.scaling()
+        weights = call.weights(norm)
 
         def run(call: gpu.Backward, transposed: bool, needs: Needs) -> RowGradient:
             like = call.op.a
@@ -199,15 +199,15 @@ class Cuda(Backend):
                     transposed=transposed,
                 )
                 self._run("gradient", Gradient(scores, grad, stride, *sums), like)
-            return RowGradient(None if grad is None else grad[:, :d], *_restored(sums, norm))
+            return RowGradient(None if grad is None else grad[:, :d], *gpu.restored(sums, norm))
 
         return gpu.fused_gradients(call, needs, run, factor)
 
     def _panels(self, call: gpu.Backward, needs: Needs) -> Grads:
         like, kernels, tile = call.op.a, self._kernels, self._kernels.TILE
         height, width = self._panel_size(call.problem)
-        norm, factor = _scaling(call)
-        scores = Scores.of(call.problem, call.op, _weights(call, norm), softplus=call.softplus)
+        norm, factor = call.scaling()
+        scores = Scores.of(call.problem, call.op, call.weights(norm), softplus=call.softplus)
 
         def run(rows: slice, cols: slice, workspace: Tensor | None) -> PanelSums:
             n, m = rows.stop - rows.start, cols.stop - cols.start
@@ -231,7 +231,7 @@ class Cuda(Backend):
                 col_sums=sums.col,
             )
             self._run("panel", panel, like)
-            return PanelSums(*_restored(sums, norm))
+            return PanelSums(*gpu.restored(sums, norm))
 
         return gpu.panel_gradients(call, needs, (height, width), (tile, tile), run, factor)
 
@@ -284,37 +284,3 @@ SIMT = Cuda("simt", "cpu")
 
 def _empty(like: Tensor, *shape: int) -> Tensor:
     return like.new_empty(shape, dtype=torch.float32)
-
-
-def _scaling(call: gpu.Backward) -> tuple[Tensor | None, Tensor | None]:
-    """(norm, factor): W is divided by the norm, in fp16, and W·B to be multiplied by the factor.
-
-    A scale that is one number is part of the factor. One per row multiplies W itself.
-    """
-    scale = call.op.scale
-    norm = call.norm(of_scale=scale.ndim == 1)
-    if scale.ndim:
-        return norm, norm
-    return norm, scale if norm is None else scale * norm
-
-
-def _restored(sums: tuple, norm: Tensor | None) -> list[Tensor | None]:
-    """Sums of W from those of W divided by the norm."""
-    return [x if x is None or norm is None else x * norm for x in sums]
-
-
-def _weights(call: gpu.Backward, norm: Tensor | None) -> Weights:
-    sides = call.row, call.col
-    if call.softplus:
-
-        def pairs(u: Tensor | None) -> SideWeights | None:
-            if u is None:
-                return None
-            u = u.float() if norm is None else u.float() / norm
-            return SideWeights(torch.stack([u, torch.zeros_like(u)], 1), None, None, None)
-
-        return Weights(None, None, *(pairs(side.upstream.logsum) for side in sides))
-    shift = gpu.fixed_shift(call.problem, call.op)
-    row, col = (side.weights(call.problem, shift, norm) for side in sides)
-    underflowed = torch.stack([x.underflowed for x in (row, col) if x]).any().int()
-    return Weights(shift, underflowed, row, col)

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .gpu import Operands, SideWeights, Split, dense, matmul_precision
+from .gpu import Operands, SideWeights, Split, Weights, dense, matmul_precision
 from .spec import Problem, SideStats
 
 # in the order of the enumerations in problem.hpp
@@ -48,18 +48,6 @@ class Side(NamedTuple):
             exact=weights and weights.exact,
             shifts=weights and weights.shifts,
         )
-
-
-class Weights(NamedTuple):
-    """What backward needs besides the problem, and forward the shift alone."""
-
-    shift: Tensor | None = None
-    underflowed: Tensor | None = None
-    row: SideWeights | None = None
-    col: SideWeights | None = None
-
-    def transposed(self) -> Weights:
-        return self._replace(row=self.col, col=self.row)
 
 
 class Scores(NamedTuple):

@@ -186,6 +186,21 @@ HEADROOM = 60 * LOG2E  # no exponential exceeds 2^HEADROOM, so that sums of 2^40
 LEAST = 2.0**-80
 
 
+def exact_gradient(problem: Problem) -> bool:
+    """Whether the gradient takes true maxima, and an exponential for each side, from the start.
+
+    So it does in fp32. Relative to its own maximum the softmax of a row that is sure of its
+    positive is exactly 1, and its gradient 0. By one exponential it is a product of rounded
+    factors, which differs from 1 by 1e-7. In half precision W is rounded to 4e-3.
+    """
+    return problem.a.dtype == torch.float32
+
+
+def needs_maxima(problem: Problem) -> bool:
+    """Whether the statistics have the true maxima from the start."""
+    return problem.exact_max or problem.hardest or exact_gradient(problem)
+
+
 def fixed_shift(problem: Problem, op: Operands) -> Tensor:
     """The shift T of all exponentials of a problem, in base 2, as a 0-d fp32 tensor.
 
@@ -353,6 +368,19 @@ class Side(NamedTuple):
         )
 
 
+class Weights(NamedTuple):
+    """What W needs besides the problem, and a forward pass the shift alone. Softplus has neither
+    `shift` nor `underflowed`."""
+
+    shift: Tensor | None = None
+    underflowed: Tensor | None = None  # 0-d, int32: whether W is computed with true maxima
+    row: SideWeights | None = None  # None if nothing arrives at the side
+    col: SideWeights | None = None
+
+    def transposed(self) -> Weights:
+        return self._replace(row=self.col, col=self.row)
+
+
 class SideWeights(NamedTuple):
     """What the backward kernels read of one side.
 
@@ -369,9 +397,9 @@ class SideWeights(NamedTuple):
     """
 
     fixed: Tensor
-    exact: Tensor
-    shifts: Tensor
-    underflowed: Tensor
+    exact: Tensor | None = None
+    shifts: Tensor | None = None
+    underflowed: Tensor | None = None
 
 
 def _fp32(x: Tensor | None) -> Tensor | None:
@@ -420,6 +448,41 @@ class Backward(NamedTuple):
             norm = norm * self.problem.scale.abs().max()
         norm = norm / FP16_SCALED_MAX
         return torch.where((norm > 0) & norm.isfinite(), norm, 1.0)
+
+    def scaling(self) -> tuple[Tensor | None, Tensor | None]:
+        """(norm, factor): in fp16 W is divided by the norm; W·B is to be multiplied by the factor.
+
+        A scale that is one number is part of the factor. One per row multiplies W itself.
+        """
+        scale = self.op.scale
+        norm = self.norm(of_scale=scale.ndim == 1)
+        if scale.ndim:
+            return norm, norm
+        return norm, scale if norm is None else scale * norm
+
+    def weights(self, norm: Tensor | None) -> Weights:
+        """Divided by the norm."""
+        sides = self.row, self.col
+        if self.softplus:
+
+            def pairs(u: Tensor | None) -> SideWeights | None:
+                if u is None:
+                    return None
+                u = u.float() if norm is None else u.float() / norm
+                return SideWeights(padded_pairs(u, torch.zeros_like(u)))
+
+            return Weights(None, None, *(pairs(side.upstream.logsum) for side in sides))
+        shift = fixed_shift(self.problem, self.op)
+        row, col = (side.weights(self.problem, shift, norm) for side in sides)
+        underflowed = torch.stack([x.underflowed for x in (row, col) if x]).any()
+        if exact_gradient(self.problem):
+            underflowed = torch.ones_like(underflowed)
+        return Weights(shift, underflowed.int(), row, col)
+
+
+def restored(sums: tuple, norm: Tensor | None) -> list[Tensor | None]:
+    """Sums of W from those of W divided by the norm."""
+    return [x if x is None or norm is None else x * norm for x in sums]
 
 
 class RowGradient(NamedTuple):

@@ -85,9 +85,6 @@ class _Plan:
         source = "tuned" if self.key(kernel) in _TUNED else "from the table"
         return f"{m} x {n} x {k}, {warps} warps, {stages} stages ({source})"
 
-    def exact_max(self) -> bool:
-        return self.problem.exact_max or self.problem.hardest
-
     def crowded(self, softplus: bool = False) -> int:
         """How many kinds of options take registers beside those of the plain losses."""
         p = self.problem
@@ -141,7 +138,7 @@ def _autotuned(choose: Callable[[_Plan], str]) -> Callable:
     return decorate
 
 
-_autotuned_forward = _autotuned(lambda plan: "" if plan.exact_max() else "forward")
+_autotuned_forward = _autotuned(lambda plan: "" if gpu.needs_maxima(plan.problem) else "forward")
 _autotuned_softplus = _autotuned(lambda plan: "forward")
 _autotuned_backward = _autotuned(lambda plan: "gradient" if plan.gradient else "panel")
 
@@ -336,34 +333,24 @@ class Weights(NamedTuple):
 
     @classmethod
     def of(cls, call: gpu.Backward, norm: Tensor | None) -> list[Weights]:
-        """The two kinds of a kernel, one of which does nothing; softplus has one."""
-        p = call.problem
+        """The two kinds of a kernel, one of which does nothing. Softplus and fp32 have one."""
+        p, weights = call.problem, call.weights(norm)
         options = {
             "SOFTPLUS": call.softplus,
             "POSITIVES": p.positives or "none",
             "EXCLUDE_POSITIVES": p.exclude_positives,
         }
-        if call.softplus:
-
-            def pairs(u: Tensor | None) -> Tensor | None:
-                if u is None:
-                    return None
-                u = u.float() if norm is None else u.float() / norm
-                return gpu.padded_pairs(u, torch.zeros_like(u))
-
-            u, v = (pairs(side.upstream.logsum) for side in (call.row, call.col))
-            return [cls(None, None, u, v, None, None, FIXED=True, **options)]
-        shift = gpu.fixed_shift(p, call.op)
-        row, col = (side.weights(p, shift, norm) for side in (call.row, call.col))
-        underflowed = torch.stack([x.underflowed for x in (row, col) if x]).any().int()
 
         def of(name: str) -> list[Tensor | None]:
-            return [side and getattr(side, name) for side in (row, col)]
+            return [side and getattr(side, name) for side in (weights.row, weights.col)]
 
-        return [
-            cls(shift, underflowed, *of("fixed"), None, None, FIXED=True, **options),
-            cls(None, underflowed, *of("exact"), *of("shifts"), FIXED=False, **options),
-        ]
+        fixed = cls(*weights[:2], *of("fixed"), None, None, FIXED=True, **options)
+        if call.softplus:
+            return [fixed]
+        alone = gpu.exact_gradient(p)
+        underflowed = None if alone else weights.underflowed
+        exact = cls(None, underflowed, *of("exact"), *of("shifts"), FIXED=False, **options)
+        return [exact] if alone else [fixed, exact]
 
     def transposed(self) -> Weights:
         return self._replace(
@@ -415,7 +402,7 @@ def _device_context(device: torch.device) -> AbstractContextManager:
 @_autotuned_forward
 def logsumexp_forward(problem: Problem) -> Stats:
     p, plan, op = problem, _Plan(problem), Operands.of(problem)
-    if plan.exact_max():
+    if gpu.needs_maxima(p):
         return gpu.both_sides(p, lambda: _maxima(plan, op, False), lambda: _maxima(plan, op, True))
     symmetric, by_ids = is_symmetric(p), p.row_ids is not None
     rows, cols = (True, True) if symmetric else (p.rows, p.cols)
@@ -555,23 +542,6 @@ def _backward(call: gpu.Backward, needs: Needs, values: Tensor | None = None) ->
     return (_fused_gradients if plan.gradient else _panel_gradients)(call, plan, needs, values)
 
 
-def _scaling(call: gpu.Backward) -> tuple[Tensor | None, Tensor | None]:
-    """(norm, factor): W is divided by the norm, in fp16, and W·B to be multiplied by the factor.
-
-    A scale that is one number is part of the factor. One per row multiplies W itself.
-    """
-    scale = call.op.scale
-    norm = call.norm(of_scale=scale.ndim == 1)
-    if scale.ndim:
-        return norm, norm
-    return norm, scale if norm is None else scale * norm
-
-
-def _restored(sums: tuple, norm: Tensor | None) -> list[Tensor | None]:
-    """Sums of W from those of W divided by the norm."""
-    return [x if x is None or norm is None else x * norm for x in sums]
-
-
 def _fused_gradients(
     call: gpu.Backward,
     plan: _Plan,
@@ -582,7 +552,7 @@ def _fused_gradients(
     p, tile = call.problem, plan.gradient
     block_d = max(16, triton.next_power_of_2(p.d))
     together = p.b is None and not call.symmetric  # the gradients of both sides are added
-    norm, factor = _scaling(call)
+    norm, factor = call.scaling()
     kinds = kinds or Weights.of(call, norm)
 
     def run(call: gpu.Backward, transposed: bool, needs: Needs) -> RowGradient:
@@ -610,14 +580,14 @@ def _fused_gradients(
         for weights in kinds:
             weights = weights.transposed() if transposed else weights
             _launch(backward.gradient_kernel, triton.cdiv(n, tile.m), scores, weights, gradient)
-        return RowGradient(grad, *_restored(sums, norm))
+        return RowGradient(grad, *gpu.restored(sums, norm))
 
     # the kernel has already multiplied by the factor
     return gpu.fused_gradients(call, needs, run, factor=None)
 
 
 def _panel_gradients(call: gpu.Backward, plan: _Plan, needs: Needs, values: Tensor | None) -> Grads:
-    norm, factor = _scaling(call)
+    norm, factor = call.scaling()
     scale_of_products = call.op.scale.ndim == 0 and (needs.a or needs.b)
     sums_needed = needs._replace(scale=needs.scale and not scale_of_products)
     run = _panel_run(call, plan, sums_needed, Weights.of(call, norm), values, norm)
@@ -670,6 +640,6 @@ def _panel_run(
             _launch(backward.weights_kernel, programs, panel_scores, weights, panel)
         if values is not None:
             values[rows] += softplus_sums.sum(0)
-        return PanelSums(*_restored(sums, norm))
+        return PanelSums(*gpu.restored(sums, norm))
 
     return run
