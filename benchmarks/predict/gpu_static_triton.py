@@ -134,9 +134,9 @@ def variants(arch: Arch, arithmetic: str) -> dict[str, tuple]:
             add(f"gradient {d} {name}", kernel, gradient, d, **fused | upstream | learned | mask)
         rest = fused | everything | learned | {"row_sums": fp32}
         add(f"gradient {d} all exact", kernel, gradient, d, **rest | exact)
-    if element == "fp32":
-        kept = ("forward clip", "forward all", "maxima all", "panel clip", "panel all sums")
-        kept += ("panel all exact", "gradient 128 clip", "gradient 128 all")
+    if element == "fp32":  # it takes true maxima
+        kept = ("maxima clip", "maxima all", "panel exact", "panel all exact", "panel siglip")
+        kept += ("gradient 128 exact", "gradient 128 all exact")
         out = {k: v for k, v in out.items() if k in kept}
     return out
 

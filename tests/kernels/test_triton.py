@@ -186,12 +186,18 @@ def features(kind: str, dtype: torch.dtype) -> dict:
 KINDS = ("random", "trained", "duplicates", "identical", "opposed", "one long row")
 
 
-@pytest.mark.parametrize("dtype", [FP32, BF16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize(  # at full precision fp32 has no fused gradient: see `tiles`
+    ("dtype", "backward"),
+    [(FP32, "panels"), (BF16, "panels"), (BF16, "fused")],
+    indirect=["backward"],
+    ids=["float32", "bfloat16", "bfloat16 fused"],
+)
 @pytest.mark.parametrize("kind", KINDS)
 def test_sums_that_underflow_are_computed_with_true_maxima(
     kind, dtype, backward, launched, monkeypatch
 ):
-    """CLIP's loss and gradients at any scale, and how many rows and columns took the fallback."""
+    """CLIP's loss and gradients at any scale, and how many rows and columns took the fallback. In
+    fp32 all have true maxima from the start."""
     tiles(monkeypatch, tile=MEDIUM)
     counted = []
     for scale in (1.0, 30.0, 100.0, 200.0):
@@ -212,47 +218,44 @@ def test_sums_that_underflow_are_computed_with_true_maxima(
         shift = max(0.0, (scale * norms[0] * norms[1]).item() - 60)
         least = shift - 80 * math.log(2)
         expected = sum(int((truth_of[f"{x}_lse"] < least).sum()) for x in ("row", "col"))
-        assert lost == (expected if shift > 0 else 0)
+        assert lost == (expected if shift > 0 and dtype == BF16 else 0)
         counted.append(lost)
-        # an ulp of the largest score
-        assert_accurate(losses, truth, same, 2, scale * 2.0**-22 + 1e-6)
+        eps, grad_eps = kernel_checks.eps_of(dtype, scale)
+        assert_accurate(losses, truth, same, 2, eps)
         launched.clear()
         ours = gradients(losses.mean(), t)
-        fallback = {bool(x["underflowed"]) for *_, x in launched if "underflowed" in x}
-        assert fallback == {lost > 0}
+        fallback = [x["underflowed"] for *_, x in launched if "underflowed" in x]
+        assert {x is None if dtype == FP32 else bool(x) == (lost > 0) for x in fallback} == {True}
         expected, peer = gradients(truth.mean(), truth_t), gradients(same.mean(), same_t)
-        # an ulp of the largest score is a relative error of a softmax computed again
-        eps = (
-            kernel_checks.eps_of(dtype, scale)[1] + (scale * norms[0] * norms[1]).item() * 2.0**-22
-        )
         for name, value in ours.items():
             size = expected[name].abs().max().item()
             if name == "scale":  # a sum over rows, whose terms cancel
                 size = (expected["a"] * t["a"].double()).sum(1).abs().sum().item() / scale
-            assert_accurate(value, expected[name], peer[name], 3, eps * size + 1e-30)
-    assert (counted[-1] > 0) == (kind != "identical")
+            assert_accurate(value, expected[name], peer[name], 3, grad_eps * size + 1e-30)
+    assert (counted[-1] > 0) == (kind != "identical" and dtype == BF16)
 
 
 def test_positives_that_underflow(backward, monkeypatch):
     """The sum of a row is large enough, that of its positives alone is not."""
     tiles(monkeypatch, tile=MEDIUM)
-    t = features("random", FP32) | {"scale": torch.tensor(100.0)}
+    t = features("random", BF16) | {"scale": torch.tensor(100.0)}
     ids = torch.arange(96)
     t |= {"row_ids": ids, "col_ids": ids, "a": t["a"].clone()}
-    t["a"][5] = torch.nn.functional.normalize(t["b"][6] - t["b"][5], dim=0)
+    t["a"][5] = torch.nn.functional.normalize((t["b"][6] - t["b"][5]).float(), dim=0)
     t = leaves(t, ("a", "b", "scale"))
     case = Case(96, 96, 48, scale=100.0, ids="groups", positives="lse")
     truth_t, same_t = leaves(t, ("a", "b", "scale")), leaves(t, ("a", "b", "scale"))
     stats = run(case, t, "triton", exact_max=False)
-    truth, same = dense(case, truth_t, torch.float64), dense(case, same_t, FP32)
+    truth, same = dense(case, truth_t, torch.float64), dense(case, same_t, BF16)
     assert truth["row_lse"][5] - truth["row_lse_pos"][5] > 100
     losses = [stats.row_logsum - stats.row_pos]
     losses += [x["row_lse"] - x["row_lse_pos"] for x in (truth, same)]
-    assert_accurate(*losses, 2, 1e-4)
+    eps, grad_eps = kernel_checks.eps_of(BF16, 100.0)
+    assert_accurate(*losses, 2, eps)
     ours, expected, peer = map(gradients, [x.sum() for x in losses], (t, truth_t, same_t))
     for name, value in ours.items():
         size = expected[name].abs().max().item()
-        assert_accurate(value, expected[name], peer[name], 3, 1e-5 * size)
+        assert_accurate(value, expected[name], peer[name], 3, grad_eps * size)
 
 
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
@@ -306,8 +309,9 @@ def launched(monkeypatch):
 
 
 def working(launched, name: str) -> list[tuple]:
-    """The launches of a kernel, of its two kinds the one that works unless something underflows."""
-    return [x for x in launched if x[0] == name and x[2].get("FIXED", True)]
+    """The launches of a kernel, of its two kinds the one that works unless something underflows.
+    fp32 has one kind."""
+    return [x for x in launched if x[0] == name and (x[2]["FIXED"] or x[2]["underflowed"] is None)]
 
 
 @pytest.fixture
@@ -395,7 +399,7 @@ def test_half_the_tiles_of_a_symmetric_problem(launched, monkeypatch):
     visits = {}
     for same in (True, False):
         case = Case(384, 384, 8, same=same, exclude_self=True, ids="groups", positives="linear")
-        t = leaves(make(case, FP32))
+        t = leaves(make(case, BF16))
         if not same:
             t["b"] = t["a"].detach().clone().requires_grad_()
         launched.clear()
@@ -468,7 +472,7 @@ def test_autotuning(backward, launched, monkeypatch):
 
     def step(n: int) -> tuple[torch.Tensor, str]:
         case = Case(n, 100, 24, positives="linear")
-        t = leaves(make(case, FP32), ("a", "b"))
+        t = leaves(make(case, BF16), ("a", "b"))
         stats = run(case, t, "triton", exact_max=False)
         grads = gradients((stats.row_logsum - stats.row_pos).sum(), t)
         return grads["a"], backend.describe(Problem(t["a"], t["b"], torch.tensor(1.0)))
@@ -544,7 +548,8 @@ def test_a_small_batch_in_few_launches(n, m, d, dtype, cols, frozen, launched, m
     monkeypatch.setattr(small, "LARGEST", 0)
     launched.clear()
     values_of_large, grads_of_large = step("triton")
-    assert "sums_kernel" in [name for name, *_ in launched]
+    large = ["sums_kernel", "merge_kernel"] if dtype == BF16 else ["maxima_kernel"]
+    assert [name for name, *_ in launched][: len(large)] == large
 
     def close(ours, others, truth, rounding):
         for x, y, z in zip(ours, others, truth, strict=True):

@@ -44,7 +44,8 @@ MERGE_BLOCK = 256
 
 def describe(problem: Problem) -> str:
     plan = _Plan(problem)
-    text = f"{plan.arch.name}, {plan.arithmetic}: {plan.describe_tile('forward')} scores"
+    kernel = "maxima" if gpu.exact_gradient(problem) else "forward"
+    text = f"{plan.arch.name}, {plan.arithmetic}: {plan.describe_tile(kernel)} scores"
     if is_symmetric(problem):
         text += ", half of them (S is symmetric)"
     if plan.gradient:
