@@ -130,10 +130,12 @@ def variants(arch: Arch, arithmetic: str) -> dict[str, tuple]:
         add(f"gradient {d} exact", kernel, gradient, d, **fused | exact | linear | learned)
         add(f"gradient {d} siglip", kernel, gradient, d, **fused | siglip)
         add(f"gradient {d} siglip ids", kernel, gradient, d, **fused | siglip | ids)
+        crowded = arch.crowded.get(arithmetic, gradient)
         for name, mask in masks.items():
-            add(f"gradient {d} {name}", kernel, gradient, d, **fused | upstream | learned | mask)
+            tile = crowded if name == "all" else gradient
+            add(f"gradient {d} {name}", kernel, tile, d, **fused | upstream | learned | mask)
         rest = fused | everything | learned | {"row_sums": fp32}
-        add(f"gradient {d} all exact", kernel, gradient, d, **rest | exact)
+        add(f"gradient {d} all exact", kernel, crowded, d, **rest | exact)
     if element == "fp32":  # it takes true maxima
         kept = ("maxima clip", "maxima all", "panel exact", "panel all exact", "panel siglip")
         kept += ("gradient 128 exact", "gradient 128 all exact")
@@ -149,7 +151,8 @@ def built(arch_name: str, arithmetic: str, name: str):
     masks = arguments["SELF"] or arguments["POSITIVES"] == "lse"
     masks |= arguments["SOFTPLUS"] and "row_ids" in arguments
     part = "forward" if "KEPT" in kernel.arg_names else "panel"
-    arguments["PARTS"] = arch.parts(tile, part, masks + vectors)
+    exact = part == "panel" and not arguments["FIXED"]
+    arguments["PARTS"] = arch.parts(tile, part, masks + vectors + exact)
     signature, constants, attributes = {}, {}, {}
     for i, argument in enumerate(kernel.arg_names):
         value = arguments.get(argument)

@@ -73,6 +73,8 @@ class _Plan:
         self.gradient = None
         if problem.d <= tiles.FUSED_D:
             self.gradient = self.arch.gradient.get(self.arithmetic)
+            if self.gradient and self.crowded() > 1:
+                self.gradient = self.arch.crowded.get(self.arithmetic, self.gradient)
         for kernel in ("forward", "panel", "gradient"):
             setattr(self, kernel, _TUNED.get(self.key(kernel), getattr(self, kernel)))
 
@@ -609,14 +611,18 @@ def _panel_run(
     """The function that writes a panel and returns its sums."""
     like, tile = call.op.a, plan.panel
     crowded = plan.crowded(call.softplus) + (panel_factor is not None)
-    parts = plan.arch.parts(tile, "panel", crowded)
+    parts = [plan.arch.parts(tile, "panel", crowded + (not kind.FIXED)) for kind in kinds]
     scores = Scores.of(plan, call.op, tile, tile.k)
 
     def run(rows: slice, cols: slice, workspace: Tensor | None) -> PanelSums:
         n, m = rows.stop - rows.start, cols.stop - cols.start
         grid = triton.cdiv(n, tile.m), triton.cdiv(m, tile.n)
-        row_slots = grid[1] * parts, n
+        row_slots = grid[1] * max(parts), n
         sums = PanelSums.new(like, needs, row_slots, (grid[0], m))
+        if min(parts) < max(parts):  # the kind that works may leave slots as they are
+            for x in (sums.scale, sums.row):
+                if x is not None:
+                    x.zero_()
         softplus_sums = None
         if values is not None:
             softplus_sums = like.new_empty(row_slots, dtype=torch.float32)
@@ -631,14 +637,15 @@ def _panel_run(
             col_sums=sums.col,
             softplus_sums=softplus_sums,
             BLOCK_K=tile.k,
-            PARTS=parts,
+            PARTS=max(parts),
         )
         programs = grid[0] * grid[1]
         if plan.arch.tma:  # each program loads its next tile while it reduces the current one
             programs = min(programs, 2 * plan.processors)
         panel_scores = scores._replace(n=rows.stop, m=cols.stop)
-        for weights in kinds:
-            _launch(backward.weights_kernel, programs, panel_scores, weights, panel)
+        for weights, number in zip(kinds, parts, strict=True):
+            own = panel._replace(PARTS=number)
+            _launch(backward.weights_kernel, programs, panel_scores, weights, own)
         if values is not None:
             values[rows] += softplus_sums.sum(0)
         return PanelSums(*gpu.restored(sums, norm))

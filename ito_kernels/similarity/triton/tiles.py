@@ -57,6 +57,7 @@ class Arch(NamedTuple):
     ids: for both, with ids. Comparing ids and summing over positives takes registers.
     maxima: for the statistics with true maxima.
     gradient: for the fused gradient, D ≤ FUSED_D. k is unused, and arithmetics may be missing.
+    crowded: for the same with several options that take registers, where it needs another tile.
     """
 
     name: str
@@ -66,6 +67,7 @@ class Arch(NamedTuple):
     ids: dict[str, Tile]
     maxima: dict[str, Tile]
     gradient: dict[str, Tile]
+    crowded: dict[str, Tile] = {}  # noqa: RUF012 (never changed)
 
     def kept_rows(self, tile: Tile, arithmetic: str) -> int:
         """How many rows of column sums the forward kernel keeps apart in registers.
@@ -117,8 +119,9 @@ ARCHS = {
         forward={"half": Tile(128, 128, 64, 8, 3)} | FP32,
         panel={"half": Tile(128, 128, 64, 8, 3)} | FP32,
         ids={"half": Tile(64, 64, 64, 8, 3)} | FP32_IDS,
-        maxima={"half": Tile(64, 64, 64, 4, 3)} | FP32_IDS | {"ieee": TF32X3},
+        maxima={"half": Tile(64, 64, 64, 4, 3)} | dict.fromkeys(FP32, TF32X3),
         gradient=GRADIENT,
+        crowded={"half": Tile(32, 32, 0, 4, 2)},
     ),
     # One block of 256 × 128 is a guess. It reads 48 bytes of operands from L2 per clock at the full
     # matrix rate, but nothing runs beside the reduction of a tile. Two blocks of 128 × 128
@@ -132,7 +135,7 @@ ARCHS = {
         panel={"half": Tile(256, 128, 64, 8, 4)} | FP32,
         ids={"half": Tile(256, 64, 64, 8, 4)} | FP32_IDS,
         maxima={"half": Tile(128, 64, 64, 8, 3)} | FP32_IDS | {"ieee": TF32X3},
-        gradient=GRADIENT | {"half": Tile(64, 64, 0, 4, 2)},
+        gradient=GRADIENT | {"half": Tile(64, 64, 0, 8, 2)},
     ),
     # Scores are read from tensor memory with one row per thread, so column vectors take a register
     # per column. 128 columns spill in the forward kernel (211 instructions), 64 with ids (40).
@@ -142,7 +145,12 @@ ARCHS = {
         forward={"half": Tile(128, 64, 64, 8, 4)} | FP32,
         panel={"half": Tile(128, 128, 64, 8, 3)} | FP32,
         ids={"half": Tile(128, 32, 64, 8, 3)} | FP32_IDS | {"ieee": TF32X3},
-        maxima={"half": Tile(128, 32, 64, 8, 3)} | FP32_IDS | {"ieee": TF32X3},
+        maxima={
+            "half": Tile(128, 32, 64, 8, 3),
+            "tf32": FP32_IDS["tf32"],
+            "tf32x3": Tile(64, 16, 32, 8, 3),
+            "ieee": Tile(64, 32, 16, 8, 3),
+        },
         gradient=GRADIENT,
     ),
     # 64 KiB of shared memory hold two stages of 128 × 128 × 64. There is no 3×tf32.
@@ -154,6 +162,7 @@ ARCHS = {
         ids={"half": Tile(128, 64, 64, 8, 2), "tf32": FP32_IDS["tf32"], "ieee": IEEE},
         maxima={"half": Tile(128, 64, 64, 8, 2), "tf32": FP32_IDS["tf32"], "ieee": IEEE},
         gradient=GRADIENT,
+        crowded=dict.fromkeys(GRADIENT, Tile(32, 16, 0, 4, 2)),
     ),
 }
 
