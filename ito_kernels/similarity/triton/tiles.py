@@ -158,7 +158,7 @@ ARCHS = {
         "gfx942",
         False,
         forward={"half": Tile(128, 128, 64, 8, 2), "tf32": FP32["tf32"], "ieee": IEEE},
-        panel={"half": Tile(128, 128, 64, 8, 2), "tf32": FP32["tf32"], "ieee": IEEE},
+        panel={"half": Tile(128, 128, 32, 8, 2), "tf32": FP32["tf32"], "ieee": IEEE},
         ids={"half": Tile(128, 64, 64, 8, 2), "tf32": FP32_IDS["tf32"], "ieee": IEEE},
         maxima={"half": Tile(128, 64, 64, 8, 2), "tf32": FP32_IDS["tf32"], "ieee": IEEE},
         gradient=GRADIENT,
