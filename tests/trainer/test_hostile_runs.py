@@ -16,6 +16,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from support import untrained_run
 from support.markup import OBEYED, strange
+from support.refused import refused
 
 import ito
 from ito import compare, evaluate, export, report, search, train
@@ -41,17 +42,6 @@ def made(tmp_path_factory):
 @pytest.fixture
 def run(made, tmp_path):
     return shutil.copytree(made[0], tmp_path / "run")
-
-
-def refused(command, *arguments, capsys) -> str:
-    capsys.readouterr()
-    with pytest.raises(SystemExit) as end:
-        command.main([str(argument) for argument in arguments])
-    assert end.value.code == 2
-    said = capsys.readouterr().err
-    assert said.startswith("error: ")
-    assert said.count("\n") == 1
-    return said
 
 
 def change(path, **values) -> None:

@@ -11,20 +11,10 @@ from pathlib import Path
 
 import pytest
 from support.quick_run import QUICK, steady, write_set
+from support.refused import refused
 
 from ito import evaluate, export, prepare, report, search, train
 from ito.run import resumable
-
-
-def refused(command, *arguments, capsys) -> str:
-    capsys.readouterr()
-    with pytest.raises(SystemExit) as end:
-        command.main([str(argument) for argument in arguments])
-    assert end.value.code == 2
-    said = capsys.readouterr().err
-    assert said.startswith("error: ")
-    assert said.count("\n") == 1
-    return said
 
 
 def steps_logged(run) -> list[int]:
