@@ -148,11 +148,11 @@ def built(arch_name: str, arithmetic: str, name: str):
     arch = ARCHS[arch_name]
     kernel, tile, arguments = variants(arch, arithmetic)[name]
     vectors = arguments["SCALE"] != "one" or any(x in arguments for x in ("row_limit", "row_bias"))
-    masks = arguments["SELF"] or arguments["POSITIVES"] == "lse"
-    masks |= arguments["SOFTPLUS"] and "row_ids" in arguments
+    masks = arguments["SELF"] + (arguments["POSITIVES"] == "lse")
+    masks += arguments["SOFTPLUS"] and "row_ids" in arguments
     part = "forward" if "KEPT" in kernel.arg_names else "panel"
     exact = part == "panel" and not arguments["FIXED"]
-    arguments["PARTS"] = arch.parts(tile, part, masks + vectors + exact)
+    arguments["PARTS"] = arch.parts(tile, part, masks + vectors, exact)
     signature, constants, attributes = {}, {}, {}
     for i, argument in enumerate(kernel.arg_names):
         value = arguments.get(argument)

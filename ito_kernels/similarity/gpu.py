@@ -68,8 +68,8 @@ def matmul_precision() -> str:
 
 
 class Operands(NamedTuple):
-    """Contiguous vectors, features with 16-byte aligned rows, ids as int32, followed by -1 up to a
-    multiple of `ALIGNED_ROWS`: tiles that extend beyond the end read them without a mask.
+    """Contiguous vectors, features with aligned rows, ids as int32, followed by -1 up to a multiple
+    of `ALIGNED_ROWS`: tiles that extend beyond the end read them without a mask.
 
     b is the same tensor as a for a self-similarity, unless padding differs between the sides.
     """
@@ -117,17 +117,18 @@ def dense(x: Tensor | None) -> Tensor | None:
 
 
 def _features(x: Tensor, ids: Tensor | None) -> Tensor:
-    """Features with 16-byte aligned rows that do not overlap, as tensor descriptors need them.
+    """Features whose rows are 16 elements or a multiple of that apart and start at 16 bytes.
 
-    `expand` gives rows a stride of 0, which a descriptor must not have; the copy has none.
+    Tensor descriptors need 16 bytes, and rows that do not overlap as those of `expand` do. Triton
+    knows a stride as a multiple of 16 or not at all; where it does not and there are no
+    descriptors, it loads one element at a time, and the kernels spill (840 bytes on sm_80).
     Padded rows may contain any values and become 0: in a matrix product 0 · NaN would spread.
     """
-    step = 16 // x.element_size()
     apart = x.stride(1) == 1 and x.stride(0) >= x.shape[1]
-    if ids is None and apart and x.stride(0) % step == 0 and x.data_ptr() % 16 == 0:
+    if ids is None and apart and x.stride(0) % 16 == 0 and x.data_ptr() % 16 == 0:
         return x
     rows, d = x.shape
-    out = x.new_empty(rows, -(-d // step) * step)[:, :d]
+    out = x.new_empty(rows, -(-d // 16) * 16)[:, :d]
     if ids is None:
         return out.copy_(x)
     return torch.where((ids >= 0)[:, None], x, x.new_zeros(()), out=out)

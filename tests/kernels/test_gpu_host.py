@@ -173,7 +173,8 @@ FEATURES = {
     "one row, expanded": torch.randn(64).expand(1, 64).as_strided((1, 64), (0, 1)),
     "overlapping": strided(40, 64, (8, 1)),
     "overlapping by 8": strided(40, 64, (56, 1)),
-    "apart": strided(40, 64, (72, 1)),
+    "apart": strided(40, 64, (80, 1)),
+    "apart by half of 16": strided(40, 64, (72, 1)),
     "odd stride": strided(40, 64, (65, 1)),
     "odd offset": strided(40, 64, (64, 1), offset=3),
     "transposed": strided(40, 64, (1, 40)),
@@ -184,6 +185,7 @@ FEATURES = {
 
 @pytest.mark.parametrize("name", FEATURES)
 def test_features_obey_the_rules_of_tensor_descriptors(name):
+    """And have strides that Triton knows to be multiples of 16."""
     x = FEATURES[name]
     other = torch.randn(24, x.shape[1]).to(x.dtype)
     for a, b in ((x, other), (other, x), (x, None)):
@@ -193,7 +195,7 @@ def test_features_obey_the_rules_of_tensor_descriptors(name):
             row, column = ours.stride()
             assert column == 1
             assert row >= ours.shape[1]
-            assert row * ours.element_size() % 16 == 0
+            assert row % 16 == 0
             assert ours.data_ptr() % 16 == 0
     copied = gpu.Operands.of(Problem(x, None, torch.tensor(1.0))).a.data_ptr() != x.data_ptr()
     assert copied == (name != "apart")
@@ -231,3 +233,25 @@ def test_every_launch_fuses_multiplications_and_additions():
     ((grid, arguments),) = launched
     assert grid == (7,)
     assert arguments["enable_fp_fusion"] is True
+
+
+@needs_triton
+@pytest.mark.parametrize("rows", [1, 70, 300, 10_000, 1 << 20])
+@pytest.mark.parametrize("cols", [1, 1000, 1 << 27])
+def test_the_memory_of_a_panel(rows, cols):
+    """It covers whole tiles, of 256 × 128 at most."""
+    from ito_kernels.similarity.triton import tiles
+
+    n, m = tiles.panel(rows, cols, 512, gpu.PANEL_BYTES // 2, 132, square=False)
+    assert 1 <= n <= rows
+    assert 1 <= m <= cols
+    assert -(-n // 256) * 256 * -(-m // 128) * 128 * 2 <= gpu.PANEL_BYTES
+
+
+@needs_triton
+def test_quotients_of_tile_numbers():
+    """`weights_kernel` divides by multiplying with the reciprocal, in fp32, below 2^22."""
+    x = torch.arange(1 << 22)
+    for y in (1, 3, 5, 7, 8, 24, 56, 120, 1000, 1016, 4104, 65528, (1 << 21) - 8, 1 << 22):
+        reciprocal = 1 / torch.tensor(y, dtype=torch.float32)
+        assert torch.equal(((x.float() + 0.5) * reciprocal).int(), (x // y).int())

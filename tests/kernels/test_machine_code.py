@@ -23,9 +23,10 @@ import gpu_static_triton as ahead
 # A thread's instructions and exponentials once a tile, for 128 × 128 scores and 128 threads.
 MOST = {
     "forward clip": (900, 130),
-    "forward ids": (1170, 169),
-    "panel clip": (1060, 130),  # 58 of them choose the next tile
-    "panel ids": (1500, 169),
+    "forward ids": (1100, 130),
+    "forward ids self": (1170, 130),
+    "panel clip": (1000, 130),
+    "panel ids": (1330, 130),
 }
 
 

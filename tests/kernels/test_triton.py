@@ -101,11 +101,20 @@ def test_many_small_tiles(case, dtype, tma, backward, monkeypatch):
 @pytest.mark.parametrize("same", [False, True])
 def test_tiles_that_are_not_square_or_come_in_parts(m, n, warps, same, backward, monkeypatch):
     tile = triton_tiles.Tile(m, n, 32, warps, 1)
-    assert triton_tiles.ARCHS["sm_90"].parts(tile, "panel") == (4 if warps == 1 else 1)
+    assert triton_tiles.ARCHS["sm_80"].parts(tile, "panel") == (4 if warps == 1 else 1)
     # so few processors that a program gets several tiles of a panel
     tiles(monkeypatch, tile=tile, tma=True, processors=5 if backward == "fused" else 1)
     case = Case(150, 150, 16, same=same, ids="groups", positives="linear", exclude_self=same)
     kernel_checks.check_logsumexp("triton", case, FP32, exact_max=False)
+
+
+@pytest.mark.parametrize("tma", [False, True], ids=["pointers", "descriptors"])
+def test_a_panel_of_several_bands(tma, monkeypatch):
+    """Ten rows of tiles are a band of eight and one of two."""
+    monkeypatch.setattr(triton_tiles, "FUSED_D", 0)
+    tiles(monkeypatch, tile=triton_tiles.Tile(16, 32, 32, 1, 1), tma=tma, processors=2)
+    case = Case(150, 90, 20, positives="linear")
+    kernel_checks.check_logsumexp("triton", case, BF16, exact_max=False)
 
 
 LIMITED = Case(100, 70, 40, scale_per_row=True, limit=True, exclude_self=True, ids="groups")

@@ -203,6 +203,12 @@ def _write_weights(
             tl.store(panel + first + at, w.to(panel.dtype.element_ty))
 
 
+@triton.jit
+def _quotient(x, reciprocal):
+    """⌊x / y⌋ of integers 0 ≤ x < 2^22, from 1 / y."""
+    return ((x.to(tl.float32) + 0.5) * reciprocal).to(tl.int32)
+
+
 @triton.jit(do_not_specialize=[*scores.SIZES, "panel_row", "panel_col"])
 def weights_kernel(
     a, b, scale, row_bias, col_bias, row_ids, col_ids, row_limit, col_limit, shift, underflowed,
@@ -241,6 +247,11 @@ def weights_kernel(
         stride_panel,
     )  # fmt: skip
     tiles_m, tiles_n = tl.cdiv(n - panel_row, BLOCK_M), tl.cdiv(m - panel_col, BLOCK_N)
+    # Bands of eight tiles: programs that run at the same time share columns in the L2 cache. A
+    # division of integers takes 29 instructions. Multiplying by the reciprocal is exact below 2^22
+    # tiles; a panel has at most 2^15.
+    last, last_height = (tiles_m - 1) // 8, (tiles_m - 1) % 8 + 1
+    of_band, of_last = 1 / (8 * tiles_n).to(tl.float32), 1 / last_height.to(tl.float32)
     first, programs = tl.program_id(0), tl.num_programs(0)
     k_steps = scores.steps(d, BLOCK_K, TMA)
     acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
@@ -249,12 +260,14 @@ def weights_kernel(
         if k == k_steps:
             k = 0
             tile += programs
-            # bands of eight tiles: programs that run at the same time share columns in the L2 cache
-            band = tile // (8 * tiles_n)
-            height = tl.minimum(tiles_m - band * 8, 8)
-            rest_of_band = tile - band * 8 * tiles_n
-            tile_n = rest_of_band // height
-            tile_m = band * 8 + rest_of_band - tile_n * height
+            band = _quotient(tile, of_band)
+            inside = tile - band * 8 * tiles_n
+            if band == last:
+                tile_n = _quotient(inside, of_last)
+                tile_m = band * 8 + inside - tile_n * last_height
+            else:
+                tile_n = inside // 8
+                tile_m = band * 8 + inside % 8
         row0, col0 = panel_row + tile_m * BLOCK_M, panel_col + tile_n * BLOCK_N
         acc = scores.multiply(
             acc, k, a, b, row0, col0, n, m, d, stride_a, stride_b, EVEN_D,

@@ -73,7 +73,7 @@ class _Plan:
         self.gradient = None
         if problem.d <= tiles.FUSED_D:
             self.gradient = self.arch.gradient.get(self.arithmetic)
-            if self.gradient and self.crowded() > 1:
+            if self.gradient and self.crowded() > 2:
                 self.gradient = self.arch.crowded.get(self.arithmetic, self.gradient)
         for kernel in ("forward", "panel", "gradient"):
             setattr(self, kernel, _TUNED.get(self.key(kernel), getattr(self, kernel)))
@@ -92,8 +92,8 @@ class _Plan:
         """How many kinds of options take registers beside those of the plain losses."""
         p = self.problem
         biased = p.row_bias is not None or p.col_bias is not None
-        ids = p.exclude_self or p.positives == "lse" or (softplus and p.row_ids is not None)
-        return ids + (p.scale.ndim > 0 or p.row_limit is not None or biased)
+        masks = p.exclude_self + (p.positives == "lse") + (softplus and p.row_ids is not None)
+        return masks + (p.scale.ndim > 0 or p.row_limit is not None or biased)
 
     def panel_size(self) -> tuple[int, int]:
         p = self.problem
@@ -611,7 +611,7 @@ def _panel_run(
     """The function that writes a panel and returns its sums."""
     like, tile = call.op.a, plan.panel
     crowded = plan.crowded(call.softplus) + (panel_factor is not None)
-    parts = [plan.arch.parts(tile, "panel", crowded + (not kind.FIXED)) for kind in kinds]
+    parts = [plan.arch.parts(tile, "panel", crowded, exact=not kind.FIXED) for kind in kinds]
     scores = Scores.of(plan, call.op, tile, tile.k)
 
     def run(rows: slice, cols: slice, workspace: Tensor | None) -> PanelSums:

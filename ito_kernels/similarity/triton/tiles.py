@@ -83,14 +83,18 @@ class Arch(NamedTuple):
         warps = tile.warps if self.name == "sm_90" else 4  # those that lie along the rows
         return min(8 * warps, tile.m // 2)
 
-    def parts(self, tile: Tile, kernel: str, crowded: int = 0) -> int:
+    def parts(self, tile: Tile, kernel: str, crowded: int = 0, exact: bool = False) -> int:
         """The number of parts in which the columns of a tile are reduced.
 
         With 128 scores per thread, the column vectors take 3 registers for each of 32 columns and
-        spill. kernel: "forward" or "panel". crowded: how many options take further registers.
+        spill. Tiles of 64 columns have room for them and for one option more. kernel: "forward" or
+        "panel". crowded: how many options take further registers. exact: whether W takes an
+        exponential for each side.
         """
         threads = tile.warps * (64 if self.name == "gfx942" else 32)
-        at_once = {"forward": 64, "panel": 32}[kernel] >> crowded
+        narrow = self.name == "sm_90" and tile.n <= 64
+        at_once = 64 if narrow or kernel == "forward" else 32
+        at_once >>= min(2, max(0, crowded - narrow)) + exact
         return max(1, min(tile.m * tile.n // (threads * at_once), tile.n // 16))
 
 
@@ -102,6 +106,7 @@ FUSED_D = 128
 # fp32: "ieee" runs on the scalar units. 3×tf32 holds each operand twice, as a large and a small
 # part, so it gets the smallest tile.
 IEEE, TF32X3 = Tile(64, 64, 32, 8, 3), Tile(64, 32, 32, 8, 3)
+IEEE_MAXIMA = Tile(64, 32, 16, 8, 3)
 FP32 = {"tf32": Tile(128, 64, 32, 8, 3), "tf32x3": TF32X3, "ieee": IEEE}
 FP32_IDS = FP32 | {"tf32": Tile(64, 64, 32, 8, 3)}
 GRADIENT = {
@@ -119,7 +124,9 @@ ARCHS = {
         forward={"half": Tile(128, 128, 64, 8, 3)} | FP32,
         panel={"half": Tile(128, 128, 64, 8, 3)} | FP32,
         ids={"half": Tile(64, 64, 64, 8, 3)} | FP32_IDS,
-        maxima={"half": Tile(64, 64, 64, 4, 3)} | dict.fromkeys(FP32, TF32X3),
+        maxima={"half": Tile(64, 64, 64, 4, 3)}
+        | dict.fromkeys(FP32, TF32X3)
+        | {"ieee": IEEE_MAXIMA},
         gradient=GRADIENT,
         crowded={"half": Tile(32, 32, 0, 4, 2)},
     ),
@@ -134,7 +141,7 @@ ARCHS = {
         forward={"half": Tile(256, 128, 64, 8, 4)} | FP32,
         panel={"half": Tile(256, 128, 64, 8, 4)} | FP32,
         ids={"half": Tile(256, 64, 64, 8, 4)} | FP32_IDS,
-        maxima={"half": Tile(128, 64, 64, 8, 3)} | FP32_IDS | {"ieee": TF32X3},
+        maxima={"half": Tile(128, 64, 64, 8, 3)} | FP32_IDS | {"ieee": IEEE_MAXIMA},
         gradient=GRADIENT | {"half": Tile(64, 64, 0, 8, 2)},
     ),
     # Scores are read from tensor memory with one row per thread, so column vectors take a register
@@ -149,7 +156,7 @@ ARCHS = {
             "half": Tile(128, 32, 64, 8, 3),
             "tf32": FP32_IDS["tf32"],
             "tf32x3": Tile(64, 16, 32, 8, 3),
-            "ieee": Tile(64, 32, 16, 8, 3),
+            "ieee": IEEE_MAXIMA,
         },
         gradient=GRADIENT,
     ),
@@ -203,4 +210,6 @@ def panel(n: int, m: int, d: int, elements: int, processors: int, square: bool) 
     if square:
         return min(side, n), min(side, n)
     rows = min(side, n)
-    return rows, min(m, max(128, elements // rows // 128 * 128) if rows < side else side)
+    covered = -(-rows // 256) * 256  # memory covers whole tiles, of 256 rows at most
+    cols = max(128, elements // covered // 128 * 128) if rows < side else side
+    return rows, min(m, cols)
