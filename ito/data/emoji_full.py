@@ -79,7 +79,7 @@ def write_set(out: Path, files: dict[str, Path], title: str, size: int) -> None:
         import resvg_py  # noqa: F401
     except ImportError:
         raise ImportError(
-            "the emoji set needs resvg-py, not installed here: pip install 'ito_kernels[emoji]'"
+            "the emoji set needs resvg-py, not installed here: pip install 'ito_trainer[emoji]'"
         ) from None
     concepts = read_concepts(files)
     drop_shared_names(concepts)

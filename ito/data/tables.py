@@ -233,7 +233,7 @@ def parquet():
     try:
         from pyarrow import parquet
     except ImportError:
-        raise ImportError("parquet needs pyarrow: pip install 'ito_kernels[parquet]'") from None
+        raise ImportError("parquet needs pyarrow: pip install 'ito_trainer[parquet]'") from None
     return parquet
 
 

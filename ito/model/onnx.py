@@ -58,7 +58,7 @@ def export_onnx(model: DualEncoder, out: Path, fit: str = "crop") -> list[Path]:
     if missing:
         raise ImportError(
             f"--onnx needs {', '.join(missing)}, not installed here: "
-            "pip install 'ito_kernels[onnx]'"
+            "pip install 'ito_trainer[onnx]'"
         )
     model = model.cpu().eval()
     size, length = model.image.image_size, model.text.context_length

@@ -46,7 +46,7 @@ def package(name: str, extra: str) -> ModuleType:
         return importlib.import_module(name)
     except ImportError as error:
         raise ImportError(
-            f"this encoder needs {name}: pip install 'ito_kernels[{extra}]' ({error})"
+            f"this encoder needs {name}: pip install 'ito_trainer[{extra}]' ({error})"
         ) from error
 
 

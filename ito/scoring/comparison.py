@@ -491,7 +491,7 @@ def pyplot():
         import matplotlib
     except ImportError:
         raise ImportError(
-            "a comparison draws with matplotlib: pip install 'ito_kernels[compare]'"
+            "a comparison draws with matplotlib: pip install 'ito_trainer[compare]'"
         ) from None
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt

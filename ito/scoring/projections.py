@@ -21,7 +21,7 @@ def pca(emb: torch.Tensor) -> tuple[list[tuple[float, float]], str]:
 
 def umap(emb: torch.Tensor) -> tuple[list[tuple[float, float]], str]:
     if importlib.util.find_spec("umap") is None:
-        raise ImportError("--map umap needs umap-learn: pip install 'ito_kernels[umap]'")
+        raise ImportError("--map umap needs umap-learn: pip install 'ito_trainer[umap]'")
     from umap import UMAP
 
     neighbours = min(15, len(emb) - 1)

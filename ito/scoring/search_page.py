@@ -34,7 +34,7 @@ try:
 except ImportError as error:
     raise ImportError(
         f"--serve needs starlette and uvicorn ({error.name} is not installed here): "
-        "pip install 'ito_kernels[search]'"
+        "pip install 'ito_trainer[search]'"
     ) from None
 
 SHOWN = 24

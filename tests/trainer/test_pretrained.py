@@ -239,7 +239,7 @@ def test_bodies_that_do_not_fit_are_named(monkeypatch):
     with pytest.raises(ValueError, match=r"image_encoder convolution: Error.*\s+Missing key"):
         pretrained.load_weights(other, config)
     monkeypatch.setitem(sys.modules, "timm", None)
-    with pytest.raises(ImportError, match=r"needs timm: pip install 'ito_kernels\[timm\]'"):
+    with pytest.raises(ImportError, match=r"needs timm: pip install 'ito_trainer\[timm\]'"):
         Config(image_encoder="timm:resnet18")
 
 

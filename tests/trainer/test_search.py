@@ -216,4 +216,4 @@ def test_the_page_names_its_extra(run, monkeypatch, capsys):
         search.main([str(run), "--serve"])
     error = capsys.readouterr().err
     assert "--serve needs starlette and uvicorn" in error
-    assert "pip install 'ito_kernels[search]'" in error
+    assert "pip install 'ito_trainer[search]'" in error
