@@ -1,5 +1,5 @@
 # One command each. `make ci` is what must pass before anything lands.
-.PHONY: install test lint format bench bench-regression ci check-deep
+.PHONY: install test lint format docs bench bench-regression ci check-deep
 
 install:
 	pip install -r requirements-dev.txt
@@ -14,6 +14,11 @@ lint:
 format:
 	ruff check --fix .
 	ruff format .
+
+# The site, in build/site; every warning, such as a broken link, is an error
+docs:
+	pip install --quiet -r requirements-docs.txt
+	PYTHONPATH=. NO_MKDOCS_2_WARNING=1 mkdocs build --quiet
 
 bench:
 	python benchmarks/loss_throughput.py

@@ -450,8 +450,8 @@ def blocks_of_page(rows: dict) -> dict[str, str]:
     }
 
 
-def readme(rows: dict) -> str:
-    """What the README says of these predictions."""
+def page_on_speed(rows: dict) -> str:
+    """What docs/speed.md says of these predictions."""
 
     def ms(chip: str, d: int) -> Range:
         return total(parts(DESIGNS["CLIP"], CHIPS[chip], N, d, rows))
@@ -482,7 +482,7 @@ def main() -> None:
         print("\n\n".join(texts.values()))
     else:
         PAGE.write_text(written(PAGE.read_text(), texts))
-    print(f"\nThe README says: {readme(rows)}")
+    print(f"\ndocs/speed.md says: {page_on_speed(rows)}")
 
 
 if __name__ == "__main__":

@@ -104,8 +104,8 @@ def decoupled_softmax_loss(
     features are computed in fp32, because positives and negatives are combined outside the kernels.
 
     Args:
-        queries, keys, logit_scale, query_ids, key_ids, symmetric, exclude_self, group, chunk_size,
-            backend: as in `decoupled_contrastive_loss`.
+        queries, keys, logit_scale, query_ids, key_ids: as in `decoupled_contrastive_loss`.
+        symmetric, exclude_self, group, chunk_size, backend: as in `decoupled_contrastive_loss`.
         positive_pairs, positive_weights: (P, 2) integers, pairs (i, j), and (P,) weights, which
             replace the ids; N and M may differ. For rows only: they need symmetric=False. The mean
             over P_i becomes a weighted mean. A pair that is listed twice counts twice as a

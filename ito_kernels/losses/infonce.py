@@ -181,10 +181,10 @@ def multi_positive_infonce(
             torch.compile keeps the backend that it was compiled with, whatever `use_backend` and
             ITO_BACKEND are set to later.
 
-        With `debias`, `hardness`, `hardness_mode`, `equal_ids="ignore"`, `positive_pairs`, `queue`,
-        `hard_negatives` or a guide, half precision features are computed in fp32, because the loss
-        is a difference of results of several passes. The same holds for symmetric with
-        `false_negative_margin` and a logit_scale per query.
+    With `debias`, `hardness`, `hardness_mode`, `equal_ids="ignore"`, `positive_pairs`, `queue`,
+    `hard_negatives` or a guide, half precision features are computed in fp32, because the loss is a
+    difference of results of several passes. The same holds for symmetric with
+    `false_negative_margin` and a logit_scale per query.
 
     Returns:
         The loss, a 0-d fp32 tensor (fp64 for fp64 features), or as `reduction` says. With

@@ -169,15 +169,15 @@ def test_the_page_shows_what_the_model_says():
     assert model.written(page, model.blocks_of_page(ROWS)) == page
 
 
-def test_the_readme_shows_what_the_model_says():
-    readme = " ".join((ROOT / "README.md").read_text().split())
-    assert model.readme(ROWS) in readme
+def test_the_page_on_speed_shows_what_the_model_says():
+    page = " ".join((ROOT / "docs" / "speed.md").read_text().split())
+    assert model.page_on_speed(ROWS) in page
 
 
 def test_predictions_are_called_predictions():
     """In the text, beside each number of milliseconds on a GPU."""
     on_a_gpu = r"(H100|H200|A100|B200|MI300X|GPU).*\d ms|\d ms.*(H100|H200|A100|B200|MI300X|GPU)"
-    for name in ("README.md", "docs/scaling.md", "docs/gpu-static.md", "docs/cuda.md"):
+    for name in ("README.md", "docs/speed.md", "docs/scaling.md", "docs/gpu-static.md", "docs/cuda.md"):
         lines = (ROOT / name).read_text().splitlines()
         text = "\n".join(x for x in lines if not x.startswith("|"))
         for paragraph in re.split(r"\n(?=\n|- )", text):
