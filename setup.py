@@ -135,8 +135,9 @@ class CMakeBuild(build_ext):
             f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
             *cuda,
         ]
-        subprocess.run(configure, check=True, env=environment())
-        subprocess.run(["cmake", "--build", str(build)], check=True, env=environment())
+        for command in (configure, ["cmake", "--build", str(build)]):
+            if subprocess.run(command, env=environment()).returncode:
+                sys.exit("ito_kernels: the native kernels could not be built: see CMake's message")
 
 
 setup(

@@ -34,12 +34,12 @@ PYTEST = ["-m", "pytest", "-q", "-p", "no:cacheprovider"]
 # where our code or a test is to blame: torch.compile itself uses what PyTorch deprecates
 OLD = ("DeprecationWarning", "PendingDeprecationWarning", "FutureWarning")
 PYTEST += ["-o", "filterwarnings=" + "\n".join(f"error::{x}:(ito|support|test)" for x in OLD)]
+KERNELS = ["tests/kernels/test_primitive.py", "tests/kernels/test_op.py"]
 # name: arguments of Python
 CHECKS = {
     "self-check": ["-W", "error", "-m", "ito_kernels"],
     "every call": ["-W", "error", "typed_calls.py"],
-    "kernels": [*PYTEST, "tests/kernels/test_primitive.py", "tests/kernels/test_op.py"]
-    + ["-k", "not simt and not cuda and not triton"],
+    "kernels": [*PYTEST, *KERNELS, "-k", "not simt and not cuda and not triton"],
     "losses": [*PYTEST, "tests/losses/test_formulas.py", "tests/losses/test_others.py"],
     "compile": [*PYTEST, "-m", "slow", "tests/losses/test_compile.py"],
     "Triton": [*PYTEST, "tests/kernels/test_triton.py", "-k", "options or strides or far_rows"],

@@ -1,5 +1,5 @@
-"""For mkdocs.yml: the README is the site's first page, and files beside docs/ that pages link to are
-part of the site."""
+"""For mkdocs.yml: the README is the site's first page, and files beside docs/ that a page links to
+are part of the site."""
 
 import re
 from pathlib import Path
@@ -14,7 +14,7 @@ PAGES = {"README.md": "index.md"} | {
 
 def on_files(files: Files, config) -> Files:
     for name, page in PAGES.items():
-        text = (ROOT / name).read_text("utf-8").replace("](docs/", "](").replace("](README", "](index")
+        text = (ROOT / name).read_text("utf-8").replace("](docs/", "](")
         files.append(File.generated(config, page, content=text))
     for file in list(files.documentation_pages()):
         for link in re.findall(r"\]\(\.\./([^)#]+)", file.content_string):

@@ -177,9 +177,10 @@ def test_the_page_on_speed_shows_what_the_model_says():
 def test_predictions_are_called_predictions():
     """In the text, beside each number of milliseconds on a GPU."""
     on_a_gpu = r"(H100|H200|A100|B200|MI300X|GPU).*\d ms|\d ms.*(H100|H200|A100|B200|MI300X|GPU)"
-    for name in ("README.md", "docs/speed.md", "docs/scaling.md", "docs/gpu-static.md", "docs/cuda.md"):
-        lines = (ROOT / name).read_text().splitlines()
+    pages = [ROOT / "docs" / f"{name}.md" for name in ("speed", "scaling", "gpu-static", "cuda")]
+    for page in (ROOT / "README.md", *pages):
+        lines = page.read_text().splitlines()
         text = "\n".join(x for x in lines if not x.startswith("|"))
         for paragraph in re.split(r"\n(?=\n|- )", text):
             if re.search(on_a_gpu, " ".join(paragraph.split())):
-                assert re.search(r"[Pp]redict|model|on\s+a CPU", paragraph), (name, paragraph)
+                assert re.search(r"[Pp]redict|model|on\s+a CPU", paragraph), (page, paragraph)

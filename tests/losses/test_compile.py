@@ -1,6 +1,6 @@
-"""Every loss inside torch.compile, in one graph, has the value and the gradients that it has outside.
+"""torch.compile changes neither value nor gradients of any loss, in one graph.
 
-torch.compile of 2.11 gives wrong gradients of some without a word."""
+That of torch 2.11 gives wrong gradients of some without a word."""
 
 import pytest
 import torch

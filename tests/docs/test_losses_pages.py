@@ -29,22 +29,6 @@ def test_a_block_of_the_page_gives_a_loss_with_gradients(block):
     assert len(block.splitlines()) <= 8, "a block to copy is short"
 
 
-@pytest.mark.parametrize("page", [SOURCES, WHICH, ROOT / "README.md"], ids=lambda page: page.name)
-def test_links_lead_somewhere(page):
-    def anchors(text: str) -> set[str]:
-        titles = re.findall(r"^#+ (.*)$", text, re.M)
-        return {re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in titles}
-
-    for link in re.findall(r"\]\(([^)]+)\)", page.read_text("utf-8")):
-        if "://" in link or link.endswith(".png"):  # the source package has no pictures
-            continue
-        file, _, anchor = link.partition("#")
-        target = page.parent / file if file else page
-        assert target.exists(), link
-        if anchor:
-            assert anchor in anchors(target.read_text("utf-8")), link
-
-
 def test_the_sources_name_every_loss_and_every_option():
     sources = SOURCES.read_text("utf-8").partition("## Sources")[2].partition("## One line")[0]
     options = inspect.signature(ik.multi_positive_infonce).parameters.values()
