@@ -131,7 +131,8 @@ def main() -> None:
     print(
         f"ito_kernels {ik.__version__}, Python {platform.python_version()}, {platform.platform()}"
     )
-    print(f"torch {torch.__version__}{cuda}, triton {package_version('triton')}")
+    others = ", ".join(f"{name} {package_version(name)}" for name in ("triton", "numpy"))
+    print(f"torch {torch.__version__}{cuda}, {others}")
     gpus = [torch.cuda.get_device_name(n) for n in range(torch.cuda.device_count())]
     print(f"{torch.get_num_threads()} threads; GPUs: {', '.join(gpus) or 'none'}")
     set_here = {name: value for name, value in os.environ.items() if name.startswith("ITO_")}

@@ -1,5 +1,5 @@
 """No module of ito_kernels or ito imports one that imports it, wherever the import stands; no test
-file needs an optional package to be collected."""
+file needs an optional package to be collected; the trainer's package requires these losses."""
 
 import ast
 import re
@@ -63,3 +63,12 @@ def test_tests_are_collected_without_optional_packages():
                 names = [node.module]
             others = {name.partition(".")[0] for name in names} - known - optional
             assert not others, f"{path.name} imports {others} where pytest collects it"
+
+
+def test_every_file_that_names_the_version_has_the_same():
+    trainer = (REPOSITORY / "trainer" / "pyproject.toml").read_text()
+    version = ito_kernels.__version__
+    assert f'\nversion = "{version}"' in trainer
+    assert f'"ito_kernels=={version}"' in trainer
+    assert f"\nversion: {version}\n" in (REPOSITORY / "CITATION.cff").read_text()
+    assert f"\n## {version}" in (REPOSITORY / "CHANGELOG.md").read_text()
