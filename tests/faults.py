@@ -66,7 +66,7 @@ class Copy:
         for name in filter(None, [*names, *modules]):
             if (ROOT / name).exists():
                 (self.tree / name).parent.mkdir(parents=True, exist_ok=True)
-                shutil.copy2(ROOT / name, self.tree / name, follow_symlinks=False)
+                shutil.copy2(ROOT / name, self.tree / name)
         self.planted: Fault | None = None
         script = "import ito, ito_kernels._native as n; print(ito.__file__, n.__file__, sep='\\n')"
         code, found = self.forked(lambda: exec(script) or 0)
