@@ -4,8 +4,8 @@
 
 ROWS has the oldest of everything, the newest of everything, each minor version of Python, torch and
 Triton at least once, NumPy 1 and 2, and a torch that is too old. Each row has an environment of its
-own, 5 GB with PyTorch's builds for CUDA, which is deleted again. Pythons are looked for on the PATH.
-5 minutes a row on a quiet core. Exits with 1 if a row that the package allows fails.
+own, 5 GB with PyTorch's builds for CUDA, which is deleted again. Pythons are looked for on the
+PATH. 5 minutes a row on a quiet core. Exits with 1 if a row that the package allows fails.
 """
 
 import os
