@@ -3,6 +3,8 @@
 `evaluate` has those that training logs, `evaluate_fully` those of `python -m ito.evaluate`.
 """
 
+from collections.abc import Sequence
+
 import torch
 
 from ito.data.dataset import Dataset
@@ -12,13 +14,8 @@ from ito.model.tokenizer import Tokenizer
 from ito.scoring import probes
 from ito.scoring.embedded_split import EmbeddedSplit, distinct
 from ito.scoring.metrics import (
-    clip_benchmark_recall,
     ensemble,
-    image_text_pairs,
-    mean_rank_variance,
     modality_gap,
-    random_rank_variance,
-    ranks,
     retrieval,
     zero_shot,
 )
@@ -68,9 +65,7 @@ def evaluate_fully(
     of image embeddings by subgroup and by concept (the item's name), fitted on the split "train" if
     there is one. `modality/classifier`: of pictures against the distinct names. `geometry/`:
     uniformity of the pictures and of the distinct names, alignment of each picture with its item's
-    name. `languages/`: mean rank variance over the data's translations. `clip_benchmark/`: recall
-    as clip_benchmark computes it. `splits` may contain ALL. Raises ValueError naming a split that
-    the data lacks.
+    name. `splits` may contain ALL. Raises ValueError naming a split that the data lacks.
     """
     missing = [name for name in splits if name != ALL and name not in dataset.split]
     if missing:
@@ -102,10 +97,27 @@ def evaluate_fully(
                 "geometry/uniformity_texts": uniformity_loss(texts).item(),
             }
         found["geometry/alignment"] = alignment_loss(images, classes.names[name]).item()
-        found |= language_scores(model, tokenizer, dataset, images, item)
-        found |= clip_benchmark_scores(model, tokenizer, dataset, images, item)
         scores |= with_prefix(split, found)
     return scores
+
+
+def classify(
+    model: DualEncoder,
+    tokenizer: Tokenizer,
+    pictures: torch.Tensor,
+    labels: torch.Tensor,
+    classes: list[str],
+    templates: Sequence[str],
+) -> dict[str, float]:
+    """Zero-shot accuracy of pictures uint8 (K, 3, S, S) with labels (K,) among named classes, by
+    the normalised mean of each class's normalised templates. Source: Radford et al. 2021, 3.1.4."""
+    emb = embed_classes(model, tokenizer, classes, templates)
+    return zero_shot(embed_images(model, pictures), emb, labels, intervals=True)
+
+
+def embed_classes(model, tokenizer, names: list[str], templates: Sequence[str]) -> torch.Tensor:
+    prompts = [[t.replace("{}", name) for name in names] for t in templates]
+    return ensemble(torch.stack([embed_texts(model, tokenizer(texts)) for texts in prompts], 1))
 
 
 def with_prefix(prefix: str, scores: dict[str, float]) -> dict[str, float]:
@@ -133,18 +145,12 @@ class Classes:
                 words[f"{grouping}s"] = [name.replace("-", " ") for name in known]
                 place = {name: n for n, name in enumerate(known)} | {None: -1}
                 self.index[f"{grouping}s"] = torch.tensor([place[name] for name in label])
-
-        def embed(texts: list[str]) -> torch.Tensor:
-            return embed_texts(model, tokenizer(texts))
-
-        self.plain = {kind: embed(texts) for kind, texts in words.items()}
+        self.plain = {kind: embed_texts(model, tokenizer(texts)) for kind, texts in words.items()}
         self.names = self.plain.get("names")
         if prompts:
+            own = (model, tokenizer)
             self.ensembles = {
-                kind: ensemble(
-                    torch.stack([embed([p.replace("{}", t) for t in texts]) for p in prompts], 1)
-                )
-                for kind, texts in words.items()
+                kind: embed_classes(*own, texts, prompts) for kind, texts in words.items()
             }
 
     def of(self, item: torch.Tensor, embeddings: dict[str, torch.Tensor]):
@@ -183,56 +189,3 @@ def probe_scores(train_emb, train_item, test_emb, test_item, classes) -> dict[st
         scores |= with_prefix(f"linear_probe/{kind}", probes.linear_probe(*sides))
         scores |= with_prefix(f"knn/{kind}", probes.knn(*sides))
     return scores
-
-
-def clip_benchmark_scores(model, tokenizer, dataset, images, item) -> dict[str, float]:
-    """Retrieval with each caption of each item as a text of its own, in the form that it has."""
-    own = [(n, text) for n in item.unique().tolist() for text in dataset.captions[n]]
-    texts = embed_texts(model, tokenizer([text for _, text in own]))
-    owner = torch.tensor([n for n, _ in own])
-    return with_prefix("clip_benchmark", clip_benchmark_recall(images, texts, item, owner))
-
-
-def language_scores(model, tokenizer, dataset, images, item) -> dict[str, float]:
-    """Mean rank variance over the captions' language and all that at least half of the items have.
-
-    Only items with a name in each of these languages are used, each by its first one; equal names
-    in a language are one text, right for all their items. Empty if the items are fewer than 2, or
-    if there is no second language.
-    """
-    names = {n: dataset.translations[n] for n in item.unique().tolist()}
-    languages = sorted({language for texts in names.values() for language in texts})
-    languages = [
-        name
-        for name in languages
-        if 2 * sum(name in texts for texts in names.values()) >= len(names)
-    ]
-    items = [n for n, texts in names.items() if all(texts.get(name) for name in languages)]
-    if not languages or len(items) < 2:
-        return {}
-    items = torch.tensor(items)
-    shown = torch.isin(item, items)
-    images, item = images[shown], item[shown]
-    text_rank, image_rank, right, candidates = [], [], [], []
-    for language in [None, *languages]:
-        texts, text = distinct(
-            names[n][language][0] if language else dataset.captions[n][0] for n in items.tolist()
-        )
-        emb = embed_texts(model, tokenizer(texts))
-        pairs = image_text_pairs(item, torch.stack([items, text], 1))
-        rank, correct = ranks(emb, images, pairs.flip(1))
-        text_rank.append(rank[text])  # of an item by its name
-        right.append(correct[text])
-        image_rank.append(ranks(images, emb, pairs)[0])
-        candidates.append(len(texts))
-    count = len(text_rank)
-    return {
-        "languages/count": count,
-        "languages/items": len(items),
-        "languages/t2i/mean_rank_variance": mean_rank_variance(torch.stack(text_rank, 1)),
-        "languages/t2i/chance": random_rank_variance(torch.stack(right, 1), len(item)),
-        "languages/i2t/mean_rank_variance": mean_rank_variance(torch.stack(image_rank, 1)),
-        "languages/i2t/chance": random_rank_variance(
-            torch.ones(1, count), torch.tensor(candidates)
-        ),
-    }

@@ -15,19 +15,19 @@ from PIL import Image
 from ito.data.dataset import Dataset
 from ito.files import read_text, undamaged, write_text
 from ito.model.exported import Encoder
-from ito.run import RunFolder
+from ito.run import BEST_BY, RunFolder
 from ito.scoring import charts
 from ito.scoring.charts import escaped
 from ito.scoring.embedded_split import EmbeddedSplit
 from ito.scoring.metrics import image_text_pairs, ranks
-from ito.scoring.projections import PROJECTIONS
+from ito.scoring.projections import pca
 from ito.scoring.scores import DIRECTIONS, sections
 from ito.summary import sentence
 
 QUERIES, SHOWN, MISTAKES = 8, 6, 12
 MAPPED = 300  # pairs in the map: more would hide each other
 # names, and endings of names, that are logged at every step but are no terms of the loss
-NOT_LOSSES = ("kind", "step", "logit_scale", "logit_bias", "grad_norm", "lr")
+NOT_LOSSES = ("kind", "step", "logit_scale", "logit_bias", "grad_norm", "lr", "loss_scale")
 NOT_LOSS_UNITS = ("seconds", "_per_second", "_norm", "_share", "_mib", "_ms")
 STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 68rem; margin: 2rem auto; padding: 0 1rem;
@@ -63,11 +63,8 @@ figure { margin: 0; min-width: 0; font-size: 11px; line-height: 1.3; }
 """
 
 
-def write_report(run: Path, encoder: Encoder, dataset: Dataset, project: str = "pca") -> Path:
-    """Write the run's report from the logged metrics, the configuration and the exported model.
-
-    `project` is the projection of the map, "pca" or "umap" (package umap-learn).
-    """
+def write_report(run: Path, encoder: Encoder, dataset: Dataset) -> Path:
+    """Write the run's report from the logged metrics, the configuration and the exported model."""
     files = RunFolder(run)
     records = files.log().read()
     with undamaged(files.metrics):
@@ -75,9 +72,12 @@ def write_report(run: Path, encoder: Encoder, dataset: Dataset, project: str = "
         streams = [r["skipped"] for r in records if r["kind"] == "stream"]
         curves = curve_charts(records, dataset.held_out_splits())
         tables = score_tables({"before": scores[0], "after": scores[-1]}) if scores else ""
+        best = files.log().best()
     parts = [
         f"<h1>{escaped(run.name)}</h1>",
-        f"<p>Step {encoder.step}, {len(dataset.items)} items, {len(dataset.images)} pictures, "
+        f"<p>Model of step {encoder.step}"
+        f"{f' (the best by {BEST_BY} is step {escaped(best)})' if best else ''}, "
+        f"{len(dataset.items)} items, {len(dataset.images)} pictures, "
         f"{len(dataset.skipped)} records skipped"
         f"{f'; {escaped(streams[-1])} of the stream trained on' if streams else ''}.</p>",
     ]
@@ -90,7 +90,7 @@ def write_report(run: Path, encoder: Encoder, dataset: Dataset, project: str = "
         view = EmbeddedSplit(dataset.rows(split), encoder.model, encoder.tokenizer, dataset)
         parts += [
             f"<h2>{escaped(split)}</h2>",
-            embedding_map(view, project),
+            embedding_map(view),
             text_to_image(view),
             image_to_text(view),
             mistakes(view),
@@ -157,13 +157,13 @@ def spaced(count: int, number: int) -> torch.Tensor:
     return torch.linspace(0, count - 1, min(count, number)).long()
 
 
-def embedding_map(view: EmbeddedSplit, project: str) -> str:
+def embedding_map(view: EmbeddedSplit) -> str:
     """Maps of both modalities, coloured by modality and by group; texts are drawn as x."""
     items = view.item.unique()
     items = items[spaced(len(items), MAPPED)].tolist()
     first = [view.picture_of(n) for n in items]
     texts = [view.own[n][0] for n in items]
-    plane, about = PROJECTIONS[project](torch.cat([view.images[first], view.texts[texts]]))
+    plane, about = pca(torch.cat([view.images[first], view.texts[texts]]))
     images, texts = plane[: len(items)], plane[len(items) :]
     names = [view.name(p) for p in first]
     modality = {"images": (images, names, "o"), "texts": (texts, names, "x")}
