@@ -1,18 +1,19 @@
 """`python -m ito.evaluate RUN`: evaluate a run's model on its held-out images or on other data.
 
 Retrieval, zero-shot classification with prompt ensembles, linear probe and k nearest neighbours,
-the modality gap, uniformity and alignment. Every distinct caption is a query; it and a picture are
-right for each other if the picture's item has it. With --classes only zero-shot classification
-among these.
+the modality gap, uniformity and alignment, and the difference of ranks between languages. Every
+distinct caption is a query; it and a picture are right for each other if the picture's item has it.
+With --classes only zero-shot classification among these.
 """
 
 import json
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 
-from ito.cli import Parser, output_path, user_errors
+from ito.cli import Parser, output_path, shown, user_errors
 from ito.config import add_options
 from ito.data.dataset import Dataset
 from ito.files import read_text, write_text
@@ -20,7 +21,7 @@ from ito.model.exported import Encoder, load
 from ito.model.tokenizer import report_cut
 from ito.run import RunFolder, choose_data, report_step, where_it_is_now
 from ito.scoring.evaluation import ALL, PROMPTS, classify, evaluate_fully
-from ito.scoring.scores import cell, table
+from ito.scoring.scores import cell, clip_benchmark, table
 from ito.source import open_dataset
 from ito.summary import count_overlap, print_notes, report_overlap, report_skipped
 
@@ -40,8 +41,8 @@ def main(arguments: list[str] | None = None) -> None:
         "--prompts",
         nargs="+",
         metavar="TEXT",
-        help="prompts of the zero-shot ensembles; {} stands for the class name (default: "
-        "'a photo of {}' and similar)",
+        help="prompts of the zero-shot ensembles; {} stands for the class name (default: those of "
+        "clip_benchmark's sets; else 'a photo of {}' and similar)",
     )
     parser.add_argument(
         "--templates", type=Path, metavar="FILE", help="prompts, one on each line, for --prompts"
@@ -57,6 +58,12 @@ def main(arguments: list[str] | None = None) -> None:
         "--cache", type=Path, help="folder of prepared data (default: ~/.cache/ito)"
     )
     parser.add_argument("--json", type=Path, help="also write the scores to this file")
+    parser.add_argument(
+        "--clip-benchmark",
+        type=Path,
+        metavar="FOLDER",
+        help="also write one file per split and task, in clip_benchmark's format and by its rule",
+    )
     add_options(parser, only="data")
     with user_errors():
         options = parser.parse_args(arguments)
@@ -65,14 +72,17 @@ def main(arguments: list[str] | None = None) -> None:
         prompts = options.prompts
         if options.templates:
             lines = lines_of(options.templates, "--templates")
-            prompts = [line.replace("{c}", "{}") for line in lines]
+            prompts = templates_in(lines)
         if bad := [prompt for prompt in prompts or () if "{}" not in prompt]:
             option = "--templates" if options.templates else "--prompts"
             raise ValueError(f"{option} must hold {{}} for the name, got {bad[0]!r}")
-        if (file := options.json) and not output_path("--json", file).parent.is_dir():
-            raise ValueError(f"--json {file}: {file.parent} is not a folder")
-        if file and file.is_dir():
-            raise ValueError(f"--json {file} is a folder: name a file for the scores")
+        if options.clip_benchmark and options.classes:
+            raise ValueError("--clip-benchmark does not go with --classes: drop one")
+        for name, file in (("json", options.json), ("clip-benchmark", options.clip_benchmark)):
+            if file and not output_path(f"--{name}", file).parent.is_dir():
+                raise ValueError(f"--{name} {file}: {file.parent} is not a folder")
+        if options.json and options.json.is_dir():
+            raise ValueError(f"--json {options.json} is a folder: name a file for the scores")
         encoder = load(options.run)
         config = choose_data(options)
         with where_it_is_now(options):
@@ -99,11 +109,34 @@ def main(arguments: list[str] | None = None) -> None:
             encoder.tokenizer,
             dataset,
             splits,
-            tuple(prompts or PROMPTS),
+            tuple(prompts or prompts_of(config.val_data or config.train_data)),
         )
         print(table({"score": scores}))
         if options.json:
             write_text(options.json, json.dumps(scores, indent=2) + "\n")
+        if options.clip_benchmark:
+            data = Path(config.train_data).stem
+            for record in clip_benchmark(scores, data, options.run):
+                name = f"{record['dataset']}_{record['task']}".replace("/", "-")
+                path = options.clip_benchmark / f"{name}.json"
+                write_text(path, json.dumps(record, indent=2) + "\n")
+
+
+def prompts_of(data: str) -> list[str] | tuple[str, ...]:
+    """The prompts that lie with clip_benchmark's sets, beside their tars or above; else PROMPTS."""
+    place = Path(data)
+    for folder in (place, *place.parents[:2]):
+        file = folder / "zeroshot_classification_templates.txt"
+        if os.path.isfile(file):
+            prompts = templates_in(read_text(file).splitlines())
+            print(f"prompts    {shown(file)}: {len(prompts)}")
+            return [prompt for prompt in prompts if "{}" in prompt] or PROMPTS
+    return PROMPTS
+
+
+def templates_in(lines: list[str]) -> list[str]:
+    """Prompts, for which clip_benchmark writes {c} for the name."""
+    return [line.strip().replace("{c}", "{}") for line in lines]
 
 
 def lines_of(file: Path, option: str) -> list[str]:

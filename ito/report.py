@@ -10,6 +10,7 @@ from ito.cli import Parser, shown, user_errors
 from ito.config import add_options
 from ito.model.exported import load
 from ito.run import choose_data, refuse_strange, where_it_is_now
+from ito.scoring.projections import PROJECTIONS
 from ito.scoring.report_page import write_report
 from ito.source import open_dataset
 
@@ -17,6 +18,12 @@ from ito.source import open_dataset
 def main(arguments: list[str] | None = None) -> None:
     parser = Parser(prog="python -m ito.report", description=__doc__)
     parser.add_argument("run", type=Path, help="run folder")
+    parser.add_argument(
+        "--map",
+        choices=PROJECTIONS,
+        default="pca",
+        help="projection of the embedding map (default: pca)",
+    )
     parser.add_argument(
         "--cache", type=Path, help="folder of prepared data (default: ~/.cache/ito)"
     )
@@ -29,7 +36,7 @@ def main(arguments: list[str] | None = None) -> None:
         config = choose_data(options)
         with where_it_is_now(options):
             dataset = open_dataset(config, options.cache)
-        print(shown(write_report(options.run, encoder, dataset)))
+        print(shown(write_report(options.run, encoder, dataset, options.map)))
 
 
 if __name__ == "__main__":

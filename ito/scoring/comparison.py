@@ -7,6 +7,7 @@ Student's t: 4.3 standard errors for three seeds.
 
 import argparse
 import dataclasses
+import importlib.util
 import json
 import math
 import re
@@ -28,7 +29,7 @@ from ito.objectives import OPTIONS
 from ito.run import RunFolder, refuse_commands
 from ito.scoring.cost import StepCost, step_costs
 from ito.scoring.embedded_split import EmbeddedSplit
-from ito.scoring.projections import pca
+from ito.scoring.projections import PROJECTIONS
 from ito.source import open_dataset
 
 # 97.5 % quantiles of Student's t, by degrees of freedom
@@ -145,8 +146,8 @@ def write_comparison(out: Path, cache: Path | None = None, given: dict | None = 
         "![Pictures and captions in two dimensions](maps.png)",
     ]
     draw_curves(arms, out / "curves.png")
-    draw_maps(arms, out / "maps.png", cache)
-    parts.append("Held-out pictures and their captions, first seed, principal directions.")
+    method = draw_maps(arms, out / "maps.png", cache)
+    parts.append(f"Held-out pictures and their captions, first seed, {method}.")
     path = out / "comparison.md"
     write_text(path, "\n\n".join(parts) + "\n")
     print(f"comparison {shown(path)}")
@@ -281,6 +282,7 @@ def probes(arms: dict[str, list[Result]]) -> str:
         ("uniformity, images", "geometry/uniformity_images", plain),
         ("uniformity, names", "geometry/uniformity_texts", plain),
         ("alignment", "geometry/alignment", plain),
+        ("rank variance over languages", "languages/t2i/mean_rank_variance", plain),
     )
     lines = [
         [
@@ -454,14 +456,16 @@ def draw_curves(arms: dict[str, list[Result]], path: Path) -> None:
     plt.close(figure)
 
 
-def draw_maps(arms: dict[str, list[Result]], path: Path, cache: Path | None) -> None:
-    """Draw pictures and captions of the held-out split, of each arm's first run, as a map."""
+def draw_maps(arms: dict[str, list[Result]], path: Path, cache: Path | None) -> str:
+    """Draw pictures and captions of the held-out split, of each arm's first run, as a map. Returns
+    the name of the projection."""
     plt = pyplot()
     columns = min(len(arms), 4)
     height = -(-len(arms) // columns)
     figure, axes = plt.subplots(
         height, columns, figsize=(3 * columns, 3 * height), squeeze=False, layout="constrained"
     )
+    project = "umap" if importlib.util.find_spec("umap") else "pca"
     datasets: dict[str, Dataset] = {}
     for axis in axes.flat:
         axis.axis("off")
@@ -470,7 +474,7 @@ def draw_maps(arms: dict[str, list[Result]], path: Path, cache: Path | None) -> 
         data = datasets.setdefault(run.config.train_data, open_dataset(run.config, cache))
         encoder = load(run.folder)
         split = EmbeddedSplit(data.rows(run.split), encoder.model, encoder.tokenizer, data)
-        points, _ = pca(torch.cat([split.images, split.texts]))
+        points, _ = PROJECTIONS[project](torch.cat([split.images, split.texts]))
         n = len(split.images)
         axis.scatter(*zip(*points[:n], strict=True), s=5, lw=0, alpha=0.7, label="pictures")
         axis.scatter(*zip(*points[n:], strict=True), s=5, lw=0, alpha=0.7, label="captions")
@@ -479,6 +483,7 @@ def draw_maps(arms: dict[str, list[Result]], path: Path, cache: Path | None) -> 
     with write_atomically(path) as temporary:
         figure.savefig(temporary, format="png", dpi=110)
     plt.close(figure)
+    return {"umap": "UMAP", "pca": "principal directions"}[project]
 
 
 def pyplot():

@@ -14,8 +14,13 @@ from ito.model.tokenizer import Tokenizer
 from ito.scoring import probes
 from ito.scoring.embedded_split import EmbeddedSplit, distinct
 from ito.scoring.metrics import (
+    clip_benchmark_recall,
     ensemble,
+    image_text_pairs,
+    mean_rank_variance,
     modality_gap,
+    random_rank_variance,
+    ranks,
     retrieval,
     zero_shot,
 )
@@ -65,7 +70,9 @@ def evaluate_fully(
     of image embeddings by subgroup and by concept (the item's name), fitted on the split "train" if
     there is one. `modality/classifier`: of pictures against the distinct names. `geometry/`:
     uniformity of the pictures and of the distinct names, alignment of each picture with its item's
-    name. `splits` may contain ALL. Raises ValueError naming a split that the data lacks.
+    name. `languages/`: mean rank variance over the data's translations. `clip_benchmark/`: recall
+    as clip_benchmark computes it. `splits` may contain ALL. Raises ValueError naming a split that
+    the data lacks.
     """
     missing = [name for name in splits if name != ALL and name not in dataset.split]
     if missing:
@@ -97,6 +104,8 @@ def evaluate_fully(
                 "geometry/uniformity_texts": uniformity_loss(texts).item(),
             }
         found["geometry/alignment"] = alignment_loss(images, classes.names[name]).item()
+        found |= language_scores(model, tokenizer, dataset, images, item)
+        found |= clip_benchmark_scores(model, tokenizer, dataset, images, item)
         scores |= with_prefix(split, found)
     return scores
 
@@ -189,3 +198,56 @@ def probe_scores(train_emb, train_item, test_emb, test_item, classes) -> dict[st
         scores |= with_prefix(f"linear_probe/{kind}", probes.linear_probe(*sides))
         scores |= with_prefix(f"knn/{kind}", probes.knn(*sides))
     return scores
+
+
+def clip_benchmark_scores(model, tokenizer, dataset, images, item) -> dict[str, float]:
+    """Retrieval with each caption of each item as a text of its own, in the form that it has."""
+    own = [(n, text) for n in item.unique().tolist() for text in dataset.captions[n]]
+    texts = embed_texts(model, tokenizer([text for _, text in own]))
+    owner = torch.tensor([n for n, _ in own])
+    return with_prefix("clip_benchmark", clip_benchmark_recall(images, texts, item, owner))
+
+
+def language_scores(model, tokenizer, dataset, images, item) -> dict[str, float]:
+    """Mean rank variance over the captions' language and all that at least half of the items have.
+
+    Only items with a name in each of these languages are used, each by its first one; equal names
+    in a language are one text, right for all their items. Empty if the items are fewer than 2, or
+    if there is no second language.
+    """
+    names = {n: dataset.translations[n] for n in item.unique().tolist()}
+    languages = sorted({language for texts in names.values() for language in texts})
+    languages = [
+        name
+        for name in languages
+        if 2 * sum(name in texts for texts in names.values()) >= len(names)
+    ]
+    items = [n for n, texts in names.items() if all(texts.get(name) for name in languages)]
+    if not languages or len(items) < 2:
+        return {}
+    items = torch.tensor(items)
+    shown = torch.isin(item, items)
+    images, item = images[shown], item[shown]
+    text_rank, image_rank, right, candidates = [], [], [], []
+    for language in [None, *languages]:
+        texts, text = distinct(
+            names[n][language][0] if language else dataset.captions[n][0] for n in items.tolist()
+        )
+        emb = embed_texts(model, tokenizer(texts))
+        pairs = image_text_pairs(item, torch.stack([items, text], 1))
+        rank, correct = ranks(emb, images, pairs.flip(1))
+        text_rank.append(rank[text])  # of an item by its name
+        right.append(correct[text])
+        image_rank.append(ranks(images, emb, pairs)[0])
+        candidates.append(len(texts))
+    count = len(text_rank)
+    return {
+        "languages/count": count,
+        "languages/items": len(items),
+        "languages/t2i/mean_rank_variance": mean_rank_variance(torch.stack(text_rank, 1)),
+        "languages/t2i/chance": random_rank_variance(torch.stack(right, 1), len(item)),
+        "languages/i2t/mean_rank_variance": mean_rank_variance(torch.stack(image_rank, 1)),
+        "languages/i2t/chance": random_rank_variance(
+            torch.ones(1, count), torch.tensor(candidates)
+        ),
+    }

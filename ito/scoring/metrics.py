@@ -147,6 +147,43 @@ def bootstrap(hit: torch.Tensor, query_item: torch.Tensor) -> tuple[torch.Tensor
     return low, high
 
 
+def clip_benchmark_recall(
+    image_emb: torch.Tensor,
+    text_emb: torch.Tensor,
+    image_item: torch.Tensor,
+    text_item: torch.Tensor,
+    ks: tuple[int, ...] = (1, 5, 10),
+) -> dict[str, float]:
+    """Recall as clip_benchmark's zero-shot retrieval computes it, by its names.
+
+    Every caption is a query and a candidate, also one that is equal to another, and is right for
+    its own item only. The k most similar are those of `torch.topk`, which decides among ties.
+    clip_benchmark has no items of several images: here all images of its item are right for a
+    caption. With fewer than k candidates, where it fails, all are taken.
+
+    image_emb (N, D), text_emb (M, D), image_item (N,), text_item (M,). Returns
+    `image_retrieval_recall@1` …, of texts as queries, and `text_retrieval_recall@1` ….
+    Raises ValueError if shapes do not match.
+    """
+    check_ids("image_item", image_item, image_emb)
+    check_ids("text_item", text_item, text_emb)
+    image, text = (unit_rows(image_emb), image_item), (unit_rows(text_emb), text_item)
+    recall = {}
+    for name, (queries, query_item), (candidates, candidate_item) in (
+        ("image", text, image),
+        ("text", image, text),
+    ):
+        hits = {k: [] for k in ks}
+        for q, item in zip(queries.split(BLOCK), query_item.split(BLOCK), strict=True):
+            scores = q @ candidates.T
+            for k, found in hits.items():
+                nearest = scores.topk(min(k, len(candidates))).indices
+                found.append((candidate_item[nearest] == item[:, None]).any(1))
+        for k, found in hits.items():
+            recall[f"{name}_retrieval_recall@{k}"] = torch.cat(found).float().mean().item()
+    return recall
+
+
 def random_rank(correct: torch.Tensor, candidates: int) -> float:
     """The mean rank in random order: `1 + (M − c) / (c + 1)` with c of M candidates correct."""
     c = correct.double()
@@ -221,6 +258,36 @@ def ensemble(prompt_emb: torch.Tensor) -> torch.Tensor:
     Source: Radford et al. 2021, section 3.1.4.
     """
     return F.normalize(F.normalize(prompt_emb.float(), dim=-1).mean(1), dim=-1)
+
+
+def mean_rank_variance(rank: torch.Tensor) -> float:
+    """The variance of an item's rank over K languages, averaged over N items; ranks are (N, K).
+
+    `(1/N) Σ_i (1/K) Σ_k (r_ik − r̄_i)²`, where r̄_i is the mean over the languages.
+
+    Source: Nie et al. 2024, "Improving the Consistency in Cross-Lingual Cross-Modal Retrieval with
+    1-to-K Contrastive Learning". Raises ValueError for another shape.
+    """
+    if rank.ndim != 2 or not rank.numel():
+        raise ValueError(f"rank must have shape (N, K), N, K >= 1, got {tuple(rank.shape)}")
+    return rank.double().var(1, correction=0).mean().item()
+
+
+def random_rank_variance(correct: torch.Tensor, candidates: torch.Tensor | int) -> float:
+    """The expected `mean_rank_variance` of `ranks` for random orders.
+
+    `correct` (N, K) is the number of correct candidates of each item's query in each language,
+    `candidates`, M, the number of all, of each language (K,) or the same. The number of wrong
+    candidates before the best of c correct ones is negative hypergeometric: its mean is
+    `W / (c + 1)`, its variance `W (M + 1) c / ((c + 1)² (c + 2))`, with W = M − c. For c = 1 it is
+    uniform, with variance (M² − 1) / 12. An item's ranks vary by `(1 − 1/K)` times the mean of
+    their variances, plus the variance of their means.
+    """
+    c, languages = correct.double(), correct.shape[1]
+    wrong = candidates - c
+    within = wrong * (candidates + 1) * c / ((c + 1) ** 2 * (c + 2))
+    between = (wrong / (c + 1)).var(1, correction=0).mean()
+    return ((1 - 1 / languages) * within.mean() + between).item()
 
 
 def modality_gap(image_emb: torch.Tensor, text_emb: torch.Tensor) -> dict[str, float]:

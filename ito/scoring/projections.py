@@ -1,4 +1,7 @@
-"""The projection of embeddings to the plane, for maps: (K, E) to K points, and a description."""
+"""Projections of embeddings to the plane, for maps: (K, E) to K points, and a description."""
+
+import importlib.util
+from collections.abc import Callable
 
 import torch
 
@@ -14,3 +17,19 @@ def pca(emb: torch.Tensor) -> tuple[list[tuple[float, float]], str]:
     )  # if there is one component only
     about = f"{len(emb) // 2} pairs, the first two principal components: {share:.0%} of variance."
     return [tuple(p) for p in plane.tolist()], about
+
+
+def umap(emb: torch.Tensor) -> tuple[list[tuple[float, float]], str]:
+    if importlib.util.find_spec("umap") is None:
+        raise ImportError("--map umap needs umap-learn: pip install 'ito_kernels[umap]'")
+    from umap import UMAP
+
+    neighbours = min(15, len(emb) - 1)
+    # With a seed UMAP uses one thread; n_jobs=1 avoids its warning about that.
+    mapper = UMAP(n_neighbors=neighbours, metric="cosine", random_state=0, n_jobs=1)
+    plane = mapper.fit_transform(emb.numpy())
+    about = f"{len(emb) // 2} pairs by UMAP, {neighbours} neighbours, cosine; distances far apart "
+    return [tuple(p) for p in plane.tolist()], about + "mean nothing."
+
+
+PROJECTIONS: dict[str, Callable] = {"pca": pca, "umap": umap}

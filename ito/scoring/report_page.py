@@ -20,7 +20,7 @@ from ito.scoring import charts
 from ito.scoring.charts import escaped
 from ito.scoring.embedded_split import EmbeddedSplit
 from ito.scoring.metrics import image_text_pairs, ranks
-from ito.scoring.projections import pca
+from ito.scoring.projections import PROJECTIONS
 from ito.scoring.scores import DIRECTIONS, sections
 from ito.summary import sentence
 
@@ -63,8 +63,11 @@ figure { margin: 0; min-width: 0; font-size: 11px; line-height: 1.3; }
 """
 
 
-def write_report(run: Path, encoder: Encoder, dataset: Dataset) -> Path:
-    """Write the run's report from the logged metrics, the configuration and the exported model."""
+def write_report(run: Path, encoder: Encoder, dataset: Dataset, project: str = "pca") -> Path:
+    """Write the run's report from the logged metrics, the configuration and the exported model.
+
+    `project` is the projection of the map, "pca" or "umap" (package umap-learn).
+    """
     files = RunFolder(run)
     records = files.log().read()
     with undamaged(files.metrics):
@@ -90,7 +93,7 @@ def write_report(run: Path, encoder: Encoder, dataset: Dataset) -> Path:
         view = EmbeddedSplit(dataset.rows(split), encoder.model, encoder.tokenizer, dataset)
         parts += [
             f"<h2>{escaped(split)}</h2>",
-            embedding_map(view),
+            embedding_map(view, project),
             text_to_image(view),
             image_to_text(view),
             mistakes(view),
@@ -157,13 +160,13 @@ def spaced(count: int, number: int) -> torch.Tensor:
     return torch.linspace(0, count - 1, min(count, number)).long()
 
 
-def embedding_map(view: EmbeddedSplit) -> str:
+def embedding_map(view: EmbeddedSplit, project: str) -> str:
     """Maps of both modalities, coloured by modality and by group; texts are drawn as x."""
     items = view.item.unique()
     items = items[spaced(len(items), MAPPED)].tolist()
     first = [view.picture_of(n) for n in items]
     texts = [view.own[n][0] for n in items]
-    plane, about = pca(torch.cat([view.images[first], view.texts[texts]]))
+    plane, about = PROJECTIONS[project](torch.cat([view.images[first], view.texts[texts]]))
     images, texts = plane[: len(items)], plane[len(items) :]
     names = [view.name(p) for p in first]
     modality = {"images": (images, names, "o"), "texts": (texts, names, "x")}

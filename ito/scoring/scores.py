@@ -1,6 +1,7 @@
-"""Formats scores: the table that commands print."""
+"""Formats scores: the table that commands print, and the files of clip_benchmark."""
 
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from ito.cli import one_line
 
@@ -74,6 +75,11 @@ def lines(split: str, last: dict[str, float]):
     yield "uniformity, images", f"{split}/geometry/uniformity_images", None, ".3f"
     yield "uniformity, texts", f"{split}/geometry/uniformity_texts", None, ".3f"
     yield "alignment", f"{split}/geometry/alignment", None, ".3f"
+    languages = last.get(f"{split}/languages/count")
+    for way in DIRECTIONS:
+        key = f"{split}/languages/{way}"
+        label = f"rank variance, {languages} languages, {way}"
+        yield label, f"{key}/mean_rank_variance", f"{key}/chance", ".0f"
 
 
 def title(split: str, scores: dict[str, float]) -> str:
@@ -140,3 +146,38 @@ def table(columns: dict[str, dict[str, float]]) -> str:
             padded = (f"{x:>{width}}" for x, width in zip(cells, widths, strict=True))
             text.append(f"  {label:36}" + "".join(padded))
     return "\n".join(one_line(line.rstrip(), 2000) for line in text)
+
+
+def clip_benchmark(scores: dict[str, float], data: str, run: Path) -> list[dict]:
+    """`scores` as records of clip_benchmark, one per split and task.
+
+    `dataset` is `data/split`, followed by the kind of classes if a task has several; `model` is
+    "ito", `pretrained` the run. `clip_benchmark build *.json` combines them with others in a table.
+    Recall is by its rule: only an item's own captions are right (`clip_benchmark_recall`).
+    Zero-shot scores use the names without a prompt; clip_benchmark's use the mean of many prompts.
+    """
+    found = []
+
+    def add(dataset: str, task: str, metrics: dict[str, str]) -> None:
+        values = {name: scores[key] for name, key in metrics.items() if key in scores}
+        if values:
+            record = {"dataset": dataset, "model": "ito", "pretrained": str(run), "task": task}
+            found.append(record | {"metrics": values, "language": "en"})
+
+    for split in dict.fromkeys(name.split("/")[0] for name in scores if "/" in name):
+        name = f"{data}/{split}"
+        recall = [f"{way}_retrieval_recall@{k}" for way in ("image", "text") for k in KS]
+        metrics = {key: f"{split}/clip_benchmark/{key}" for key in recall}
+        add(name, "zeroshot_retrieval", metrics)
+        for kind in ("names", "groups", "subgroups"):
+            key = f"{split}/zero_shot/{kind}"
+            metrics = {"acc1": "top1", "acc5": "top5", "mean_per_class_recall": "mean_per_class"}
+            metrics = {theirs: f"{key}/{ours}" for theirs, ours in metrics.items()}
+            add(f"{name}/{kind}", "zeroshot_classification", metrics)
+        for kind in ("subgroups", "concepts"):
+            key = f"{split}/linear_probe/{kind}"
+            metrics = {"lp_acc1": "top1", "lp_acc5": "top5"}
+            metrics |= {"lp_mean_per_class_recall": "mean_per_class"}
+            metrics = {theirs: f"{key}/{ours}" for theirs, ours in metrics.items()}
+            add(f"{name}/{kind}", "linear_probe", metrics)
+    return found

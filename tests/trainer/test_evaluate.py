@@ -1,6 +1,7 @@
 """The evaluation command: what it scores, what it leaves out and says, and what it writes."""
 
 import json
+import statistics
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from ito.config import Config
 from ito.model.embed import embed_images, embed_texts
 from ito.scoring import evaluation
 from ito.scoring.evaluation import evaluate_fully
-from ito.scoring.scores import certain, table
+from ito.scoring.scores import certain, clip_benchmark, table
 from ito.source import open_dataset
 
 
@@ -94,6 +95,50 @@ def test_geometry_is_the_losses_written_out(scored):
         assert scores[f"heldout_style/geometry/uniformity_{name}"] == pytest.approx(want, abs=1e-4)
 
 
+def test_languages_are_those_that_the_items_have(scored):
+    encoder, dataset, scores = scored
+    assert scores["heldout_concept/languages/count"] == 3  # the captions', de, fr
+    assert scores["heldout_concept/languages/items"] == 5
+    item = dataset.image_item[dataset.rows("heldout_concept")]
+    images = embed_images(encoder.model, dataset.images[dataset.rows("heldout_concept")])
+    spread = []
+    for n in item.unique().tolist():
+        rank = []
+        for text in (dataset.captions[n], *dataset.translations[n].values()):
+            query = embed_texts(encoder.model, encoder.tokenizer(text[:1]))[0]
+            cosines = (images.double() @ query.double()).tolist()
+            best = max(c for c, i in zip(cosines, item.tolist(), strict=True) if i == n)
+            rank.append(1 + sum(c > best for c in cosines))
+        spread.append(statistics.pvariance(rank))
+    want = pytest.approx(statistics.mean(spread))
+    assert scores["heldout_concept/languages/t2i/mean_rank_variance"] == want
+    args = encoder.model, encoder.tokenizer, dataset, images, item
+    translations = dataset.translations
+    first, *others = item.unique().tolist()
+    try:
+        dataset.translations = [dict(texts) for texts in translations]
+        del dataset.translations[first]["de"]
+        fewer = evaluation.language_scores(*args)
+        for n in others[:2]:
+            del dataset.translations[n]["de"]
+        rare = evaluation.language_scores(*args)
+        for n in others[2:]:
+            del dataset.translations[n]["de"]
+        gone = evaluation.language_scores(*args)
+        dataset.translations = [{} for _ in translations]
+        none = evaluation.language_scores(*args)
+        same = [{"en": [names[0]]} for names in dataset.captions]
+        dataset.translations = same
+        agreed = evaluation.language_scores(*args)
+    finally:
+        dataset.translations = translations
+    assert (fewer["languages/count"], fewer["languages/items"]) == (3, 4)
+    assert (rare["languages/count"], rare["languages/items"]) == (2, 5)  # of 2 items in 5
+    assert (gone["languages/count"], gone["languages/items"]) == (2, 5)
+    assert none == {}
+    assert agreed["languages/t2i/mean_rank_variance"] == 0
+
+
 def test_a_score_that_cannot_be_otherwise_is_said_to_be(scored):
     *_, scores = scored
     assert "R@5, R@10 are 100 % for any model, with at most 4 wrong of 5" in table(
@@ -144,6 +189,27 @@ def test_scores_of_training_pictures_are_marked(options, warned, run, data, tmp_
     other = untrained_run.write_data(tmp_path / "other", split="train")
     evaluate.main([str(run), *options.format(data=data, other=other).split()])
     assert capsys.readouterr().out.count("pictures that were trained on are scored too") == warned
+
+
+def test_clip_benchmark_s_files(run, tmp_path):
+    evaluate.main([str(run), "--clip-benchmark", str(tmp_path / "cb")])
+    records = [json.loads(path.read_text()) for path in sorted((tmp_path / "cb").iterdir())]
+    assert {record["task"] for record in records} == {
+        "zeroshot_retrieval",
+        "zeroshot_classification",
+        "linear_probe",
+    }
+    for record in records:
+        assert list(record) == ["dataset", "model", "pretrained", "task", "metrics", "language"]
+    scores = {
+        "x/clip_benchmark/image_retrieval_recall@1": 0.1,
+        "x/clip_benchmark/text_retrieval_recall@5": 0.7,
+        "x/t2i/R@1": 0.2,  # by our rule
+        "x/linear_probe/concepts/top1": 0.3,
+    }
+    retrieval, probe = clip_benchmark(scores, "data", run)
+    assert retrieval["metrics"] == {"image_retrieval_recall@1": 0.1, "text_retrieval_recall@5": 0.7}
+    assert (probe["dataset"], probe["metrics"]) == ("data/x/concepts", {"lp_acc1": 0.3})
 
 
 @pytest.mark.parametrize(

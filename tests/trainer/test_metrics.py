@@ -11,7 +11,10 @@ import torch.nn.functional as F
 from ito.scoring import metrics
 from ito.scoring.metrics import (
     ensemble,
+    mean_rank_variance,
     modality_gap,
+    random_rank_variance,
+    ranks,
     retrieval,
     zero_shot,
 )
@@ -163,24 +166,93 @@ def test_the_interval_of_all_or_no_right_answers_and_of_one_item():
     assert [x.tolist() for x in one] == [[0.5], [0.5]]
 
 
+# --- clip_benchmark ---
+
+
+@pytest.mark.parametrize("block", [4, 1024])
+def test_clip_benchmark_s_recall_is_its_definition(block, monkeypatch):
+    """`recall@k > 0` of its zero-shot retrieval, with sets, in fp64: 1 to 5 captions each."""
+    monkeypatch.setattr(metrics, "BLOCK", block)
+    owner = torch.tensor([n for n in range(17) for _ in range(1 + n % 5)])
+    image, text, item = random(17, 8), random(len(owner), 8, seed=1), torch.arange(17)
+    got = metrics.clip_benchmark_recall(image, text, item, owner)
+    cosines = F.normalize(text, dim=1) @ F.normalize(image, dim=1).T
+    for k in (1, 5, 10):
+        found = [row.argsort()[-k:].tolist() for row in cosines.numpy()]
+        want = sum(int(n) in near for n, near in zip(owner, found, strict=True)) / len(owner)
+        assert got[f"image_retrieval_recall@{k}"] == pytest.approx(want, abs=1e-7)
+        found = [set(row.argsort()[-k:].tolist()) for row in cosines.numpy().T]
+        own = [set((owner == n).nonzero()[:, 0].tolist()) for n in range(17)]
+        want = sum(bool(a & b) for a, b in zip(own, found, strict=True)) / 17
+        assert got[f"text_retrieval_recall@{k}"] == pytest.approx(want, abs=1e-7)
+    ours = retrieval(image, text, item, of_items(owner))  # no caption is equal to another
+    for k in (1, 5, 10):
+        assert got[f"image_retrieval_recall@{k}"] == pytest.approx(ours[f"t2i/R@{k}"], abs=1e-7)
+        assert got[f"text_retrieval_recall@{k}"] == pytest.approx(ours[f"i2t/R@{k}"], abs=1e-7)
+
+
+def test_clip_benchmark_s_recall_counts_equal_captions_as_wrong():
+    """Both captions say the same; only one of the two images is nearest to them."""
+    image, text, item = torch.eye(2), torch.tensor([[1.0, 0.5], [1.0, 0.5]]), torch.arange(2)
+    got = metrics.clip_benchmark_recall(image, text, item, item)
+    assert got["image_retrieval_recall@1"] == 0.5
+    assert got["image_retrieval_recall@10"] == got["text_retrieval_recall@10"] == 1
+    assert retrieval(image, text[:1], item, torch.tensor([[0, 0], [1, 0]]))["t2i/R@1"] == 1
+
+
 # --- chance, ties, bad input ---
 
 
 @pytest.mark.parametrize("right", [1, 3])
 def test_chance_is_what_random_embeddings_reach(right, monkeypatch):
-    """Of R@1 and of the mean rank; `right` of 20 candidates are."""
+    """Of R@1, of the mean rank, and of the rank's variance; `right` of 20 candidates are."""
     monkeypatch.setattr(metrics, "RESAMPLES", 1)
     item, text_item = torch.arange(20), torch.arange(20).repeat_interleave(right)
-    found = []
+    texts, found = len(text_item), []
     for s in range(200):
-        emb = random(20, 32, seed=s), random(len(text_item), 32, seed=1000 + s)
+        emb = random(20, 32, seed=s), random(texts, 32, seed=1000 + s)
         scores = retrieval(*emb, item, of_items(text_item))
-        found.append((scores["i2t/R@1"], scores["i2t/mean_rank"]))
-    recall, mean = zip(*found, strict=True)
-    # 4,000 queries: the standard deviations are 0.0034 and 0.09
+        rank = ranks(*emb, of_items(text_item))[0].double()
+        found.append((scores["i2t/R@1"], scores["i2t/mean_rank"], rank))
+    recall, mean, rank = zip(*found, strict=True)
+    # 4,000 queries: the standard deviations are 0.0034, 0.09 and, of the variance, 0.4
     assert statistics.mean(recall) == pytest.approx(scores["i2t/chance"], abs=0.014)
     assert scores["i2t/chance"] == pytest.approx(1 / 20)
     assert statistics.mean(mean) == pytest.approx(scores["i2t/mean_rank_chance"], rel=0.04)
+    variance = torch.stack(rank, 1)  # as if 200 languages
+    want = random_rank_variance(torch.full((20, 200), right), texts)
+    assert mean_rank_variance(variance) == pytest.approx(want, rel=0.1)
+
+
+def test_random_rank_variance_of_one_right_candidate_is_that_of_uniform_ranks():
+    uniform = torch.arange(1, 10, dtype=torch.float64).var(correction=0)
+    assert random_rank_variance(torch.ones(4, 5), 9) == pytest.approx(uniform * 4 / 5)
+
+
+def test_random_rank_variance_of_languages_that_differ():
+    """In number of candidates, and of correct ones where names are equal: against random orders."""
+    correct, candidates = torch.tensor([[1, 3, 2], [2, 1, 1]]), torch.tensor([9, 12, 5])
+    draw, found = np.random.default_rng(0), []
+    for _ in range(4000):
+        rank = [
+            [
+                1 + draw.permutation(m)[:c].min()
+                for c, m in zip(row, candidates.tolist(), strict=True)
+            ]
+            for row in correct.tolist()
+        ]
+        found.append(np.var(rank, axis=1).mean())
+    want = random_rank_variance(correct, candidates)
+    assert np.mean(found) == pytest.approx(want, rel=0.05)  # the deviation is 1.3 %
+
+
+def test_mean_rank_variance_is_the_formula():
+    rank = torch.tensor([[1, 5, 3], [7, 7, 7]])
+    mean = 3.0
+    want = ((1 - mean) ** 2 + (5 - mean) ** 2 + (3 - mean) ** 2) / 3 / 2  # the second item: 0
+    assert mean_rank_variance(rank) == pytest.approx(want)
+    with pytest.raises(ValueError, match=r"rank must have shape \(N, K\), .* got \(3,\)"):
+        mean_rank_variance(rank[0])
 
 
 def test_ensemble_is_the_direction_of_the_mean_of_unit_prompts():

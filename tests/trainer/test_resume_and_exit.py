@@ -178,6 +178,7 @@ def test_an_output_that_cannot_be_written_is_named(copy, tmp_path, capsys):
         (search, copy, "red cat", "--out"),
         (export, copy, "--out"),
         (evaluate, copy, "--json"),
+        (evaluate, copy, "--clip-benchmark"),
         (prepare, "emoji-small", "--out"),
     ):
         for place in (below / "out.x", Path("/proc/out.x")):

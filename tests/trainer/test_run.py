@@ -585,6 +585,7 @@ def test_only_an_error_of_the_file_itself_names_it(tmp_path):
     [
         (evaluate, "{run} --json {loop}", "--json {loop}"),
         (evaluate, "{run} --json {loop}/scores.json", "--json {loop}/scores.json"),
+        (evaluate, "{run} --clip-benchmark {loop}", "--clip-benchmark {loop}"),
         (search, "{run} cat --out {loop}", "--out {loop}"),
         (export, "{run} --out {loop}", "--out {loop}"),
         (export, "{run} --open-clip {loop}", "--open-clip {loop}"),

@@ -171,6 +171,47 @@ def test_names_are_classes_of_the_probes_too(run, tmp_path):
     assert got["test/geometry/uniformity_texts"] == pytest.approx(want, abs=1e-4)
 
 
+def test_clip_benchmark_s_files_have_its_rule(run, tmp_path):
+    """Every caption is a query, and only its own picture right, also of equal ones."""
+    records = [r | {"item": f"{n}", "split": "test"} for n, r in enumerate(repeated())]
+    data = write(tmp_path / "data", records)
+    evaluate.main([str(run), "--data", str(data), "--clip-benchmark", str(tmp_path / "cb")])
+    (path,) = (tmp_path / "cb").glob("*zeroshot_retrieval.json")
+    got = json.loads(path.read_text())["metrics"]
+    assert len(got) == 6
+    dataset, model = load_dataset(data, 32), ito.load(run)
+    owner = [n for n, texts in enumerate(dataset.captions) for _ in texts]
+    texts = model.encode_text([text for texts in dataset.captions for text in texts])
+    cosines = (texts @ model.encode_image(dataset.images).T).double().numpy()
+    right = np.eye(40, dtype=bool)[owner]
+    for k in (1, 5, 10):  # pictures differ, so that none of them tie
+        want = pytest.approx(recall(cosines, right, k), abs=1e-7)
+        assert got[f"image_retrieval_recall@{k}"] == want
+
+
+# --- languages ---
+
+
+def test_equal_names_in_a_language_are_right_for_each_other(run, tmp_path):
+    """German has one word for all: its rank is 1, so that an item's two ranks r, 1 vary by
+    ((r − 1) / 2)²."""
+    records = [
+        {"captions": [f"{n} thing"], "translations": {"de": ["Ding"]}, "split": "test"}
+        for n in range(12)
+    ]
+    encoder, dataset, got = scored(run, write(tmp_path / "data", records))
+    cosines = (
+        encoder.encode_image(dataset.images)
+        @ encoder.encode_text([texts[0] for texts in dataset.captions]).T
+    )
+    for way, scores in (("i2t", cosines), ("t2i", cosines.T)):
+        rank = 1 + (scores > scores.diagonal()[:, None]).sum(1)
+        want = float(((rank - 1) / 2).square().mean())
+        assert got[f"test/languages/{way}/mean_rank_variance"] == pytest.approx(want)
+        # ranks from 1 to 12 by chance: the mean of (r − 1)² is 253/6
+        assert got[f"test/languages/{way}/chance"] == pytest.approx(253 / 6 / 4)
+
+
 # --- few items, and embeddings that are no numbers ---
 
 
