@@ -5,14 +5,16 @@ them: it takes a flipped bit for another weight.
 """
 
 import re
+import shutil
 import zipfile
 from pathlib import Path
 
 import torch
 
-from ito.files import require_file, write_atomically
+from ito.files import require_file, undamaged, write_atomically
+from ito.sharding import read_weights
 
-STATES = ("model", "objective", "optimizer", "architecture")
+STATES = ("model", "objective", "optimizer", "scaler", "architecture", "shards")
 KEPT = 2  # the newest, and one before it in case it is damaged
 
 
@@ -32,8 +34,14 @@ def checkpoints(folder: Path, strict: bool = True) -> dict[int, Path]:
     return dict(sorted(found.items()))
 
 
-def save_checkpoint(folder: Path, step: int, state: dict) -> None:
-    """Write `state` after `step` steps, and delete all but the newest KEPT checkpoints."""
+def shards_of(folder: Path, step: int) -> Path:
+    """The folder of the shards, written before the checkpoint itself, if it is sharded."""
+    return folder / f"step_{step:07d}"
+
+
+def save_checkpoint(folder: Path, step: int, state: dict, best: int | None = None) -> None:
+    """Write `state` after `step` steps, and delete all but the newest KEPT checkpoints and that of
+    the step `best`."""
     path = folder / f"step_{step:07d}.pt"
     with write_atomically(path) as temporary, temporary.open("wb") as file:
         try:
@@ -42,12 +50,19 @@ def save_checkpoint(folder: Path, step: int, state: dict) -> None:
             if isinstance(error.__context__, OSError):
                 raise error.__context__ from None
             raise
-    for old in list(checkpoints(folder, strict=False).values())[:-KEPT]:
-        old.unlink()
+    for number, old in list(checkpoints(folder, strict=False).items())[:-KEPT]:
+        if number != best:
+            old.unlink()
+    for shards in folder.glob("step_" + "[0-9]" * 7):  # also of a process that was killed
+        if not shards.with_suffix(".pt").exists():
+            shutil.rmtree(shards)
 
 
-def load_checkpoint(folder: Path) -> dict:
-    """The newest checkpoint in `folder`.
+def load_checkpoint(folder: Path, step: int | None = None, shapes_only: bool = False) -> dict:
+    """The newest checkpoint in `folder`, or that of `step`.
+
+    Of a sharded one the weights are whole, without moments; or tensors without memory of their
+    shapes.
 
     Raises FileNotFoundError if there is none, and ValueError if it is damaged or not of the step
     that its name says. The message names the file, and how to continue without it.
@@ -55,7 +70,9 @@ def load_checkpoint(folder: Path) -> dict:
     found = checkpoints(folder)
     if not found:
         raise FileNotFoundError(f"{folder.parent} holds no checkpoint ({folder.name}/step_*.pt)")
-    *earlier, (step, path) = found.items()
+    if step is not None and step not in found:
+        raise FileNotFoundError(f"{folder} holds no checkpoint of step {step}")
+    *earlier, (step, path) = [pair for pair in found.items() if step is None or pair[0] <= step]
     start = earlier[-1][1].name if earlier else "step 0"
     advice = f"remove it, and --resume continues from {start}"
     require_file(path)
@@ -78,4 +95,7 @@ def load_checkpoint(folder: Path) -> dict:
         raise ValueError(f"{path} is damaged ({why}): {advice}") from None
     if held != step:
         raise ValueError(f"{path} holds step {held}, which is not the step of its name: {advice}")
+    if "shards" in state:
+        with undamaged(shards_of(folder, step)) as shards:
+            state |= read_weights(shards, state["shards"], shapes_only)
     return state

@@ -6,7 +6,9 @@ import json
 import math
 import re
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
+from typing import get_args
 
 from ito.data.augment import DRAWINGS, Augmentation
 from ito.data.emoji import is_emoji_set
@@ -22,29 +24,18 @@ from ito.recipes import EMOJI_FULL, EMOJI_SMALL, PRESETS
 
 
 def option(
-    default,
-    group: str,
-    help: str,
-    choices: tuple[str, ...] | None = None,
-    *,
-    least=None,
-    most=None,
-    kind: type | None = None,
+    group: str, default, help: str, choices: tuple[str, ...] | None = None, *, least=None, most=None
 ):
-    """A field with its command-line option. A number must be between `least` and `most`, inclusive.
-
-    kind: the type of the value, where the default is None.
-    """
-    metadata = {
-        "group": group,
-        "help": help,
-        "choices": choices,
-        "bounds": (least, most),
-        "kind": kind or type(default),
-    }
+    """A field with its command-line option. A number must be from `least` to `most`."""
+    bounds = (least, most)
+    metadata = {"group": group, "help": help, "choices": choices, "bounds": bounds}
     return field(default=default, metadata=metadata)
 
 
+of_data, of_stream, of_objective, of_model, of_training, of_intervals = (
+    partial(option, group)
+    for group in ("data", "streaming", "objective", "model", "optimisation", "intervals")
+)
 # Above all that is in use; they stop what a configuration of others could fill the memory with.
 MOST_PIXELS, MOST_WIDTH, MOST_BLOCKS, MOST_TOKENS = 8192, 65_536, 1000, 4_000_000
 SEPARATORS = {"tab": "\t", "\\t": "\t", "comma": ",", "semicolon": ";", "pipe": "|"}
@@ -74,280 +65,232 @@ class Config:
     Raises ValueError naming the option, its value and what is allowed.
     """
 
-    train_data: str = option(
+    train_data: str = of_data(
         EMOJI_SMALL,
-        "data",
         "training data: images with captions, as a folder, a CSV, WebDataset tars (A::B, * and "
         "{000..012} are expanded) or another format of docs/data.md; or emoji-small or "
         "emoji-full, which are prepared on first use",
     )
-    data_format: str = option(
-        "auto", "data", "format of --train-data; auto recognises it", ("auto", *FORMATS)
+    data_format: str = of_data(
+        "auto", "format of --train-data; auto recognises it", ("auto", *FORMATS)
     )
-    image_root: str | None = option(
+    image_root: str | None = of_data(
         None,
-        "data",
         "folder in which relative image paths are looked up first, before that of the file that "
         "names them",
-        kind=str,
     )
-    csv_separator: str = option(
-        "\t", "data", "column separator of a CSV: a character, or tab, comma, semicolon, pipe"
+    csv_separator: str = of_data(
+        "\t", "column separator of a CSV: a character, or tab, comma, semicolon, pipe"
     )
-    csv_img_key: str = option(
-        "filepath", "data", "column or field with the images, of tables and JSON lines"
+    csv_img_key: str = of_data(
+        "filepath", "column or field with the images, of tables and JSON lines"
     )
-    csv_caption_key: str = option(
-        "title", "data", "column or field with the captions, of tables and JSON lines"
+    csv_caption_key: str = of_data(
+        "title", "column or field with the captions, of tables and JSON lines"
     )
-    fit: str = option(
+    fit: str = of_data(
         "crop",
-        "data",
         "how an image becomes a square: crop keeps its centre, pad adds white borders, warp "
         "changes its proportions",
         tuple(FITS),
     )
-    max_pixels: int = option(
+    max_pixels: int = of_data(
         MAX_PIXELS,
-        "data",
         "skip images with more pixels than this; a JPEG counts with the size it is decoded at",
         least=1,
         most=2 * MAX_PIXELS,  # Pillow opens no larger picture
     )
-    untrusted_data: bool = option(
-        False, "data", "skip images whose path, with links resolved, is outside the data folder"
+    untrusted_data: bool = of_data(
+        False, "skip images whose path, with links resolved, is outside the data folder"
     )
-    split_seed: int = option(0, "data", "seed of the splits, for data without splits")
-    group_by: str | None = option(
+    split_seed: int = of_data(0, "seed of the splits, for data without splits")
+    group_by: str | None = of_data(
         None,
-        "data",
         "regular expression for images' paths: the match, or its first (group), is the image's "
         "group, instead of the column group; a group is not divided between splits",
-        kind=str,
     )
-    test_share: float = option(
+    test_share: float = of_data(
         0.0,
-        "data",
         'share of the items that is also held out, as split "test", for data without splits; it '
         "is scored once, after the last step",
         least=0,
         most=0.5,
     )
 
-    stream: bool = option(
-        False, "streaming", "read --train-data from disk while training; needs --val-data"
-    )
-    val_data: str | None = option(
+    stream: bool = of_stream(False, "read --train-data from disk while training; needs --val-data")
+    val_data: str | None = of_data(
         None,
-        "data",
         "evaluation data, in any format, loaded into memory; all of --train-data is then trained "
         "on",
-        kind=str,
     )
-    tokenizer_captions: int = option(
+    tokenizer_captions: int = of_stream(
         100_000,
-        "streaming",
         "number of captions, from the start of the stream, that the BPE is trained on",
         least=1,
         most=10**12,
     )
 
-    objective: str = option(
+    objective: str = of_objective(
         "ito",
-        "objective",
         f"training objective: {', '.join(OBJECTIVES)}, or FILE.py:NAME for your own function or "
         "torch.nn.Module class, called as (image, text, logit_scale, *, item, step, generator, "
         "group)",
     )
-    views: int = option(
+    views: int = of_objective(
         None,
-        "objective",
         "augmented views per item and step (default: ito 2, slip 3, others 1; only ito and your "
         "own objective accept other values)",
         least=1,
         most=64,
-        kind=int,
     )
-    captions: int = option(
-        None,
-        "objective",
-        "captions per item and step (default: flair 2, others 1)",
-        least=1,
-        most=64,
-        kind=int,
+    captions: int = of_objective(
+        None, "captions per item and step (default: flair 2, others 1)", least=1, most=64
     )
-    equal_captions: str = option(
+    equal_captions: str = of_objective(
         None,
-        "objective",
         "items in a batch with equal captions, but for white space and case: positives of each "
         "other, neither positives nor negatives, or negatives (default: positive; your own "
         "objective does not accept it)",
         ("positive", "ignore", "negative"),
-        kind=str,
     )
-    lambda_fusion: float = option(
-        2.0, "objective", "ito: weight of the fusion loss; 0 disables it", least=0
+    lambda_fusion: float = of_objective(
+        2.0, "ito: weight of the fusion loss; 0 disables it", least=0
     )
-    lambda_schedule: str = option(
+    lambda_schedule: str = of_objective(
         "constant",
-        "objective",
         "ito: schedule of that weight; linear and cosine decay to 0",
         ("constant", "linear", "cosine"),
     )
-    denominator: str = option(
+    denominator: str = of_objective(
         "pair",
-        "objective",
         "ito: one softmax per view-caption pair, or one over all of them",
         ("pair", "pooled"),
     )
-    fusion_depth: int = option(
-        2, "objective", "ito: transformer blocks of the fusion module", least=1, most=MOST_BLOCKS
+    fusion_depth: int = of_objective(
+        2, "ito: transformer blocks of the fusion module", least=1, most=MOST_BLOCKS
     )
-    fusion_readout: str = option(
-        "cls", "objective", "ito: pooling of the fusion module's output", READOUTS
+    fusion_readout: str = of_objective(
+        "cls", "ito: pooling of the fusion module's output", READOUTS
     )
-    fusion_scale: str = option(
-        "shared", "objective", "ito: logit scale of the fusion loss", ("shared", "own")
+    fusion_scale: str = of_objective(
+        "shared", "ito: logit scale of the fusion loss", ("shared", "own")
     )
-    fusion_stop_gradient: str = option(
+    fusion_stop_gradient: str = of_objective(
         "none",
-        "objective",
         "ito: towers that get no gradient from the fusion loss",
         ("none", "image", "text", "both"),
     )
-    fusion_text: str = option(
+    fusion_text: str = of_objective(
         "caption",
-        "objective",
         "ito: text that images are fused with: their caption, another item's (a different one for "
         "each view), or none",
         ("caption", "shuffled", "dropped"),
     )
 
-    image_encoder: str = option(
+    image_encoder: str = of_model(
         OURS,
-        "model",
         "ours, or a pretrained one: efficientnet-lite0, timm:NAME or open_clip:NAME (see "
         "ito/model/pretrained.py)",
     )
-    text_encoder: str = option(
-        OURS, "model", "ours, or a pretrained one: minilm, hf:NAME or open_clip:NAME"
+    text_encoder: str = of_model(
+        OURS, "ours, or a pretrained one: minilm, hf:NAME or open_clip:NAME"
     )
-    load_size: int = option(
+    load_size: int = of_model(
         None,
-        "model",
         "side in pixels of the images in memory (default: 8/7 of --image-size, or, if that is "
         "more, twice --image-size up to 64; with a pretrained image encoder, --image-size)",
         least=1,
         most=MOST_PIXELS,
-        kind=int,
     )
-    image_size: int = option(
+    image_size: int = of_model(
         None,
-        "model",
         "side in pixels of the image tower's input (default: 32, preset photos 112; a pretrained "
         "encoder's own size)",
         least=8,
         most=MOST_PIXELS,
-        kind=int,
     )
-    vocab_size: int = option(
+    vocab_size: int = of_model(
         1500,
-        "model",
         "largest vocabulary of the BPE, which is trained on the training captions; preset photos: "
         "8000",
         least=1,
         most=MOST_TOKENS,
     )
-    context_length: int = option(
+    context_length: int = of_model(
         16,
-        "model",
         "maximum caption length in tokens, with start and end token; preset photos: 32",
         least=1,
         most=MOST_WIDTH,
     )
-    width: int = option(
-        128, "model", "width of both towers and of the embedding", least=1, most=MOST_WIDTH
+    width: int = of_model(
+        128, "width of both towers and of the embedding", least=1, most=MOST_WIDTH
     )
-    heads: int = option(4, "model", "attention heads", least=1, most=MOST_WIDTH)
-    image_width: int | None = option(
-        None,
-        "model",
-        "width of the image tower (default: --width)",
-        least=1,
-        most=MOST_WIDTH,
-        kind=int,
+    heads: int = of_model(4, "attention heads", least=1, most=MOST_WIDTH)
+    image_width: int | None = of_model(
+        None, "width of the image tower (default: --width)", least=1, most=MOST_WIDTH
     )
-    image_heads: int | None = option(
-        None,
-        "model",
-        "attention heads of the image tower (default: --heads)",
-        least=1,
-        most=MOST_WIDTH,
-        kind=int,
+    image_heads: int | None = of_model(
+        None, "attention heads of the image tower (default: --heads)", least=1, most=MOST_WIDTH
     )
-    patch_size: int | None = option(
+    patch_size: int | None = of_model(
         None,
-        "model",
         "ViT patch size; replaces the convolutional stem (default: none)",
         least=1,
         most=MOST_PIXELS,
-        kind=int,
     )
-    image_depth: int = option(
-        1, "model", "transformer blocks of the image tower", least=1, most=MOST_BLOCKS
+    image_depth: int = of_model(
+        1, "transformer blocks of the image tower", least=1, most=MOST_BLOCKS
     )
-    text_depth: int = option(
-        3, "model", "transformer blocks of the text tower", least=1, most=MOST_BLOCKS
-    )
-    pretrained: str | None = option(
+    text_depth: int = of_model(3, "transformer blocks of the text tower", least=1, most=MOST_BLOCKS)
+    pretrained: str | None = of_model(
         None,
-        "model",
         "model to start from, with its tokenizer and logit scale: open_clip:MODEL/WEIGHTS, "
         "hf:NAME (a CLIP or SigLIP), or a run folder (see docs/finetuning.md; default: random "
         "weights)",
-        kind=str,
     )
-    locked: str = option(
-        "none", "model", "towers that are not trained (LiT)", ("none", "image", "text", "both")
+    locked: str = of_model(
+        "none", "towers that are not trained (LiT)", ("none", "image", "text", "both")
     )
 
-    steps: int = option(2000, "optimisation", "optimizer steps", least=1, most=10**12)
-    batch_size: int = option(
-        64, "optimisation", "distinct items per step, over all ranks", least=2, most=10**9
+    steps: int = of_training(2000, "optimizer steps", least=1, most=10**12)
+    batch_size: int = of_training(
+        64, "distinct items per step, over all ranks", least=2, most=10**9
     )
-    accum_freq: int = option(
+    accum_freq: int = of_training(
         1,
-        "optimisation",
         "micro-batches per rank and step: less memory, the same gradient up to rounding",
         least=1,
         most=10**9,
     )
-    lr: float = option(7e-4, "optimisation", "peak learning rate of AdamW", least=1e-9)
-    layer_decay: float = option(
+    grad_checkpointing: bool = of_training(
+        False,
+        "keep of each transformer block only its input, and compute it again in backward: less "
+        "memory, the same numbers",
+    )
+    fsdp: bool = of_training(
+        False,
+        "shard the weights of the blocks over the ranks of torchrun (PyTorch's FSDP2), and the "
+        "checkpoints",
+    )
+    lr: float = of_training(7e-4, "peak learning rate of AdamW", least=1e-9)
+    layer_decay: float = of_training(
         1.0,
-        "optimisation",
         "factor on the learning rate from each layer of the towers to the one below; 1: off",
         least=1e-9,
         most=1,
     )
-    weight_decay: float = option(1.0, "optimisation", "weight decay, on matrices only", least=0)
-    warmup: float = option(
-        0.05,
-        "optimisation",
-        "warm-up, as a fraction of the steps; then cosine decay to 0",
-        least=0,
-        most=1,
+    weight_decay: float = of_training(1.0, "weight decay, on matrices only", least=0)
+    warmup: float = of_training(
+        0.05, "warm-up, as a fraction of the steps; then cosine decay to 0", least=0, most=1
     )
-    grad_clip: float = option(1.0, "optimisation", "maximum gradient norm", least=1e-9)
-    seed: int = option(
-        0, "optimisation", "seed of weights, data order and augmentation", least=0, most=2**63 - 1
+    grad_clip: float = of_training(1.0, "maximum gradient norm", least=1e-9)
+    seed: int = of_training(
+        0, "seed of weights, data order and augmentation", least=0, most=2**63 - 1
     )
 
-    log_every: int = option(10, "intervals", "steps between log entries", least=1, most=10**12)
-    eval_every: int = option(500, "intervals", "steps between evaluations", least=1, most=10**12)
-    checkpoint_every: int = option(
-        250, "intervals", "steps between checkpoints", least=1, most=10**12
-    )
+    log_every: int = of_intervals(10, "steps between log entries", least=1, most=10**12)
+    eval_every: int = of_intervals(500, "steps between evaluations", least=1, most=10**12)
+    checkpoint_every: int = of_intervals(250, "steps between checkpoints", least=1, most=10**12)
 
     augmentation: Augmentation | None = None  # None: the objective's default
 
@@ -411,8 +354,8 @@ class Config:
     def require_types(self) -> None:
         """Raises ValueError naming an option of another type; a whole number is a float too."""
         for item in dataclasses.fields(self):
-            value, kind = getattr(self, item.name), item.metadata.get("kind")
-            if kind is None or (value is None and item.default is None):
+            value, kind = getattr(self, item.name), kind_of(item)
+            if not item.metadata or (value is None and item.default is None):
                 continue
             if type(value) is not kind and (kind, type(value)) != (float, int):
                 wanted = {str: "a text", bool: "true or false"}.get(
@@ -485,6 +428,11 @@ class Config:
         return values
 
 
+def kind_of(item: dataclasses.Field) -> type:
+    """The type of an option's values: `int` of `int | None`."""
+    return (get_args(item.type) or (item.type,))[0]
+
+
 def refuse_unfit(objective: str, given: list[str]) -> None:
     """Raises ValueError naming options that do not fit the objective."""
     kind = objective_class(objective)
@@ -522,40 +470,28 @@ def add_options(
     """
     groups: dict[str, argparse._ArgumentGroup] = {}
 
-    def add(name: str, default, group: str, help: str, choices=None, kind=None) -> None:
+    def add(name: str, default, group: str, help: str, choices=None, kind=float) -> None:
         if group not in groups:
             groups[group] = parser.add_argument_group(group)
-        shown = " ".join(map(str, default)) if isinstance(default, tuple) else default
+        several = isinstance(default, tuple)
+        shown = " ".join(map(str, default)) if several else default
         shown = "the run's" if only else "a tab" if shown == "\t" else shown
         help = help if default is None or default is False else f"{help} (default: {shown})"
-        help = argparse.SUPPRESS if name in hidden else help
-        if isinstance(default, bool):
-            groups[group].add_argument(
-                flag(name), action="store_true", default=argparse.SUPPRESS, help=help
-            )
+        about = {
+            "default": argparse.SUPPRESS,
+            "help": argparse.SUPPRESS if name in hidden else help,
+        }
+        if kind is bool:
+            groups[group].add_argument(flag(name), action="store_true", **about)
             return
-        several = isinstance(default, tuple)
-        groups[group].add_argument(
-            flag(name),
-            type=kind or type(default[0] if several else default),
-            nargs=len(default) if several else None,
-            choices=choices,
-            metavar=None if choices else "TEXT" if str in (kind, type(default)) else "N",
-            default=argparse.SUPPRESS,
-            help=help,
-        )
+        about |= {"metavar": None if choices else "TEXT" if kind is str else "N"}
+        nargs = len(default) if several else None
+        groups[group].add_argument(flag(name), type=kind, nargs=nargs, choices=choices, **about)
 
     for item in dataclasses.fields(Config):
-        if item.name not in ("augmentation", "locked") and only in (None, item.metadata["group"]):
-            about = item.metadata
-            add(
-                item.name,
-                item.default,
-                about["group"],
-                about["help"],
-                about["choices"],
-                about["kind"],
-            )
+        own = item.metadata
+        if own and item.name != "locked" and only in (None, own["group"]):
+            add(item.name, item.default, own["group"], own["help"], own["choices"], kind_of(item))
     if only is None:
         for tower in ("image", "text"):
             groups["model"].add_argument(

@@ -4,17 +4,19 @@ import torch
 
 from ito.ranks import Ranks
 
+PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+
 
 def choose_precision(precision: str, device: torch.device) -> tuple[torch.dtype, str]:
-    """The autocast dtype for ``precision`` (auto, bf16 or fp32), and the reason in words.
+    """The autocast dtype for ``precision``, auto or one of PRECISIONS, and the reason in words.
 
     Weights, losses and the optimizer stay in fp32. On a CPU, auto chooses bf16 only if the
     processor multiplies it natively: emulated, it is slower than fp32.
     """
-    if precision not in ("auto", "bf16", "fp32"):
-        raise ValueError(f"precision must be auto, bf16 or fp32, got {precision!r}")
+    if precision in PRECISIONS:
+        return PRECISIONS[precision], "asked for"
     if precision != "auto":
-        return {"bf16": torch.bfloat16, "fp32": torch.float32}[precision], "asked for"
+        raise ValueError(f"precision must be auto, bf16, fp16 or fp32, got {precision!r}")
     if device.type == "cuda":
         if torch.cuda.is_bf16_supported(including_emulation=False):
             return torch.bfloat16, "the GPU multiplies bf16"

@@ -3,20 +3,25 @@
 Retrieval, zero-shot classification with prompt ensembles, linear probe and k nearest neighbours,
 the modality gap, uniformity and alignment, and the difference of ranks between languages. Every
 distinct caption is a query; it and a picture are right for each other if the picture's item has it.
+With --classes only zero-shot classification among these.
 """
 
 import json
 import os
+from collections.abc import Sequence
 from pathlib import Path
+
+import torch
 
 from ito.cli import Parser, output_path, shown, user_errors
 from ito.config import add_options
+from ito.data.dataset import Dataset
 from ito.files import read_text, write_text
-from ito.model.exported import load
+from ito.model.exported import Encoder, load
 from ito.model.tokenizer import report_cut
-from ito.run import RunFolder, choose_data, where_it_is_now
-from ito.scoring.evaluation import ALL, PROMPTS, evaluate_fully
-from ito.scoring.scores import clip_benchmark, table
+from ito.run import RunFolder, choose_data, report_step, where_it_is_now
+from ito.scoring.evaluation import ALL, PROMPTS, classify, evaluate_fully
+from ito.scoring.scores import cell, clip_benchmark, table
 from ito.source import open_dataset
 from ito.summary import count_overlap, print_notes, report_overlap, report_skipped
 
@@ -40,6 +45,16 @@ def main(arguments: list[str] | None = None) -> None:
         "clip_benchmark's sets; else 'a photo of {}' and similar)",
     )
     parser.add_argument(
+        "--templates", type=Path, metavar="FILE", help="prompts, one on each line, for --prompts"
+    )
+    parser.add_argument(
+        "--classes",
+        type=Path,
+        metavar="FILE",
+        help="classify pictures, of one folder per class, among the names in this file: one on "
+        "each line, in the order of the folders' names, or FOLDER, a tab, and the name",
+    )
+    parser.add_argument(
         "--cache", type=Path, help="folder of prepared data (default: ~/.cache/ito)"
     )
     parser.add_argument("--json", type=Path, help="also write the scores to this file")
@@ -52,8 +67,17 @@ def main(arguments: list[str] | None = None) -> None:
     add_options(parser, only="data")
     with user_errors():
         options = parser.parse_args(arguments)
-        if bad := [prompt for prompt in options.prompts or () if "{}" not in prompt]:
-            raise ValueError(f"--prompts must hold {{}} for the name, got {bad[0]!r}")
+        if options.prompts and (options.templates or options.classes):
+            raise ValueError("--prompts does not go with --templates or --classes: drop it")
+        prompts = options.prompts
+        if options.templates:
+            lines = lines_of(options.templates, "--templates")
+            prompts = templates_in(lines)
+        if bad := [prompt for prompt in prompts or () if "{}" not in prompt]:
+            option = "--templates" if options.templates else "--prompts"
+            raise ValueError(f"{option} must hold {{}} for the name, got {bad[0]!r}")
+        if options.clip_benchmark and options.classes:
+            raise ValueError("--clip-benchmark does not go with --classes: drop one")
         for name, file in (("json", options.json), ("clip-benchmark", options.clip_benchmark)):
             if file and not output_path(f"--{name}", file).parent.is_dir():
                 raise ValueError(f"--{name} {file}: {file.parent} is not a folder")
@@ -64,7 +88,13 @@ def main(arguments: list[str] | None = None) -> None:
         with where_it_is_now(options):
             dataset = open_dataset(config, options.cache)
         splits = options.split or ([ALL] if options.data else dataset.held_out_splits())
+        print_notes(report_step(options.run, encoder.step))
         print(report_skipped(dataset.skipped) or f"{len(dataset.images)} pictures")
+        if options.classes:
+            scores = score_classes(encoder, dataset, splits, options.classes, prompts or PROMPTS)
+            if options.json:
+                write_text(options.json, json.dumps(scores, indent=2) + "\n")
+            return
         # nothing of other data was trained on, not even what it calls "train"
         other = options.data or config.val_data
         overlap = {} if other else count_overlap(dataset, dataset)
@@ -79,7 +109,7 @@ def main(arguments: list[str] | None = None) -> None:
             encoder.tokenizer,
             dataset,
             splits,
-            tuple(options.prompts or prompts_of(config.val_data or config.train_data)),
+            tuple(prompts or prompts_of(config.val_data or config.train_data)),
         )
         print(table({"score": scores}))
         if options.json:
@@ -98,10 +128,53 @@ def prompts_of(data: str) -> list[str] | tuple[str, ...]:
     for folder in (place, *place.parents[:2]):
         file = folder / "zeroshot_classification_templates.txt"
         if os.path.isfile(file):
-            prompts = [line.strip().replace("{c}", "{}") for line in read_text(file).splitlines()]
+            prompts = templates_in(read_text(file).splitlines())
             print(f"prompts    {shown(file)}: {len(prompts)}")
             return [prompt for prompt in prompts if "{}" in prompt] or PROMPTS
     return PROMPTS
+
+
+def templates_in(lines: list[str]) -> list[str]:
+    """Prompts, for which clip_benchmark writes {c} for the name."""
+    return [line.strip().replace("{c}", "{}") for line in lines]
+
+
+def lines_of(file: Path, option: str) -> list[str]:
+    """The lines of a file that hold anything. Raises ValueError naming the option if none does."""
+    found = [line.strip() for line in read_text(file).splitlines() if line.strip()]
+    if not found:
+        raise ValueError(f"{option} {file} must have a text on each line, got none")
+    return found
+
+
+def score_classes(
+    encoder: Encoder, dataset: Dataset, splits: list[str], file: Path, templates: Sequence[str]
+) -> dict[str, float]:
+    """Print and return the accuracy among the classes in `file`; the pictures' folders are their
+    true classes. Raises ValueError if the folders and the names do not fit."""
+    rows = [n for n, split in enumerate(dataset.split) if {split, ALL} & {*splits}]
+    if not rows:
+        raise ValueError(f"--split {splits[0]}: the data has {dataset.describe()}")
+    folders = [Path(dataset.files[n]).parent.name for n in rows]
+    lines, known = lines_of(file, "--classes"), sorted({*folders})
+    if all("\t" in line for line in lines):
+        names = dict(line.split("\t", 1) for line in lines)
+    else:
+        names = dict(zip(known, lines, strict=False)) if len(lines) == len(known) else {}
+    if other := [name for name in known if name not in names]:
+        raise ValueError(
+            f"--classes {file} must have a name for each of {len(known)} folders of pictures, or "
+            f"FOLDER, a tab, and the name; got {len(lines)} lines, none for {other[0]!r}"
+        )
+    place = {folder: n for n, folder in enumerate(names)}
+    labels = torch.tensor([place[folder] for folder in folders])
+    pictures = dataset.images[torch.tensor(rows)]
+    classes = encoder.model, encoder.tokenizer, pictures, labels, [*names.values()]
+    scores = classify(*classes, templates)
+    print(f"zero-shot  {len(names)} classes, {len(templates)} templates, {len(rows)} pictures")
+    for key, chance in (("top1", 1), ("top5", 5), ("mean_per_class", 1)):
+        print(f"  {key:16}{cell(scores, key, '.1%'):>22}  chance {min(1, chance / len(names)):.2%}")
+    return scores
 
 
 if __name__ == "__main__":

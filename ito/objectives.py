@@ -215,10 +215,10 @@ def sigmoid_loss(
     equal_ids="ignore" no term. The scores are computed a panel of rows at a time, with the captions
     of all ranks.
     """
-    texts, first = all_gather_rows(text.transpose(0, 1).contiguous(), group)  # (B, K, E)
-    text_ids, _ = all_gather_rows(ids.T.contiguous(), group)
+    texts = all_gather_rows(text.transpose(0, 1).contiguous(), group)  # (B, K, E)
+    text_ids = all_gather_rows(ids.T.contiguous(), group)
     items = torch.arange(len(texts), device=ids.device).repeat_interleave(len(text))
-    places = torch.arange(first, first + len(image), device=ids.device)
+    places = global_row_numbers(len(image), group, ids.device)
 
     def terms(dot, rows, own_ids, places, text_ids, items, scale, bias):
         own = places[:, None] == items
@@ -276,23 +276,22 @@ class Flair(Sigmoid):
     def loss(self, image, text, tokens, *, logit_scale, step, group):
         captions, n = text.shape[:2]
         ids, all_ids = step.caption_ids, None
+        places = global_row_numbers(n, group, text.device)
         if ids is None:
-            items = global_row_numbers(n, group, text.device)
             both = siglip_loss(
                 image[0],
                 text.flatten(0, 1),
                 logit_scale,
                 self.logit_bias,
-                image_ids=items,
-                text_ids=items.repeat(captions),
+                image_ids=places,
+                text_ids=places.repeat(captions),
                 group=group,
             )
         else:
             pair = (logit_scale, self.logit_bias)
             both = sigmoid_loss(image[0], text, *pair, ids, self.equal_ids, group)
-            all_ids, _ = all_gather_rows(ids[0], group)
-        all_text, first = all_gather_rows(text[0], group)
-        places = torch.arange(first, first + n, device=text.device)
+            all_ids = all_gather_rows(ids[0], group)
+        all_text = all_gather_rows(text[0], group)
         block = max(1, self.PAIRS // (len(all_text) + captions))
         total = sum(
             checkpoint(

@@ -15,6 +15,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from ito.cli import USER_ERRORS, reason
+from ito_kernels.distributed.autograd import AllGatherRows, AllReduceSum
 
 T = TypeVar("T")
 LOST = "another rank has ended"  # also in errors of the losses' collectives
@@ -143,37 +144,16 @@ def all_reduce(x: Tensor, group: dist.ProcessGroup, what: str) -> Tensor:
     return x
 
 
-class _AllReduceSum(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x: Tensor, group: dist.ProcessGroup) -> Tensor:
-        ctx.group = group
-        return all_reduce(x.detach().clone(), group, "a sum over ranks")
-
-    @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple:
-        return all_reduce(grad.clone(), ctx.group, "the gradient of a sum over ranks"), None
-
-
 def all_reduce_sum(x: Tensor, group: dist.ProcessGroup | None) -> Tensor:
     """The sum over ranks. Backward sums the gradients of all ranks by another all-reduce, so each
     rank may use the result in its own way."""
-    return x if group is None else _AllReduceSum.apply(x, group)
+    return x if group is None else AllReduceSum.apply(x, group)
 
 
-def all_gather_rows(x: Tensor, group: dist.ProcessGroup | None) -> tuple[Tensor, int]:
-    """The rows of all ranks in the order of the ranks, and the index of this rank's first row.
-
-    The numbers of rows may differ. Gradients are summed over ranks, as in `all_reduce_sum`.
-    """
-    if group is None:
-        return x, 0
-    counts = torch.zeros(dist.get_world_size(group), dtype=torch.int64, device=x.device)
-    counts[dist.get_rank(group)] = len(x)
-    counts = all_reduce(counts, group, "the number of rows").tolist()
-    first = sum(counts[: dist.get_rank(group)])
-    after = sum(counts) - first - len(x)
-    padded = torch.cat([x.new_zeros(first, *x.shape[1:]), x, x.new_zeros(after, *x.shape[1:])])
-    return all_reduce_sum(padded, group), first
+def all_gather_rows(x: Tensor, group: dist.ProcessGroup | None) -> Tensor:
+    """The rows of all ranks in the order of the ranks, whose numbers may differ. Gradients are
+    summed over ranks."""
+    return x if group is None else AllGatherRows.apply(x, group)
 
 
 class GlobalBatchNorm(nn.BatchNorm2d):

@@ -35,12 +35,7 @@ CC12M_VITB16 = YFCC_VITB16 | {
 }
 # For a pretrained model. The factor per layer is that of MAE's fine-tuning (He et al. 2022, table
 # 9), the weight decay that of the recipes above. Augmentation: `Objective.photo_augmentation`.
-FINETUNE = {
-    "lr": 1e-5,
-    "warmup": 0.05,
-    "weight_decay": 0.1,
-    "layer_decay": 0.75,
-}
+FINETUNE = {"lr": 1e-5, "warmup": 0.05, "weight_decay": 0.1, "layer_decay": 0.75}
 PRESETS = {
     "emoji-small": {},
     "emoji-full": {"train_data": EMOJI_FULL},

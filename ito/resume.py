@@ -14,7 +14,8 @@ from ito.run import RunFolder, executed, refuse_commands
 from ito.stream import Stream, first_captions
 
 PLACES = ("train_data", "val_data", "image_root")  # of data, which may have moved
-FREE = (*PLACES, "steps", "log_every", "eval_every", "checkpoint_every", "accum_freq")
+FREE = (*PLACES, "steps", "log_every", "eval_every", "checkpoint_every")
+FREE += ("accum_freq", "grad_checkpointing")
 HASHED_CAPTIONS = 10_000  # of a stream
 
 

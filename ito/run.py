@@ -36,6 +36,7 @@ try:
 except ImportError:  # Windows
     fcntl = None
 
+BEST_BY = "mean_R@1"  # R@1 in both directions, averaged over the validation splits
 LOCK_FILES: set[FileIO] = set()  # of the locks that this process has
 MOST_THREADS = 1024  # for more OpenMP ends the process without a message
 # what of environment.json a command goes by
@@ -313,6 +314,11 @@ class Log:
                     records.append(record)
         return records
 
+    def best(self) -> int | None:
+        """The step with the highest BEST_BY, the first of equal ones; None if none was scored."""
+        found = [r for r in self.read("eval") if r["step"] and BEST_BY in r]
+        return max(found, key=lambda record: record[BEST_BY])["step"] if found else None
+
     def rewind(self, step: int, expected: int | None) -> list[str]:
         """Drop the lines after `step`, and those that cannot be read. Returns the problems found.
 
@@ -342,6 +348,13 @@ class Log:
             with write_atomically(self.path) as temporary:
                 temporary.write_bytes(b"".join(kept_lines))
         return problems
+
+
+def report_step(folder: Path, step: int) -> str:
+    """That the exported model is not of the newest checkpoint, in words; "" if it is."""
+    newest = max(checkpoints(RunFolder(folder).checkpoints, strict=False), default=step)
+    told = f"note       the model is of step {step}; the newest checkpoint is of step {newest}"
+    return told * (step != newest)
 
 
 # --- the data ---

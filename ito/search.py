@@ -16,7 +16,7 @@ from ito.cli import Parser, one_line, output_path, reason, shown, user_errors
 from ito.config import add_options
 from ito.files import write_atomically
 from ito.model.exported import Encoder, load
-from ito.run import RunFolder, choose_data, refuse_strange, where_it_is_now
+from ito.run import RunFolder, choose_data, refuse_strange, report_step, where_it_is_now
 from ito.scoring.contact_sheet import contact_sheet
 from ito.scoring.index import Index, Near
 from ito.source import open_dataset
@@ -100,7 +100,7 @@ def main(arguments: list[str] | None = None) -> None:
         queries = [embed(encoder, query) for query in options.queries]
         with where_it_is_now(options):
             dataset = open_dataset(config, options.cache)
-        print_notes(report_skipped(dataset.skipped))
+        print_notes(report_step(options.run, encoder.step), report_skipped(dataset.skipped))
         index = Index.open(options.run, encoder, dataset)
         near = open_near(options, encoder, index)
         if options.serve is not None:

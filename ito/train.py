@@ -5,6 +5,7 @@ drawings, exports the dual encoder and writes a report.
 """
 
 import argparse
+import dataclasses
 import json
 import platform
 import signal
@@ -18,14 +19,15 @@ import PIL
 import torch
 from tqdm import tqdm
 
-from ito.checkpoint import checkpoints, load_checkpoint, save_checkpoint
+from ito.checkpoint import checkpoints, load_checkpoint, save_checkpoint, shards_of
 from ito.cli import Parser, flush, one_line, output_path, shown, user_errors
 from ito.compiled import choose_compile, compile_towers
 from ito.config import Config, add_options, choose_preset, from_options, of_emoji
 from ito.data.dataset import Dataset
 from ito.data.fields import Skipped
-from ito.device import choose_device, choose_precision
+from ito.device import PRECISIONS, choose_device, choose_precision
 from ito.files import FileError, undamaged, write_text
+from ito.model.encoders import DualEncoder
 from ito.model.exported import export, load, require_shapes, saved_tokenizer
 from ito.model.pretrained import OURS, described_encoders, encoders, load_tokenizer
 from ito.model.pretrained_dual import Loaded, load_dual, package_of
@@ -35,6 +37,7 @@ from ito.ranks import Ranks
 from ito.recipes import PRESETS
 from ito.resume import changed_data, data_hashes, digest, resumed_config
 from ito.run import (
+    BEST_BY,
     MOST_THREADS,
     RunFolder,
     created,
@@ -49,7 +52,8 @@ from ito.run import (
 )
 from ito.scoring.evaluation import evaluate
 from ito.scoring.report_page import write_report
-from ito.scoring.scores import table
+from ito.scoring.scores import DIRECTIONS, table
+from ito.sharding import load_shards, save_shards
 from ito.source import open_data
 from ito.stream import Stream, first_captions
 from ito.summary import (
@@ -81,6 +85,7 @@ def main(arguments: list[str] | None = None) -> Path:
                     folder, config = options.resume, resumed_config(options)
                 else:
                     folder, config = new_folder(options), from_options(options)
+                require_epochs(options, config)
                 if ranks.leads and options.resume:
                     refuse_strange(folder)
                     held.enter_context(locked(folder))
@@ -100,13 +105,17 @@ def main(arguments: list[str] | None = None) -> Path:
 
             # the model; a new folder is made only when all options and data are known to be good
             with ranks.together():
+                config = in_epochs(config, options.epochs, train_data)
                 run = Run(folder, config, eval_data, train_data, options, ranks)
                 flush()  # if nobody reads it, the run ends before it writes anything
                 if ranks.leads and not options.resume:
                     held.enter_context(created(folder, named=options.out is not None))
+            model = run.trainer.whole_model()
+            with ranks.together():
                 if ranks.leads and not run.resumed:
                     with resumable(folder):
-                        run.begin()
+                        run.begin(model)
+            del model
 
             # the training, and the report
             began = time.perf_counter()
@@ -143,6 +152,12 @@ def run_options(parser: argparse.ArgumentParser) -> None:
         "recipes, or fine-tuning (default: finetune with --pretrained open_clip:NAME or hf:NAME; "
         "else emoji-small for emoji sets, photos for other data)",
     )
+    group.add_argument(
+        "--epochs",
+        type=int,
+        metavar="N",
+        help="train on all of the data N times, instead of --steps",
+    )
     group.add_argument("--cache", type=Path, help="folder of prepared data (default: ~/.cache/ito)")
     group.add_argument(
         "--workers",
@@ -153,9 +168,10 @@ def run_options(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument(
         "--precision",
-        choices=("auto", "bf16", "fp32"),
+        choices=("auto", *PRECISIONS),
         default="auto",
-        help="dtype of the towers; auto takes bf16 where the hardware supports it (default: auto)",
+        help="dtype of the towers; auto takes bf16 where the hardware supports it, else fp32; with "
+        "fp16 the loss is scaled (default: auto)",
     )
     group.add_argument(
         "--compile", action="store_true", help="compile the towers with torch.compile"
@@ -164,6 +180,31 @@ def run_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--threads", type=thread_count, metavar="N", help="CPU threads (default: PyTorch's choice)"
     )
+
+
+def require_epochs(options: argparse.Namespace, config: Config) -> None:
+    """Raises ValueError if `--epochs` is given where it has no meaning."""
+    if options.epochs is None:
+        return
+    if options.epochs < 1:
+        raise ValueError(f"--epochs must be at least 1, got {options.epochs}")
+    for given, why in (
+        ("steps" in options, "--steps says it too: drop one"),
+        (options.resume, "--resume goes on to the run's steps: --steps moves their end"),
+        (config.stream, "the length of a --stream is not known: give --steps"),
+    ):
+        if given:
+            raise ValueError(f"--epochs {options.epochs}: {why}")
+
+
+def in_epochs(config: Config, epochs: int | None, data: Dataset | Stream) -> Config:
+    """The configuration with the steps of so many epochs. One ends with its last full batch."""
+    if epochs is None:
+        return config
+    items = len(data.training_items())
+    steps = items // min(items, config.batch_size)
+    print(f"epochs     {epochs} of {steps} steps, {items} items each")
+    return dataclasses.replace(config, steps=epochs * steps)
 
 
 def thread_count(text: str) -> int:
@@ -229,8 +270,8 @@ class Run:
         self.first_step = 0
         self.stopped_by: int | None = None  # the number of a signal
 
-        has_checkpoint = options.resume and checkpoints(self.files.checkpoints)
-        state = load_checkpoint(self.files.checkpoints) if has_checkpoint else None
+        saved = options.resume and checkpoints(self.files.checkpoints)
+        state = load_checkpoint(self.files.checkpoints, shapes_only=True) if saved else None
         self.resumed = state is not None
         if state:
             self.require_sizes(state)
@@ -294,7 +335,7 @@ class Run:
             self.saved_environment = self.files.read_environment()
             with undamaged(self.files.environment):
                 saved = state["dtype"] if state else self.saved_environment["dtype"]
-                precision = {"torch.bfloat16": "bf16", "torch.float32": "fp32"}[saved]
+                precision = {str(dtype): name for name, dtype in PRECISIONS.items()}[saved]
             if options.precision not in ("auto", precision):
                 raise ValueError(
                     f"--resume keeps the run's precision, {precision}: "
@@ -307,6 +348,11 @@ class Run:
         saved_device = self.saved_environment.get("device")
         self.device = choose_device(options.device, saved_device, self.ranks)
         self.dtype, why_dtype = choose_precision(precision, self.device)
+        if self.config.fsdp and self.dtype == torch.float16:
+            raise ValueError(
+                "--fsdp with --precision fp16: PyTorch's GradScaler takes no mixture of sharded "
+                "and whole weights; use bf16"
+            )
         if self.saved_environment:
             why_dtype = "as the run began"
         asked = options.compile or self.saved_environment.get("compile", False)
@@ -318,7 +364,9 @@ class Run:
             "machine": f"{ranks}{self.device}, {threads}, torch {torch.__version__}",
             "precision": f"{str(self.dtype).removeprefix('torch.')}: {why_dtype}",
             "compile": f"{'yes' if self.compile else 'no'}: {why_compile}",
-            "step": f"channels_last, fused AdamW, views augmented as one batch, padding {padding}",
+            "step": f"channels_last, fused AdamW, views augmented as one batch, padding {padding}"
+            + ", blocks computed again in backward" * self.config.grad_checkpointing
+            + f", weights sharded over {self.ranks.size} ranks" * self.config.fsdp,
         }
 
     def print_setup(self, machine: dict[str, str]) -> None:
@@ -394,6 +442,9 @@ class Run:
                 "of the run's config.json: one of them is another run's"
             )
         with undamaged(self.files.checkpoints):
+            if "shards" in state:
+                folder = shards_of(self.files.checkpoints, self.first_step)
+                load_shards(folder, self.trainer.shards(), state["shards"], self.ranks)
             self.trainer.load(state)
         if not self.ranks.leads:
             return
@@ -444,9 +495,9 @@ class Run:
 
     # --- training ---
 
-    def begin(self) -> None:
+    def begin(self, model: DualEncoder) -> None:
         """Evaluate the untrained model, and write the files that exist before the first step."""
-        untrained = self.scores()
+        untrained = self.scores(model)
         self.config.save(self.files.config)
         write_text(self.files.environment, json.dumps(self.environment(), indent=2) + "\n")
         write_text(self.files.data, json.dumps(self.facts, indent=2, ensure_ascii=False) + "\n")
@@ -463,26 +514,28 @@ class Run:
                 terms = self.trainer.step(step)
                 step += 1
                 bar.update()
-                if not self.ranks.leads:
-                    continue
-                if step == self.first_step + 1:
+                last = step == config.steps
+                if self.ranks.leads and step == self.first_step + 1:
                     first = self.trainer.seconds
-                elif step == self.first_step + 1 + TIMED < config.steps:
+                elif self.ranks.leads and step == self.first_step + 1 + TIMED < config.steps:
                     seconds = (self.trainer.seconds - first) / TIMED
                     steps = config.steps - self.first_step
                     told = f"about {duration(steps * seconds)} for {steps} steps"
                     bar.write(f"time       {told}, evaluations not included", sys.stdout)
-                last = step == config.steps
-                if last or step % config.log_every == 0:
+                if self.ranks.leads and (last or step % config.log_every == 0):
                     speed = self.speed(step, time.perf_counter() - began)
                     self.log.write("train", step, terms | speed)
                     bar.set_postfix_str(progress(terms, speed["images_per_second"]), refresh=False)
-                if last or step % config.eval_every == 0:
-                    self.log.write("eval", step, self.scores(last))
-                if last or step % config.checkpoint_every == 0:
-                    self.checkpoint(step)
-            if self.ranks.leads and step < config.steps:
-                self.checkpoint(step)
+                scored = last or step % config.eval_every == 0
+                saved = last or step % config.checkpoint_every == 0
+                model = self.trainer.whole_model() if scored or saved else None
+                if scored:
+                    better = self.ranks.leads and self.evaluate(step, model, last)
+                    saved |= self.ranks.any(better)
+                if saved:
+                    self.checkpoint(step, model)
+            if step < config.steps and not (self.resumed and step == self.first_step):
+                self.checkpoint(step, self.trainer.whole_model())
         self.stopped_by = signals[-1] if signals else None
         return step
 
@@ -506,16 +559,29 @@ class Run:
             "input_share": input_share,
         }
 
-    def scores(self, last: bool = False) -> dict[str, float]:
+    def scores(self, model: DualEncoder, last: bool = False) -> dict[str, float]:
         """Those of the held-out splits; the split "test", beside others, is scored at the last step
         only."""
         data = self.eval_data
         splits = data.held_out_splits() if last else data.validation_splits()
-        return evaluate(self.trainer.model, self.tokenizer, data, splits)
+        scores = evaluate(model, self.tokenizer, data, splits)
+        recall = [scores[f"{s}/{way}/R@1"] for s in data.validation_splits() for way in DIRECTIONS]
+        return {BEST_BY: sum(recall) / len(recall)} | scores
 
-    def checkpoint(self, step: int) -> None:
-        """Export the model, and save what the run can be resumed from."""
-        model, load_size = self.trainer.model, self.config.load_size
+    def evaluate(self, step: int, model: DualEncoder, last: bool) -> bool:
+        """Log the scores. Whether they are better than those of all steps before."""
+        self.log.write("eval", step, self.scores(model, last))
+        return self.log.best() == step
+
+    def checkpoint(self, step: int, model: DualEncoder) -> None:
+        """Export the model, and save what the run can be resumed from. All ranks call it."""
+        shards = {}
+        if self.config.fsdp:
+            folder = shards_of(self.files.checkpoints, step)
+            shards = {"shards": save_shards(folder, self.trainer.shards(), self.ranks)}
+        if not self.ranks.leads:
+            return
+        load_size = self.config.load_size
         export(model, self.tokenizer, load_size, step, self.files.model, self.config.fit)
         about = {
             "dtype": str(self.dtype),
@@ -525,7 +591,8 @@ class Run:
             "load_size": load_size,
             "fit": self.config.fit,
         }
-        save_checkpoint(self.files.checkpoints, step, self.trainer.state() | about)
+        state = self.trainer.state() | shards | about
+        save_checkpoint(self.files.checkpoints, step, state, self.log.best())
 
     def finish(self, step: int, seconds: float) -> None:
         """Write the report and print the scores; or, of a stopped run, how to continue it."""
@@ -550,6 +617,9 @@ class Run:
         if self.config.stream and self.train_data.skipped:
             print(report_skipped([Skipped(*record) for record in self.train_data.skipped.items()]))
         print(f"model      {shown(self.files.model)}")
+        best, command = self.log.best(), f"python -m ito.export {shown(self.folder)} --best"
+        if best not in (None, step):
+            print(f"best       step {best} by {BEST_BY}; the model is of step {step}: {command}")
         print(f"metrics    {shown(self.log.path)}")
         print(f"report     {shown(report)}")
 
@@ -563,7 +633,7 @@ def duration(seconds: float) -> str:
 
 def progress(terms: dict[str, float], rate: float) -> str:
     """The terms of the loss, the logit scale and the speed, for the progress bar."""
-    hidden = ("loss", "logit_scale", "logit_bias", "grad_norm", "lr")
+    hidden = ("loss", "logit_scale", "logit_bias", "grad_norm", "lr", "loss_scale")
     parts = [f"{name} {value:.3f}" for name, value in terms.items() if name not in hidden]
     return " ".join([*parts, f"scale {terms['logit_scale']:.1f} {rate:.0f} img/s"])
 

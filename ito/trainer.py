@@ -11,15 +11,35 @@ from ito.batches import Batches, generator
 from ito.config import Config
 from ito.data.augment import augment
 from ito.data.dataset import Dataset
-from ito.model.encoders import DualEncoder
-from ito.model.layers import depths
+from ito.model.encoders import Block, DualEncoder
+from ito.model.layers import depths, largest_list, recompute
 from ito.model.pretrained import encoders, load_weights
 from ito.model.pretrained_dual import Loaded
 from ito.model.tokenizer import Tokenizer
-from ito.objectives import MAX_LOGIT_SCALE, Step, Terms, objective_class
+from ito.objectives import MAX_LOGIT_SCALE, Objective, Step, Terms, objective_class
 from ito.ranks import Ranks, normalise_globally
+from ito.sharding import clip_gradients, is_sharded, load_whole, named_state, shard, whole_weights
 from ito.stream import Stream, StreamBatches
 from ito_kernels.gradcache import gradcache_backward
+
+SIZES = ("image_size", "width", "heads", "image_depth", "text_depth")
+SIZES += ("image_width", "image_heads", "patch_size")
+STATES = ("model", "objective", "optimizer", "scaler")
+
+
+class Towers(nn.Module):
+    """The model and the objective as one module, in whose two passes FSDP2 gathers weights."""
+
+    def __init__(self, model: DualEncoder, objective: Objective):
+        super().__init__()
+        self.model, self.objective = model, objective
+
+    def convolve(self, views: Tensor) -> Tensor:
+        """From views (V, n, 3, S, S) to what `forward` takes, (V, n, ...)."""
+        return self.model.image.convolve(views.flatten(0, 1)).unflatten(0, views.shape[:2])
+
+    def forward(self, patches: Tensor, ids: Tensor) -> tuple[Tensor, ...]:
+        return self.objective.encode(self.model, patches, ids)
 
 
 class Trainer:
@@ -36,7 +56,7 @@ class Trainer:
 
     Args:
         data: a data set in memory, or this rank's stream.
-        dtype: of autocast, bfloat16 or float32.
+        dtype: of autocast; with float16 the loss is scaled.
         ranks: the processes that share the batch; one process by default.
         described: the image_encoder and text_encoder of a model whose weights will be loaded, by
             `load` or `start_from`; None: those of the configuration, whose weights are loaded here.
@@ -58,19 +78,9 @@ class Trainer:
         self.ranks = ranks or Ranks()
 
         torch.manual_seed(config.seed)
-        self.model = DualEncoder(
-            image_size=config.image_size,
-            width=config.width,
-            heads=config.heads,
-            image_depth=config.image_depth,
-            text_depth=config.text_depth,
-            vocab_size=tokenizer.vocab_size,
-            context_length=tokenizer.context_length,
-            image_width=config.image_width,
-            image_heads=config.image_heads,
-            patch_size=config.patch_size,
-            **described or encoders(config),
-        )
+        sizes = {name: getattr(config, name) for name in SIZES}
+        sizes |= {name: getattr(tokenizer, name) for name in ("vocab_size", "context_length")}
+        self.model = DualEncoder(**sizes, **described or encoders(config))
         if described is None:
             load_weights(self.model, config)
         self.model.to(device, memory_format=torch.channels_last)
@@ -78,17 +88,22 @@ class Trainer:
         normalise_globally(self.model, self.ranks.group)
         self.objective = objective_class(config.objective)(config, self.model).to(device)
 
-        parameters = [*self.model.parameters(), *self.objective.parameters()]
-        self.parameters = [p for p in parameters if p.requires_grad]
+        self.towers = Towers(self.model, self.objective)
+        if config.grad_checkpointing or config.fsdp:
+            option = "--grad-checkpointing" if config.grad_checkpointing else "--fsdp"
+            towers = self.model.image, self.model.text
+            blocks = [block for tower in towers for block in largest_list(tower, option)[1]]
+            blocks += [part for part in self.objective.modules() if isinstance(part, Block)]
+            if config.grad_checkpointing:
+                recompute(blocks)
+            if config.fsdp and self.ranks.group:
+                words = [m for m in self.model.text.modules() if isinstance(m, nn.Embedding)]
+                shard(self.towers, [*blocks, *words], self.ranks.group, device)
+        self.parameters = [p for p in self.towers.parameters() if p.requires_grad]
+        self.scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
         groups, self.rates = self.parameter_groups()
-        self.optimizer = torch.optim.AdamW(
-            groups,
-            lr=config.lr,
-            betas=(0.9, 0.98),
-            eps=1e-6,
-            weight_decay=config.weight_decay,
-            fused=True,
-        )
+        adamw = {"betas": (0.9, 0.98), "eps": 1e-6, "weight_decay": config.weight_decay}
+        self.optimizer = torch.optim.AdamW(groups, lr=config.lr, **adamw, fused=True)
 
         make_batches = StreamBatches if isinstance(data, Stream) else Batches
         self.batches = make_batches(data, tokenizer, config, self.ranks, device)
@@ -107,14 +122,15 @@ class Trainer:
         """AdamW's groups, and the factor of each on the learning rate.
 
         Only matrices decay. With `layer_decay` below 1 each depth of the towers has two groups, the
-        top first; what is no part of a tower has the full rate.
+        top first; what is no part of a tower has the full rate. Sharded weights have their own
+        groups, because AdamW updates a group at once.
         """
         decay, depth = self.config.layer_decay, {}
         if decay < 1:
             depth = depths(self.model.image) | depths(self.model.text)
-        groups: dict[tuple[int, bool], list[nn.Parameter]] = {}
+        groups: dict[tuple[int, bool, bool], list[nn.Parameter]] = {}
         for parameter in self.parameters:
-            key = (depth.get(parameter, 0), parameter.ndim < 2)
+            key = (depth.get(parameter, 0), parameter.ndim < 2, is_sharded(parameter))
             groups.setdefault(key, []).append(parameter)
         keys = sorted(groups)
         plain = {False: {}, True: {"weight_decay": 0.0}}
@@ -139,12 +155,14 @@ class Trainer:
         if not loss.isfinite():
             raise FloatingPointError(f"the loss of step {number + 1} is {loss.item()}")
 
-        self.ranks.average_grads(self.parameters)
-        grad_norm = nn.utils.clip_grad_norm_(self.parameters, self.config.grad_clip)
+        self.ranks.average_grads([p for p in self.parameters if not is_sharded(p)])
+        self.scaler.unscale_(self.optimizer)
+        grad_norm = clip_gradients(self.parameters, self.config.grad_clip)
         lr = self.learning_rate(number)
         for group, rate in zip(self.optimizer.param_groups, self.rates, strict=True):
             group["lr"] = lr * rate
-        self.optimizer.step()
+        self.scaler.step(self.optimizer)  # in fp16 not if a gradient is not finite
+        self.scaler.update()
         with torch.no_grad():
             self.model.logit_scale.clamp_(0, self.scale_limit)
         self.limit_scale()
@@ -157,6 +175,10 @@ class Trainer:
             "grad_norm": grad_norm.item(),
             "lr": lr,
         }
+        if self.scaler.is_enabled():  # a gradient that is not finite, and its step, are left out
+            logged["loss_scale"] = self.scaler.get_scale()
+            if not grad_norm.isfinite():
+                del logged["grad_norm"]
         ended = self.now()
         self.input_seconds += seconds_between(began, ready)
         self.seconds += seconds_between(began, ended)
@@ -219,10 +241,10 @@ class Trainer:
             )
 
         with self.autocast():
-            patches = self.model.image.convolve(views.flatten(0, 1)).unflatten(0, views.shape[:2])
+            patches = self.towers.convolve(views)
         if self.config.accum_freq == 1:
             total, terms = loss(*self.encode(patches, ids))
-            total.backward()
+            self.scaler.scale(total).backward()
             return total.detach(), terms
         parts = [
             part.detach().requires_grad_(patches.requires_grad)
@@ -230,14 +252,16 @@ class Trainer:
         ]
         texts = ids.tensor_split(self.config.accum_freq, 1)
         batches = list(zip(parts, texts, strict=True))
-        total, terms = gradcache_backward(self.encode, batches, loss, dim=1)
+        total, terms = gradcache_backward(
+            self.encode, batches, loss, models=self.towers, scaler=self.scaler, dim=1
+        )
         if patches.requires_grad:
             patches.backward(torch.cat([part.grad for part in parts], 1))
         return total, terms
 
     def encode(self, patches: Tensor, ids: Tensor) -> tuple[Tensor, ...]:
         with self.autocast():
-            return self.objective.encode(self.model, patches, ids)
+            return self.towers(patches, ids)
 
     def autocast(self) -> torch.autocast:
         return torch.autocast(self.device.type, self.dtype, self.dtype != torch.float32)
@@ -270,7 +294,7 @@ class Trainer:
                 "that say otherwise"
             )
         for tower, weights in loaded.towers.items():
-            getattr(self.model, tower).load_state_dict(weights)
+            load_whole(getattr(self.model, tower), weights)
         self.objective.start_from(self.model, loaded.logit_scale, loaded.logit_bias)
         self.limit_scale()
 
@@ -280,16 +304,30 @@ class Trainer:
         self.scale_limit = max(MAX_LOGIT_SCALE, self.model.logit_scale.item())
 
     def state(self) -> dict:
-        return {
-            "model": self.model.state_dict(),
-            "objective": self.objective.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-        }
+        """What a checkpoint holds; with --fsdp, but for `shards`."""
+        names = ("scaler",) if self.config.fsdp else STATES
+        return {name: getattr(self, name).state_dict() for name in names}
+
+    def shards(self) -> dict[str, Tensor]:
+        """This rank's part of weights and moments, to be saved, or to be read into."""
+        return named_state(self.towers, self.optimizer)
 
     def load(self, state: dict) -> None:
-        for name in ("model", "objective", "optimizer"):
+        """Continue from `state()`; with --fsdp `shards()` were read into before."""
+        for name in () if self.config.fsdp else STATES[:3]:
             getattr(self, name).load_state_dict(state[name])
+        self.scaler.load_state_dict(state.get("scaler", {}))  # which older versions lack
         self.limit_scale()
+
+    def whole_model(self) -> DualEncoder:
+        """The model with all its weights on rank 0, for what only rank 0 does. With --fsdp all
+        ranks call it, and the others get the sharded one."""
+        weights = whole_weights(self.model) if self.config.fsdp and self.ranks.group else None
+        if not weights:
+            return self.model
+        model = DualEncoder(**self.model.architecture)
+        model.load_state_dict(weights)
+        return model.to(self.device, memory_format=torch.channels_last)
 
 
 def one_thread_loader() -> ThreadPoolExecutor:

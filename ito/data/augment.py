@@ -67,11 +67,7 @@ PAPER = Augmentation(scale=(0.5, 1.0), jitter=(0.4, 0.4, 0.4, 0.1), blur_p=0.5, 
 CROP = Augmentation(scale=(0.9, 1.0), jitter=(0.0, 0.0, 0.0, 0.0), jitter_p=0.0, gray_p=0.0)
 # for drawings, of which other artists' versions are to be recognised
 DRAWINGS = Augmentation(
-    scale=(0.7, 1.3),
-    ratio=(0.9, 1.1),
-    jitter=(0.15, 0.3, 0.3, 0.05),
-    warp=0.1,
-    stroke_p=0.4,
+    scale=(0.7, 1.3), ratio=(0.9, 1.1), jitter=(0.15, 0.3, 0.3, 0.05), warp=0.1, stroke_p=0.4
 )
 
 

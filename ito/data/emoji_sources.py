@@ -15,44 +15,6 @@ from typing import NamedTuple
 
 from ito.data.emoji import clean, code_points, distinct_names, family
 
-# name@version and SHA-512, pinned because they are the data
-# fmt: off
-PACKAGES = [
-    ("@iconify-json/noto@1.2.9",
-     "DQiuXENbun41ch+XPSV55H9FaWKpHTyz46YIKtSaKYD4fIDDzL1tR6H4np/T38jfrTAeI3rcKF0mqHYeZVAuaw=="),
-    ("@iconify-json/noto-v1@1.2.5",
-     "/DsVMius69Q0fRS53z7QK1TROSuar606jiIx+laXtdsYGMXpf6LtHBx6CGfoo3UHHb/XpBsw+1L1x3eyPqMuVA=="),
-    ("@iconify-json/twemoji@1.2.5",
-     "uKpuIEV0v6K5BW3Mjdyl+XKFVAbbcPxAgifKvEMtZoUZB5+YiY5zaMm2uNNCxyXzAWU9yNLlj41WU6/mvgALsw=="),
-    ("@iconify-json/emojione@1.2.3",
-     "T9+T3HIbJNLKKsmxYKlaYhvnHYkz/HNYTV7SHCXVZPfeUi4FqskY70YeN8yYAZT8cCv7w5vJxS4Q1m8zb9CMMg=="),
-    ("@iconify-json/emojione-v1@1.2.3",
-     "UjI2VQEXVtGlPBvQuxEizro7QCgBcJDOYwKUupquvvZ8UV4xOlvm45IU82JYWegiAWLerY79gFLMZ26U6Ms+ww=="),
-    ("@iconify-json/emojione-monotone@1.2.1",
-     "cZSNcPsuiAD6HCzCh/2dYKGh3pNI0jJlxBxQWfC33cQsPtqYZqulGBvlkThXYNvDl8VxgVHT9u+izyX/yeEIkA=="),
-    ("@iconify-json/fluent-emoji@1.2.7",
-     "D8G6bKAyIsyxP1rzZtIWr/gg/fO4Rg1+DyCWlfqKK4h8W+4Em/Y0P6QYgJUQTlUcagzJvSyg+9OBv4hz4Hc/QA=="),
-    ("@iconify-json/fluent-emoji-flat@1.2.6",
-     "RY47RgPb47fYUiyrA64sIOL0+UU02s29sXpNBbIQRBUlPlfNFTKUmZDERGuxDs/7yNGWqQYvuaSYM1M4fRXlUw=="),
-    ("@iconify-json/fluent-emoji-high-contrast@1.2.6",
-     "esqhZPpkrF7sNX3NsLoh8KW64okEr/bzko7WNnFP+qTJGAqDPDYjp0925yxuivXy3HtVQB8xhIKu3+Nq1byX5w=="),
-    ("@iconify-json/fxemoji@1.2.2",
-     "UAasRaxzFUKfIGSmLwnoarsssA4LX0VLLuEmplIqM6ZNQqIQRtav8tZ4H1neTlBreXuMQyAifr5jP4kn78DpiQ=="),
-    ("@iconify-json/streamline-emojis@1.2.4",
-     "iNr9T9XuZVTyQPJO8ZlLxBzPkpi7qMl+z1l0C31vpEMqhPMelth3n7CeWQYtixdetDPdI81yeG4ROqjWpYJE6A=="),
-    ("@iconify-json/openmoji@1.2.29",
-     "vXdhkqcXVSO6suy+m9LbcUM3OdVyuNOtpV8/als/WqfkQIRxevL5Geb/g+6GH/Qwnq1OqksEmaDGTCmZ5nFKJQ=="),
-    ("@lobehub/fluent-emoji-3d@1.1.0",
-     "Wlq2lVStTnr8BDpIJ0pEnTKO4LuDxxqTEhTvRtD1DLRF0me7ogeRQjKoehDHXuVJ2Qaecgl5wRBv60lUAG3h7g=="),
-    ("openmoji@17.0.0",
-     "EBnYrNGdcdw+OSXmENeNE1yBNRu6tOraTmoOyUbJkTmvT/+XETp8RZLSJFzD3lrPc5N9CzsyPnRTk0Vp4UaI9w=="),
-    ("emojibase-data@17.0.0",
-     "Yvgb5AWoHViHV/gq1qr5ZAarcBip+B27/ZLRsUJkbgAEaLlZ/fof9g882LTpmEpyhBNEC0m2SEmItljHsTygjA=="),
-    ("emojilib@4.0.3",
-     "KbWiYre9aRSaPbHrHZIz9zmoM+21LAsK1VFJtnTh1VCtWE/rNMDviGhQTmselFl95dhqtGlY22iH0leG5BuW0g=="),
-]
-# fmt: on
-
 
 class Style(NamedTuple):
     package: str
@@ -62,62 +24,12 @@ class Style(NamedTuple):
     bordered: bool = False
 
 
-ICONS = "@iconify-json/"
-STYLES = {
-    "noto": Style(ICONS + "noto", "Apache-2.0", "Google"),
-    "noto-v1": Style(ICONS + "noto-v1", "Apache-2.0", "Google"),
-    "twemoji": Style(ICONS + "twemoji", "CC-BY-4.0", "X Corp and contributors (jdecked/twemoji)"),
-    "emojione": Style(ICONS + "emojione", "CC-BY-4.0", "EmojiOne, EmojiTwo"),
-    "emojione-v1": Style(ICONS + "emojione-v1", "CC-BY-SA-4.0", "EmojiOne"),
-    "emojione-monotone": Style(
-        ICONS + "emojione-monotone", "CC-BY-4.0", "EmojiOne, EmojiTwo", one_colour=True
-    ),
-    "fluent": Style(ICONS + "fluent-emoji", "MIT", "Microsoft"),
-    "fluent-flat": Style(ICONS + "fluent-emoji-flat", "MIT", "Microsoft"),
-    "fluent-high-contrast": Style(
-        ICONS + "fluent-emoji-high-contrast", "MIT", "Microsoft", one_colour=True
-    ),
-    "fluent-3d": Style("@lobehub/fluent-emoji-3d", "MIT", "Microsoft"),
-    "fxemoji": Style(ICONS + "fxemoji", "Apache-2.0", "Mozilla"),
-    "streamline": Style(ICONS + "streamline-emojis", "CC-BY-4.0", "Streamline"),
-    "openmoji": Style(ICONS + "openmoji", "CC-BY-SA-4.0", "OpenMoji", bordered=True),
-    "openmoji-black": Style("openmoji", "CC-BY-SA-4.0", "OpenMoji", one_colour=True, bordered=True),
-}
-
+SOURCES = json.loads(Path(__file__).with_suffix(".json").read_text(encoding="utf-8"))
+PACKAGES = list(SOURCES["packages"].items())  # name@version, SHA-512: pinned, they are the data
+STYLES = {name: Style(**about) for name, about in SOURCES["styles"].items()}
 # Icons with a misleading name, and the name of what they show, or None to leave them out:
 # a piano, a palm, a ribbon, a country
-MISNAMED = {
-    "emojione-v1": {"keyboard": None},
-    "fxemoji": {
-        "bow": None,
-        "cat": "cat face",
-        "catside": "cat",
-        "construction": "building construction",
-        "constructionsign": "construction",
-        "couple": "couple with heart",
-        "couplekiss": "kiss",
-        "darksunglasses": "sunglasses",
-        "dog": "dog face",
-        "dogside": "dog",
-        "down": None,
-        "grin": "grinning face",
-        "keyboard": None,
-        "kiss": "kissing face",
-        "kissing": "face blowing a kiss",
-        "mouse": "mouse face",
-        "mouseside": "mouse",
-        "pig": "pig face",
-        "pigside": "pig",
-        "pout": "person pouting",
-        "pouting": "enraged face",
-        "sunglasses": "smiling face with sunglasses",
-        "tiger": "tiger face",
-        "tigerside": "tiger",
-        "umbrella": "closed umbrella",
-        "wave": "water wave",
-    },
-    "streamline": {"turkey": None},
-}
+MISNAMED = SOURCES["misnamed"]
 
 # Words in which variants differ, in addition to `ito.data.emoji.VARIANT`: a held-out drawing must
 # not be the mirror image of a training one. In VARIANT they would change the small set's splits.
@@ -224,7 +136,7 @@ def read_drawings(files: dict[str, Path], concepts: dict) -> dict[str, dict[str,
     sets = {
         name: (read_json(files[style.package], "icons.json"), read_chars(files[style.package]))
         for name, style in STYLES.items()
-        if style.package in files and style.package.startswith(ICONS)
+        if style.package in files and style.package.startswith("@iconify-json/")
     }
     slugs = slug_tables(concepts, sets.values())
     drawings = {}

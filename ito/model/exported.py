@@ -80,12 +80,7 @@ class Encoder:
     max_pixels = MAX_PIXELS
 
     def __init__(
-        self,
-        model: DualEncoder,
-        tokenizer: Tokenizer,
-        load_size: int,
-        step: int,
-        fit: str = "crop",
+        self, model: DualEncoder, tokenizer: Tokenizer, load_size: int, step: int, fit: str = "crop"
     ):
         self.model, self.tokenizer, self.load_size, self.step = model, tokenizer, load_size, step
         self.fit = fit

@@ -1,5 +1,5 @@
 """The model of a run that began with `--pretrained hf:NAME`, as transformers loads it:
-`AutoModel.from_pretrained(FOLDER)`."""
+`AutoModel.from_pretrained(FOLDER)`; and sentence-transformers: `SentenceTransformer(FOLDER)`."""
 
 import json
 from pathlib import Path
@@ -50,6 +50,11 @@ def export_hf(
     files = {
         "config.json": config,
         "preprocessor_config.json": processor(image, about["image_size"], fit),
+        "modules.json": [
+            {"idx": n, "name": str(n), "path": path, "type": f"sentence_transformers.models.{kind}"}
+            for n, (path, kind) in enumerate((("", "Transformer"), ("1_Normalize", "Normalize")))
+        ],
+        "sentence_bert_config.json": sentence_transformers(config, tokenizer.context_length),
     }
     for name, values in files.items():
         write_text(out / name, json.dumps(values, indent=2) + "\n")
@@ -64,6 +69,24 @@ def write_tokenizer(tokenizer: Tokenizer, files: dict[str, dict], out: Path) -> 
     for name in TOKENIZER_FILES:  # the description may be others', and name any path
         if name in files:
             write_text(out / name, json.dumps(files[name], indent=2, ensure_ascii=False) + "\n")
+
+
+def sentence_transformers(config: dict, longest: int) -> dict:
+    """How sentence-transformers (5.4 and newer) calls the model. SigLIP pools the last position of
+    texts that are padded to its full length, and sees the padding."""
+    is_clip = config["model_type"] == "clip"
+    longest = longest if is_clip else config["text_config"]["max_position_embeddings"]
+    texts = {"padding": "max_length", "truncation": True, "max_length": longest}
+    texts |= {} if is_clip else {"return_attention_mask": False}
+    return {
+        "transformer_task": "feature-extraction",
+        "modality_config": {
+            kind: {"method": f"get_{kind}_features", "method_output_name": "pooler_output"}
+            for kind in ("text", "image")
+        },
+        "module_output_name": "sentence_embedding",
+        "processing_kwargs": {"text": texts},
+    }
 
 
 def processor(image: dict, size: int, fit: str) -> dict:

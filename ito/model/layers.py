@@ -1,6 +1,10 @@
-"""How deep each parameter of a tower lies, for rates of learning that decay layer by layer."""
+"""The blocks of a tower: how deep each parameter lies, for rates of learning that decay layer by
+layer; and what is computed again in backward, or divided among ranks."""
+
+from functools import partial
 
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 # projections that open_clip registers before its blocks
 PROJECTIONS = ("proj", "text_projection")
@@ -20,13 +24,7 @@ def depths(tower: nn.Module) -> dict[nn.Parameter, int]:
         found = {f"body.network.{name}": number for name, number in numbers().items()}
         top = max(found.values())
         return {p: 1 + top - found[n] if n in found else 0 for n, p in parameters.items()}
-    lists = [(n, m) for n, m in tower.named_modules() if isinstance(m, nn.ModuleList)]
-    if not lists:
-        raise ValueError(
-            f"layer_decay below 1 needs towers with a list of blocks: {type(tower).__name__} "
-            f"{getattr(tower, 'name', '')} has none"
-        )
-    prefix, blocks = max(lists, key=lambda pair: sum(p.numel() for p in pair[1].parameters()))
+    prefix, blocks = largest_list(tower, "layer_decay below 1")
     found, above = {}, False
     for name, parameter in parameters.items():
         inside = name.startswith(f"{prefix}.")
@@ -37,3 +35,30 @@ def depths(tower: nn.Module) -> dict[nn.Parameter, int]:
             projection = name.split(".")[-1] in PROJECTIONS
             found[parameter] = 0 if above or projection else len(blocks) + 1
     return found
+
+
+def largest_list(tower: nn.Module, option: str) -> tuple[str, nn.Sequential | nn.ModuleList]:
+    """The blocks of a tower, and their name: its ModuleList with the most parameters, or what timm
+    calls "blocks". Raises ValueError naming the option that needs it if there is none."""
+    lists = [
+        (name, module)
+        for name, module in tower.named_modules()
+        if isinstance(module, nn.ModuleList) or name == "body.network.blocks"
+    ]
+    if not lists:
+        raise ValueError(
+            f"{option} needs towers with a list of blocks: {type(tower).__name__} "
+            f"{getattr(tower, 'name', '')} has none"
+        )
+    return max(lists, key=lambda pair: sum(p.numel() for p in pair[1].parameters()))
+
+
+def recompute(blocks: list[nn.Module]) -> None:
+    """Keep of each block only its input, and compute the rest again in backward.
+
+    Raises ValueError for batch normalisation, whose statistics would see each batch twice.
+    """
+    for block in blocks:
+        if any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in block.modules()):
+            raise ValueError("--grad-checkpointing: a block of the towers has batch normalisation")
+        block.forward = partial(checkpoint, block.forward, use_reentrant=False)

@@ -2,9 +2,10 @@
 
 Each gives unit rows, fp32, for any batch size. The image encoder takes float32 (B, 3, S, S), pixels
 normalised by `(x / 255 - 0.5) / 0.5`; the text encoder takes token ids of `tokenizer.json`, int64
-(B, context_length), padded with 0. The logit scale and the preprocessing are in each file's
-metadata, S and context_length in the shape of its input. `fit` says how a picture becomes a square:
-crop takes its centre, pad all of it with white around, warp all of it, squeezed.
+(B, context_length), padded with 0. Each file's metadata describes its input completely. Of a
+picture: `image_size`, how it becomes a square (`fit`: crop takes its centre, pad all of it with
+white around, warp all of it, squeezed), `resize`, `mean` and `std`; of a text: `context_length`,
+`pad_id`, `vocab_size`, and `tokenizer`, the contents of `tokenizer.json`.
 """
 
 import importlib.util
@@ -20,6 +21,7 @@ from torch import nn
 from ito.data.augment import MEAN, STD
 from ito.files import write_atomically
 from ito.model.encoders import DualEncoder
+from ito.model.tokenizer import Tokenizer
 
 PACKAGES = ("onnx", "onnxscript")
 
@@ -49,7 +51,9 @@ def quiet() -> Iterator[None]:
         logger.setLevel(level)
 
 
-def export_onnx(model: DualEncoder, out: Path, fit: str = "crop") -> list[Path]:
+def export_onnx(
+    model: DualEncoder, out: Path, fit: str = "crop", tokenizer: Tokenizer | None = None
+) -> list[Path]:
     """Write both files to the folder `out`, each atomically, and return their paths.
 
     Raises ImportError if a package that PyTorch's exporter needs is missing; it names the extra.
@@ -64,10 +68,14 @@ def export_onnx(model: DualEncoder, out: Path, fit: str = "crop") -> list[Path]:
     size, length = model.image.image_size, model.text.context_length
     about = {"logit_scale": f"{model.logit_scale.exp().item():.6g}"}
     written = []
-    pictures = {"mean": MEAN, "std": STD, "fit": fit}
+    pictures = {"image_size": size, "fit": fit, "resize": "bicubic", "mean": MEAN, "std": STD}
+    pictures |= {"background": "white", "scale": "1/255", "channels": "RGB"}
+    texts = {"context_length": length, "pad_id": 0}
+    if tokenizer:
+        texts |= {"vocab_size": tokenizer.vocab_size, "tokenizer": tokenizer.bpe.to_str()}
     for name, encode, example, details in (
         ("image", "encode_image", torch.zeros(2, 3, size, size), pictures),
-        ("text", "encode_text", torch.ones(2, length, dtype=torch.int64), {"pad_id": 0}),
+        ("text", "encode_text", torch.ones(2, length, dtype=torch.int64), texts),
     ):
         with quiet():
             program = torch.onnx.export(

@@ -168,11 +168,7 @@ class HuggingFace(nn.Module):
 
     @classmethod
     def tokenizer(cls, name: str) -> BPE:
-        loaded = package("transformers", "hf").AutoTokenizer.from_pretrained(
-            cls.source(name), **LOCAL
-        )
-        if not loaded.is_fast:
-            raise ValueError(f"hf:{name} has no fast tokenizer (tokenizer.json)")
+        loaded = transformers_tokenizer(cls.source(name))
         bpe = BPE.from_str(loaded.backend_tokenizer.to_str())
         bpe.enable_padding(pad_id=loaded.pad_token_id, pad_token=loaded.pad_token)
         return bpe
@@ -200,10 +196,6 @@ class OpenClip(nn.Module):
     """One tower of an open_clip CLIP, its projection included. NAME is MODEL/WEIGHTS."""
 
     CLIP = frozenset(("embed_dim", "vision_cfg", "text_cfg", "quick_gelu"))
-
-    @classmethod
-    def describe(cls, name: str) -> dict:
-        return {"config": cls.configuration(name)[0]}
 
     @classmethod
     def configuration(cls, name: str) -> tuple[dict, dict]:
@@ -279,9 +271,23 @@ class OpenClipImage(OpenClip):
 
 
 class OpenClipText(OpenClip):
-    REFUSED = frozenset(("hf_model_name", "hf_tokenizer_name", "embed_cls"))
+    """CLIP's own text tower, which may name a tokenizer of transformers."""
 
-    def __init__(self, config: dict):
+    REFUSED = frozenset(("hf_model_name", "embed_cls", "tokenizer_kwargs"))
+
+    @classmethod
+    def describe(cls, name: str) -> dict:
+        config, source = cls.configuration(name)[0], cls.tokenizer_of(name)
+        return {"config": config} | (describe_tokenizer(source) if source else {})
+
+    @classmethod
+    def tokenizer_of(cls, name: str) -> str | None:
+        """The name or folder of its tokenizer for transformers; None for CLIP's own."""
+        folder = name.removeprefix("local-dir:")
+        found = cls.configuration(name)[0]["text_cfg"].get("hf_tokenizer_name")
+        return folder if found and folder != name else found
+
+    def __init__(self, config: dict, pad_id: int | None = None, padding: int = 0, **files: dict):
         super().__init__()
         others = config["text_cfg"].keys() & self.REFUSED
         if others:
@@ -289,15 +295,17 @@ class OpenClipText(OpenClip):
         small = {"image_size": 16, "patch_size": 16, "width": 64, "layers": 1}
         self.network = self.build(config, {"vision_cfg": small}).text
         self.network.output_tokens = True
-        self.longest, self.pad_id = self.network.context_length, self.network.vocab_size
-        self.padding = 0  # theirs
+        self.longest, self.pad_id = self.network.context_length, pad_id or self.network.vocab_size
+        self.padding = padding  # theirs
 
     def load(self, name: str) -> None:
         self.network.load_state_dict(self.pretrained(name).text.state_dict())
 
-    @staticmethod
-    def tokenizer(name: str) -> BPE:
-        """CLIP's. It pads with 0, which is also the id of "!"; here padding has its own id."""
+    @classmethod
+    def tokenizer(cls, name: str) -> BPE:
+        """CLIP's pads with 0, which is also the id of "!"; here padding has its own id."""
+        if source := cls.tokenizer_of(name):
+            return padded_tokenizer(source)
         clip = package("open_clip", "open_clip").tokenizer.SimpleTokenizer()
         start, end = clip.all_special_ids
         bpe = BPE(models.BPE(clip.encoder, list(clip.bpe_ranks), end_of_word_suffix="</w>"))
@@ -476,44 +484,11 @@ def padded_tokenizer(name: str) -> BPE:
     return bpe
 
 
-class OpenClipDualText(OpenClipText):
-    """The text tower of a complete model, which may name a tokenizer of transformers."""
-
-    REFUSED = frozenset(("hf_model_name", "embed_cls", "tokenizer_kwargs"))
-
-    @classmethod
-    def describe(cls, name: str) -> dict:
-        config, source = cls.configuration(name)[0], cls.tokenizer_of(name)
-        return {"config": config} | (describe_tokenizer(source) if source else {})
-
-    @classmethod
-    def tokenizer_of(cls, name: str) -> str | None:
-        """The name or folder of its tokenizer for transformers; None for CLIP's own."""
-        folder = name.removeprefix("local-dir:")
-        found = cls.configuration(name)[0]["text_cfg"].get("hf_tokenizer_name")
-        return folder if found and folder != name else found
-
-    @classmethod
-    def tokenizer(cls, name: str) -> BPE:
-        source = cls.tokenizer_of(name)
-        return padded_tokenizer(source) if source else super().tokenizer(name)
-
-    def __init__(
-        self,
-        config: dict,
-        pad_id: int | None = None,
-        padding: int = 0,
-        tokenizer_files: dict | None = None,
-    ):
-        super().__init__(config)
-        self.pad_id, self.padding = pad_id or self.pad_id, padding
-
-
 IMAGE = {"efficientnet-lite0": EfficientNetLite0, "timm": Timm, "open_clip": OpenClipImage}
 TEXT = {"minilm": MiniLM, "hf": HuggingFace, "open_clip": OpenClipText}
 # both towers of one model, of `--pretrained`
 PROJECTED = {
-    "open_clip": (OpenClipImage, OpenClipDualText),
+    "open_clip": (OpenClipImage, OpenClipText),
     "hf": (HuggingFaceDualImage, HuggingFaceDualText),
 }
 

@@ -16,7 +16,7 @@ from ito.model.pretrained import (
     LOCAL,
     PROJECTED,
     OpenClip,
-    OpenClipDualText,
+    OpenClipText,
     naming,
     of_length,
     package,
@@ -103,7 +103,7 @@ def require_clip(pretrained: str, config: dict) -> None:
     image, text = config["vision_cfg"], config["text_cfg"]
     found = [name for name in ("timm_model_name", "attentional_pool") if image.get(name)]
     found += ["a ResNet"] if isinstance(image.get("layers"), list) else []
-    found += [name for name in sorted(OpenClipDualText.REFUSED) if text.get(name)]
+    found += [name for name in sorted(OpenClipText.REFUSED) if text.get(name)]
     if found:
         raise ValueError(
             f"--pretrained {pretrained} has {', '.join(found)}; expected a CLIP with a ViT and "

@@ -78,10 +78,7 @@ def points(title: str, groups: dict[str, tuple[Sequence[Point], Sequence[str], s
     above = 24 + 15 * ((len(groups) + 1) // 2)
     scale = (WIDTH - 16) / max(right - left, high - low, 1e-9)
     height = above + 16 + (high - low) * scale
-    parts = [
-        svg(title, height),
-        f'<text x="2" y="14" font-weight="600">{escaped(title)}</text>',
-    ]
+    parts = [svg(title, height), f'<text x="2" y="14" font-weight="600">{escaped(title)}</text>']
     for n, (name, (place, names, mark)) in enumerate(groups.items()):
         colour = COLOURS[n % len(COLOURS)]
         x, y = 2 + n % 2 * WIDTH // 2, 31 + n // 2 * 15

@@ -3,6 +3,8 @@
 `evaluate` has those that training logs, `evaluate_fully` those of `python -m ito.evaluate`.
 """
 
+from collections.abc import Sequence
+
 import torch
 
 from ito.data.dataset import Dataset
@@ -108,6 +110,25 @@ def evaluate_fully(
     return scores
 
 
+def classify(
+    model: DualEncoder,
+    tokenizer: Tokenizer,
+    pictures: torch.Tensor,
+    labels: torch.Tensor,
+    classes: list[str],
+    templates: Sequence[str],
+) -> dict[str, float]:
+    """Zero-shot accuracy of pictures uint8 (K, 3, S, S) with labels (K,) among named classes, by
+    the normalised mean of each class's normalised templates. Source: Radford et al. 2021, 3.1.4."""
+    emb = embed_classes(model, tokenizer, classes, templates)
+    return zero_shot(embed_images(model, pictures), emb, labels, intervals=True)
+
+
+def embed_classes(model, tokenizer, names: list[str], templates: Sequence[str]) -> torch.Tensor:
+    prompts = [[t.replace("{}", name) for name in names] for t in templates]
+    return ensemble(torch.stack([embed_texts(model, tokenizer(texts)) for texts in prompts], 1))
+
+
 def with_prefix(prefix: str, scores: dict[str, float]) -> dict[str, float]:
     return {f"{prefix}/{name}": value for name, value in scores.items()}
 
@@ -133,18 +154,12 @@ class Classes:
                 words[f"{grouping}s"] = [name.replace("-", " ") for name in known]
                 place = {name: n for n, name in enumerate(known)} | {None: -1}
                 self.index[f"{grouping}s"] = torch.tensor([place[name] for name in label])
-
-        def embed(texts: list[str]) -> torch.Tensor:
-            return embed_texts(model, tokenizer(texts))
-
-        self.plain = {kind: embed(texts) for kind, texts in words.items()}
+        self.plain = {kind: embed_texts(model, tokenizer(texts)) for kind, texts in words.items()}
         self.names = self.plain.get("names")
         if prompts:
+            own = (model, tokenizer)
             self.ensembles = {
-                kind: ensemble(
-                    torch.stack([embed([p.replace("{}", t) for t in texts]) for p in prompts], 1)
-                )
-                for kind, texts in words.items()
+                kind: embed_classes(*own, texts, prompts) for kind, texts in words.items()
             }
 
     def of(self, item: torch.Tensor, embeddings: dict[str, torch.Tensor]):

@@ -212,13 +212,14 @@ def check_pairs(name: str, pairs: torch.Tensor, first: int | None, second: int) 
 
 
 def zero_shot(
-    image_emb: torch.Tensor, class_emb: torch.Tensor, labels: torch.Tensor
+    image_emb: torch.Tensor, class_emb: torch.Tensor, labels: torch.Tensor, intervals: bool = False
 ) -> dict[str, float]:
     """Accuracy of the most similar class (Radford et al. 2021); a tie counts as wrong.
 
     image_emb (N, D), class_emb (C, D) one embedding per class, labels (N,) class indices.
-    `top1`, `top5`: the true class is the first, or among the first five; `mean_per_class`: top1
-    averaged over the classes that occur. `chance` is 1/C, `majority` the accuracy of always naming
+    `top1`, `top5`: the true class is the first, or among the first five; `top1/low` … with
+    `intervals`: the 95 % interval over the images (`bootstrap`); `mean_per_class`: top1 averaged
+    over the classes that occur. `chance` is 1/C, `majority` the accuracy of always naming
     the most frequent class. Raises ValueError if a label is not in [0, C).
     """
     check_ids("labels", labels, image_emb)
@@ -228,7 +229,13 @@ def zero_shot(
         )
     image = torch.arange(len(labels), device=labels.device)
     rank, _ = ranks(image_emb, class_emb, torch.stack([image, labels], 1))
-    return {
+    ends = {}
+    if intervals:
+        hit = rank[:, None] <= torch.tensor([1, 5], device=rank.device)
+        low, high = bootstrap(hit, torch.stack([image, image], 1))
+        for n, top in enumerate(("top1", "top5")):
+            ends |= {f"{top}/low": low[n].item(), f"{top}/high": high[n].item()}
+    return ends | {
         "top1": (rank == 1).double().mean().item(),
         "top5": (rank <= 5).double().mean().item(),
         "mean_per_class": mean_per_class(rank == 1, labels),

@@ -15,7 +15,7 @@ from PIL import Image
 from ito.data.dataset import Dataset
 from ito.files import read_text, undamaged, write_text
 from ito.model.exported import Encoder
-from ito.run import RunFolder
+from ito.run import BEST_BY, RunFolder
 from ito.scoring import charts
 from ito.scoring.charts import escaped
 from ito.scoring.embedded_split import EmbeddedSplit
@@ -27,7 +27,7 @@ from ito.summary import sentence
 QUERIES, SHOWN, MISTAKES = 8, 6, 12
 MAPPED = 300  # pairs in the map: more would hide each other
 # names, and endings of names, that are logged at every step but are no terms of the loss
-NOT_LOSSES = ("kind", "step", "logit_scale", "logit_bias", "grad_norm", "lr")
+NOT_LOSSES = ("kind", "step", "logit_scale", "logit_bias", "grad_norm", "lr", "loss_scale")
 NOT_LOSS_UNITS = ("seconds", "_per_second", "_norm", "_share", "_mib", "_ms")
 STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 68rem; margin: 2rem auto; padding: 0 1rem;
@@ -75,9 +75,12 @@ def write_report(run: Path, encoder: Encoder, dataset: Dataset, project: str = "
         streams = [r["skipped"] for r in records if r["kind"] == "stream"]
         curves = curve_charts(records, dataset.held_out_splits())
         tables = score_tables({"before": scores[0], "after": scores[-1]}) if scores else ""
+        best = files.log().best()
     parts = [
         f"<h1>{escaped(run.name)}</h1>",
-        f"<p>Step {encoder.step}, {len(dataset.items)} items, {len(dataset.images)} pictures, "
+        f"<p>Model of step {encoder.step}"
+        f"{f' (the best by {BEST_BY} is step {escaped(best)})' if best else ''}, "
+        f"{len(dataset.items)} items, {len(dataset.images)} pictures, "
         f"{len(dataset.skipped)} records skipped"
         f"{f'; {escaped(streams[-1])} of the stream trained on' if streams else ''}.</p>",
     ]

@@ -443,6 +443,18 @@ def hf_embeddings(transformers, folder, images):
     return *(row / row.norm(dim=1, keepdim=True) for row in rows), *scales
 
 
+def assert_sentence_transformers(folder, image, text):
+    """Where it is installed, it loads the folder and gives the same unit rows."""
+    try:
+        from sentence_transformers import SentenceTransformer
+    except ImportError:
+        return
+    theirs = SentenceTransformer(str(folder), device="cpu")
+    for inputs, want in ((pictures(32), image), (TEXTS, text)):
+        got = theirs.encode(inputs, convert_to_tensor=True)
+        torch.testing.assert_close(got, want, atol=1e-5, rtol=0)
+
+
 def test_a_model_of_transformers_is_kept_and_goes_back(dual, transformers, few, tmp_path):
     kind, folder = dual
     run = untrained(f"hf:{folder}", few, tmp_path, "--objective", kind)
@@ -472,6 +484,7 @@ def test_a_model_of_transformers_is_kept_and_goes_back(dual, transformers, few, 
     torch.testing.assert_close(model.encode_image(pictures(32)), image, atol=1e-5, rtol=0)
     torch.testing.assert_close(model.encode_text(TEXTS), text, atol=1e-5, rtol=0)
     assert model.model.logit_scale.item() == scale != SCALE[kind]
+    assert_sentence_transformers(back, image, text)
     before, after = (load_file(place / "model.safetensors") for place in (folder, back))
     assert {n: v.shape for n, v in before.items()} == {n: v.shape for n, v in after.items()}
     trained = [not torch.equal(before[n], after[n]) for n in before if n.endswith("proj.weight")]

@@ -227,7 +227,7 @@ def test_load_and_precision_name_what_is_wrong(tmp_path):
         ito.load(tmp_path)
     with pytest.raises(FileNotFoundError, match="nope holds no exported model because it does no"):
         ito.load(tmp_path / "nope")
-    with pytest.raises(ValueError, match="precision must be auto, bf16 or fp32, got 'fp8'"):
+    with pytest.raises(ValueError, match="precision must be auto, bf16, fp16 or fp32, got 'fp8'"):
         choose_precision("fp8", CPU)
 
 

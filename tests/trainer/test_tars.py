@@ -70,7 +70,7 @@ def test_the_caption_of_a_class_is_its_name(tmp_path, part, numbers):
 
 
 def test_an_exported_set_is_trained_on_and_classified(tmp_path, capsys, monkeypatch):
-    """Its classes are zero-shot classes, its templates the prompts."""
+    """Its classes are zero-shot classes, its templates the prompts if they are named."""
     folder = exported(tmp_path / "set")
     seen = []
     monkeypatch.setattr(evaluate, "evaluate_fully", lambda *args: seen.append(args) or full(*args))
@@ -80,9 +80,10 @@ def test_an_exported_set_is_trained_on_and_classified(tmp_path, capsys, monkeypa
     facts = json.loads((run / "data.json").read_text())
     assert [facts[name] for name in ("train_items", "val_items", "captions")] == [6, 3, 9]
     out = tmp_path / "scores.json"
-    evaluate.main([str(run), "--json", str(out)])
+    templates = ["--templates", str(folder / "zeroshot_classification_templates.txt")]
+    evaluate.main([str(run), "--json", str(out), *templates])
     assert json.loads(out.read_text())["test/zero_shot/names/classes"] == 3
-    evaluate.main([str(run), "--data", f"{folder}/test/{{0..0}}.tar"])
+    evaluate.main([str(run), "--data", f"{folder}/test/{{0..0}}.tar", *templates])
     evaluate.main([str(run), "--prompts", "one {}"])
     prompts = [list(args[-1]) for args in seen]
     assert prompts == [["a photo of a {}."], ["a photo of a {}."], ["one {}"]]
