@@ -18,8 +18,8 @@ def lines(
 ) -> list[dict]:
     """A chart of lines over training steps; [] if there is no finite point.
 
-    log: a logarithmic axis, if all values are above 0. Of a line with more than POINTS points, every
-    nth is drawn, including the last.
+    log: a logarithmic axis, if all values are above 0. Of a line with more than POINTS points,
+    every nth is drawn, including the last.
     """
     drawn = {name: thin([p for p in line if math.isfinite(p[1])]) for name, line in series.items()}
     drawn = {name: line for name, line in drawn.items() if line}
@@ -43,9 +43,7 @@ def lines(
         {
             "title": title,
             "about": about,
-            "told": "; ".join(
-                f"{n} from {x[0][1]:.3g} to {x[-1][1]:.3g}" for n, x in drawn.items()
-            ),
+            "told": "; ".join(f"{n}, {x[0][1]:.3g} to {x[-1][1]:.3g}" for n, x in drawn.items()),
             "y_name": f"{y_name}, logarithmic" if log else y_name,
             "x_name": "step",
             "y_ticks": [(down(y), f"{y:.6g}") for y in ticks],
@@ -69,7 +67,7 @@ def points(title: str, about: str, groups: dict[str, tuple[Sequence[Point], Sequ
     every = [p for place, _, _ in groups.values() for p in place]
     (left, right), (low, high) = ((min(axis), max(axis)) for axis in zip(*every, strict=True))
     scale = (WIDTH - 16) / max(right - left, high - low, 1e-9)
-    middle = WIDTH / 2 - (left + right) / 2 * scale
+    middle, top = WIDTH / 2 - (left + right) / 2 * scale, 8 + high * scale
     return {
         "title": title,
         "about": about,
@@ -77,13 +75,7 @@ def points(title: str, about: str, groups: dict[str, tuple[Sequence[Point], Sequ
         "height": round(16 + (high - low) * scale, 1),
         "legend": [(name, n % COLOURS, groups[name][2]) for n, name in enumerate(groups)],
         "points": [
-            (
-                n % COLOURS,
-                mark,
-                round(middle + x * scale, 1),
-                round(8 + (high - y) * scale, 1),
-                name,
-            )
+            (n % COLOURS, mark, *(round(c, 1) for c in (middle + x * scale, top - y * scale)), name)
             for n, (place, names, mark) in enumerate(groups.values())
             for (x, y), name in zip(place, names, strict=True)
         ],

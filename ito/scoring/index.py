@@ -90,9 +90,8 @@ class Near(NamedTuple):
         captions; from all, if the index has none of them."""
         dataset, encoder = index.dataset, index.encoder
         trained = torch.tensor([split == "train" for split in dataset.split])
-        rows, held = (
-            x.nonzero()[:, 0] for x in (trained | ~trained.any(), ~trained | trained.all())
-        )
+        none, every = ~trained.any(), trained.all()
+        rows, held = (x.nonzero()[:, 0] for x in (trained | none, ~trained | every))
         known, item = index.embeddings[rows], dataset.image_item[rows]
         captions = [text for n in item.unique().tolist() for text in dataset.captions[n]]
         texts = encoder.encode_text([captions[n] for n in spread(len(captions))])
@@ -136,8 +135,8 @@ class Near(NamedTuple):
         )
 
     def right(self, kind: str, cosines: torch.Tensor) -> list[float] | None:
-        """How likely each of the best matches (K,) of a "text" or a "picture" is right; None if that
-        is not known."""
+        """How likely each of the best matches (K,) of a "text" or a "picture" is right; None if
+        that is not known."""
         odds = getattr(self, f"{kind}_odds")
         return odds and (features(cosines) @ torch.tensor(odds).double()).sigmoid().tolist()
 

@@ -1,4 +1,4 @@
-"""`model/README.md`: the card of a run's model, as Hugging Face reads it, from the run's own record.
+"""`model/README.md`: the card of a run's model, as Hugging Face reads it, from the run's record.
 
 Its front matter holds nothing that others wrote; in the text below, that is escaped.
 """
@@ -19,10 +19,8 @@ from ito.summary import sentence
 def write_card(run: Path, folder: Path | None = None) -> None:
     """Write the card of the model that is in `folder`, by default the run's own."""
     files = RunFolder(run)
-    config, records = (
-        files.read_config(),
-        files.log().read("eval") if files.metrics.exists() else [],
-    )
+    config = files.read_config()
+    records = files.log().read("eval") if files.metrics.exists() else []
     folder = folder or files.model
     with undamaged(folder / ABOUT) as path:
         step = int(json.loads(read_text(path))["step"])

@@ -22,7 +22,7 @@ from ito.scoring.embedded_split import EmbeddedSplit
 from ito.scoring.metrics import image_text_pairs, ranks
 from ito.scoring.pages import render
 from ito.scoring.projections import PROJECTIONS
-from ito.scoring.scores import DIRECTIONS, KS, headlines, sections, title
+from ito.scoring.scores import DIRECTIONS, KS, headlines, sections
 from ito.summary import sentence
 
 QUERIES, SHOWN, CAPTIONS, MISTAKES = 8, 6, 5, 12
@@ -36,12 +36,12 @@ LOGGED = {  # their titles, axes, and what they are
     "grad_norm": (
         "Gradient norm",
         "norm",
-        "Length of the gradient of all weights, before clipping.",
+        "The gradient's length before clipping.",
     ),
     "lr": (
         "Learning rate",
         "rate",
-        "It rises during the warm-up, then falls to 0 by the last step.",
+        "It rises, then falls to 0 by the last step.",
     ),
 }
 
@@ -54,16 +54,12 @@ def write_report(run: Path, encoder: Encoder, dataset: Dataset, project: str = "
     files = RunFolder(run)
     records = files.log().read()
     splits = dataset.held_out_splits()
-    about = [
-        f"{len(dataset.items)} items, {len(dataset.images)} pictures, {len(dataset.skipped)} records "
-        "skipped."
-    ]
+    counts = f"{len(dataset.items)} items, {len(dataset.images)} pictures"
+    about = [f"{counts}, {len(dataset.skipped)} records skipped."]
     with undamaged(files.metrics):
         scores = [r for r in records if r["kind"] == "eval"]
         streams = [r["skipped"] for r in records if r["kind"] == "stream"]
-        about += (
-            [f"{streams[-1]} records of the stream trained on were skipped."] if streams else []
-        )
+        about += [f"{number} records of the stream were skipped." for number in streams[-1:]]
         curves = curve_charts(records, splits)
         tables = sections({"before": scores[0], "after": scores[-1]}) if scores else []
         told = headlines(scores[-1]) if scores else ["No scores are logged yet."]
@@ -76,14 +72,10 @@ def write_report(run: Path, encoder: Encoder, dataset: Dataset, project: str = "
         if path.exists():
             with undamaged(path):
                 settings.append((name, flat(json.loads(read_text(path)))))
-    views = [
-        answers(
-            EmbeddedSplit(dataset.rows(split), encoder.model, encoder.tokenizer, dataset),
-            split,
-            project,
-        )
-        for split in splits[:SPLITS]
-    ]
+    views = []
+    for split in splits[:SPLITS]:
+        view = EmbeddedSplit(dataset.rows(split), encoder.model, encoder.tokenizer, dataset)
+        views.append(answers(view, split, project))
     left_out = f" Shown: {SPLITS} of {len(splits)} splits." if len(splits) > SPLITS else ""
     page = render(
         "report.html",

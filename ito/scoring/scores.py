@@ -50,7 +50,7 @@ def sections(columns: dict[str, dict[str, float]]) -> list[Section]:
     return found
 
 
-KEPT_OUT = {  # what the pictures of the emoji sets' splits are; of others only that they are held out
+KEPT_OUT = {  # what the splits of the emoji sets are
     "heldout_style": "new drawings of concepts that were trained on",
     "heldout_concept": "concepts that were not trained on",
 }

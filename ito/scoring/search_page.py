@@ -43,10 +43,10 @@ QUERY = 1000  # characters: several times what a model's context holds
 QUERIES = 16
 UPLOAD = 20_000_000  # bytes
 WORTH = {  # what a score is, by the kind of the query
-    "text": "Per cent: about how often such a match is right, measured with the run's own captions "
-    "that were kept out of training.",
-    "picture": "Per cent: about how often such a match shows the same item, measured with the run's "
-    "own pictures that were kept out of training.",
+    "text": "Per cent: about how often such a match is right, measured with the run's own "
+    "captions that were kept out of training.",
+    "picture": "Per cent: about how often such a match shows the same item, measured with the "
+    "run's own pictures that were kept out of training.",
 }
 PARTS = 16  # of an uploaded form, that are looked at; the page's own has one
 HEADERS = {  # of every answer: no scripts, nothing from elsewhere, in no other page
