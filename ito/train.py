@@ -173,8 +173,8 @@ def run_options(parser: argparse.ArgumentParser) -> None:
         choices=tuple(LIBRARIES),
         nargs="+",
         default=[],
-        help="send what is logged to these as well (extras of their names); with --resume, name them "
-        "again",
+        help="send what is logged to these as well (extras of their names); name them again with "
+        "--resume",
     )
     group.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: a GPU if there is one)")
     group.add_argument(

@@ -1,7 +1,6 @@
 """Data with equal and with several captions: what counts as right, in scores, tables and report."""
 
 import json
-import re
 from pathlib import Path
 
 import numpy as np
