@@ -157,18 +157,13 @@ def maps(view: EmbeddedSplit, split: str, project: str) -> list[dict]:
     found = [charts.points(f"{split}: images and texts", about, modality)]
     group = charts.most_frequent([view.dataset.group[n] or "none" for n in items])
     if len(set(group)) > 1:
-        by_group = {
-            label: pick(images, names, [g == label for g in group])
-            for label in sorted(set(group), key=lambda label: (label in ("none", "other"), label))
-        }
+        by_group = {}
+        for label in sorted(set(group), key=lambda label: (label in ("none", "other"), label)):
+            own = [n for n, other in enumerate(group) if other == label]
+            by_group[label] = [images[n] for n in own], [names[n] for n in own], "●"
         about = "The images of the same map, coloured by the group of their item."
         found.append(charts.points(f"{split}: images by group", about, by_group))
     return found
-
-
-def pick(places, names, chosen: list[bool]):
-    kept = [n for n, yes in enumerate(chosen) if yes]
-    return [places[n] for n in kept], [names[n] for n in kept], "●"
 
 
 def text_to_image(view: EmbeddedSplit) -> list[dict]:
@@ -206,15 +201,9 @@ def mistakes(view: EmbeddedSplit) -> list[dict]:
         cosines[view.right(p)] = -torch.inf
         wrong = int(cosines.argmax())
         other = view.picture_of(int(view.item_text[view.item_text[:, 1] == wrong][0, 0]))
-        found.append(
-            {
-                "own": picture(view, p),
-                "rank": int(rank[p]),
-                "captions": len(view.captions),
-                "taken": view.captions[wrong][:300],
-                "other": picture(view, other),
-            }
-        )
+        taken = {"taken": view.captions[wrong][:300], "other": picture(view, other)}
+        rank_of = {"rank": int(rank[p]), "captions": len(view.captions)}
+        found.append({"own": picture(view, p)} | rank_of | taken)
     return found
 
 

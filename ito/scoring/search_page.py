@@ -42,12 +42,6 @@ EXAMPLES = 6  # of queries
 QUERY = 1000  # characters: several times what a model's context holds
 QUERIES = 16
 UPLOAD = 20_000_000  # bytes
-WORTH = {  # what a score is, by the kind of the query
-    "text": "Per cent: about how often such a match is right, measured with the run's own "
-    "captions that were kept out of training.",
-    "picture": "Per cent: about how often such a match shows the same item, measured with the "
-    "run's own pictures that were kept out of training.",
-}
 PARTS = 16  # of an uploaded form, that are looked at; the page's own has one
 HEADERS = {  # of every answer: no scripts, nothing from elsewhere, in no other page
     "content-security-policy": "default-src 'none'; img-src 'self'; style-src 'unsafe-inline'; "
@@ -65,6 +59,7 @@ def application(index: Index, near: Near | None = None, seen: bool = False) -> S
     or a line break between them. A picture is posted to `/` as the file of a form.
     `/picture/N` is a picture as PNG."""
     count, examples = len(index.dataset.images), examples_of(index.dataset)
+    splits = index.dataset.split
 
     def number(text: str) -> int | None:
         """The number of a picture, or None; `int` raises at thousands of digits."""
@@ -110,22 +105,13 @@ def application(index: Index, near: Near | None = None, seen: bool = False) -> S
     def results(kind: str, title: str, query: torch.Tensor, itself: int | None = None) -> dict:
         without = None if itself is None else torch.tensor([itself])
         cosines, found = (x[0] for x in index.search(query, SHOWN, without))
-        right = near.right(kind, cosines) if near else None
+        right = (near and near.right(kind, cosines)) or [None] * len(found)
         tiles = [
-            {
-                "picture": picture,
-                "name": index.name(picture),
-                "score": f"{cosine:.3f}" if right is None else f"{right[n]:.0%}",
-                "cosine": f"cosine {cosine:.3f}",
-                "seen": seen and index.dataset.split[picture] == "train",
-            }
-            for n, (cosine, picture) in enumerate(
-                zip(cosines.tolist(), found.tolist(), strict=True)
-            )
+            (picture, index.name(picture), cosine, share, seen and splits[picture] == "train")
+            for picture, cosine, share in zip(found.tolist(), cosines.tolist(), right, strict=True)
         ]
-        doubt = near.doubt(kind, cosines[0].item()) if near and tiles else ""
-        about = WORTH[kind] if right else "The number is the cosine."
-        return {"title": title, "tiles": tiles, "doubt": doubt, "about": about, "picture": itself}
+        doubt = near.doubt(kind, tiles[0][2]) if near and tiles else ""
+        return {"title": title, "kind": kind, "tiles": tiles, "doubt": doubt, "picture": itself}
 
     def page(texts: list[str], found: list[dict]) -> HTMLResponse:
         text = " | ".join(texts)
