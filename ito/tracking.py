@@ -1,9 +1,12 @@
 """`--report-to`: what a run logs goes to TensorBoard or Weights & Biases as well, by their own
 libraries. Options of either are those of its environment variables (`WANDB_MODE=offline`, ...)."""
 
+import secrets
 from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path
+
+from ito.files import read_text, write_text
 
 LIBRARIES = {"tensorboard": "torch.utils.tensorboard", "wandb": "wandb"}
 
@@ -23,8 +26,11 @@ def open_tracker(name: str, run: Path, config: dict, step: int) -> tuple[Callabl
     step: of the checkpoint that the run goes on from; TensorBoard drops what it has of later steps.
     """
     library = import_library(name)
-    if name == "wandb":  # "auto": goes on with the run of this folder, if that did not end
-        begun = library.init(dir=run, name=run.name, config=config, resume="auto")
+    if name == "wandb":  # its files hold links, which a run folder must not
+        own = run / "wandb.txt"
+        if not step or not own.exists():
+            write_text(own, secrets.token_hex(4))
+        begun = library.init(id=read_text(own), name=run.name, config=config, resume="allow")
         return begun.log, begun.finish
     writer = library.SummaryWriter(str(run / name), purge_step=step + 1 if step else None)
 

@@ -57,6 +57,7 @@ def test_tensorboard_has_the_values_of_the_log(data, tmp_path):
 def test_wandb_has_the_values_of_the_log(data, tmp_path, monkeypatch):
     wandb = pytest.importorskip("wandb", reason="the extra `wandb` is not installed")
     monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_DIR", str(tmp_path))
     sent, begin = {}, wandb.init
 
     def init(**options):
@@ -75,8 +76,12 @@ def test_wandb_has_the_values_of_the_log(data, tmp_path, monkeypatch):
     options = ["--train-data", str(data), "--out", str(run), *QUICK, "--report-to", "wandb"]
     train.main(options)
     assert sent == logged(run)
-    assert [*run.glob("wandb/offline-run-*/*.wandb")]
-    search.main([str(run), "red cat"])  # its links do not lead out of the folder
+    train.main(["--resume", str(run), "--steps", "8", "--report-to", "wandb"])
+    assert sent == logged(run)
+    files = [*tmp_path.glob("wandb/offline-run-*/*.wandb")]
+    assert len(files) == 2
+    assert {file.stem for file in files} == {f"run-{(run / 'wandb.txt').read_text()}"}
+    search.main([str(run), "red cat"])  # which refuses a folder with links out of it
 
 
 def test_a_run_ends_with_its_result_and_what_to_do_next(data, tmp_path, capsys):
