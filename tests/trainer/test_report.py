@@ -46,7 +46,13 @@ def test_the_report_is_one_file_with_everything_in_it(run, data):
     assert not re.findall(r'(?:src|href)="(?!data:|#)|url\(|@import|https?://', page)
     for target in re.findall(r'href="#(\w+)"', page):
         assert page.count(f'id="{target}"') == 1
-    order = ['class="lead"', "worst mistakes", "Training loss", "<table>", "style: images and texts"]
+    order = [
+        'class="lead"',
+        "worst mistakes",
+        "Training loss",
+        "<table>",
+        "style: images and texts",
+    ]
     assert [*map(page.index, order)] == sorted(map(page.index, order))
     for tag in re.findall("<img [^>]+>", page):  # nothing moves while the page loads
         assert re.search(r'width="\d+" height="\d+" alt="[^"]+"', tag)
