@@ -12,6 +12,7 @@ from ito.cli import Parser, output_path, shown, user_errors
 from ito.files import follow_links, undamaged
 from ito.model.exported import built, export, saved_tokenizer
 from ito.run import BEST_BY, RunFolder, locked, refuse_strange
+from ito.scoring.model_card import write_card
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -64,6 +65,8 @@ def main(arguments: list[str] | None = None) -> None:
             refuse_strange(options.run)
         with locked(options.run) if own else nullcontext():
             export(model, tokenizer, load_size, step, out, fit)
+            if run.config.exists():
+                write_card(options.run, out)
             if options.onnx:
                 from ito.model.onnx import export_onnx
 

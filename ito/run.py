@@ -64,6 +64,7 @@ class RunFolder:
         self.metrics = self.path / "metrics.jsonl"
         self.checkpoints = self.path / "checkpoints"
         self.model = self.path / "model"
+        self.card = self.model / "README.md"
         self.report = self.path / "report.html"
 
         self.index = self.path / "index"

@@ -104,7 +104,7 @@ def main(arguments: list[str] | None = None) -> None:
         index = Index.open(options.run, encoder, dataset)
         near = open_near(options, encoder, index)
         if options.serve is not None:
-            serve(index, near, options.serve)
+            serve(index, near, options.data is None and not config.val_data, options.serve)
             return
         scores, found = index.search(torch.cat([emb for _, emb in queries]), options.k)
         titles = []

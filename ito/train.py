@@ -8,6 +8,8 @@ import argparse
 import dataclasses
 import json
 import platform
+import re
+import shlex
 import signal
 import sys
 import time
@@ -51,8 +53,9 @@ from ito.run import (
     stoppable,
 )
 from ito.scoring.evaluation import evaluate
+from ito.scoring.model_card import write_card
 from ito.scoring.report_page import write_report
-from ito.scoring.scores import DIRECTIONS, table
+from ito.scoring.scores import DIRECTIONS, headlines, table
 from ito.sharding import load_shards, save_shards
 from ito.source import open_data
 from ito.stream import Stream, first_captions
@@ -69,6 +72,7 @@ from ito.summary import (
     sentence,
     summarise,
 )
+from ito.tracking import LIBRARIES, import_library, open_tracker
 from ito.trainer import Trainer
 
 
@@ -81,6 +85,8 @@ def main(arguments: list[str] | None = None) -> Path:
             # the options
             with ranks.together(), ranks.quiet():
                 options = parser.parse_args(arguments)
+                for name in options.report_to:
+                    import_library(name)
                 if options.resume:
                     folder, config = options.resume, resumed_config(options)
                 else:
@@ -112,6 +118,8 @@ def main(arguments: list[str] | None = None) -> Path:
                     held.enter_context(created(folder, named=options.out is not None))
             model = run.trainer.whole_model()
             with ranks.together():
+                if ranks.leads:
+                    run.track()
                 if ranks.leads and not run.resumed:
                     with resumable(folder):
                         run.begin(model)
@@ -175,6 +183,14 @@ def run_options(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument(
         "--compile", action="store_true", help="compile the towers with torch.compile"
+    )
+    group.add_argument(
+        "--report-to",
+        choices=tuple(LIBRARIES),
+        nargs="+",
+        default=[],
+        help="send what is logged to these as well (extras of their names); name them again with "
+        "--resume",
     )
     group.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: a GPU if there is one)")
     group.add_argument(
@@ -267,6 +283,7 @@ class Run:
         self.eval_data, self.train_data = eval_data, train_data
         self.files = RunFolder(folder)
         self.log = self.files.log()
+        self.report_to, self.trackers = options.report_to, []
         self.first_step = 0
         self.stopped_by: int | None = None  # the number of a signal
 
@@ -502,7 +519,17 @@ class Run:
         write_text(self.files.environment, json.dumps(self.environment(), indent=2) + "\n")
         write_text(self.files.data, json.dumps(self.facts, indent=2, ensure_ascii=False) + "\n")
         self.log.start()
-        self.log.write("eval", 0, untrained)
+        self.write("eval", 0, untrained)
+
+    def track(self) -> None:
+        """Begin with what --report-to names."""
+        given = self.report_to, self.folder, self.config.flat(), self.first_step
+        self.trackers = [open_tracker(name, *given[1:]) for name in given[0]]
+
+    def write(self, kind: str, step: int, values: dict[str, float]) -> None:
+        self.log.write(kind, step, values)
+        for log, _ in self.trackers:
+            log({f"{kind}/{name}": value for name, value in values.items()}, step)
 
     def train(self) -> int:
         """Train to `config.steps`, or until a signal stops any rank. Returns the steps done."""
@@ -524,7 +551,7 @@ class Run:
                     bar.write(f"time       {told}, evaluations not included", sys.stdout)
                 if self.ranks.leads and (last or step % config.log_every == 0):
                     speed = self.speed(step, time.perf_counter() - began)
-                    self.log.write("train", step, terms | speed)
+                    self.write("train", step, terms | speed)
                     bar.set_postfix_str(progress(terms, speed["images_per_second"]), refresh=False)
                 scored = last or step % config.eval_every == 0
                 saved = last or step % config.checkpoint_every == 0
@@ -570,7 +597,7 @@ class Run:
 
     def evaluate(self, step: int, model: DualEncoder, last: bool) -> bool:
         """Log the scores. Whether they are better than those of all steps before."""
-        self.log.write("eval", step, self.scores(model, last))
+        self.write("eval", step, self.scores(model, last))
         return self.log.best() == step
 
     def checkpoint(self, step: int, model: DualEncoder) -> None:
@@ -595,7 +622,10 @@ class Run:
         save_checkpoint(self.files.checkpoints, step, state, self.log.best())
 
     def finish(self, step: int, seconds: float) -> None:
-        """Write the report and print the scores; or, of a stopped run, how to continue it."""
+        """Write the report and the model's card and print the scores; or, of a stopped run, how to
+        continue it."""
+        for _, close in self.trackers:
+            close(int(step < self.config.steps))
         if step < self.config.steps:
             print(f"stopped after step {step}; continue with: {resume_command(self.folder)}")
             return
@@ -603,9 +633,11 @@ class Run:
         if self.config.stream and trained:
             self.log.write("stream", step, {"skipped": len(self.train_data.skipped)})
         report = write_report(self.folder, load(self.folder), self.eval_data)
+        write_card(self.folder)
         if evaluations := self.log.read("eval"):
             with undamaged(self.log.path):
                 scores = table({"before": evaluations[0], "after": evaluations[-1]})
+                result = headlines(evaluations[-1])[0]
             print(scores)
         if trained:
             compute = 1 - self.trainer.input_seconds / self.trainer.seconds
@@ -622,6 +654,17 @@ class Run:
             print(f"best       step {best} by {BEST_BY}; the model is of step {step}: {command}")
         print(f"metrics    {shown(self.log.path)}")
         print(f"report     {shown(report)}")
+        if evaluations:
+            print(f"result     {one_line(result)}")
+        folder = shown(Path(shlex.quote(str(self.folder))))
+        print(f'next       python -m ito.search {folder} "{example(self.eval_data)}"')
+        print(f"           python -m ito.evaluate {folder} --data YOUR_PICTURES")
+
+
+def example(data: Dataset) -> str:
+    """A held-out name that a shell reads as it is, or else any words."""
+    names = (data.captions[n][0] for n in data.image_item[data.rows(data.held_out_splits()[0])])
+    return next((name for name in names if re.fullmatch(r"[\w ]{3,40}", name)), "a red flag")
 
 
 def duration(seconds: float) -> str:

@@ -1,111 +1,92 @@
-"""Charts of a report as inline SVG: lines over training steps, and a map of points."""
+"""Where the parts of a report's figures are: lines over training steps, and a map of points.
 
-import html
+`report.html` draws them. Coordinates are in units of the drawing, from its upper left corner.
+"""
+
 import math
+from collections import Counter
 from collections.abc import Sequence
 
-from ito.cli import one_line
-
-COLOURS = ("#2463a8", "#c4572b", "#3d8a4f", "#7a4fa3", "#a88b24", "#28a0ae", "#c2417c", "#6b4226")
-COLOURS += ("#8cb82b", "#777777")
 POINTS = 300  # per line: more cannot be distinguished at this width
-WIDTH, HEIGHT = 320, 190
+COLOURS = 10  # that pages.css has
+WIDTH, HEIGHT, LEFT, TOP, BOTTOM = 320, 190, 46, 22, 158
 Point = tuple[float, float]
 
 
-def escaped(text: object, limit: int = 2000) -> str:
-    """Any value as text of a page or of an attribute's value: without markup and control
-    characters."""
-    return html.escape(one_line(str(text), limit))
+def lines(
+    title: str, y_name: str, about: str, series: dict[str, list[Point]], log: bool = False
+) -> list[dict]:
+    """A chart of lines over training steps; [] if there is no finite point.
 
-
-def lines(title: str, series: dict[str, list[Point]]) -> str:
-    """A chart of lines over training steps; "" if there is no finite point.
-
-    Of a line with more than POINTS points, every nth is drawn, including the last.
+    log: a logarithmic axis, if all values are above 0. Of a line with more than POINTS points,
+    every nth is drawn, including the last.
     """
     drawn = {name: thin([p for p in line if math.isfinite(p[1])]) for name, line in series.items()}
-    points = [point for line in drawn.values() for point in line]
-    if not points:
-        return ""
-    right = max(x for x, _ in points) or 1
-    low, high = (f(y for _, y in points) for f in (min, max))
-    step = round_step((max(high, 0) - min(low, 0)) or 1)
-    bottom, top = math.floor(min(low, 0) / step) * step, math.ceil(max(high, 0) / step) * step
-    top = top if top > bottom else bottom + step
-    many = len(drawn) > 1
-    left, above = 46, 44 if many else 26
-    inner_width, inner_height = WIDTH - left - 10, HEIGHT - above - 22
+    drawn = {name: line for name, line in drawn.items() if line}
+    values = [y for line in drawn.values() for _, y in line]
+    if not values:
+        return []
+    log = log and min(values) > 0
+    ticks = (log_ticks if log else even_ticks)(min(values), max(values))
+    scale = math.log10 if log else float
+    low, high = scale(ticks[0]), scale(ticks[-1])
+    last = max(x for line in drawn.values() for x, _ in line) or 1
 
-    def place(x: float, y: float) -> str:
-        down = above + (1 - (y - bottom) / (top - bottom)) * inner_height
-        return f"{left + x / right * inner_width:.1f},{down:.1f}"
+    def across(x: float) -> float:
+        return round(LEFT + x / last * (WIDTH - 10 - LEFT), 1)
 
-    parts = [svg(title), f'<text x="2" y="14" font-weight="600">{escaped(title)}</text>']
-    for n in range(round((top - bottom) / step) + 1):
-        value = bottom + n * step
-        y = place(0, value).split(",")[1]
-        parts.append(
-            f'<path d="M{left},{y}H{WIDTH - 10}" stroke="#e4e4e0"/>'
-            f'<text x="{left - 5}" y="{float(y) + 4:.1f}" text-anchor="end" fill="#666">'
-            f"{value:.6g}</text>"
-        )
-    base = HEIGHT - 6
-    parts.append(f'<text x="{left}" y="{base}" fill="#666">0</text>')
-    parts.append(
-        f'<text x="{WIDTH - 10}" y="{base}" text-anchor="end" fill="#666">step {right:g}</text>'
-    )
-    at = 2.0
-    for n, (name, line) in enumerate(drawn.items()):
-        colour = COLOURS[n % len(COLOURS)]
-        if len(line) == 1:
-            x, y = place(*line[0]).split(",")
-            parts.append(f'<circle cx="{x}" cy="{y}" r="2.5" fill="{colour}"/>')
-        path = " ".join(place(x, y) for x, y in line)
-        parts.append(
-            f'<polyline points="{path}" fill="none" stroke="{colour}" stroke-width="1.6"/>'
-        )
-        if many:
-            parts.append(f'<text x="{at:.0f}" y="31" fill="{colour}">{escaped(name)}</text>')
-            at += 12 + 6.2 * len(name)
-    return "".join([*parts, "</svg>"])
+    def down(y: float) -> float:
+        return round(TOP + (high - scale(y)) / (high - low) * (BOTTOM - TOP), 1)
+
+    steps = [x for x in even_ticks(0, last) if x < 0.85 * last]
+    return [
+        {
+            "title": title,
+            "about": about,
+            "told": "; ".join(f"{n}, {x[0][1]:.3g} to {x[-1][1]:.3g}" for n, x in drawn.items()),
+            "y_name": f"{y_name}, logarithmic" if log else y_name,
+            "x_name": "step",
+            "y_ticks": [(down(y), f"{y:.6g}") for y in ticks],
+            "x_ticks": [(across(x), f"{x:.6g}") for x in [*steps, last]],
+            "legend": [(name, n % COLOURS, "━") for n, name in enumerate(drawn) if len(drawn) > 1],
+            "lines": [
+                (n % COLOURS, [(across(x), down(y)) for x, y in line])
+                for n, line in enumerate(drawn.values())
+            ],
+            "width": WIDTH,
+            "height": HEIGHT,
+            "left": LEFT,
+            "right": WIDTH - 10,
+            "bottom": BOTTOM,
+        }
+    ]
 
 
-def points(title: str, groups: dict[str, tuple[Sequence[Point], Sequence[str], str]]) -> str:
-    """A map; `groups[name]` has points, their names (shown on hover) and the marker "o" or "x"."""
+def points(title: str, about: str, groups: dict[str, tuple[Sequence[Point], Sequence[str], str]]):
+    """A map; `groups[name]` has points, their names (shown on hover) and the marker "●" or "×"."""
     every = [p for place, _, _ in groups.values() for p in place]
     (left, right), (low, high) = ((min(axis), max(axis)) for axis in zip(*every, strict=True))
-    above = 24 + 15 * ((len(groups) + 1) // 2)
     scale = (WIDTH - 16) / max(right - left, high - low, 1e-9)
-    height = above + 16 + (high - low) * scale
-    parts = [svg(title, height), f'<text x="2" y="14" font-weight="600">{escaped(title)}</text>']
-    for n, (name, (place, names, mark)) in enumerate(groups.items()):
-        colour = COLOURS[n % len(COLOURS)]
-        x, y = 2 + n % 2 * WIDTH // 2, 31 + n // 2 * 15
-        parts.append(f'<text x="{x}" y="{y}" fill="{colour}">{escaped(name)}</text>')
-        parts.append(
-            f'<g fill="{colour}" stroke="none" opacity="0.65">'
-            if mark == "o"
-            else f'<g fill="none" stroke="{colour}" stroke-width="1.2" opacity="0.65">'
-        )
-        for (x, y), about in zip(place, names, strict=True):
-            cx, cy = WIDTH / 2 + (x - (left + right) / 2) * scale, above + 8 + (high - y) * scale
-            about = f"<title>{escaped(about)}</title>"
-            cross = f"M{cx - 2.4:.1f},{cy - 2.4:.1f}l4.8,4.8m0,-4.8l-4.8,4.8"
-            parts.append(
-                f'<circle cx="{cx:.1f}" cy="{cy:.1f}" r="2.6">{about}</circle>'
-                if mark == "o"
-                else f'<path d="{cross}">{about}</path>'
-            )
-        parts.append("</g>")
-    return "".join([*parts, "</svg>"])
+    middle, top = WIDTH / 2 - (left + right) / 2 * scale, 8 + high * scale
+    return {
+        "title": title,
+        "about": about,
+        "width": WIDTH,
+        "height": round(16 + (high - low) * scale, 1),
+        "legend": [(name, n % COLOURS, groups[name][2]) for n, name in enumerate(groups)],
+        "points": [
+            (n % COLOURS, mark, *(round(c, 1) for c in (middle + x * scale, top - y * scale)), name)
+            for n, (place, names, mark) in enumerate(groups.values())
+            for (x, y), name in zip(place, names, strict=True)
+        ],
+    }
 
 
-def svg(title: str, height: float = HEIGHT) -> str:
-    return (
-        f'<svg viewBox="0 0 {WIDTH} {height:.0f}" role="img" aria-label="{escaped(title)}" '
-        'font-family="system-ui, sans-serif" font-size="11">'
-    )
+def most_frequent(labels: Sequence[str]) -> list[str]:
+    """Each label, in the order of the alphabet, or "other" for those that have no colour left."""
+    kept = {label for label, _ in Counter(labels).most_common(COLOURS - 1)}
+    kept = set(labels) if len(set(labels)) <= COLOURS else kept
+    return [label if label in kept else "other" for label in labels]
 
 
 def thin(line: list[Point]) -> list[Point]:
@@ -113,7 +94,26 @@ def thin(line: list[Point]) -> list[Point]:
     return line[::-1][::every][::-1]
 
 
-def round_step(span: float) -> float:
-    """1, 2 or 5 times a power of ten, so that the span has three to seven steps."""
+def even_ticks(low: float, high: float) -> list[float]:
+    """Multiples of 1, 2 or 5 times a power of ten, from below both 0 and `low` to above `high`; the
+    span has three to seven steps."""
+    low, high = min(low, 0), max(high, 0)
+    span = (high - low) or 1
     power = 10.0 ** math.floor(math.log10(span / 3))
-    return max(step for step in (power, 2 * power, 5 * power) if step <= span / 3 * 1.0001)
+    step = max(step for step in (power, 2 * power, 5 * power) if step <= span / 3 * 1.0001)
+    first, last = math.floor(low / step), math.ceil(high / step)
+    return [n * step for n in range(first, max(last, first + 1) + 1)]
+
+
+def log_ticks(low: float, high: float) -> list[float]:
+    """Powers of ten, at most nine of them, from below `low` to above `high`; within two decades
+    their double and fivefold too."""
+    first, last = math.floor(math.log10(low)), math.ceil(math.log10(high))
+    last = max(last, first + 1)
+    every = -(-(last - first) // 7)
+    parts = (1, 2, 5) if last - first <= 2 else (1,)
+    ends = range(first, last + every, every)
+    ticks = [part * 10.0**n for n in ends for part in parts]
+    below = max((tick for tick in ticks if tick <= low), default=ticks[0])
+    above = min((tick for tick in ticks if tick >= high), default=ticks[-1])
+    return [tick for tick in ticks if below <= tick <= above] if below < above else ticks

@@ -10,7 +10,6 @@ import dataclasses
 import importlib.util
 import json
 import math
-import re
 import statistics
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -29,6 +28,7 @@ from ito.objectives import OPTIONS
 from ito.run import RunFolder, refuse_commands
 from ito.scoring.cost import StepCost, step_costs
 from ito.scoring.embedded_split import EmbeddedSplit
+from ito.scoring.pages import plain_text
 from ito.scoring.projections import PROJECTIONS
 from ito.source import open_dataset
 
@@ -195,11 +195,6 @@ def rows(header: list[str], lines: list[list[str]]) -> str:
     table = [[*map(plain_text, header)], ["---"] * len(header)]
     table += [[*map(plain_text, line)] for line in lines]
     return "\n".join(f"| {' | '.join(line)} |" for line in table)
-
-
-def plain_text(text: object) -> str:
-    """Without markup: names of folders and of splits may be others'."""
-    return re.sub(r"[\\`*<>|\[\]!&]", r"\\\g<0>", one_line(str(text), 2000))
 
 
 def spread(values: list[float], form: Callable[[float], str]) -> str:

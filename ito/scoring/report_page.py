@@ -1,7 +1,7 @@
-"""`report.html` of a run, a self-contained file.
+"""`report.html` of a run, a self-contained file: `report.html` beside this file is its template.
 
-Scores, curves, a map of both modalities, search results, the worst mistakes, the configuration and
-the machine. The page loads nothing over the network.
+What the scores mean in a sentence, answers and mistakes, curves, scores, a map of both modalities,
+the configuration and the machine. The page loads nothing over the network.
 """
 
 import base64
@@ -10,6 +10,7 @@ import json
 from pathlib import Path
 
 import torch
+from markupsafe import Markup
 from PIL import Image
 
 from ito.data.dataset import Dataset
@@ -17,50 +18,32 @@ from ito.files import read_text, undamaged, write_text
 from ito.model.exported import Encoder
 from ito.run import BEST_BY, RunFolder
 from ito.scoring import charts
-from ito.scoring.charts import escaped
 from ito.scoring.embedded_split import EmbeddedSplit
 from ito.scoring.metrics import image_text_pairs, ranks
+from ito.scoring.pages import render
 from ito.scoring.projections import PROJECTIONS
-from ito.scoring.scores import DIRECTIONS, sections
+from ito.scoring.scores import DIRECTIONS, KS, headlines, sections
 from ito.summary import sentence
 
-QUERIES, SHOWN, MISTAKES = 8, 6, 12
+QUERIES, SHOWN, CAPTIONS, MISTAKES = 8, 6, 5, 12
+SPLITS = 3  # that answers and a map are shown of: each takes up to 0.8 MB
 MAPPED = 300  # pairs in the map: more would hide each other
 # names, and endings of names, that are logged at every step but are no terms of the loss
 NOT_LOSSES = ("kind", "step", "logit_scale", "logit_bias", "grad_norm", "lr", "loss_scale")
 NOT_LOSS_UNITS = ("seconds", "_per_second", "_norm", "_share", "_mib", "_ms")
-STYLE = """
-body { font: 15px/1.5 system-ui, sans-serif; max-width: 68rem; margin: 2rem auto; padding: 0 1rem;
-       color: #222; background: #fff; }
-h1 { font-size: 1.5rem; overflow-wrap: anywhere; } h2 { font-size: 1.2rem; margin-top: 2.4rem; }
-h3 { font-size: 1rem; margin: 1.4rem 0 .4rem; } p { max-width: 46rem; }
-table { border-collapse: collapse; font-size: 13px; font-variant-numeric: tabular-nums; }
-th, td { padding: .15rem .5rem; text-align: right; border-bottom: 1px solid #eee; }
-th:first-child, td:first-child { text-align: left; padding-left: 0; }
-.wide { overflow-x: auto; }
-.grid { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(19rem, 100%), 1fr));
-        gap: 1rem 1.5rem; }
-.grid svg { width: 100%; max-width: 26rem; height: auto; }
-img { display: block; width: 100%; max-width: 64px; aspect-ratio: 1; box-sizing: border-box;
-      border: 3px solid #ddd; border-radius: 4px; }
-.right img { border-color: #3d8a4f; }
-figure { margin: 0; min-width: 0; font-size: 11px; line-height: 1.3; }
-.name { display: block; white-space: nowrap; overflow: hidden; text-overflow: ellipsis; }
-.query { display: grid; grid-template-columns: 11rem 1fr; gap: .3rem .8rem; align-items: center;
-         margin: .6rem 0; }
-.found { display: grid; grid-template-columns: repeat(6, minmax(0, 5rem)); gap: .5rem; }
-.cards { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(15rem, 100%), 1fr));
-        gap: .8rem; font-size: 13px; }
-.cards > div { display: grid; grid-template-columns: 52px 1fr 52px; gap: .6rem; }
-.cards ol { margin: 0; padding-left: 1.2rem; } .cards .right { color: #2c6b3b; font-weight: 600; }
-.settings { columns: 17rem; font-size: 13px; } .settings div { break-inside: avoid; }
-.settings code { float: right; max-width: 60%; overflow-wrap: anywhere; text-align: right; }
-.settings div { overflow: hidden; border-bottom: 1px solid #eee; padding: .1rem 0; }
-@media (max-width: 40rem) {
-  .query { grid-template-columns: 1fr; } .query > span { font-weight: 600; }
-  table { font-size: 12px; } th, td { padding: .15rem .3rem; }
+LOGGED = {  # their titles, axes, and what they are
+    "logit_scale": ("Logit scale", "factor", "What cosines are multiplied by in the loss."),
+    "grad_norm": (
+        "Gradient norm",
+        "norm",
+        "The gradient's length before clipping.",
+    ),
+    "lr": (
+        "Learning rate",
+        "rate",
+        "It rises, then falls to 0 by the last step.",
+    ),
 }
-"""
 
 
 def write_report(run: Path, encoder: Encoder, dataset: Dataset, project: str = "pca") -> Path:
@@ -70,98 +53,101 @@ def write_report(run: Path, encoder: Encoder, dataset: Dataset, project: str = "
     """
     files = RunFolder(run)
     records = files.log().read()
+    splits = dataset.held_out_splits()
+    counts = f"{len(dataset.items)} items, {len(dataset.images)} pictures"
+    about = [f"{counts}, {len(dataset.skipped)} records skipped."]
     with undamaged(files.metrics):
         scores = [r for r in records if r["kind"] == "eval"]
         streams = [r["skipped"] for r in records if r["kind"] == "stream"]
-        curves = curve_charts(records, dataset.held_out_splits())
-        tables = score_tables({"before": scores[0], "after": scores[-1]}) if scores else ""
+        about += [f"{number} records of the stream were skipped." for number in streams[-1:]]
+        curves = curve_charts(records, splits)
+        tables = sections({"before": scores[0], "after": scores[-1]}) if scores else []
+        told = headlines(scores[-1]) if scores else ["No scores are logged yet."]
+        told += [f"Scored after step {scores[-1]['step']}."] if scores else []
         best = files.log().best()
-    parts = [
-        f"<h1>{escaped(run.name)}</h1>",
-        f"<p>Model of step {encoder.step}"
-        f"{f' (the best by {BEST_BY} is step {escaped(best)})' if best else ''}, "
-        f"{len(dataset.items)} items, {len(dataset.images)} pictures, "
-        f"{len(dataset.skipped)} records skipped"
-        f"{f'; {escaped(streams[-1])} of the stream trained on' if streams else ''}.</p>",
-    ]
+        if best not in (None, encoder.step):
+            told += [f"The model is of step {encoder.step}; the best by {BEST_BY} is step {best}."]
     if files.data.exists():
         with undamaged(files.data):
-            facts = json.loads(read_text(files.data))
-            parts.append(f"<p>{escaped(sentence(facts))}.</p>")
-    parts.append(f'{tables}<h2>Curves</h2><div class="grid">{curves}</div>')
-    for split in dataset.held_out_splits():
-        view = EmbeddedSplit(dataset.rows(split), encoder.model, encoder.tokenizer, dataset)
-        parts += [
-            f"<h2>{escaped(split)}</h2>",
-            embedding_map(view, project),
-            text_to_image(view),
-            image_to_text(view),
-            mistakes(view),
-        ]
-    for title, path in (("Configuration", files.config), ("Environment", files.environment)):
+            about = [f"{sentence(json.loads(read_text(files.data)))}.", *about[1:]]
+    settings = []
+    for name, path in (("Options", files.config), ("Machine and versions", files.environment)):
         if path.exists():
             with undamaged(path):
-                parts.append(settings(title, json.loads(read_text(path))))
-    page = (
-        '<!doctype html><html lang="en"><meta charset="utf-8">'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>{escaped(run.name)}</title><style>{STYLE}</style>{''.join(parts)}</html>"
+                settings.append((name, flat(json.loads(read_text(path)))))
+    views = []
+    for split in splits[:SPLITS]:
+        view = EmbeddedSplit(dataset.rows(split), encoder.model, encoder.tokenizer, dataset)
+        views.append(answers(view, split, project))
+    left_out = f" Shown: {SPLITS} of {len(splits)} splits." if len(splits) > SPLITS else ""
+    page = render(
+        "report.html",
+        name=run.name,
+        told=[*told, f"Data: {' '.join(about)}"],
+        views=views,
+        left_out=left_out,
+        curve_charts=curves,
+        sections=tables,
+        settings=settings,
     )
     write_text(files.report, page)
     return files.report
 
 
-def score_tables(columns: dict[str, dict[str, float]]) -> str:
-    parts = ['<h2>Held-out scores</h2><div class="grid">']
-    for section in sections(columns):
-        head = "".join(f"<th>{title}</th>" for title in ["", *section.columns])
-        rows = "".join(
-            "<tr>" + "".join(f"<td>{escaped(cell)}</td>" for cell in [label, *cells, chance])
-            for label, cells, chance in section.rows
-        )
-        notes = "".join(f"<p>Note: {escaped(note)}.</p>" for note in section.notes)
-        parts.append(
-            f'<div class="wide"><h3>{escaped(section.title)}</h3>{notes}'
-            f"<table><tr>{head}</tr>{rows}</table></div>"
-        )
-    return "".join([*parts, "</div>"])
-
-
-def curve_charts(records: list[dict], splits: list[str]) -> str:
+def curve_charts(records: list[dict], splits: list[str]) -> list[dict]:
     steps = [r for r in records if r["kind"] == "train"]
     scores = [r for r in records if r["kind"] == "eval"]
 
-    def line(source: list[dict], key: str) -> list[tuple[float, float]]:
-        return [(r["step"], r[key]) for r in source if key in r]
+    def line(source: list[dict], key: str, factor: float = 1) -> list[tuple[float, float]]:
+        return [(r["step"], factor * r[key]) for r in source if key in r]
 
     terms = [
         name
         for name in dict.fromkeys(name for r in steps for name in r)
         if name not in NOT_LOSSES and not name.endswith(NOT_LOSS_UNITS)
     ]
-    parts = [charts.lines("loss and its terms", {name: line(steps, name) for name in terms})]
-    for title, name in (
-        ("logit scale", "logit_scale"),
-        ("gradient norm", "grad_norm"),
-        ("learning rate", "lr"),
-    ):
-        parts.append(charts.lines(title, {name: line(steps, name)}))
-    for split in splits:
+    about = "Of each logged batch: the loss, and the terms that it is made of. Lower is better."
+    series = {name: line(steps, name) for name in terms}
+    parts = charts.lines("Training loss", "loss", about, series, log=True)
+    for name, (head, axis, about) in LOGGED.items():
+        series = {name: line(steps, name)}
+        parts += charts.lines(head, axis, about, series, log=name == "grad_norm")
+    for split in splits[:SPLITS]:
         for way, words in DIRECTIONS.items():
-            recall = {f"R@{k}": line(scores, f"{split}/{way}/R@{k}") for k in (1, 5, 10)}
-            parts.append(charts.lines(f"{split}: {words}", recall))
+            recall = {f"R@{k}": line(scores, f"{split}/{way}/R@{k}", 100) for k in KS}
+            recall["R@1 by chance"] = line(scores, f"{split}/{way}/chance", 100)
+            about = f"Share of {words.split()[0]}s with a right answer among the first 1, 5 or 10."
+            parts += charts.lines(f"{split}: {words}", "per cent", about, recall)
         gap = {name: line(scores, f"{split}/modality/{name}") for name in ("gap", "relative")}
-        parts.append(charts.lines(f"{split}: modality gap", gap))
-    return "".join(parts)
+        about = (
+            "Distance between the mean image and the mean text; relative: divided by the distance "
+            "between an image and a text. At 0 images and texts lie in the same place."
+        )
+        parts += charts.lines(f"{split}: modality gap", "distance", about, gap)
+    return parts
 
 
-def spaced(count: int, number: int) -> torch.Tensor:
+def spaced(count: int, number: int) -> list[int]:
     """`number` indices of `range(count)`, evenly spaced; all if there are fewer."""
-    return torch.linspace(0, count - 1, min(count, number)).long()
+    return torch.linspace(0, count - 1, min(count, number)).long().tolist()
 
 
-def embedding_map(view: EmbeddedSplit, project: str) -> str:
-    """Maps of both modalities, coloured by modality and by group; texts are drawn as x."""
+def answers(view: EmbeddedSplit, split: str, project: str) -> dict:
+    """What the page shows of a split."""
+    found, named = text_to_image(view), image_to_text(view)
+    return {
+        "title": split,
+        "found": found,
+        "found_first": sum(q["pictures"][0]["right"] for q in found),
+        "named": named,
+        "named_first": sum(q["captions"][0][1] for q in named),
+        "mistakes": mistakes(view),
+        "maps": maps(view, split, project),
+    }
+
+
+def maps(view: EmbeddedSplit, split: str, project: str) -> list[dict]:
+    """Maps of both modalities, and of the images by group."""
     items = view.item.unique()
     items = items[spaced(len(items), MAPPED)].tolist()
     first = [view.picture_of(n) for n in items]
@@ -169,99 +155,74 @@ def embedding_map(view: EmbeddedSplit, project: str) -> str:
     plane, about = PROJECTIONS[project](torch.cat([view.images[first], view.texts[texts]]))
     images, texts = plane[: len(items)], plane[len(items) :]
     names = [view.name(p) for p in first]
-    modality = {"images": (images, names, "o"), "texts": (texts, names, "x")}
-    maps = charts.points("by modality", modality)
-    group = [view.dataset.group[n] or "none" for n in items]
+    modality = {"images": (images, names, "●"), "texts": (texts, names, "×")}
+    about = f"Embeddings of {about} Points close together are similar to the model; names on hover."
+    found = [charts.points(f"{split}: images and texts", about, modality)]
+    group = charts.most_frequent([view.dataset.group[n] or "none" for n in items])
     if len(set(group)) > 1:
-        by_group = {
-            label: pick(images, names, [g == label for g in group], "o")
-            for label in sorted(set(group), key=lambda label: (label == "none", label))
-        }
-        maps += charts.points("images by group", by_group)
-    return f'<h3>Embedding map</h3><p>{about}</p><div class="grid">{maps}</div>'
+        by_group = {}
+        for label in sorted(set(group), key=lambda label: (label in ("none", "other"), label)):
+            own = [n for n, other in enumerate(group) if other == label]
+            by_group[label] = [images[n] for n in own], [names[n] for n in own], "●"
+        about = "The images of the same map, coloured by the group of their item."
+        found.append(charts.points(f"{split}: images by group", about, by_group))
+    return found
 
 
-def pick(places, names, chosen: list[bool], mark: str):
-    kept = [n for n, yes in enumerate(chosen) if yes]
-    return [places[n] for n in kept], [names[n] for n in kept], mark
-
-
-def text_to_image(view: EmbeddedSplit) -> str:
-    """Evenly spaced captions with their first pictures; correct ones are framed green."""
+def text_to_image(view: EmbeddedSplit) -> list[dict]:
+    """Evenly spaced captions with their first pictures."""
     asked = spaced(len(view.captions), QUERIES)
     best = (view.texts[asked] @ view.images.T).argsort(1, True)[:, :SHOWN]
-    parts = ["<h3>Text to image</h3><p>Framed green: a picture that has the caption.</p>"]
-    for text, pictures in zip(asked.tolist(), best.tolist(), strict=True):
-        found = "".join(
-            f"<figure{' class=right' if text in view.right(p) else ''}>{img(view, p)}"
-            f'<span class="name">{escaped(view.name(p))}</span></figure>'
-            for p in pictures
-        )
-        caption = escaped(view.captions[text], 300)
-        parts.append(
-            f'<div class="query"><span>{caption}</span><div class="found">{found}</div></div>'
-        )
-    return "".join(parts)
+    return [
+        {
+            "caption": view.captions[text][:300],
+            "pictures": [picture(view, p) | {"right": text in view.right(p)} for p in pictures],
+        }
+        for text, pictures in zip(asked, best.tolist(), strict=True)
+    ]
 
 
-def image_to_text(view: EmbeddedSplit) -> str:
+def image_to_text(view: EmbeddedSplit) -> list[dict]:
     """Evenly spaced pictures with their first captions."""
     asked = spaced(len(view.images), QUERIES)
-    best = (view.images[asked] @ view.texts.T).argsort(1, True)[:, :5]
-    parts = ['<h3>Image to text</h3><div class="cards">']
-    for p, texts in zip(asked.tolist(), best.tolist(), strict=True):
-        captions = "".join(
-            f"<li{' class=right' if text in view.right(p) else ''}>"
-            f"{escaped(view.captions[text], 300)}</li>"
-            for text in texts
-        )
-        parts.append(f"<div>{img(view, p)}<ol>{captions}</ol></div>")
-    return "".join([*parts, "</div>"])
+    best = (view.images[asked] @ view.texts.T).argsort(1, True)[:, :CAPTIONS]
+    return [
+        picture(view, p)
+        | {"captions": [(view.captions[text][:300], text in view.right(p)) for text in texts]}
+        for p, texts in zip(asked, best.tolist(), strict=True)
+    ]
 
 
-def mistakes(view: EmbeddedSplit) -> str:
+def mistakes(view: EmbeddedSplit) -> list[dict]:
     """The pictures whose own captions have the worst rank, with a picture of the wrong caption that
     is most similar."""
     rank, _ = ranks(view.images, view.texts, image_text_pairs(view.item, view.item_text))
     worst = [p for p in rank.argsort(descending=True).tolist() if rank[p] > 1][:MISTAKES]
-    if not worst:
-        return ""
-    parts = [
-        '<h3>Worst mistakes</h3><p>Right: what the picture was taken for.</p><div class="cards">'
-    ]
+    found = []
     for p in worst:
         cosines = view.texts @ view.images[p]
         cosines[view.right(p)] = -torch.inf
         wrong = int(cosines.argmax())
         other = view.picture_of(int(view.item_text[view.item_text[:, 1] == wrong][0, 0]))
-        own, taken = escaped(view.name(p)), escaped(view.captions[wrong], 300)
-        parts.append(
-            f"<div>{img(view, p)}<span><b>{own}</b>, its best caption {rank[p]} of "
-            f"{len(view.captions)}; taken for <b>{taken}</b></span>{img(view, other)}</div>"
-        )
-    return "".join([*parts, "</div>"])
+        taken = {"taken": view.captions[wrong][:300], "other": picture(view, other)}
+        rank_of = {"rank": int(rank[p]), "captions": len(view.captions)}
+        found.append({"own": picture(view, p)} | rank_of | taken)
+    return found
 
 
-def img(view: EmbeddedSplit, picture: int) -> str:
-    name = escaped(view.name(picture))
-    return f'<img src="{png(view.pictures[picture])}" alt="{name}" loading="lazy">'
-
-
-def png(picture: torch.Tensor) -> str:
-    """A uint8 (3, S, S) picture as a data URL, in 256 colours: a third of the bytes."""
+def picture(view: EmbeddedSplit, number: int) -> dict:
+    """Its name, and a data URL of at most 64 × 64 pixels in 256 colours: a third of the bytes."""
     buffer = io.BytesIO()
-    image = Image.fromarray(picture.permute(1, 2, 0).numpy())
+    image = Image.fromarray(view.pictures[number].permute(1, 2, 0).numpy())
     image.thumbnail((64, 64), Image.Resampling.LANCZOS)
     image.quantize(256).save(buffer, "PNG", optimize=True)
-    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
+    encoded = base64.b64encode(buffer.getvalue()).decode()
+    return {"name": view.name(number), "png": Markup(f"data:image/png;base64,{encoded}")}
 
 
-def settings(title: str, values: dict) -> str:
-    flat = {}
+def flat(values: dict) -> list[tuple[str, str]]:
+    """Every value by its name, those of objects among them too, as JSON."""
+    found = {}
     for name, value in values.items():
-        flat |= value if isinstance(value, dict) else {name: value}
-    rows = "".join(
-        f"<div>{escaped(name)} <code>{escaped(json.dumps(value))}</code></div>"
-        for name, value in flat.items()
-    )
-    return f'<h2>{title}</h2><div class="settings">{rows}</div>'
+        found |= value if isinstance(value, dict) else {name: value}
+    return [(name, json.dumps(value)) for name, value in found.items()]

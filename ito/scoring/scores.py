@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from ito.cli import one_line
+from ito.data.splits import TEST
 
 KS = (1, 5, 10)
 # Of fewer queries the intervals are too narrow: of 6 queries, 28 % of them miss a true R@1 of 20 %;
@@ -29,7 +30,7 @@ def sections(columns: dict[str, dict[str, float]]) -> list[Section]:
     """
     last = columns[list(columns)[-1]]
     found = []
-    for split in dict.fromkeys(name.split("/")[0] for name in last if "/" in name):
+    for split in splits_of(last):
         section = Section(title(split, last), notes(split, last), [*columns, "chance"])
         counted = f"{split}/distinct_captions"
         if counted in last:
@@ -47,6 +48,41 @@ def sections(columns: dict[str, dict[str, float]]) -> list[Section]:
                 section.rows.append((label, cells, odds))
         found.append(section)
     return found
+
+
+KEPT_OUT = {  # what the splits of the emoji sets are
+    "heldout_style": "new drawings of concepts that were trained on",
+    "heldout_concept": "concepts that were not trained on",
+}
+
+
+def headlines(scores: dict[str, float]) -> list[str]:
+    """What R@1 means, in a sentence per split and direction; those of the split "test" first. The
+    interval of the first is a sentence of its own, the second."""
+    found = []
+    for split in sorted(splits_of(scores), key=lambda name: name != TEST):
+        pictures, texts = (scores[f"{split}/{way}/candidates"] for way in ("t2i", "i2t"))
+        shown = f"{count(pictures, 'picture')} kept out of training"
+        shown += f" ({KEPT_OUT.get(split, f'split {split}')})"
+        for way, what, candidates, queries in (
+            ("i2t", "caption", texts, shown),
+            ("t2i", "picture", pictures, f"the {count(texts, 'caption')} of these pictures"),
+        ):
+            key = f"{split}/{way}/R@1"
+            low, high = (100 * scores.get(f"{key}/{end}", 0) for end in ("low", "high"))
+            interval = f"95 % interval {low:.1f} to {high:.1f}" * (low < high)
+            found.append(
+                f"Finds a right {what} among {candidates} for {100 * scores[key]:.1f} %"
+                + f" ({interval})" * bool(found and interval)
+                + f" of {queries}; chance: {100 * scores[f'{split}/{way}/chance']:.2f} %."
+            )
+            if len(found) == 1 and interval:
+                found.append(f"The {interval} of this share is over the items (bootstrap).")
+    return found
+
+
+def splits_of(scores: dict[str, float]) -> list[str]:
+    return list(dict.fromkeys(name.split("/")[0] for name in scores if "/" in name))
 
 
 def lines(split: str, last: dict[str, float]):
@@ -164,7 +200,7 @@ def clip_benchmark(scores: dict[str, float], data: str, run: Path) -> list[dict]
             record = {"dataset": dataset, "model": "ito", "pretrained": str(run), "task": task}
             found.append(record | {"metrics": values, "language": "en"})
 
-    for split in dict.fromkeys(name.split("/")[0] for name in scores if "/" in name):
+    for split in splits_of(scores):
         name = f"{data}/{split}"
         recall = [f"{way}_retrieval_recall@{k}" for way in ("image", "text") for k in KS]
         metrics = {key: f"{split}/clip_benchmark/{key}" for key in recall}

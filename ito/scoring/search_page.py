@@ -18,8 +18,9 @@ import torch
 from PIL import Image
 
 from ito.cli import one_line
-from ito.scoring.charts import escaped
-from ito.scoring.index import Index, Near
+from ito.data.dataset import Dataset
+from ito.scoring.index import SHOWN, Index, Near, spread
+from ito.scoring.pages import render
 
 try:
     import uvicorn
@@ -37,7 +38,7 @@ except ImportError as error:
         "pip install 'ito_trainer[search]'"
     ) from None
 
-SHOWN = 24
+EXAMPLES = 6  # of queries
 QUERY = 1000  # characters: several times what a model's context holds
 QUERIES = 16
 UPLOAD = 20_000_000  # bytes
@@ -49,32 +50,16 @@ HEADERS = {  # of every answer: no scripts, nothing from elsewhere, in no other 
     "referrer-policy": "no-referrer",
     "x-content-type-options": "nosniff",
 }
-STYLE = """
-body { font: 16px/1.4 system-ui, sans-serif; max-width: 60rem; margin: 1.5rem auto;
-       padding: 0 1rem; color: #222; background: #fff; }
-h1 { font-size: 1.2rem; margin: 0 0 .8rem; overflow-wrap: anywhere; }
-h2 { font-size: 1rem; margin: 1.2rem 0 0; overflow-wrap: anywhere; }
-form { display: flex; gap: .5rem; margin-bottom: .5rem; }
-input { flex: 1; min-width: 0; font: inherit; padding: .5rem .7rem; border: 1px solid #888;
-        border-radius: 6px; }
-button { font: inherit; padding: .5rem 1rem; border: 0; border-radius: 6px; background: #2463a8;
-         color: #fff; }
-p { color: #555; display: flex; gap: .6rem; align-items: center; }
-p img { width: 40px; height: 40px; border-radius: 4px; }
-.found { display: grid; grid-template-columns: repeat(auto-fill, minmax(100px, 1fr)); gap: .8rem; }
-.found a { color: inherit; text-decoration: none; text-align: center; font-size: .8rem; }
-.found img { width: 100%; aspect-ratio: 1; box-sizing: border-box; border: 1px solid #ddd;
-             border-radius: 6px; }
-.found span { display: block; overflow: hidden; text-overflow: ellipsis; white-space: nowrap; }
-.found small { color: #666; }
-"""
 
 
-def application(index: Index, near: Near | None = None) -> Starlette:
-    """`/?q=TEXT` and `/?like=PICTURE` search; `q` may be repeated, or hold several texts with `|`
+def application(index: Index, near: Near | None = None, seen: bool = False) -> Starlette:
+    """seen: the pictures of the split "train" were trained on.
+
+    `/?q=TEXT` and `/?like=PICTURE` search; `q` may be repeated, or hold several texts with `|`
     or a line break between them. A picture is posted to `/` as the file of a form.
     `/picture/N` is a picture as PNG."""
-    count = len(index.dataset.images)
+    count, examples = len(index.dataset.images), examples_of(index.dataset)
+    splits = index.dataset.split
 
     def number(text: str) -> int | None:
         """The number of a picture, or None; `int` raises at thousands of digits."""
@@ -93,14 +78,10 @@ def application(index: Index, near: Near | None = None) -> Starlette:
             picture = number(like)
             if picture is None:
                 return PlainTextResponse(f"like must be in [0, {count}), got {one_line(like)}", 400)
-            about = f'<img src="/picture/{picture}" alt="">Pictures like this one: '
-            about += escaped(index.name(picture))
-            return page([], f"<p>{about}</p>" + tiles(index, index.embeddings[picture][None]))
-        if not texts:
-            return page([], f"<p>{count} pictures. Type what you look for.</p>")
+            title = f"Pictures like this one: {index.name(picture)}"
+            return page([], [results("picture", title, index.embeddings[picture][None], picture)])
         found = index.encoder.encode_text(texts)
-        shown = [(one_line(t), found[n : n + 1]) for n, t in enumerate(texts)]
-        return page(texts, "".join(results("text", title, emb) for title, emb in shown))
+        return page(texts, [results("text", t, found[n : n + 1]) for n, t in enumerate(texts)])
 
     async def upload(request: Request) -> Response:
         size = request.headers.get("content-length", "")
@@ -119,28 +100,24 @@ def application(index: Index, near: Near | None = None) -> Starlette:
             found = index.encoder.encode_image(data)
         except ValueError as error:
             return PlainTextResponse(one_line(str(error).removeprefix("images[0]: ")), 400)
-        return page([], results("picture", "Pictures like the uploaded one", found))
+        return page([], [results("picture", "Pictures like the uploaded one", found)])
 
-    def results(kind: str, title: str, query: torch.Tensor) -> str:
-        best = index.search(query, 1)[0].item()
-        doubt = near.doubt(kind, best) if near else ""
-        about = doubt[:1].upper() + doubt[1:] or f"The closest of {count} pictures."
-        return f"<h2>{escaped(title)}</h2><p>{about}</p>" + tiles(index, query)
+    def results(kind: str, title: str, query: torch.Tensor, itself: int | None = None) -> dict:
+        without = None if itself is None else torch.tensor([itself])
+        cosines, found = (x[0] for x in index.search(query, SHOWN, without))
+        right = (near and near.right(kind, cosines)) or [None] * len(found)
+        tiles = [
+            (picture, index.name(picture), cosine, share, seen and splits[picture] == "train")
+            for picture, cosine, share in zip(found.tolist(), cosines.tolist(), right, strict=True)
+        ]
+        doubt = near.doubt(kind, tiles[0][2]) if near and tiles else ""
+        return {"title": title, "kind": kind, "tiles": tiles, "doubt": doubt, "picture": itself}
 
-    def page(texts: list[str], body: str) -> HTMLResponse:
-        text = escaped(" | ".join(texts))
-        return HTMLResponse(
-            '<!doctype html><html lang="en"><meta charset="utf-8">'
-            '<meta name="viewport" content="width=device-width, initial-scale=1">'
-            f"<title>{text or 'ito.search'}</title><style>{STYLE}</style>"
-            "<h1>Search pictures by words, or by a picture</h1>"
-            f'<form action="/"><input name="q" value="{text}" placeholder="a red flag | a car" '
-            f'aria-label="what to look for; | between several texts" autofocus>'
-            "<button>Search</button></form>"
-            '<form action="/" method="post" enctype="multipart/form-data">'
-            '<input type="file" name="picture" accept="image/*" required aria-label="a picture">'
-            f"<button>Search by picture</button></form>{body}</html>"
-        )
+    def page(texts: list[str], found: list[dict]) -> HTMLResponse:
+        text = " | ".join(texts)
+        side = index.dataset.images.shape[-1]
+        values = {"text": text, "results": found, "count": count, "side": side}
+        return HTMLResponse(render("search.html", examples=examples, **values))
 
     def picture(request: Request) -> Response:
         asked = request.path_params["number"]
@@ -209,19 +186,16 @@ def uploaded_file(kind: str, body: bytes) -> bytes:
     return b""
 
 
-def tiles(index: Index, query: torch.Tensor) -> str:
-    scores, found = index.search(query, SHOWN)
-    parts = []
-    for score, picture in zip(scores[0].tolist(), found[0].tolist(), strict=True):
-        name = escaped(index.name(picture))
-        parts.append(
-            f'<a href="/?like={picture}" title="{name}"><img src="/picture/{picture}" alt="{name}">'
-            f"<span>{name}</span><small>{score:.3f}</small></a>"
-        )
-    return f'<div class="found">{"".join(parts)}</div>'
+def examples_of(dataset: Dataset) -> list[str]:
+    """First captions, evenly spaced over what was not trained on, if there is such; short ones."""
+    held = [n for n, split in enumerate(dataset.split) if split != "train"]
+    items = dataset.image_item[held or slice(None)].unique().tolist()
+    names = dict.fromkeys(dataset.captions[n][0] for n in items)
+    short = [name for name in names if len(name) <= 40 and "|" not in name]
+    return [short[n] for n in spread(len(short), EXAMPLES)] if short else []
 
 
-def serve(index: Index, near: Near | None, port: int) -> None:
+def serve(index: Index, near: Near | None, seen: bool, port: int) -> None:
     """Serve until interrupted; exits with status 143 after SIGTERM, as usual in a shell.
 
     Raises OSError naming --serve if the port is not available.
@@ -236,11 +210,11 @@ def serve(index: Index, near: Near | None, port: int) -> None:
         raise OSError(f"--serve {port}: {reason}") from None
     print(f"http://127.0.0.1:{listener.getsockname()[1]} (Ctrl-C ends it)", flush=True)
     signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
-    server(index, near).run([listener])  # on a signal it ends, and raises the signal again
+    server(index, near, seen).run([listener])  # on a signal it ends, and raises the signal again
 
 
-def server(index: Index, near: Near | None) -> uvicorn.Server:
+def server(index: Index, near: Near | None, seen: bool = False) -> uvicorn.Server:
     # h11 limits the size of a request's headers; httptools, which uvicorn prefers, does not
     return uvicorn.Server(
-        uvicorn.Config(application(index, near), log_level="warning", http="h11", ws="none")
+        uvicorn.Config(application(index, near, seen), log_level="warning", http="h11", ws="none")
     )

@@ -4,8 +4,8 @@ import re
 from html.parser import HTMLParser
 
 TAGS = re.compile(
-    "html|meta|title|style|h[1-4]|p|b|a|div|span|form|input|button|img|small|figure|ol|li|code|"
-    "table|tr|th|td|svg|text|path|polyline|circle|g"
+    "html|meta|title|style|main|nav|section|details|summary|h[1-4]|p|b|a|div|span|form|label|input|"
+    "button|img|small|figure|figcaption|ol|ul|li|code|table|tr|th|td|svg|text|path|polyline|circle"
 )
 OBEYED = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
 
@@ -23,7 +23,7 @@ class Page(HTMLParser):
 
 
 def own(link: str) -> bool:
-    return link.startswith(("/", "data:image/png;base64,")) and not link.startswith("//")
+    return link.startswith(("/", "#", "data:image/png;base64,")) and not link.startswith("//")
 
 
 def strange(page: str) -> list:

@@ -17,7 +17,7 @@ import ito
 from ito import search, train
 from ito.config import Config
 from ito.scoring import fonts
-from ito.scoring.index import Index, Near
+from ito.scoring.index import Index, Near, fit_odds
 from ito.source import open_dataset
 
 SERVER = "starlette and uvicorn: the extra `search` is not installed"
@@ -112,6 +112,53 @@ def test_other_data_is_measured_by_the_run_s_own(run, tmp_path, capsys):
     assert "nothing near" not in printed
 
 
+def test_the_odds_of_a_match_are_those_that_it_was_drawn_with():
+    random = torch.Generator().manual_seed(0)
+    cosines = torch.rand(2000, 24, generator=random).sort(1, descending=True)[0]
+    truth = [12.0, -8.0, -4.0]
+    log_odds = truth[0] * cosines + truth[1] * cosines.mean(1, True) + truth[2]
+    right = torch.rand(2000, 24, generator=random) < log_odds.sigmoid()
+    odds = fit_odds(cosines, right)
+    assert odds == pytest.approx(truth, abs=1)  # 5 standard errors
+    told = torch.tensor([Near(0, 0, odds, None).right("text", row) for row in cosines])
+    for low in (0, 0.2, 0.4, 0.6, 0.8):
+        among = (told >= low) & (told < low + 0.2)
+        assert told[among].mean() == pytest.approx(right[among].double().mean(), abs=0.02)
+    assert Near(0, 0, odds, None).right("picture", cosines[0]) is None
+    assert fit_odds(cosines, torch.zeros_like(right)) is None
+    parted = fit_odds(cosines, cosines > 0.5)  # the likelihood has no greatest weight
+    assert all(np.isfinite(parted))
+
+
+def test_the_odds_are_measured_on_what_was_kept_out_of_training(index, monkeypatch):
+    asked = []
+
+    def fit(cosines, right):
+        asked.append((cosines, right))
+        return [1.0, 2.0, 3.0]
+
+    monkeypatch.setattr("ito.scoring.index.fit_odds", fit)
+    assert Near.measure(index)[2:] == ([1.0, 2.0, 3.0], [1.0, 2.0, 3.0])
+    data, emb = index.dataset, index.embeddings.double()
+    item, (texts, pictures) = data.image_item.tolist(), asked
+    held = [n for n, split in enumerate(data.split) if split != "train"]
+    captions = sorted({text for n in held for text in data.captions[item[n]]})
+    assert len(texts[0]) == len(captions)
+    best = index.encoder.encode_text(captions).double() @ emb.T
+    assert texts[0].sum() == pytest.approx(best.topk(24)[0].sum().item(), abs=1e-3)
+    found = best.topk(24)[1].tolist()
+    right = sum(
+        text in data.captions[item[n]]
+        for text, row in zip(captions, found, strict=True)
+        for n in row
+    )
+    assert int(texts[1].sum()) == right
+    for n, cosines, same in zip(held, *pictures, strict=True):
+        others = [m for m in (emb @ emb[n]).argsort(descending=True).tolist() if m != n][:24]
+        assert cosines.tolist() == pytest.approx((emb[others] @ emb[n]).tolist(), abs=1e-5)
+        assert int(same.sum()) == sum(item[m] == item[n] for m in others)
+
+
 # --- the page ---
 
 
@@ -154,6 +201,34 @@ def test_the_page_takes_several_texts(page):
         assert "Nothing near: the best match has" in shown.split("<h2>")[2]
         assert 'value="red cat | xqzv"' in shown
     assert ask(page, query="q=" + "%7C".join(map(str, range(17))))[0] == 414
+
+
+def test_the_page_tells_what_was_trained_on_and_how_likely_a_match_is_right(index):
+    pytest.importorskip("starlette", reason=SERVER)
+    pytest.importorskip("uvicorn", reason=SERVER)
+    from ito.scoring.search_page import application
+
+    near = Near(-1.0, -1.0, [10.0, 0.0, -5.0], None)
+    _, shown = ask(application(index, near, seen=True), query="q=red+cat")
+    tiles = [part.split("</li>")[0] for part in shown.split("<li>")[1:]]
+    cosines, found = index.search(index.encoder.encode_text("red cat"), 24)
+    for tile, cosine, n in zip(tiles, cosines[0].tolist(), found[0].tolist(), strict=True):
+        share = 100 / (1 + np.exp(5 - 10 * cosine))
+        told = float(re.search(r"<small>(\d+) %</small>", tile)[1])
+        assert told == pytest.approx(share, abs=0.51)
+        assert ("seen in training" in tile) == (index.dataset.split[n] == "train")
+    _, shown = ask(application(index, near), query="like=3")
+    assert "seen in training" not in shown
+    assert "The number is the cosine" in shown
+    _, shown = ask(application(index))
+    examples = re.findall(r'<a href="/\?q=[^"]*">([^<]+)</a>', shown)
+    rows = [n for n, split in enumerate(index.dataset.split) if split != "train"]
+    held = {index.dataset.captions[n][0] for n in index.dataset.image_item[rows].tolist()}
+    assert examples
+    assert set(examples) <= held
+    for field in ("q", "file"):
+        assert f'<label for="{field}">' in shown
+        assert f'id="{field}"' in shown
 
 
 def form(content: bytes, name='; filename="ä.png"') -> dict:

@@ -1,7 +1,6 @@
 """Data with equal and with several captions: what counts as right, in scores, tables and report."""
 
 import json
-import re
 from pathlib import Path
 
 import numpy as np
@@ -254,25 +253,18 @@ def test_the_report_shows_an_equal_caption_as_right(run, tmp_path):
     dataset = load_dataset(write(tmp_path / "data", classes({"train": 3, "test": 24})), 32)
     view = EmbeddedSplit(dataset.rows("test"), encoder.model, encoder.tokenizer, dataset)
     label = [LABELS[n % 3] for n in range(24)]
-    found = report_page.text_to_image(view)
-    queries = found.split('<div class="query">')[1:]
-    assert [re.search("<span>(.*?)</span>", query)[1] for query in queries] == list(LABELS)
+    queries = report_page.text_to_image(view)
+    assert [query["caption"] for query in queries] == list(LABELS)
     for word, query in zip(LABELS, queries, strict=True):
-        figures = re.findall(r'<figure(.*?)>.*?<span class="name">(.*?)</span>', query)
-        assert len(figures) == 6
-        assert all((frame == " class=right") == (name == word) for frame, name in figures)
-    cards = report_page.image_to_text(view).split("<ol>")[1:]
-    asked = report_page.spaced(24, report_page.QUERIES).tolist()
-    for picture, card in zip(asked, cards, strict=True):
-        lines = re.findall(r"<li(.*?)>(.*?)</li>", card)
-        assert sorted(name for _, name in lines) == sorted(LABELS)
-        assert all((c == " class=right") == (name == label[picture]) for c, name in lines)
-    wrong = re.findall(
-        r"<b>(\w+)</b>, its best caption (\d) of 3; taken for <b>(\w+)</b>",
-        report_page.mistakes(view),
-    )
+        assert len(query["pictures"]) == 6
+        assert all(x["right"] == (x["name"] == word) for x in query["pictures"])
+    cards = report_page.image_to_text(view)
+    for picture, card in zip(report_page.spaced(24, report_page.QUERIES), cards, strict=True):
+        assert sorted(name for name, _ in card["captions"]) == sorted(LABELS)
+        assert all(right == (name == label[picture]) for name, right in card["captions"])
+    wrong = report_page.mistakes(view)
     assert wrong
-    assert all(own != taken for own, _, taken in wrong)
+    assert all(x["own"]["name"] != x["taken"] and x["captions"] == 3 for x in wrong)
 
 
 def test_the_worst_mistake_is_shown_beside_a_picture_of_its_caption(run, tmp_path):
@@ -280,12 +272,10 @@ def test_the_worst_mistake_is_shown_beside_a_picture_of_its_caption(run, tmp_pat
     records = [r | {"split": "test"} for r in repeated()]
     dataset = load_dataset(write(tmp_path / "data", records), 32)
     view = EmbeddedSplit(dataset.rows("test"), encoder.model, encoder.tokenizer, dataset)
-    cards = report_page.mistakes(view).split("<div><img")[1:]
-    shown = {report_page.png(picture): n for n, picture in enumerate(view.pictures)}
-    for card in cards:
-        picture, other = (shown[src] for src in re.findall('src="(.*?)"', card))
-        taken = re.search("taken for <b>(.*?)</b>", card)[1]
-        text = view.captions.index(taken)
+    shown = {report_page.picture(view, n)["png"]: n for n in range(len(view.pictures))}
+    for found in report_page.mistakes(view):
+        picture, other = (shown[found[which]["png"]] for which in ("own", "other"))
+        text = view.captions.index(found["taken"])
         assert text in view.right(other)
         assert text not in view.right(picture)
 
