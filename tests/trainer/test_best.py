@@ -96,7 +96,7 @@ def test_an_evaluation_between_checkpoints_is_saved_if_it_is_the_best(data, tmp_
 
 
 def scores(value: float) -> dict:
-    names = ("R@1", "candidates", "queries", "R@5", "R@10", "mean_rank", "median_rank")
+    names = ("R@1", "chance", "candidates", "queries", "R@5", "R@10", "mean_rank", "median_rank")
     return {f"heldout/{way}/{name}": value for way in ("i2t", "t2i") for name in names}
 
 
