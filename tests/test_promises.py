@@ -1,5 +1,5 @@
-"""Are the figures of docs/promises.md and docs/faults.md those of the files? Are the tests there that
-docs/promises.md names?"""
+"""Are the figures of docs/promises.md and docs/faults.md those of the files? Are the tests that
+docs/promises.md names there?"""
 
 import re
 
