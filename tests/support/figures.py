@@ -15,7 +15,8 @@ from support.losses_table import ROWS
 
 ROOT = Path(__file__).resolve().parents[2]
 PROMISES, FAULTS = ROOT / "docs" / "promises.md", ROOT / "docs" / "faults.md"
-FOLDERS = ("kernels", "losses", "properties", "distributed", "trainer", "examples", "benchmarks")
+FOLDERS = ("kernels", "losses", "properties", "distributed")
+FOLDERS += ("trainer", "examples", "benchmarks", "docs")
 
 
 def planted() -> dict[str, str]:
