@@ -174,9 +174,19 @@ def check_arguments(
             key_ids = query_ids  # one tensor before the cast to int64 and after it
         elif key_ids is not None:
             key_ids = check_ids(names.key_ids, key_ids, m, names.keys, device)
-        if scale.ndim and query_ids is not None:  # padded rows may have any scale
-            scale = scale.masked_fill(query_ids < 0, 1)
+        if query_ids is not None:
+            scale = _without_padding(scale, query_ids)
     return Arguments(queries, keys, scale, query_ids, key_ids, names, group, chunk_size, backend)
+
+
+def _without_padding(scale: Tensor, query_ids: Tensor) -> Tensor:
+    """A scale per query may be anything for padded ones, also NaN. That of a single query is 0-d
+    here, and may as well be the scale of all ranks: a finite one stays."""
+    if scale.ndim:
+        return scale.masked_fill(query_ids < 0, 1)
+    if len(query_ids) == 1:
+        return torch.where((query_ids[0] < 0) & ~scale.isfinite(), 1, scale)
+    return scale
 
 
 def same_scale_shape_on_all_ranks(scale: Tensor, batch: GlobalBatch, queries: int) -> Tensor:

@@ -549,6 +549,8 @@ def _diagnostics(
         f"{side}_{name}" for side in ("row", "col") for name in ("loss", "lse", "accuracy")
     )
     all_reduce_mean, rows, statistics = scores.global_batch.all_reduce_mean, anchors["row"], None
+    if o.equal_ids == "ignore":  # (i, i) is no negative, whatever its ids
+        scores = replace(scores, exclude_self=True)
     if o.positive_pairs is None:
         statistics = scores.statistics(positives=positives or "linear", hardest=True)
     for side, x in anchors.items():

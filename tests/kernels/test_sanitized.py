@@ -1,6 +1,6 @@
 """The tests of the kernels on a module built with sanitizers, which also find what is planted.
 
-.ci/sanitized builds the module and runs Python with it. `make ci` runs it with --quick.
+.ci/sanitized builds the module and runs Python with it. `make ci` runs it with --part.
 """
 
 import shutil

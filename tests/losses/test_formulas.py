@@ -108,14 +108,16 @@ def test_reductions():
     torch.testing.assert_close(ours, 0.5 * (sum(rows) + sum(cols)))
 
 
-def test_every_anchor_padded_is_zero():
-    q, none = unit(4, 3).requires_grad_(), torch.full((4,), -1)
+@pytest.mark.parametrize("n", [1, 4])
+def test_every_anchor_padded_is_zero(n):
+    q, none = unit(n, 3).requires_grad_(), torch.full((n,), -1)
     for empty in ("zero", "drop"):
-        loss = ik.multi_positive_infonce(
-            q, q.detach(), 5.0, query_ids=none, key_ids=none, empty=empty
-        )
-        assert loss == 0
-        assert torch.equal(torch.autograd.grad(loss, q)[0], torch.zeros_like(q))
+        for scale in (5.0, torch.full((n,), torch.nan)):
+            loss = ik.multi_positive_infonce(
+                q, q.detach(), scale, query_ids=none, key_ids=none, empty=empty
+            )
+            assert loss == 0
+            assert torch.equal(torch.autograd.grad(loss, q)[0], torch.zeros_like(q))
 
 
 def test_normalize():

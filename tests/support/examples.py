@@ -1,7 +1,7 @@
 """Hypothesis, with few examples in every run, always the same, and many in the slow tests."""
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import Phase, given, settings
 
 
 def examples(few: int, many: int, **strategies):
@@ -27,3 +27,22 @@ def examples(few: int, many: int, **strategies):
         return test
 
     return decorate
+
+
+def drawn(number: int, strategy, fixed: bool) -> list:
+    """So many examples, for processes that must all have the same: what they find shrinks none."""
+    found = []
+
+    @settings(
+        max_examples=number,
+        derandomize=fixed,
+        database=None,
+        deadline=None,
+        phases=[Phase.generate],
+    )
+    @given(strategy)
+    def draw(example):
+        found.append(example)
+
+    draw()
+    return found

@@ -120,13 +120,15 @@ def infonce_formula(q, k, scale, row_ids=None, col_ids=None, stats=None, **o):
         anchors, losses = [], {}  # losses: of the anchors that have a positive
         notes = {name: {} for name in ("lse", "accuracy", "positive", "negative")}
         for i in range(len(own)):
-            if own[i] < 0 or (o.get("equal_ids") == "ignore" and others[i] < 0):
+            if own[i] < 0:
                 continue
-            anchors.append(i)
             batch = candidates(i, rows)
             positives = [x for x in batch if x.weight]
             hardest = max((x.score for x in batch if not x.weight), default=-math.inf)
             notes["negative"] |= {i: hardest} if hardest > -math.inf else {}
+            if o.get("equal_ids") == "ignore" and others[i] < 0:
+                continue
+            anchors.append(i)
             if not positives:
                 continue
             pos = torch.stack([x.score for x in positives])
