@@ -94,6 +94,10 @@ def variants(arch: Arch, arithmetic: str) -> dict[str, tuple]:
 
     kernel = statistics_kernels.sums_kernel
     add("forward clip", kernel, score, score.k, **sums, pair_scores=fp32)
+    if element != "fp32":
+        cache = {"cache": "*bf16", "stride_cache": "i32", "cached_rows": "i32"}
+        cache |= {"pair_scores": fp32}
+        add("forward clip kept", kernel, score, score.k, **sums | cache)
     for name, mask in masks.items():
         tile = by_ids if "row_ids" in mask else score
         add(f"forward {name}", kernel, tile, tile.k, **sums | mask)

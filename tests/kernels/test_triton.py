@@ -569,3 +569,52 @@ def test_a_small_batch_in_few_launches(n, m, d, dtype, cols, frozen, launched, m
 
     close(values[:1], values_of_large[:1], exact[:1], 1e-6)
     close(grads, grads_of_large, exact_grads, {FP32: 1e-6, BF16: 4e-3}[dtype])
+
+
+# ---- kept exponentials
+
+
+@pytest.fixture
+def keep(monkeypatch):
+    """Panels of 128 × 128 and a function that sets how many rows of E are kept, of so many
+    columns."""
+    monkeypatch.setattr(triton_tiles, "FUSED_D", 0)
+    monkeypatch.setattr(gpu, "PANEL_BYTES", 1)
+    monkeypatch.setattr(small, "LARGEST", 0)
+
+    def keep(n: int, kept: int, m: int) -> None:
+        memory = 4 * gpu.aligned(n) + 2 * gpu.aligned(kept) * gpu.aligned(m) if kept else 0
+        monkeypatch.setenv("ITO_TILE_CACHE_BYTES", str(memory))
+
+    return keep
+
+
+def kept_panels(launched) -> tuple[int, int]:
+    """The panels of W that came from kept exponentials, and from scores computed again."""
+    names = [name for name, *_ in launched]
+    return names.count("reweight_kernel"), len(working(launched, "weights_kernel"))
+
+
+KEPT = [
+    Case(300, 280, 40, positives="linear"),
+    Case(280, 300, 40, positives="linear", cols=False),
+    Case(280, 300, 40, positives="linear", rows=False),
+    Case(300, 280, 40, positives="linear", diagonal=30),
+    Case(280, 300, 40, positives="linear", diagonal=-250),
+    Case(300, 300, 40, same=True, positives="linear", diagonal=5),
+    Case(1, 300, 40, positives="linear"),
+]
+
+
+@pytest.mark.parametrize("tma", [False, True], ids=["pointers", "descriptors"])
+@pytest.mark.parametrize(("case", "dtype"), spread(KEPT, (BF16, FP16)))
+def test_gradients_from_kept_exponentials(case, dtype, tma, keep, launched, monkeypatch):
+    """All rows kept, and some."""
+    tiles(monkeypatch, tma=tma, tile=MEDIUM)
+    high, wide = -(-case.n // 128), -(-case.m // 128)
+    for kept in sorted({min(256, case.n), case.n}):
+        keep(case.n, kept, case.m)
+        launched.clear()
+        kernel_checks.check_logsumexp("triton", case, dtype, exact_max=False)
+        expected = -(-kept // 128) * wide
+        assert kept_panels(launched) == (expected, high * wide - expected)
