@@ -36,8 +36,8 @@ from support.problems import (
     tensors,
 )
 
-from ito_kernels import similarity_softplus
-from ito_kernels.similarity import dispatch, gpu
+from ito_kernels import clip_loss, similarity_softplus
+from ito_kernels.similarity import budget, dispatch, gpu
 from ito_kernels.similarity.op import logsumexp_of, present
 from ito_kernels.similarity.spec import Needs, Problem, SideUpstream, Upstream
 from ito_kernels.similarity.triton import host, small
@@ -57,10 +57,13 @@ def tiles(monkeypatch, *, tma: bool = False, tile=SMALL, processors: int = 5) ->
 
 @pytest.fixture(params=["fused", "panels"])
 def backward(request, monkeypatch):
-    """Both shapes of backward; panels small enough that there are several each way."""
-    if request.param == "panels":
+    """Both shapes of backward; panels small enough that there are several each way. "kept": panels
+    from exponentials that forward has kept, for tests that ask for them."""
+    if request.param in ("panels", "kept"):
         monkeypatch.setattr(triton_tiles, "FUSED_D", 0)
         monkeypatch.setattr(gpu, "PANEL_BYTES", 1)
+    if request.param == "kept":
+        monkeypatch.setenv("ITO_TILE_CACHE_BYTES", str(1 << 20))
     return request.param
 
 
@@ -197,9 +200,9 @@ KINDS = ("random", "trained", "duplicates", "identical", "opposed", "one long ro
 
 @pytest.mark.parametrize(  # at full precision fp32 has no fused gradient: see `tiles`
     ("dtype", "backward"),
-    [(FP32, "panels"), (BF16, "panels"), (BF16, "fused")],
+    [(FP32, "panels"), (BF16, "panels"), (BF16, "kept"), (BF16, "fused")],
     indirect=["backward"],
-    ids=["float32", "bfloat16", "bfloat16 fused"],
+    ids=["float32", "bfloat16", "bfloat16 kept", "bfloat16 fused"],
 )
 @pytest.mark.parametrize("kind", KINDS)
 def test_sums_that_underflow_are_computed_with_true_maxima(
@@ -233,6 +236,7 @@ def test_sums_that_underflow_are_computed_with_true_maxima(
         assert_accurate(losses, truth, same, 2, eps)
         launched.clear()
         ours = gradients(losses.mean(), t)
+        assert (kept_panels(launched)[0] > 0) == (backward == "kept")
         fallback = [x["underflowed"] for *_, x in launched if "underflowed" in x]
         assert {x is None if dtype == FP32 else bool(x) == (lost > 0) for x in fallback} == {True}
         expected, peer = gradients(truth.mean(), truth_t), gradients(same.mean(), same_t)
@@ -618,3 +622,81 @@ def test_gradients_from_kept_exponentials(case, dtype, tma, keep, launched, monk
         kernel_checks.check_logsumexp("triton", case, dtype, exact_max=False)
         expected = -(-kept // 128) * wide
         assert kept_panels(launched) == (expected, high * wide - expected)
+
+
+def test_what_is_kept_in_one_call(keep, launched, monkeypatch):
+    """A loss whose weights are known keeps exponentials only while it runs; the same bits every
+    time; a budget of 0 keeps nothing, and a frozen pair of features needs none."""
+    tiles(monkeypatch, tile=MEDIUM)
+    x, y = (
+        torch.randn(200, 40, generator=torch.Generator().manual_seed(i)).to(BF16) for i in (1, 2)
+    )
+    found = {}
+    for kept in (200, 128, 0):
+        keep(200, kept, 200)
+        for again in range(2):
+            a, b, scale = (t.clone().requires_grad_() for t in (x, y, torch.tensor(3.0)))
+            launched.clear()
+            loss = clip_loss(a, b, scale, backend="triton")
+            assert kept_panels(launched) == (-(-kept // 128) * 2, 4 - -(-kept // 128) * 2)
+            assert budget.tile_cache_left() == budget.tile_cache_left("cuda")  # nothing is held
+            loss.backward()
+            grads = a.grad, b.grad, scale.grad
+            if again:
+                assert all(map(torch.equal, grads, found[kept]))
+            found[kept] = grads
+    for kept in (200, 128):
+        assert not torch.equal(found[kept][0], found[0][0])  # E was rounded
+        for ours, others in zip(found[kept], found[0], strict=True):
+            torch.testing.assert_close(
+                ours, others, rtol=0.02, atol=0.01 * others.abs().max().item()
+            )
+    keep(200, 200, 200)
+    launched.clear()
+    scale = torch.tensor(3.0, requires_grad=True)
+    clip_loss(x, y, scale, backend="triton").backward()
+    assert kept_panels(launched)[0] == 0
+    torch.testing.assert_close(scale.grad, found[0][2], rtol=1e-3, atol=1e-6)
+
+
+def test_what_awaits_its_gradients_counts(keep, launched, monkeypatch):
+    """fp16, whose gradients are formed in the backward pass: a second pass finds no memory left."""
+    tiles(monkeypatch, tile=MEDIUM)
+    keep(200, 200, 200)
+    case = Case(200, 200, 40, positives="linear")
+    for used in (False, True):
+        t = leaves(make(case, FP16), ("a", "b"))
+        if not used:
+            first = t, run(case, t, "triton", exact_max=False)
+        launched.clear()
+        gradients(run(case, t, "triton", exact_max=False).row_logsum.sum(), t)
+        assert kept_panels(launched)[0] == 0
+    launched.clear()
+    t, stats = first
+    once = gradients(stats.row_logsum.sum(), t)
+    assert kept_panels(launched) == (4, 0)
+    del stats, first
+    assert budget.tile_cache_left() == budget.tile_cache_left("cuda")
+    assert once["a"].isfinite().all()
+
+
+def test_what_cannot_be_kept_is_computed_again(keep):
+    a, b = torch.randn(2, 256, 160).to(BF16)
+    ids, vector = torch.arange(256), torch.ones(256)
+    plain = Problem(a, b, torch.tensor(1.0), positives="linear", exact_max=False)
+    keep(256, 256, 256)
+
+    def size(**options) -> int:
+        return backend.cache_bytes(plain._replace(**options))
+
+    assert size() == 4 * 256 + 2 * 256 * 256
+    assert size(positives=None, cols=False, diagonal=7) == size()
+    others = [
+        {"a": a.float(), "b": b.float()}, {"b": None}, {"scale": vector}, {"row_bias": vector},
+        {"col_bias": vector}, {"row_ids": ids, "col_ids": ids}, {"row_limit": vector},
+        {"positives": "lse"}, {"exclude_self": True}, {"exclude_positives": True},
+        {"hardest": True}, {"exact_max": True},
+    ]  # fmt: skip
+    assert [size(**x) for x in others] == [0] * len(others)
+    keep(256, 0, 256)
+    assert size() == 0

@@ -117,11 +117,11 @@ class _Plan:
 _TUNED: dict[tuple, tiles.Tile] = {}
 
 
-def _autotuned(choose: Callable[[_Plan], str]) -> Callable:
+def _autotuned(choose: Callable[..., str]) -> Callable:
     """Decorate a function of a problem so that it autotunes the tile of a kernel.
 
-    choose: returns the name of the kernel that the function runs, given its plan; "" for one that
-        is not tuned.
+    choose: returns the name of the kernel that the function runs, given its plan and arguments; ""
+        for one that is not tuned.
     """
 
     def decorate(function: Callable) -> Callable:
@@ -129,7 +129,7 @@ def _autotuned(choose: Callable[[_Plan], str]) -> Callable:
         def run(problem: Problem, *args):
             if os.environ.get("ITO_TRITON_AUTOTUNE") == "1":
                 plan = _Plan(problem)
-                kernel = choose(plan)
+                kernel = choose(plan, *args)
                 key = plan.key(kernel)
                 if kernel and key not in _TUNED:
                     times = {}
@@ -149,9 +149,16 @@ def _autotuned(choose: Callable[[_Plan], str]) -> Callable:
     return decorate
 
 
-_autotuned_forward = _autotuned(lambda plan: "" if gpu.needs_maxima(plan.problem) else "forward")
+def _kernel_of_backward(plan: _Plan, *args) -> str:
+    """Panels from kept exponentials, the last argument, have no tile to tune."""
+    return "gradient" if plan.gradient else "" if isinstance(args[-1], Tensor) else "panel"
+
+
+_autotuned_forward = _autotuned(
+    lambda plan, *_: "" if gpu.needs_maxima(plan.problem) else "forward"
+)
 _autotuned_softplus = _autotuned(lambda plan: "forward")
-_autotuned_backward = _autotuned(lambda plan: "gradient" if plan.gradient else "panel")
+_autotuned_backward = _autotuned(_kernel_of_backward)
 
 
 def _milliseconds(run: Callable[[], object]) -> float:
