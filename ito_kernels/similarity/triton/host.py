@@ -586,9 +586,8 @@ def softplus_both(problem: Problem, u: Tensor, needs: Needs) -> tuple[Tensor, Gr
 
     The scores are computed once less than in two calls: 3 matrix products in panels, 4 fused.
 
-    Softmax has no such pass. Its W needs complete row sums, so the scores of whole rows would be
-    written and read, 4 bytes each. At D = 768 an H100 computes them again in less time
-    (docs/gpu-static.md).
+    Softmax has no such pass, because its W needs complete row sums. It keeps exponentials instead
+    (`kept.py`).
     """
     if is_symmetric(problem) and not _Plan(problem).gradient:
         # the panels of a symmetric S are half of all: 2.5 matrix products instead of 3
