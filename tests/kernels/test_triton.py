@@ -626,58 +626,51 @@ def test_gradients_from_kept_exponentials(case, dtype, tma, keep, launched, monk
 
 def test_what_is_kept_in_one_call(keep, launched, monkeypatch):
     """A loss whose weights are known keeps exponentials only while it runs; the same bits every
-    time; a budget of 0 keeps nothing, and a frozen pair of features needs none."""
+    time; a budget of 0 keeps nothing, and frozen features need none."""
     tiles(monkeypatch, tile=MEDIUM)
-    x, y = (
-        torch.randn(200, 40, generator=torch.Generator().manual_seed(i)).to(BF16) for i in (1, 2)
-    )
+    n, panels = 300, 9
+    g = torch.Generator().manual_seed(1)
+    x, y = torch.randn(2, n, 40, generator=g).to(BF16)
     found = {}
-    for kept in (200, 128, 0):
-        keep(200, kept, 200)
+    for kept, expected in ((n, 9), (256, 6), (0, 0)):
+        keep(n, kept, n)
         for again in range(2):
-            a, b, scale = (t.clone().requires_grad_() for t in (x, y, torch.tensor(3.0)))
+            leaves = [t.clone().requires_grad_() for t in (x, y, torch.tensor(3.0))]
             launched.clear()
-            loss = clip_loss(a, b, scale, backend="triton")
-            assert kept_panels(launched) == (-(-kept // 128) * 2, 4 - -(-kept // 128) * 2)
+            loss = clip_loss(*leaves, backend="triton")
+            assert kept_panels(launched) == (expected, panels - expected)
             assert budget.tile_cache_left() == budget.tile_cache_left("cuda")  # nothing is held
             loss.backward()
-            grads = a.grad, b.grad, scale.grad
+            grads = [t.grad for t in leaves]
             if again:
                 assert all(map(torch.equal, grads, found[kept]))
             found[kept] = grads
-    for kept in (200, 128):
+    for kept in (n, 256):
         assert not torch.equal(found[kept][0], found[0][0])  # E was rounded
         for ours, others in zip(found[kept], found[0], strict=True):
-            torch.testing.assert_close(
-                ours, others, rtol=0.02, atol=0.01 * others.abs().max().item()
-            )
-    keep(200, 200, 200)
+            size = others.abs().max().item()
+            torch.testing.assert_close(ours, others, rtol=0.02, atol=0.01 * size)
+    keep(n, n, n)
     launched.clear()
     scale = torch.tensor(3.0, requires_grad=True)
     clip_loss(x, y, scale, backend="triton").backward()
     assert kept_panels(launched)[0] == 0
-    torch.testing.assert_close(scale.grad, found[0][2], rtol=1e-3, atol=1e-6)
+    torch.testing.assert_close(scale.grad, found[0][2], rtol=1e-2, atol=1e-6)
 
 
 def test_what_awaits_its_gradients_counts(keep, launched, monkeypatch):
-    """fp16, whose gradients are formed in the backward pass: a second pass finds no memory left."""
+    """In fp16 gradients are formed in the backward pass: a second pass finds no memory left."""
     tiles(monkeypatch, tile=MEDIUM)
     keep(200, 200, 200)
     case = Case(200, 200, 40, positives="linear")
-    for used in (False, True):
-        t = leaves(make(case, FP16), ("a", "b"))
-        if not used:
-            first = t, run(case, t, "triton", exact_max=False)
+    t = leaves(make(case, FP16), ("a", "b"))
+    first, second = (run(case, t, "triton", exact_max=False).row_logsum.sum() for _ in range(2))
+    for total, expected in ((second, (0, 4)), (first, (4, 0))):
         launched.clear()
-        gradients(run(case, t, "triton", exact_max=False).row_logsum.sum(), t)
-        assert kept_panels(launched)[0] == 0
-    launched.clear()
-    t, stats = first
-    once = gradients(stats.row_logsum.sum(), t)
-    assert kept_panels(launched) == (4, 0)
-    del stats, first
+        gradients(total, t)
+        assert kept_panels(launched) == expected
+    del total, first, second
     assert budget.tile_cache_left() == budget.tile_cache_left("cuda")
-    assert once["a"].isfinite().all()
 
 
 def test_what_cannot_be_kept_is_computed_again(keep):
