@@ -33,7 +33,7 @@ from triton.backends.driver import DriverBase
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ito_kernels.similarity import op
-from ito_kernels.similarity.triton import host, tiles
+from ito_kernels.similarity.triton import host, kept, tiles
 
 CUDA, META = torch.device("cuda", 0), torch.device("meta")
 PROCESSORS = {90: 132, 80: 108, 100: 148}
@@ -293,6 +293,10 @@ def pretended(arch: int) -> Iterator[Seen]:
         "device": lambda device: nullcontext(),
         "get_device_name": lambda device=None: properties.name,
         "get_device_properties": lambda device=None: properties,
+        "mem_get_info": lambda device=None: (72 << 30, 80 << 30),
+        "memory_reserved": lambda device=None: 0,
+        "memory_allocated": lambda device=None: 0,
+        "is_current_stream_capturing": lambda: False,
     }
     modules = [x for name, x in sys.modules.items() if name.startswith(host.__package__)]
     kernels = [x for module in modules for x in vars(module).values()
@@ -313,5 +317,6 @@ def pretended(arch: int) -> Iterator[Seen]:
             stack.callback(kernel.device_caches.clear)
         tiles.device.cache_clear()
         stack.callback(tiles.device.cache_clear)
+        stack.enter_context(patch.dict(kept._decided, clear=True))
         stack.enter_context(_Operators(seen))
         yield seen

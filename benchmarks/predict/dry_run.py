@@ -95,6 +95,11 @@ def calls(dtype: torch.dtype, d: int) -> Iterator[tuple[str, Callable[[], Tensor
     yield "clip_loss, frozen keys", lambda: clip(features(), features(learned=False), scale())
     yield "clip_loss, fixed scale", lambda: clip(features(), features(), 20.0)
     yield "clip_loss, many rows", lambda: clip(features(large, d), features(large, d), scale())
+    with_part = patch.dict(os.environ, ITO_TILE_CACHE_BYTES=str(4 << 30))
+    yield (
+        "clip_loss, a part of many rows kept",
+        with_part(lambda: clip(features(large, d), features(large, d), scale())),
+    )
     yield (
         "siglip_loss, many rows",
         lambda: siglip(features(large, d), features(large, d), 9.0, -9.0),

@@ -453,13 +453,18 @@ def blocks_of_page(rows: dict) -> dict[str, str]:
 def page_on_speed(rows: dict) -> str:
     """What docs/speed.md says of these predictions."""
 
-    def ms(chip: str, d: int) -> Range:
-        return total(parts(DESIGNS["CLIP"], CHIPS[chip], N, d, rows))
+    def ms(design: str) -> list[Range]:
+        return [
+            total(parts(DESIGNS[design], CHIPS[chip], N, d, rows))
+            for chip, d in (("H100 SXM", 512), ("H100 SXM", 768), ("A100 SXM", 512))
+        ]
 
+    first, second, third = ms("CLIP, exponentials kept")
+    without = ", ".join(map(str, ms("CLIP")))
     return (
-        f"For CLIP at N = {N:,} in bf16 the Triton kernels are predicted to need"
-        f" {ms('H100 SXM', 512)} ms at D = 512 and {ms('H100 SXM', 768)} ms at D = 768 on an H100,"
-        f" and {ms('A100 SXM', 512)} ms at D = 512 on an A100. {too_fast()}"
+        f"For CLIP at N = {N:,} in bf16 the Triton kernels are predicted to need {first} ms at"
+        f" D = 512 and {second} ms at D = 768 on an H100, and {third} ms at D = 512 on an A100,"
+        f" with {2e-9 * N * N:.1f} GB of kept exponentials; without them {without} ms. {too_fast()}"
     )
 
 

@@ -24,6 +24,7 @@ from triton.compiler import ASTSource
 from ito_kernels.similarity.triton import backward as gradient_kernels
 from ito_kernels.similarity.triton import forward as statistics_kernels
 from ito_kernels.similarity.triton import maxima as maxima_kernels
+from ito_kernels.similarity.triton.kept import BLOCK
 from ito_kernels.similarity.triton.tiles import ARCHS, COMPILE, Arch, Tile, two_blocks
 
 TARGETS = {
@@ -94,6 +95,10 @@ def variants(arch: Arch, arithmetic: str) -> dict[str, tuple]:
 
     kernel = statistics_kernels.sums_kernel
     add("forward clip", kernel, score, score.k, **sums, pair_scores=fp32)
+    width = score.n // arch.parts(score, "forward")
+    cache = f"tensordesc<bf16[{score.m}, {width}]>" if arch.tma else "*bf16"
+    kept = {"cache": cache, "stride_cache": "i32", "cached_rows": "i32", "pair_scores": fp32}
+    add("forward clip kept", kernel, score, score.k, **sums | kept)
     for name, mask in masks.items():
         tile = by_ids if "row_ids" in mask else score
         add(f"forward {name}", kernel, tile, tile.k, **sums | mask)
@@ -112,6 +117,11 @@ def variants(arch: Arch, arithmetic: str) -> dict[str, tuple]:
     add("panel exact", kernel, w, w.k, **sizes | exact | linear | learned)
     add("panel siglip", kernel, w, w.k, **sizes | siglip)
     add("panel siglip ids", kernel, by_ids, by_ids.k, **sizes | siglip | ids | all_sums)
+    kernel = gradient_kernels.reweight_kernel
+    tile = Tile(*BLOCK, 0, 4, 1)
+    kept = {"cache": "*bf16", "pair_weights": fp32, "stride_cache": "i32"}
+    add("reweight", kernel, tile, 0, **sizes | upstream | kept)
+    kernel = gradient_kernels.weights_kernel
     for name, mask in masks.items():
         tile = by_ids if "row_ids" in mask else w
         add(f"panel {name}", kernel, tile, tile.k, **sizes | upstream | mask)

@@ -74,10 +74,12 @@ class Backend:
         """The weighted sum of the statistics, the statistics themselves if `with_stats`, and the
         gradients, if any. The weights are the upstream gradient, which is known in advance."""
         upstream = upstream.tensors(problem)
-        stats = self.logsumexp_forward(problem)
+        size = self.cache_bytes(problem) * (needs.a or needs.b)
+        cache = self.new_cache(problem, size) if size else None
+        stats = self.logsumexp_forward(problem, cache)
         grads = Grads()
         if any(needs):
-            grads = self.logsumexp_backward(problem, stats, upstream, needs)
+            grads = self.logsumexp_backward(problem, stats, upstream, needs, cache)
         return weighted_sum(stats, upstream), stats if with_stats else Stats(), grads
 
     def softplus_forward(self, problem: Problem) -> Tensor:

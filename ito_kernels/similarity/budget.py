@@ -16,13 +16,14 @@ _kept: WeakValueDictionary[int, Tensor] = WeakValueDictionary()
 _numbers = count()
 
 
-def tile_cache_left() -> int:
-    """What other passes have left of ITO_TILE_CACHE_BYTES, for tiles kept for backward."""
-    budget = byte_budget("ITO_TILE_CACHE_BYTES", TILE_CACHE_BYTES)
+def tile_cache_left(device: str = "cpu", default: int = TILE_CACHE_BYTES) -> int:
+    """What other passes have left of ITO_TILE_CACHE_BYTES, for tiles kept for backward in the
+    memory of a type of device. default: the budget where it is not set."""
+    budget = byte_budget("ITO_TILE_CACHE_BYTES", default)
     # a compiled call always has what it was compiled for
     if torch.compiler.is_compiling() or not _kept:
         return budget
-    return max(0, budget - sum(x.nbytes for x in _kept.values()))
+    return max(0, budget - sum(x.nbytes for x in _kept.values() if x.device.type == device))
 
 
 def count_as_kept(x: Tensor) -> Tensor:

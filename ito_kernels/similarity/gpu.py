@@ -154,18 +154,18 @@ def _ranks(problem: Problem) -> tuple[Tensor | None, Tensor | None]:
 
 
 def _padded_ids(ids: Tensor) -> Tensor:
-    out = ids.new_full((_aligned(len(ids)),), -1, dtype=torch.int32)
+    out = ids.new_full((aligned(len(ids)),), -1, dtype=torch.int32)
     out[: len(ids)] = ids
     return out[: len(ids)]
 
 
-def _aligned(rows: int) -> int:
+def aligned(rows: int) -> int:
     return -(-rows // ALIGNED_ROWS) * ALIGNED_ROWS
 
 
 def padded_pairs(x: Tensor, y: Tensor) -> Tensor:
     """(length, 2) with the columns x and y, followed by 0 up to a multiple of `ALIGNED_ROWS`."""
-    out = x.new_zeros((_aligned(len(x)), 2))
+    out = x.new_zeros((aligned(len(x)), 2))
     torch.stack([x, y], 1, out=out[: len(x)])
     return out
 

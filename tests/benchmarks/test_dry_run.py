@@ -82,6 +82,42 @@ def test_a_step_can_be_captured(n, d):
     assert seen.launches == first
 
 
+def test_when_exponentials_are_kept(monkeypatch):
+    """By default for many scores and a large D, in a quarter of the memory that is free at the
+    first call of a size: later calls do the same. Never decided while a CUDA graph is captured."""
+
+    def kept(n: int, d: int = 768, dtype=torch.bfloat16) -> bool:
+        seen.launches.clear()
+        clip_step(n, d, dtype)()
+        return "reweight_kernel" in seen.launches
+
+    def free(amount: int) -> None:
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (amount, 80 << 30))
+
+    with pretended(90) as seen:
+        assert kept(8000)
+        assert kept(8000, dtype=torch.float16)
+        assert not kept(8000, 256)
+        assert not kept(8000, dtype=torch.float32)
+        assert not kept(5000, dtype=torch.float16)
+        free(2 * 8192 * 8192)  # a quarter of it would not do
+        assert kept(8000)
+        assert not kept(8100)
+        free(60 << 30)
+        assert not kept(8100)
+        monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+        assert kept(8000)
+        assert not kept(8200)
+        monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+        assert kept(8200)
+        monkeypatch.setenv("ITO_TILE_CACHE_BYTES", "0")
+        assert not kept(8000)
+        monkeypatch.setenv("ITO_TILE_CACHE_BYTES", str(1 << 30))
+        assert kept(8000, 256)
+        assert kept(5000, dtype=torch.float16)
+    assert seen.waits == set()
+
+
 # ---- the dry run sees faults
 
 

@@ -14,6 +14,8 @@ import gpu_model as model  # noqa: E402
 from gpu_model import CHIPS, DESIGNS, ENDS, Range  # noqa: E402
 from published import PUBLISHED  # noqa: E402
 
+from ito_kernels.similarity.triton.kept import LEAST_D  # noqa: E402
+
 ROWS = model.load()
 H100 = CHIPS["H100 SXM"]
 # One processor of a chip whose every rate is 1,000 a clock of 1 ns, without any loss.
@@ -141,10 +143,9 @@ def test_a_kernel_whose_loop_was_not_found_has_no_time(part):
 
 
 def test_kept_exponentials_trade_a_product_for_memory():
-    """The design with three products: its forward pass stores 2 bytes per score, and a pass scales
-    them in place at the rate of memory."""
-    rows = ROWS | {("sm_90", "forward clip kept"): ROWS["sm_90", "forward clip"]}
-    times = model.parts(DESIGNS["CLIP, exponentials kept"], H100, 65536, 768, rows)
+    """The design with three products: its forward pass stores 2 bytes per score, and a pass makes W
+    of them at the rate of memory."""
+    times = model.parts(DESIGNS["CLIP, exponentials kept"], H100, 65536, 768, ROWS)
     four = model.parts(DESIGNS["CLIP"], H100, 65536, 768, ROWS)
     stored = 4 * 65536**2 / 3.35e12 * 1e3
     for end in ENDS:
@@ -153,6 +154,22 @@ def test_kept_exponentials_trade_a_product_for_memory():
         )
     assert times["forward"].slow > four["forward"].slow
     assert model.total(times).slow < model.total(four).slow
+
+
+def test_where_keeping_exponentials_pays():
+    """From `kept.LEAST_D` on, at either end of all assumptions, on every chip; on an H100 not at
+    half of it."""
+
+    def gain(chip, d: int) -> list[float]:
+        kept, again = (
+            model.total(model.parts(DESIGNS[x], chip, 65536, d, ROWS))
+            for x in ("CLIP, exponentials kept", "CLIP")
+        )
+        return [y / x for x, y in zip(kept, again, strict=True)]
+
+    for chip in model.CHIPS.values():
+        assert min(gain(chip, LEAST_D)) > 1.03
+    assert max(gain(H100, LEAST_D // 2)) < 1
 
 
 def test_published_figures():

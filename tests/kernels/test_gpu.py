@@ -7,6 +7,7 @@ from support.kernel_checks import moved, on_cpu, runs_here
 from support.problems import CASES, Case, gradients, leaves, run, tensors
 
 from ito_kernels import clip_loss, siglip_loss, similarity_softplus
+from ito_kernels.similarity import gpu
 
 pytestmark = pytest.mark.gpu
 if not torch.cuda.is_available():
@@ -32,6 +33,21 @@ def backend(request):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("case", [*CASES, Case(3000, 5000, 768, positives="linear")], ids=str)
 def test_problem_set(case, dtype, backend):
+    check(case, dtype, backend)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("memory", [32 << 20, 20 << 20], ids=["all rows", "some rows"])
+def test_kept_exponentials(memory, dtype, monkeypatch):
+    ok, reason = runs_here("triton")
+    if not ok:
+        pytest.skip(reason)
+    monkeypatch.setattr(gpu, "PANEL_BYTES", 4 << 20)
+    monkeypatch.setenv("ITO_TILE_CACHE_BYTES", str(memory))
+    check(Case(3000, 5000, 768, positives="linear"), dtype, "triton", exact_max=False)
+
+
+def check(case, dtype, backend, exact_max=True):
     draw = problems.weights
 
     def weights(case, truth):
@@ -41,7 +57,7 @@ def test_problem_set(case, dtype, backend):
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(kernel_checks, "weights", weights)
-        kernel_checks.check_logsumexp(backend, case, dtype)
+        kernel_checks.check_logsumexp(backend, case, dtype, exact_max=exact_max)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])

@@ -36,8 +36,8 @@ from support.problems import (
     tensors,
 )
 
-from ito_kernels import similarity_softplus
-from ito_kernels.similarity import dispatch, gpu
+from ito_kernels import clip_loss, similarity_softplus
+from ito_kernels.similarity import budget, dispatch, gpu
 from ito_kernels.similarity.op import logsumexp_of, present
 from ito_kernels.similarity.spec import Needs, Problem, SideUpstream, Upstream
 from ito_kernels.similarity.triton import host, small
@@ -57,10 +57,13 @@ def tiles(monkeypatch, *, tma: bool = False, tile=SMALL, processors: int = 5) ->
 
 @pytest.fixture(params=["fused", "panels"])
 def backward(request, monkeypatch):
-    """Both shapes of backward; panels small enough that there are several each way."""
-    if request.param == "panels":
+    """Both shapes of backward; panels small enough that there are several each way. "kept": panels
+    from exponentials that forward has kept, for tests that ask for them."""
+    if request.param in ("panels", "kept"):
         monkeypatch.setattr(triton_tiles, "FUSED_D", 0)
         monkeypatch.setattr(gpu, "PANEL_BYTES", 1)
+    if request.param == "kept":
+        monkeypatch.setenv("ITO_TILE_CACHE_BYTES", str(1 << 20))
     return request.param
 
 
@@ -197,9 +200,9 @@ KINDS = ("random", "trained", "duplicates", "identical", "opposed", "one long ro
 
 @pytest.mark.parametrize(  # at full precision fp32 has no fused gradient: see `tiles`
     ("dtype", "backward"),
-    [(FP32, "panels"), (BF16, "panels"), (BF16, "fused")],
+    [(FP32, "panels"), (BF16, "panels"), (BF16, "kept"), (BF16, "fused")],
     indirect=["backward"],
-    ids=["float32", "bfloat16", "bfloat16 fused"],
+    ids=["float32", "bfloat16", "bfloat16 kept", "bfloat16 fused"],
 )
 @pytest.mark.parametrize("kind", KINDS)
 def test_sums_that_underflow_are_computed_with_true_maxima(
@@ -233,6 +236,7 @@ def test_sums_that_underflow_are_computed_with_true_maxima(
         assert_accurate(losses, truth, same, 2, eps)
         launched.clear()
         ours = gradients(losses.mean(), t)
+        assert (kept_panels(launched)[0] > 0) == (backward == "kept")
         fallback = [x["underflowed"] for *_, x in launched if "underflowed" in x]
         assert {x is None if dtype == FP32 else bool(x) == (lost > 0) for x in fallback} == {True}
         expected, peer = gradients(truth.mean(), truth_t), gradients(same.mean(), same_t)
@@ -569,3 +573,122 @@ def test_a_small_batch_in_few_launches(n, m, d, dtype, cols, frozen, launched, m
 
     close(values[:1], values_of_large[:1], exact[:1], 1e-6)
     close(grads, grads_of_large, exact_grads, {FP32: 1e-6, BF16: 4e-3}[dtype])
+
+
+# ---- kept exponentials
+
+
+@pytest.fixture
+def keep(monkeypatch):
+    """Panels of 128 × 128 and a function that sets how many rows of E are kept, of so many
+    columns."""
+    monkeypatch.setattr(triton_tiles, "FUSED_D", 0)
+    monkeypatch.setattr(gpu, "PANEL_BYTES", 1)
+    monkeypatch.setattr(small, "LARGEST", 0)
+
+    def keep(n: int, kept: int, m: int) -> None:
+        memory = 4 * gpu.aligned(n) + 2 * gpu.aligned(kept) * gpu.aligned(m) if kept else 0
+        monkeypatch.setenv("ITO_TILE_CACHE_BYTES", str(memory))
+
+    return keep
+
+
+def kept_panels(launched) -> tuple[int, int]:
+    """The panels of W that came from kept exponentials, and from scores computed again."""
+    names = [name for name, *_ in launched]
+    return names.count("reweight_kernel"), len(working(launched, "weights_kernel"))
+
+
+KEPT = [
+    Case(300, 280, 40, positives="linear"),
+    Case(280, 300, 40, positives="linear", cols=False),
+    Case(280, 300, 40, positives="linear", rows=False),
+    Case(300, 280, 40, positives="linear", diagonal=30),
+    Case(280, 300, 40, positives="linear", diagonal=-250),
+    Case(300, 300, 40, same=True, positives="linear", diagonal=5),
+    Case(1, 300, 40, positives="linear"),
+]
+
+
+@pytest.mark.parametrize("tma", [False, True], ids=["pointers", "descriptors"])
+@pytest.mark.parametrize(("case", "dtype"), spread(KEPT, (BF16, FP16)))
+def test_gradients_from_kept_exponentials(case, dtype, tma, keep, launched, monkeypatch):
+    """All rows kept, and some."""
+    tiles(monkeypatch, tma=tma, tile=MEDIUM)
+    high, wide = -(-case.n // 128), -(-case.m // 128)
+    for kept in sorted({min(256, case.n), case.n}):
+        keep(case.n, kept, case.m)
+        launched.clear()
+        kernel_checks.check_logsumexp("triton", case, dtype, exact_max=False)
+        expected = -(-kept // 128) * wide
+        assert kept_panels(launched) == (expected, high * wide - expected)
+
+
+def test_what_is_kept_in_one_call(keep, launched, monkeypatch):
+    """A loss whose weights are known keeps exponentials only while it runs; the same bits every
+    time; a budget of 0 keeps nothing, and frozen features need none."""
+    tiles(monkeypatch, tile=MEDIUM)
+    n, panels = 300, 9
+    g = torch.Generator().manual_seed(1)
+    x, y = torch.nn.functional.normalize(torch.randn(2, n, 40, generator=g), dim=2).to(BF16)
+
+    def step(kept: int, expected: int) -> list[torch.Tensor]:
+        keep(n, kept, n)
+        inputs = [t.clone().requires_grad_() for t in (x, y, torch.tensor(3.0))]
+        launched.clear()
+        loss = clip_loss(*inputs, backend="triton")
+        assert kept_panels(launched) == (expected, panels - expected)
+        assert budget.tile_cache_left() == budget.tile_cache_left("cuda")  # nothing is held
+        loss.backward()
+        return [t.grad for t in inputs]
+
+    of_all, again, of_some, of_none = step(n, 9), step(n, 9), step(256, 6), step(0, 0)
+    assert all(map(torch.equal, of_all, again))
+    for found in (of_all, of_some):
+        assert not torch.equal(found[0], of_none[0])  # E was rounded
+        for ours, others in zip(found, of_none, strict=True):
+            size = others.abs().max().item()
+            torch.testing.assert_close(ours, others, rtol=0.02, atol=0.01 * size)
+    keep(n, n, n)
+    launched.clear()
+    scale = torch.tensor(3.0, requires_grad=True)
+    clip_loss(x, y, scale, backend="triton").backward()
+    assert kept_panels(launched)[0] == 0
+    torch.testing.assert_close(scale.grad, of_none[2], rtol=1e-2, atol=1e-6)
+
+
+def test_what_awaits_its_gradients_counts(keep, launched, monkeypatch):
+    """In fp16 gradients are formed in the backward pass: a second pass finds no memory left."""
+    tiles(monkeypatch, tile=MEDIUM)
+    keep(200, 200, 200)
+    case = Case(200, 200, 40, positives="linear")
+    t = leaves(make(case, FP16), ("a", "b"))
+    first, second = (run(case, t, "triton", exact_max=False).row_logsum.sum() for _ in range(2))
+    for total, expected in ((second, (0, 4)), (first, (4, 0))):
+        launched.clear()
+        gradients(total, t)
+        assert kept_panels(launched) == expected
+    del total, first, second
+    assert budget.tile_cache_left() == budget.tile_cache_left("cuda")
+
+
+def test_what_cannot_be_kept_is_computed_again(keep):
+    a, b = torch.randn(2, 256, 160).to(BF16)
+    ids, vector = torch.arange(256), torch.ones(256)
+    plain = Problem(a, b, torch.tensor(1.0), positives="linear", exact_max=False)
+    keep(256, 256, 256)
+
+    def size(**options) -> int:
+        return backend.cache_bytes(plain._replace(**options))
+
+    assert size() == 4 * 256 + 2 * 256 * 256
+    assert size(positives=None, cols=False, diagonal=7) == size()
+    others = [
+        {"a": a.float(), "b": b.float()}, {"b": None}, {"scale": vector}, {"row_bias": vector},
+        {"col_bias": vector}, {"row_ids": ids, "col_ids": ids}, {"row_limit": vector},
+        {"positives": "lse"}, {"exclude_self": True}, {"exclude_positives": True},
+        {"hardest": True}, {"exact_max": True},
+    ]  # fmt: skip
+    assert [size(**x) for x in others] == [0] * len(others)
+    keep(256, 0, 256)
+    assert size() == 0

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from .. import gpu
 from ..backend import Backend
+from ..budget import count_as_kept
 from ..spec import Grads, Needs, Problem, Stats, Upstream
 
 MIN_TRITON = (3, 6)  # the oldest version that is tested
@@ -83,8 +84,16 @@ class Triton(Backend):
     def describe(self, problem: Problem) -> str:
         return self._host.describe(problem)
 
+    def cache_bytes(self, problem: Problem) -> int:
+        """Memory for exponentials that are kept for the gradients: see `kept.size`. None in a
+        compiled call, in which the memory that is free cannot be asked for."""
+        return 0 if torch.compiler.is_compiling() else self._host.cache_bytes(problem)
+
+    def new_cache(self, problem: Problem, size: int) -> Tensor:
+        return count_as_kept(super().new_cache(problem, size))
+
     def logsumexp_forward(self, problem: Problem, cache: Tensor | None = None) -> Stats:
-        return self._host.logsumexp_forward(problem)
+        return self._host.logsumexp_forward(problem, cache)
 
     def logsumexp_backward(
         self,
@@ -94,7 +103,7 @@ class Triton(Backend):
         needs: Needs,
         cache: Tensor | None = None,
     ) -> Grads:
-        return self._host.logsumexp_backward(problem, stats, upstream, needs)
+        return self._host.logsumexp_backward(problem, stats, upstream, needs, cache)
 
     def logsumexp_both(
         self, problem: Problem, with_stats: bool, upstream: Upstream, needs: Needs

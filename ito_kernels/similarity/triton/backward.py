@@ -280,6 +280,36 @@ def weights_kernel(
             acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
 
 
+@triton.jit(do_not_specialize=["m", "n", "diagonal", "panel_row", "panel_col"])
+def reweight_kernel(
+    cache, pair_weights, underflowed, row_weights, col_weights, panel, n, m, stride_cache,
+    stride_panel, diagonal, panel_row, panel_col, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """The panel of `weights_kernel` from kept exponentials, without a matrix product.
+
+    pair_weights: W at the column i + diagonal of row i, in fp32: the difference of nearly equal
+    terms, which E in bf16 would not give.
+    """
+    if _leaves(underflowed, True):
+        return
+    tiles_n = tl.cdiv(m - panel_col, BLOCK_N)
+    tile_m, tile_n = tl.program_id(0) // tiles_n, tl.program_id(0) % tiles_n
+    row0, col0 = panel_row + tile_m * BLOCK_M, panel_col + tile_n * BLOCK_N
+    i, j = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N)
+    first = tl.cast(row0, tl.int64) * stride_cache + col0
+    e = tl.load(cache + first + (i[:, None] * stride_cache + j[None, :])).to(tl.float32)
+    u, _alpha = _pair(row_weights, row0, BLOCK_M)
+    v, _beta = _pair(col_weights, col0, BLOCK_N)
+    w = e * (u[:, None] + v[None, :])
+    first = row0 + diagonal
+    if (col0 < first + BLOCK_M) & (first < col0 + BLOCK_N):
+        here = (row0 + i < n)[:, None] & (col0 + j[None, :] == first + i[:, None])
+        w = tl.where(here, tl.load(pair_weights + row0 + i)[:, None], w)
+    first = tl.cast(tile_m * BLOCK_M, tl.int64) * stride_panel + tile_n * BLOCK_N
+    at = i[:, None] * stride_panel + j[None, :]
+    tl.store(panel + first + at, w.to(panel.dtype.element_ty))
+
+
 @triton.jit(do_not_specialize=scores.SIZES)
 def gradient_kernel(
     a, b, scale, row_bias, col_bias, row_ids, col_ids, row_limit, col_limit, shift, underflowed,

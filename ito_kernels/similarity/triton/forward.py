@@ -57,27 +57,30 @@ def _fold_rows(e, KEPT: tl.constexpr):
 @triton.jit
 def _add_tile(
     acc, col_total, row0, col0, scale, row_bias, col_bias, row_ids, col_ids, row_limit, col_limit,
-    shift, row_slots, row_pos, col_pos, pair_scores, n, m, diagonal, with_cols,
+    shift, row_slots, row_pos, col_pos, pair_scores, cache, stride_cache, cached_rows, n, m,
+    diagonal, with_cols,
     SCALE: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
     POSITIVES: tl.constexpr, SELF: tl.constexpr, EXCLUDE_POSITIVES: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, KEPT: tl.constexpr, PARTS: tl.constexpr,
+    TMA: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, KEPT: tl.constexpr,
+    PARTS: tl.constexpr,
 ):  # fmt: skip
     """Add the exponentials of a tile to the sums, from its inner products `acc`. Returns the
     column sums, which stay in registers."""
     if PARTS > 1:
         rest = (
             scale, row_bias, col_bias, row_ids, col_ids, row_limit, col_limit, shift, row_slots,
-            row_pos, col_pos, pair_scores, n, m, diagonal, with_cols,
+            row_pos, col_pos, pair_scores, cache, stride_cache, cached_rows, n, m, diagonal,
+            with_cols,
         )  # fmt: skip
         left, right = scores.split_columns(acc)
         left_total, right_total = scores.split_columns(col_total)
         left_total = _add_tile(
             left, left_total, row0, col0, *rest, SCALE, ROWS, COLS, POSITIVES, SELF,
-            EXCLUDE_POSITIVES, BLOCK_M, BLOCK_N // 2, KEPT, PARTS // 2,
+            EXCLUDE_POSITIVES, TMA, BLOCK_M, BLOCK_N // 2, KEPT, PARTS // 2,
         )  # fmt: skip
         right_total = _add_tile(
             right, right_total, row0, col0 + BLOCK_N // 2, *rest, SCALE, ROWS, COLS,
-            POSITIVES, SELF, EXCLUDE_POSITIVES, BLOCK_M, BLOCK_N // 2, KEPT, PARTS // 2,
+            POSITIVES, SELF, EXCLUDE_POSITIVES, TMA, BLOCK_M, BLOCK_N // 2, KEPT, PARTS // 2,
         )  # fmt: skip
         return scores.join_columns(left_total, right_total)
     else:  # Triton would compile what follows a `return` all the same
@@ -117,6 +120,14 @@ def _add_tile(
         if LIMITED:
             x = tl.where(above, float("-inf"), x)
         e = tl.exp2(x)
+        if cache is not None:  # before the sums: behind them, a part of the tile spills
+            if TMA:  # a descriptor writes nothing beyond its last row
+                cache.store([row0, col0], e.to(tl.bfloat16))
+            else:
+                if row0 < cached_rows:  # the memory covers whole tiles
+                    at = tl.arange(0, BLOCK_M)[:, None] * stride_cache + tl.arange(0, BLOCK_N)
+                    first = tl.cast(row0, tl.int64) * stride_cache + col0
+                    tl.store(cache + first + at, e.to(tl.bfloat16))
         if ROWS:
             _add(row_slots, rows, tl.sum(e, 1), n)
         if COLS:
@@ -124,10 +135,13 @@ def _add_tile(
         return col_total
 
 
-@triton.jit(do_not_specialize=[*scores.SIZES, "row_tiles", "col_tiles", "row_groups", "col_groups"])
+NUMBERS = [*scores.SIZES, "row_tiles", "col_tiles", "row_groups", "col_groups", "cached_rows"]
+
+
+@triton.jit(do_not_specialize=NUMBERS)
 def sums_kernel(
     a, b, scale, row_bias, col_bias, row_ids, col_ids, row_limit, col_limit, shift, row_slots,
-    col_slots, pair_scores,
+    col_slots, pair_scores, cache, stride_cache, cached_rows,
     n, m, d, stride_a, stride_b, diagonal, row_tiles, col_tiles, row_groups, col_groups,
     EVEN_D: tl.constexpr, SCALE: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
     POSITIVES: tl.constexpr, SELF: tl.constexpr, EXCLUDE_POSITIVES: tl.constexpr,
@@ -144,6 +158,7 @@ def sums_kernel(
     over the positives: of S·log2 e - T for "linear", of E for "lse".
 
     Without ids, S·log2 e - T of the positive of each row is stored in `pair_scores`.
+    cache: memory in bf16 for E of the first `cached_rows` rows, or None. It covers whole tiles.
     TRIANGLE: for a symmetric S. Only pairs of groups with row ≤ column are computed, and both sides
     share the slots. The groups on the diagonal are computed in full and write only their rows.
     """
@@ -179,9 +194,9 @@ def sums_kernel(
             if k == k_steps:
                 col_total = _add_tile(
                     acc, col_total, row0, col0, factor, row_bias, col_bias, row_ids, col_ids,
-                    row_limit, col_limit, T, row_slots, row_pos, col_pos, pair_scores, n, m,
-                    diagonal, with_cols, SCALE, ROWS, COLS, POSITIVES, SELF, EXCLUDE_POSITIVES,
-                    BLOCK_M, BLOCK_N, KEPT, PARTS,
+                    row_limit, col_limit, T, row_slots, row_pos, col_pos, pair_scores, cache,
+                    stride_cache, cached_rows, n, m, diagonal, with_cols, SCALE, ROWS, COLS,
+                    POSITIVES, SELF, EXCLUDE_POSITIVES, TMA, BLOCK_M, BLOCK_N, KEPT, PARTS,
                 )  # fmt: skip
                 acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
                 row0 += BLOCK_M

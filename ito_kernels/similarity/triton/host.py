@@ -5,8 +5,8 @@ One forward pass computes the statistics of both sides, with one exponential per
 one side at a time. Backward has two forms. For D ≤ 128, a fused
 kernel keeps rows of the gradient in registers and runs once per side. For larger D, W is written to
 a bounded workspace, panel by panel, and the vendor's matrix product computes W·B and Wᵀ·A with fp32
-accumulation: 4 matrix products in all. For a symmetric S half of the tiles are computed: 2 matrix
-products in all.
+accumulation: 4 matrix products in all, or 3 for rows whose exponentials the forward pass has kept
+(`kept.py`). For a symmetric S half of the tiles are computed: 2 matrix products in all.
 
 Only one program adds to an element and sums have a fixed order, so on one device the same inputs
 should give the same bits. Nothing synchronises with the device, so that calls can be captured in a
@@ -24,6 +24,7 @@ import os
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext, suppress
 from functools import wraps
+from math import prod
 from typing import NamedTuple
 
 import torch
@@ -36,7 +37,7 @@ from .. import gpu
 from ..gpu import Operands, PanelSums, RowGradient, Split, dense, is_symmetric
 from ..pairs import count_positives
 from ..spec import Grads, Needs, Problem, SideStats, Stats, Upstream
-from . import backward, forward, maxima, tiles
+from . import backward, forward, kept, maxima, tiles
 
 INTERPRETED = not isinstance(forward.sums_kernel, triton.JITFunction)
 MERGE_BLOCK = 256
@@ -52,7 +53,14 @@ def describe(problem: Problem) -> str:
         return f"{text}; fused gradients, {plan.describe_tile('gradient')}"
     rows, cols = plan.panel_size()
     panels = f"W panels of {rows} x {cols}, {plan.describe_tile('panel')}"
-    return f"{text}; {panels}, for the vendor's matrix product"
+    text = f"{text}; {panels}, for the vendor's matrix product"
+    if rows := kept.rows(plan, kept.size(plan)):
+        text += f"; W of {rows} rows from kept exponentials"
+    return text
+
+
+def cache_bytes(problem: Problem) -> int:
+    return kept.size(_Plan(problem))
 
 
 class _Plan:
@@ -109,11 +117,11 @@ class _Plan:
 _TUNED: dict[tuple, tiles.Tile] = {}
 
 
-def _autotuned(choose: Callable[[_Plan], str]) -> Callable:
+def _autotuned(choose: Callable[..., str]) -> Callable:
     """Decorate a function of a problem so that it autotunes the tile of a kernel.
 
-    choose: returns the name of the kernel that the function runs, given its plan; "" for one that
-        is not tuned.
+    choose: returns the name of the kernel that the function runs, given its plan and arguments; ""
+        for one that is not tuned.
     """
 
     def decorate(function: Callable) -> Callable:
@@ -121,7 +129,7 @@ def _autotuned(choose: Callable[[_Plan], str]) -> Callable:
         def run(problem: Problem, *args):
             if os.environ.get("ITO_TRITON_AUTOTUNE") == "1":
                 plan = _Plan(problem)
-                kernel = choose(plan)
+                kernel = choose(plan, *args)
                 key = plan.key(kernel)
                 if kernel and key not in _TUNED:
                     times = {}
@@ -141,9 +149,16 @@ def _autotuned(choose: Callable[[_Plan], str]) -> Callable:
     return decorate
 
 
-_autotuned_forward = _autotuned(lambda plan: "" if gpu.needs_maxima(plan.problem) else "forward")
+def _kernel_of_backward(plan: _Plan, *args) -> str:
+    """Panels from kept exponentials, the last argument, have no tile to tune."""
+    return "gradient" if plan.gradient else "" if isinstance(args[-1], Tensor) else "panel"
+
+
+_autotuned_forward = _autotuned(
+    lambda plan, *_: "" if gpu.needs_maxima(plan.problem) else "forward"
+)
 _autotuned_softplus = _autotuned(lambda plan: "forward")
-_autotuned_backward = _autotuned(lambda plan: "gradient" if plan.gradient else "panel")
+_autotuned_backward = _autotuned(_kernel_of_backward)
 
 
 def _milliseconds(run: Callable[[], object]) -> float:
@@ -272,6 +287,9 @@ class Sums(NamedTuple):
     row_slots: Tensor | None
     col_slots: Tensor | None
     pair_scores: Tensor | None
+    cache: Tensor | TensorDescriptor | None
+    stride_cache: int | None
+    cached_rows: int | None
     row_groups: int
     ROWS: bool
     COLS: bool
@@ -378,6 +396,25 @@ class Panel(NamedTuple):
     PARTS: int
 
 
+class Reweight(NamedTuple):
+    cache: Tensor
+    pair_weights: Tensor
+    underflowed: Tensor
+    row_weights: Tensor | None
+    col_weights: Tensor | None
+    panel: Tensor
+    n: int
+    m: int
+    stride_cache: int
+    stride_panel: int
+    diagonal: int
+    panel_row: int
+    panel_col: int
+    BLOCK_M: int = kept.BLOCK[0]
+    BLOCK_N: int = kept.BLOCK[1]
+    num_warps: int = 4
+
+
 class Gradient(NamedTuple):
     factor: Tensor
     grad: Tensor | None
@@ -403,7 +440,8 @@ def _device_context(device: torch.device) -> AbstractContextManager:
 
 
 @_autotuned_forward
-def logsumexp_forward(problem: Problem) -> Stats:
+def logsumexp_forward(problem: Problem, cache: Tensor | None = None) -> Stats:
+    """cache: memory of `cache_bytes` for exponentials that are kept for the gradients."""
     p, plan, op = problem, _Plan(problem), Operands.of(problem)
     if gpu.needs_maxima(p):
         return gpu.both_sides(p, lambda: _maxima(plan, op, False), lambda: _maxima(plan, op, True))
@@ -420,12 +458,25 @@ def logsumexp_forward(problem: Problem) -> Stats:
     pair_scores = None
     if not by_ids and not p.exclude_self:  # even if not requested: one kernel variant less
         pair_scores = op.a.new_empty(p.n, dtype=torch.float32)
+    parts = plan.arch.parts(tile, "forward", plan.crowded())
+    memory = exponentials = None
+    if cache is not None:
+        memory = kept.Kept.of(plan, cache)
+        exponentials, pair_scores = memory.exponentials, memory.pair_scores
+        if plan.arch.tma:
+            block = [tile.m, tile.n // parts]
+            exponentials = TensorDescriptor(
+                exponentials, list(exponentials.shape), list(exponentials.stride()), block
+            )
     shift = gpu.fixed_shift(p, op)
     sums = Sums(
         shift=shift,
         row_slots=row_slots,
         col_slots=col_slots,
         pair_scores=pair_scores,
+        cache=exponentials,
+        stride_cache=memory and memory.exponentials.stride(0),
+        cached_rows=memory and memory.rows,
         row_groups=split.row_groups,
         ROWS=rows,
         COLS=cols,
@@ -434,7 +485,7 @@ def logsumexp_forward(problem: Problem) -> Stats:
         TRIANGLE=symmetric,
         BLOCK_K=tile.k,
         KEPT=plan.arch.kept_rows(tile, plan.arithmetic),
-        PARTS=plan.arch.parts(tile, "forward", plan.crowded()),
+        PARTS=parts,
     )
     scores = Scores.of(plan, op, tile, tile.k)
     _launch(forward.sums_kernel, split.programs, scores, Groups.of(split), sums)
@@ -513,8 +564,15 @@ def softplus_forward(problem: Problem) -> Tensor:
 
 
 @_autotuned_backward
-def logsumexp_backward(problem: Problem, stats: Stats, upstream: Upstream, needs: Needs) -> Grads:
-    return _backward(gpu.Backward.of_logsumexp(problem, stats, upstream), needs)
+def logsumexp_backward(
+    problem: Problem,
+    stats: Stats,
+    upstream: Upstream,
+    needs: Needs,
+    cache: Tensor | None = None,
+) -> Grads:
+    call = gpu.Backward.of_logsumexp(problem, stats, upstream)
+    return _backward(call, needs, cache=cache)
 
 
 @_autotuned_backward
@@ -528,9 +586,8 @@ def softplus_both(problem: Problem, u: Tensor, needs: Needs) -> tuple[Tensor, Gr
 
     The scores are computed once less than in two calls: 3 matrix products in panels, 4 fused.
 
-    Softmax has no such pass. Its W needs complete row sums, so the scores of whole rows would be
-    written and read, 4 bytes each. At D = 768 an H100 computes them again in less time
-    (docs/gpu-static.md).
+    Softmax has no such pass, because its W needs complete row sums. It keeps exponentials instead
+    (`kept.py`).
     """
     if is_symmetric(problem) and not _Plan(problem).gradient:
         # the panels of a symmetric S are half of all: 2.5 matrix products instead of 3
@@ -539,10 +596,14 @@ def softplus_both(problem: Problem, u: Tensor, needs: Needs) -> tuple[Tensor, Gr
     return values, _backward(gpu.Backward.of_softplus(problem, u), needs, values)
 
 
-def _backward(call: gpu.Backward, needs: Needs, values: Tensor | None = None) -> Grads:
+def _backward(
+    call: gpu.Backward, needs: Needs, values: Tensor | None = None, cache: Tensor | None = None
+) -> Grads:
     """values: the tensor to which the row sums of softplus are added, or None."""
     plan = _Plan(call.problem)
-    return (_fused_gradients if plan.gradient else _panel_gradients)(call, plan, needs, values)
+    if plan.gradient:
+        return _fused_gradients(call, plan, needs, values)
+    return _panel_gradients(call, plan, needs, values, cache)
 
 
 def _fused_gradients(
@@ -589,13 +650,18 @@ def _fused_gradients(
     return gpu.fused_gradients(call, needs, run, factor=None)
 
 
-def _panel_gradients(call: gpu.Backward, plan: _Plan, needs: Needs, values: Tensor | None) -> Grads:
+def _panel_gradients(
+    call: gpu.Backward, plan: _Plan, needs: Needs, values: Tensor | None, cache: Tensor | None
+) -> Grads:
     norm, factor = call.scaling()
     scale_of_products = call.op.scale.ndim == 0 and (needs.a or needs.b)
     sums_needed = needs._replace(scale=needs.scale and not scale_of_products)
-    run = _panel_run(call, plan, sums_needed, Weights.of(call, norm), values, norm)
-    # the kernel stores whole tiles without masks, so the workspace covers whole tiles
+    memory = kept.Kept.of(plan, cache) if cache is not None and (needs.a or needs.b) else None
+    run = _panel_run(call, plan, sums_needed, Weights.of(call, norm), values, norm, memory=memory)
+    # the kernels store whole tiles without masks, so the workspace covers whole tiles
     size, tile = plan.panel_size(), (plan.panel.m, plan.panel.n)
+    if memory:
+        tile = tuple(map(max, tile, kept.BLOCK))
     return gpu.panel_gradients(call, needs, size, tile, run, factor, scale_of_products)
 
 
@@ -607,9 +673,37 @@ def _panel_run(
     values: Tensor | None = None,
     norm: Tensor | None = None,
     panel_factor: Tensor | None = None,
+    memory: kept.Kept | None = None,
 ) -> Callable[[slice, slice, Tensor | None], PanelSums]:
-    """The function that writes a panel and returns its sums."""
+    """The function that writes a panel and returns its sums.
+
+    memory: exponentials of the first rows, which spare these their matrix product unless sums have
+        underflowed.
+    """
     like, tile = call.op.a, plan.panel
+    if memory:
+        pair_weights = memory.pair_weights(call.problem, kinds[0].row_weights, kinds[0].col_weights)
+
+    def reweight(rows: slice, cols: slice, workspace: Tensor) -> None:
+        reweighting = Reweight(
+            cache=memory.exponentials,
+            pair_weights=pair_weights,
+            underflowed=kinds[0].underflowed,
+            row_weights=kinds[0].row_weights,
+            col_weights=kinds[0].col_weights,
+            panel=workspace,
+            n=rows.stop,
+            m=cols.stop,
+            stride_cache=memory.exponentials.stride(0),
+            stride_panel=workspace.stride(0),
+            diagonal=call.problem.diagonal,
+            panel_row=rows.start,
+            panel_col=cols.start,
+        )
+        sizes = (rows.stop - rows.start, cols.stop - cols.start)
+        programs = prod(map(triton.cdiv, sizes, kept.BLOCK))
+        _launch(backward.reweight_kernel, programs, reweighting)
+
     crowded = plan.crowded(call.softplus) + (panel_factor is not None)
     parts = [plan.arch.parts(tile, "panel", crowded, exact=not kind.FIXED) for kind in kinds]
     scores = Scores.of(plan, call.op, tile, tile.k)
@@ -644,6 +738,9 @@ def _panel_run(
             programs = min(programs, 2 * plan.processors)
         panel_scores = scores._replace(n=rows.stop, m=cols.stop)
         for weights, number in zip(kinds, parts, strict=True):
+            if memory and weights.FIXED and rows.stop <= memory.rows:
+                reweight(rows, cols, workspace)
+                continue
             own = panel._replace(PARTS=number)
             _launch(backward.weights_kernel, programs, panel_scores, weights, own)
         if values is not None:
