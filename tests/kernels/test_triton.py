@@ -628,7 +628,7 @@ def test_what_is_kept_in_one_call(keep, launched, monkeypatch):
     """A loss whose weights are known keeps exponentials only while it runs; the same bits every
     time; a budget of 0 keeps nothing, and frozen features need none."""
     tiles(monkeypatch, tile=MEDIUM)
-    n, panels = 300, 9
+    n, panels = 200, 4
     g = torch.Generator().manual_seed(1)
     x, y = torch.nn.functional.normalize(torch.randn(2, n, 40, generator=g), dim=2).to(BF16)
 
@@ -642,13 +642,12 @@ def test_what_is_kept_in_one_call(keep, launched, monkeypatch):
         loss.backward()
         return [t.grad for t in inputs]
 
-    of_all, again, of_some, of_none = step(n, 9), step(n, 9), step(256, 6), step(0, 0)
+    of_all, again, of_none = step(n, panels), step(n, panels), step(0, 0)
     assert all(map(torch.equal, of_all, again))
-    for found in (of_all, of_some):
-        assert not torch.equal(found[0], of_none[0])  # E was rounded
-        for ours, others in zip(found, of_none, strict=True):
-            size = others.abs().max().item()
-            torch.testing.assert_close(ours, others, rtol=0.02, atol=0.01 * size)
+    assert not torch.equal(of_all[0], of_none[0])  # E was rounded
+    for ours, others in zip(of_all, of_none, strict=True):
+        size = others.abs().max().item()
+        torch.testing.assert_close(ours, others, rtol=0.02, atol=0.01 * size)
     keep(n, n, n)
     launched.clear()
     scale = torch.tensor(3.0, requires_grad=True)
