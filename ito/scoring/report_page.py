@@ -41,7 +41,7 @@ LOGGED = {  # their titles, axes, and what they are
     "lr": (
         "Learning rate",
         "rate",
-        "It rises, then falls to 0 by the last step.",
+        "After the warm-up it falls to 0 by the last step.",
     ),
 }
 
