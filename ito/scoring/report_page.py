@@ -41,7 +41,7 @@ LOGGED = {  # their titles, axes, and what they are
     "lr": (
         "Learning rate",
         "rate",
-        "It rises, then falls to 0 by the last step.",
+        "After the warm-up it falls to 0 by the last step.",
     ),
 }
 
@@ -63,7 +63,7 @@ def write_report(run: Path, encoder: Encoder, dataset: Dataset, project: str = "
         curves = curve_charts(records, splits)
         tables = sections({"before": scores[0], "after": scores[-1]}) if scores else []
         told = headlines(scores[-1]) if scores else ["No scores are logged yet."]
-        told += [f"Scored after step {scores[-1]['step']}."] if scores else []
+        told += [f"These scores are of step {r['step']}." for r in scores[-1:]]
         best = files.log().best()
         if best not in (None, encoder.step):
             told += [f"The model is of step {encoder.step}; the best by {BEST_BY} is step {best}."]

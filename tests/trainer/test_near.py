@@ -123,7 +123,8 @@ def test_the_odds_of_a_match_are_those_that_it_was_drawn_with():
     told = torch.tensor([Near(0, 0, odds, None).right("text", row) for row in cosines])
     for low in (0, 0.2, 0.4, 0.6, 0.8):
         among = (told >= low) & (told < low + 0.2)
-        assert told[among].mean() == pytest.approx(right[among].double().mean(), abs=0.02)
+        share = right[among].double().mean().item()
+        assert told[among].mean().item() == pytest.approx(share, abs=0.02)
     assert Near(0, 0, odds, None).right("picture", cosines[0]) is None
     assert fit_odds(cosines, torch.zeros_like(right)) is None
     parted = fit_odds(cosines, cosines > 0.5)  # the likelihood has no greatest weight
