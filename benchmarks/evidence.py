@@ -103,10 +103,13 @@ SATURATION = {
     f"{arm}, 400 concepts": (arm, {"concepts": 400, "steps": 2500, "every": 250})
     for arm in ("ito-align", "ito")
 }
+# the main comparison for four times as long
+LONGER = {f"{arm}, 2,400 steps": (arm, {"steps": 2400}) for arm in ARMS}
 ORDER = (
     *(("controls", seed) for seed in (0, 1, 2)),
     *(("gap", 0), ("fusion", 0), ("controls", 3), ("controls", 4), ("saturation", 0)),
     *((kind, seed) for seed in (1, 2, 3, 4) for kind in ("fusion", "gap", "saturation")),
+    *(("longer", seed) for seed in SEEDS),
 )
 # The comparisons that are tested, as one family, on seen and on unseen concepts; all others are
 # described. Stated before any run of the test was made.
@@ -153,7 +156,13 @@ def plan() -> list[list[Run]]:
         for arm in ARMS
     ]
     rest = [Run("main", arm, arm, seed, {}) for seed in SEEDS for arm in ARMS]
-    parts = {"controls": CONTROLS, "gap": GAP, "fusion": FUSION, "saturation": SATURATION}
+    parts = {
+        "controls": CONTROLS,
+        "gap": GAP,
+        "fusion": FUSION,
+        "saturation": SATURATION,
+        "longer": LONGER,
+    }
     for kind, seed in ORDER:
         rest += [Run(kind, name, x[0], seed, x[1]) for name, x in parts[kind].items()]
     return [tuning, rest]
@@ -181,26 +190,28 @@ def settings(run: Run, tuned: dict[str, int], seconds: dict[str, float]) -> dict
 @cache
 def open_evidence() -> tuple[Dataset, Tokenizer]:
     """The small emoji set, divided as the module's docstring says, and its tokenizer."""
-    data = open_dataset(config(WORKLOAD))
-    fresh = {"heldout_style": "val_seen", "heldout_concept": "val_unseen"}
-    whole = {n for n, split in zip(data.image_item.tolist(), data.split, strict=True)}
-    for n, split in zip(data.image_item.tolist(), data.split, strict=True):
-        if split != "train":
-            whole.discard(n)  # a concept that is in validation has no part in the test
-    for row, (item, style) in enumerate(zip(data.image_item.tolist(), data.style, strict=True)):
-        if data.split[row] != "train":
-            data.split[row] = fresh[data.split[row]]
-        elif item in whole:
-            kept = family(data.captions[item][0])
-            u = share(f"evidence:{kept}")
-            held = STYLES[share(f"evidence-style:{data.items[item]}") < 0.5]
-            if u < 0.15:
-                data.split[row] = "test_unseen"
-            elif u < 0.45 and style == held:
-                data.split[row] = "test_seen"
-    data.split_by = "family"
+    data = divide(open_dataset(config(WORKLOAD)))
     captions = training_captions(data)
     return data, Tokenizer.train(captions, Config.vocab_size, Config.context_length)
+
+
+def divide(data: Dataset) -> Dataset:
+    """With the splits val_seen, val_unseen, test_seen, test_unseen and train."""
+    renamed = {"heldout_style": "val_seen", "heldout_concept": "val_unseen"}
+    rows = list(zip(data.image_item.tolist(), data.split, data.style, strict=True))
+    # a concept that is in validation has no part in the test
+    validated = {item for item, split, _ in rows if split != "train"}
+
+    def split_of(item: int, split: str, style: str) -> str:
+        if item in validated:
+            return renamed.get(split, "train")
+        u = share(f"evidence:{family(data.captions[item][0])}")
+        if u < 0.15:
+            return "test_unseen"
+        held = STYLES[share(f"evidence-style:{data.items[item]}") < 0.5]
+        return "test_seen" if u < 0.45 and style == held else "train"
+
+    return dataclasses.replace(data, split=[split_of(*row) for row in rows])
 
 
 def with_concepts(data: Dataset, count: int | None) -> Dataset:

@@ -1,0 +1,284 @@
+"""Writes docs/comparison.md, its figure and docs/comparison/tables.md from the finished runs.
+
+The text is `evidence_page.md`, in which `{function | argument | ...}` stands for a number or a
+table; tests/trainer/test_evidence.py writes the pages again and compares. Words that say who is better
+come from the data too (`verdict`).
+"""
+
+import argparse
+import json
+import re
+import statistics
+from pathlib import Path
+
+from evidence import (
+    ARMS,
+    COMPARISONS,
+    CONTROLS,
+    FOLDER,
+    FUSION,
+    GAP,
+    SATURATION,
+    STYLES,
+    TRIALS,
+    WORKLOAD,
+    best_trials,
+    plan,
+    validation,
+)
+from evidence_statistics import Estimate, Evidence, holm
+
+TEXT = Path(__file__).with_name("evidence_page.md")
+KINDS = {"seen": "seen/", "unseen": "unseen/"}
+MODULE = "one-sided"
+# rows of the first table
+FIRST = (*ARMS, *CONTROLS, MODULE)
+
+
+class Page:
+    """The functions that the text calls, by name."""
+
+    def __init__(self, folder: Path = FOLDER):
+        self.evidence = Evidence(folder)
+        self.seconds = json.loads((folder / "step_seconds.json").read_text())
+        estimates = {
+            (a, b, kind): self.evidence.estimate(a, prefix, b)
+            for a, b in COMPARISONS
+            for kind, prefix in KINDS.items()
+        }
+        self.family = {key: x for key, x in estimates.items() if x}
+        adjusted = holm([x.p for x in self.family.values()])
+        self.adjusted = dict(zip(self.family, adjusted, strict=True))
+
+    def fill(self, text: str) -> str:
+        def value(match: re.Match) -> str:
+            name, *arguments = (part.strip() for part in match[1].split("|"))
+            return getattr(self, name)(*arguments)
+
+        return re.sub(r"\{([^{}]+)\}", value, text)
+
+    # ---- numbers in the text
+
+    def mean(self, name: str, kind: str) -> str:
+        return f"{self.evidence.estimate(name, KINDS[kind]).value:.1f}"
+
+    def diff(self, a: str, b: str, kind: str) -> str:
+        return signed(self.difference(a, b, kind))
+
+    def difference(self, a: str, b: str, kind: str) -> Estimate:
+        return self.evidence.estimate(a, KINDS[kind], b)
+
+    def p(self, a: str, b: str, kind: str) -> str:
+        return probability(self.adjusted[a, b, kind])
+
+    def verdict(self, a: str, b: str, kind: str) -> str:
+        """By Holm's p-value within the stated family."""
+        if self.adjusted[a, b, kind] >= 0.05:
+            return "cannot be told from"
+        return "beats" if self.family[a, b, kind].value > 0 else "loses to"
+
+    def of(self, name: str, part: str, score: str) -> str:
+        """The mean over seeds of a score of the geometry, on test or train."""
+        return form(score, self.geometry(name, part, score))
+
+    def geometry(self, name: str, part: str, score: str) -> float:
+        return statistics.mean(x[part][score] for x in self.evidence.runs[name].values())
+
+    def fusion(self, name: str, end: str) -> str:
+        """The fusion loss, first (at a sixteenth of the steps) or last, over seeds."""
+        runs = self.evidence.runs[name].values()
+        return f"{statistics.mean(x['losses']['fusion'][-(end == 'last')] for x in runs):.2g}"
+
+    def time(self, name: str) -> str:
+        return f"{self.cost(name):.2f}"
+
+    def cost(self, name: str) -> float:
+        """The time of all steps, relative to CLIP's in the main comparison."""
+        line = next(iter(self.evidence.runs[name].values()))
+        given, arm = line["settings"], line["arm"]
+        batch = given["batch_size"] / WORKLOAD["batch_size"]
+        return (
+            given["steps"] * self.seconds[arm] * batch / (self.seconds["clip"] * WORKLOAD["steps"])
+        )
+
+    def tested(self) -> str:
+        return str(len(self.family))
+
+    def count(self) -> str:
+        """The runs that there are, of all planned."""
+        runs = self.evidence.runs
+        done = sum(map(len, runs.values())) + len(self.evidence.tuning)
+        return f"{done} of {sum(map(len, plan()))}"
+
+    # ---- tables
+
+    def first_table(self) -> str:
+        header = ["R@1, %", "time"]
+        for kind in KINDS:
+            header += [f"{kind}, {style}" for style in ("Twemoji", "OpenMoji")]
+            header += [f"**{kind}**"]
+        lines = []
+        for name in FIRST:
+            if name not in self.evidence.runs:
+                continue
+            runs = self.evidence.runs[name].values()
+            line = [name + seeds_of(runs), self.time(name)]
+            for kind, prefix in KINDS.items():
+                for style in STYLES:
+                    ways = (f"{kind}/{style}/{way}" for way in ("i2t", "t2i"))
+                    both = (
+                        statistics.mean(self.evidence.recall(x, gallery) for x in runs)
+                        for gallery in ways
+                    )
+                    line.append(" / ".join(f"{x:.1f}" for x in both))
+                found = self.evidence.estimate(name, prefix)
+                line.append(f"**{found.value:.1f}** ± {found.half:.1f}")
+            lines.append(line)
+        return table(header, lines)
+
+    def comparisons(self) -> str:
+        lines = []
+        for (a, b, kind), found in self.family.items():
+            p = probability(found.p), probability(self.adjusted[a, b, kind])
+            lines.append([f"{a} − {b}", kind, signed(found), *p, str(found.seeds)])
+        return table(["difference", "concepts", "R@1 [95 %]", "p", "p, Holm", "seeds"], lines)
+
+    def trials(self) -> str:
+        sizes = {name: len(x) for name, x in self.evidence.queries["val"].items()}
+        best = best_trials(self.evidence.tuning, sizes)
+        header = ["R@1 on validation, seen / unseen, %"]
+        header += [f"rate {r:g}, decay {d:g}, start × {s:g}" for r, d, s in TRIALS]
+        found = {(x["arm"], x["trial"]): validation(x, sizes) for x in self.evidence.tuning}
+        lines = []
+        for arm in ARMS:
+            line = [arm]
+            for trial in range(len(TRIALS)):
+                cell = " / ".join(f"{100 * x:.1f}" for x in found.get((arm, trial), ()))
+                line.append(f"**{cell}**" if trial == best.get(arm) else cell)
+            lines.append(line)
+        return table(header, lines)
+
+    def gap_table(self, part: str) -> str:
+        scores = {
+            "gap": "gap",
+            "floor": "floor",
+            "R@1": "R@1",
+            "centred": "R@1, centred",
+            "other": "other modality near, %",
+            "alignment": "alignment",
+            "uniformity_images": "uniformity, images",
+            "uniformity_names": "names",
+            "shared": "shared space",
+        }
+        lines = []
+        for name in ("ito-align", "ito", MODULE, *GAP):
+            runs = self.evidence.runs.get(name, {}).values()
+            if runs:
+                scale = statistics.mean(x["scale"] for x in runs)
+                cells = [form(key, self.geometry(name, part, key)) for key in scores]
+                lines.append([name + seeds_of(runs), f"{scale:.0f}", *cells])
+        return table(["", "scale", *scores.values()], lines)
+
+    def fusion_table(self) -> str:
+        lines = []
+        for name in ("ito-align", "ito", *FUSION):
+            runs = self.evidence.runs.get(name, {}).values()
+            if not runs:
+                continue
+            line = [name + seeds_of(runs)]
+            for kind, prefix in KINDS.items():
+                found = self.evidence.estimate(name, prefix)
+                more = None if name == "ito" else self.difference(name, "ito", kind)
+                line += [f"{found.value:.1f}", signed(more) if more else ""]
+            fused = name != "ito-align"
+            line += [self.fusion(name, x) if fused else "" for x in ("first", "last")]
+            line += [self.of(name, "test", "gap")]
+            lines.append(line)
+        header = ["", "seen", "− ito [95 %]", "unseen", "− ito [95 %]"]
+        header += ["fusion loss, first", "last", "gap"]
+        return table(header, lines)
+
+    def saturation_table(self) -> str:
+        lines = []
+        for name in SATURATION:
+            for seed, line in sorted(self.evidence.runs.get(name, {}).items()):
+                lines.append(
+                    [f"{name}, seed {seed}", *(f"{100 * x:.1f}" for _, x in line["curve"])]
+                )
+        steps = range(250, 2501, 250)
+        return table(["R@1 on seen concepts, %, at step", *map(str, steps)], lines)
+
+
+# ---- forms
+
+
+def signed(found: Estimate) -> str:
+    low, high = found.value - found.half, found.value + found.half
+    return f"{found.value:+.1f} [{low:+.1f}, {high:+.1f}]".replace("-", "−")
+
+
+def probability(p: float) -> str:
+    return "< 0.001" if p < 0.001 else f"{p:.3f}" if p < 0.1 else f"{p:.2f}"
+
+
+def form(score: str, value: float) -> str:
+    percent = score in ("R@1", "centred", "other")
+    return f"{100 * value:.1f}" if percent else f"{value:.2f}".replace("-", "−")
+
+
+def seeds_of(runs) -> str:
+    """Said of a row that has fewer seeds than planned."""
+    return "" if len(runs) == 5 else f" ({len(runs)} seed{'s' * (len(runs) > 1)})"
+
+
+def table(header: list[str], lines: list[list[str]]) -> str:
+    rows = [header, ["---"] * len(header), *lines]
+    return "\n".join("| " + " | ".join(row) + " |" for row in rows)
+
+
+# ---- the figure
+
+
+def draw(page: Page, path: Path) -> None:
+    """R@1 against the time of training, with intervals, on seen and on unseen concepts."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    names = [name for name in FIRST if name in page.evidence.runs]
+    figure, axes = plt.subplots(1, 2, figsize=(10, 4.2), layout="constrained")
+    for axis, (kind, prefix) in zip(axes, KINDS.items(), strict=True):
+        for name in names:
+            found = page.evidence.estimate(name, prefix)
+            colour = f"C{list(ARMS).index(name)}" if name in ARMS else "0.45"
+            marker = "o" if name in ARMS else "D"
+            x = page.cost(name)
+            axis.errorbar(x, found.value, found.half, fmt=marker, color=colour, capsize=3, ms=5)
+            axis.annotate(name, (x, found.value), (5, 3), textcoords="offset points", fontsize=7)
+        axis.set(title=f"{kind} concepts", xlabel="time of training, CLIP's = 1", ylabel="R@1, %")
+        axis.margins(x=0.2)
+        axis.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def pages(folder: Path = FOLDER) -> dict[Path, str]:
+    """The text of each page."""
+    page = Page(folder)
+    front, back = TEXT.read_text().split("\n<!-- tables -->\n\n")
+    return {
+        FOLDER.with_suffix(".md"): page.fill(front),
+        FOLDER / "tables.md": page.fill(back),
+    }
+
+
+def main() -> None:
+    argparse.ArgumentParser(description=__doc__.split("\n")[0]).parse_args()
+    for path, text in pages().items():
+        path.write_text(text)
+    draw(Page(), FOLDER / "comparison.png")
+
+
+if __name__ == "__main__":
+    main()
