@@ -1,8 +1,8 @@
 """Writes docs/comparison.md, its figure and docs/comparison/tables.md from the finished runs.
 
 The text is `evidence_page.md`, in which `{function | argument | ...}` stands for a number or a
-table; tests/trainer/test_evidence.py writes the pages again and compares. Words that say who is better
-come from the data too (`verdict`).
+table; tests/trainer/test_evidence.py writes the pages again and compares. Words that say who is
+better come from the data too (`verdict`).
 """
 
 import argparse
@@ -109,6 +109,16 @@ class Page:
         runs = self.evidence.runs
         done = sum(map(len, runs.values())) + len(self.evidence.tuning)
         return f"{done} of {sum(map(len, plan()))}"
+
+    def missing(self) -> str:
+        """The planned families of which runs are missing, with what there is of each."""
+        done = {line["key"] for line in self.evidence.tuning}
+        done |= {line["key"] for runs in self.evidence.runs.values() for line in runs.values()}
+        planned: dict[str, list[bool]] = {}
+        for run in (run for part in plan() for run in part):
+            planned.setdefault(run.family, []).append(run.key in done)
+        parts = [f"{name} ({sum(x)} of {len(x)})" for name, x in planned.items() if not all(x)]
+        return ", ".join(parts) or "nothing"
 
     # ---- tables
 
