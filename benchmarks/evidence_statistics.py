@@ -85,29 +85,32 @@ class Evidence:
 
     @cached_property
     def weights(self) -> dict[str, np.ndarray]:
-        """{seen, unseen: how often each family of concepts is drawn, (1 + DRAWS, families)}; the
-        first row is 1 for each."""
+        """{gallery and direction: how often the family of each query is drawn, (1 + DRAWS,
+        queries)}, the same for equal families; in the first row 1 for each."""
         random, found = np.random.default_rng(0), {}
         for kind in ("seen/", "unseen/"):
-            own = {
-                n for name, x in self.queries["test"].items() if name.startswith(kind) for n in x
-            }
-            count = 1 + max(max(x) for x in self.queries["test"].values())
-            drawn = random.multinomial(len(own), np.full(len(own), 1 / len(own)), DRAWS)
-            found[kind] = np.zeros((1 + DRAWS, count))
-            found[kind][0] = 1
-            found[kind][1:, sorted(own)] = drawn
+            galleries = {n: x for n, x in self.queries["test"].items() if n.startswith(kind)}
+            families = sorted(set().union(*galleries.values()))
+            drawn = random.multinomial(len(families), [1 / len(families)] * len(families), DRAWS)
+            drawn = np.vstack([np.ones(len(families)), drawn])
+            found |= {n: drawn[:, np.searchsorted(families, x)] for n, x in galleries.items()}
         return found
 
-    def draws(self, name: str, seed: int, kind: str) -> np.ndarray:
-        """R@1 of a run with each draw of the families, (1 + DRAWS,); the first as they are."""
-        weights, shares = self.weights[kind], []
-        for gallery, hit in self.hits(self.runs[name][seed]).items():
-            if gallery.startswith(kind):
-                families, size = self.queries["test"][gallery], weights.shape[1]
-                right = weights @ np.bincount(families, hit, size)
-                shares.append(right / (weights @ np.bincount(families, minlength=size)))
-        return 100 * np.mean(shares, 0)
+    @cached_property
+    def drawn(self) -> dict[tuple[str, int, str], np.ndarray]:
+        """R@1 of each run, by name, seed and kind, with each draw of the families, (1 + DRAWS,);
+        the first is of the families as they are."""
+        keys = [(name, seed) for name, runs in self.runs.items() for seed in runs]
+        hits = [self.hits(self.runs[name][seed]) for name, seed in keys]
+        shares = {}  # of all runs at once
+        for gallery, weight in self.weights.items():
+            right = weight @ np.array([own[gallery] for own in hits]).T
+            shares[gallery] = right / weight.sum(1, keepdims=True)
+        means = {
+            kind: 100 * np.mean([x for n, x in shares.items() if n.startswith(kind)], 0)
+            for kind in ("seen/", "unseen/")
+        }
+        return {(*key, kind): x[:, n] for kind, x in means.items() for n, key in enumerate(keys)}
 
     def estimate(self, name: str, kind: str, less: str | None = None) -> Estimate | None:
         """R@1 of `name`, or what it is more than `less`, on the seeds that both have."""
@@ -115,9 +118,9 @@ class Evidence:
         seeds = sorted(set.intersection(*map(set, sides)))
         if not seeds:
             return None
-        drawn = np.array([self.draws(name, seed, kind) for seed in seeds])
+        drawn = np.array([self.drawn[name, seed, kind] for seed in seeds])
         if less is not None:
-            drawn = drawn - [self.draws(less, seed, kind) for seed in seeds]
+            drawn = drawn - [self.drawn[less, seed, kind] for seed in seeds]
         return self.interval(drawn, kind)
 
     def interval(self, drawn: np.ndarray, kind: str) -> Estimate:
@@ -130,7 +133,8 @@ class Evidence:
             weights = weights + math.sqrt(count / (count - 1)) * (times - weights)
         total = (weights * drawn[:, 1:].T).sum(1).var()
         of_seeds = (weights @ drawn[:, 0]).var()
-        families = int((self.weights[kind][1:].sum(0) > 0).sum())
+        galleries = [x for n, x in self.queries["test"].items() if n.startswith(kind)]
+        families = len(set().union(*galleries))
         parts = max(total - of_seeds, 0) ** 2 / (families - 1)
         parts += of_seeds**2 / (count - 1) if count > 1 else 0
         df = total**2 / parts if parts else math.inf
