@@ -46,9 +46,10 @@ class Page:
             for a, b in COMPARISONS
             for kind, prefix in KINDS.items()
         }
-        self.family = {key: x for key, x in estimates.items() if x}
-        adjusted = holm([x.p for x in self.family.values()])
-        self.adjusted = dict(zip(self.family, adjusted, strict=True))
+        # one seed says nothing about others; what is not run counts in Holm's number of tests
+        self.family = {key: x for key, x in estimates.items() if x and x.seeds > 1}
+        p = [self.family[key].p if key in self.family else 1.0 for key in estimates]
+        self.adjusted = dict(zip(estimates, holm(p), strict=True))
 
     def fill(self, text: str) -> str:
         def value(match: re.Match) -> str:
@@ -57,25 +58,50 @@ class Page:
 
         return re.sub(r"\{([^{}]+)\}", value, text)
 
-    # ---- numbers in the text
+    # ---- in the text
 
-    def mean(self, name: str, kind: str) -> str:
-        return f"{self.evidence.estimate(name, KINDS[kind]).value:.1f}"
+    def headline(self) -> str:
+        """Who finds most of the seen concepts, and what fusion adds."""
+        means = {arm: x.value for arm in ARMS if (x := self.evidence.estimate(arm, KINDS["seen"]))}
+        best = max(means, key=means.get)
+        first = (
+            "ITO finds most"
+            if best == "ito"
+            else f"The method does not win here: {best} finds most"
+        )
+        others = ", ".join(f"{arm} {means[arm]:.1f}" for arm in ("ito", "clip") if arm != best)
+        words = {
+            "higher": "beats",
+            "lower": "loses to",
+            "cannot be told apart": "cannot be told from",
+        }[self.verdict("ito", "ito-align", "seen")]
+        found = self.evidence.estimate("ito", KINDS["seen"], "ito-align")
+        seeds = "" if found.seeds == 5 else f", with {found.seeds} of 5 seeds so far"
+        return (
+            f"{first} drawings of seen concepts ({means[best]:.1f} %; {others}), and ITO with "
+            f"fusion {words} ITO without ({signed(found)} points{seeds})."
+        )
+
+    def line(self, a: str, b: str) -> str:
+        """A difference on seen and on unseen concepts, in words and numbers."""
+        if (a, b, "seen") not in self.family:
+            return "not run yet."
+        parts = [
+            f"{self.verdict(a, b, kind)} on {kind} concepts ({self.diff(a, b, kind)}; "
+            f"p = {probability(self.adjusted[a, b, kind])})".replace("= <", "<")
+            for kind in KINDS
+        ]
+        count = self.family[a, b, "seen"].seeds
+        return ", ".join(parts) + ("." if count == 5 else f"; {count} of 5 seeds so far.")
 
     def diff(self, a: str, b: str, kind: str) -> str:
-        return signed(self.difference(a, b, kind))
-
-    def difference(self, a: str, b: str, kind: str) -> Estimate:
-        return self.evidence.estimate(a, KINDS[kind], b)
-
-    def p(self, a: str, b: str, kind: str) -> str:
-        return probability(self.adjusted[a, b, kind])
+        return signed(self.evidence.estimate(a, KINDS[kind], b))
 
     def verdict(self, a: str, b: str, kind: str) -> str:
         """By Holm's p-value within the stated family."""
         if self.adjusted[a, b, kind] >= 0.05:
-            return "cannot be told from"
-        return "beats" if self.family[a, b, kind].value > 0 else "loses to"
+            return "cannot be told apart"
+        return "higher" if self.family[a, b, kind].value > 0 else "lower"
 
     def of(self, name: str, part: str, score: str) -> str:
         """The mean over seeds of a score of the geometry, on test or train."""
@@ -89,20 +115,17 @@ class Page:
         runs = self.evidence.runs[name].values()
         return f"{statistics.mean(x['losses']['fusion'][-(end == 'last')] for x in runs):.2g}"
 
-    def time(self, name: str) -> str:
-        return f"{self.cost(name):.2f}"
-
-    def cost(self, name: str) -> float:
-        """The time of all steps, relative to CLIP's in the main comparison."""
+    def cost(self, name: str) -> float | None:
+        """The time of all steps, relative to CLIP's in the main comparison; None for a batch of
+        which no step was timed."""
         line = next(iter(self.evidence.runs[name].values()))
         given, arm = line["settings"], line["arm"]
-        batch = given["batch_size"] / WORKLOAD["batch_size"]
-        return (
-            given["steps"] * self.seconds[arm] * batch / (self.seconds["clip"] * WORKLOAD["steps"])
-        )
+        if given["batch_size"] != WORKLOAD["batch_size"]:
+            return None
+        return given["steps"] * self.seconds[arm] / (self.seconds["clip"] * WORKLOAD["steps"])
 
     def tested(self) -> str:
-        return str(len(self.family))
+        return str(len(self.adjusted))
 
     def count(self) -> str:
         """The runs that there are, of all planned."""
@@ -132,7 +155,8 @@ class Page:
             if name not in self.evidence.runs:
                 continue
             runs = self.evidence.runs[name].values()
-            line = [name + seeds_of(runs), self.time(name)]
+            cost = self.cost(name)
+            line = [name + seeds_of(runs), f"{cost:.2f}" if cost else ""]
             for kind, prefix in KINDS.items():
                 for style in STYLES:
                     ways = (f"{kind}/{style}/{way}" for way in ("i2t", "t2i"))
@@ -196,9 +220,9 @@ class Page:
             if not runs:
                 continue
             line = [name + seeds_of(runs)]
-            for kind, prefix in KINDS.items():
+            for prefix in KINDS.values():
                 found = self.evidence.estimate(name, prefix)
-                more = None if name == "ito" else self.difference(name, "ito", kind)
+                more = None if name == "ito" else self.evidence.estimate(name, prefix, "ito")
                 line += [f"{found.value:.1f}", signed(more) if more else ""]
             fused = name != "ito-align"
             line += [self.fusion(name, x) if fused else "" for x in ("first", "last")]
@@ -256,7 +280,7 @@ def draw(page: Page, path: Path) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    names = [name for name in FIRST if name in page.evidence.runs]
+    names = [name for name in FIRST if name in page.evidence.runs and page.cost(name)]
     figure, axes = plt.subplots(1, 2, figsize=(10, 4.2), layout="constrained")
     for axis, (kind, prefix) in zip(axes, KINDS.items(), strict=True):
         for name in names:
