@@ -1,9 +1,11 @@
 """Differences between runs with their intervals, from the hits that `evidence.py` keeps.
 
 The standard error is that of a hierarchical bootstrap: seeds and families of concepts are drawn
-with replacement, the same for both sides of a difference. Five seeds vary less in such draws than
-five new ones would, so their weights are spread by √(S / (S − 1)), and the interval is Student's t
-with the degrees of freedom of Satterthwaite (1946): 4 if seeds decide, many if items do.
+with replacement, the same for both sides of a difference (Owen 2007, "The pigeonhole bootstrap": it
+errs on the safe side, as what is neither of the seed nor of the family counts up to three times).
+Five seeds vary less in such draws than five new ones would, so their weights are spread by
+√(S / (S − 1)), and the interval is Student's t with the degrees of freedom of Satterthwaite (1946):
+4 if seeds decide, many if items do.
 """
 
 import json
