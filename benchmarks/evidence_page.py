@@ -9,6 +9,7 @@ import argparse
 import json
 import re
 import statistics
+import textwrap
 from pathlib import Path
 
 from evidence import (
@@ -56,7 +57,7 @@ class Page:
             name, *arguments = (part.strip() for part in match[1].split("|"))
             return getattr(self, name)(*arguments)
 
-        return re.sub(r"\{([^{}]+)\}", value, text)
+        return wrapped(re.sub(r"\{([^{}]+)\}", value, text))
 
     # ---- in the text
 
@@ -74,7 +75,7 @@ class Page:
         words = "cannot be told from"
         if self.adjusted["ito", "ito-align", "seen"] < 0.05:
             words = "beats" if found.value > 0 else "loses to"
-        seeds = "" if found.seeds == 5 else f", with {found.seeds} of 5 seeds so far"
+        seeds = "" if found.seeds == 5 else f"; {found.seeds} of 5 seeds so far"
         return (
             f"{first} drawings of seen concepts ({means[best]:.1f} %; {others}), and ITO with "
             f"fusion {words} ITO without ({signed(found)} points{seeds})."
@@ -111,6 +112,21 @@ class Page:
         if given["batch_size"] != WORKLOAD["batch_size"]:
             return None
         return given["steps"] * self.seconds[arm] / (self.seconds["clip"] * WORKLOAD["steps"])
+
+    def steps(self) -> str:
+        return str(WORKLOAD["steps"])
+
+    def drawings(self, kind: str) -> str:
+        """The number of test queries that are drawings, a concept's two as one."""
+        galleries = self.evidence.queries["test"]
+        sizes = [len(galleries[f"{kind}/{style}/i2t"]) for style in STYLES]
+        return str(sum(sizes) if kind == "seen" else max(sizes))
+
+    def gallery(self) -> str:
+        """The sizes of the galleries, and what chance finds in the smallest."""
+        galleries = self.evidence.queries["test"].items()
+        sizes = [len(x) for name, x in galleries if name.endswith("i2t")]
+        return f"{min(sizes)} to {max(sizes)} drawings; chance is at most {100 / min(sizes):.1f} %"
 
     def tested(self) -> str:
         return str(len(self.adjusted))
@@ -237,6 +253,26 @@ class Page:
 def signed(found: Estimate) -> str:
     low, high = found.value - found.half, found.value + found.half
     return f"{found.value:+.1f} [{low:+.1f}, {high:+.1f}]".replace("-", "−")
+
+
+def wrapped(text: str) -> str:
+    """With lines of 105 letters, except in tables, code and headings."""
+    blocks = []
+    for block in text.split("\n\n"):
+        if block[0] not in "|#!`":
+            items = re.split(r"\n(?=- )", block)
+            block = "\n".join(
+                textwrap.fill(
+                    " ".join(item.split()),
+                    105,
+                    subsequent_indent="  " if item.startswith("- ") else "",
+                    break_long_words=False,
+                    break_on_hyphens=False,
+                )
+                for item in items
+            )
+        blocks.append(block)
+    return "\n\n".join(blocks).rstrip() + "\n"
 
 
 def probability(p: float) -> str:
