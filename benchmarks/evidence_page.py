@@ -20,6 +20,7 @@ from evidence import (
     FUSION,
     GAP,
     SATURATION,
+    SEEDS,
     STYLES,
     TRIALS,
     WORKLOAD,
@@ -47,10 +48,12 @@ class Page:
             for a, b in COMPARISONS
             for kind, prefix in KINDS.items()
         }
-        # one seed says nothing about others; what is not run counts in Holm's number of tests
         self.family = {key: x for key, x in estimates.items() if x and x.seeds > 1}
-        p = [self.family[key].p if key in self.family else 1.0 for key in estimates]
+        # tested once all seeds are there, not as they come; until then it counts in Holm's number
+        tested = {key for key, x in self.family.items() if x.seeds == len(SEEDS)}
+        p = [self.family[key].p if key in tested else 1.0 for key in estimates]
         self.adjusted = dict(zip(estimates, holm(p), strict=True))
+        self.tests = tested
 
     def fill(self, text: str) -> str:
         def value(match: re.Match) -> str:
@@ -75,7 +78,7 @@ class Page:
         words = "cannot be told from"
         if self.adjusted["ito", "ito-align", "seen"] < 0.05:
             words = "beats" if found.value > 0 else "loses to"
-        seeds = "" if found.seeds == 5 else f"; {found.seeds} of 5 seeds so far"
+        seeds = "" if found.seeds == len(SEEDS) else f"; {found.seeds} of 5 seeds so far"
         return (
             f"{first} drawings of seen concepts ({means[best]:.1f} %; {others}), and ITO with "
             f"fusion {words} ITO without ({signed(found)} points{seeds})."
@@ -90,7 +93,7 @@ class Page:
             star = r"\*" if self.adjusted[a, b, kind] < 0.05 else ""
             parts.append(f"{signed(self.family[a, b, kind])}{star} on {kind}")
         count = self.family[a, b, "seen"].seeds
-        return ", ".join(parts) + ("." if count == 5 else f" ({count} seeds).")
+        return ", ".join(parts) + ("." if count == len(SEEDS) else f" ({count} seeds).")
 
     def of(self, name: str, part: str, score: str) -> str:
         """The mean over seeds of a score of the geometry, on test or train."""
@@ -177,7 +180,9 @@ class Page:
     def comparisons(self) -> str:
         lines = []
         for (a, b, kind), found in self.family.items():
-            p = probability(found.p), probability(self.adjusted[a, b, kind])
+            p = ["", ""]
+            if (a, b, kind) in self.tests:
+                p = [probability(x) for x in (found.p, self.adjusted[a, b, kind])]
             lines.append([f"{a} − {b}", kind, signed(found), *p, str(found.seeds)])
         return table(["difference", "concepts", "R@1 [95 %]", "p", "p, Holm", "seeds"], lines)
 
@@ -286,7 +291,7 @@ def form(score: str, value: float) -> str:
 
 def seeds_of(runs) -> str:
     """Said of a row that has fewer seeds than planned."""
-    return "" if len(runs) == 5 else f" ({len(runs)} seed{'s' * (len(runs) > 1)})"
+    return "" if len(runs) == len(SEEDS) else f" ({len(runs)} seed{'s' * (len(runs) > 1)})"
 
 
 def table(header: list[str], lines: list[list[str]]) -> str:
