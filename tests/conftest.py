@@ -1,5 +1,8 @@
 import os
+import signal
 
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # shells start jobs in the background so
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 if "PYTEST_XDIST_WORKER" in os.environ:  # workers, and the processes they start, share the cores
     os.environ["OMP_NUM_THREADS"] = "1"
 

@@ -59,7 +59,7 @@ def write_report(run: Path, encoder: Encoder, dataset: Dataset, project: str = "
     with undamaged(files.metrics):
         scores = [r for r in records if r["kind"] == "eval"]
         streams = [r["skipped"] for r in records if r["kind"] == "stream"]
-        about += [f"{number} records of the stream were skipped." for number in streams[-1:]]
+        about += [f"Records of the stream skipped: {number}." for number in streams[-1:]]
         curves = curve_charts(records, splits)
         tables = sections({"before": scores[0], "after": scores[-1]}) if scores else []
         told = headlines(scores[-1]) if scores else ["No scores are logged yet."]

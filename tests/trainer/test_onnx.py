@@ -89,5 +89,5 @@ def test_onnx_names_its_extra(run, tmp_path, monkeypatch):
     from ito.model import onnx
 
     monkeypatch.setattr(onnx, "PACKAGES", ("torch", "not_a_package"))
-    with pytest.raises(ImportError, match=r"needs not_a_package, .* 'ito_kernels\[onnx\]'"):
+    with pytest.raises(ImportError, match=r"needs not_a_package, .* 'ito_trainer\[onnx\]'"):
         onnx.export_onnx(ito.load(run).model, tmp_path)

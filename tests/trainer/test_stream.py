@@ -431,7 +431,7 @@ def test_a_streamed_run_resumes_to_the_same_numbers(tmp_path, capsys):
     assert "val: 8 pictures, 8 captions" in told
     assert "skipped 1 records:" in told
     assert "cut        9 of 33 captions, to their first 8 tokens; the longest has 22\n" in told
-    assert "0 records skipped; 1 of the stream" in (whole / "report.html").read_text()
+    assert "Records of the stream skipped: 1." in (whole / "report.html").read_text()
     assert "compile    no: " in told
     assert re.search(r"compute +\d+\.\d% of a step", told)
     lines = [json.loads(line) for line in (whole / "metrics.jsonl").open()]
