@@ -27,13 +27,14 @@ from functools import cache
 from multiprocessing import get_context
 from pathlib import Path
 
-import evidence_objectives  # noqa: F401  (registers the objectives)
 import torch
+from evidence_objectives import ADDED
 
 from ito.config import Config, from_options
 from ito.data.dataset import Dataset
 from ito.data.emoji import family, share
 from ito.model.tokenizer import Tokenizer
+from ito.objectives import OBJECTIVES
 from ito.scoring.embedded_split import EmbeddedSplit
 from ito.scoring.metrics import image_text_pairs, modality_gap, ranks, unit_rows
 from ito.source import open_dataset
@@ -452,6 +453,7 @@ def time_steps(rounds: int = 60) -> dict[str, float]:
 
 
 def main() -> None:
+    OBJECTIVES.update(ADDED)
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("do", choices=("run", "time"))
     parser.add_argument("--results", type=Path, default=FOLDER / "runs.jsonl")

@@ -6,7 +6,7 @@ Each differs from ITO in the one thing that its docstring names, and has its par
 import torch
 from torch import Tensor, nn
 
-from ito.objectives import OBJECTIVES, Ito
+from ito.objectives import Ito
 
 
 class Changed(nn.Module):
@@ -84,7 +84,7 @@ class Own(Ito):
         return super().loss(image, text[:1], fused, **about)
 
 
-OBJECTIVES |= {
+ADDED = {
     "one-sided": OneSided,
     "one-sided-tower": Tower,
     "modality": Modality,

@@ -17,15 +17,23 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 import evidence
 import evidence_page
 import evidence_statistics as statistics
+from evidence_objectives import ADDED
 
 from ito.batches import generator
 from ito.config import add_options, from_options
 from ito.data.dataset import Dataset, load_dataset
 from ito.data.emoji import family
 from ito.model.tokenizer import Tokenizer
+from ito.objectives import OBJECTIVES
 from ito.scoring.embedded_split import EmbeddedSplit
 from ito.scoring.metrics import retrieval
 from ito.trainer import Trainer
+
+
+@pytest.fixture(autouse=True)
+def objectives(monkeypatch):
+    for name, kind in ADDED.items():
+        monkeypatch.setitem(OBJECTIVES, name, kind)
 
 
 def test_the_pages_are_those_of_the_results():
