@@ -75,13 +75,14 @@ class Page:
         )
         others = ", ".join(f"{arm} {means[arm]:.1f}" for arm in ("ito", "clip") if arm != best)
         found = self.evidence.estimate("ito", KINDS["seen"], "ito-align")
-        words = "cannot be told from"
-        if self.adjusted["ito", "ito-align", "seen"] < 0.05:
-            words = "beats" if found.value > 0 else "loses to"
+        p = self.adjusted["ito", "ito-align", "seen"]
+        effect = "that fusion helps is not shown"
+        if p < 0.05:
+            effect = "fusion helps" if found.value > 0 else "fusion harms"
         seeds = "" if found.seeds == len(SEEDS) else f"; {found.seeds} of 5 seeds so far"
         return (
-            f"{first} drawings of seen concepts ({means[best]:.1f} %; {others}), and ITO with "
-            f"fusion {words} ITO without ({signed(found)} points{seeds})."
+            f"{first} drawings of seen concepts ({means[best]:.1f} %; {others}), and {effect} "
+            f"({signed(found)} points over ITO without it, p = {p:.2f} after Holm's correction{seeds})."
         )
 
     def line(self, a: str, b: str) -> str:
