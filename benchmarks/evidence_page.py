@@ -82,7 +82,8 @@ class Page:
         seeds = "" if found.seeds == len(SEEDS) else f"; {found.seeds} of 5 seeds so far"
         return (
             f"{first} drawings of seen concepts ({means[best]:.1f} %; {others}), and {effect} "
-            f"({signed(found)} points over ITO without it, p = {p:.2f} after Holm's correction{seeds})."
+            f"({signed(found)} points over ITO without it, p = {p:.2f} after Holm's "
+            f"correction{seeds})."
         )
 
     def line(self, a: str, b: str) -> str:
