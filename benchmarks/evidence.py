@@ -30,6 +30,7 @@ from pathlib import Path
 import torch
 from evidence_objectives import ADDED
 
+from ito import compare
 from ito.config import Config, from_options
 from ito.data.dataset import Dataset
 from ito.data.emoji import family, share
@@ -54,15 +55,8 @@ WORKLOAD = {
     "steps": 600,
     "weight_decay": 1.0,
 }
-ARMS = {
-    "clip": {"objective": "clip"},
-    "clip-aug": {"objective": "clip-aug"},
-    "slip": {"objective": "slip"},
-    "siglip": {"objective": "siglip"},
-    "flair": {"objective": "flair"},
-    "ito-align": {"objective": "ito", "lambda_fusion": 0.0},
-    "ito": {"objective": "ito"},
-}
+COMPARED = ("clip", "clip-aug", "slip", "siglip", "flair", "ito-align", "ito")
+ARMS = {name: compare.ARMS[name] for name in COMPARED}
 # The trials of each objective: learning rate, weight decay, and the factor on the start of the
 # scale (1/0.07; sigmoid: 10) and, for a sigmoid, of the bias (-10).
 TRIALS = (
