@@ -550,7 +550,7 @@ def tiles_part(run: Run, chip, rows: dict, model) -> list[str]:
                 f"- {kernel}, D = {d}: {tile} is the fastest. To make it permanent, write it into"
                 f" `ito_kernels/similarity/triton/tiles.py`: ARCHS[{found['arch']!r}],"
                 f' `{kernel}={{"half": {tile}}}`'
-                + (", and let `_Plan.split` in host.py make twice the programs."
+                + (", and let `Plan.split` in plan.py make twice the programs."
                    if best["programs_per_processor"] > 1 else ".")
             )  # fmt: skip
     return lines

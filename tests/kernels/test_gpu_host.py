@@ -220,7 +220,7 @@ def test_expanded_features_have_the_gradient_of_one_row():
 @needs_triton
 def test_every_launch_fuses_multiplications_and_additions():
     """Not left to the default, which Triton 3.10 changes."""
-    from ito_kernels.similarity.triton import host
+    from ito_kernels.similarity.triton import launches
 
     launched = []
 
@@ -228,8 +228,8 @@ def test_every_launch_fuses_multiplications_and_additions():
         def __getitem__(self, grid):
             return lambda **arguments: launched.append((grid, arguments))
 
-    merge = host.Merge(torch.zeros(1), *[None] * 6, *[0] * 5, False, "none", False, 256)
-    host._launch(Kernel(), 7, merge)
+    merge = launches.Merge(torch.zeros(1), *[None] * 6, *[0] * 5, False, "none", False, 256)
+    launches.launch(Kernel(), 7, merge)
     ((grid, arguments),) = launched
     assert grid == (7,)
     assert arguments["enable_fp_fusion"] is True

@@ -40,7 +40,7 @@ from ito_kernels import clip_loss, similarity_softplus
 from ito_kernels.similarity import budget, dispatch, gpu
 from ito_kernels.similarity.op import logsumexp_of, present
 from ito_kernels.similarity.spec import Needs, Problem, SideUpstream, Upstream
-from ito_kernels.similarity.triton import host, small
+from ito_kernels.similarity.triton import launches, plan, small
 from ito_kernels.similarity.triton import tiles as triton_tiles
 
 backend, reference = dispatch.load("triton"), dispatch.load("reference")
@@ -310,14 +310,14 @@ def test_nothing_outside_is_read_or_written(case, tma, backward, monkeypatch):
 def launched(monkeypatch):
     """The kernels that ran and their number of programs."""
     calls = []
-    launch = host._launch
+    launch = launches.launch
 
     def spy(kernel, programs, *structs):
         arguments = {name: x for struct in structs for name, x in struct._asdict().items()}
         calls.append((kernel.__name__, programs, arguments))
         return launch(kernel, programs, *structs)
 
-    monkeypatch.setattr(host, "_launch", spy)
+    monkeypatch.setattr(launches, "launch", spy)
     return calls
 
 
@@ -469,7 +469,7 @@ def test_supports_and_describe():
 def test_autotuning(backward, launched, monkeypatch):
     """Off by default; once for sizes up to the next power of two; the choice runs and is named."""
     tiles(monkeypatch, tile=MEDIUM)
-    monkeypatch.setattr(host, "_TUNED", {})
+    monkeypatch.setattr(plan, "_TUNED", {})
     trials = []
 
     def milliseconds(run):
@@ -478,10 +478,10 @@ def test_autotuning(backward, launched, monkeypatch):
         *_, (_, _, arguments) = (x for x in launched if x[0] in tuned)
         trials.append(tuple(arguments[x] for x in ("BLOCK_M", "BLOCK_N", "num_warps")))
         if trials[-1] == (64, 64, 4):
-            raise host.OutOfResources(1, 0, "shared memory")
+            raise plan.OutOfResources(1, 0, "shared memory")
         return {(64, 32, 4): 1.0}.get(trials[-1], 2.0)
 
-    monkeypatch.setattr(host, "_milliseconds", milliseconds)
+    monkeypatch.setattr(plan, "_milliseconds", milliseconds)
 
     def step(n: int) -> tuple[torch.Tensor, str]:
         case = Case(n, 100, 24, positives="linear")
@@ -510,8 +510,8 @@ def test_fp32_follows_the_matmul_precision():
     try:
         for mode, expected in (("highest", "ieee"), ("high", "tf32x3"), ("medium", "tf32")):
             torch.set_float32_matmul_precision(mode)
-            assert host._arithmetic(FP32) == expected
-            assert host._arithmetic(BF16) == "half"
+            assert plan.arithmetic_of(FP32) == expected
+            assert plan.arithmetic_of(BF16) == "half"
     finally:
         torch.set_float32_matmul_precision(before)
 

@@ -11,40 +11,41 @@ accumulation: 4 matrix products in all, or 3 for rows whose exponentials the for
 Only one program adds to an element and sums have a fixed order, so on one device the same inputs
 should give the same bits. Nothing synchronises with the device, so that calls can be captured in a
 CUDA graph. Both are by design: no GPU has run this yet.
-
-With ITO_TRITON_AUTOTUNE=1 in the environment, the first call for a kernel, dtype and size (rounded
-up to powers of two) times a few tiles similar to the table's and keeps the fastest. That call
-synchronises, so it cannot be captured. Another process may choose another tile, which changes the
-last bits of the results.
 """
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext, suppress
-from functools import wraps
 from math import prod
-from typing import NamedTuple
 
 import torch
 import triton
 from torch import Tensor
-from triton.runtime.errors import OutOfResources
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from .. import gpu
-from ..gpu import Operands, PanelSums, RowGradient, Split, dense, is_symmetric
+from ..gpu import Operands, PanelSums, RowGradient, is_symmetric
 from ..pairs import count_positives
 from ..spec import Grads, Needs, Problem, SideStats, Stats, Upstream
-from . import backward, forward, kept, maxima, tiles
-
-INTERPRETED = not isinstance(forward.sums_kernel, triton.JITFunction)
-MERGE_BLOCK = 256
+from . import backward, forward, kept, launches, maxima
+from .launches import (
+    MERGE_BLOCK,
+    Gradient,
+    Groups,
+    Maxima,
+    Merge,
+    Panel,
+    Reweight,
+    Scores,
+    SoftplusRows,
+    Sums,
+    Weights,
+)
+from .plan import Plan, autotuned_backward, autotuned_forward, autotuned_softplus
 
 
 def describe(problem: Problem) -> str:
-    plan = _Plan(problem)
+    plan = Plan(problem)
     kernel = "maxima" if gpu.exact_gradient(problem) else "forward"
     text = f"{plan.arch.name}, {plan.arithmetic}: {plan.describe_tile(kernel)} scores"
     if is_symmetric(problem):
@@ -60,124 +61,7 @@ def describe(problem: Problem) -> str:
 
 
 def cache_bytes(problem: Problem) -> int:
-    return kept.size(_Plan(problem))
-
-
-class _Plan:
-    """What a call uses, independent of tensor values: architecture, arithmetic, tiles, programs."""
-
-    def __init__(self, problem: Problem):
-        self.problem = problem
-        self.arch, self.processors = tiles.device(problem.a.device)
-        self.arithmetic = _arithmetic(problem.a.dtype)
-        if self.arithmetic not in self.arch.forward:
-            self.arithmetic = "ieee"  # no 3×tf32 on this architecture
-        by_ids = problem.row_ids is not None
-        self.forward, self.panel = (
-            (self.arch.ids if by_ids else x)[self.arithmetic]
-            for x in (self.arch.forward, self.arch.panel)
-        )
-        self.maxima = self.arch.maxima[self.arithmetic]
-        self.gradient = None
-        if problem.d <= tiles.FUSED_D:
-            self.gradient = self.arch.gradient.get(self.arithmetic)
-            if self.gradient and self.crowded() > 2:
-                self.gradient = self.arch.crowded.get(self.arithmetic, self.gradient)
-        for kernel in ("forward", "panel", "gradient"):
-            setattr(self, kernel, _TUNED.get(self.key(kernel), getattr(self, kernel)))
-
-    def key(self, kernel: str) -> tuple:
-        p = self.problem
-        sizes = (triton.next_power_of_2(x) for x in (p.n, p.m, p.d))
-        return kernel, self.arch.name, p.a.dtype, self.arithmetic, p.row_ids is not None, *sizes
-
-    def describe_tile(self, kernel: str) -> str:
-        m, n, k, warps, stages = getattr(self, kernel)
-        source = "tuned" if self.key(kernel) in _TUNED else "from the table"
-        return f"{m} x {n} x {k}, {warps} warps, {stages} stages ({source})"
-
-    def crowded(self, softplus: bool = False) -> int:
-        """How many kinds of options take registers beside those of the plain losses."""
-        p = self.problem
-        biased = p.row_bias is not None or p.col_bias is not None
-        masks = p.exclude_self + (p.positives == "lse") + (softplus and p.row_ids is not None)
-        return masks + (p.scale.ndim > 0 or p.row_limit is not None or biased)
-
-    def panel_size(self) -> tuple[int, int]:
-        p = self.problem
-        return tiles.panel(
-            p.n, p.m, p.d, gpu.PANEL_BYTES // p.a.element_size(), self.processors, is_symmetric(p)
-        )
-
-    def split(self, triangle: bool = True) -> Split:
-        p, tile = self.problem, self.forward
-        return gpu.split(p.n, p.m, tile.m, tile.n, self.processors, triangle and is_symmetric(p))
-
-
-_TUNED: dict[tuple, tiles.Tile] = {}
-
-
-def _autotuned(choose: Callable[..., str]) -> Callable:
-    """Decorate a function of a problem so that it autotunes the tile of a kernel.
-
-    choose: returns the name of the kernel that the function runs, given its plan and arguments; ""
-        for one that is not tuned.
-    """
-
-    def decorate(function: Callable) -> Callable:
-        @wraps(function)
-        def run(problem: Problem, *args):
-            if os.environ.get("ITO_TRITON_AUTOTUNE") == "1":
-                plan = _Plan(problem)
-                kernel = choose(plan, *args)
-                key = plan.key(kernel)
-                if kernel and key not in _TUNED:
-                    times = {}
-                    try:
-                        for tile in tiles.tuning_candidates(getattr(plan, kernel)):
-                            _TUNED[key] = tile
-                            # a tile may need more shared memory than the device has
-                            with suppress(OutOfResources), _device_context(problem.a.device):
-                                times[tile] = _milliseconds(lambda: function(problem, *args))
-                    finally:
-                        del _TUNED[key]
-                    _TUNED[key] = min(times, key=times.get)
-            return function(problem, *args)
-
-        return run
-
-    return decorate
-
-
-def _kernel_of_backward(plan: _Plan, *args) -> str:
-    """Panels from kept exponentials, the last argument, have no tile to tune."""
-    return "gradient" if plan.gradient else "" if isinstance(args[-1], Tensor) else "panel"
-
-
-_autotuned_forward = _autotuned(
-    lambda plan, *_: "" if gpu.needs_maxima(plan.problem) else "forward"
-)
-_autotuned_softplus = _autotuned(lambda plan: "forward")
-_autotuned_backward = _autotuned(_kernel_of_backward)
-
-
-def _milliseconds(run: Callable[[], object]) -> float:
-    if INTERPRETED:  # times are meaningless: equal ones keep the first tile, the table's
-        return 0.0
-    return triton.testing.do_bench(run, return_mode="median")
-
-
-def _arithmetic(dtype: torch.dtype) -> str:
-    """The arithmetic of the scores, in forward and backward, and of a fused gradient.
-
-    For fp32 it follows `torch.set_float32_matmul_precision`: "highest" is ieee; "high" is 3×tf32,
-    which has nearly the accuracy of fp32 on tensor cores; "medium" is tf32. Outside the fused
-    gradient, the products W·B and Wᵀ·A are PyTorch's own, and on a GPU tf32 at "high" too.
-    """
-    if dtype != torch.float32:
-        return "half"
-    modes = {"highest": "ieee", "high": "tf32x3", "medium": "tf32"}
-    return modes[gpu.matmul_precision()]
+    return kept.size(Plan(problem))
 
 
 def _counts(problem: Problem, op: Operands) -> tuple[Tensor, Tensor]:
@@ -194,257 +78,17 @@ def _counts(problem: Problem, op: Operands) -> tuple[Tensor, Tensor]:
     return rows, cols
 
 
-# Launches. The members of these structs have the names of the kernels' arguments and are passed one
-# by one: Triton would specialise numbers in a tuple and compile for every batch size.
-
-
-class Scores(NamedTuple):
-    """The arguments for computing a tile of S."""
-
-    a: Tensor | TensorDescriptor
-    b: Tensor | TensorDescriptor
-    scale: Tensor
-    row_bias: Tensor | None
-    col_bias: Tensor | None
-    row_ids: Tensor | None
-    col_ids: Tensor | None
-    row_limit: Tensor | None
-    col_limit: Tensor | None
-    n: int
-    m: int
-    d: int
-    stride_a: int
-    stride_b: int
-    diagonal: int
-    EVEN_D: bool
-    SCALE: str
-    SELF: bool
-    TMA: bool
-    PRECISION: str
-    INTERPRETED: bool
-    BLOCK_M: int
-    BLOCK_N: int
-    num_warps: int
-    num_stages: int
-
-    @classmethod
-    def of(
-        cls, plan: _Plan, op: Operands, tile: tiles.Tile, k: int, transposed: bool = False
-    ) -> Scores:
-        """k: the columns of features that are loaded at a time. transposed: whether `op` is that of
-        the transposed matrix."""
-        p, tma = plan.problem, plan.arch.tma
-        limit, sides = dense(p.row_limit), ("row", "col")
-
-        def source(x: Tensor, rows: int) -> Tensor | TensorDescriptor:
-            if not tma:
-                return x
-            return TensorDescriptor(x, list(x.shape), [x.stride(0), 1], [rows, k])
-
-        return cls(
-            a=source(op.a, tile.m),
-            b=source(op.b, tile.n),
-            scale=op.scale,
-            row_bias=op.row_bias,
-            col_bias=op.col_bias,
-            row_ids=op.row_ids,
-            col_ids=op.col_ids,
-            row_limit=None if transposed else limit,
-            col_limit=limit if transposed else None,
-            n=op.a.shape[0],
-            m=op.b.shape[0],
-            d=op.a.shape[1],
-            stride_a=op.a.stride(0),
-            stride_b=op.b.stride(0),
-            diagonal=-p.diagonal if transposed else p.diagonal,
-            EVEN_D=op.a.shape[1] % k == 0,
-            SCALE="one" if op.scale.ndim == 0 else sides[transposed],
-            SELF=p.exclude_self,
-            TMA=tma,
-            PRECISION=plan.arithmetic if p.a.dtype == torch.float32 else "ieee",
-            INTERPRETED=INTERPRETED,
-            BLOCK_M=tile.m,
-            BLOCK_N=tile.n,
-            num_warps=tile.warps,
-            num_stages=tile.stages,
-        )
-
-
-class Groups(NamedTuple):
-    """The split of work. `row_groups` is in `Statistics`: only `logsumexp_kernel` takes it."""
-
-    row_tiles: int
-    col_tiles: int
-    col_groups: int
-
-    @classmethod
-    def of(cls, split: Split) -> Groups:
-        return cls(split.row_tiles, split.col_tiles, split.col_groups)
-
-
-class Sums(NamedTuple):
-    shift: Tensor
-    row_slots: Tensor | None
-    col_slots: Tensor | None
-    pair_scores: Tensor | None
-    cache: Tensor | TensorDescriptor | None
-    stride_cache: int | None
-    cached_rows: int | None
-    row_groups: int
-    ROWS: bool
-    COLS: bool
-    POSITIVES: str
-    EXCLUDE_POSITIVES: bool
-    TRIANGLE: bool
-    BLOCK_K: int
-    KEPT: int
-    PARTS: int
-
-
-class SoftplusRows(NamedTuple):
-    row_slots: Tensor
-    BLOCK_K: int
-
-
-class Merge(NamedTuple):
-    slots: Tensor
-    pair_scores: Tensor | None
-    counts: Tensor | None
-    ids: Tensor | None
-    shift: Tensor
-    max_out: Tensor
-    logsum_out: Tensor
-    pos_out: Tensor | None
-    underflowed: Tensor
-    length: int
-    groups: int
-    offset: int
-    first_pair: int
-    last_pair: int
-    BIASED: bool
-    POSITIVES: str
-    LEAST: float = gpu.LEAST
-    BLOCK: int = MERGE_BLOCK
-
-
-class Maxima(NamedTuple):
-    underflowed: Tensor | None
-    max_out: Tensor
-    logsum_out: Tensor
-    pos_out: Tensor | None
-    neg_max_out: Tensor | None
-    POSITIVES: str
-    EXCLUDE_POSITIVES: bool
-    BLOCK_K: int
-
-
-class Weights(NamedTuple):
-    """The arguments for computing W from S: see `gpu.SideWeights`."""
-
-    shift: Tensor | None
-    underflowed: Tensor | None
-    row_weights: Tensor | None
-    col_weights: Tensor | None
-    row_shifts: Tensor | None
-    col_shifts: Tensor | None
-    SOFTPLUS: bool
-    POSITIVES: str
-    EXCLUDE_POSITIVES: bool
-    FIXED: bool
-
-    @classmethod
-    def of(cls, call: gpu.Backward, norm: Tensor | None) -> list[Weights]:
-        """The two kinds of a kernel, one of which does nothing. Softplus and fp32 have one."""
-        p, weights = call.problem, call.weights(norm)
-        options = {
-            "SOFTPLUS": call.softplus,
-            "POSITIVES": p.positives or "none",
-            "EXCLUDE_POSITIVES": p.exclude_positives,
-        }
-
-        def of(name: str) -> list[Tensor | None]:
-            return [side and getattr(side, name) for side in (weights.row, weights.col)]
-
-        fixed = cls(*weights[:2], *of("fixed"), None, None, FIXED=True, **options)
-        if call.softplus:
-            return [fixed]
-        alone = gpu.exact_gradient(p)
-        underflowed = None if alone else weights.underflowed
-        exact = cls(None, underflowed, *of("exact"), *of("shifts"), FIXED=False, **options)
-        return [exact] if alone else [fixed, exact]
-
-    def transposed(self) -> Weights:
-        return self._replace(
-            row_weights=self.col_weights,
-            col_weights=self.row_weights,
-            row_shifts=self.col_shifts,
-            col_shifts=self.row_shifts,
-        )
-
-
-class Panel(NamedTuple):
-    panel_factor: Tensor | None
-    panel: Tensor | None
-    stride_panel: int
-    panel_row: int
-    panel_col: int
-    scale_sums: Tensor | None
-    row_sums: Tensor | None
-    col_sums: Tensor | None
-    softplus_sums: Tensor | None
-    BLOCK_K: int
-    PARTS: int
-
-
-class Reweight(NamedTuple):
-    cache: Tensor
-    pair_weights: Tensor
-    underflowed: Tensor
-    row_weights: Tensor | None
-    col_weights: Tensor | None
-    panel: Tensor
-    n: int
-    m: int
-    stride_cache: int
-    stride_panel: int
-    diagonal: int
-    panel_row: int
-    panel_col: int
-    BLOCK_M: int = kept.BLOCK[0]
-    BLOCK_N: int = kept.BLOCK[1]
-    num_warps: int = 4
-
-
-class Gradient(NamedTuple):
-    factor: Tensor
-    grad: Tensor | None
-    stride_grad: int
-    scale_sums: Tensor | None
-    row_sums: Tensor | None
-    softplus_sums: Tensor | None
-    BLOCK_D: int
-
-
-def _launch(kernel, programs: int, *structs: tuple) -> None:
-    arguments = {name: x for struct in structs for name, x in struct._asdict().items()}
-    with _device_context(next(x for x in arguments.values() if isinstance(x, Tensor)).device):
-        kernel[(programs,)](**arguments, **tiles.COMPILE)
-
-
-def _device_context(device: torch.device) -> AbstractContextManager:
-    """Make the device of the tensors the current one for a launch."""
-    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
-
-
 # Forward.
 
 
-@_autotuned_forward
+@autotuned_forward
 def logsumexp_forward(problem: Problem, cache: Tensor | None = None) -> Stats:
     """cache: memory of `cache_bytes` for exponentials that are kept for the gradients."""
-    p, plan, op = problem, _Plan(problem), Operands.of(problem)
+    p, plan, op = problem, Plan(problem), Operands.of(problem)
     if gpu.needs_maxima(p):
-        return gpu.both_sides(p, lambda: _maxima(plan, op, False), lambda: _maxima(plan, op, True))
+        return gpu.both_sides(
+            p, lambda: maxima_of_side(plan, op, False), lambda: maxima_of_side(plan, op, True)
+        )
     symmetric, by_ids = is_symmetric(p), p.row_ids is not None
     rows, cols = (True, True) if symmetric else (p.rows, p.cols)
     split, tile = plan.split(), plan.forward
@@ -488,7 +132,7 @@ def logsumexp_forward(problem: Problem, cache: Tensor | None = None) -> Stats:
         PARTS=parts,
     )
     scores = Scores.of(plan, op, tile, tile.k)
-    _launch(forward.sums_kernel, split.programs, scores, Groups.of(split), sums)
+    launches.launch(forward.sums_kernel, split.programs, scores, Groups.of(split), sums)
 
     counts = _counts(p, op) if fields == 2 else (None, None)
 
@@ -515,14 +159,14 @@ def logsumexp_forward(problem: Problem, cache: Tensor | None = None) -> Stats:
             BIASED=p.row_bias is not None or p.col_bias is not None,
             POSITIVES=p.positives or "none",
         )
-        _launch(forward.merge_kernel, triton.cdiv(length, MERGE_BLOCK), merge)
-        return _maxima(plan, op, transposed, underflowed, out)
+        launches.launch(forward.merge_kernel, triton.cdiv(length, MERGE_BLOCK), merge)
+        return maxima_of_side(plan, op, transposed, underflowed, out)
 
     return gpu.both_sides(p, lambda: merged(False), lambda: merged(True))
 
 
-def _maxima(
-    plan: _Plan,
+def maxima_of_side(
+    plan: Plan,
     op: Operands,
     transposed: bool,
     underflowed: Tensor | None = None,
@@ -545,25 +189,25 @@ def _maxima(
         BLOCK_K=tile.k,
     )
     scores = Scores.of(plan, op, tile, tile.k, transposed)
-    _launch(maxima.maxima_kernel, triton.cdiv(n, tile.m), scores, maximum)
+    launches.launch(maxima.maxima_kernel, triton.cdiv(n, tile.m), scores, maximum)
     return out
 
 
-@_autotuned_softplus
+@autotuned_softplus
 def softplus_forward(problem: Problem) -> Tensor:
-    plan, op = _Plan(problem), Operands.of(problem)
+    plan, op = Plan(problem), Operands.of(problem)
     split, tile = plan.split(triangle=False), plan.forward
     slots = op.a.new_empty((split.col_groups, problem.n), dtype=torch.float32)
     scores = Scores.of(plan, op, tile, tile.k)
     rows = SoftplusRows(slots, tile.k)
-    _launch(forward.softplus_kernel, split.programs, scores, Groups.of(split), rows)
+    launches.launch(forward.softplus_kernel, split.programs, scores, Groups.of(split), rows)
     return slots.sum(0)
 
 
 # Backward.
 
 
-@_autotuned_backward
+@autotuned_backward
 def logsumexp_backward(
     problem: Problem,
     stats: Stats,
@@ -575,12 +219,12 @@ def logsumexp_backward(
     return _backward(call, needs, cache=cache)
 
 
-@_autotuned_backward
+@autotuned_backward
 def softplus_backward(problem: Problem, u: Tensor, needs: Needs) -> Grads:
     return _backward(gpu.Backward.of_softplus(problem, u), needs)
 
 
-@_autotuned_backward
+@autotuned_backward
 def softplus_both(problem: Problem, u: Tensor, needs: Needs) -> tuple[Tensor, Grads]:
     """The row sums, and the gradients for an upstream gradient `u` that is known in advance.
 
@@ -589,7 +233,7 @@ def softplus_both(problem: Problem, u: Tensor, needs: Needs) -> tuple[Tensor, Gr
     Softmax has no such pass, because its W needs complete row sums. It keeps exponentials instead
     (`kept.py`).
     """
-    if is_symmetric(problem) and not _Plan(problem).gradient:
+    if is_symmetric(problem) and not Plan(problem).gradient:
         # the panels of a symmetric S are half of all: 2.5 matrix products instead of 3
         return softplus_forward(problem), softplus_backward(problem, u, needs)
     values = problem.scale.new_zeros(problem.n)
@@ -600,15 +244,15 @@ def _backward(
     call: gpu.Backward, needs: Needs, values: Tensor | None = None, cache: Tensor | None = None
 ) -> Grads:
     """values: the tensor to which the row sums of softplus are added, or None."""
-    plan = _Plan(call.problem)
+    plan = Plan(call.problem)
     if plan.gradient:
-        return _fused_gradients(call, plan, needs, values)
+        return fused_gradients(call, plan, needs, values)
     return _panel_gradients(call, plan, needs, values, cache)
 
 
-def _fused_gradients(
+def fused_gradients(
     call: gpu.Backward,
-    plan: _Plan,
+    plan: Plan,
     needs: Needs,
     values: Tensor | None = None,
     kinds: list[Weights] | None = None,
@@ -643,7 +287,8 @@ def _fused_gradients(
         scores = Scores.of(plan, op, tile, block_d, transposed)
         for weights in kinds:
             weights = weights.transposed() if transposed else weights
-            _launch(backward.gradient_kernel, triton.cdiv(n, tile.m), scores, weights, gradient)
+            programs = triton.cdiv(n, tile.m)
+            launches.launch(backward.gradient_kernel, programs, scores, weights, gradient)
         return RowGradient(grad, *gpu.restored(sums, norm))
 
     # the kernel has already multiplied by the factor
@@ -651,13 +296,13 @@ def _fused_gradients(
 
 
 def _panel_gradients(
-    call: gpu.Backward, plan: _Plan, needs: Needs, values: Tensor | None, cache: Tensor | None
+    call: gpu.Backward, plan: Plan, needs: Needs, values: Tensor | None, cache: Tensor | None
 ) -> Grads:
     norm, factor = call.scaling()
     scale_of_products = call.op.scale.ndim == 0 and (needs.a or needs.b)
     sums_needed = needs._replace(scale=needs.scale and not scale_of_products)
     memory = kept.Kept.of(plan, cache) if cache is not None and (needs.a or needs.b) else None
-    run = _panel_run(call, plan, sums_needed, Weights.of(call, norm), values, norm, memory=memory)
+    run = panel_run(call, plan, sums_needed, Weights.of(call, norm), values, norm, memory=memory)
     # the kernels store whole tiles without masks, so the workspace covers whole tiles
     size, tile = plan.panel_size(), (plan.panel.m, plan.panel.n)
     if memory:
@@ -665,9 +310,9 @@ def _panel_gradients(
     return gpu.panel_gradients(call, needs, size, tile, run, factor, scale_of_products)
 
 
-def _panel_run(
+def panel_run(
     call: gpu.Backward,
-    plan: _Plan,
+    plan: Plan,
     needs: Needs,
     kinds: list[Weights],
     values: Tensor | None = None,
@@ -702,7 +347,7 @@ def _panel_run(
         )
         sizes = (rows.stop - rows.start, cols.stop - cols.start)
         programs = prod(map(triton.cdiv, sizes, kept.BLOCK))
-        _launch(backward.reweight_kernel, programs, reweighting)
+        launches.launch(backward.reweight_kernel, programs, reweighting)
 
     crowded = plan.crowded(call.softplus) + (panel_factor is not None)
     parts = [plan.arch.parts(tile, "panel", crowded, exact=not kind.FIXED) for kind in kinds]
@@ -742,7 +387,7 @@ def _panel_run(
                 reweight(rows, cols, workspace)
                 continue
             own = panel._replace(PARTS=number)
-            _launch(backward.weights_kernel, programs, panel_scores, weights, own)
+            launches.launch(backward.weights_kernel, programs, panel_scores, weights, own)
         if values is not None:
             values[rows] += softplus_sums.sum(0)
         return PanelSums(*gpu.restored(sums, norm))

@@ -18,7 +18,9 @@ from torch import Tensor
 from .. import gpu
 from ..gpu import Operands
 from ..spec import Grads, Needs, Problem, SideStats, Stats, Upstream
-from . import host
+from . import host, launches
+from .launches import Weights
+from .plan import Plan
 from .scores import LOG2E
 
 LARGEST = 6000  # rows and columns
@@ -100,10 +102,10 @@ def both(
     problem: Problem, with_stats: bool, upstream: Upstream, needs: Needs
 ) -> tuple[Tensor, Stats, Grads]:
     """`Backend.logsumexp_both` for what `fits`."""
-    p, plan, op = problem, host._Plan(problem), Operands.of(problem)
+    p, plan, op = problem, Plan(problem), Operands.of(problem)
     stats = Stats(
-        host._maxima(plan, op, transposed=False),
-        host._maxima(plan, op, transposed=True) if p.cols else None,
+        host.maxima_of_side(plan, op, transposed=False),
+        host.maxima_of_side(plan, op, transposed=True) if p.cols else None,
     )
     row, col = (SideStats(None, None) if x is None else x for x in stats)
 
@@ -111,7 +113,7 @@ def both(
         blocks = triton.cdiv(length, gpu.ALIGNED_ROWS)
         return p.scale.new_empty((blocks * gpu.ALIGNED_ROWS, 2))
 
-    weights = host.Weights(
+    weights = Weights(
         shift=None,
         underflowed=None,
         row_weights=pairs(p.n),
@@ -127,24 +129,24 @@ def both(
     totals = p.scale.new_empty(programs)
     numbers = (float(x or 0) for side in upstream for x in side)
     combine = Combine(*row[:3], *col[:3], *weights[2:6], totals, *numbers, p.n, p.m)
-    host._launch(combine_kernel, programs, combine)
+    launches.launch(combine_kernel, programs, combine)
     grads = Grads()
     if any(needs):
         call = gpu.Backward(p, op, gpu.Side(), gpu.Side(), symmetric=False, softplus=False)
         if plan.gradient:
-            grads = host._fused_gradients(call, plan, needs, kinds=[weights])
+            grads = host.fused_gradients(call, plan, needs, kinds=[weights])
         else:
             grads = _one_panel(call, plan, needs, weights)
     return totals.sum(), stats if with_stats else Stats(), grads
 
 
-def _one_panel(call: gpu.Backward, plan: host._Plan, needs: Needs, weights: host.Weights) -> Grads:
+def _one_panel(call: gpu.Backward, plan: Plan, needs: Needs, weights: Weights) -> Grads:
     """The gradients from one panel that has all of scale·W."""
     p, op, tile = call.problem, call.op, plan.panel
     panel = None
     if needs.a or needs.b:
         panel = op.a.new_empty(triton.cdiv(p.n, tile.m) * tile.m, triton.cdiv(p.m, tile.n) * tile.n)
-    run = host._panel_run(call, plan, needs, [weights], panel_factor=op.scale)
+    run = host.panel_run(call, plan, needs, [weights], panel_factor=op.scale)
     sums = run(slice(0, p.n), slice(0, p.m), panel)
     w = None if panel is None else panel[: p.n, : p.m]
     return Grads(
