@@ -74,3 +74,8 @@ def write_run(run: Path, data: Path) -> Path:
     (run / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
     (run / "environment.json").write_text(json.dumps({"torch": "<1.0>", "threads": 1}))
     return run
+
+
+def write(folder):
+    """A run, and its data beside it."""
+    return write_run(folder / "run", write_data(folder / "data"))

@@ -13,8 +13,7 @@ import ito
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("pictures")
-    return untrained_run.write_run(folder / "run", untrained_run.write_data(folder / "data"))
+    return untrained_run.write(tmp_path_factory.mktemp("pictures"))
 
 
 @pytest.fixture(scope="module")

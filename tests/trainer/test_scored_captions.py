@@ -23,8 +23,7 @@ LABELS = ("red", "green", "blue")
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("scored")
-    return untrained_run.write_run(folder / "run", untrained_run.write_data(folder / "data"))
+    return untrained_run.write(tmp_path_factory.mktemp("scored"))
 
 
 def write(folder: Path, records: list[dict]) -> Path:

@@ -18,8 +18,7 @@ TEMPLATES = ["a photo of a {}.", "{}", "the {c} again"]
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("zero")
-    return untrained_run.write_run(folder / "run", untrained_run.write_data(folder / "data"))
+    return untrained_run.write(tmp_path_factory.mktemp("zero"))
 
 
 @pytest.fixture(scope="module")
