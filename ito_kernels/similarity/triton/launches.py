@@ -6,22 +6,17 @@ Triton would specialise numbers in a tuple and compile for every batch size.
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import torch
-import triton
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from .. import gpu
 from ..gpu import Operands, Split, dense
-from . import forward, kept, tiles
+from . import kept, tiles
+from .plan import INTERPRETED, Plan, device_context
 
-if TYPE_CHECKING:
-    from .plan import Plan
-
-INTERPRETED = not isinstance(forward.sums_kernel, triton.JITFunction)
 MERGE_BLOCK = 256
 
 
@@ -256,8 +251,3 @@ def launch(kernel, programs: int, *structs: tuple) -> None:
     arguments = {name: x for struct in structs for name, x in struct._asdict().items()}
     with device_context(next(x for x in arguments.values() if isinstance(x, Tensor)).device):
         kernel[(programs,)](**arguments, **tiles.COMPILE)
-
-
-def device_context(device: torch.device) -> AbstractContextManager:
-    """Make the device of the tensors the current one for a launch."""
-    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()

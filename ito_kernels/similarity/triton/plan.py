@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import AbstractContextManager, nullcontext, suppress
 from functools import wraps
 
 import torch
@@ -21,8 +21,9 @@ from triton.runtime.errors import OutOfResources
 from .. import gpu
 from ..gpu import Split, is_symmetric
 from ..spec import Problem
-from . import tiles
-from .launches import INTERPRETED, device_context
+from . import forward, tiles
+
+INTERPRETED = not isinstance(forward.sums_kernel, triton.JITFunction)
 
 
 class Plan:
@@ -138,3 +139,8 @@ def arithmetic_of(dtype: torch.dtype) -> str:
         return "half"
     modes = {"highest": "ieee", "high": "tf32x3", "medium": "tf32"}
     return modes[gpu.matmul_precision()]
+
+
+def device_context(device: torch.device) -> AbstractContextManager:
+    """Make the device of the tensors the current one for a launch."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
