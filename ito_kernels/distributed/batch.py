@@ -216,6 +216,7 @@ class GlobalBatch:
         cols: bool = True,
         hardest: bool = False,
         exact_max: bool = True,
+        half_values: bool = False,
         row_weights: tuple[Tensor, Tensor | None] | None = None,
         col_weights: tuple[Tensor, Tensor | None] | None = None,
         return_stats: bool = True,
@@ -246,6 +247,7 @@ class GlobalBatch:
             cols=cols,
             hardest=hardest,
             exact_max=exact_max,
+            half_values=half_values,
         )
         out = iter(Logsumexp.apply(self.shards, module, needs, *arguments))
         stats = op.present_stats(Problem(*arguments), out)

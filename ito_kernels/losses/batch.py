@@ -15,7 +15,7 @@ from torch import Tensor
 from ..distributed import GlobalBatch, LocalBatch, check_chunk_size, global_batch
 from ..similarity.spec import check_features, check_ids, check_pair, check_scale
 from .common import normalize_rows
-from .precision import to_accumulate_dtype, to_autocast_dtype
+from .precision import has_half_values, to_accumulate_dtype, to_autocast_dtype
 from .scores import Scores
 
 
@@ -133,6 +133,7 @@ class Arguments(NamedTuple):
             symmetric=symmetric,
             exclude_self=exclude_self,
             backend=args.backend,
+            half_values=has_half_values(self.queries),
         )
 
 

@@ -100,6 +100,7 @@ def cluster_weighted_infonce(
             queries=torch.cat([scores.scale.reshape(-1, 1) * features, bias[rows]], 1),
             keys=torch.cat([scores.keys, key_columns], 1),
             scale=torch.ones_like(scores.scale),
+            half_values=False,
         )
         negatives = weighted.statistics(exclude_positives=True)
         losses = []

@@ -71,6 +71,7 @@ def uniformity_loss(
             exclude_self=True,
             cols=False,
             exact_max=False,
+            half_values=scores.half_values,
             backend=backend,
         )
         # what is infinite shows, although the potential of an infinite distance is 0

@@ -175,6 +175,7 @@ def _text_statistics(scores: Scores, scale: Tensor) -> Direction:
         symmetric=False,
         exclude_self=True,
         backend=scores.backend,
+        half_values=scores.half_values,
     )
     return transposed.statistics()["row"]
 

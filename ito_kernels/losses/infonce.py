@@ -35,7 +35,7 @@ from .pools import (
     UnpairedCandidates,
 )
 from .positive_pairs import PositivePairs, PositivesAsCandidates, PositivesById, PositivesByPair
-from .precision import to_accumulate_dtype, to_autocast_dtype, without_autocast
+from .precision import has_half_values, to_accumulate_dtype, to_autocast_dtype, without_autocast
 from .reweighting import debiased, hardness_weighted
 from .scores import Scores
 
@@ -352,11 +352,14 @@ def _multi_pass_infonce(
     o = o.map_extra_candidates(to_autocast_dtype)
     same = keys is queries
     queries, keys = to_autocast_dtype(queries), to_autocast_dtype(keys)
+    half_values = False
     if o.needs_accumulate_dtype(scale):
+        half_values = has_half_values(queries)
         queries, keys = to_accumulate_dtype(queries), to_accumulate_dtype(keys)
     keys = queries if same else keys
     scores = Scores(
-        *(batch, queries, keys, scale, o.symmetric, o.exclude_self, args.backend, o.key_bias)
+        *(batch, queries, keys, scale, o.symmetric, o.exclude_self, args.backend, o.key_bias),
+        half_values=half_values,
     )
     with without_autocast(queries.device):
         positives = None

@@ -162,6 +162,7 @@ class QueueCandidates:
             row_limit=self.scores.row_limit,
             cols=False,
             exact_max=False,
+            half_values=self.scores.half_values,
             backend=self.scores.backend,
             **options,
         )

@@ -8,6 +8,7 @@ from torch import Tensor
 from ..similarity.spec import accumulate_dtype, autocast_enabled, without_autocast
 
 __all__ = [
+    "has_half_values",
     "logaddexp",
     "multiply_gradient",
     "row_dot",
@@ -23,6 +24,11 @@ def to_autocast_dtype(x: Tensor) -> Tensor:
     if autocast_enabled(x.device) and x.dtype != torch.float64:
         return x.to(torch.get_autocast_dtype(x.device.type))
     return x
+
+
+def has_half_values(x: Tensor) -> bool:
+    """Whether features are in bf16 or fp16, or would be under autocast."""
+    return to_autocast_dtype(x[:0]).dtype in (torch.bfloat16, torch.float16)
 
 
 def to_accumulate_dtype(x: Tensor) -> Tensor:

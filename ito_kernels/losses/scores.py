@@ -61,6 +61,7 @@ class Scores:
     guide: (N, E) and (M, E), constants. The limits apply to their inner products.
     boost: α. S has the further term α·queries·keysᵀ, without gradient. See `boosted`.
     query_sets: (N, K), several ids of each query, which `masked_statistics` takes instead of one.
+    half_values: whether the features, in the accumulate dtype, are values of bf16 or fp16.
 
     With a group, all tensors hold this rank's rows; counts and sums are over the global batch. The
     results of the primitive are cached. One call computes both directions where it can.
@@ -79,6 +80,7 @@ class Scores:
     guide: tuple[Tensor, Tensor] | None = None
     boost: float = 0.0
     query_sets: Tensor | None = None
+    half_values: bool = False
     _pass_cache: dict = field(init=False, default_factory=dict)
 
     @property
@@ -141,6 +143,7 @@ class Scores:
             col_ids=self.key_ids,
             exclude_self=self.exclude_self,
             exact_max=options.get("hardest", False),
+            half_values=self.half_values,
             backend=self.backend,
             **options,
         )

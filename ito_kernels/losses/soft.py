@@ -203,7 +203,7 @@ def _soft_scores(
     batch, col_args = scores.global_batch, ()
     if scores.symmetric:
         with torch.no_grad():
-            teacher = replace(scores, queries=c, keys=e, scale=c.new_ones(()))
+            teacher = replace(scores, queries=c, keys=e, scale=c.new_ones(()), half_values=False)
             stats = teacher.logsumexp(rows=False)
             col_args = stats.col_max, stats.col_logsum, weights["col"].to(c.dtype)
             col_args = tuple(map(batch.all_gather_rows, col_args))

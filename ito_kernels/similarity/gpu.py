@@ -170,12 +170,27 @@ def padded_pairs(x: Tensor, y: Tensor) -> Tensor:
     return out
 
 
-def accumulate(out: Tensor, x: Tensor, y: Tensor) -> None:
-    """out += x @ y, accumulated in fp32 for any dtype of x and y."""
+def accumulate(out: Tensor, x: Tensor, y: Tensor, half_values: bool = False) -> None:
+    """out += x @ y, accumulated in fp32 for any dtype of x and y.
+
+    half_values: y, in fp32, holds values of bf16 or fp16: y is exactly the sum of two bf16 matrices
+    and x that of two to 2^-17. Three products of bf16 take 1/5 of the time of one of fp32, by the
+    peaks of an H100 (990 and 67 TFLOPS); that of the rests is below 2^-17.
+    """
+    if half_values:
+        (x, x_rest), (y, y_rest) = _two_halves(x), _two_halves(y)
+        accumulate(out, x_rest, y)
+        accumulate(out, x, y_rest)
     if x.dtype == torch.float32 or not x.is_cuda:
         out.addmm_(x.float(), y.float())
     else:
         torch.addmm(out, x, y, out_dtype=torch.float32, out=out)
+
+
+def _two_halves(x: Tensor) -> tuple[Tensor, Tensor]:
+    """x in bf16, and what that leaves, in bf16."""
+    large = x.bfloat16()
+    return large, (x - large).bfloat16()
 
 
 # One exponential per score.
@@ -599,9 +614,9 @@ def panel_gradients(
                 continue
             weights = workspace[: rows.stop - rows.start, : cols.stop - cols.start]
             if grad_a is not None:
-                accumulate(grad_a[rows], weights, op.b[cols])
+                accumulate(grad_a[rows], weights, op.b[cols], p.half_values)
             if grad_b is not None and not diagonal:
-                accumulate(grad_b[cols], weights.T, op.a[rows])
+                accumulate(grad_b[cols], weights.T, op.a[rows], p.half_values)
 
     dtype = p.a.dtype
     if needs.scale and scale_of_products:

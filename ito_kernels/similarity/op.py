@@ -445,7 +445,7 @@ _PROBLEM = (
     "Tensor a, Tensor? b, Tensor scale, Tensor? row_bias, Tensor? col_bias, Tensor? row_ids,"
     " Tensor? col_ids, Tensor? row_limit, str? positives, bool exclude_self,"
     " bool exclude_positives, SymInt diagonal, bool rows, bool cols, bool hardest, bool exact_max,"
-    " str backend"
+    " bool half_values, str backend"
 )
 _LIBRARY = torch.library.Library("ito_kernels", "DEF")
 

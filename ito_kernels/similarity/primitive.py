@@ -37,6 +37,7 @@ def similarity_logsumexp(
     cols: bool = True,
     hardest: bool = False,
     exact_max: bool = True,
+    half_values: bool = False,
     row_weights: tuple[Tensor, Tensor | None] | None = None,
     col_weights: tuple[Tensor, Tensor | None] | None = None,
     return_stats: bool = True,
@@ -62,6 +63,8 @@ def similarity_logsumexp(
         hardest: also compute the maximum over the negatives.
         exact_max: False if `max` serves as a shift only. Another finite number near the logsumexp
             may then stand in its place, which takes the Triton backend half the time.
+        half_values: True says that the features, in fp32, are values of bf16 or fp16, which is not
+            checked. The Triton backend then computes the same scores on tensor cores.
         row_weights, col_weights: (u, alpha) of shape (N,) and (v, beta) of shape (M,), tensors
             without gradient; alpha and beta may be None. With weights the result is the weighted
             sum of the statistics
@@ -109,6 +112,7 @@ def similarity_logsumexp(
         cols=cols,
         hardest=hardest,
         exact_max=exact_max,
+        half_values=half_values,
     )
     weights = Upstream(
         check_weights("row_weights", row_weights, problem, rows, problem.n),

@@ -44,6 +44,7 @@ class Problem(NamedTuple):
     rows, cols: which statistics to compute. hardest: whether to compute `SideStats.neg_max`.
     exact_max: whether `SideStats.max` must be the maximum. False lets a backend put another number
         of about the same size in its place; -inf still says that there was nothing to sum.
+    half_values: whether the features, in fp32, are values of bf16 or fp16.
     """
 
     a: Tensor
@@ -62,6 +63,7 @@ class Problem(NamedTuple):
     cols: bool = True
     hardest: bool = False
     exact_max: bool = True
+    half_values: bool = False
 
     @property
     def n(self) -> int:
@@ -96,6 +98,7 @@ class Problem(NamedTuple):
             self.cols,
             self.hardest,
             self.exact_max,
+            self.half_values,
         )
 
     def scale_grad(self, rows: Tensor | None) -> Tensor | None:

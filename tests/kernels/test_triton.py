@@ -510,10 +510,42 @@ def test_fp32_follows_the_matmul_precision():
     try:
         for mode, expected in (("highest", "ieee"), ("high", "tf32x3"), ("medium", "tf32")):
             torch.set_float32_matmul_precision(mode)
-            assert plan.arithmetic_of(FP32) == expected
-            assert plan.arithmetic_of(BF16) == "half"
+            x = torch.ones(4, 8)
+            problem = Problem(x, x, torch.tensor(1.0))
+            assert plan.arithmetic_of(problem) == expected
+            assert plan.arithmetic_of(problem._replace(a=x.bfloat16())) == "half"
+            assert plan.arithmetic_of(problem._replace(half_values=True)) == "tf32"
     finally:
         torch.set_float32_matmul_precision(before)
+
+
+@pytest.mark.parametrize("dtype", [BF16, torch.float16])
+def test_product_with_half_values(dtype):
+    """Within 2^-16 of Σ|x||y|: bf16 alone would be off by 2^-9, and by 2^-9 for values of fp16."""
+    x, y = torch.randn(40, 300), torch.randn(300, 24).to(dtype).float()
+    x *= 10.0 ** torch.randint(-6, 3, (40, 1))
+    out = torch.zeros(40, 24)
+    gpu.accumulate(out, x, y, half_values=True)
+    gpu.accumulate(out, x, y, half_values=True)
+    error = (out - 2 * x.double() @ y.double()).abs()
+    assert (error <= 2.0**-15 * x.abs() @ y.abs()).all()
+
+
+@pytest.mark.parametrize("exact_max", [False, True])
+def test_half_values_in_fp32(exact_max):
+    """Values as accurate as in fp32, gradients to 2^-16 of the largest, D = 24 by panels too."""
+    case = Case(70, 90, 24, positives="linear", scale=20.0)
+    t = leaves({k: v.bfloat16().float() if k in "ab" else v for k, v in make(case, FP32).items()})
+    truth_t = leaves(t)
+    truth = dense(case, truth_t, torch.float64)
+    problem = Problem(t["a"], t["b"], t["scale"], positives="linear", half_values=True)
+    assert plan.Plan(problem).gradient is None
+    stats = run(case, t, "triton", exact_max, half_values=True)
+    loss, expected = (stats.row_max + stats.row_logsum).sum(), truth["row_lse"].sum()
+    assert abs(loss - expected) <= 1e-6 * expected
+    ours, wanted = gradients(loss, t), gradients(expected, truth_t)
+    for name, value in ours.items():
+        assert (value - wanted[name]).abs().max() <= 2.0**-16 * wanted[name].abs().max()
 
 
 def test_cpu_tensors_never_choose_the_interpreter():

@@ -11,8 +11,11 @@ from support.problems import AVAILABLE
 from torch.nn.functional import normalize
 
 import ito_kernels as ik
+from ito_kernels.similarity import dispatch
 
 N, D = 24, 8
+# whose kernels see features that are scaled, normalised or multiplied with others, in fp32
+COMPUTED_IN_FP32 = ("cluster_weighted_infonce", "mnrl_loss", "soft_target_infonce", "symile_loss")
 # tested in tests/distributed/
 ELSEWHERE = ("group", "chunk_size")
 CASES = [(loss, option) for loss, rows in ROWS.items() for option in rows]
@@ -35,6 +38,28 @@ def test_cell(loss, option, backend):
     )
     for a, b in zip(ours, truth, strict=True):
         assert (a - b).abs().max() <= 2e-5 * b.abs().max() + 1e-6
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@rows
+def test_only_half_values_are_called_half_values(loss, option, dtype, monkeypatch):
+    """The GPU kernels round what is called so."""
+    problems, choose = [], dispatch.choose
+
+    def spy(problem, name=None):
+        problems.append(problem)
+        return choose(problem, name)
+
+    monkeypatch.setattr(dispatch, "choose", spy)
+    x, y, z = (normalize(torch.randn(N, D), dim=1).to(dtype) for _ in range(3))
+    ROWS[loss][option].call(loss, Inputs.of(x, y, z))
+    in_fp32 = [p for p in problems if p.a.dtype == torch.float32]
+    for p in in_fp32:
+        features = p.a if p.b is None else torch.cat([p.a, p.b])
+        if p.half_values:
+            torch.testing.assert_close(features.to(dtype).float(), features, rtol=0, atol=0)
+    if loss not in COMPUTED_IN_FP32:
+        assert all(p.half_values for p in in_fp32)
 
 
 @rows

@@ -329,12 +329,12 @@ ROWS = {
         'symmetric="infonce"': infonce(f"{OTHER}cwcl", reference=Z, symmetric="infonce"),
     },
     "soft_target_infonce": {
-        "": infonce(f"{OTHER}soft_targets", target_queries=Z, target_keys=Z, target_scale=8.0),
+        "": infonce(f"{OTHER}soft_targets", target_queries=Z, target_keys=Z, target_scale=6.0),
         "alpha, symmetric=False": infonce(
             f"{OTHER}soft_targets",
             target_queries=Z,
             target_keys=Z,
-            target_scale=8.0,
+            target_scale=6.0,
             alpha=0.4,
             symmetric=False,
         ),
@@ -343,7 +343,7 @@ ROWS = {
             *(X, Made(lambda at: torch.cat([at.y, at.z])), SCALES),
             target_queries=Z,
             target_keys=Made(lambda at: torch.cat([at.z, at.y.detach()])),
-            target_scale=8.0,
+            target_scale=6.0,
             alpha=0.4,
         ),
     },

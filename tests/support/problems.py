@@ -241,7 +241,7 @@ def safe_logsumexp(x: Tensor, dim: int) -> Tensor:
     return torch.where(empty.squeeze(dim), -torch.inf, torch.where(empty, 0, x).logsumexp(dim))
 
 
-def run(case: Case, t: dict, backend: str, exact_max: bool = True):
+def run(case: Case, t: dict, backend: str, exact_max: bool = True, half_values: bool = False):
     """Our statistics of a case."""
     return similarity_logsumexp(
         **t,
@@ -254,6 +254,7 @@ def run(case: Case, t: dict, backend: str, exact_max: bool = True):
         cols=case.cols,
         hardest=case.hardest,
         exact_max=exact_max,
+        half_values=half_values,
         backend=backend,
     )
 

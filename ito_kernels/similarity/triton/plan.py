@@ -32,7 +32,7 @@ class Plan:
     def __init__(self, problem: Problem):
         self.problem = problem
         self.arch, self.processors = tiles.device(problem.a.device)
-        self.arithmetic = arithmetic_of(problem.a.dtype)
+        self.arithmetic = arithmetic_of(problem)
         if self.arithmetic not in self.arch.forward:
             self.arithmetic = "ieee"  # no 3×tf32 on this architecture
         by_ids = problem.row_ids is not None
@@ -42,7 +42,7 @@ class Plan:
         )
         self.maxima = self.arch.maxima[self.arithmetic]
         self.gradient = None
-        if problem.d <= tiles.FUSED_D:
+        if problem.d <= tiles.FUSED_D and not problem.half_values:  # tf32 would round W
             self.gradient = self.arch.gradient.get(self.arithmetic)
             if self.gradient and self.crowded() > 2:
                 self.gradient = self.arch.crowded.get(self.arithmetic, self.gradient)
@@ -128,15 +128,19 @@ def _milliseconds(run: Callable[[], object]) -> float:
     return triton.testing.do_bench(run, return_mode="median")
 
 
-def arithmetic_of(dtype: torch.dtype) -> str:
+def arithmetic_of(problem: Problem) -> str:
     """The arithmetic of the scores, in forward and backward, and of a fused gradient.
+
+    "half" for bf16 and fp16. Their values in fp32 are exact in tf32, so these take one product too.
 
     For fp32 it follows `torch.set_float32_matmul_precision`: "highest" is ieee; "high" is 3×tf32,
     which has nearly the accuracy of fp32 on tensor cores; "medium" is tf32. Outside the fused
     gradient, the products W·B and Wᵀ·A are PyTorch's own, and on a GPU tf32 at "high" too.
     """
-    if dtype != torch.float32:
+    if problem.a.dtype != torch.float32:
         return "half"
+    if problem.half_values:
+        return "tf32"
     modes = {"highest": "ieee", "high": "tf32x3", "medium": "tf32"}
     return modes[gpu.matmul_precision()]
 
