@@ -95,7 +95,7 @@ FUSION = {
 }
 # 400 training concepts, longer
 SATURATION = {
-    f"{arm}, 400 concepts": (arm, {"concepts": 400, "steps": 2500, "every": 250})
+    f"{arm}, 400 concepts": (arm, {"concepts": 400, "steps": 10_000, "every": 1000})
     for arm in ("ito-align", "ito")
 }
 # the main comparison for four times as long
@@ -103,7 +103,8 @@ LONGER = {f"{arm}, 2,400 steps": (arm, {"steps": 2400}) for arm in ARMS}
 ORDER = (
     *(("controls", seed) for seed in (0, 1, 2)),
     *(("gap", 0), ("fusion", 0), ("controls", 3), ("controls", 4), ("saturation", 0)),
-    *((kind, seed) for seed in (1, 2, 3, 4) for kind in ("fusion", "gap", "saturation")),
+    *((kind, seed) for seed in (1, 2, 3, 4) for kind in ("fusion", "gap")),
+    *(("saturation", seed) for seed in (1, 2, 3, 4)),
     *(("longer", seed) for seed in SEEDS),
 )
 # The comparisons that are tested, as one family, on seen and on unseen concepts; all others are

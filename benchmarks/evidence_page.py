@@ -250,7 +250,7 @@ class Page:
                 lines.append(
                     [f"{name}, seed {seed}", *(f"{100 * x:.1f}" for _, x in line["curve"])]
                 )
-        steps = range(250, 2501, 250)
+        steps = range(1000, 10_001, 1000)
         return table(["R@1 on seen concepts, %, at step", *map(str, steps)], lines)
 
 

@@ -249,6 +249,25 @@ def test_the_memory_of_a_panel(rows, cols):
 
 
 @needs_triton
+@pytest.mark.parametrize("square", [False, True])
+@pytest.mark.parametrize("d", [24, 768])
+@pytest.mark.parametrize("rows", [1, 300, 10_000, 1 << 20])
+def test_panels_begin_at_whole_vectors(rows, d, square):
+    """`weights_kernel` tells the compiler that a panel begins at a multiple of 16 rows and columns:
+    ids that do not would be read at addresses that a GPU refuses."""
+    from ito_kernels.similarity.triton import tiles
+
+    for cols in (rows,) if square else (7, 1000, 1 << 27):
+        for processors in (1, 108, 132):
+            for size, whole in zip(
+                tiles.panel(rows, cols, d, gpu.PANEL_BYTES // 2, processors, square),
+                (rows, cols),
+                strict=True,
+            ):
+                assert size == whole or size % 16 == 0
+
+
+@needs_triton
 def test_quotients_of_tile_numbers():
     """`weights_kernel` divides by multiplying with the reciprocal, in fp32, below 2^22."""
     x = torch.arange(1 << 22)

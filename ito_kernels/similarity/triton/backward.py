@@ -182,8 +182,11 @@ def _write_weights(
     else:  # Triton would compile what follows a `return` all the same
         tile_rows = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
         tile_cols = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
-        w, x = _weights(acc, panel_row + tile_m * BLOCK_M, panel_col + tile_n * BLOCK_N, *score,
-                        SCALE, SOFTPLUS, POSITIVES, SELF, EXCLUDE_POSITIVES, FIXED)  # fmt: skip
+        # panels begin at multiples of 128: the compiler loads ids in pairs
+        row0 = tl.multiple_of(panel_row + tile_m * BLOCK_M, 16)
+        col0 = tl.multiple_of(panel_col + tile_n * BLOCK_N, 16)
+        w, x = _weights(acc, row0, col0, *score, SCALE, SOFTPLUS, POSITIVES, SELF,
+                        EXCLUDE_POSITIVES, FIXED)  # fmt: skip
         if softplus_sums is not None:
             _store_sums(softplus_sums, tile_n, n - panel_row, tile_rows,
                         tl.sum(scores.softplus(x), 1))  # fmt: skip
