@@ -45,14 +45,14 @@ class Packed(NamedTuple):
     T is rounded up to a multiple of 32: for each new size oneDNN generates code, which takes longer
     than what is saved.
 
-    places: (T,), the position of each token among the B·L; of the rows after the first `count` any.
+    places: (T,), the position of each token among the B·L; where `used` (T, 1) is False, any.
     tokens: (B·L,), which of the T is at each position; where `real` (B·L, 1) is False, any.
     """
 
     places: Tensor
     tokens: Tensor
+    used: Tensor
     real: Tensor
-    count: int
 
     @classmethod
     def of(cls, mask: Tensor, wanted: bool) -> "Packed | None":
@@ -63,42 +63,31 @@ class Packed(NamedTuple):
         real = mask.flatten()
         places = real.nonzero().squeeze(1)
         tokens = real.cumsum(0).sub_(1).clamp_(min=0)
-        return cls(F.pad(places, (0, -len(places) % 32)), tokens, real[:, None], len(places))
+        rounded = F.pad(places, (0, -len(places) % 32))
+        used = torch.arange(len(rounded)) < len(places)
+        return cls(rounded, tokens, used[:, None], real[:, None])
 
     def pack(self, x: Tensor) -> Tensor:
         """``(B, L, W) -> (T, W)``."""
-        return Pack.apply(x.flatten(0, 1), *self)
+        return Rows.apply(x.flatten(0, 1), self.places, self.tokens, self.real)
 
     def pad(self, x: Tensor, batch: int) -> Tensor:
         """``(T, W) -> (B, L, W)``; the values at padding must not be used."""
-        return Pad.apply(x, *self).unflatten(0, (batch, -1))
+        return Rows.apply(x, self.tokens, self.places, self.used).unflatten(0, (batch, -1))
 
 
-# `index_select` with a gradient that is one too; PyTorch's adds row by row, on one thread.
-class Pack(torch.autograd.Function):
+# `index_select` with a gradient that is one too, by the inverse index; PyTorch's adds row by row,
+# on one thread.
+class Rows(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, places, tokens, real, count):
-        ctx.save_for_backward(tokens, real)
-        return x.index_select(0, places)
-
-    @staticmethod
-    def backward(ctx, grad):
-        tokens, real = ctx.saved_tensors
-        return grad.index_select(0, tokens).mul_(real), None, None, None, None
-
-
-class Pad(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x, places, tokens, real, count):
-        ctx.save_for_backward(places)
-        ctx.count = count
-        return x.index_select(0, tokens)
+    def forward(ctx, x, index, inverse, has_gradient):
+        ctx.save_for_backward(inverse, has_gradient)
+        return x.index_select(0, index)
 
     @staticmethod
     def backward(ctx, grad):
-        rows = grad.index_select(0, *ctx.saved_tensors)
-        rows[ctx.count :] = 0
-        return rows, None, None, None, None
+        inverse, has_gradient = ctx.saved_tensors
+        return grad.index_select(0, inverse).mul_(has_gradient), None, None, None
 
 
 class Block(nn.Module):
@@ -350,20 +339,10 @@ class DualEncoder(nn.Module):
         text_encoder: dict | None = None,
     ):
         super().__init__()
-        self.architecture = {
-            "image_size": image_size,
-            "width": width,
-            "heads": heads,
-            "image_depth": image_depth,
-            "text_depth": text_depth,
-            "vocab_size": vocab_size,
-            "context_length": context_length,
-            "image_width": image_width,
-            "image_heads": image_heads,
-            "patch_size": patch_size,
-            "image_encoder": image_encoder,
-            "text_encoder": text_encoder,
-        }
+        arguments = dict(locals())
+        del arguments["self"], arguments["__class__"]
+        self.architecture = arguments
+
         if image_encoder:
             self.image = PretrainedImage(image_encoder, image_size, width)
         else:

@@ -50,9 +50,7 @@ def package(name: str, extra: str) -> ModuleType:
         ) from error
 
 
-# --- bodies: `describe(name)`, `Body(**description)`, `load(name)` ---
-
-
+# A body has `describe(name)`, `Body(**description)` and `load(name)`.
 class EfficientNetLite0(nn.Module):
     """ImageNet's EfficientNet-Lite0 (4.7 M parameters, 1280 channels, stride 32)."""
 
@@ -99,7 +97,10 @@ class Timm(nn.Module):
         if not re.fullmatch(r"\w+", architecture):  # "hf-hub:NAME" would be fetched
             raise ValueError(f"architecture must be a name of timm's, got {architecture!r}")
         create = package("timm", "timm").create_model
-        self.network = without_dropout(create(architecture, pretrained=False, num_classes=0))
+        self.network = create(architecture, pretrained=False, num_classes=0)
+        for module in self.network.modules():
+            if isinstance(module, nn.Dropout):
+                module.p = 0.0
 
     def load(self, name: str) -> None:
         loaded = package("timm", "timm").create_model(name, pretrained=True, num_classes=0)
@@ -143,12 +144,8 @@ class HuggingFace(nn.Module):
 
     def __init__(self, config: dict, pad_id: int):
         super().__init__()
-        transformers = package("transformers", "hf")
         self.pad_id = pad_id
-        # eager: see `ito.model.encoders.attention`
-        self.network = transformers.AutoModel.from_config(
-            transformers.AutoConfig.for_model(**no_dropout(config)), attn_implementation="eager"
-        ).float()
+        self.network = untrained(config)
         self.network.pooler = None
         self.longest = getattr(self.network.config, "max_position_embeddings", math.inf)
         if config["model_type"] in ("roberta", "xlm-roberta", "camembert"):
@@ -159,10 +156,8 @@ class HuggingFace(nn.Module):
         return name
 
     def load(self, name: str) -> None:
-        transformers = package("transformers", "hf")
-        loaded = transformers.AutoModel.from_pretrained(
-            self.source(name), dtype=torch.float32, **LOCAL
-        )
+        load = package("transformers", "hf").AutoModel.from_pretrained
+        loaded = load(self.source(name), dtype=torch.float32, **LOCAL)
         loaded.pooler = None
         self.network.load_state_dict(loaded.state_dict())
 
@@ -359,11 +354,7 @@ class HuggingFaceDual(nn.Module):
         """Both towers with random weights."""
         if config.get("model_type") not in self.MODELS:
             raise ValueError(f"model_type must be one of {', '.join(self.MODELS)}")
-        transformers = package("transformers", "hf")
-        # eager: see `ito.model.encoders.attention`
-        return transformers.AutoModel.from_config(
-            transformers.AutoConfig.for_model(**no_dropout(config)), attn_implementation="eager"
-        ).float()
+        return untrained(config)
 
 
 class HuggingFaceDualImage(HuggingFaceDual):
@@ -381,14 +372,12 @@ class HuggingFaceDualImage(HuggingFaceDual):
         self.mean, self.std = mean, std
         model = self.build(config)
         self.vision_model = model.vision_model
-        self.is_clip = config["model_type"] == "clip"
-        if self.is_clip:
-            self.visual_projection = model.visual_projection
+        self.visual_projection = getattr(model, "visual_projection", None)  # SigLIP has none
 
     def forward(self, pixels: Tensor) -> Tensor:
         found = self.vision_model(pixel_values=pixels)
         pooled, tokens = found.pooler_output[:, None], found.last_hidden_state
-        if not self.is_clip:
+        if self.visual_projection is None:
             return torch.cat([pooled, tokens], 1)
         tokens = self.vision_model.post_layernorm(tokens[:, 1:])
         return self.visual_projection(torch.cat([pooled, tokens], 1))
@@ -410,19 +399,19 @@ class HuggingFaceDualText(HuggingFaceDual):
         self.pad_id, self.padding = pad_id, padding
         model = self.build(config)
         self.text_model = model.text_model
-        self.is_clip = config["model_type"] == "clip"
-        if self.is_clip:
-            self.text_projection = model.text_projection
+        self.text_projection = getattr(model, "text_projection", None)  # SigLIP has none
         self.longest = config["text_config"]["max_position_embeddings"]
 
     def forward(self, ids: Tensor) -> Tensor:
         length = ids.shape[1]
-        if not self.is_clip:  # SigLIP pools the last position, of texts padded to full length
+        if (
+            self.text_projection is None
+        ):  # SigLIP pools the last position, of texts padded to full length
             ids = F.pad(ids, (0, self.longest - length))
         theirs = Tokenizer.swap(ids, self.pad_id).masked_fill(ids == PAD, self.padding)
         found = self.text_model(input_ids=theirs)
         pooled, tokens = found.pooler_output[:, None], found.last_hidden_state[:, :length]
-        if not self.is_clip:
+        if self.text_projection is None:
             return torch.cat([pooled, self.text_model.head(tokens)], 1)
         return self.text_projection(torch.cat([pooled, tokens], 1))
 
@@ -431,6 +420,15 @@ def picture_settings(name: str) -> dict:
     """What transformers' image processor of a model is made from."""
     processor = package("transformers", "hf").image_processing_utils.BaseImageProcessor
     return processor.get_image_processor_dict(name)[0]
+
+
+def untrained(config: dict) -> nn.Module:
+    """The model of a configuration of transformers, with random weights."""
+    transformers = package("transformers", "hf")
+    # eager: see `ito.model.encoders.attention`
+    return transformers.AutoModel.from_config(
+        transformers.AutoConfig.for_model(**no_dropout(config)), attn_implementation="eager"
+    ).float()
 
 
 def no_dropout(config: dict) -> dict:
@@ -491,9 +489,6 @@ PROJECTED = {
     "open_clip": (OpenClipImage, OpenClipText),
     "hf": (HuggingFaceDualImage, HuggingFaceDualText),
 }
-
-
-# --- towers ---
 
 
 class PretrainedTower(nn.Module):
@@ -638,18 +633,13 @@ def require_small(config: dict) -> None:
             raise ValueError(f"{key} must be at most {most}, got {value}")
 
 
-# --- by their options ---
-
-
 def split(option: str, encoder: str, kinds: dict) -> tuple[str, str]:
     """The key in `kinds` and the NAME of `timm:NAME`. Raises ValueError listing the choices."""
     kind, colon, name = encoder.partition(":")
-    named = kind in ("timm", "hf", "open_clip")
+    packages = ("timm", "hf", "open_clip")
+    named = kind in packages
     if kind not in kinds or named != bool(name) or (colon and not named):
-        known = [
-            OURS,
-            *(k if k in ("efficientnet-lite0", "minilm") else f"{k}:NAME" for k in kinds),
-        ]
+        known = [f"{k}:NAME" if k in packages else k for k in (OURS, *kinds)]
         raise ValueError(f"{option} must be one of {', '.join(known)}, got {encoder!r}")
     return kind, name
 
@@ -727,18 +717,8 @@ def load_tokenizer(config) -> Tokenizer:
 def of_length(bpe: BPE, context_length: int) -> Tokenizer:
     """A tokenizer that cuts and pads to that many tokens."""
     bpe.enable_truncation(context_length)
-    padding = bpe.padding
-    bpe.enable_padding(
-        pad_id=padding["pad_id"], pad_token=padding["pad_token"], length=context_length
-    )
+    bpe.enable_padding(**bpe.padding | {"length": context_length})
     return Tokenizer(bpe)
-
-
-def without_dropout(network: nn.Module) -> nn.Module:
-    for module in network.modules():
-        if isinstance(module, nn.Dropout):
-            module.p = 0.0
-    return network
 
 
 def pooled_first(patches: Tensor) -> Tensor:

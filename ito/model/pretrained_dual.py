@@ -165,19 +165,22 @@ def load_dual(pretrained: str, context_length: int) -> Loaded:
             modules = {"image": {"network": model.visual}, "text": {"network": model.text}}
         else:
             model = package("transformers", "hf").AutoModel.from_pretrained(name, **LOCAL).float()
-            parts = {
-                "image": ("vision_model", "visual_projection"),
-                "text": ("text_model", "text_projection"),
-            }
+            own = dict(model.named_children())
             modules = {
-                tower: {part: getattr(model, part) for part in names if hasattr(model, part)}
-                for tower, names in parts.items()
+                "image": {
+                    part: own[part] for part in own if part.startswith(("vision_", "visual_"))
+                },
+                "text": {part: own[part] for part in own if part.startswith("text_")},
             }
+
         tokenizer = of_length(PROJECTED[kind][1].tokenizer(name), context_length)
     bias = getattr(model, "logit_bias", None)
     return Loaded(
         architecture=about,
-        towers={tower: body_state(parts) for tower, parts in modules.items()},
+        towers={
+            tower: nn.ModuleDict({"body": nn.ModuleDict(parts)}).state_dict()
+            for tower, parts in modules.items()
+        },
         logit_scale=model.logit_scale.item(),
         logit_bias=None if bias is None else bias.item(),
         tokenizer=tokenizer,
@@ -199,12 +202,3 @@ def pictures(pretrained: str) -> tuple[str, str]:
         fit, bicubic = "warp" if whole else "crop", about.get("resample", 3) == 3
     other = "pictures are resized with bicubic interpolation, which the model's own were not"
     return fit, "" if bicubic else other
-
-
-def body_state(parts: dict[str, nn.Module]) -> dict[str, Tensor]:
-    """The state of a tower whose body has these modules."""
-    return {
-        f"body.{part}.{name}": value
-        for part, module in parts.items()
-        for name, value in module.state_dict().items()
-    }
