@@ -18,6 +18,7 @@ from pathlib import Path
 
 from PIL import Image
 
+from ito.data.pictures import on_white
 from ito.files import FileError, make_folder, require_file
 
 SHARD_SIZE = 1000  # samples of a tar
@@ -36,9 +37,6 @@ SAME_FAMILY |= {"with crown": "prince", "santa claus": "claus", "": "person"}
 def default_cache() -> Path:
     """Where prepared data lives: `$ITO_CACHE`, or `~/.cache/ito`."""
     return Path(os.environ.get("ITO_CACHE") or Path.home() / ".cache" / "ito")
-
-
-# --- names ---
 
 
 def clean(name: str) -> str:
@@ -97,9 +95,6 @@ def share(text: str) -> float:
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") / 2**64
 
 
-# --- drawings ---
-
-
 def render(svg: str, size: int) -> bytes:
     """PNG bytes of a drawing; its border is cut equally on all sides, by at most 1/9 of a side.
 
@@ -130,16 +125,13 @@ def to_png(image: Image.Image) -> bytes:
     return out.getvalue()
 
 
-def on_white(png: bytes) -> Image.Image:
-    image = Image.open(io.BytesIO(png)).convert("RGBA")
-    white = Image.new("RGBA", image.size, "white")
-    white.alpha_composite(image)
-    return white
+def open_on_white(png: bytes) -> Image.Image:
+    return on_white(Image.open(io.BytesIO(png)), None)
 
 
 def pixels(png: bytes) -> bytes:
     """A hash, equal for pictures with equal pixels on white."""
-    return hashlib.sha256(on_white(png).tobytes()).digest()
+    return hashlib.sha256(open_on_white(png).tobytes()).digest()
 
 
 def owner(keys: Iterable[str], concepts: dict) -> str:
@@ -154,9 +146,6 @@ def owner(keys: Iterable[str], concepts: dict) -> str:
         return re.search(GENDERED, name.lower()) is not None, len(name), name
 
     return min(keys, key=rank)
-
-
-# --- publishing ---
 
 
 def publish(out: Path, title: str, write: Callable[[Path], None]) -> Path:
@@ -206,6 +195,16 @@ def is_emoji_set(data: str) -> bool:
     paths = [Path(part).absolute() for part in data.split("::")]
     places = [(path, *path.parents[:2]) for path in paths]
     return all(any(map(is_set, near)) for near in places)
+
+
+def write_pictures(out: Path, records: list[dict], pictures: Iterable[bytes]) -> None:
+    """Write the PNGs to the paths that the records name, and the records to `captions.jsonl`."""
+    with (out / "captions.jsonl").open("w", encoding="utf-8") as lines:
+        for record, png in zip(records, pictures, strict=True):
+            path = out / record["image"]
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(png)
+            lines.write(json.dumps(record, ensure_ascii=False) + "\n")
 
 
 def write_shards(folder: Path, records: list[dict], pictures: Iterable[bytes]) -> None:

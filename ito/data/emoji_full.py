@@ -4,7 +4,6 @@ Written in two formats: `images/` with `captions.jsonl`, and WebDataset shards.
 """
 
 import io
-import json
 import re
 from collections import Counter, defaultdict
 from concurrent.futures import ProcessPoolExecutor
@@ -17,7 +16,7 @@ from tqdm import tqdm
 from ito.data.emoji import (
     FULL,
     drop_shared_names,
-    on_white,
+    open_on_white,
     owner,
     pixels,
     publish,
@@ -25,6 +24,7 @@ from ito.data.emoji import (
     render,
     share,
     to_png,
+    write_pictures,
     write_shards,
 )
 from ito.data.emoji_sources import MISNAMED, PACKAGES, STYLES, read_concepts, read_drawings
@@ -60,18 +60,12 @@ def prepare_emoji_full(
     title = f"{FULL}, {size} px" + ", permissive licences" * permissive_only
 
     def write(folder: Path) -> None:
-        needed = [
-            (spec, sha512)
-            for spec, sha512 in PACKAGES
-            if not permissive_only or spec.rpartition("@")[0] not in share_alike()
-        ]
+        share_alike = {style.package for style in STYLES.values() if "-SA-" in style.licence}
+        omitted = share_alike if permissive_only else ()
+        needed = [about for about in PACKAGES if about[0].rpartition("@")[0] not in omitted]
         write_set(folder, fetch(needed, cache / "npm"), title, size)
 
     return publish(Path(out), title, write)
-
-
-def share_alike() -> set[str]:
-    return {style.package for style in STYLES.values() if "-SA-" in style.licence}
 
 
 def write_set(out: Path, files: dict[str, Path], title: str, size: int) -> None:
@@ -90,7 +84,9 @@ def write_set(out: Path, files: dict[str, Path], title: str, size: int) -> None:
     )
     drop_colourless(drawings, concepts, excluded)
     png = draw(drawings, size)
-    drop_blank(png, excluded)
+    for at in [at for at, data in png.items() if open_on_white(data).getcolors(1)]:
+        excluded["blank"] += 1
+        del png[at]
     drop_identical(png, concepts, excluded)
     drop_untrainable(png, concepts, excluded)
 
@@ -99,12 +95,7 @@ def write_set(out: Path, files: dict[str, Path], title: str, size: int) -> None:
         record = {"image": f"images/{style}/{key}.png", "item": key, "style": style}
         record |= {name: concepts[key][name] for name in PUBLISHED}
         records.append(record | {"split": split_of(style, concepts[key]["family"])})
-    for style in drawings:
-        (out / "images" / style).mkdir(parents=True)
-    with (out / "captions.jsonl").open("w", encoding="utf-8") as lines:
-        for record, data in zip(records, png.values(), strict=True):
-            (out / record["image"]).write_bytes(data)
-            lines.write(json.dumps(record, ensure_ascii=False) + "\n")
+    write_pictures(out, records, png.values())
     write_shards(out / "shards", records, png.values())
     card = data_card(title, size, records, excluded, files)
     (out / "README.md").write_text(card, encoding="utf-8")
@@ -114,9 +105,6 @@ def split_of(style: str, family: str) -> str:
     if share(f"emoji-full:{family}") < HELDOUT_CONCEPT:
         return "heldout_concept"
     return "heldout_style" if style in HELDOUT_STYLES else "train"
-
-
-# --- drawing ---
 
 
 def draw(drawings: dict[str, dict[str, str | bytes]], size: int) -> Drawings:
@@ -139,9 +127,6 @@ def draw_one(drawing: str | bytes, bordered: bool, size: int) -> bytes:
         picture = Image.open(io.BytesIO(drawing)).convert("RGBA")
         return to_png(picture.resize((size, size), Image.Resampling.LANCZOS))
     return render(drawing, size) if bordered else rasterize(drawing, size)
-
-
-# --- exclusions ---
 
 
 def drop_colourless(drawings: dict, concepts: dict, excluded: Counter) -> None:
@@ -170,13 +155,6 @@ def drop_colourless(drawings: dict, concepts: dict, excluded: Counter) -> None:
                 del found[key]
 
 
-def drop_blank(png: Drawings, excluded: Counter) -> None:
-    blank = [at for at, data in png.items() if on_white(data).getcolors(1)]
-    excluded["blank"] += len(blank)
-    for at in blank:
-        del png[at]
-
-
 def drop_identical(png: Drawings, concepts: dict, excluded: Counter) -> None:
     """Keep a picture that shows several concepts, equal to the pixel, for one of them only."""
     groups = defaultdict(list)
@@ -197,9 +175,6 @@ def drop_untrainable(png: Drawings, concepts: dict, excluded: Counter) -> None:
         if key not in trained and split_of(style, concepts[key]["family"]) == "heldout_style":
             excluded["drawn by the held-out styles alone"] += 1
             del png[style, key]
-
-
-# --- the data card ---
 
 
 def data_card(

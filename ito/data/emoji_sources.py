@@ -54,9 +54,6 @@ def read_json(tarball: Path, path: str):
     return json.loads(members(tarball, re.escape(path))[path])
 
 
-# --- concepts ---
-
-
 def read_concepts(files: dict[str, Path]) -> dict[str, dict]:
     """Names, keywords, group and family of every concept by its key, sorted."""
     tables = {
@@ -126,9 +123,6 @@ def distinct_keywords(words: list[str], names: list[str]) -> list[str]:
     taken = {name.lower() for name in names}
     words = (clean(word).lower() for word in words)
     return list(dict.fromkeys(w for w in words if re.search(r"[a-z]{3}", w) and w not in taken))
-
-
-# --- drawings ---
 
 
 def read_drawings(files: dict[str, Path], concepts: dict) -> dict[str, dict[str, str | bytes]]:
