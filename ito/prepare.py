@@ -35,22 +35,20 @@ def prepare(options: argparse.Namespace) -> Path:
     if options.out:
         output_path("--out", options.out)
     chosen = options.size is not None or options.permissive_only
-    if options.name == "emoji-small":
-        if chosen:
-            raise ValueError("--size and --permissive-only are options of emoji, not emoji-small")
-        out = options.out or cache / emoji_small.FOLDER
-        with naming(out):
-            return emoji_small.prepare_emoji_small(out)
+    small = options.name == "emoji-small"
+    if chosen and small:
+        raise ValueError("--size and --permissive-only are options of emoji, not emoji-small")
     if chosen and not options.out:
         raise ValueError("--size and --permissive-only make another set: name its folder, --out")
     size = emoji_full.SIZE if options.size is None else options.size
     if not 8 <= size <= 1024:
         raise ValueError(f"--size must be between 8 and 1024, got {size}")
-    out = options.out or cache / emoji_full.FOLDER
+    out = options.out or cache / (emoji_small if small else emoji_full).FOLDER
     with naming(out):
-        return emoji_full.prepare_emoji_full(
-            out, cache, size=size, permissive_only=options.permissive_only
-        )
+        if small:
+            return emoji_small.prepare_emoji_small(out)
+        permissive = options.permissive_only
+        return emoji_full.prepare_emoji_full(out, cache, size=size, permissive_only=permissive)
 
 
 if __name__ == "__main__":

@@ -11,18 +11,15 @@ import random
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
-from torch.utils.data import Dataset as MapStyle
 
 from ito.batches import Batch, generator, pick, without_padding_columns
 from ito.config import Config
-from ito.data.pictures import MAX_PIXELS, decode
+from ito.data.pictures import MAX_PIXELS, Decoder
 from ito.data.records import Record, Shard, Skipped
-from ito.data.shards import Member
 from ito.data.splits import text_key
 from ito.model.tokenizer import Tokenizer
 from ito.ranks import Ranks
@@ -117,15 +114,14 @@ class Stream:
                     return Decoded(torch.cat(images), records)
                 if record.item in items:
                     continue
-                image, reasons = self.decoder[[record.image]]
-                if reasons:
-                    self.skipped[record.where] = reasons[0]
-                    continue
-                images.append(image)
-                records.append(record)
-                items.add(record.item)
+                image = self.read(record)
+                if len(image):
+                    images.append(image)
+                    records.append(record)
+                    items.add(record.item)
             if number == GROUPS_BEFORE_COUNT:
-                self.require("different items with a picture that can be read", self.readable)
+                what = "different items with a picture that can be read"
+                self.require(what, lambda record: len(self.read(record)) == 1)
 
     def describe(self) -> str:
         return f"a stream of {len(self.shards)} shards"
@@ -187,36 +183,18 @@ class Stream:
             f"got {self.batch_size}"
         )
 
-    def readable(self, record: Record) -> bool:
-        _, reasons = self.decoder[[record.image]]
+    def read(self, record: Record) -> Tensor:
+        """The picture, (1, 3, S, S), or (0, 3, S, S) if it cannot be read."""
+        image, reasons = self.decoder[[record.image]]
         if reasons:
             self.skipped[record.where] = reasons[0]
-        return not reasons
+        return image
 
 
 def pop_random(records: list[Record], chance: random.Random) -> Record:
     place = chance.randrange(len(records))
     records[place], records[-1] = records[-1], records[place]
     return records.pop()
-
-
-class Decoder(MapStyle):
-    """From places of pictures to uint8 (n, 3, S, S), of the n that can be read, and the reasons why
-    the others cannot, by their index."""
-
-    def __init__(self, image_size: int, max_pixels: int, fit: str):
-        self.image_size, self.max_pixels, self.fit = image_size, max_pixels, fit
-
-    def __getitem__(self, places: list[Path | Member]) -> tuple[Tensor, dict[int, str]]:
-        decoded = [decode(at, self.image_size, self.max_pixels, self.fit) for at in places]
-        reasons = {n: found for n, found in enumerate(decoded) if isinstance(found, str)}
-        images = torch.empty(
-            len(places) - len(reasons), 3, self.image_size, self.image_size, dtype=torch.uint8
-        )
-        good = (found for n, found in enumerate(decoded) if n not in reasons)
-        for image, found in zip(images, good, strict=True):
-            image.copy_(torch.from_numpy(found).permute(2, 0, 1))
-        return images, reasons
 
 
 def require_stream(config: Config, workers: int, ranks: Ranks) -> None:

@@ -9,12 +9,11 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
 
 from ito.cli import one_line
 from ito.data.fields import CAPTION_KEYS, Record, Skipped, count_kinds
-from ito.data.pictures import MAX_PIXELS, decode
+from ito.data.pictures import MAX_PIXELS, Decoder
 from ito.data.records import cpu_count, open_shards
 from ito.data.splits import TEST, choose_splits, set_groups
 
@@ -173,21 +172,20 @@ def decode_all(
 ) -> tuple[torch.Tensor, list[Record], list[Skipped], list]:
     """Pictures uint8 (K, 3, size, size), their K records, skipped records; enlarged pictures.
     One that several records of an item name is decoded and counted once."""
-    named, how = {}, (size, max_pixels, fit)
+    named = {}
     for r in records:
         named.setdefault((r.image, r.item, r.split), r)
     images = torch.empty(len(named), 3, size, size, dtype=torch.uint8)
     rows, kept, bad, small = [*named.values()], [], {}, []
+    decoder = Decoder(size, max_pixels, fit, small)
     pool = ThreadPoolExecutor(workers or cpu_count())
     try:  # 64 per task: threads that meet after each tiny picture take 1.5 times as long
-        parts = (rows[at : at + 64] for at in range(0, len(rows), 64))
-        tasks = pool.map(lambda part: [(r, decode(r.image, *how, small)) for r in part], parts)
-        for found in tasks:
-            bad |= {r.image: x for r, x in found if isinstance(x, str)}
-            if good := [(r, x) for r, x in found if not isinstance(x, str)]:
-                stack = torch.from_numpy(np.stack([x for _, x in good]))
-                images[len(kept) : len(kept) + len(good)] = stack.permute(0, 3, 1, 2)
-                kept += [r for r, _ in good]
+        parts = [rows[at : at + 64] for at in range(0, len(rows), 64)]
+        tasks = pool.map(lambda part: decoder[[r.image for r in part]], parts)
+        for part, (found, reasons) in zip(parts, tasks, strict=True):
+            bad |= {part[n].image: reason for n, reason in reasons.items()}
+            images[len(kept) : len(kept) + len(found)] = found
+            kept += [r for n, r in enumerate(part) if n not in reasons]
     finally:
         pool.shutdown(cancel_futures=True)  # so that Ctrl-C does not wait for all other pictures
     skipped = [Skipped(r.where, bad[r.image]) for r in records if r.image in bad]

@@ -10,6 +10,7 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
+import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from ito.data.shards import Member
@@ -62,6 +63,23 @@ def decode(
         return f"{TOO_LARGE}: picture {image} has {more}"
     except Exception as error:  # Pillow's plugins raise anything on a damaged file
         return f"unreadable picture: {image}: {type(error).__name__}: {error}"
+
+
+class Decoder:
+    """From places of pictures to uint8 (n, 3, S, S), of the n that can be read, and the reasons why
+    the others cannot, by their index. The arguments are those of `decode`."""
+
+    def __init__(self, size: int, max_pixels: int, fit: str, small: list | None = None):
+        self.size, self.how = size, (size, max_pixels, fit, small)
+
+    def __getitem__(self, places: list[Path | Member]) -> tuple[torch.Tensor, dict[int, str]]:
+        decoded = [decode(at, *self.how) for at in places]
+        reasons = {n: found for n, found in enumerate(decoded) if isinstance(found, str)}
+        good = [found for n, found in enumerate(decoded) if n not in reasons]
+        images = torch.empty(len(good), 3, self.size, self.size, dtype=torch.uint8)
+        for image, found in zip(images, good, strict=True):
+            image.copy_(torch.from_numpy(found).permute(2, 0, 1))
+        return images, reasons
 
 
 def open_picture(image: Path | Member, size: int) -> Image.Image:

@@ -83,22 +83,21 @@ def choose_splits(
         return [r.split or only or "train" for r in kept], "split"
     if only:
         return [only] * len(kept), "none"
-    index = {same[0].item: n for n, same in enumerate(rows)}
-    image_item = [index[r.item] for r in kept]
     grouped = group_by is not None
-    held, split_by = choose_held_out(images, image_item, rows, seed, test_share, grouped)
-    return [held.get(r.item, "train") for r in kept], split_by
+    held, split_by = choose_held_out(images, kept, rows, seed, test_share, grouped)
+    by_item = {item: split for split, items in held.items() for item in items}
+    return [by_item.get(r.item, "train") for r in kept], split_by
 
 
 def choose_held_out(
     images: torch.Tensor,
-    image_item: list[int],
+    kept: list[Record],
     rows: list[list[Record]],
     seed: int,
-    test_share: float = 0,
-    grouped: bool = False,
-) -> tuple[dict[str, str], str]:
-    """{item: split} of the items to hold out, and what is kept together besides an item's pictures.
+    test_share: float,
+    grouped: bool,
+) -> tuple[dict[str, set[str]], str]:
+    """The items of each split to hold out, and what is kept together besides an item's pictures.
 
     A tenth of the items is "heldout", and `test_share` of them, from what is left, "test". Items
     that share a picture (to the pixel), a caption or a `group` are in the same split. Where that
@@ -107,8 +106,10 @@ def choose_held_out(
     one, not at all. With `grouped`, groups are kept together in any case, unless there are too few;
     if need be, pictures are not. At least two captions are in a split of more than one item.
     """
-    items = [same[0].item for same in rows]
-    shown = picture_keys(images, image_item, len(items))
+    by_item: dict[str, set] = {same[0].item: set() for same in rows}
+    for hashed, record in zip(picture_hashes(images), kept, strict=True):
+        by_item[record.item].add(hashed)
+    items, shown = list(by_item), list(by_item.values())
     said = [{text_key(text) for r in same for text in r.captions} for same in rows]
     groups = [{("group", r.group) for r in same if r.group} for same in rows]
     linking = {name: k for name, k in (("caption", said), ("group", groups)) if shared(k)}
@@ -123,12 +124,8 @@ def choose_held_out(
         sizes = [(len(held[split]), share * len(items)) for split, share in shares.items()]
         fits = all(want / 2 - 1e-9 <= size <= 2.5 * want + 1e-9 for size, want in sizes)
         if all(held.values()) and (fits or names in (last, [])):
-            return by_item(held), " and ".join(names) or "item"
-    return by_item(hold_out([[item] for item in items], shares, seed)), "item"
-
-
-def by_item(held: dict[str, set[str]]) -> dict[str, str]:
-    return {item: split for split, items in held.items() for item in items}
+            return held, " and ".join(names) or "item"
+    return hold_out([[item] for item in items], shares, seed), "item"
 
 
 def hold_out(
@@ -157,14 +154,6 @@ def text_key(text: str) -> str:
 def shared(keys: list[set]) -> bool:
     """Whether two items have a key in common."""
     return any(count > 1 for count in Counter(itertools.chain.from_iterable(keys)).values())
-
-
-def picture_keys(images: torch.Tensor, image_item: list[int], count: int) -> list[set]:
-    """The hashes of the pictures of `count` items."""
-    keys: list[set] = [set() for _ in range(count)]
-    for hashed, item in zip(picture_hashes(images), image_item, strict=True):
-        keys[item].add(hashed)
-    return keys
 
 
 def connected(keys: list[set], items: list[str]) -> list[list[str]]:

@@ -222,7 +222,10 @@ class Cell(NamedTuple):
         return f"{self.file}:{self.group}.{self.row}"
 
     def read_bytes(self) -> bytes:
-        value = pictures_of(self.file, self.group, self.column)[self.row].as_py()
+        found = pictures_of(self.file, self.group, self.column)
+        if isinstance(found, ValueError):
+            raise found
+        value = found[self.row].as_py()
         value = value.get("bytes") if isinstance(value, dict) else value
         if not value:
             raise FileNotFoundError(f"no bytes in {self}")
@@ -237,16 +240,6 @@ def parquet():
     return parquet
 
 
-class Unreadable:
-    """In place of the pictures of a row group: each of its rows raises the error."""
-
-    def __init__(self, error: ValueError):
-        self.error = error
-
-    def __getitem__(self, row: int):
-        raise self.error
-
-
 @lru_cache(maxsize=4)
 def pictures_of(file: Path, group: int, column: str):
     """The pictures of a row group, or why they cannot be read: each row of it asks for them. It is
@@ -256,7 +249,7 @@ def pictures_of(file: Path, group: int, column: str):
     try:
         return chunked_array([batch.column(column) for batch in batches_of(file, group, [column])])
     except ValueError as error:
-        return Unreadable(error)
+        return error
 
 
 def batches_of(file: Path, group: int, columns: list[str]) -> list:
