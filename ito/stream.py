@@ -10,7 +10,7 @@ import itertools
 import random
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 
 import torch
 from torch import Tensor
@@ -36,6 +36,7 @@ class Decoded:
     records: list[Record]
 
 
+@dataclass(eq=False, repr=False)
 class Stream:
     """Endless batches of `batch_size` different items each, epoch after epoch.
 
@@ -47,9 +48,7 @@ class Stream:
 
     Args:
         shards: see `ito.data.records.open_shards`; at least one per rank.
-        image_size: pixels per side; see `ito.data.pictures.decode`.
-        max_pixels: pictures with more are skipped without being decoded.
-        fit: how a picture becomes a square, one of `ito.data.pictures.FITS`.
+        image_size, max_pixels, fit: see `ito.data.pictures.decode`.
         workers: processes that decode; 0 decodes in this process.
         buffer: size of the shuffle buffer, in records (names and captions, no pictures), and the
             most records that wait.
@@ -60,28 +59,23 @@ class Stream:
     items than a batch; while iterating, if fewer items have a picture that can be read.
     """
 
-    def __init__(
-        self,
-        shards: list[Shard],
-        image_size: int,
-        batch_size: int,
-        *,
-        seed: int = 0,
-        rank: int = 0,
-        world_size: int = 1,
-        workers: int = 0,
-        buffer: int = 10_000,
-        max_pixels: int = MAX_PIXELS,
-        fit: str = "crop",
-    ):
-        if len(shards) < world_size:
-            raise ValueError(
-                f"expected at least one shard for each of {world_size} ranks, got {len(shards)}"
-            )
-        self.shards, self.batch_size = shards, batch_size
-        self.decoder = Decoder(image_size, max_pixels, fit)
-        self.seed, self.rank, self.world_size = seed, rank, world_size
-        self.workers, self.buffer = workers, buffer
+    shards: list[Shard]
+    image_size: int
+    batch_size: int
+    _: KW_ONLY
+    seed: int = 0
+    rank: int = 0
+    world_size: int = 1
+    workers: int = 0
+    buffer: int = 10_000
+    max_pixels: int = MAX_PIXELS
+    fit: str = "crop"
+
+    def __post_init__(self):
+        count, ranks = len(self.shards), self.world_size
+        if count < ranks:
+            raise ValueError(f"expected at least one shard for each of {ranks} ranks, got {count}")
+        self.decoder = Decoder(self.image_size, self.max_pixels, self.fit)
         self.skipped: dict[str, str] = {}
         self.require("different items")
 

@@ -223,12 +223,9 @@ def write_shards(folder: Path, records: list[dict], pictures: Iterable[bytes]) -
             with tarfile.open(folder / f"{split}-{number:05}.tar", "w") as tar:
                 for place, (record, png) in enumerate(chosen[start : start + SHARD_SIZE], start):
                     fields = {name: value for name, value in record.items() if name != "image"}
-                    text = json.dumps(fields, ensure_ascii=False)
-                    for kind, data in (
-                        ("png", png),
-                        ("json", text.encode()),
-                        ("txt", record["captions"][0].encode()),
-                    ):
+                    text, name = json.dumps(fields, ensure_ascii=False), record["captions"][0]
+                    files = {"png": png, "json": text.encode(), "txt": name.encode()}
+                    for kind, data in files.items():
                         info = tarfile.TarInfo(f"{place:06}.{kind}")  # no time, no owner
                         info.size = len(data)
                         tar.addfile(info, io.BytesIO(data))

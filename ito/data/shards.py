@@ -73,7 +73,11 @@ def expand(pattern: str) -> list[Path | str]:
     if "::" in pattern:
         return [path for part in pattern.split("::") for path in expand(part)]
     if found := re.search(BRACES, pattern):
-        if count(pattern) > MOST_FILES:
+        count = math.prod(
+            choice.count(",") + 1 if choice else max(0, int(last[:19]) - int(first[:19]) + 1)
+            for first, last, choice in re.findall(BRACES, pattern)
+        )
+        if count > MOST_FILES:
             raise ValueError(f"{pattern[:300]} stands for more than {MOST_FILES} files")
         first, last, choice = found.groups()
         parts = choice.split(",") if choice else map(str, range(int(first), int(last) + 1))
@@ -85,15 +89,6 @@ def expand(pattern: str) -> list[Path | str]:
     magic = glob.has_magic(pattern) and not Path(pattern).exists()
     matched = sorted(glob.glob(pattern, recursive=True)) if magic else []
     return [Path(path) for path in matched or [pattern]]
-
-
-def count(pattern: str) -> int:
-    """Of how many paths the braces of a pattern stand for."""
-
-    def choices(first: str, last: str, choice: str | None) -> int:
-        return choice.count(",") + 1 if choice else max(0, int(last[:19]) - int(first[:19]) + 1)
-
-    return math.prod(choices(*found.groups()) for found in re.finditer(BRACES, pattern))
 
 
 def run(command: str) -> tuple[io.BytesIO, str]:

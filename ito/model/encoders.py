@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ito.model.pretrained import PretrainedImage, PretrainedText
+from ito.model.pretrained import PretrainedImage, PretrainedText, masked_mean
 
 PAD = 0
 STEM = ((48, 4, 4), (64, 3, 1), (128, 3, 2), (128, 3, 1))  # channels, kernel, stride
@@ -172,10 +172,10 @@ def initialise(module: nn.Module, residual: float = 1.0) -> None:
             nn.init.normal_(child.weight, std=child.embedding_dim**-0.5)
 
 
-def convolutions(stem: tuple[tuple[int, int, int], ...], width: int) -> nn.Sequential:
+def convolutions(width: int) -> nn.Sequential:
     layers: list[nn.Module] = []
     channels = 3
-    for out_channels, kernel, stride in stem:
+    for out_channels, kernel, stride in STEM:
         layers += [
             nn.Conv2d(channels, out_channels, kernel, stride, kernel % 2, bias=False),
             nn.BatchNorm2d(out_channels),
@@ -196,7 +196,6 @@ class ImageEncoder(nn.Module):
         width, depth, heads: of the transformer; embed_dim: the joint width E.
         patch_size: side of ViT's patches, each projected; None for the CNN stem, where CLS starts
             at the mean of the patches.
-        stem: (channels, kernel, stride) of the convolutions; the strides multiply to 8.
 
     ``forward(images (B, 3, S, S)) -> tokens (B, 1 + grid², E), pooled (B, E)``; token 0 is CLS.
     It is ``attend(convolve(images))``. In ``convolve`` pictures depend on each other through batch
@@ -211,7 +210,6 @@ class ImageEncoder(nn.Module):
         heads: int,
         embed_dim: int,
         patch_size: int | None = None,
-        stem: tuple[tuple[int, int, int], ...] = STEM,
     ):
         super().__init__()
         stride = patch_size or 8
@@ -223,7 +221,7 @@ class ImageEncoder(nn.Module):
         if patch_size:
             self.stem = nn.Conv2d(3, width, patch_size, patch_size)
         else:
-            self.stem = convolutions(stem, width)
+            self.stem = convolutions(width)
         self.cls = nn.Parameter(torch.zeros(width))
         self.positions = nn.Parameter(0.5 * width**-0.5 * torch.randn(1 + self.grid**2, width))
         self.blocks = nn.ModuleList(Block(width, heads) for _ in range(depth))
@@ -307,9 +305,7 @@ class TextEncoder(nn.Module):
         if self.causal:
             last = key_mask.sum(1).sub(1).clamp(min=0)
             return tokens, tokens[torch.arange(ids.shape[0], device=ids.device), last]
-        weights = key_mask.unsqueeze(-1).to(tokens.dtype)
-        pooled = (tokens * weights).sum(1) / weights.sum(1).clamp(min=1)
-        return tokens, pooled
+        return tokens, masked_mean(tokens, key_mask)
 
 
 class DualEncoder(nn.Module):
@@ -346,26 +342,13 @@ class DualEncoder(nn.Module):
         if image_encoder:
             self.image = PretrainedImage(image_encoder, image_size, width)
         else:
-            self.image = ImageEncoder(
-                image_size,
-                image_width or width,
-                image_depth,
-                image_heads or heads,
-                width,
-                patch_size,
-            )
+            shape = (image_width or width, image_depth, image_heads or heads)
+            self.image = ImageEncoder(image_size, *shape, width, patch_size)
         if text_encoder:
             self.text = PretrainedText(text_encoder, context_length, width)
         else:
-            self.text = TextEncoder(
-                vocab_size,
-                context_length,
-                width,
-                text_depth,
-                heads,
-                width,
-                causal=patch_size is not None,
-            )
+            shape, causal = (width, text_depth, heads), patch_size is not None
+            self.text = TextEncoder(vocab_size, context_length, *shape, width, causal)
         self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
 
     def lockable(self, locked: str) -> nn.ModuleList:

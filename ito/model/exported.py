@@ -53,9 +53,7 @@ def export(
     Files are replaced only when all of them are written, so a full disk leaves the old ones. Raises
     OSError naming the file.
     """
-    weights = {
-        name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()
-    }
+    weights = {name: value.cpu().contiguous() for name, value in model.state_dict().items()}
     about = {"architecture": model.architecture, "load_size": load_size, "fit": fit, "step": step}
     tokens = tokenizer.bpe.to_str(pretty=True).encode()
     files = {  # written and renamed from the last on: without weights there is no model yet

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ito.model.encoders import Block, Packed, initialise
+from ito.model.pretrained import masked_mean
 
 READOUTS = ("cls", "mean", "token")
 
@@ -87,9 +88,5 @@ class Fusion(nn.Module):
             x = block(x, key_mask, packed=packed)
         x = packed.pad(x, batch) if packed else x
         x = self.norm(self.blocks[-1](x, key_mask, first_only=self.readout != "mean"))
-        if self.readout == "mean":
-            weights = key_mask.unsqueeze(-1).to(x.dtype)
-            fused = (x * weights).sum(1) / weights.sum(1)
-        else:
-            fused = x[:, 0]
+        fused = masked_mean(x, key_mask) if self.readout == "mean" else x[:, 0]
         return F.normalize(fused.float(), dim=-1)

