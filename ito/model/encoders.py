@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ito.model.pretrained import PretrainedImage, PretrainedText, masked_mean
+from ito.model.pretrained import PretrainedImage, PretrainedText, masked_mean, require_size
 
 PAD = 0
 STEM = ((48, 4, 4), (64, 3, 1), (128, 3, 2), (128, 3, 1))  # channels, kernel, stride
@@ -234,11 +234,7 @@ class ImageEncoder(nn.Module):
 
     def convolve(self, images: Tensor) -> Tensor:
         """``(B, 3, S, S) -> (B, W, grid, grid)``."""
-        if images.shape[-2:] != (self.image_size, self.image_size):
-            got = tuple(images.shape)
-            raise ValueError(
-                f"images must be (B, 3, {self.image_size}, {self.image_size}), got {got}"
-            )
+        require_size(images, self.image_size)
         return self.stem(images.contiguous(memory_format=torch.channels_last))
 
     def attend(self, features: Tensor) -> tuple[Tensor, Tensor]:

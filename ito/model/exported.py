@@ -265,8 +265,6 @@ def require_fit(tokenizer: Tokenizer, architecture: dict, path: Path) -> None:
         found, expected = getattr(tokenizer, name), architecture[name]
         if found != expected:
             raise FileError(f"{path} is of another model: {name} {found}, expected {expected}")
-    highest = max(tokenizer.bpe.get_vocab().values())
-    if not architecture.get("text_encoder") and highest >= tokenizer.vocab_size:
-        raise FileError(
-            f"{path} is damaged: its ids must be below {tokenizer.vocab_size}, got {highest}"
-        )
+    size, highest = tokenizer.vocab_size, max(tokenizer.bpe.get_vocab().values())
+    if not architecture.get("text_encoder") and highest >= size:
+        raise FileError(f"{path} is damaged: its ids must be below {size}, got {highest}")

@@ -68,10 +68,8 @@ class Fusion(nn.Module):
             Unit rows ``(B, E)``, fp32.
         """
         if text_positions.shape != text_tokens.shape[1:]:
-            raise ValueError(
-                f"text_positions must be {tuple(text_tokens.shape[1:])} like text_tokens, "
-                f"got {tuple(text_positions.shape)}"
-            )
+            wanted, got = tuple(text_tokens.shape[1:]), tuple(text_positions.shape)
+            raise ValueError(f"text_positions must be {wanted} like text_tokens, got {got}")
         batch = image_tokens.shape[0]
         image = image_tokens + self.image_positions.to(image_tokens.dtype)
         text = text_tokens + text_positions.to(text_tokens.dtype)

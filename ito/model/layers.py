@@ -6,9 +6,6 @@ from functools import partial
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-# projections that open_clip registers before its blocks
-PROJECTIONS = ("proj", "text_projection")
-
 
 def depths(tower: nn.Module) -> dict[nn.Parameter, int]:
     """The depth of each parameter, counted from the top.
@@ -32,7 +29,8 @@ def depths(tower: nn.Module) -> dict[nn.Parameter, int]:
         if inside:
             found[parameter] = len(blocks) - int(name.removeprefix(f"{prefix}.").split(".")[0])
         else:
-            projection = name.split(".")[-1] in PROJECTIONS
+            # open_clip registers its projections before the blocks
+            projection = name.split(".")[-1] in ("proj", "text_projection")
             found[parameter] = 0 if above or projection else len(blocks) + 1
     return found
 

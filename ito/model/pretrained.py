@@ -197,10 +197,8 @@ class OpenClip(nn.Module):
                 raise ValueError(f"open_clip:{name}: open_clip has no model {model}")
             pictures = open_clip.get_pretrained_cfg(model, weights)
             if not pictures:
-                known = ", ".join(open_clip.list_pretrained_tags_by_model(model))
-                raise ValueError(
-                    f"open_clip:{name}: expected {model}/WEIGHTS, of {known or 'none'}"
-                )
+                known = ", ".join(open_clip.list_pretrained_tags_by_model(model)) or "none"
+                raise ValueError(f"open_clip:{name}: expected {model}/WEIGHTS, of {known}")
             # as the weights need it; open_clip only warns if the model's name says otherwise
             config = config | {"quick_gelu": pictures.get("quick_gelu", False)}
         config = {key: value for key, value in config.items() if key != "custom_text"}
@@ -490,19 +488,17 @@ class PretrainedTower(nn.Module):
         """
         self.body.eval()
         with torch.no_grad():
-            shape = self.body(example).shape
+            _, tokens, width = self.body(example).shape
         self.body.train()
         if self.projected:
-            if shape[-1] != embed_dim:
-                raise ValueError(
-                    f"width must be {shape[-1]}, as {self.name} has it, got {embed_dim}"
-                )
+            if width != embed_dim:
+                raise ValueError(f"width must be {width}, as {self.name} has it, got {embed_dim}")
             self.norm = self.project = nn.Identity()
-            return shape[1] - 1
-        self.norm = nn.LayerNorm(shape[-1])
-        self.project = nn.Linear(shape[-1], embed_dim, bias=False)
-        nn.init.normal_(self.project.weight, std=shape[-1] ** -0.5)
-        return shape[1] - 1
+        else:
+            self.norm = nn.LayerNorm(width)
+            self.project = nn.Linear(width, embed_dim, bias=False)
+            nn.init.normal_(self.project.weight, std=width**-0.5)
+        return tokens - 1
 
 
 class PretrainedImage(PretrainedTower):
@@ -519,27 +515,20 @@ class PretrainedImage(PretrainedTower):
         self.register_buffer("shift", (MEAN - mean) / std, persistent=False)
         norms = nn.modules.batchnorm._BatchNorm
         self.has_batch_norm = any(isinstance(m, norms) for m in self.body.modules())
+        option = f"--image-encoder {self.name}"
         try:
             patches = self.finish(torch.zeros(2, 3, image_size, image_size), embed_dim)
         except (RuntimeError, AssertionError) as error:
-            raise ValueError(
-                f"image_size {image_size} does not fit --image-encoder {encoder['name']}: {error}"
-            ) from None
+            raise ValueError(f"image_size {image_size} does not fit {option}: {error}") from None
         self.grid = math.isqrt(patches)
         if self.grid**2 != patches:
-            raise ValueError(
-                f"--image-encoder {encoder['name']} must give a square of patches, got {patches}"
-            )
+            raise ValueError(f"{option} must give a square of patches, got {patches}")
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
         return self.attend(self.convolve(images))
 
     def convolve(self, images: Tensor) -> Tensor:
-        if images.shape[-2:] != (self.image_size, self.image_size):
-            got = tuple(images.shape)
-            raise ValueError(
-                f"images must be (B, 3, {self.image_size}, {self.image_size}), got {got}"
-            )
+        require_size(images, self.image_size)
         pixels = (images * self.gain + self.shift).contiguous(memory_format=torch.channels_last)
         return self.body(pixels) if self.has_batch_norm else pixels
 
@@ -570,10 +559,9 @@ class PretrainedText(PretrainedTower):
         self.register_buffer("positions", positions, persistent=False)
 
     def forward(self, ids: Tensor) -> tuple[Tensor, Tensor]:
-        if ids.shape[1] > self.context_length:
-            raise ValueError(
-                f"ids must have at most {self.context_length} columns, got {ids.shape[1]}"
-            )
+        length = ids.shape[1]
+        if length > self.context_length:
+            raise ValueError(f"ids must have at most {self.context_length} columns, got {length}")
         tokens = self.project(self.norm(self.body(ids)))
         return tokens[:, 1:], tokens[:, 0]
 
@@ -695,6 +683,12 @@ def of_length(bpe: BPE, context_length: int) -> Tokenizer:
     bpe.enable_truncation(context_length)
     bpe.enable_padding(**bpe.padding | {"length": context_length})
     return Tokenizer(bpe)
+
+
+def require_size(images: Tensor, size: int) -> None:
+    if images.shape[-2:] != (size, size):
+        got = tuple(images.shape)
+        raise ValueError(f"images must be (B, 3, {size}, {size}), got {got}")
 
 
 def masked_mean(tokens: Tensor, mask: Tensor) -> Tensor:

@@ -25,18 +25,10 @@ from ito.model.pretrained import (
 from ito.model.tokenizer import Tokenizer
 
 SIZES = ("width", "image_size", "context_length")
-# options that a complete model leaves nothing to decide for
-OF_TOWERS = (
-    "image_encoder",
-    "text_encoder",
-    "patch_size",
-    "image_width",
-    "image_heads",
-    "image_depth",
-    "text_depth",
-    "vocab_size",
-)
-OF_OWN_RUN = (*SIZES, *OF_TOWERS[2:], "heads", "load_size", "fit")
+ENCODERS = ("image_encoder", "text_encoder")
+SHAPES = ("patch_size", "image_width", "image_heads", "image_depth", "text_depth", "vocab_size")
+OF_TOWERS = (*ENCODERS, *SHAPES)  # options that a complete model leaves nothing to decide for
+OF_OWN_RUN = (*SIZES, *SHAPES, "heads", "load_size", "fit")
 
 
 @dataclass
@@ -77,7 +69,7 @@ def describe(pretrained: str) -> dict:
     Raises ValueError if the package has no such model, or it is of a kind that is not known here.
     """
     kind, name = package_of(pretrained)
-    towers = dict(zip(("image_encoder", "text_encoder"), PROJECTED[kind], strict=True))
+    towers = dict(zip(ENCODERS, PROJECTED[kind], strict=True))
     with naming("pretrained", pretrained):
         if kind == "open_clip":
             require_clip(pretrained, OpenClip.configuration(name)[0])
@@ -146,7 +138,7 @@ def exported(run: str) -> dict:
                 about = json.loads(read_text(path))
                 pictures = {"load_size": about.get("load_size"), "fit": about.get("fit", "crop")}
                 found = about.get("architecture", {}) | pictures
-                if not all(isinstance(found.get(name) or {}, dict) for name in OF_TOWERS[:2]):
+                if not all(isinstance(found.get(name) or {}, dict) for name in ENCODERS):
                     raise TypeError("towers must be objects")
                 return found
     return {}
