@@ -334,7 +334,6 @@ class DualEncoder(nn.Module):
         arguments = dict(locals())
         del arguments["self"], arguments["__class__"]
         self.architecture = arguments
-
         if image_encoder:
             self.image = PretrainedImage(image_encoder, image_size, width)
         else:
