@@ -107,11 +107,8 @@ def load_dataset(
 ) -> Dataset:
     """Read everything that `ito.data.records.open_shards` finds at `path`, and decode its pictures.
 
-    If no record names a split other than "train", 10 % of the items (at least one), by hash of item
-    and `split_seed`, are "heldout", and `test_share` of them "test"; `group_by` finds their groups
-    (ito/data/splits.py). Else a record without one is "train"; with `only`, it is of that split, as
-    all are if "train" alone is named. Pictures become squares of `image_size` pixels on white,
-    by `fit`, in the order of the source. `options` are those of `open_shards`.
+    Pictures become squares of `image_size` pixels on white, by `fit`, in the order of the source.
+    Splits: see `ito.data.splits.choose_splits`. `options` are those of `open_shards`.
 
     A record is skipped, and listed in `Dataset.skipped`, if its picture cannot be read or has more
     than `max_pixels`, or its caption is empty. Raises what `open_shards` raises, and ValueError if

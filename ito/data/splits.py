@@ -65,8 +65,9 @@ def choose_splits(
     """The split of each of the `kept` records, to which `images` belong, and what it was given by
     or keeps together.
 
-    rows: all records of each item. records: these, and those whose picture cannot be read. only:
-    the split of all, or of those that name none.
+    If no record names a split other than "train", items are held out by hash of item and `seed`:
+    see `choose_held_out`. Else a record without one is "train". With `only`, these are all of that
+    split. rows: all records of each item. records: these, and those whose picture cannot be read.
     group_by: the pattern that the groups are by, if they are not a column's.
 
     Raises ValueError for a `test_share` of data that names splits, and for a pattern that finds

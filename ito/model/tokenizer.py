@@ -54,9 +54,7 @@ class Tokenizer:
     ) -> "Tokenizer":
         """Learn merges from `captions`; the same captions give the same tokenizer.
 
-        The vocabulary is smaller than `vocab_size` if fewer pairs of tokens occur twice. At most
-        256 characters per token of a caption are read. Words longer than 256 bytes are cut into
-        pieces.
+        The vocabulary is smaller than `vocab_size` if fewer pairs of tokens occur twice.
 
         Raises ValueError if `vocab_size` leaves no room for the 256 bytes and 3 special tokens,
         if `context_length` is below 3, or without captions.
