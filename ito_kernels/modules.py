@@ -158,6 +158,9 @@ class ClipLoss(PrintsOptions, nn.Module):
         logit_bias: float | Tensor | None = None,
         output_dict: bool = False,
     ) -> Tensor | dict[str, Tensor]:
+        """The loss of (N, D) images and texts, L2-normalised, row i with row i, and the multiplier
+        `logit_scale.exp()`: a 0-d tensor, with `output_dict` in {"contrastive_loss": loss}.
+        Arguments and errors as in `clip_loss`."""
         _check_logits_are_not_redefined(self, ClipLoss)
         group = _default_group(self.world_size)
         loss = clip_loss(image_features, text_features, logit_scale, group=group)
@@ -248,6 +251,9 @@ class SigLipLoss(PrintsOptions, nn.Module):
         logit_bias: float | Tensor | None = None,
         output_dict: bool = False,
     ) -> Tensor | dict[str, Tensor]:
+        """The loss of (N, D) images and texts, L2-normalised, row i with row i, the multiplier
+        `logit_scale.exp()` and the bias: a 0-d tensor, with `output_dict` in
+        {"contrastive_loss": loss}. Arguments and errors as in `siglip_loss`."""
         _check_logits_are_not_redefined(self, SigLipLoss)
         group = _default_group(self.world_size)
         loss = siglip_loss(image_features, text_features, logit_scale, logit_bias, group=group)
@@ -283,6 +289,8 @@ class MultiPositiveInfoNCE(PrintsOptions, nn.Module):
         key_ids: Tensor | None = None,
         **batch_options,
     ) -> Tensor | tuple:
+        """`multi_positive_infonce` of (N, D) queries and (M, D) keys, L2-normalised, with the
+        options of the construction and those that belong to the batch."""
         options = {**self.options, **batch_options}
         return multi_positive_infonce(
             queries, keys, logit_scale, query_ids=query_ids, key_ids=key_ids, **options
@@ -306,6 +314,8 @@ class SupConLoss(PrintsOptions, nn.Module):
         self.group, self.chunk_size, self.positives = group, chunk_size, positives
 
     def forward(self, features: Tensor, labels: Tensor) -> Tensor:
+        """`supcon_loss` of (N, D) features, L2-normalised, and their (N,) labels: several views of
+        an item, (N, V, D), are `features.flatten(0, 1)` with `labels.repeat_interleave(V)`."""
         return supcon_loss(
             features,
             labels,
@@ -326,6 +336,7 @@ class NTXentLoss(PrintsOptions, nn.Module):
         self.temperature, self.group, self.chunk_size = temperature, group, chunk_size
 
     def forward(self, z1: Tensor, z2: Tensor) -> Tensor:
+        """`nt_xent_loss` of two views of the same items, (N, D) each, L2-normalised."""
         return nt_xent_loss(z1, z2, self.temperature, group=self.group, chunk_size=self.chunk_size)
 
 
@@ -355,6 +366,7 @@ class ItoLoss(PrintsOptions, nn.Module):
         caption_ids: Tensor | None = None,
         fused_ids: Tensor | None = None,
     ) -> tuple[Tensor, dict[str, Tensor]]:
+        """`ito_loss` of (V, N, D) views of the images, their texts, and fused views or None."""
         return ito_loss(
             image_views,
             text,

@@ -101,8 +101,9 @@ def siglip_loss(
         image_features, text_features: (N, D) and (M, D), L2-normalised unless `normalize`.
         logit_scale: the multiplier itself: a number, a 0-d tensor or an (N,) tensor.
         logit_bias: a number or a 0-d tensor; None is no bias.
-        image_ids, text_ids: (N,) and (M,) integers; equal ids are positives. Each defaults to the
-            row number, which needs N = M. A negative id marks a padded row, which is ignored.
+        image_ids, text_ids: (N,) and (M,) integers; equal ids are positives. Pass both, or none:
+            the default of each is the row numbers 0 to N - 1, which needs N = M. A negative id
+            marks a padded row, which is ignored.
         positive_pairs, positive_weights: (P, 2) integers, pairs (image, text), and (P,) weights,
             without gradient. They replace the ids where positives are not a partition. The weights
             of a pair that is listed twice add up, each 1 by default. A pair with weight 0 is left

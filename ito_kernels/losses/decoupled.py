@@ -42,8 +42,9 @@ def decoupled_contrastive_loss(
     Args:
         queries, keys: (N, D) and (M, D), L2-normalised.
         logit_scale: the multiplier itself: a number, a 0-d tensor or an (N,) tensor.
-        query_ids, key_ids: (N,) and (M,) integers; equal ids are positives. Each defaults to the
-            row number, which needs N = M. A negative id marks a padded row, which is ignored.
+        query_ids, key_ids: (N,) and (M,) integers; equal ids are positives. Pass both, or none: the
+            default of each is the row numbers 0 to N - 1, which needs N = M. A negative id marks a
+            padded row, which is ignored.
         symmetric: average with the same loss along the columns. False: query→key only.
         exclude_self: (i, i) is neither positive nor negative, for queries and keys from the same
             tower. Needs N = M. Without ids no positives are left: the loss is then 0.

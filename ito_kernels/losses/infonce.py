@@ -97,8 +97,9 @@ def multi_positive_infonce(
             backends), L2-normalised unless `normalize`.
         logit_scale: the multiplier itself (1 / temperature), not its logarithm: a number, a 0-d
             tensor (or of shape (1,)) or an (N,) tensor.
-        query_ids, key_ids: (N,) and (M,) integers; equal ids are positives. Each defaults to the
-            row number, which needs N = M. A negative id marks a padded row: it is no anchor, no
+        query_ids, key_ids: (N,) and (M,) integers; equal ids are positives. Pass both, or none:
+            the default of each is the row numbers 0 to N - 1, which needs N = M. With query_ids
+            alone, id j is the positive key j. A negative id marks a padded row: it is no anchor, no
             candidate and no part of the mean, and its features are not read.
         positives: "mean", "in" or "sum", as above.
         symmetric: average the losses of query→key and key→query. False: query→key only.
@@ -127,8 +128,8 @@ def multi_positive_infonce(
             recommenders, repeated captions. Needs N = M. If query i or key i is padded, neither is
             an anchor.
         queue, queue_ids: (Q, D) keys without gradient and (Q,) integers: further negatives for
-            query→key. A queue key with the id of a query is no candidate of that query; one with a
-            negative id is no candidate at all.
+            query→key. A queue key with the id of a query, its row number without query_ids, is no
+            candidate of that query; one with a negative id is no candidate at all.
         hard_negatives, hard_negative_ids: (N, K, D), with gradient, and (N, K) integers: further
             negatives of their own query only, for query→key. One with the id of its query is no
             candidate. A negative id is padding, for queries with fewer than K.
