@@ -1,6 +1,7 @@
 """Files that are written completely or not at all, and errors that name the file."""
 
 import errno
+import json
 import os
 import re
 import secrets
@@ -43,6 +44,12 @@ def require_file(path: Path) -> Path:
 def read_text(path: Path) -> str:
     """The UTF-8 text of a regular file."""
     return require_file(path).read_text(encoding="utf-8")
+
+
+def read_json(path: Path):
+    """The value of a JSON file. Raises ValueError naming the file if it is damaged."""
+    with undamaged(path):
+        return json.loads(read_text(path))
 
 
 def follow_links(path: Path) -> Path:
