@@ -17,10 +17,12 @@ from ito.cli import Parser, output_path, shown, user_errors
 from ito.config import add_options
 from ito.data.dataset import Dataset
 from ito.files import read_text, write_text
+from ito.model.embed import embed_images
 from ito.model.exported import Encoder, load
 from ito.model.tokenizer import report_cut
 from ito.run import RunFolder, choose_data, report_step, where_it_is_now
-from ito.scoring.evaluation import ALL, PROMPTS, classify, evaluate_fully
+from ito.scoring.evaluation import ALL, PROMPTS, embed_classes, evaluate_fully
+from ito.scoring.metrics import zero_shot
 from ito.scoring.scores import cell, clip_benchmark, table
 from ito.source import open_dataset
 from ito.summary import count_overlap, print_notes, report_overlap, report_skipped
@@ -169,8 +171,8 @@ def score_classes(
     place = {folder: n for n, folder in enumerate(names)}
     labels = torch.tensor([place[folder] for folder in folders])
     pictures = dataset.images[torch.tensor(rows)]
-    classes = encoder.model, encoder.tokenizer, pictures, labels, [*names.values()]
-    scores = classify(*classes, templates)
+    classes = embed_classes(encoder.model, encoder.tokenizer, [*names.values()], templates)
+    scores = zero_shot(embed_images(encoder.model, pictures), classes, labels, intervals=True)
     print(f"zero-shot  {len(names)} classes, {len(templates)} templates, {len(rows)} pictures")
     for key, chance in (("top1", 1), ("top5", 5), ("mean_per_class", 1)):
         print(f"  {key:16}{cell(scores, key, '.1%'):>22}  chance {min(1, chance / len(names)):.2%}")

@@ -110,20 +110,6 @@ def evaluate_fully(
     return scores
 
 
-def classify(
-    model: DualEncoder,
-    tokenizer: Tokenizer,
-    pictures: torch.Tensor,
-    labels: torch.Tensor,
-    classes: list[str],
-    templates: Sequence[str],
-) -> dict[str, float]:
-    """Zero-shot accuracy of pictures uint8 (K, 3, S, S) with labels (K,) among named classes, by
-    the normalised mean of each class's normalised templates. Source: Radford et al. 2021, 3.1.4."""
-    emb = embed_classes(model, tokenizer, classes, templates)
-    return zero_shot(embed_images(model, pictures), emb, labels, intervals=True)
-
-
 def embed_classes(model, tokenizer, names: list[str], templates: Sequence[str]) -> torch.Tensor:
     prompts = [[t.replace("{}", name) for name in names] for t in templates]
     return ensemble(torch.stack([embed_texts(model, tokenizer(texts)) for texts in prompts], 1))

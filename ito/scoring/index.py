@@ -15,6 +15,7 @@ from ito.files import read_text, undamaged, write_atomically, write_text
 from ito.model.exported import Encoder
 from ito.run import RunFolder
 from ito.scoring.embedded_split import distinct
+from ito.scoring.probes import minimise
 from ito.scoring.scores import FEW
 from ito.tensors import checksum, load_tensors, save_tensors
 
@@ -183,18 +184,10 @@ def fit_odds(cosines: torch.Tensor, right: torch.Tensor) -> list[float] | None:
     hits, misses = int(right.sum()), int((~right).sum())
     if min(hits, misses) < FEW:
         return None
-    x, target = features(cosines), torch.where(right, (hits + 1) / (hits + 2), 1 / (misses + 2))
+    x = features(cosines)
+    target = torch.where(right, (hits + 1) / (hits + 2), 1 / (misses + 2)).double()
     odds = torch.zeros(3, dtype=torch.float64, requires_grad=True)
-    optimizer = torch.optim.LBFGS([odds], max_iter=200, line_search_fn="strong_wolfe")
-
-    def loss() -> torch.Tensor:
-        optimizer.zero_grad()
-        value = F.binary_cross_entropy_with_logits(x @ odds, target.double())
-        value.backward()
-        return value
-
-    with torch.enable_grad():
-        optimizer.step(loss)
+    minimise(lambda: F.binary_cross_entropy_with_logits(x @ odds, target), [odds], max_iter=200)
     return odds.tolist()
 
 
