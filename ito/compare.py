@@ -15,8 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ito.cli import Parser, output_path, user_errors
-from ito.config import Config, add_options, from_options
-from ito.files import read_text, write_text
+from ito.config import Config, add_options, flag, from_options
+from ito.files import read_json, write_text
 from ito.run import RunFolder, executed, locked, refuse_strange
 from ito.scoring.comparison import write_comparison
 
@@ -91,7 +91,6 @@ def main(arguments: list[str] | None = None) -> Path:
     group.add_argument(
         "--threads", type=int, help="CPU threads per run (default: PyTorch's choice)"
     )
-    group.add_argument("--cache", type=Path, help="folder of prepared data (default: ~/.cache/ito)")
     group.add_argument(
         "--report-only", action="store_true", help="train nothing; report the runs that exist"
     )
@@ -120,9 +119,7 @@ def plan(options: argparse.Namespace) -> list[Run]:
     given = {name: x for name, x in vars(options).items() if name in Config().flat()}
     for name in DECIDED:
         if name in given:
-            raise ValueError(
-                f"--{name.replace('_', '-')} is set by the arms of a comparison: drop it"
-            )
+            raise ValueError(f"{flag(name)} is set by the arms of a comparison: drop it")
     runs = []
     for seed in options.seeds:
         for arm in options.arms:
@@ -137,13 +134,13 @@ def command_line(chosen: dict) -> list[str]:
     words = []
     for name, value in chosen.items():
         if value is True:  # an option without a value, given only if it is on
-            words.append(f"--{name.replace('_', '-')}")
+            words.append(flag(name))
         elif name == "locked":
             towers = ("image", "text") if value == "both" else (value,)
             words += [f"--lock-{tower}" for tower in towers]
         else:
             values = value if isinstance(value, list) else [value]
-            words += [f"--{name.replace('_', '-')}", *map(str, values)]
+            words += [flag(name), *map(str, values)]
     return words
 
 
@@ -178,7 +175,7 @@ def train(run: Run, out: Path, threads: int | None, environment: dict) -> str:
     places = {name: getattr(run.config, name) for name in ("train_data", "val_data")}
     words += command_line({name: place for name, place in places.items() if place})
     call(words, log, environment)
-    peak = json.loads(read_text(cost))["peak_bytes"]
+    peak = read_json(cost)["peak_bytes"]
     return f"{run.name}: {run.config.steps} steps, {peak / 2**20:.0f} MiB at most"
 
 
@@ -206,9 +203,8 @@ def is_begun(folder: Path, run: Run) -> bool:
     found = RunFolder(folder).read_config().flat()
     other = [name for name, value in run.config.flat().items() if found[name] != value]
     if other:
-        raise ValueError(
-            f"{folder} was trained with another {', '.join(other)}: name another --out"
-        )
+        about = f"was trained with another {', '.join(other)}"
+        raise ValueError(f"{folder} {about}: name another --out")
     return True
 
 

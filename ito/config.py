@@ -463,12 +463,14 @@ class Lock(argparse.Action):
 def add_options(
     parser: argparse.ArgumentParser, only: str | None = None, hidden: tuple[str, ...] = ()
 ) -> None:
-    """Add one option per field of `Config`, in the groups that the fields name.
+    """Add `--cache`, and one option per field of `Config`, in the groups that the fields name.
 
     only: add this group only, for a command whose defaults are a run's configuration.
     hidden: options that help does not show, for a command that refuses them with a reason.
     """
-    groups: dict[str, argparse._ArgumentGroup] = {}
+    groups = {"data": parser.add_argument_group("data")}
+    where = "folder of prepared data (default: ~/.cache/ito)"
+    groups["data"].add_argument("--cache", type=Path, help=where)
 
     def add(name: str, default, group: str, help: str, choices=None, kind=float) -> None:
         if group not in groups:
@@ -545,8 +547,7 @@ def with_absolute_paths(given: dict) -> dict:
         if given.get(name, EMOJI_SMALL) not in (None, EMOJI_SMALL, EMOJI_FULL):
             parts = given[name].split("::")
             if not all(parts):
-                option = name.replace("_", "-")
-                raise ValueError(f"--{option} must be a path, got {given[name]!r}")
+                raise ValueError(f"{flag(name)} must be a path, got {given[name]!r}")
             parts = [p if p.startswith((PIPE, *URLS)) else str(Path(p).absolute()) for p in parts]
             given[name] = "::".join(parts)
     if not Path(given.get("image_root") or ".").is_dir():

@@ -184,18 +184,23 @@ class Sigmoid(Objective):
             super().start_from(model, logit_scale, logit_bias)
             self.logit_bias.fill_(logit_bias)
 
+    def all_pairs(self, image, text, scale, ids, group):
+        """(1/B) Σ softplus(±S), as `sigmoid_loss`; by a kernel, if equal captions are no matter."""
+        captions, pair = len(text), (scale, self.logit_bias)
+        if ids is not None and (captions > 1 or self.equal_ids == "ignore"):
+            return sigmoid_loss(image, text, *pair, ids, self.equal_ids, group)
+        own = None if ids is None else ids[0]
+        if captions > 1:
+            own = global_row_numbers(len(image), group, text.device).repeat(captions)
+        ids = {"image_ids": own if own is None else own[: len(image)], "text_ids": own}
+        return siglip_loss(image, text.flatten(0, 1), *pair, **ids, group=group)
+
 
 class SigLip(Sigmoid):
     """A sigmoid loss of every image with every text. Zhai et al. 2023."""
 
     def loss(self, image, text, *, logit_scale, step, group):
-        pair = (logit_scale, self.logit_bias)
-        if step.caption_ids is None or self.equal_ids == "positive":
-            ids = None if step.caption_ids is None else step.caption_ids[0]
-            ids = {"image_ids": ids, "text_ids": ids}
-            align = siglip_loss(image[0], text[0], *pair, **ids, group=group)
-        else:
-            align = sigmoid_loss(image[0], text, *pair, step.caption_ids, self.equal_ids, group)
+        align = self.all_pairs(image[0], text, logit_scale, step.caption_ids, group)
         return align, {"align": align, "logit_bias": self.logit_bias}
 
 
@@ -275,22 +280,10 @@ class Flair(Sigmoid):
 
     def loss(self, image, text, tokens, *, logit_scale, step, group):
         captions, n = text.shape[:2]
-        ids, all_ids = step.caption_ids, None
+        ids = step.caption_ids
+        all_ids = None if ids is None else all_gather_rows(ids[0], group)
         places = global_row_numbers(n, group, text.device)
-        if ids is None:
-            both = siglip_loss(
-                image[0],
-                text.flatten(0, 1),
-                logit_scale,
-                self.logit_bias,
-                image_ids=places,
-                text_ids=places.repeat(captions),
-                group=group,
-            )
-        else:
-            pair = (logit_scale, self.logit_bias)
-            both = sigmoid_loss(image[0], text, *pair, ids, self.equal_ids, group)
-            all_ids = all_gather_rows(ids[0], group)
+        both = self.all_pairs(image[0], text, logit_scale, ids, group)
         all_text = all_gather_rows(text[0], group)
         block = max(1, self.PAIRS // (len(all_text) + captions))
         total = sum(

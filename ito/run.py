@@ -16,6 +16,7 @@ from pathlib import Path
 from ito.checkpoint import checkpoints
 from ito.cli import reader_gone, reason, shown
 from ito.config import Config, flag, from_options
+from ito.data.dataset import Dataset
 from ito.data.shards import PIPE
 from ito.files import (
     TEMPORARY,
@@ -30,6 +31,7 @@ from ito.files import (
 )
 from ito.objectives import user_file
 from ito.ranks import RankLost
+from ito.source import open_dataset
 
 try:
     import fcntl
@@ -153,13 +155,10 @@ def open_lock(path: Path, _flags: int) -> int:
         return os.open(path, os.O_RDWR | os.O_CREAT | flags, 0o666)
     except OSError as error:
         folder = os.path.dirname(path) or "."
-        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS) and not writable(folder):
+        writable = os.access(folder, os.W_OK, effective_ids=os.access in os.supports_effective_ids)
+        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS) and not writable:
             raise OSError(f"{folder} is not writable: {error.strerror}") from error
         raise
-
-
-def writable(folder: str) -> bool:
-    return os.access(folder, os.W_OK, effective_ids=os.access in os.supports_effective_ids)
 
 
 def close_lock_files() -> None:
@@ -361,11 +360,11 @@ def report_step(folder: Path, step: int) -> str:
 # --- the data ---
 
 
-@contextmanager
-def where_it_is_now(options: argparse.Namespace) -> Iterator[None]:
-    """Where the data of the run is not found, the error says how to name its new place."""
+def open_chosen(options: argparse.Namespace, config: Config) -> Dataset:
+    """The data that `choose_data` has chosen. If it is not found, the error says how to name its
+    new place."""
     try:
-        yield
+        return open_dataset(config, options.cache)
     except FileNotFoundError as error:
         if options.data is not None or "train_data" in options:
             raise

@@ -119,7 +119,8 @@ def main(arguments: list[str] | None = None) -> Path:
             model = run.trainer.whole_model()
             with ranks.together():
                 if ranks.leads:
-                    run.track()
+                    about = folder, config.flat(), run.first_step
+                    run.trackers = [open_tracker(name, *about) for name in options.report_to]
                 if ranks.leads and not run.resumed:
                     with resumable(folder):
                         run.begin(model)
@@ -166,7 +167,6 @@ def run_options(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="train on all of the data N times, instead of --steps",
     )
-    group.add_argument("--cache", type=Path, help="folder of prepared data (default: ~/.cache/ito)")
     group.add_argument(
         "--workers",
         type=int,
@@ -283,8 +283,7 @@ class Run:
         self.eval_data, self.train_data = eval_data, train_data
         self.files = RunFolder(folder)
         self.log = self.files.log()
-        self.report_to, self.trackers = options.report_to, []
-        self.first_step = 0
+        self.trackers, self.first_step = [], 0
         self.stopped_by: int | None = None  # the number of a signal
 
         saved = options.resume and checkpoints(self.files.checkpoints)
@@ -521,11 +520,6 @@ class Run:
         self.log.start()
         self.write("eval", 0, untrained)
 
-    def track(self) -> None:
-        """Begin with what --report-to names."""
-        given = self.report_to, self.folder, self.config.flat(), self.first_step
-        self.trackers = [open_tracker(name, *given[1:]) for name in given[0]]
-
     def write(self, kind: str, step: int, values: dict[str, float]) -> None:
         self.log.write(kind, step, values)
         for log, _ in self.trackers:
@@ -579,11 +573,10 @@ class Run:
 
     def speed(self, step: int, seconds: float) -> dict[str, float]:
         images = (step - self.first_step) * self.trainer.batches.size * self.config.views
-        input_share = self.trainer.input_seconds / self.trainer.seconds
         return {
             "images_per_second": images / seconds,
             "seconds": seconds,
-            "input_share": input_share,
+            "input_share": self.trainer.input_seconds / self.trainer.seconds,
         }
 
     def scores(self, model: DualEncoder, last: bool = False) -> dict[str, float]:

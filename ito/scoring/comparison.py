@@ -117,28 +117,20 @@ def write_comparison(out: Path, cache: Path | None = None, given: dict | None = 
     costs = measured({arm: runs[0].folder for arm, runs in arms.items()}, out, cache)
     arms = dict(sorted(arms.items(), key=lambda item: costs[item[0]].seconds))
     first = next(iter(arms.values()))[0]
-    parts = [
-        "# Objectives compared",
-        about(arms, first),
-        "## Equal steps",
-        equal_steps(arms),
-        "## What the exported models know",
-        probes(arms),
-        "## Equal time",
-        equal_time(arms, costs),
-        "## Differences",
-        differences(arms),
-        "## The modality gap at matched quality",
-        matched_gap(arms),
-        "## Cost",
-        cost_table(arms, costs),
-        "## Curves",
-        "![R@1, modality gap, scale and fusion loss](curves.png)",
-        "## Maps of both modalities",
-        "![Pictures and captions in two dimensions](maps.png)",
-    ]
     draw_curves(arms, out / "curves.png")
     method = draw_maps(arms, out / "maps.png", cache)
+    sections = {
+        "Equal steps": equal_steps(arms),
+        "What the exported models know": probes(arms),
+        "Equal time": equal_time(arms, costs),
+        "Differences": differences(arms),
+        "The modality gap at matched quality": matched_gap(arms),
+        "Cost": cost_table(arms, costs),
+        "Curves": "![R@1, modality gap, scale and fusion loss](curves.png)",
+        "Maps of both modalities": "![Pictures and captions in two dimensions](maps.png)",
+    }
+    parts = ["# Objectives compared", about(arms, first)]
+    parts += [f"## {title}\n\n{text}" for title, text in sections.items()]
     parts.append(f"Held-out pictures and their captions, first seed, {method}.")
     path = out / "comparison.md"
     write_text(path, "\n\n".join(parts) + "\n")
