@@ -44,11 +44,7 @@ ARMS = {
     "ito-text-dropped": {"objective": "ito", "fusion_text": "dropped"},
 }
 MAIN = tuple(ARMS)[:7]
-DECIDED = (
-    "objective",
-    "seed",
-    *sorted({name for arm in ARMS.values() for name in arm if name != "objective"}),
-)
+DECIDED = tuple(sorted({"seed"}.union(*ARMS.values())))
 
 
 @dataclass(frozen=True)

@@ -301,9 +301,7 @@ class Config:
             if getattr(self, name) is None:
                 object.__setattr__(self, name, getattr(kind, name))
         self.set_encoder_sizes()
-        refuse_unfit(self.objective, [n for n in OPTIONS if self.differs(n)])
-        if kind.fixed and self.augmentation != kind.augmentation:
-            refuse_unfit(self.objective, ["augmentation"])
+        refuse_unfit(self.objective, [n for n in (*OPTIONS, "augmentation") if self.differs(n)])
         for item in dataclasses.fields(self):
             value = getattr(self, item.name)
             if value is None:
@@ -411,10 +409,7 @@ class Config:
     def load(cls, path: Path) -> "Config":
         try:
             values = json.loads(read_text(path))
-            drawn = {
-                name: tuple(value) if isinstance(value, list) else value
-                for name, value in values.pop("augmentation").items()
-            }
+            drawn = with_tuples(values.pop("augmentation"))
             # to runs from before this option, equal captions were negatives
             values = {"equal_captions": "negative"} | values
             return cls(**values, augmentation=Augmentation(**drawn))
@@ -431,6 +426,10 @@ class Config:
 def kind_of(item: dataclasses.Field) -> type:
     """The type of an option's values: `int` of `int | None`."""
     return (get_args(item.type) or (item.type,))[0]
+
+
+def with_tuples(values: dict) -> dict:
+    return {name: tuple(x) if isinstance(x, list) else x for name, x in values.items()}
 
 
 def refuse_unfit(objective: str, given: list[str]) -> None:
@@ -516,11 +515,7 @@ def from_options(options: argparse.Namespace, base: Config | None = None) -> Con
     Options that were not given are taken from `base`, if there is one; else from the preset (see
     `choose_preset`), the objective or the defaults.
     """
-    given = {
-        name: tuple(value) if isinstance(value, list) else value
-        for name, value in vars(options).items()
-    }
-    given = with_absolute_paths(given)
+    given = with_absolute_paths(with_tuples(vars(options)))
     plain = {f.name: given[f.name] for f in dataclasses.fields(Config) if f.name in given}
     drawn = {name: given[name] for name in vars(DRAWINGS) if name in given}
     if base:

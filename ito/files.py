@@ -105,9 +105,8 @@ def write_atomically(path: Path) -> Iterator[Path]:
             yield target
         return
     make_folder(target.parent, path)
-    temporary = target.with_name(
-        f".{secrets.token_hex(6)}.tmp"
-    )  # not longer than `path`'s own, which may have the greatest length
+    # not longer than `path`'s own, which may have the greatest length
+    temporary = target.with_name(f".{secrets.token_hex(6)}.tmp")
     with naming(path, temporary):
         try:
             yield temporary
@@ -133,6 +132,5 @@ def undamaged(path: Path) -> Iterator[Path]:
         raise
     except Exception as error:  # torch, pickle, zipfile and tokenizers raise many types
         about = f": {str(error)[:300]}" * bool(str(error))
-        raise ValueError(
-            f"{path} is damaged, or not of this run ({type(error).__name__}){about}"
-        ) from None
+        told = f"{path} is damaged, or not of this run ({type(error).__name__})"
+        raise ValueError(f"{told}{about}") from None

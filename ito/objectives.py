@@ -500,6 +500,7 @@ class UserObjective(Objective):
         self.function = user_function(config.objective)
 
     def loss(self, image, text, *, logit_scale, step, group):
+        option = f"--objective {self.config.objective}"
         about = {"item": step.item, "step": step.number, "generator": step.generator}
         try:
             found = self.function(image, text, logit_scale, **about, group=group)
@@ -512,14 +513,11 @@ class UserObjective(Objective):
         for name, value in named.items():
             if not isinstance(value, Tensor) or value.numel() != 1:
                 got = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
-                raise ValueError(
-                    f"--objective {self.config.objective}: {name} must be a tensor of one number, "
-                    f"got {got}"
-                )
+                raise ValueError(f"{option}: {name} must be a tensor of one number, got {got}")
         if torch.is_grad_enabled() and not loss.requires_grad:
             raise ValueError(
-                f"--objective {self.config.objective}: its loss must have a gradient: it must be "
-                "computed from image, text or logit_scale, without detach()"
+                f"{option}: its loss must have a gradient: it must be computed from image, text or "
+                "logit_scale, without detach()"
             )
         return loss.reshape(()), terms
 

@@ -87,9 +87,8 @@ def main(arguments: list[str] | None = None) -> None:
         if out.is_dir():
             raise ValueError(f"--out {out} is a folder: name a file for the contact sheet")
         if options.serve is not None:
-            from ito.scoring.search_page import (
-                serve,  # imported before the work, so that a missing package is reported at once
-            )
+            # imported before the work, so that a missing package is reported at once
+            from ito.scoring.search_page import serve
         refuse_strange(options.run)
         encoder = load(options.run)
         config = choose_data(options)

@@ -90,7 +90,9 @@ def main(arguments: list[str] | None = None) -> Path:
                 if options.resume:
                     folder, config = options.resume, resumed_config(options)
                 else:
-                    folder, config = new_folder(options), from_options(options)
+                    new = Path("runs") / datetime.now().strftime("%Y%m%d-%H%M%S")
+                    folder = output_path("--out", options.out or new)
+                    config = from_options(options)
                 require_epochs(options, config)
                 if ranks.leads and options.resume:
                     refuse_strange(folder)
@@ -138,11 +140,6 @@ def main(arguments: list[str] | None = None) -> Path:
         if step < config.steps:  # this rank was stopped by a signal, or another one was
             sys.exit(128 + (run.stopped_by or signal.SIGTERM))
         return folder
-
-
-def new_folder(options: argparse.Namespace) -> Path:
-    folder = options.out or Path("runs") / datetime.now().strftime("%Y%m%d-%H%M%S")
-    return output_path("--out", folder)
 
 
 def run_options(parser: argparse.ArgumentParser) -> None:
@@ -550,9 +547,10 @@ class Run:
                 scored = last or step % config.eval_every == 0
                 saved = last or step % config.checkpoint_every == 0
                 model = self.trainer.whole_model() if scored or saved else None
-                if scored:
-                    better = self.ranks.leads and self.evaluate(step, model, last)
-                    saved |= self.ranks.any(better)
+                if scored and self.ranks.leads:
+                    self.write("eval", step, self.scores(model, last))
+                if scored:  # an evaluation with the best scores so far is saved
+                    saved |= self.ranks.any(self.ranks.leads and self.log.best() == step)
                 if saved:
                     self.checkpoint(step, model)
             if step < config.steps and not (self.resumed and step == self.first_step):
@@ -587,11 +585,6 @@ class Run:
         scores = evaluate(model, self.tokenizer, data, splits)
         recall = [scores[f"{s}/{way}/R@1"] for s in data.validation_splits() for way in DIRECTIONS]
         return {BEST_BY: sum(recall) / len(recall)} | scores
-
-    def evaluate(self, step: int, model: DualEncoder, last: bool) -> bool:
-        """Log the scores. Whether they are better than those of all steps before."""
-        self.write("eval", step, self.scores(model, last))
-        return self.log.best() == step
 
     def checkpoint(self, step: int, model: DualEncoder) -> None:
         """Export the model, and save what the run can be resumed from. All ranks call it."""

@@ -3,6 +3,7 @@
 `evaluate` has those that training logs, `evaluate_fully` those of `python -m ito.evaluate`.
 """
 
+from collections import Counter
 from collections.abc import Sequence
 
 import torch
@@ -202,12 +203,8 @@ def language_scores(model, tokenizer, dataset, images, item) -> dict[str, float]
     if there is no second language.
     """
     names = {n: dataset.translations[n] for n in item.unique().tolist()}
-    languages = sorted({language for texts in names.values() for language in texts})
-    languages = [
-        name
-        for name in languages
-        if 2 * sum(name in texts for texts in names.values()) >= len(names)
-    ]
+    known = Counter(language for texts in names.values() for language in texts)
+    languages = sorted(name for name, count in known.items() if 2 * count >= len(names))
     items = [n for n, texts in names.items() if all(texts.get(name) for name in languages)]
     if not languages or len(items) < 2:
         return {}

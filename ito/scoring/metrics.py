@@ -60,13 +60,13 @@ def retrieval(
         hit = rank[:, None] <= torch.tensor(ks, device=rank.device)
         low, high = bootstrap(hit, query_item)
         rank, correct, hit = (x[rank > 0] for x in (rank, correct, hit))
-        candidates = len(args[1])
+        c, candidates = correct.double(), len(args[1])
         for n, k in enumerate(ks):
             scores[f"{name}/R@{k}"] = int(hit[:, n].sum()) / len(rank)
             scores |= {f"{name}/R@{k}/low": low[n].item(), f"{name}/R@{k}/high": high[n].item()}
         scores |= {
             f"{name}/mean_rank": rank.double().mean().item(),
-            f"{name}/mean_rank_chance": random_rank(correct, candidates),
+            f"{name}/mean_rank_chance": (1 + (candidates - c) / (c + 1)).mean().item(),
             f"{name}/median_rank": rank.double().quantile(0.5).item(),
             f"{name}/max_rank": candidates - int(correct.min()) + 1,
             f"{name}/chance": int(correct.sum()) / (candidates * len(rank)),
@@ -182,12 +182,6 @@ def clip_benchmark_recall(
         for k, found in hits.items():
             recall[f"{name}_retrieval_recall@{k}"] = torch.cat(found).float().mean().item()
     return recall
-
-
-def random_rank(correct: torch.Tensor, candidates: int) -> float:
-    """The mean rank in random order: `1 + (M − c) / (c + 1)` with c of M candidates correct."""
-    c = correct.double()
-    return (1 + (candidates - c) / (c + 1)).mean().item()
 
 
 def unit_rows(emb: torch.Tensor) -> torch.Tensor:

@@ -30,8 +30,7 @@ def linear_probe(
     Source: Radford et al. 2021, section 3.2 (L-BFGS, the penalty by a sweep).
     Raises ValueError if shapes do not match, or if fewer than 2 labels occur in both sets.
     """
-    train, test = shared_classes(train_emb, train_labels, test_emb, test_labels)
-    (x, y), (x_test, y_test) = train, test
+    (x, y), (x_test, y_test) = shared_classes(train_emb, train_labels, test_emb, test_labels)
     mean, std = x.mean(0), x.std(0).clamp_min(1e-6)
     x, x_test = (x - mean) / std, (x_test - mean) / std
     classes = int(y.max()) + 1
