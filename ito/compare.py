@@ -165,8 +165,7 @@ def train(run: Run, out: Path, threads: int | None, environment: dict) -> str:
         again = ["--resume", str(folder), *command_line(executed(run.config))]
         words += again if begun else ["--out", str(folder), *run.options]
         words += ["--threads", str(threads)] if threads else []
-        usage = call(words, log, environment)
-        write_text(cost, json.dumps(usage) + "\n")
+        write_text(cost, json.dumps(call(words, log, environment)) + "\n")
     words = [sys.executable, "-m", "ito.evaluate", str(folder), "--json", str(scores)]
     places = {name: getattr(run.config, name) for name in ("train_data", "val_data")}
     words += command_line({name: place for name, place in places.items() if place})

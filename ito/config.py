@@ -397,9 +397,7 @@ class Config:
 
     def differs(self, name: str) -> bool:
         """Whether an option differs from its default with this objective."""
-        default = getattr(
-            objective_class(self.objective), name, type(self).__dataclass_fields__[name].default
-        )
+        default = getattr(objective_class(self.objective), name, getattr(Config, name))
         return getattr(self, name) != default
 
     def save(self, path: Path) -> None:
@@ -478,10 +476,8 @@ def add_options(
         shown = " ".join(map(str, default)) if several else default
         shown = "the run's" if only else "a tab" if shown == "\t" else shown
         help = help if default is None or default is False else f"{help} (default: {shown})"
-        about = {
-            "default": argparse.SUPPRESS,
-            "help": argparse.SUPPRESS if name in hidden else help,
-        }
+        help = argparse.SUPPRESS if name in hidden else help
+        about = {"default": argparse.SUPPRESS, "help": help}
         if kind is bool:
             groups[group].add_argument(flag(name), action="store_true", **about)
             return

@@ -45,9 +45,6 @@ MOST_THREADS = 1024  # for more OpenMP ends the process without a message
 USED = {"threads": int, "ranks": int, "device": str, "dtype": str, "compile": bool, "sha256": dict}
 
 
-# --- files ---
-
-
 class RunFolder:
     """The paths of a run's files. No other module of ito knows these names, except that
     `checkpoint.py` names the files in `checkpoints/`, and `model/exported.py` those in `model/`.
@@ -110,9 +107,6 @@ def refuse_strange(folder: Path) -> None:
                 raise FileError(f"{path} is {found}, not a file")
 
 
-# --- the lock ---
-
-
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
     """Hold the folder's lock, so that only one process writes what a run is resumed from.
@@ -169,9 +163,6 @@ def close_lock_files() -> None:
 
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=close_lock_files)
-
-
-# --- new and resumed runs ---
 
 
 def refuse_used(run: Path) -> None:
@@ -279,9 +270,6 @@ def resume_command(folder: Path) -> str:
     return " ".join(["python -m ito.train --resume", shown(folder), *map(shown, words)])
 
 
-# --- the log ---
-
-
 class Log:
     """A file of JSON lines, one per logged step ("train") and per evaluation ("eval").
 
@@ -355,9 +343,6 @@ def report_step(folder: Path, step: int) -> str:
     newest = max(checkpoints(RunFolder(folder).checkpoints, strict=False), default=step)
     told = f"note       the model is of step {step}; the newest checkpoint is of step {newest}"
     return told * (step != newest)
-
-
-# --- the data ---
 
 
 def open_chosen(options: argparse.Namespace, config: Config) -> Dataset:

@@ -325,8 +325,6 @@ class Run:
         if pretrained:
             self.trainer.start_from(pretrained)
 
-    # --- set-up ---
-
     def require_sizes(self, state: dict) -> None:
         """Raises ValueError if the checkpoint's weights are not of the sizes that it and
         config.json name, before memory is taken for a model of these sizes."""
@@ -505,8 +503,6 @@ class Run:
             "sha256": data_hashes(self.eval_data, self.train_data),
             **({"objective": digest(loss_file[0].read_bytes())} if loss_file else {}),
         }
-
-    # --- training ---
 
     def begin(self, model: DualEncoder) -> None:
         """Evaluate the untrained model, and write the files that exist before the first step."""

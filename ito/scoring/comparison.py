@@ -167,9 +167,6 @@ def measured(folders: dict[str, Path], out: Path, cache: Path | None) -> dict[st
     return {arm: StepCost(**x) for arm, x in known.items()}
 
 
-# ---- tables
-
-
 def rows(header: list[str], lines: list[list[str]]) -> str:
     table = [[*map(plain_text, header)], ["---"] * len(header)]
     table += [[*map(plain_text, line)] for line in lines]
@@ -213,8 +210,7 @@ percents, plains = partial(spread, percent), partial(spread, plain)
 
 
 def about(arms: dict[str, list[Result]], first: Result) -> str:
-    config, chance = first.config, first.end("i2t/chance")
-    environment = first.environment
+    config, environment, chance = first.config, first.environment, first.end("i2t/chance")
     seeds = ", ".join(f"{arm} {len(runs)}" for arm, runs in arms.items())
     return plain_text(
         f"{config.steps} steps of {config.batch_size} items each, {environment['threads']} threads,"
@@ -389,9 +385,6 @@ def cost_table(arms: dict[str, list[Result]], costs: dict[str, StepCost]) -> str
         "so it and the cost of inference are the same for all objectives. Memory is that of the "
         "process, with data and evaluation."
     )
-
-
-# ---- pictures
 
 
 def draw_curves(arms: dict[str, list[Result]], path: Path) -> None:

@@ -37,9 +37,7 @@ def retrieval(
 
     image_emb (N, D), text_emb (M, D), image_item (N,) the item of each image, item_text (P, 2) the
     item and the text, an index into text_emb, of each caption; all indices are integers.
-    Returns `i2t/R@1` …, `i2t/R@1/low`, `i2t/R@1/high` …, `i2t/chance`, `i2t/mean_rank`,
-    `i2t/mean_rank_chance`, `i2t/median_rank`, `i2t/max_rank`, `i2t/candidates`, `i2t/queries`, and
-    the same for `t2i`.
+    Returns these as `i2t/…` and `t2i/…`, and the number of `candidates`.
     Raises ValueError if shapes do not match, if a text is not in [0, M), or if no query has a
     correct candidate.
     """

@@ -212,8 +212,6 @@ def clip_benchmark(scores: dict[str, float], data: str, run: Path) -> list[dict]
         ):
             for kind in kinds:
                 key = f"{split}/{ours}/{kind}"
-                metrics = {
-                    f"{prefix}{theirs}": f"{key}/{top}" for theirs, top in ACCURACIES.items()
-                }
+                metrics = {f"{prefix}{acc}": f"{key}/{top}" for acc, top in ACCURACIES.items()}
                 add(f"{name}/{kind}", task, metrics)
     return found

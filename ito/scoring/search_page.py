@@ -130,15 +130,16 @@ def application(index: Index, near: Near | None = None, seen: bool = False) -> S
         Image.fromarray(pixels).save(buffer, "PNG")
         return Response(buffer.getvalue(), media_type="image/png")
 
-    hosts = Middleware(TrustedHostMiddleware, allowed_hosts=["127.0.0.1", "localhost"])
+    middleware = [
+        Middleware(BaseHTTPMiddleware, dispatch=guard),
+        Middleware(TrustedHostMiddleware, allowed_hosts=["127.0.0.1", "localhost"]),
+    ]
     routes = [
         Route("/", home),
         Route("/", upload, methods=["POST"]),
         Route("/picture/{number}", picture),
     ]
-    return Starlette(
-        routes=routes, middleware=[Middleware(BaseHTTPMiddleware, dispatch=guard), hosts]
-    )
+    return Starlette(routes=routes, middleware=middleware)
 
 
 async def guard(request: Request, call_next: RequestResponseEndpoint) -> Response:
