@@ -141,14 +141,15 @@ def command_line(chosen: dict) -> list[str]:
 
 
 def train_all(runs: list[Run], options: argparse.Namespace) -> None:
-    out = options.out
     environment = dict(os.environ)
     if options.cache:
         environment["ITO_CACHE"] = str(options.cache.absolute())
     if options.threads:  # of the evaluation too: three on one core took 120 s instead of 25
         environment["OMP_NUM_THREADS"] = str(options.threads)
     with ThreadPoolExecutor(options.jobs) as pool:
-        for line in pool.map(lambda run: train(run, out, options.threads, environment), runs):
+        for line in pool.map(
+            lambda run: train(run, options.out, options.threads, environment), runs
+        ):
             print(line, flush=True)
 
 

@@ -38,6 +38,7 @@ of_data, of_stream, of_objective, of_model, of_training, of_intervals = (
 )
 # Above all that is in use; they stop what a configuration of others could fill the memory with.
 MOST_PIXELS, MOST_WIDTH, MOST_BLOCKS, MOST_TOKENS = 8192, 65_536, 1000, 4_000_000
+TOWERS = ("none", "image", "text", "both")
 SEPARATORS = {"tab": "\t", "\\t": "\t", "comma": ",", "semicolon": ";", "pipe": "|"}
 AUGMENTATIONS = {
     "scale": "range of the crop's area relative to the image's; above 1: shrunk, on white",
@@ -176,9 +177,7 @@ class Config:
         "shared", "ito: logit scale of the fusion loss", ("shared", "own")
     )
     fusion_stop_gradient: str = of_objective(
-        "none",
-        "ito: towers that get no gradient from the fusion loss",
-        ("none", "image", "text", "both"),
+        "none", "ito: towers that get no gradient from the fusion loss", TOWERS
     )
     fusion_text: str = of_objective(
         "caption",
@@ -248,9 +247,7 @@ class Config:
         "hf:NAME (a CLIP or SigLIP), or a run folder (see docs/finetuning.md; default: random "
         "weights)",
     )
-    locked: str = of_model(
-        "none", "towers that are not trained (LiT)", ("none", "image", "text", "both")
-    )
+    locked: str = of_model("none", "towers that are not trained (LiT)", TOWERS)
 
     steps: int = of_training(2000, "optimizer steps", least=1, most=10**12)
     batch_size: int = of_training(

@@ -185,15 +185,38 @@ class Sigmoid(Objective):
             self.logit_bias.fill_(logit_bias)
 
     def all_pairs(self, image, text, scale, ids, group):
-        """(1/B) Σ softplus(±S), as `sigmoid_loss`; by a kernel, if equal captions are no matter."""
-        captions, pair = len(text), (scale, self.logit_bias)
-        if ids is not None and (captions > 1 or self.equal_ids == "ignore"):
-            return sigmoid_loss(image, text, *pair, ids, self.equal_ids, group)
-        own = None if ids is None else ids[0]
-        if captions > 1:
-            own = global_row_numbers(len(image), group, text.device).repeat(captions)
-        ids = {"image_ids": own if own is None else own[: len(image)], "text_ids": own}
-        return siglip_loss(image, text.flatten(0, 1), *pair, **ids, group=group)
+        """(1/B) Σ softplus(±S) over all images (n, E) and all captions (K, n, E) of the B items of
+        all ranks: minus for an item's own captions, and plus for others.
+
+        A caption of another item whose id is one of the item's own, ids (K, n), has minus too, or
+        with `equal_ids` "ignore" no term. Unless ids alone say so, as `siglip_loss` takes them, the
+        scores are computed a panel of rows at a time, with the captions of all ranks.
+        """
+        captions, n = text.shape[:2]
+        places = global_row_numbers(n, group, text.device)
+        if ids is None or (captions == 1 and self.equal_ids == "positive"):
+            named, keys = {}, text.flatten(0, 1)
+            if ids is not None or captions > 1:
+                own = places if ids is None else ids[0]
+                named = {"image_ids": own, "text_ids": own.repeat(captions)}
+            return siglip_loss(image, keys, scale, self.logit_bias, **named, group=group)
+        texts = all_gather_rows(text.transpose(0, 1).contiguous(), group)  # (B, K, E)
+        text_ids = all_gather_rows(ids.T.contiguous(), group)
+        items = torch.arange(len(texts), device=ids.device).repeat_interleave(captions)
+
+        def terms(dot, rows, own_ids, places, text_ids, items, scale, bias):
+            own = places[:, None] == items
+            sign, counted = signs_of_equal(own, own_ids, text_ids, self.equal_ids, dot.dtype)
+            return (F.softplus(sign * (scale * dot + bias), threshold=40) * counted).sum(1)
+
+        rows = panelwise(
+            terms,
+            image,
+            texts.flatten(0, 1),
+            row_args=(ids.T, places),
+            key_args=(text_ids.flatten(), items, scale, self.logit_bias),
+        )
+        return all_reduce_sum(rows.sum(), group) / len(texts)
 
 
 class SigLip(Sigmoid):
@@ -202,42 +225,6 @@ class SigLip(Sigmoid):
     def loss(self, image, text, *, logit_scale, step, group):
         align = self.all_pairs(image[0], text, logit_scale, step.caption_ids, group)
         return align, {"align": align, "logit_bias": self.logit_bias}
-
-
-def sigmoid_loss(
-    image: Tensor,
-    text: Tensor,
-    scale: Tensor,
-    bias: Tensor,
-    ids: Tensor,
-    equal_ids: str,
-    group: ProcessGroup | None,
-) -> Tensor:
-    """(1/B) Σ softplus(±S) over all images (n, E) and all captions (K, n, E) of the B items of all
-    ranks: minus for an item's own captions, and plus for others.
-
-    A caption of another item whose id is one of the item's own, ids (K, n), has minus too, or with
-    equal_ids="ignore" no term. The scores are computed a panel of rows at a time, with the captions
-    of all ranks.
-    """
-    texts = all_gather_rows(text.transpose(0, 1).contiguous(), group)  # (B, K, E)
-    text_ids = all_gather_rows(ids.T.contiguous(), group)
-    items = torch.arange(len(texts), device=ids.device).repeat_interleave(len(text))
-    places = global_row_numbers(len(image), group, ids.device)
-
-    def terms(dot, rows, own_ids, places, text_ids, items, scale, bias):
-        own = places[:, None] == items
-        sign, counted = signs_of_equal(own, own_ids, text_ids, equal_ids, dot.dtype)
-        return (F.softplus(sign * (scale * dot + bias), threshold=40) * counted).sum(1)
-
-    rows = panelwise(
-        terms,
-        image,
-        texts.flatten(0, 1),
-        row_args=(ids.T, places),
-        key_args=(text_ids.flatten(), items, scale, bias),
-    )
-    return all_reduce_sum(rows.sum(), group) / len(texts)
 
 
 def signs_of_equal(
@@ -306,16 +293,7 @@ class Flair(Sigmoid):
         terms = {"local": local, "all": both, "logit_bias": self.logit_bias}
         return (local + both) / 2, terms
 
-    def pairs(
-        self,
-        tokens: Tensor,
-        own: Tensor,
-        all_text: Tensor,
-        places: Tensor,
-        logit_scale: Tensor,
-        own_ids: Tensor | None,
-        all_ids: Tensor | None,
-    ) -> Tensor:
+    def pairs(self, tokens, own, all_text, places, logit_scale, own_ids, all_ids) -> Tensor:
         """The sum over the pairs of n images, given as tokens (n, T, E), with their own captions
         (K, n, E) and the first captions of all items (B, E), where their own are rows `places`.
 

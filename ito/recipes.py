@@ -4,11 +4,6 @@ from ito.data.augment import PAPER
 
 EMOJI_SMALL, EMOJI_FULL = "emoji-small", "emoji-full"
 
-# For people's own pictures and captions: taken for all data that is not an emoji set. Photographs
-# are not recognised at the emoji's 32 px, nor are sentences of more than 14 words read in their 16
-# tokens. Augmentation: `Objective.photo_augmentation`.
-PHOTOS = {"image_size": 112, "context_length": 32, "vocab_size": 8000}
-
 
 def vit_b16(pairs: int, batch_size: int, lr: float) -> dict:
     """The ITO paper's recipe for so many pairs, in the sizes of ViT-B/16 and CLIP's text tower."""
@@ -33,14 +28,16 @@ def vit_b16(pairs: int, batch_size: int, lr: float) -> dict:
     }
 
 
-# For a pretrained model. The factor per layer is that of MAE's fine-tuning (He et al. 2022, table
-# 9), the weight decay that of the recipes above. Augmentation: `Objective.photo_augmentation`.
-FINETUNE = {"lr": 1e-5, "warmup": 0.05, "weight_decay": 0.1, "layer_decay": 0.75}
 PRESETS = {
     "emoji-small": {},
     "emoji-full": {"train_data": EMOJI_FULL},
-    "photos": PHOTOS,
+    # For people's own pictures and captions: taken for all data that is not an emoji set.
+    # Photographs are not recognised at the emoji's 32 px, nor are sentences of more than 14 words
+    # read in their 16 tokens. Augmentation: `Objective.photo_augmentation`.
+    "photos": {"image_size": 112, "context_length": 32, "vocab_size": 8000},
     "cc12m-vitb16": vit_b16(pairs=10_968_539, batch_size=2048, lr=1e-3),
     "yfcc15m-vitb16": vit_b16(pairs=14_082_031, batch_size=4096, lr=3e-3),
-    "finetune": FINETUNE,
+    # For a pretrained model. The factor per layer is that of MAE's fine-tuning (He et al. 2022,
+    # table 9), the weight decay that of the recipes above. Augmentation: as of photos.
+    "finetune": {"lr": 1e-5, "warmup": 0.05, "weight_decay": 0.1, "layer_decay": 0.75},
 }

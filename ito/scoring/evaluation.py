@@ -1,7 +1,4 @@
-"""The scores of a model on each split of a data set, by name.
-
-`evaluate` has those that training logs, `evaluate_fully` those of `python -m ito.evaluate`.
-"""
+"""The scores of a model on each split of a data set, by name."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -65,7 +62,7 @@ def evaluate_fully(
     splits: list[str],
     prompts: tuple[str, ...] = PROMPTS,
 ) -> dict[str, float]:
-    """The scores of `evaluate` for `splits`, and others that take too long during training.
+    """The scores of `evaluate`, and others of `python -m ito.evaluate`, too slow for training.
 
     `zero_shot/…/ensemble`: a class is the mean of its `prompts`. `linear_probe`, `knn`: classifiers
     of image embeddings by subgroup and by concept (the item's name), fitted on the split "train" if
@@ -100,10 +97,8 @@ def evaluate_fully(
         if len(names) > 1:
             texts = classes.names[names]
             found |= with_prefix("modality", probes.modality_classifier(images, texts, name, names))
-            found |= {
-                "geometry/uniformity_images": uniformity_loss(images).item(),
-                "geometry/uniformity_texts": uniformity_loss(texts).item(),
-            }
+            found["geometry/uniformity_images"] = uniformity_loss(images).item()
+            found["geometry/uniformity_texts"] = uniformity_loss(texts).item()
         found["geometry/alignment"] = alignment_loss(images, classes.names[name]).item()
         found |= language_scores(model, tokenizer, dataset, images, item)
         found |= clip_benchmark_scores(model, tokenizer, dataset, images, item)

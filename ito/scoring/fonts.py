@@ -16,13 +16,8 @@ PREFERRED = (
     *("Arial Unicode", "PingFang", "Hiragino Sans GB", "msyh", "malgun", "YuGothR", "msgothic"),
     *("wqy-microhei", "wqy-zenhei", "DroidSansFallback", "unifont"),
 )
-PACKAGES = {  # of Debian, by `script`
-    "symbols": "fonts-symbola",
-    "CJK": "fonts-noto-cjk",
-    "HIRAGANA": "fonts-noto-cjk",
-    "KATAKANA": "fonts-noto-cjk",
-    "HANGUL": "fonts-noto-cjk",
-}
+PACKAGES = {"symbols": "fonts-symbola"}  # of Debian, by `script`
+PACKAGES |= dict.fromkeys(("CJK", "HIRAGANA", "KATAKANA", "HANGUL"), "fonts-noto-cjk")
 
 
 def folders() -> list[Path]:

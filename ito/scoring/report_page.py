@@ -1,8 +1,4 @@
-"""`report.html` of a run, a self-contained file: `report.html` beside this file is its template.
-
-What the scores mean in a sentence, answers and mistakes, curves, scores, a map of both modalities,
-the configuration and the machine. The page loads nothing over the network.
-"""
+"""`report.html` of a run, a self-contained file: `report.html` beside this file is its template."""
 
 import base64
 import io
