@@ -102,9 +102,8 @@ class Objective(nn.Module):
 
 def unit_rows(tower: nn.Module, inputs: Tensor) -> Tensor:
     """From inputs (V, n, ...) to unit rows (V, n, E), fp32."""
-    return F.normalize(tower(inputs.flatten(0, 1))[1].float(), dim=-1).unflatten(
-        0, inputs.shape[:2]
-    )
+    rows = F.normalize(tower(inputs.flatten(0, 1))[1].float(), dim=-1)
+    return rows.unflatten(0, inputs.shape[:2])
 
 
 class Clip(Objective):

@@ -381,9 +381,8 @@ def cost_table(arms: dict[str, list[Result]], costs: dict[str, StepCost]) -> str
     header += ["preparing the next batch, ms", "peak memory, MiB", "exported model, MiB"]
     return rows(header, lines) + (
         "\n\nSteps are timed in turns in one process; a thread prepares the next batch while one "
-        "computes. The exported model has the two towers only, "
-        "so it and the cost of inference are the same for all objectives. Memory is that of the "
-        "process, with data and evaluation."
+        "computes. The exported model has the two towers only, so it and the cost of inference are "
+        "the same for all objectives. Memory is that of the process, with data and evaluation."
     )
 
 

@@ -206,7 +206,7 @@ def language_scores(model, tokenizer, dataset, images, item) -> dict[str, float]
     items = torch.tensor(items)
     shown = torch.isin(item, items)
     images, item = images[shown], item[shown]
-    text_rank, image_rank, right, candidates = [], [], [], []
+    text_rank, image_rank, right, sizes = [], [], [], []
     for language in [None, *languages]:
         texts, text = distinct(
             names[n][language][0] if language else dataset.captions[n][0] for n in items.tolist()
@@ -217,7 +217,7 @@ def language_scores(model, tokenizer, dataset, images, item) -> dict[str, float]
         text_rank.append(rank[text])  # of an item by its name
         right.append(correct[text])
         image_rank.append(ranks(images, emb, pairs)[0])
-        candidates.append(len(texts))
+        sizes.append(len(texts))
     count = len(text_rank)
     return {
         "languages/count": count,
@@ -225,7 +225,5 @@ def language_scores(model, tokenizer, dataset, images, item) -> dict[str, float]
         "languages/t2i/mean_rank_variance": mean_rank_variance(torch.stack(text_rank, 1)),
         "languages/t2i/chance": random_rank_variance(torch.stack(right, 1), len(item)),
         "languages/i2t/mean_rank_variance": mean_rank_variance(torch.stack(image_rank, 1)),
-        "languages/i2t/chance": random_rank_variance(
-            torch.ones(1, count), torch.tensor(candidates)
-        ),
+        "languages/i2t/chance": random_rank_variance(torch.ones(1, count), torch.tensor(sizes)),
     }

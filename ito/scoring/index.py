@@ -38,13 +38,11 @@ class Index:
         path = RunFolder(run).index / f"{key.hexdigest()[:16]}.safetensors"
         if path.exists():
             with undamaged(path):
-                kept = load_tensors(path)[0]["images"]
+                emb = load_tensors(path)[0]["images"]
                 wanted = (len(dataset.images), encoder.model.architecture["width"])
-                if kept.shape != wanted or kept.dtype != torch.float32:
-                    raise ValueError(
-                        f"expected fp32 {wanted}, got {kept.dtype} {tuple(kept.shape)}"
-                    )
-                return cls(encoder, dataset, kept)
+                if emb.shape != wanted or emb.dtype != torch.float32:
+                    raise ValueError(f"expected fp32 {wanted}, got {emb.dtype} {tuple(emb.shape)}")
+                return cls(encoder, dataset, emb)
         embeddings = encoder.encode_image(dataset.images)
         with write_atomically(path) as temporary:
             temporary.write_bytes(save_tensors({"images": embeddings}))
@@ -97,14 +95,12 @@ class Near(NamedTuple):
         captions = [text for n in item.unique().tolist() for text in dataset.captions[n]]
         texts = encoder.encode_text([captions[n] for n in spread(len(captions))])
         pictures = spread(len(rows))
-        text_best = [(part @ known.T).amax(1) for part in texts.split(64)]
+        text_best = torch.cat([(part @ known.T).amax(1) for part in texts.split(64)])
         picture_best = [
             (known[part] @ known.T).masked_fill(item[part, None] == item, -1).amax(1)
             for part in pictures.split(64)
         ]
-        return cls(
-            low(torch.cat(text_best)), low(torch.cat(picture_best)), *measure_odds(index, held)
-        )
+        return cls(low(text_best), low(torch.cat(picture_best)), *measure_odds(index, held))
 
     @classmethod
     def open(cls, run: Path, encoder: Encoder, own: Callable[[], Index | None]) -> "Near | None":

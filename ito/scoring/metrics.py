@@ -196,11 +196,13 @@ def check_pairs(name: str, pairs: torch.Tensor, first: int | None, second: int) 
     if pairs.ndim != 2 or pairs.shape[1] != 2:
         raise ValueError(f"{name} must have shape (P, 2), got {tuple(pairs.shape)}")
     for column, limit in enumerate((first, second)):
-        found = pairs[:, column]
-        if limit is not None and len(found) and not 0 <= found.min() <= found.max() < limit:
-            raise ValueError(
-                f"{name}[:, {column}] must be in [0, {limit}), got {found.min()} to {found.max()}"
-            )
+        if limit is not None:
+            check_range(f"{name}[:, {column}]", pairs[:, column], limit)
+
+
+def check_range(name: str, found: torch.Tensor, limit: int) -> None:
+    if len(found) and not 0 <= found.min() <= found.max() < limit:
+        raise ValueError(f"{name} must be in [0, {limit}), got {found.min()} to {found.max()}")
 
 
 def zero_shot(
@@ -215,10 +217,7 @@ def zero_shot(
     the most frequent class. Raises ValueError if a label is not in [0, C).
     """
     check_ids("labels", labels, image_emb)
-    if labels.min() < 0 or labels.max() >= len(class_emb):
-        raise ValueError(
-            f"labels must be in [0, {len(class_emb)}), got {labels.min()} to {labels.max()}"
-        )
+    check_range("labels", labels, len(class_emb))
     image = torch.arange(len(labels), device=labels.device)
     rank, _ = ranks(image_emb, class_emb, torch.stack([image, labels], 1))
     ends = {}
