@@ -21,11 +21,7 @@ from ito.tensors import checksum, load_tensors, save_tensors
 
 
 class Index:
-    """Embeddings of all pictures of a data set, training and held-out.
-
-    `search(queries (Q, E), k)` returns cosines and picture indices, (Q, k) each, best first; k is
-    cut to the number of pictures.
-    """
+    """Embeddings of all pictures of a data set, training and held-out."""
 
     def __init__(self, encoder: Encoder, dataset: Dataset, embeddings: torch.Tensor):
         self.encoder, self.dataset, self.embeddings = encoder, dataset, embeddings
@@ -51,7 +47,8 @@ class Index:
     def search(
         self, queries: torch.Tensor, k: int, without: torch.Tensor | None = None
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """without (Q,): a picture of each query's that is left out."""
+        """Cosines and picture indices, (Q, k) each, best first, of queries (Q, E); k is cut to the
+        number of pictures. without (Q,): a picture of each query's that is left out."""
         scores, most = queries @ self.embeddings.T, len(self.embeddings)
         if without is not None:
             scores, most = scores.scatter(1, without[:, None], -torch.inf), most - 1
@@ -95,12 +92,12 @@ class Near(NamedTuple):
         captions = [text for n in item.unique().tolist() for text in dataset.captions[n]]
         texts = encoder.encode_text([captions[n] for n in spread(len(captions))])
         pictures = spread(len(rows))
-        text_best = torch.cat([(part @ known.T).amax(1) for part in texts.split(64)])
-        picture_best = [
+        best = [(part @ known.T).amax(1) for part in texts.split(64)]
+        others = [
             (known[part] @ known.T).masked_fill(item[part, None] == item, -1).amax(1)
             for part in pictures.split(64)
         ]
-        return cls(low(text_best), low(torch.cat(picture_best)), *measure_odds(index, held))
+        return cls(low(torch.cat(best)), low(torch.cat(others)), *measure_odds(index, held))
 
     @classmethod
     def open(cls, run: Path, encoder: Encoder, own: Callable[[], Index | None]) -> "Near | None":
