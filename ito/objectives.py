@@ -188,20 +188,21 @@ class Sigmoid(Objective):
         all ranks: minus for an item's own captions, and plus for others.
 
         A caption of another item whose id is one of the item's own, ids (K, n), has minus too, or
-        with `equal_ids` "ignore" no term. Unless ids alone say so, as `siglip_loss` takes them, the
-        scores are computed a panel of rows at a time, with the captions of all ranks.
+        with `equal_ids` "ignore" no term. Where one id of each caption tells positives from
+        negatives, it is `siglip_loss`; elsewhere the scores are computed a panel of rows at a time,
+        with the captions of all ranks.
         """
         captions, n = text.shape[:2]
-        places = global_row_numbers(n, group, text.device)
         if ids is None or (captions == 1 and self.equal_ids == "positive"):
             named, keys = {}, text.flatten(0, 1)
             if ids is not None or captions > 1:
-                own = places if ids is None else ids[0]
+                own = global_row_numbers(n, group, text.device) if ids is None else ids[0]
                 named = {"image_ids": own, "text_ids": own.repeat(captions)}
             return siglip_loss(image, keys, scale, self.logit_bias, **named, group=group)
         texts = all_gather_rows(text.transpose(0, 1).contiguous(), group)  # (B, K, E)
         text_ids = all_gather_rows(ids.T.contiguous(), group)
         items = torch.arange(len(texts), device=ids.device).repeat_interleave(captions)
+        places = global_row_numbers(n, group, text.device)
 
         def terms(dot, rows, own_ids, places, text_ids, items, scale, bias):
             own = places[:, None] == items
