@@ -20,8 +20,6 @@ from ito.starting import interrupt_as_usual
 # C0, C1, halves of surrogate pairs, and marks that turn the direction of writing
 CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\ud800-\udfff\u202a-\u202e\u2066-\u2069]")
 USER_ERRORS = (ValueError, OSError, ImportError)
-
-
 CLOSED = 141  # the status of a command whose reader has gone: 128 + SIGPIPE
 
 
@@ -68,10 +66,8 @@ def user_errors() -> Iterator[None]:
     except (MemoryError, RuntimeError) as error:
         if not isinstance(error, MemoryError) and "allocate memory" not in str(error):
             raise
-        print(
-            f"error: not enough memory{f': {one_line(str(error))}' * bool(str(error))}",
-            file=sys.stderr,
-        )
+        about = f": {one_line(str(error))}" * bool(str(error))
+        print(f"error: not enough memory{about}", file=sys.stderr)
         sys.exit(2)
     except FloatingPointError as error:
         print(f"error: {error}", file=sys.stderr)

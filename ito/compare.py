@@ -15,8 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ito.cli import Parser, output_path, user_errors
-from ito.config import Config, add_options, from_options
-from ito.files import read_text, write_text
+from ito.config import Config, add_options, flag, from_options
+from ito.files import read_json, write_text
 from ito.run import RunFolder, executed, locked, refuse_strange
 from ito.scoring.comparison import write_comparison
 
@@ -44,11 +44,7 @@ ARMS = {
     "ito-text-dropped": {"objective": "ito", "fusion_text": "dropped"},
 }
 MAIN = tuple(ARMS)[:7]
-DECIDED = (
-    "objective",
-    "seed",
-    *sorted({name for arm in ARMS.values() for name in arm if name != "objective"}),
-)
+DECIDED = tuple(sorted({"seed"}.union(*ARMS.values())))
 
 
 @dataclass(frozen=True)
@@ -91,7 +87,6 @@ def main(arguments: list[str] | None = None) -> Path:
     group.add_argument(
         "--threads", type=int, help="CPU threads per run (default: PyTorch's choice)"
     )
-    group.add_argument("--cache", type=Path, help="folder of prepared data (default: ~/.cache/ito)")
     group.add_argument(
         "--report-only", action="store_true", help="train nothing; report the runs that exist"
     )
@@ -120,9 +115,7 @@ def plan(options: argparse.Namespace) -> list[Run]:
     given = {name: x for name, x in vars(options).items() if name in Config().flat()}
     for name in DECIDED:
         if name in given:
-            raise ValueError(
-                f"--{name.replace('_', '-')} is set by the arms of a comparison: drop it"
-            )
+            raise ValueError(f"{flag(name)} is set by the arms of a comparison: drop it")
     runs = []
     for seed in options.seeds:
         for arm in options.arms:
@@ -137,25 +130,26 @@ def command_line(chosen: dict) -> list[str]:
     words = []
     for name, value in chosen.items():
         if value is True:  # an option without a value, given only if it is on
-            words.append(f"--{name.replace('_', '-')}")
+            words.append(flag(name))
         elif name == "locked":
             towers = ("image", "text") if value == "both" else (value,)
             words += [f"--lock-{tower}" for tower in towers]
         else:
             values = value if isinstance(value, list) else [value]
-            words += [f"--{name.replace('_', '-')}", *map(str, values)]
+            words += [flag(name), *map(str, values)]
     return words
 
 
 def train_all(runs: list[Run], options: argparse.Namespace) -> None:
-    out = options.out
     environment = dict(os.environ)
     if options.cache:
         environment["ITO_CACHE"] = str(options.cache.absolute())
     if options.threads:  # of the evaluation too: three on one core took 120 s instead of 25
         environment["OMP_NUM_THREADS"] = str(options.threads)
     with ThreadPoolExecutor(options.jobs) as pool:
-        for line in pool.map(lambda run: train(run, out, options.threads, environment), runs):
+        for line in pool.map(
+            lambda run: train(run, options.out, options.threads, environment), runs
+        ):
             print(line, flush=True)
 
 
@@ -172,13 +166,12 @@ def train(run: Run, out: Path, threads: int | None, environment: dict) -> str:
         again = ["--resume", str(folder), *command_line(executed(run.config))]
         words += again if begun else ["--out", str(folder), *run.options]
         words += ["--threads", str(threads)] if threads else []
-        usage = call(words, log, environment)
-        write_text(cost, json.dumps(usage) + "\n")
+        write_text(cost, json.dumps(call(words, log, environment)) + "\n")
     words = [sys.executable, "-m", "ito.evaluate", str(folder), "--json", str(scores)]
     places = {name: getattr(run.config, name) for name in ("train_data", "val_data")}
     words += command_line({name: place for name, place in places.items() if place})
     call(words, log, environment)
-    peak = json.loads(read_text(cost))["peak_bytes"]
+    peak = read_json(cost)["peak_bytes"]
     return f"{run.name}: {run.config.steps} steps, {peak / 2**20:.0f} MiB at most"
 
 
@@ -206,9 +199,8 @@ def is_begun(folder: Path, run: Run) -> bool:
     found = RunFolder(folder).read_config().flat()
     other = [name for name, value in run.config.flat().items() if found[name] != value]
     if other:
-        raise ValueError(
-            f"{folder} was trained with another {', '.join(other)}: name another --out"
-        )
+        about = f"was trained with another {', '.join(other)}"
+        raise ValueError(f"{folder} {about}: name another --out")
     return True
 
 

@@ -38,6 +38,7 @@ of_data, of_stream, of_objective, of_model, of_training, of_intervals = (
 )
 # Above all that is in use; they stop what a configuration of others could fill the memory with.
 MOST_PIXELS, MOST_WIDTH, MOST_BLOCKS, MOST_TOKENS = 8192, 65_536, 1000, 4_000_000
+TOWERS = ("none", "image", "text", "both")
 SEPARATORS = {"tab": "\t", "\\t": "\t", "comma": ",", "semicolon": ";", "pipe": "|"}
 AUGMENTATIONS = {
     "scale": "range of the crop's area relative to the image's; above 1: shrunk, on white",
@@ -176,9 +177,7 @@ class Config:
         "shared", "ito: logit scale of the fusion loss", ("shared", "own")
     )
     fusion_stop_gradient: str = of_objective(
-        "none",
-        "ito: towers that get no gradient from the fusion loss",
-        ("none", "image", "text", "both"),
+        "none", "ito: towers that get no gradient from the fusion loss", TOWERS
     )
     fusion_text: str = of_objective(
         "caption",
@@ -248,9 +247,7 @@ class Config:
         "hf:NAME (a CLIP or SigLIP), or a run folder (see docs/finetuning.md; default: random "
         "weights)",
     )
-    locked: str = of_model(
-        "none", "towers that are not trained (LiT)", ("none", "image", "text", "both")
-    )
+    locked: str = of_model("none", "towers that are not trained (LiT)", TOWERS)
 
     steps: int = of_training(2000, "optimizer steps", least=1, most=10**12)
     batch_size: int = of_training(
@@ -301,9 +298,7 @@ class Config:
             if getattr(self, name) is None:
                 object.__setattr__(self, name, getattr(kind, name))
         self.set_encoder_sizes()
-        refuse_unfit(self.objective, [n for n in OPTIONS if self.differs(n)])
-        if kind.fixed and self.augmentation != kind.augmentation:
-            refuse_unfit(self.objective, ["augmentation"])
+        refuse_unfit(self.objective, [n for n in (*OPTIONS, "augmentation") if self.differs(n)])
         for item in dataclasses.fields(self):
             value = getattr(self, item.name)
             if value is None:
@@ -399,9 +394,7 @@ class Config:
 
     def differs(self, name: str) -> bool:
         """Whether an option differs from its default with this objective."""
-        default = getattr(
-            objective_class(self.objective), name, type(self).__dataclass_fields__[name].default
-        )
+        default = getattr(objective_class(self.objective), name, getattr(Config, name))
         return getattr(self, name) != default
 
     def save(self, path: Path) -> None:
@@ -411,10 +404,7 @@ class Config:
     def load(cls, path: Path) -> "Config":
         try:
             values = json.loads(read_text(path))
-            drawn = {
-                name: tuple(value) if isinstance(value, list) else value
-                for name, value in values.pop("augmentation").items()
-            }
+            drawn = with_tuples(values.pop("augmentation"))
             # to runs from before this option, equal captions were negatives
             values = {"equal_captions": "negative"} | values
             return cls(**values, augmentation=Augmentation(**drawn))
@@ -431,6 +421,10 @@ class Config:
 def kind_of(item: dataclasses.Field) -> type:
     """The type of an option's values: `int` of `int | None`."""
     return (get_args(item.type) or (item.type,))[0]
+
+
+def with_tuples(values: dict) -> dict:
+    return {name: tuple(x) if isinstance(x, list) else x for name, x in values.items()}
 
 
 def refuse_unfit(objective: str, given: list[str]) -> None:
@@ -463,12 +457,14 @@ class Lock(argparse.Action):
 def add_options(
     parser: argparse.ArgumentParser, only: str | None = None, hidden: tuple[str, ...] = ()
 ) -> None:
-    """Add one option per field of `Config`, in the groups that the fields name.
+    """Add `--cache`, and one option per field of `Config`, in the groups that the fields name.
 
     only: add this group only, for a command whose defaults are a run's configuration.
     hidden: options that help does not show, for a command that refuses them with a reason.
     """
-    groups: dict[str, argparse._ArgumentGroup] = {}
+    groups = {"data": parser.add_argument_group("data")}
+    where = "folder of prepared data (default: ~/.cache/ito)"
+    groups["data"].add_argument("--cache", type=Path, help=where)
 
     def add(name: str, default, group: str, help: str, choices=None, kind=float) -> None:
         if group not in groups:
@@ -477,10 +473,8 @@ def add_options(
         shown = " ".join(map(str, default)) if several else default
         shown = "the run's" if only else "a tab" if shown == "\t" else shown
         help = help if default is None or default is False else f"{help} (default: {shown})"
-        about = {
-            "default": argparse.SUPPRESS,
-            "help": argparse.SUPPRESS if name in hidden else help,
-        }
+        help = argparse.SUPPRESS if name in hidden else help
+        about = {"default": argparse.SUPPRESS, "help": help}
         if kind is bool:
             groups[group].add_argument(flag(name), action="store_true", **about)
             return
@@ -514,11 +508,7 @@ def from_options(options: argparse.Namespace, base: Config | None = None) -> Con
     Options that were not given are taken from `base`, if there is one; else from the preset (see
     `choose_preset`), the objective or the defaults.
     """
-    given = {
-        name: tuple(value) if isinstance(value, list) else value
-        for name, value in vars(options).items()
-    }
-    given = with_absolute_paths(given)
+    given = with_absolute_paths(with_tuples(vars(options)))
     plain = {f.name: given[f.name] for f in dataclasses.fields(Config) if f.name in given}
     drawn = {name: given[name] for name in vars(DRAWINGS) if name in given}
     if base:
@@ -545,8 +535,7 @@ def with_absolute_paths(given: dict) -> dict:
         if given.get(name, EMOJI_SMALL) not in (None, EMOJI_SMALL, EMOJI_FULL):
             parts = given[name].split("::")
             if not all(parts):
-                option = name.replace("_", "-")
-                raise ValueError(f"--{option} must be a path, got {given[name]!r}")
+                raise ValueError(f"{flag(name)} must be a path, got {given[name]!r}")
             parts = [p if p.startswith((PIPE, *URLS)) else str(Path(p).absolute()) for p in parts]
             given[name] = "::".join(parts)
     if not Path(given.get("image_root") or ".").is_dir():

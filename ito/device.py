@@ -49,9 +49,7 @@ def choose_device(name: str | None, saved: str | None, ranks: Ranks) -> torch.de
     if ranks.size > 1 and device.type == "cuda":
         if name not in (None, "cuda"):
             raise ValueError(f"--device {name}: each rank takes its own GPU; say cuda")
-        if ranks.local >= torch.cuda.device_count():
-            raise ValueError(
-                f"--device cuda: {torch.cuda.device_count()} GPUs for local rank {ranks.local}"
-            )
+        if ranks.local >= (count := torch.cuda.device_count()):
+            raise ValueError(f"--device cuda: {count} GPUs for local rank {ranks.local}")
         device = torch.device("cuda", ranks.local)
     return device

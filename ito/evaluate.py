@@ -17,12 +17,13 @@ from ito.cli import Parser, output_path, shown, user_errors
 from ito.config import add_options
 from ito.data.dataset import Dataset
 from ito.files import read_text, write_text
+from ito.model.embed import embed_images
 from ito.model.exported import Encoder, load
 from ito.model.tokenizer import report_cut
-from ito.run import RunFolder, choose_data, report_step, where_it_is_now
-from ito.scoring.evaluation import ALL, PROMPTS, classify, evaluate_fully
+from ito.run import RunFolder, choose_data, open_chosen, report_step
+from ito.scoring.evaluation import ALL, PROMPTS, embed_classes, evaluate_fully
+from ito.scoring.metrics import zero_shot
 from ito.scoring.scores import cell, clip_benchmark, table
-from ito.source import open_dataset
 from ito.summary import count_overlap, print_notes, report_overlap, report_skipped
 
 
@@ -54,9 +55,6 @@ def main(arguments: list[str] | None = None) -> None:
         help="classify pictures, of one folder per class, among the names in this file: one on "
         "each line, in the order of the folders' names, or FOLDER, a tab, and the name",
     )
-    parser.add_argument(
-        "--cache", type=Path, help="folder of prepared data (default: ~/.cache/ito)"
-    )
     parser.add_argument("--json", type=Path, help="also write the scores to this file")
     parser.add_argument(
         "--clip-benchmark",
@@ -71,8 +69,7 @@ def main(arguments: list[str] | None = None) -> None:
             raise ValueError("--prompts does not go with --templates or --classes: drop it")
         prompts = options.prompts
         if options.templates:
-            lines = lines_of(options.templates, "--templates")
-            prompts = templates_in(lines)
+            prompts = templates_in(lines_of(options.templates, "--templates"))
         if bad := [prompt for prompt in prompts or () if "{}" not in prompt]:
             option = "--templates" if options.templates else "--prompts"
             raise ValueError(f"{option} must hold {{}} for the name, got {bad[0]!r}")
@@ -85,33 +82,25 @@ def main(arguments: list[str] | None = None) -> None:
             raise ValueError(f"--json {options.json} is a folder: name a file for the scores")
         encoder = load(options.run)
         config = choose_data(options)
-        with where_it_is_now(options):
-            dataset = open_dataset(config, options.cache)
+        dataset = open_chosen(options, config)
         splits = options.split or ([ALL] if options.data else dataset.held_out_splits())
         print_notes(report_step(options.run, encoder.step))
         print(report_skipped(dataset.skipped) or f"{len(dataset.images)} pictures")
         if options.classes:
             scores = score_classes(encoder, dataset, splits, options.classes, prompts or PROMPTS)
-            if options.json:
-                write_text(options.json, json.dumps(scores, indent=2) + "\n")
-            return
-        # nothing of other data was trained on, not even what it calls "train"
-        other = options.data or config.val_data
-        overlap = {} if other else count_overlap(dataset, dataset)
-        own = config.train_data == RunFolder(options.run).read_config().train_data
-        if own and not config.val_data and {"train", ALL} & {*splits}:
-            about = "their scores do not measure generalisation"
-            print(f"warning    pictures that were trained on are scored too: {about}")
-        captions = [caption for names in dataset.captions for caption in names]
-        print_notes(report_overlap(overlap, dataset), report_cut(captions, encoder.tokenizer))
-        scores = evaluate_fully(
-            encoder.model,
-            encoder.tokenizer,
-            dataset,
-            splits,
-            tuple(prompts or prompts_of(config.val_data or config.train_data)),
-        )
-        print(table({"score": scores}))
+        else:
+            # nothing of other data was trained on, not even what it calls "train"
+            other = options.data or config.val_data
+            overlap = {} if other else count_overlap(dataset, dataset)
+            own = config.train_data == RunFolder(options.run).read_config().train_data
+            if own and not config.val_data and {"train", ALL} & {*splits}:
+                about = "their scores do not measure generalisation"
+                print(f"warning    pictures that were trained on are scored too: {about}")
+            captions = [caption for names in dataset.captions for caption in names]
+            print_notes(report_overlap(overlap, dataset), report_cut(captions, encoder.tokenizer))
+            prompts = tuple(prompts or prompts_of(config.val_data or config.train_data))
+            scores = evaluate_fully(encoder.model, encoder.tokenizer, dataset, splits, prompts)
+            print(table({"score": scores}))
         if options.json:
             write_text(options.json, json.dumps(scores, indent=2) + "\n")
         if options.clip_benchmark:
@@ -169,8 +158,8 @@ def score_classes(
     place = {folder: n for n, folder in enumerate(names)}
     labels = torch.tensor([place[folder] for folder in folders])
     pictures = dataset.images[torch.tensor(rows)]
-    classes = encoder.model, encoder.tokenizer, pictures, labels, [*names.values()]
-    scores = classify(*classes, templates)
+    classes = embed_classes(encoder.model, encoder.tokenizer, [*names.values()], templates)
+    scores = zero_shot(embed_images(encoder.model, pictures), classes, labels, intervals=True)
     print(f"zero-shot  {len(names)} classes, {len(templates)} templates, {len(rows)} pictures")
     for key, chance in (("top1", 1), ("top5", 5), ("mean_per_class", 1)):
         print(f"  {key:16}{cell(scores, key, '.1%'):>22}  chance {min(1, chance / len(names)):.2%}")

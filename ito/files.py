@@ -1,6 +1,7 @@
 """Files that are written completely or not at all, and errors that name the file."""
 
 import errno
+import json
 import os
 import re
 import secrets
@@ -43,6 +44,12 @@ def require_file(path: Path) -> Path:
 def read_text(path: Path) -> str:
     """The UTF-8 text of a regular file."""
     return require_file(path).read_text(encoding="utf-8")
+
+
+def read_json(path: Path):
+    """The value of a JSON file. Raises ValueError naming the file if it is damaged."""
+    with undamaged(path):
+        return json.loads(read_text(path))
 
 
 def follow_links(path: Path) -> Path:
@@ -98,9 +105,8 @@ def write_atomically(path: Path) -> Iterator[Path]:
             yield target
         return
     make_folder(target.parent, path)
-    temporary = target.with_name(
-        f".{secrets.token_hex(6)}.tmp"
-    )  # not longer than `path`'s own, which may have the greatest length
+    # not longer than `path`'s own, which may have the greatest length
+    temporary = target.with_name(f".{secrets.token_hex(6)}.tmp")
     with naming(path, temporary):
         try:
             yield temporary
@@ -126,6 +132,5 @@ def undamaged(path: Path) -> Iterator[Path]:
         raise
     except Exception as error:  # torch, pickle, zipfile and tokenizers raise many types
         about = f": {str(error)[:300]}" * bool(str(error))
-        raise ValueError(
-            f"{path} is damaged, or not of this run ({type(error).__name__}){about}"
-        ) from None
+        told = f"{path} is damaged, or not of this run ({type(error).__name__})"
+        raise ValueError(f"{told}{about}") from None

@@ -102,9 +102,8 @@ class Objective(nn.Module):
 
 def unit_rows(tower: nn.Module, inputs: Tensor) -> Tensor:
     """From inputs (V, n, ...) to unit rows (V, n, E), fp32."""
-    return F.normalize(tower(inputs.flatten(0, 1))[1].float(), dim=-1).unflatten(
-        0, inputs.shape[:2]
-    )
+    rows = F.normalize(tower(inputs.flatten(0, 1))[1].float(), dim=-1)
+    return rows.unflatten(0, inputs.shape[:2])
 
 
 class Clip(Objective):
@@ -184,55 +183,48 @@ class Sigmoid(Objective):
             super().start_from(model, logit_scale, logit_bias)
             self.logit_bias.fill_(logit_bias)
 
+    def all_pairs(self, image, text, scale, ids, group):
+        """(1/B) Σ softplus(±S) over all images (n, E) and all captions (K, n, E) of the B items of
+        all ranks: minus for an item's own captions, and plus for others.
+
+        A caption of another item whose id is one of the item's own, ids (K, n), has minus too, or
+        with `equal_ids` "ignore" no term. Where one id of each caption tells positives from
+        negatives, it is `siglip_loss`; elsewhere the scores are computed a panel of rows at a time,
+        with the captions of all ranks.
+        """
+        captions, n = text.shape[:2]
+        if ids is None or (captions == 1 and self.equal_ids == "positive"):
+            named, keys = {}, text.flatten(0, 1)
+            if ids is not None or captions > 1:
+                own = global_row_numbers(n, group, text.device) if ids is None else ids[0]
+                named = {"image_ids": own, "text_ids": own.repeat(captions)}
+            return siglip_loss(image, keys, scale, self.logit_bias, **named, group=group)
+        texts = all_gather_rows(text.transpose(0, 1).contiguous(), group)  # (B, K, E)
+        text_ids = all_gather_rows(ids.T.contiguous(), group)
+        items = torch.arange(len(texts), device=ids.device).repeat_interleave(captions)
+        places = global_row_numbers(n, group, text.device)
+
+        def terms(dot, rows, own_ids, places, text_ids, items, scale, bias):
+            own = places[:, None] == items
+            sign, counted = signs_of_equal(own, own_ids, text_ids, self.equal_ids, dot.dtype)
+            return (F.softplus(sign * (scale * dot + bias), threshold=40) * counted).sum(1)
+
+        rows = panelwise(
+            terms,
+            image,
+            texts.flatten(0, 1),
+            row_args=(ids.T, places),
+            key_args=(text_ids.flatten(), items, scale, self.logit_bias),
+        )
+        return all_reduce_sum(rows.sum(), group) / len(texts)
+
 
 class SigLip(Sigmoid):
     """A sigmoid loss of every image with every text. Zhai et al. 2023."""
 
     def loss(self, image, text, *, logit_scale, step, group):
-        pair = (logit_scale, self.logit_bias)
-        if step.caption_ids is None or self.equal_ids == "positive":
-            ids = None if step.caption_ids is None else step.caption_ids[0]
-            ids = {"image_ids": ids, "text_ids": ids}
-            align = siglip_loss(image[0], text[0], *pair, **ids, group=group)
-        else:
-            align = sigmoid_loss(image[0], text, *pair, step.caption_ids, self.equal_ids, group)
+        align = self.all_pairs(image[0], text, logit_scale, step.caption_ids, group)
         return align, {"align": align, "logit_bias": self.logit_bias}
-
-
-def sigmoid_loss(
-    image: Tensor,
-    text: Tensor,
-    scale: Tensor,
-    bias: Tensor,
-    ids: Tensor,
-    equal_ids: str,
-    group: ProcessGroup | None,
-) -> Tensor:
-    """(1/B) Σ softplus(±S) over all images (n, E) and all captions (K, n, E) of the B items of all
-    ranks: minus for an item's own captions, and plus for others.
-
-    A caption of another item whose id is one of the item's own, ids (K, n), has minus too, or with
-    equal_ids="ignore" no term. The scores are computed a panel of rows at a time, with the captions
-    of all ranks.
-    """
-    texts = all_gather_rows(text.transpose(0, 1).contiguous(), group)  # (B, K, E)
-    text_ids = all_gather_rows(ids.T.contiguous(), group)
-    items = torch.arange(len(texts), device=ids.device).repeat_interleave(len(text))
-    places = global_row_numbers(len(image), group, ids.device)
-
-    def terms(dot, rows, own_ids, places, text_ids, items, scale, bias):
-        own = places[:, None] == items
-        sign, counted = signs_of_equal(own, own_ids, text_ids, equal_ids, dot.dtype)
-        return (F.softplus(sign * (scale * dot + bias), threshold=40) * counted).sum(1)
-
-    rows = panelwise(
-        terms,
-        image,
-        texts.flatten(0, 1),
-        row_args=(ids.T, places),
-        key_args=(text_ids.flatten(), items, scale, bias),
-    )
-    return all_reduce_sum(rows.sum(), group) / len(texts)
 
 
 def signs_of_equal(
@@ -275,22 +267,10 @@ class Flair(Sigmoid):
 
     def loss(self, image, text, tokens, *, logit_scale, step, group):
         captions, n = text.shape[:2]
-        ids, all_ids = step.caption_ids, None
+        ids = step.caption_ids
+        all_ids = None if ids is None else all_gather_rows(ids[0], group)
         places = global_row_numbers(n, group, text.device)
-        if ids is None:
-            both = siglip_loss(
-                image[0],
-                text.flatten(0, 1),
-                logit_scale,
-                self.logit_bias,
-                image_ids=places,
-                text_ids=places.repeat(captions),
-                group=group,
-            )
-        else:
-            pair = (logit_scale, self.logit_bias)
-            both = sigmoid_loss(image[0], text, *pair, ids, self.equal_ids, group)
-            all_ids = all_gather_rows(ids[0], group)
+        both = self.all_pairs(image[0], text, logit_scale, ids, group)
         all_text = all_gather_rows(text[0], group)
         block = max(1, self.PAIRS // (len(all_text) + captions))
         total = sum(
@@ -313,16 +293,7 @@ class Flair(Sigmoid):
         terms = {"local": local, "all": both, "logit_bias": self.logit_bias}
         return (local + both) / 2, terms
 
-    def pairs(
-        self,
-        tokens: Tensor,
-        own: Tensor,
-        all_text: Tensor,
-        places: Tensor,
-        logit_scale: Tensor,
-        own_ids: Tensor | None,
-        all_ids: Tensor | None,
-    ) -> Tensor:
+    def pairs(self, tokens, own, all_text, places, logit_scale, own_ids, all_ids) -> Tensor:
         """The sum over the pairs of n images, given as tokens (n, T, E), with their own captions
         (K, n, E) and the first captions of all items (B, E), where their own are rows `places`.
 
@@ -507,6 +478,7 @@ class UserObjective(Objective):
         self.function = user_function(config.objective)
 
     def loss(self, image, text, *, logit_scale, step, group):
+        option = f"--objective {self.config.objective}"
         about = {"item": step.item, "step": step.number, "generator": step.generator}
         try:
             found = self.function(image, text, logit_scale, **about, group=group)
@@ -519,14 +491,11 @@ class UserObjective(Objective):
         for name, value in named.items():
             if not isinstance(value, Tensor) or value.numel() != 1:
                 got = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
-                raise ValueError(
-                    f"--objective {self.config.objective}: {name} must be a tensor of one number, "
-                    f"got {got}"
-                )
+                raise ValueError(f"{option}: {name} must be a tensor of one number, got {got}")
         if torch.is_grad_enabled() and not loss.requires_grad:
             raise ValueError(
-                f"--objective {self.config.objective}: its loss must have a gradient: it must be "
-                "computed from image, text or logit_scale, without detach()"
+                f"{option}: its loss must have a gradient: it must be computed from image, text or "
+                "logit_scale, without detach()"
             )
         return loss.reshape(()), terms
 

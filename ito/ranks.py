@@ -104,20 +104,14 @@ class Ranks:
         try:
             yield
         except USER_ERRORS as error:
-            if self.group is None:
-                raise
             own_error = error
-        if self.group is None:
-            return
-        errors: list[str | None] = [None] * self.size
-        dist.all_gather_object(errors, reason(own_error) if own_error else None)
-        failed = [rank for rank, text in enumerate(errors) if text is not None]
-        if failed and not self.leads:
+        errors = self.all_gather_dicts({self.rank: reason(own_error)} if own_error else {})
+        if errors and not self.leads:
             sys.exit(2)
         if own_error:
             raise own_error
-        if failed:
-            raise ValueError(f"rank {failed[0]}: {errors[failed[0]]}")
+        if errors:
+            raise ValueError(f"rank {min(errors)}: {errors[min(errors)]}")
 
     @contextmanager
     def quiet(self) -> Iterator[None]:

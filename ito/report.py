@@ -9,10 +9,9 @@ from pathlib import Path
 from ito.cli import Parser, shown, user_errors
 from ito.config import add_options
 from ito.model.exported import load
-from ito.run import choose_data, refuse_strange, where_it_is_now
+from ito.run import choose_data, open_chosen, refuse_strange
 from ito.scoring.projections import PROJECTIONS
 from ito.scoring.report_page import write_report
-from ito.source import open_dataset
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -24,18 +23,13 @@ def main(arguments: list[str] | None = None) -> None:
         default="pca",
         help="projection of the embedding map (default: pca)",
     )
-    parser.add_argument(
-        "--cache", type=Path, help="folder of prepared data (default: ~/.cache/ito)"
-    )
     add_options(parser, only="data")
     with user_errors():
         options = parser.parse_args(arguments)
         options.data = None
         refuse_strange(options.run)
         encoder = load(options.run)
-        config = choose_data(options)
-        with where_it_is_now(options):
-            dataset = open_dataset(config, options.cache)
+        dataset = open_chosen(options, choose_data(options))
         print(shown(write_report(options.run, encoder, dataset, options.map)))
 
 

@@ -38,11 +38,8 @@ def resumed_config(options: argparse.Namespace) -> Config:
         raise ValueError("--resume keeps the run's configuration: drop --objective")
     refuse_commands(run, saved, vars(options), executed(saved))
     config = from_options(options, saved)
-    changed = [
-        flag(name)
-        for name, value in config.flat().items()
-        if value != saved.flat()[name] and name not in FREE
-    ]
+    before, now = saved.flat(), config.flat()
+    changed = [flag(name) for name in now if now[name] != before[name] and name not in FREE]
     if changed:
         raise ValueError(f"--resume keeps the run's configuration: drop {', '.join(changed)}")
     done = max(checkpoints(RunFolder(run).checkpoints, strict=False), default=0)

@@ -16,6 +16,7 @@ from pathlib import Path
 from ito.checkpoint import checkpoints
 from ito.cli import reader_gone, reason, shown
 from ito.config import Config, flag, from_options
+from ito.data.dataset import Dataset
 from ito.data.shards import PIPE
 from ito.files import (
     TEMPORARY,
@@ -30,6 +31,7 @@ from ito.files import (
 )
 from ito.objectives import user_file
 from ito.ranks import RankLost
+from ito.source import open_dataset
 
 try:
     import fcntl
@@ -41,9 +43,6 @@ LOCK_FILES: set[FileIO] = set()  # of the locks that this process has
 MOST_THREADS = 1024  # for more OpenMP ends the process without a message
 # what of environment.json a command goes by
 USED = {"threads": int, "ranks": int, "device": str, "dtype": str, "compile": bool, "sha256": dict}
-
-
-# --- files ---
 
 
 class RunFolder:
@@ -108,9 +107,6 @@ def refuse_strange(folder: Path) -> None:
                 raise FileError(f"{path} is {found}, not a file")
 
 
-# --- the lock ---
-
-
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
     """Hold the folder's lock, so that only one process writes what a run is resumed from.
@@ -153,13 +149,10 @@ def open_lock(path: Path, _flags: int) -> int:
         return os.open(path, os.O_RDWR | os.O_CREAT | flags, 0o666)
     except OSError as error:
         folder = os.path.dirname(path) or "."
-        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS) and not writable(folder):
+        writable = os.access(folder, os.W_OK, effective_ids=os.access in os.supports_effective_ids)
+        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS) and not writable:
             raise OSError(f"{folder} is not writable: {error.strerror}") from error
         raise
-
-
-def writable(folder: str) -> bool:
-    return os.access(folder, os.W_OK, effective_ids=os.access in os.supports_effective_ids)
 
 
 def close_lock_files() -> None:
@@ -170,9 +163,6 @@ def close_lock_files() -> None:
 
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=close_lock_files)
-
-
-# --- new and resumed runs ---
 
 
 def refuse_used(run: Path) -> None:
@@ -280,9 +270,6 @@ def resume_command(folder: Path) -> str:
     return " ".join(["python -m ito.train --resume", shown(folder), *map(shown, words)])
 
 
-# --- the log ---
-
-
 class Log:
     """A file of JSON lines, one per logged step ("train") and per evaluation ("eval").
 
@@ -358,14 +345,11 @@ def report_step(folder: Path, step: int) -> str:
     return told * (step != newest)
 
 
-# --- the data ---
-
-
-@contextmanager
-def where_it_is_now(options: argparse.Namespace) -> Iterator[None]:
-    """Where the data of the run is not found, the error says how to name its new place."""
+def open_chosen(options: argparse.Namespace, config: Config) -> Dataset:
+    """The data that `choose_data` has chosen. If it is not found, the error says how to name its
+    new place."""
     try:
-        yield
+        return open_dataset(config, options.cache)
     except FileNotFoundError as error:
         if options.data is not None or "train_data" in options:
             raise

@@ -16,7 +16,7 @@ from ito.cli import Parser, one_line, output_path, reason, shown, user_errors
 from ito.config import add_options
 from ito.files import write_atomically
 from ito.model.exported import Encoder, load
-from ito.run import RunFolder, choose_data, refuse_strange, report_step, where_it_is_now
+from ito.run import RunFolder, choose_data, open_chosen, refuse_strange, report_step
 from ito.scoring.contact_sheet import contact_sheet
 from ito.scoring.index import Index, Near
 from ito.source import open_dataset
@@ -76,9 +76,6 @@ def main(arguments: list[str] | None = None) -> None:
         metavar="PORT",
         help="serve a search page on 127.0.0.1 (default port: 8765; 0: any free port)",
     )
-    parser.add_argument(
-        "--cache", type=Path, help="folder of prepared data (default: ~/.cache/ito)"
-    )
     add_options(parser, only="data")
     with user_errors():
         options = parser.parse_intermixed_args(arguments)
@@ -90,16 +87,14 @@ def main(arguments: list[str] | None = None) -> None:
         if out.is_dir():
             raise ValueError(f"--out {out} is a folder: name a file for the contact sheet")
         if options.serve is not None:
-            from ito.scoring.search_page import (
-                serve,  # imported before the work, so that a missing package is reported at once
-            )
+            # imported before the work, so that a missing package is reported at once
+            from ito.scoring.search_page import serve
         refuse_strange(options.run)
         encoder = load(options.run)
         config = choose_data(options)
         encoder.max_pixels, encoder.fit = config.max_pixels, config.fit
         queries = [embed(encoder, query) for query in options.queries]
-        with where_it_is_now(options):
-            dataset = open_dataset(config, options.cache)
+        dataset = open_chosen(options, config)
         print_notes(report_step(options.run, encoder.step), report_skipped(dataset.skipped))
         index = Index.open(options.run, encoder, dataset)
         near = open_near(options, encoder, index)

@@ -32,9 +32,8 @@ def verify(found: str, expected: str | None) -> None:
 def save_tensors(tensors: dict[str, torch.Tensor], **sums: str) -> bytes:
     """The bytes of a safetensors file with a checksum of the tensors, and further ones, `sums`."""
     sums |= {"tensors": checksum(tensors)}
-    return save(
-        tensors, {"sha256": json.dumps(sums)}
-    )  # one entry: safetensors does not keep the order of several
+    # one entry: safetensors does not keep the order of several
+    return save(tensors, {"sha256": json.dumps(sums)})
 
 
 def load_tensors(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:

@@ -90,7 +90,9 @@ def main(arguments: list[str] | None = None) -> Path:
                 if options.resume:
                     folder, config = options.resume, resumed_config(options)
                 else:
-                    folder, config = new_folder(options), from_options(options)
+                    new = Path("runs") / datetime.now().strftime("%Y%m%d-%H%M%S")
+                    folder = output_path("--out", options.out or new)
+                    config = from_options(options)
                 require_epochs(options, config)
                 if ranks.leads and options.resume:
                     refuse_strange(folder)
@@ -119,7 +121,8 @@ def main(arguments: list[str] | None = None) -> Path:
             model = run.trainer.whole_model()
             with ranks.together():
                 if ranks.leads:
-                    run.track()
+                    about = folder, config.flat(), run.first_step
+                    run.trackers = [open_tracker(name, *about) for name in options.report_to]
                 if ranks.leads and not run.resumed:
                     with resumable(folder):
                         run.begin(model)
@@ -137,11 +140,6 @@ def main(arguments: list[str] | None = None) -> Path:
         if step < config.steps:  # this rank was stopped by a signal, or another one was
             sys.exit(128 + (run.stopped_by or signal.SIGTERM))
         return folder
-
-
-def new_folder(options: argparse.Namespace) -> Path:
-    folder = options.out or Path("runs") / datetime.now().strftime("%Y%m%d-%H%M%S")
-    return output_path("--out", folder)
 
 
 def run_options(parser: argparse.ArgumentParser) -> None:
@@ -166,7 +164,6 @@ def run_options(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="train on all of the data N times, instead of --steps",
     )
-    group.add_argument("--cache", type=Path, help="folder of prepared data (default: ~/.cache/ito)")
     group.add_argument(
         "--workers",
         type=int,
@@ -283,8 +280,7 @@ class Run:
         self.eval_data, self.train_data = eval_data, train_data
         self.files = RunFolder(folder)
         self.log = self.files.log()
-        self.report_to, self.trackers = options.report_to, []
-        self.first_step = 0
+        self.trackers, self.first_step = [], 0
         self.stopped_by: int | None = None  # the number of a signal
 
         saved = options.resume and checkpoints(self.files.checkpoints)
@@ -328,8 +324,6 @@ class Run:
                 changed_data(self.files, config, self.saved_environment, self.environment())
         if pretrained:
             self.trainer.start_from(pretrained)
-
-    # --- set-up ---
 
     def require_sizes(self, state: dict) -> None:
         """Raises ValueError if the checkpoint's weights are not of the sizes that it and
@@ -510,8 +504,6 @@ class Run:
             **({"objective": digest(loss_file[0].read_bytes())} if loss_file else {}),
         }
 
-    # --- training ---
-
     def begin(self, model: DualEncoder) -> None:
         """Evaluate the untrained model, and write the files that exist before the first step."""
         untrained = self.scores(model)
@@ -520,11 +512,6 @@ class Run:
         write_text(self.files.data, json.dumps(self.facts, indent=2, ensure_ascii=False) + "\n")
         self.log.start()
         self.write("eval", 0, untrained)
-
-    def track(self) -> None:
-        """Begin with what --report-to names."""
-        given = self.report_to, self.folder, self.config.flat(), self.first_step
-        self.trackers = [open_tracker(name, *given[1:]) for name in given[0]]
 
     def write(self, kind: str, step: int, values: dict[str, float]) -> None:
         self.log.write(kind, step, values)
@@ -556,9 +543,10 @@ class Run:
                 scored = last or step % config.eval_every == 0
                 saved = last or step % config.checkpoint_every == 0
                 model = self.trainer.whole_model() if scored or saved else None
-                if scored:
-                    better = self.ranks.leads and self.evaluate(step, model, last)
-                    saved |= self.ranks.any(better)
+                if scored and self.ranks.leads:
+                    self.write("eval", step, self.scores(model, last))
+                if scored:  # an evaluation with the best scores so far is saved
+                    saved |= self.ranks.any(self.ranks.leads and self.log.best() == step)
                 if saved:
                     self.checkpoint(step, model)
             if step < config.steps and not (self.resumed and step == self.first_step):
@@ -579,11 +567,10 @@ class Run:
 
     def speed(self, step: int, seconds: float) -> dict[str, float]:
         images = (step - self.first_step) * self.trainer.batches.size * self.config.views
-        input_share = self.trainer.input_seconds / self.trainer.seconds
         return {
             "images_per_second": images / seconds,
             "seconds": seconds,
-            "input_share": input_share,
+            "input_share": self.trainer.input_seconds / self.trainer.seconds,
         }
 
     def scores(self, model: DualEncoder, last: bool = False) -> dict[str, float]:
@@ -594,11 +581,6 @@ class Run:
         scores = evaluate(model, self.tokenizer, data, splits)
         recall = [scores[f"{s}/{way}/R@1"] for s in data.validation_splits() for way in DIRECTIONS]
         return {BEST_BY: sum(recall) / len(recall)} | scores
-
-    def evaluate(self, step: int, model: DualEncoder, last: bool) -> bool:
-        """Log the scores. Whether they are better than those of all steps before."""
-        self.write("eval", step, self.scores(model, last))
-        return self.log.best() == step
 
     def checkpoint(self, step: int, model: DualEncoder) -> None:
         """Export the model, and save what the run can be resumed from. All ranks call it."""

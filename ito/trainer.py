@@ -184,8 +184,6 @@ class Trainer:
         self.seconds += seconds_between(began, ended)
         return logged
 
-    # --- the batch ---
-
     def next_batch(self, number: int) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
         """`batch(number)`, from the loader's thread if the last call was for `number` - 1.
 
@@ -224,8 +222,6 @@ class Trainer:
         if caption_ids is not None:
             caption_ids = caption_ids[:, batch.local_rows].to(self.device)
         return views.unflatten(0, batch.positions.shape), ids, item, caption_ids
-
-    # --- forward and backward ---
 
     def backward(self, views: Tensor, ids: Tensor, step: Step) -> tuple[Tensor, Terms]:
         """Add the gradient of the global batch's loss to `.grad`. Returns the loss and its terms.

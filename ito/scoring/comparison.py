@@ -11,18 +11,20 @@ import importlib.util
 import json
 import math
 import statistics
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from ito.cli import one_line, shown
-from ito.config import Config, from_options
+from ito.config import from_options
 from ito.data.augment import Augmentation
 from ito.data.dataset import Dataset
-from ito.files import read_text, undamaged, write_atomically, write_text
+from ito.files import read_json, write_atomically, write_text
 from ito.model.exported import WEIGHTS, load
 from ito.objectives import OPTIONS
 from ito.run import RunFolder, refuse_commands
@@ -41,33 +43,16 @@ BASE = "ito"  # what ablations are compared with
 DECIDED = {"objective", "seed", *OPTIONS, *vars(Augmentation())} - {"equal_captions"}
 
 
-@dataclass
 class Result:
     """A finished run."""
 
-    folder: Path
-    arm: str
-    config: Config
-    environment: dict
-    steps: list[dict]
-    evaluations: list[dict]
-    more: dict
-    peak_bytes: int
-
-    @classmethod
-    def load(cls, folder: Path) -> "Result":
+    def __init__(self, folder: Path):
         run = RunFolder(folder)
-        log = run.log()
-        return cls(
-            folder,
-            folder.name.rpartition("-seed")[0],
-            run.read_config(),
-            run.read_environment(),
-            log.read("train"),
-            log.read("eval"),
-            dict(read_json(run.evaluation)),
-            int(read_json(run.cost)["peak_bytes"]),
-        )
+        self.folder, self.arm = folder, folder.name.rpartition("-seed")[0]
+        self.config, self.environment = run.read_config(), run.read_environment()
+        self.steps, self.evaluations = run.log().read("train"), run.log().read("eval")
+        self.probes = dict(read_json(run.evaluation))  # of `python -m ito.evaluate`
+        self.peak_bytes = int(read_json(run.cost)["peak_bytes"])
 
     @property
     def version(self) -> int:
@@ -90,6 +75,13 @@ class Result:
 
     def end(self, metric: str) -> float:
         return self.value(self.evaluations[-1], metric)
+
+    def probe(self, metric: str) -> float:
+        return self.probes.get(f"{self.split}/{metric}", math.nan)
+
+    def scale(self) -> list[tuple[int, float]]:
+        """(step, logit scale) of the logged steps."""
+        return [(r["step"], r["logit_scale"]) for r in self.steps]
 
     def aligning(self) -> list[tuple[int, float]]:
         """(step, alignment loss), averaged over ten logged steps; only of softmax losses of pairs.
@@ -115,7 +107,7 @@ def write_comparison(out: Path, cache: Path | None = None, given: dict | None = 
     if not folders:
         raise ValueError(f"{out} holds no finished run")
     arms: dict[str, list[Result]] = {}
-    for result in map(Result.load, folders):
+    for result in map(Result, folders):
         arms.setdefault(result.arm, []).append(result)
     check_equal([run for runs in arms.values() for run in runs])
     for run in (run for runs in arms.values() for run in runs):
@@ -125,28 +117,20 @@ def write_comparison(out: Path, cache: Path | None = None, given: dict | None = 
     costs = measured({arm: runs[0].folder for arm, runs in arms.items()}, out, cache)
     arms = dict(sorted(arms.items(), key=lambda item: costs[item[0]].seconds))
     first = next(iter(arms.values()))[0]
-    parts = [
-        "# Objectives compared",
-        about(arms, first),
-        "## Equal steps",
-        equal_steps(arms),
-        "## What the exported models know",
-        probes(arms),
-        "## Equal time",
-        equal_time(arms, costs),
-        "## Differences",
-        differences(arms),
-        "## The modality gap at matched quality",
-        matched_gap(arms),
-        "## Cost",
-        cost_table(arms, costs),
-        "## Curves",
-        "![R@1, modality gap, scale and fusion loss](curves.png)",
-        "## Maps of both modalities",
-        "![Pictures and captions in two dimensions](maps.png)",
-    ]
     draw_curves(arms, out / "curves.png")
     method = draw_maps(arms, out / "maps.png", cache)
+    sections = {
+        "Equal steps": equal_steps(arms),
+        "What the exported models know": probes(arms),
+        "Equal time": equal_time(arms, costs),
+        "Differences": differences(arms),
+        "The modality gap at matched quality": matched_gap(arms),
+        "Cost": cost_table(arms, costs),
+        "Curves": "![R@1, modality gap, scale and fusion loss](curves.png)",
+        "Maps of both modalities": "![Pictures and captions in two dimensions](maps.png)",
+    }
+    parts = ["# Objectives compared", about(arms, first)]
+    parts += [f"## {title}\n\n{text}" for title, text in sections.items()]
     parts.append(f"Held-out pictures and their captions, first seed, {method}.")
     path = out / "comparison.md"
     write_text(path, "\n\n".join(parts) + "\n")
@@ -183,27 +167,35 @@ def measured(folders: dict[str, Path], out: Path, cache: Path | None) -> dict[st
     return {arm: StepCost(**x) for arm, x in known.items()}
 
 
-def read_json(path: Path):
-    with undamaged(path):
-        return json.loads(read_text(path))
-
-
-# ---- tables
-
-
 def rows(header: list[str], lines: list[list[str]]) -> str:
     table = [[*map(plain_text, header)], ["---"] * len(header)]
     table += [[*map(plain_text, line)] for line in lines]
     return "\n".join(f"| {' | '.join(line)} |" for line in table)
 
 
-def spread(values: list[float], form: Callable[[float], str]) -> str:
+def by_arm(
+    arms: dict[str, list[Result]],
+    columns: dict[str, tuple[Callable[[list[float]], str], Callable[[Result], float]]],
+) -> str:
+    """A row per arm. columns: by title, what writes the values of its runs, and that of a run."""
+    lines = [
+        [arm, *(cell([value(run) for run in runs]) for cell, value in columns.values())]
+        for arm, runs in arms.items()
+    ]
+    return rows(["objective", *columns], lines)
+
+
+def spread(form: Callable[[float], str], values: list[float]) -> str:
     """Mean ± standard deviation over seeds."""
     values = [x for x in values if not math.isnan(x)]
     if not values:
         return ""
     mean = form(statistics.mean(values))
     return f"{mean} ± {form(statistics.stdev(values))}" if len(values) > 1 else mean
+
+
+def whole(values: list[float]) -> str:
+    return f"{statistics.mean(values):.0f}"
 
 
 def percent(x: float) -> str:
@@ -214,9 +206,11 @@ def plain(x: float) -> str:
     return f"{x:.2f}"
 
 
+percents, plains = partial(spread, percent), partial(spread, plain)
+
+
 def about(arms: dict[str, list[Result]], first: Result) -> str:
-    config, chance = first.config, first.end("i2t/chance")
-    environment = first.environment
+    config, environment, chance = first.config, first.environment, first.end("i2t/chance")
     seeds = ", ".join(f"{arm} {len(runs)}" for arm, runs in arms.items())
     return plain_text(
         f"{config.steps} steps of {config.batch_size} items each, {environment['threads']} threads,"
@@ -227,38 +221,23 @@ def about(arms: dict[str, list[Result]], first: Result) -> str:
 
 
 def equal_steps(arms: dict[str, list[Result]]) -> str:
-    concept = "heldout_concept/i2t/R@1"
-    lines = []
-    for arm, runs in arms.items():
-        late = [r.end("R@1") - at(r.curve("R@1"), 0.75 * r.config.steps) for r in runs]
-        lines.append(
-            [
-                arm,
-                spread([r.end("i2t/R@1") for r in runs], percent),
-                spread([r.end("t2i/R@1") for r in runs], percent),
-                spread([r.end("t2i/R@10") for r in runs], percent),
-                spread([r.end("zero_shot/names/top1") for r in runs], percent),
-                spread([r.evaluations[-1].get(concept, math.nan) for r in runs], percent),
-                spread([r.end("modality/gap") for r in runs], plain),
-                spread([r.end("modality/relative") for r in runs], plain),
-                spread([r.steps[-1]["logit_scale"] for r in runs], plain),
-                spread(late, percent),
-            ]
-        )
-    table = rows(
-        [
-            "objective",
-            "image → text R@1",
-            "text → image R@1",
-            "text → image R@10",
-            "zero-shot, all names",
-            "unseen things R@1",
-            "gap",
-            "relative gap",
-            "scale",
-            "gained in the last quarter",
-        ],
-        lines,
+    def late(run: Result) -> float:
+        return run.end("R@1") - at(run.curve("R@1"), 0.75 * run.config.steps)
+
+    unseen = "heldout_concept/i2t/R@1"
+    table = by_arm(
+        arms,
+        {
+            "image → text R@1": (percents, lambda r: r.end("i2t/R@1")),
+            "text → image R@1": (percents, lambda r: r.end("t2i/R@1")),
+            "text → image R@10": (percents, lambda r: r.end("t2i/R@10")),
+            "zero-shot, all names": (percents, lambda r: r.end("zero_shot/names/top1")),
+            "unseen things R@1": (percents, lambda r: r.evaluations[-1].get(unseen, math.nan)),
+            "gap": (plains, lambda r: r.end("modality/gap")),
+            "relative gap": (plains, lambda r: r.end("modality/relative")),
+            "scale": (plains, lambda r: r.steps[-1]["logit_scale"]),
+            "gained in the last quarter": (percents, late),
+        },
     )
     return table + (
         "\n\nThe last column says how far from convergence a run is: R@1 at the end less R@1 after "
@@ -269,44 +248,35 @@ def equal_steps(arms: dict[str, list[Result]]) -> str:
 def probes(arms: dict[str, list[Result]]) -> str:
     """The scores that `python -m ito.evaluate` adds to those of training."""
     columns = (
-        ("linear probe, concepts", "linear_probe/concepts/top1", percent),
-        ("k-NN, concepts", "knn/concepts/top1", percent),
-        ("linear probe, subgroups", "linear_probe/subgroups/top1", percent),
-        ("zero-shot, prompt ensemble", "zero_shot/names/ensemble", percent),
-        ("modality classifier", "modality/classifier", percent),
-        ("uniformity, images", "geometry/uniformity_images", plain),
-        ("uniformity, names", "geometry/uniformity_texts", plain),
-        ("alignment", "geometry/alignment", plain),
-        ("rank variance over languages", "languages/t2i/mean_rank_variance", plain),
+        ("linear probe, concepts", percents, "linear_probe/concepts/top1"),
+        ("k-NN, concepts", percents, "knn/concepts/top1"),
+        ("linear probe, subgroups", percents, "linear_probe/subgroups/top1"),
+        ("zero-shot, prompt ensemble", percents, "zero_shot/names/ensemble"),
+        ("modality classifier", percents, "modality/classifier"),
+        ("uniformity, images", plains, "geometry/uniformity_images"),
+        ("uniformity, names", plains, "geometry/uniformity_texts"),
+        ("alignment", plains, "geometry/alignment"),
+        ("rank variance over languages", plains, "languages/t2i/mean_rank_variance"),
     )
-    lines = [
-        [
-            arm,
-            *(
-                spread([r.more.get(f"{r.split}/{key}", math.nan) for r in runs], form)
-                for _, key, form in columns
-            ),
-        ]
-        for arm, runs in arms.items()
-    ]
-    return rows(["objective", *(name for name, _, _ in columns)], lines)
+    values = {name: (cell, partial(Result.probe, metric=key)) for name, cell, key in columns}
+    return by_arm(arms, values)
 
 
 def equal_time(arms: dict[str, list[Result]], costs: dict[str, StepCost]) -> str:
     """The scores of each run at the time at which the fastest arm has ended."""
     budget = min(costs[arm].seconds * runs[0].config.steps for arm, runs in arms.items())
-    lines = []
-    for arm, runs in arms.items():
-        step = min(budget / costs[arm].seconds, runs[0].config.steps)
-        lines.append(
-            [
-                arm,
-                f"{step:.0f}",
-                spread([at(r.curve("R@1"), step) for r in runs], percent),
-                spread([at(r.curve("modality/gap"), step) for r in runs], plain),
-            ]
-        )
-    table = rows(["objective", "steps by then", "R@1", "gap"], lines)
+
+    def by_then(run: Result) -> float:
+        return min(budget / costs[run.arm].seconds, run.config.steps)
+
+    table = by_arm(
+        arms,
+        {
+            "steps by then": (whole, by_then),
+            "R@1": (percents, lambda r: at(r.curve("R@1"), by_then(r))),
+            "gap": (plains, lambda r: at(r.curve("modality/gap"), by_then(r))),
+        },
+    )
     return (
         f"After {budget:.0f} s of steps, when the fastest has ended: from the same runs' curves "
         "and the cost of a step (below). The learning rate of the slower ones has not come down "
@@ -315,18 +285,18 @@ def equal_time(arms: dict[str, list[Result]], costs: dict[str, StepCost]) -> str
 
 
 def differences(arms: dict[str, list[Result]]) -> str:
-    pairs = [pair for pair in EXPECTED if pair[0] in arms and pair[1] in arms]
-    pairs += [(BASE, arm) for arm in arms if BASE in arms and (BASE, arm) not in pairs]
-    lines = []
-    for a, b in pairs:
-        if a == b:
-            continue
-        cells = [f"{a} − {b}"]
-        for metric, form in (("R@1", percent), ("modality/gap", plain)):
-            cells.append(interval(paired(arms[a], arms[b], metric), form))
-        lines.append([*cells, "yes" if (a, b) in EXPECTED else ""])
-    header = ["difference", "R@1", "gap", "expected by the paper to be better"]
-    return rows(header, lines)
+    pairs = dict.fromkeys((*EXPECTED, *((BASE, arm) for arm in arms if arm != BASE)))
+    lines = [
+        [
+            f"{a} − {b}",
+            interval(paired(arms[a], arms[b], "R@1"), percent),
+            interval(paired(arms[a], arms[b], "modality/gap"), plain),
+            "yes" if (a, b) in EXPECTED else "",
+        ]
+        for a, b in pairs
+        if a in arms and b in arms
+    ]
+    return rows(["difference", "R@1", "gap", "expected by the paper to be better"], lines)
 
 
 def paired(a: list[Result], b: list[Result], metric: str) -> list[float]:
@@ -366,25 +336,20 @@ def matched_gap(arms: dict[str, list[Result]]) -> str:
 
 def gaps_when(arms: dict[str, list[Result]], when: Callable[[Result], float]) -> str:
     """Gap and scale of each run at the step that `when` returns."""
-    lines = []
-    for arm, runs in arms.items():
-        steps = [when(r) for r in runs]
-        curves = (
-            [r.curve("modality/gap") for r in runs],
-            [r.curve("modality/relative") for r in runs],
-            [[(s["step"], s["logit_scale"]) for s in r.steps] for r in runs],
-        )
-        cells = [[at(c, step) for c, step in zip(cs, steps, strict=True)] for cs in curves]
-        lines.append([arm, f"{statistics.mean(steps):.0f}", *(spread(x, plain) for x in cells)])
-    return rows(["objective", "at step", "gap", "relative gap", "scale"], lines)
+    return by_arm(
+        arms,
+        {
+            "at step": (whole, when),
+            "gap": (plains, lambda r: at(r.curve("modality/gap"), when(r))),
+            "relative gap": (plains, lambda r: at(r.curve("modality/relative"), when(r))),
+            "scale": (plains, lambda r: at(r.scale(), when(r))),
+        },
+    )
 
 
 def at(curve: list[tuple[float, float]], step: float) -> float:
     """The value of the curve at a step, interpolated linearly."""
-    for (a, x), (b, y) in pairwise(curve):
-        if step <= b:
-            return x + (y - x) * max(step - a, 0) / (b - a)
-    return curve[-1][1]
+    return float(np.interp(step, *zip(*curve, strict=True)))
 
 
 def reached(curve: list[tuple[float, float]], target: float) -> float:
@@ -416,79 +381,67 @@ def cost_table(arms: dict[str, list[Result]], costs: dict[str, StepCost]) -> str
     header += ["preparing the next batch, ms", "peak memory, MiB", "exported model, MiB"]
     return rows(header, lines) + (
         "\n\nSteps are timed in turns in one process; a thread prepares the next batch while one "
-        "computes. The exported model has the two towers only, "
-        "so it and the cost of inference are the same for all objectives. Memory is that of the "
-        "process, with data and evaluation."
+        "computes. The exported model has the two towers only, so it and the cost of inference are "
+        "the same for all objectives. Memory is that of the process, with data and evaluation."
     )
-
-
-# ---- pictures
 
 
 def draw_curves(arms: dict[str, list[Result]], path: Path) -> None:
-    plt = pyplot()
-    figure, axes = plt.subplots(2, 2, figsize=(11, 7), layout="constrained")
     panels = (
         ("R@1, %", lambda r: [(s, 100 * v) for s, v in r.curve("R@1")]),
         ("modality gap", lambda r: r.curve("modality/gap")),
-        ("scale", lambda r: [(s["step"], s["logit_scale"]) for s in r.steps]),
+        ("scale", lambda r: r.scale()),
         ("fusion loss", lambda r: [(s["step"], s["fusion"]) for s in r.steps if s.get("fusion")]),
     )
-    for axis, (title, curve) in zip(axes.flat, panels, strict=True):
-        for number, (arm, runs) in enumerate(arms.items()):
-            label = arm
-            for run in runs:
-                if points := curve(run):
-                    style = {"color": f"C{number % 10}", "lw": 1.1, "alpha": 0.8}
-                    axis.plot(*zip(*points, strict=True), label=label, **style)
-                    label = None
-        axis.set(title=title, xlabel="step")
-        axis.spines[["top", "right"]].set_visible(False)
-    axes[1, 1].set_yscale("log")
-    axes[0, 0].legend(frameon=False, fontsize=8)
-    with write_atomically(path) as temporary:
-        figure.savefig(temporary, format="png", dpi=110)
-    plt.close(figure)
+    with picture(path, 2, 2, (11, 7)) as axes:
+        for axis, (title, curve) in zip(axes.flat, panels, strict=True):
+            for number, (arm, runs) in enumerate(arms.items()):
+                label = arm
+                for run in runs:
+                    if points := curve(run):
+                        style = {"color": f"C{number % 10}", "lw": 1.1, "alpha": 0.8}
+                        axis.plot(*zip(*points, strict=True), label=label, **style)
+                        label = None
+            axis.set(title=title, xlabel="step")
+            axis.spines[["top", "right"]].set_visible(False)
+        axes[1, 1].set_yscale("log")
 
 
 def draw_maps(arms: dict[str, list[Result]], path: Path, cache: Path | None) -> str:
     """Draw pictures and captions of the held-out split, of each arm's first run, as a map. Returns
     the name of the projection."""
-    plt = pyplot()
     columns = min(len(arms), 4)
     height = -(-len(arms) // columns)
-    figure, axes = plt.subplots(
-        height, columns, figsize=(3 * columns, 3 * height), squeeze=False, layout="constrained"
-    )
     project = "umap" if importlib.util.find_spec("umap") else "pca"
     datasets: dict[str, Dataset] = {}
-    for axis in axes.flat:
-        axis.axis("off")
-    for axis, (arm, runs) in zip(axes.flat, arms.items(), strict=False):
-        run = runs[0]
-        data = datasets.setdefault(run.config.train_data, open_dataset(run.config, cache))
-        encoder = load(run.folder)
-        split = EmbeddedSplit(data.rows(run.split), encoder.model, encoder.tokenizer, data)
-        points, _ = PROJECTIONS[project](torch.cat([split.images, split.texts]))
-        n = len(split.images)
-        axis.scatter(*zip(*points[:n], strict=True), s=5, lw=0, alpha=0.7, label="pictures")
-        axis.scatter(*zip(*points[n:], strict=True), s=5, lw=0, alpha=0.7, label="captions")
-        axis.set_title(arm, fontsize=10)
-    axes[0, 0].legend(frameon=False, fontsize=8)
-    with write_atomically(path) as temporary:
-        figure.savefig(temporary, format="png", dpi=110)
-    plt.close(figure)
+    with picture(path, height, columns, (3 * columns, 3 * height)) as axes:
+        for axis in axes.flat:
+            axis.axis("off")
+        for axis, (arm, runs) in zip(axes.flat, arms.items(), strict=False):
+            run = runs[0]
+            data = datasets.setdefault(run.config.train_data, open_dataset(run.config, cache))
+            encoder = load(run.folder)
+            split = EmbeddedSplit(data.rows(run.split), encoder.model, encoder.tokenizer, data)
+            points, _ = PROJECTIONS[project](torch.cat([split.images, split.texts]))
+            n = len(split.images)
+            axis.scatter(*zip(*points[:n], strict=True), s=5, lw=0, alpha=0.7, label="pictures")
+            axis.scatter(*zip(*points[n:], strict=True), s=5, lw=0, alpha=0.7, label="captions")
+            axis.set_title(arm, fontsize=10)
     return {"umap": "UMAP", "pca": "principal directions"}[project]
 
 
-def pyplot():
+@contextmanager
+def picture(path: Path, height: int, width: int, inches: tuple[int, int]) -> Iterator[np.ndarray]:
+    """The axes, height × width, of a PNG that is written at the end of the body."""
     try:
-        import matplotlib
+        from matplotlib.figure import Figure
     except ImportError:
         raise ImportError(
             "a comparison draws with matplotlib: pip install 'ito_trainer[compare]'"
         ) from None
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    return plt
+    figure = Figure(figsize=inches, layout="constrained")
+    axes = figure.subplots(height, width, squeeze=False)
+    yield axes
+    axes[0, 0].legend(frameon=False, fontsize=8)
+    with write_atomically(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=110)

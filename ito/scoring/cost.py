@@ -40,9 +40,8 @@ def step_costs(runs: dict[str, Path], cache: Path | None = None) -> dict[str, St
     data = None
     for name, folder in runs.items():
         config = RunFolder(folder).read_config()
-        config = replace(
-            config, steps=max(config.steps, WARMUP + ROUNDS + 1)
-        )  # so that a next batch is always prepared
+        # so that a next batch is always prepared
+        config = replace(config, steps=max(config.steps, WARMUP + ROUNDS + 1))
         environment = RunFolder(folder).read_environment()
         torch.set_num_threads(environment["threads"])
         if data is None or config.stream:  # a stream has one position, so each run needs its own

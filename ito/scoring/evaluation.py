@@ -1,8 +1,6 @@
-"""The scores of a model on each split of a data set, by name.
+"""The scores of a model on each split of a data set, by name."""
 
-`evaluate` has those that training logs, `evaluate_fully` those of `python -m ito.evaluate`.
-"""
-
+from collections import Counter
 from collections.abc import Sequence
 
 import torch
@@ -64,7 +62,7 @@ def evaluate_fully(
     splits: list[str],
     prompts: tuple[str, ...] = PROMPTS,
 ) -> dict[str, float]:
-    """The scores of `evaluate` for `splits`, and others that take too long during training.
+    """The scores of `evaluate`, and others of `python -m ito.evaluate`, too slow for training.
 
     `zero_shot/…/ensemble`: a class is the mean of its `prompts`. `linear_probe`, `knn`: classifiers
     of image embeddings by subgroup and by concept (the item's name), fitted on the split "train" if
@@ -99,29 +97,13 @@ def evaluate_fully(
         if len(names) > 1:
             texts = classes.names[names]
             found |= with_prefix("modality", probes.modality_classifier(images, texts, name, names))
-            found |= {
-                "geometry/uniformity_images": uniformity_loss(images).item(),
-                "geometry/uniformity_texts": uniformity_loss(texts).item(),
-            }
+            found["geometry/uniformity_images"] = uniformity_loss(images).item()
+            found["geometry/uniformity_texts"] = uniformity_loss(texts).item()
         found["geometry/alignment"] = alignment_loss(images, classes.names[name]).item()
         found |= language_scores(model, tokenizer, dataset, images, item)
         found |= clip_benchmark_scores(model, tokenizer, dataset, images, item)
         scores |= with_prefix(split, found)
     return scores
-
-
-def classify(
-    model: DualEncoder,
-    tokenizer: Tokenizer,
-    pictures: torch.Tensor,
-    labels: torch.Tensor,
-    classes: list[str],
-    templates: Sequence[str],
-) -> dict[str, float]:
-    """Zero-shot accuracy of pictures uint8 (K, 3, S, S) with labels (K,) among named classes, by
-    the normalised mean of each class's normalised templates. Source: Radford et al. 2021, 3.1.4."""
-    emb = embed_classes(model, tokenizer, classes, templates)
-    return zero_shot(embed_images(model, pictures), emb, labels, intervals=True)
 
 
 def embed_classes(model, tokenizer, names: list[str], templates: Sequence[str]) -> torch.Tensor:
@@ -216,19 +198,15 @@ def language_scores(model, tokenizer, dataset, images, item) -> dict[str, float]
     if there is no second language.
     """
     names = {n: dataset.translations[n] for n in item.unique().tolist()}
-    languages = sorted({language for texts in names.values() for language in texts})
-    languages = [
-        name
-        for name in languages
-        if 2 * sum(name in texts for texts in names.values()) >= len(names)
-    ]
+    known = Counter(language for texts in names.values() for language in texts)
+    languages = sorted(name for name, count in known.items() if 2 * count >= len(names))
     items = [n for n, texts in names.items() if all(texts.get(name) for name in languages)]
     if not languages or len(items) < 2:
         return {}
     items = torch.tensor(items)
     shown = torch.isin(item, items)
     images, item = images[shown], item[shown]
-    text_rank, image_rank, right, candidates = [], [], [], []
+    text_rank, image_rank, right, sizes = [], [], [], []
     for language in [None, *languages]:
         texts, text = distinct(
             names[n][language][0] if language else dataset.captions[n][0] for n in items.tolist()
@@ -239,7 +217,7 @@ def language_scores(model, tokenizer, dataset, images, item) -> dict[str, float]
         text_rank.append(rank[text])  # of an item by its name
         right.append(correct[text])
         image_rank.append(ranks(images, emb, pairs)[0])
-        candidates.append(len(texts))
+        sizes.append(len(texts))
     count = len(text_rank)
     return {
         "languages/count": count,
@@ -247,7 +225,5 @@ def language_scores(model, tokenizer, dataset, images, item) -> dict[str, float]
         "languages/t2i/mean_rank_variance": mean_rank_variance(torch.stack(text_rank, 1)),
         "languages/t2i/chance": random_rank_variance(torch.stack(right, 1), len(item)),
         "languages/i2t/mean_rank_variance": mean_rank_variance(torch.stack(image_rank, 1)),
-        "languages/i2t/chance": random_rank_variance(
-            torch.ones(1, count), torch.tensor(candidates)
-        ),
+        "languages/i2t/chance": random_rank_variance(torch.ones(1, count), torch.tensor(sizes)),
     }

@@ -16,13 +16,8 @@ PREFERRED = (
     *("Arial Unicode", "PingFang", "Hiragino Sans GB", "msyh", "malgun", "YuGothR", "msgothic"),
     *("wqy-microhei", "wqy-zenhei", "DroidSansFallback", "unifont"),
 )
-PACKAGES = {  # of Debian, by `script`
-    "symbols": "fonts-symbola",
-    "CJK": "fonts-noto-cjk",
-    "HIRAGANA": "fonts-noto-cjk",
-    "KATAKANA": "fonts-noto-cjk",
-    "HANGUL": "fonts-noto-cjk",
-}
+PACKAGES = {"symbols": "fonts-symbola"}  # of Debian, by `script`
+PACKAGES |= dict.fromkeys(("CJK", "HIRAGANA", "KATAKANA", "HANGUL"), "fonts-noto-cjk")
 
 
 def folders() -> list[Path]:
@@ -110,9 +105,9 @@ class Fonts:
             packages = sorted({PACKAGES.get(name, "fonts-noto") for name in scripts})
             lines.append(
                 f"note       no installed font has {len(characters)} characters of the sheet "
-                f"({', '.join(scripts)}): "
-                f"{''.join(characters[:10])}; they are empty boxes there. Install a font that has "
-                f"them, for example Noto Sans (Debian: {' '.join(packages)})"
+                f"({', '.join(scripts)}): {''.join(characters[:10])}; they are empty boxes there. "
+                "Install a font that has them, for example Noto Sans (Debian: "
+                f"{' '.join(packages)})"
             )
         if self.right_to_left and not features.check("raqm"):
             lines.append(

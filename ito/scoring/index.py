@@ -15,16 +15,13 @@ from ito.files import read_text, undamaged, write_atomically, write_text
 from ito.model.exported import Encoder
 from ito.run import RunFolder
 from ito.scoring.embedded_split import distinct
+from ito.scoring.probes import minimise
 from ito.scoring.scores import FEW
 from ito.tensors import checksum, load_tensors, save_tensors
 
 
 class Index:
-    """Embeddings of all pictures of a data set, training and held-out.
-
-    `search(queries (Q, E), k)` returns cosines and picture indices, (Q, k) each, best first; k is
-    cut to the number of pictures.
-    """
+    """Embeddings of all pictures of a data set, training and held-out."""
 
     def __init__(self, encoder: Encoder, dataset: Dataset, embeddings: torch.Tensor):
         self.encoder, self.dataset, self.embeddings = encoder, dataset, embeddings
@@ -37,13 +34,11 @@ class Index:
         path = RunFolder(run).index / f"{key.hexdigest()[:16]}.safetensors"
         if path.exists():
             with undamaged(path):
-                kept = load_tensors(path)[0]["images"]
+                emb = load_tensors(path)[0]["images"]
                 wanted = (len(dataset.images), encoder.model.architecture["width"])
-                if kept.shape != wanted or kept.dtype != torch.float32:
-                    raise ValueError(
-                        f"expected fp32 {wanted}, got {kept.dtype} {tuple(kept.shape)}"
-                    )
-                return cls(encoder, dataset, kept)
+                if emb.shape != wanted or emb.dtype != torch.float32:
+                    raise ValueError(f"expected fp32 {wanted}, got {emb.dtype} {tuple(emb.shape)}")
+                return cls(encoder, dataset, emb)
         embeddings = encoder.encode_image(dataset.images)
         with write_atomically(path) as temporary:
             temporary.write_bytes(save_tensors({"images": embeddings}))
@@ -52,7 +47,8 @@ class Index:
     def search(
         self, queries: torch.Tensor, k: int, without: torch.Tensor | None = None
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """without (Q,): a picture of each query's that is left out."""
+        """Cosines and picture indices, (Q, k) each, best first, of queries (Q, E); k is cut to the
+        number of pictures. without (Q,): a picture of each query's that is left out."""
         scores, most = queries @ self.embeddings.T, len(self.embeddings)
         if without is not None:
             scores, most = scores.scatter(1, without[:, None], -torch.inf), most - 1
@@ -96,14 +92,12 @@ class Near(NamedTuple):
         captions = [text for n in item.unique().tolist() for text in dataset.captions[n]]
         texts = encoder.encode_text([captions[n] for n in spread(len(captions))])
         pictures = spread(len(rows))
-        text_best = [(part @ known.T).amax(1) for part in texts.split(64)]
-        picture_best = [
+        best = [(part @ known.T).amax(1) for part in texts.split(64)]
+        others = [
             (known[part] @ known.T).masked_fill(item[part, None] == item, -1).amax(1)
             for part in pictures.split(64)
         ]
-        return cls(
-            low(torch.cat(text_best)), low(torch.cat(picture_best)), *measure_odds(index, held)
-        )
+        return cls(low(torch.cat(best)), low(torch.cat(others)), *measure_odds(index, held))
 
     @classmethod
     def open(cls, run: Path, encoder: Encoder, own: Callable[[], Index | None]) -> "Near | None":
@@ -183,18 +177,10 @@ def fit_odds(cosines: torch.Tensor, right: torch.Tensor) -> list[float] | None:
     hits, misses = int(right.sum()), int((~right).sum())
     if min(hits, misses) < FEW:
         return None
-    x, target = features(cosines), torch.where(right, (hits + 1) / (hits + 2), 1 / (misses + 2))
+    x = features(cosines)
+    target = torch.where(right, (hits + 1) / (hits + 2), 1 / (misses + 2)).double()
     odds = torch.zeros(3, dtype=torch.float64, requires_grad=True)
-    optimizer = torch.optim.LBFGS([odds], max_iter=200, line_search_fn="strong_wolfe")
-
-    def loss() -> torch.Tensor:
-        optimizer.zero_grad()
-        value = F.binary_cross_entropy_with_logits(x @ odds, target.double())
-        value.backward()
-        return value
-
-    with torch.enable_grad():
-        optimizer.step(loss)
+    minimise(lambda: F.binary_cross_entropy_with_logits(x @ odds, target), [odds], max_iter=200)
     return odds.tolist()
 
 

@@ -37,9 +37,7 @@ def retrieval(
 
     image_emb (N, D), text_emb (M, D), image_item (N,) the item of each image, item_text (P, 2) the
     item and the text, an index into text_emb, of each caption; all indices are integers.
-    Returns `i2t/R@1` …, `i2t/R@1/low`, `i2t/R@1/high` …, `i2t/chance`, `i2t/mean_rank`,
-    `i2t/mean_rank_chance`, `i2t/median_rank`, `i2t/max_rank`, `i2t/candidates`, `i2t/queries`, and
-    the same for `t2i`.
+    Returns these as `i2t/…` and `t2i/…`, and the number of `candidates`.
     Raises ValueError if shapes do not match, if a text is not in [0, M), or if no query has a
     correct candidate.
     """
@@ -60,13 +58,13 @@ def retrieval(
         hit = rank[:, None] <= torch.tensor(ks, device=rank.device)
         low, high = bootstrap(hit, query_item)
         rank, correct, hit = (x[rank > 0] for x in (rank, correct, hit))
-        candidates = len(args[1])
+        c, candidates = correct.double(), len(args[1])
         for n, k in enumerate(ks):
             scores[f"{name}/R@{k}"] = int(hit[:, n].sum()) / len(rank)
             scores |= {f"{name}/R@{k}/low": low[n].item(), f"{name}/R@{k}/high": high[n].item()}
         scores |= {
             f"{name}/mean_rank": rank.double().mean().item(),
-            f"{name}/mean_rank_chance": random_rank(correct, candidates),
+            f"{name}/mean_rank_chance": (1 + (candidates - c) / (c + 1)).mean().item(),
             f"{name}/median_rank": rank.double().quantile(0.5).item(),
             f"{name}/max_rank": candidates - int(correct.min()) + 1,
             f"{name}/chance": int(correct.sum()) / (candidates * len(rank)),
@@ -184,12 +182,6 @@ def clip_benchmark_recall(
     return recall
 
 
-def random_rank(correct: torch.Tensor, candidates: int) -> float:
-    """The mean rank in random order: `1 + (M − c) / (c + 1)` with c of M candidates correct."""
-    c = correct.double()
-    return (1 + (candidates - c) / (c + 1)).mean().item()
-
-
 def unit_rows(emb: torch.Tensor) -> torch.Tensor:
     return F.normalize(emb.float(), dim=1)
 
@@ -204,11 +196,13 @@ def check_pairs(name: str, pairs: torch.Tensor, first: int | None, second: int) 
     if pairs.ndim != 2 or pairs.shape[1] != 2:
         raise ValueError(f"{name} must have shape (P, 2), got {tuple(pairs.shape)}")
     for column, limit in enumerate((first, second)):
-        found = pairs[:, column]
-        if limit is not None and len(found) and not 0 <= found.min() <= found.max() < limit:
-            raise ValueError(
-                f"{name}[:, {column}] must be in [0, {limit}), got {found.min()} to {found.max()}"
-            )
+        if limit is not None:
+            check_range(f"{name}[:, {column}]", pairs[:, column], limit)
+
+
+def check_range(name: str, found: torch.Tensor, limit: int) -> None:
+    if len(found) and not 0 <= found.min() <= found.max() < limit:
+        raise ValueError(f"{name} must be in [0, {limit}), got {found.min()} to {found.max()}")
 
 
 def zero_shot(
@@ -223,10 +217,7 @@ def zero_shot(
     the most frequent class. Raises ValueError if a label is not in [0, C).
     """
     check_ids("labels", labels, image_emb)
-    if labels.min() < 0 or labels.max() >= len(class_emb):
-        raise ValueError(
-            f"labels must be in [0, {len(class_emb)}), got {labels.min()} to {labels.max()}"
-        )
+    check_range("labels", labels, len(class_emb))
     image = torch.arange(len(labels), device=labels.device)
     rank, _ = ranks(image_emb, class_emb, torch.stack([image, labels], 1))
     ends = {}

@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 
 from ito.config import of_emoji
-from ito.files import read_text, undamaged, write_text
+from ito.files import read_json, read_text, undamaged, write_text
 from ito.model.exported import ABOUT
 from ito.objectives import OBJECTIVES
 from ito.run import RunFolder
@@ -24,10 +24,7 @@ def write_card(run: Path, folder: Path | None = None) -> None:
     folder = folder or files.model
     with undamaged(folder / ABOUT) as path:
         step = int(json.loads(read_text(path))["step"])
-    facts, machine = (
-        json.loads(read_text(path)) if path.exists() else {}
-        for path in (files.data, files.environment)
-    )
+    facts, machine = (read_json(x) if x.exists() else {} for x in (files.data, files.environment))
     with undamaged(files.metrics):
         scores = records[-1] if records else {}
         told, scored = headlines(scores), scores.get("step", step)

@@ -3,6 +3,8 @@
 Embeddings are (N, D), of any float dtype; labels are integers (N,). No random numbers are used.
 """
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 
@@ -28,8 +30,7 @@ def linear_probe(
     Source: Radford et al. 2021, section 3.2 (L-BFGS, the penalty by a sweep).
     Raises ValueError if shapes do not match, or if fewer than 2 labels occur in both sets.
     """
-    train, test = shared_classes(train_emb, train_labels, test_emb, test_labels)
-    (x, y), (x_test, y_test) = train, test
+    (x, y), (x_test, y_test) = shared_classes(train_emb, train_labels, test_emb, test_labels)
     mean, std = x.mean(0), x.std(0).clamp_min(1e-6)
     x, x_test = (x - mean) / std, (x_test - mean) / std
     classes = int(y.max()) + 1
@@ -39,17 +40,10 @@ def linear_probe(
         right, parameters = [], None
         for candidate in PENALTIES:  # strongest first: a solution is a warm start for the next
             parameters = fit(x[~held], y[~held], classes, candidate, parameters)
-            right.append(int((scores(x[held], parameters).argmax(1) == y[held]).sum()))
+            right.append(int((F.linear(x[held], *parameters).argmax(1) == y[held]).sum()))
         penalty = PENALTIES[right.index(max(right))]
-    predicted = scores(x_test, fit(x, y, classes, penalty))
-    return {
-        **accuracy(predicted, y_test),
-        "chance": 1 / classes,
-        "classes": classes,
-        "train": len(y),
-        "test": len(y_test),
-        "penalty": penalty,
-    }
+    predicted = F.linear(x_test, *fit(x, y, classes, penalty))
+    return accuracy(predicted, y_test, len(y)) | {"penalty": penalty}
 
 
 def knn(
@@ -72,14 +66,7 @@ def knn(
     near, index = (unit_rows(x_test) @ unit_rows(x).T).topk(k)
     votes = torch.zeros(len(x_test), classes)
     votes.scatter_add_(1, y[index], ((near - 1) / temperature).exp())
-    return {
-        **accuracy(votes, y_test),
-        "chance": 1 / classes,
-        "classes": classes,
-        "train": len(y),
-        "test": len(y_test),
-        "k": k,
-    }
+    return accuracy(votes, y_test, len(y)) | {"k": k}
 
 
 def modality_classifier(
@@ -95,39 +82,35 @@ def modality_classifier(
     image_emb (N, D), text_emb (M, D), of the items image_item (N,), text_item (M,). Raises
     ValueError unless at least 2 items have both images and texts.
     """
-    check_ids("image_item", image_item, image_emb)
-    check_ids("text_item", text_item, text_emb)
-    shared = image_item[torch.isin(image_item, text_item)].unique()
-    if len(shared) < 2:
-        raise ValueError(f"need at least 2 items of both modalities, got {len(shared)}")
-    sides = []
-    for emb, item in ((image_emb, image_item), (text_emb, text_item)):
-        known = torch.isin(item, shared)
-        sides.append(
-            (unit_rows(emb[known]).double(), torch.searchsorted(shared, item[known]) % 2 == 0)
-        )
+    images, texts = (image_emb, image_item), (text_emb, text_item)
+    both = shared("items of both modalities", image_item=images, text_item=texts)
+    sides = [(emb.double(), item % 2 == 0) for emb, item in both]
     x = torch.cat([emb[fitted] for emb, fitted in sides])
     y = torch.cat([torch.full((int(f.sum()),), n) for n, (_, f) in enumerate(sides)])
     parameters = fit(x, y, 2, 1e-4)
     right = [
-        (scores(emb[~fitted], parameters).argmax(1) == n).double().mean()
+        (F.linear(emb[~fitted], *parameters).argmax(1) == n).double().mean()
         for n, (emb, fitted) in enumerate(sides)
     ]
     return {"classifier": ((right[0] + right[1]) / 2).item(), "classifier_chance": 0.5}
 
 
 def shared_classes(train_emb, train_labels, test_emb, test_labels):
-    """Unit rows and renumbered labels of the classes that occur in both sets."""
-    check_ids("train_labels", train_labels, train_emb)
-    check_ids("test_labels", test_labels, test_emb)
-    shared = train_labels[torch.isin(train_labels, test_labels)].unique()
-    if len(shared) < 2:
-        raise ValueError(f"need at least 2 labels that occur in both sets, got {len(shared)}")
-    sides = []
-    for emb, labels in ((train_emb, train_labels), (test_emb, test_labels)):
-        known = torch.isin(labels, shared)
-        sides.append((unit_rows(emb[known]), torch.searchsorted(shared, labels[known])))
-    return sides
+    train, test = (train_emb, train_labels), (test_emb, test_labels)
+    return shared("labels that occur in both sets", train_labels=train, test_labels=test)
+
+
+def shared(what: str, **sides: tuple[torch.Tensor, torch.Tensor]):
+    """Unit rows and renumbered ids of the rows whose id both `sides` have: embeddings and ids, by
+    the name of the ids' argument. Raises ValueError if there are fewer than 2 such ids, `what`."""
+    for name, (emb, ids) in sides.items():
+        check_ids(name, ids, emb)
+    (_, first), (_, second) = sides.values()
+    both = first[torch.isin(first, second)].unique()
+    if len(both) < 2:
+        raise ValueError(f"need at least 2 {what}, got {len(both)}")
+    known = [(emb, ids, torch.isin(ids, both)) for emb, ids in sides.values()]
+    return [(unit_rows(emb[k]), torch.searchsorted(both, ids[k])) for emb, ids, k in known]
 
 
 def place_in_class(labels: torch.Tensor) -> torch.Tensor:
@@ -145,34 +128,40 @@ def fit(x, y, classes: int, penalty: float, start=None):
     if start is None:
         start = x.new_zeros(classes, x.shape[1]), x.new_zeros(classes)
     weight, bias = (value.clone().requires_grad_() for value in start)
-    optimizer = torch.optim.LBFGS(
+    minimise(
+        lambda: F.cross_entropy(x @ weight.T + bias, y) + penalty / 2 * weight.square().sum(),
         [weight, bias],
         max_iter=ITERATIONS,
         tolerance_grad=1e-5,
         tolerance_change=1e-6,
-        line_search_fn="strong_wolfe",
     )
-
-    def closure():
-        optimizer.zero_grad()
-        loss = F.cross_entropy(x @ weight.T + bias, y) + penalty / 2 * weight.square().sum()
-        loss.backward()
-        return loss
-
-    with torch.enable_grad():
-        optimizer.step(closure)
     return weight.detach(), bias.detach()
 
 
-def scores(x, parameters):
-    weight, bias = parameters
-    return x @ weight.T + bias
+def minimise(loss: Callable[[], torch.Tensor], parameters: list[torch.Tensor], **options) -> None:
+    """L-BFGS, with those of its options."""
+    optimizer = torch.optim.LBFGS(parameters, line_search_fn="strong_wolfe", **options)
+
+    def closure() -> torch.Tensor:
+        optimizer.zero_grad()
+        value = loss()
+        value.backward()
+        return value
+
+    with torch.enable_grad():
+        optimizer.step(closure)
 
 
-def accuracy(predicted: torch.Tensor, labels: torch.Tensor) -> dict[str, float]:
-    best = predicted.topk(min(5, predicted.shape[1])).indices == labels[:, None]
+def accuracy(predicted: torch.Tensor, labels: torch.Tensor, train: int) -> dict[str, float]:
+    """Of scores (N, C); train: the number of rows that were fitted."""
+    classes = predicted.shape[1]
+    best = predicted.topk(min(5, classes)).indices == labels[:, None]
     return {
         "top1": best[:, 0].double().mean().item(),
         "top5": best.any(1).double().mean().item(),
         "mean_per_class": mean_per_class(best[:, 0], labels),
+        "chance": 1 / classes,
+        "classes": classes,
+        "train": train,
+        "test": len(labels),
     }

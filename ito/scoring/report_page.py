@@ -1,8 +1,4 @@
-"""`report.html` of a run, a self-contained file: `report.html` beside this file is its template.
-
-What the scores mean in a sentence, answers and mistakes, curves, scores, a map of both modalities,
-the configuration and the machine. The page loads nothing over the network.
-"""
+"""`report.html` of a run, a self-contained file: `report.html` beside this file is its template."""
 
 import base64
 import io
@@ -33,16 +29,8 @@ NOT_LOSSES = ("kind", "step", "logit_scale", "logit_bias", "grad_norm", "lr", "l
 NOT_LOSS_UNITS = ("seconds", "_per_second", "_norm", "_share", "_mib", "_ms")
 LOGGED = {  # their titles, axes, and what they are
     "logit_scale": ("Logit scale", "factor", "What cosines are multiplied by in the loss."),
-    "grad_norm": (
-        "Gradient norm",
-        "norm",
-        "The gradient's length before clipping.",
-    ),
-    "lr": (
-        "Learning rate",
-        "rate",
-        "After the warm-up it falls to 0 by the last step.",
-    ),
+    "grad_norm": ("Gradient norm", "norm", "The gradient's length before clipping."),
+    "lr": ("Learning rate", "rate", "After the warm-up it falls to 0 by the last step."),
 }
 
 

@@ -10,6 +10,7 @@ KS = (1, 5, 10)
 # Of fewer queries the intervals are too narrow: of 6 queries, 28 % of them miss a true R@1 of 20 %;
 # of 20 queries 8 %.
 FEW = 20
+ACCURACIES = {"acc1": "top1", "acc5": "top5", "mean_per_class_recall": "mean_per_class"}
 DIRECTIONS = {"i2t": "image to text", "t2i": "text to image"}
 
 
@@ -205,15 +206,12 @@ def clip_benchmark(scores: dict[str, float], data: str, run: Path) -> list[dict]
         recall = [f"{way}_retrieval_recall@{k}" for way in ("image", "text") for k in KS]
         metrics = {key: f"{split}/clip_benchmark/{key}" for key in recall}
         add(name, "zeroshot_retrieval", metrics)
-        for kind in ("names", "groups", "subgroups"):
-            key = f"{split}/zero_shot/{kind}"
-            metrics = {"acc1": "top1", "acc5": "top5", "mean_per_class_recall": "mean_per_class"}
-            metrics = {theirs: f"{key}/{ours}" for theirs, ours in metrics.items()}
-            add(f"{name}/{kind}", "zeroshot_classification", metrics)
-        for kind in ("subgroups", "concepts"):
-            key = f"{split}/linear_probe/{kind}"
-            metrics = {"lp_acc1": "top1", "lp_acc5": "top5"}
-            metrics |= {"lp_mean_per_class_recall": "mean_per_class"}
-            metrics = {theirs: f"{key}/{ours}" for theirs, ours in metrics.items()}
-            add(f"{name}/{kind}", "linear_probe", metrics)
+        for task, prefix, ours, kinds in (
+            ("zeroshot_classification", "", "zero_shot", ("names", "groups", "subgroups")),
+            ("linear_probe", "lp_", "linear_probe", ("subgroups", "concepts")),
+        ):
+            for kind in kinds:
+                key = f"{split}/{ours}/{kind}"
+                metrics = {f"{prefix}{acc}": f"{key}/{top}" for acc, top in ACCURACIES.items()}
+                add(f"{name}/{kind}", task, metrics)
     return found

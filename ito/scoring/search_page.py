@@ -27,11 +27,11 @@ try:
     from starlette.applications import Starlette
     from starlette.concurrency import run_in_threadpool
     from starlette.middleware import Middleware
+    from starlette.middleware.base import BaseHTTPMiddleware, RequestResponseEndpoint
     from starlette.middleware.trustedhost import TrustedHostMiddleware
     from starlette.requests import Request
     from starlette.responses import HTMLResponse, PlainTextResponse, Response
     from starlette.routing import Route
-    from starlette.types import ASGIApp, Message, Receive, Scope, Send
 except ImportError as error:
     raise ImportError(
         f"--serve needs starlette and uvicorn ({error.name} is not installed here): "
@@ -130,31 +130,24 @@ def application(index: Index, near: Near | None = None, seen: bool = False) -> S
         Image.fromarray(pixels).save(buffer, "PNG")
         return Response(buffer.getvalue(), media_type="image/png")
 
-    hosts = Middleware(TrustedHostMiddleware, allowed_hosts=["127.0.0.1", "localhost"])
+    middleware = [
+        Middleware(BaseHTTPMiddleware, dispatch=guard),
+        Middleware(TrustedHostMiddleware, allowed_hosts=["127.0.0.1", "localhost"]),
+    ]
     routes = [
         Route("/", home),
         Route("/", upload, methods=["POST"]),
         Route("/picture/{number}", picture),
     ]
-    return Starlette(routes=routes, middleware=[Middleware(Guard), hosts])
+    return Starlette(routes=routes, middleware=middleware)
 
 
-class Guard:
+async def guard(request: Request, call_next: RequestResponseEndpoint) -> Response:
     """Refuses what other web pages send, and adds HEADERS to every answer."""
-
-    def __init__(self, app: ASGIApp):
-        self.app = app
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        async def guarded(message: Message) -> None:
-            if message["type"] == "http.response.start":
-                own = [(name.encode(), value.encode()) for name, value in HEADERS.items()]
-                message = message | {"headers": [*message.get("headers", ()), *own]}
-            await send(message)
-
-        told = foreign(Request(scope)) if scope["type"] == "http" else ""
-        app = PlainTextResponse(told, 403) if told else self.app
-        await app(scope, receive, guarded)
+    told = foreign(request)
+    response = PlainTextResponse(told, 403) if told else await call_next(request)
+    response.headers.update(HEADERS)
+    return response
 
 
 def foreign(request: Request) -> str:
