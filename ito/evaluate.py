@@ -101,6 +101,10 @@ def main(arguments: list[str] | None = None) -> None:
             prompts = tuple(prompts or prompts_of(config.val_data or config.train_data))
             scores = evaluate_fully(encoder.model, encoder.tokenizer, dataset, splits, prompts)
             print(table({"score": scores}))
+            if not any("knn/" in name for name in scores):
+                print(
+                    "note       no linear probe, no k-NN: they need two classes in training and held out"
+                )
         if options.json:
             write_text(options.json, json.dumps(scores, indent=2) + "\n")
         if options.clip_benchmark:

@@ -127,9 +127,15 @@ def report_equal_captions(trained: Dataset | None, meaning: str | None) -> str:
         return ""
     if len({text_key(text) for texts in captions for text in texts}) == 1:
         return "warning    all training captions are equal: there is nothing to tell apart"
-    return (
+    note = (
         f"note       {number} training captions are equal to one of another training item: "
         f"within a batch such captions are {told}"
+    )
+    if number < sum(map(len, captions)) or "caption" not in trained.split_by:
+        return note
+    return note + (
+        "\nwarning    held-out captions are held out with all their pictures: if they are classes, "
+        "these are not trained on. Name the splits, by folders train/ and val/ or a column split"
     )
 
 
@@ -190,9 +196,16 @@ def report_test(data: Dataset) -> str:
 
 
 def report_skipped(skipped: list[Skipped], limit: int = 10) -> str:
-    """Their number, then the first `limit` of them, one per line; "" if there are none."""
+    """Their number, then `limit` of them, one per line, of each reason the first ones; "" if there
+    are none."""
     if not skipped:
         return ""
+    seen = Counter()
+    turns = []  # the first of each reason, then the second of each
+    for record in skipped:
+        turns.append(seen[record.kind])
+        seen[record.kind] += 1
+    order = sorted(range(len(skipped)), key=turns.__getitem__)[:limit]
     lines = [f"skipped {len(skipped)} records:"]
-    lines += [f"  {one_line(f'{where}: {reason}')}" for where, reason in skipped[:limit]]
+    lines += [f"  {one_line('{}: {}'.format(*skipped[n]))}" for n in sorted(order)]
     return "\n".join(lines + ["  …"] * (len(skipped) > limit))

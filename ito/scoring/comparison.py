@@ -37,7 +37,7 @@ from ito.source import open_dataset
 # 97.5 % quantiles of Student's t, by degrees of freedom
 T = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
 # pairs of objectives; the paper expects the first to be better
-EXPECTED = (("ito", "ito-align"), ("ito-align", "clip-aug"), ("clip-aug", "clip"))
+EXPECTED = (("ito", "ito-align"), ("ito-align", "clip-aug"), ("clip-aug", "clip"), ("ito", "clip"))
 BASE = "ito"  # what ablations are compared with
 # options in which arms may differ; plain CLIP has its own augmentation
 DECIDED = {"objective", "seed", *OPTIONS, *vars(Augmentation())} - {"equal_captions"}
@@ -121,7 +121,7 @@ def write_comparison(out: Path, cache: Path | None = None, given: dict | None = 
     method = draw_maps(arms, out / "maps.png", cache)
     sections = {
         "Equal steps": equal_steps(arms),
-        "What the exported models know": probes(arms),
+        "Further scores of the exported models": probes(arms),
         "Equal time": equal_time(arms, costs),
         "Differences": differences(arms),
         "The modality gap at matched quality": matched_gap(arms),
@@ -216,7 +216,10 @@ def about(arms: dict[str, list[Result]], first: Result) -> str:
         f"{config.steps} steps of {config.batch_size} items each, {environment['threads']} threads,"
         f" {environment['dtype'].removeprefix('torch.')}; {environment['data']}. Split "
         f"{first.split}, {first.end('i2t/candidates')} captions, chance {chance:.2%}. "
-        f"Seeds: {seeds}. Percentages, mean ± deviation over seeds."
+        f"Seeds: {seeds}. Percentages, mean ± deviation over seeds. "
+        "Gap: the distance between the means of both modalities, and relative to that of an image "
+        "and a text; scale: the learned multiplier of cosines. A column is empty where the data "
+        "has no such scores: probes need two classes that are trained on and held out."
     )
 
 
@@ -296,7 +299,11 @@ def differences(arms: dict[str, list[Result]]) -> str:
         for a, b in pairs
         if a in arms and b in arms
     ]
-    return rows(["difference", "R@1", "gap", "expected by the paper to be better"], lines)
+    table = rows(["difference", "R@1", "gap", "expected by the paper to be better"], lines)
+    return table + (
+        "\n\n± is the half of a 95 % interval (Student's t, differences paired by seed). "
+        '"Significant" is each difference alone: of 20, one is so by chance.'
+    )
 
 
 def paired(a: list[Result], b: list[Result], metric: str) -> list[float]:

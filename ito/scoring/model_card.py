@@ -34,6 +34,7 @@ def write_card(run: Path, folder: Path | None = None) -> None:
     page = render(
         "model_card.md",
         config=config,
+        batch_size=min(config.batch_size, facts.get("train_items") or config.batch_size),
         objective=config.objective if config.objective in OBJECTIVES else "an objective of its own",
         emoji=of_emoji(config.train_data),
         told=told,

@@ -150,6 +150,10 @@ def test_bad_records_are_skipped_and_named(tmp_path):
     report = report_skipped(data.skipped, limit=4).splitlines()
     assert report[0] == "skipped 12 records:"
     assert len(report) == 6
+    kinds = {record.kind for record in data.skipped}
+    told = report_skipped(data.skipped, limit=len(kinds))
+    assert len(kinds) == 6
+    assert all(f": {kind}" in told for kind in kinds)  # though three have one reason
     assert len(report_skipped(data.skipped, limit=12).splitlines()) == 13
     assert report_skipped([]) == ""
 

@@ -604,6 +604,7 @@ def test_equal_captions_are_on_one_side(tmp_path):
         assert data.split.count("heldout") == 10  # two captions
         assert all(len(both) == 1 for both in sides(data, lambda n: n % 14))
         assert report_overlap(count_overlap(data, data), data) == ""
+        assert "warning    held-out captions" in report_equal_captions(data, "positive")
     several = {"captions": lambda n: [f"own {n}", f"{'A  B' if n % 2 else 'a b'} {n % 5}"]}
     for data in labelled(tmp_path, 30, **several):  # white space and case make no difference
         assert data.split.count("heldout") == 6
@@ -631,6 +632,7 @@ def test_few_classes_are_on_both_sides_and_that_is_said(tmp_path):
         assert told == "note       3 of 3 items of heldout have a caption that is trained on too"
         told = report_equal_captions(data, "positive")
         assert told.startswith("note       29 training captions are equal to one of another train")
+        assert "warning" not in told
 
 
 def test_pictures_that_are_all_the_same_are_split_by_item(tmp_path):

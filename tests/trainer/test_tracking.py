@@ -109,6 +109,15 @@ def test_the_card_has_the_run_s_figures(finished):
     assert "6 steps of 16 items, objective ito, seed 0" in text
 
 
+def test_the_card_of_a_batch_that_is_all_items(copy):
+    facts = json.loads((copy / "data.json").read_text())
+    (copy / "data.json").write_text(json.dumps(facts | {"train_items": 7}))
+    from ito.scoring.model_card import write_card
+
+    write_card(copy)
+    assert "6 steps of 7 items" in (copy / "model" / "README.md").read_text()
+
+
 def test_the_card_holds_no_markup_of_others(copy):
     evil = "# x\n---\n<script>`|[a](http://b)![c](d)&amp; **e** www.f.com g@h.com $i$"
     facts = json.loads((copy / "data.json").read_text())
