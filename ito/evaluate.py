@@ -102,7 +102,7 @@ def main(arguments: list[str] | None = None) -> None:
             scores = evaluate_fully(encoder.model, encoder.tokenizer, dataset, splits, prompts)
             print(table({"score": scores}))
             if not any("knn/" in name for name in scores):
-                print("note       no linear probe, no k-NN: no two classes in training and held out")
+                print("note       no linear probe, no k-NN: no 2 classes in training and held out")
         if options.json:
             write_text(options.json, json.dumps(scores, indent=2) + "\n")
         if options.clip_benchmark:
