@@ -57,7 +57,7 @@ class Page:
 
     def fill(self, text: str) -> str:
         def value(match: re.Match) -> str:
-            name, *arguments = (part.strip() for part in match[1].split("|"))
+            name, *arguments = (" ".join(part.split()) for part in match[1].split("|"))
             return getattr(self, name)(*arguments)
 
         return wrapped(re.sub(r"\{([^{}]+)\}", value, text))
@@ -65,7 +65,8 @@ class Page:
     # ---- in the text
 
     def headline(self) -> str:
-        """Who finds most of the seen concepts, and what fusion adds."""
+        """Who finds most of the seen concepts, at equal steps and at equal time, and what fusion
+        adds."""
         means = {arm: x.value for arm in ARMS if (x := self.evidence.estimate(arm, KINDS["seen"]))}
         best = max(means, key=means.get)
         first = (
@@ -74,6 +75,11 @@ class Page:
             else f"The method does not win here: {best} finds most"
         )
         others = ", ".join(f"{arm} {means[arm]:.1f}" for arm in ("ito", "clip") if arm != best)
+        in_time = {"ito": means["ito"]}
+        for name in self.evidence.runs:
+            if name.endswith(", ITO's time"):
+                in_time[name.split(",")[0]] = self.evidence.estimate(name, KINDS["seen"]).value
+        fastest = max(in_time, key=in_time.get)
         found = self.evidence.estimate("ito", KINDS["seen"], "ito-align")
         p = self.adjusted["ito", "ito-align", "seen"]
         effect = "that fusion helps is not shown"
@@ -81,8 +87,9 @@ class Page:
             effect = "fusion helps" if found.value > 0 else "fusion harms"
         seeds = "" if found.seeds == len(SEEDS) else f"; {found.seeds} of 5 seeds so far"
         return (
-            f"{first} drawings of seen concepts ({means[best]:.1f} %; {others}), and {effect} "
-            f"({signed(found)} points over ITO without it, p = {p:.2f} after Holm's "
+            f"{first} drawings of seen concepts at equal steps ({means[best]:.1f} %; {others}), "
+            f"{fastest} in the time that ITO takes ({in_time[fastest]:.1f}), and {effect} "
+            f"({signed(found)} points over ITO without it at equal steps, p = {p:.2f} after Holm's "
             f"correction{seeds})."
         )
 
@@ -108,6 +115,19 @@ class Page:
         """The fusion loss, first (at a sixteenth of the steps) or last, over seeds."""
         runs = self.evidence.runs[name].values()
         return f"{statistics.mean(x['losses']['fusion'][-(end == 'last')] for x in runs):.2g}"
+
+    def curve(self, name: str) -> str:
+        """R@1 along the training, first and last and where it is highest, means over seeds."""
+        runs = self.evidence.runs[name].values()
+        steps, values = zip(
+            *(
+                (points[0][0], statistics.mean(value for _, value in points))
+                for points in zip(*(line["curve"] for line in runs), strict=True)
+            ),
+            strict=True,
+        )
+        first, last, most = (f"{100 * x:.1f}" for x in (values[0], values[-1], max(values)))
+        return f"{first} % at step {steps[0]:,}, {last} at step {steps[-1]:,}, {most} at most"
 
     def cost(self, name: str) -> float | None:
         """The time of all steps, relative to CLIP's in the main comparison; None for a batch of

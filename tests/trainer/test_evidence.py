@@ -41,6 +41,19 @@ def test_the_pages_are_those_of_the_results():
         assert path.read_text(encoding="utf-8") == text, f"{path.name}: run evidence_page.py"
 
 
+def test_words_of_the_page_that_are_not_made_of_the_results():
+    """"No form of fusion closes it", "does not fall, without fusion either"."""
+    page = evidence_page.Page()
+    for scale in (20, 50, 100):
+        names = [f"{arm}, scale {scale}" for arm in ("ito-align", "ito", "one-sided")]
+        alone, *fused = (page.geometry(name, "test", "gap") for name in names)
+        assert min(fused) > alone > 5 * page.geometry(names[0], "test", "floor")
+    for name in evidence.SATURATION:
+        for line in page.evidence.runs[name].values():
+            values = [value for _, value in line["curve"]]
+            assert values[-1] > 0.93 * max(values)
+
+
 # ---- statistics
 
 
