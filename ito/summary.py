@@ -55,6 +55,9 @@ def count_equal(captions: list[list[str]]) -> int:
     return sum(often[key] > 1 for own in keys for key in own)
 
 
+SPLIT_BY = {"split": "as the data names its splits", "none": "none of it split off"}
+
+
 def held_out(data: Dataset) -> list[str]:
     return sorted(set(data.split) - {"train"})
 
@@ -65,6 +68,7 @@ def sentence(facts: dict) -> str:
     reasons = ", ".join(f"{kind}: {count}" for kind, count in facts["skipped"].items())
     trained = facts["train_items"]
     streamed = trained is None  # then the numbers are those of --val-data
+    split = SPLIT_BY.get(facts["split_by"], f"split by {facts['split_by']}")
     cut, enlarged = facts.get("cut_tokens", 0), facts.get("enlarged", 0)
     return (
         f"{facts['format']}: {'a stream to train on; to score: ' * streamed}"
@@ -72,7 +76,7 @@ def sentence(facts: dict) -> str:
         f"{facts['captions']} captions, {facts['cut_captions']} of them cut and "
         f"{facts['equal_captions']} equal to one of another item; "
         f"{f'{trained} to train on, ' * (not streamed)}{facts['val_items']} held out, "
-        f"split by {facts['split_by']}; {skipped} records skipped"
+        f"{split}; {skipped} records skipped"
         + f" ({reasons})" * bool(skipped)
         + f"; {cut:.1%} of all tokens are cut" * (cut >= LEAST_SHARE)
         + f"; {enlarged} pictures enlarged" * bool(enlarged)

@@ -646,7 +646,7 @@ class Run:
 def example(data: Dataset) -> str:
     """A held-out name that a shell reads as it is, or else any words."""
     names = (data.captions[n][0] for n in data.image_item[data.rows(data.held_out_splits()[0])])
-    return next((name for name in names if re.fullmatch(r"[\w ]{3,40}", name)), "a red flag")
+    return next((name for name in names if re.fullmatch(r"\w[\w ,.'-]{2,59}", name)), "a red flag")
 
 
 def duration(seconds: float) -> str:

@@ -116,7 +116,9 @@ def read_csv(
         rows = read_rows(lines, separator, is_row)
         columns = guess_columns(source, lines, options, separator)
         img, caption = "image", "caption"
-    what = f"with the separator {separator!r}; set --csv-separator, "
+    others = {",": " comma", ";": " semicolon", "\t": " tab", "|": " pipe"}
+    other = next((name for x, name in others.items() if len(columns) == 1 and x in columns[0]), "")
+    what = f"with the separator {separator!r}; set --csv-separator{other}, "
     require_columns(f"{source}:1", (img, caption), columns, options, what)
     at_img = columns.index(img)
     folders, first = [source.parent, Path()], True  # open_clip's paths are the working directory's

@@ -243,7 +243,7 @@ def test_bad_csv_files_are_named(tmp_path):
     source = table(tmp_path / "data.csv", ["filepath", "words"], ["a.png", "a"])
     with pytest.raises(ValueError, match=r"data.csv:1: no column 'title'; found .*'words'"):
         load_dataset(source, 4)
-    options = "--csv-separator, --csv-img-key, --csv-caption-key"
+    options = "--csv-separator tab, --csv-img-key, --csv-caption-key"
     with pytest.raises(ValueError, match=rf"'filepath', 'title'; .*separator ','; set {options}"):
         load_dataset(source, 4, csv_separator=",")
     source.write_text("", encoding="utf-8")

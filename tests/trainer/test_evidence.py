@@ -42,7 +42,7 @@ def test_the_pages_are_those_of_the_results():
 
 
 def test_words_of_the_page_that_are_not_made_of_the_results():
-    """"No form of fusion closes it", "does not fall, without fusion either"."""
+    """ "No form of fusion closes it", "does not fall, without fusion either"."""
     page = evidence_page.Page()
     for scale in (20, 50, 100):
         names = [f"{arm}, scale {scale}" for arm in ("ito-align", "ito", "one-sided")]

@@ -318,7 +318,7 @@ def test_what_to_do_about_unknown_captions_and_separators_is_told(tmp_path):
         load_dataset(source, 4)
     read(source, "jsonl", 2, csv_caption_key="words")
     quoted = put(tmp_path / "a.csv", '"filepath","title"\n"0.png","number 0"\n')
-    with pytest.raises(ValueError, match=r"a.csv:1: no column 'filepath', .* set --csv-separator"):
+    with pytest.raises(ValueError, match=r"no column 'filepath', .* set --csv-separator comma"):
         load_dataset(quoted, 4)
     read(quoted, "csv", 1, csv_separator=",")
 
