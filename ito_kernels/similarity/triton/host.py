@@ -102,7 +102,8 @@ def logsumexp_forward(problem: Problem, cache: Tensor | None = None) -> Stats:
     pair_scores = None
     if not by_ids and not p.exclude_self:  # even if not requested: one kernel variant less
         pair_scores = op.a.new_empty(p.n, dtype=torch.float32)
-    parts = plan.arch.parts(tile, "forward", plan.crowded())
+    crowded = plan.crowded() + (p.exclude_positives and not by_ids)
+    parts = plan.arch.parts(tile, "forward", crowded)
     memory = exponentials = None
     if cache is not None:
         memory = kept.Kept.of(plan, cache)
