@@ -88,7 +88,8 @@ class Page:
         seeds = "" if found.seeds == len(SEEDS) else f"; {found.seeds} of 5 seeds so far"
         return (
             f"{first} drawings of seen concepts at equal steps ({means[best]:.1f} %; {others}), "
-            f"{fastest} in the time that ITO takes ({in_time[fastest]:.1f}), and {effect} "
+            f"{fastest} of those that were given the time that ITO takes "
+            f"({in_time[fastest]:.1f}), and {effect} "
             f"({signed(found)} points over ITO without it at equal steps, p = {p:.2f} after Holm's "
             f"correction{seeds})."
         )

@@ -101,7 +101,8 @@ def main(arguments: list[str] | None = None) -> None:
             prompts = tuple(prompts or prompts_of(config.val_data or config.train_data))
             scores = evaluate_fully(encoder.model, encoder.tokenizer, dataset, splits, prompts)
             print(table({"score": scores}))
-            if not any("knn/" in name for name in scores):
+            held_out = {*splits} - {ALL, "train"} and "train" in dataset.split
+            if held_out and not any("knn/" in name for name in scores):
                 print("note       no linear probe, no k-NN: no 2 classes in training and held out")
         if options.json:
             write_text(options.json, json.dumps(scores, indent=2) + "\n")

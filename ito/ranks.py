@@ -106,7 +106,7 @@ class Ranks:
         except USER_ERRORS as error:
             own_error = error
         errors = self.all_gather_dicts({self.rank: reason(own_error)} if own_error else {})
-        if errors and not self.leads:
+        if errors and self.group is not None and not self.leads:
             sys.exit(2)
         if own_error:
             raise own_error

@@ -117,7 +117,14 @@ def read_csv(
         columns = guess_columns(source, lines, options, separator)
         img, caption = "image", "caption"
     others = {",": " comma", ";": " semicolon", "\t": " tab", "|": " pipe"}
-    other = next((name for x, name in others.items() if len(columns) == 1 and x in columns[0]), "")
+    other = next(
+        (
+            name
+            for x, name in others.items()
+            if x != separator and len(columns) == 1 and x in columns[0]
+        ),
+        "",
+    )
     what = f"with the separator {separator!r}; set --csv-separator{other}, "
     require_columns(f"{source}:1", (img, caption), columns, options, what)
     at_img = columns.index(img)

@@ -17,13 +17,13 @@ from torch import Tensor
 
 from ..similarity.spec import (
     accumulate_dtype,
-    autocast_enabled,
     check_bias,
     check_ids,
     check_pair,
     check_tensor,
     check_weight,
     is_number,
+    same_dtype,
 )
 from .batch import Arguments
 from .common import REDUCTIONS, check_choice, check_flags
@@ -427,7 +427,7 @@ def _check_extra_candidates(
             f"{name} must have shape ({', '.join(shape)}) with D = {queries.shape[1]}, got"
             f" {tuple(x.shape)}"
         )
-    if x.dtype != queries.dtype and not autocast_enabled(x.device):
+    if not same_dtype(x, queries):
         raise TypeError(f"{name} must be {queries.dtype} like queries, got {x.dtype}")
     if x.device != queries.device:
         raise ValueError(f"{name} must be on {queries.device} like queries, got {x.device}")

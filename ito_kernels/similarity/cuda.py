@@ -254,7 +254,7 @@ class Cuda(Backend):
         Gradients are read and written once per panel. Square panels minimise this traffic.
         """
         tile = self._kernels.TILE
-        side = isqrt(gpu.PANEL_BYTES // problem.a.element_size()) // tile * tile
+        side = isqrt(gpu.panel_elements(problem)) // tile * tile
         rows, cols = (min(max(side, tile), -(-x // tile) * tile) for x in (problem.n, problem.m))
         return rows, cols
 

@@ -17,6 +17,13 @@ from torch.linalg import vector_norm
 from .spec import Grads, Needs, Problem, SideStats, SideUpstream, Stats, Upstream
 
 PANEL_BYTES = 256 << 20  # memory of one W panel: docs/gpu-static.md
+
+
+def panel_elements(problem: Problem) -> int:
+    """The most elements of a W panel. One of half values is there twice, see `halves`."""
+    return PANEL_BYTES // (problem.a.element_size() * (1 + problem.half_values))
+
+
 # In fp16, W is scaled so that its largest terms have this value. A sum of 4 of them stays below
 # 65,504, and a softmax entry of 1/N keeps its 11 bits down to 1e-8.
 FP16_SCALED_MAX = 4096.0
@@ -187,7 +194,7 @@ def accumulate(out: Tensor, x: Sequence[Tensor], y: Sequence[Tensor]) -> None:
 
 def halves(x: Tensor) -> tuple[Tensor, Tensor]:
     """x in bf16, and what that leaves, in bf16: together exactly a value of bf16 or fp16, and any
-    other to 2^-17. `x` is overwritten, for which no further memory is needed."""
+    other to 2^-17. `x` is overwritten."""
     large = x.bfloat16()
     return large, x.sub_(large).bfloat16()
 
@@ -594,7 +601,12 @@ def panel_gradients(
     if needs.a or needs.b:
         workspace = op.a.new_empty([-(-x // y) * y for x, y in zip(size, tile, strict=True)])
     height, width = size
-    a, b = (halves(x.clone()) if p.half_values else (x,) for x in (op.a, op.b))
+    a = halves(op.a.clone()) if p.half_values and workspace is not None else (op.a,)
+    b = (op.b,)
+    if op.b is op.a:
+        b = a
+    elif len(a) > 1:
+        b = halves(op.b.clone())
 
     for row0 in range(0, p.n, height):
         rows = slice(row0, min(row0 + height, p.n))

@@ -64,7 +64,8 @@ def similarity_logsumexp(
         exact_max: False if `max` serves as a shift only. Another finite number near the logsumexp
             may then stand in its place, which takes the Triton backend half the time.
         half_values: True says that the features, in fp32, are values of bf16 or fp16, which is not
-            checked. The Triton backend then computes the same scores on tensor cores.
+            checked. The GPU backends then compute the products of the gradients as three of bf16,
+            to 2^-17, and Triton the scores' as one of tf32, in which these values are exact.
         row_weights, col_weights: (u, alpha) of shape (N,) and (v, beta) of shape (M,), tensors
             without gradient; alpha and beta may be None. With weights the result is the weighted
             sum of the statistics

@@ -332,9 +332,16 @@ def check_pair(a_name: str, a: object, b_name: str, b: object) -> tuple[Tensor, 
         raise ValueError(
             f"{a_name} and {b_name} must be on the same device, got {a.device} and {b.device}"
         )
-    if a.dtype != b.dtype and not autocast_enabled(a.device):
+    if not same_dtype(a, b):
         raise TypeError(f"{a_name} and {b_name} must have the same dtype, got {a.dtype}, {b.dtype}")
     return a, b
+
+
+def same_dtype(a: Tensor, b: Tensor) -> bool:
+    """Whether features have the same dtype, under autocast after its cast, which leaves fp64."""
+    if a.dtype == b.dtype:
+        return True
+    return autocast_enabled(a.device) and torch.float64 not in (a.dtype, b.dtype)
 
 
 def check_ids(name: str, ids: object, length: int, of: str, device: torch.device) -> Tensor:

@@ -6,7 +6,7 @@ from support import kernel_checks, problems
 from support.kernel_checks import moved, on_cpu, runs_here
 from support.problems import CASES, Case, gradients, leaves, run, tensors
 
-from ito_kernels import clip_loss, siglip_loss, similarity_softplus
+from ito_kernels import clip_loss, siglip_loss, similarity_logsumexp, similarity_softplus
 from ito_kernels.similarity import gpu
 
 pytestmark = pytest.mark.gpu
@@ -45,6 +45,23 @@ def test_kept_exponentials(memory, dtype, monkeypatch):
     monkeypatch.setattr(gpu, "PANEL_BYTES", 4 << 20)
     monkeypatch.setenv("ITO_TILE_CACHE_BYTES", str(memory))
     check(Case(3000, 5000, 768, positives="linear"), dtype, "triton", exact_max=False)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_values_in_fp32(dtype, backend):
+    """The score's error is that of sums on tensor cores, the gradient's 2^-17 beside it."""
+    a, b = (torch.nn.functional.normalize(torch.randn(2000, 768, device="cuda")) for _ in range(2))
+    a, b = (x.to(dtype).float().requires_grad_() for x in (a, a + 0.3 * b))
+
+    def call(a, b, backend, **options):
+        stats = similarity_logsumexp(a, b, 100.0, positives="linear", backend=backend, **options)
+        loss = (stats.row_logsum - stats.row_pos).sum()
+        return [loss, *torch.autograd.grad(loss, (a, b))]
+
+    found = call(a, b, backend, half_values=True)
+    exact = call(a.double(), b.double(), "chunked")
+    for x, y in zip(found, exact, strict=True):
+        assert (x - y).abs().max() <= 1e-4 * y.abs().max()
 
 
 def check(case, dtype, backend, exact_max=True):

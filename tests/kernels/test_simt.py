@@ -323,6 +323,10 @@ def test_a_frozen_side_costs_no_product(backward, launched):
     assert all(getattr(struct, "panel", None) is None for _, struct in launched)
 
 
+def test_half_values_in_fp32():
+    kernel_checks.check_half_values("simt")
+
+
 def test_half_the_tiles_of_a_symmetric_problem(launched, monkeypatch):
     """In the forward pass of half precision, and in the panels, which fp32 has for any D."""
     monkeypatch.setattr(gpu, "PANEL_BYTES", 1)

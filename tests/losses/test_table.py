@@ -40,7 +40,7 @@ def test_cell(loss, option, backend):
         assert (a - b).abs().max() <= 2e-5 * b.abs().max() + 1e-6
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 @rows
 def test_only_half_values_are_called_half_values(loss, option, dtype, monkeypatch):
     """The GPU kernels round what is called so."""
@@ -57,9 +57,27 @@ def test_only_half_values_are_called_half_values(loss, option, dtype, monkeypatc
     for p in in_fp32:
         features = p.a if p.b is None else torch.cat([p.a, p.b])
         if p.half_values:
+            assert dtype != torch.float32
             torch.testing.assert_close(features.to(dtype).float(), features, rtol=0, atol=0)
     if loss not in COMPUTED_IN_FP32:
-        assert all(p.half_values for p in in_fp32)
+        assert all(p.half_values == (dtype != torch.float32) for p in in_fp32)
+
+
+def test_features_that_autocast_rounds_are_half_values(monkeypatch):
+    """Not fp64, which it leaves: an error names it."""
+    problems, choose = [], dispatch.choose
+    monkeypatch.setattr(dispatch, "choose", lambda p, name=None: problems.append(p) or choose(p))
+    x, y, queue = (torch.randn(N, D) for _ in range(3))
+    with torch.autocast("cpu", torch.bfloat16):
+        ik.clip_loss(x, y, 10.0, queue=queue)
+        for p in problems:
+            assert p.half_values
+            assert torch.equal(p.b.bfloat16().float(), p.b)
+        with pytest.raises(TypeError, match=r"queue must be torch\.float32 like queries, got .*64"):
+            ik.clip_loss(x, y, 10.0, queue=queue.double())
+        with pytest.raises(TypeError, match=r"must have the same dtype, got .*float32, .*float64"):
+            ik.clip_loss(x, y.double(), 10.0)
+    assert len(problems) == 2
 
 
 @rows

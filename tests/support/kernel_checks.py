@@ -137,6 +137,20 @@ def check_softplus(backend, case, dtype, cancelled: float = 0.0) -> None:
         assert_accurate(value, expected[name], peer[name], 3, grad_eps * size + 1e-30)
 
 
+def check_half_values(backend, exact_max: bool = True) -> None:
+    """Values as exact as in fp32, gradients to 2^-16 of the largest."""
+    case = Case(70, 90, 24, positives="linear", scale=20.0)
+    t = leaves({k: v.bfloat16().float() if k in "ab" else v for k, v in make(case, FP32).items()})
+    truth_t = leaves(t)
+    truth = dense(case, truth_t, torch.float64)
+    stats = run(case, t, backend, exact_max, half_values=True)
+    loss, expected = (stats.row_max + stats.row_logsum).sum(), truth["row_lse"].sum()
+    assert abs(loss - expected) <= 1e-6 * expected
+    ours, wanted = gradients(loss, t), gradients(expected, truth_t)
+    for name, value in ours.items():
+        assert (value - wanted[name]).abs().max() <= 2.0**-16 * wanted[name].abs().max()
+
+
 def check_strides(backend) -> None:
     """Transposed, sliced and broadcast inputs give the bits of their contiguous copies."""
     case = OPTIONS[0]

@@ -47,7 +47,8 @@ class Plan:
             if self.gradient and self.crowded() > 2:
                 self.gradient = self.arch.crowded.get(self.arithmetic, self.gradient)
         for kernel in ("forward", "panel", "gradient"):
-            setattr(self, kernel, _TUNED.get(self.key(kernel), getattr(self, kernel)))
+            if tile := getattr(self, kernel):
+                setattr(self, kernel, _TUNED.get(self.key(kernel), tile))
 
     def key(self, kernel: str) -> tuple:
         p = self.problem
@@ -68,9 +69,8 @@ class Plan:
 
     def panel_size(self) -> tuple[int, int]:
         p = self.problem
-        return tiles.panel(
-            p.n, p.m, p.d, gpu.PANEL_BYTES // p.a.element_size(), self.processors, is_symmetric(p)
-        )
+        elements = gpu.panel_elements(p)
+        return tiles.panel(p.n, p.m, p.d, elements, self.processors, is_symmetric(p))
 
     def split(self, triangle: bool = True) -> Split:
         p, tile = self.problem, self.forward
