@@ -263,8 +263,8 @@ def products(run: Run) -> None:
         x, y, _ = (t.detach() for t in run.features(high, d, wide))
         grad_x, grad_y = (torch.zeros(k, d, device=run.device) for k in (high, wide))
         calls = {
-            "W·B": ((high, d, wide), partial(gpu.accumulate, grad_x, w, y)),
-            "Wᵀ·A": ((wide, d, high), partial(gpu.accumulate, grad_y, w.T, x)),
+            "W·B": ((high, d, wide), partial(gpu.accumulate, grad_x, [w], [y])),
+            "Wᵀ·A": ((wide, d, high), partial(gpu.accumulate, grad_y, [w.T], [x])),
             "scores": ((high, wide, d), partial(torch.mm, x, y.T)),
         }
         for name, ((m, k, depth), call) in calls.items():
