@@ -7,6 +7,7 @@ better come from the data too.
 
 import argparse
 import json
+import math
 import re
 import statistics
 import textwrap
@@ -28,7 +29,7 @@ from evidence import (
     plan,
     validation,
 )
-from evidence_statistics import Estimate, Evidence, holm
+from evidence_statistics import Estimate, Evidence, holm, t_quantile
 
 TEXT = Path(__file__).with_name("evidence_page.md")
 KINDS = {"seen": "seen/", "unseen": "unseen/"}
@@ -106,8 +107,14 @@ class Page:
         return ", ".join(parts) + ("." if count == len(SEEDS) else f" ({count} seeds).")
 
     def of(self, name: str, part: str, score: str) -> str:
-        """The mean over seeds of a score of the geometry, on test or train."""
-        return form(score, self.geometry(name, part, score))
+        """The mean over seeds of a score of the geometry, on test or train, and half of its 95 %
+        interval."""
+        values = [x[part][score] for x in self.evidence.runs[name].values()]
+        mean, count = form(score, statistics.mean(values)), len(values)
+        if count == 1:
+            return f"{mean} (one seed)"
+        half = t_quantile(count - 1) * statistics.stdev(values) / math.sqrt(count)
+        return f"{mean} ± {form(score, half)}"
 
     def geometry(self, name: str, part: str, score: str) -> float:
         return statistics.mean(x[part][score] for x in self.evidence.runs[name].values())
@@ -128,7 +135,10 @@ class Page:
             strict=True,
         )
         first, last, most = (f"{100 * x:.1f}" for x in (values[0], values[-1], max(values)))
-        return f"{first} % at step {steps[0]:,}, {last} at step {steps[-1]:,}, {most} at most"
+        seeds = " (one seed)" * (len(runs) == 1)
+        return (
+            f"{first} % at step {steps[0]:,}, {last} at step {steps[-1]:,}, {most} at most{seeds}"
+        )
 
     def cost(self, name: str) -> float | None:
         """The time of all steps, relative to CLIP's in the main comparison; None for a batch of
@@ -258,7 +268,7 @@ class Page:
                 line += [f"{found.value:.1f}", signed(more) if more else ""]
             fused = name != "ito-align"
             line += [self.fusion(name, x) if fused else "" for x in ("first", "last")]
-            line += [self.of(name, "test", "gap")]
+            line += [form("gap", self.geometry(name, "test", "gap"))]
             lines.append(line)
         header = ["", "seen", "− ito [95 %]", "unseen", "− ito [95 %]"]
         header += ["fusion loss, first", "last", "gap"]
