@@ -111,7 +111,7 @@ FP32 = {"tf32": Tile(128, 64, 32, 8, 3), "tf32x3": TF32X3, "ieee": IEEE}
 FP32_IDS = FP32 | {"tf32": Tile(64, 64, 32, 8, 3)}
 GRADIENT = {
     "half": Tile(64, 32, 0, 4, 2),
-    "tf32": Tile(32, 32, 0, 4, 2),  # 3×tf32 and ieee spill at any size and use panels
+    "tf32": Tile(32, 16, 0, 4, 2),  # 3×tf32 and ieee spill at any size and use panels
 }
 
 ARCHS = {
@@ -124,7 +124,7 @@ ARCHS = {
         forward={"half": Tile(128, 128, 64, 8, 3)} | FP32,
         panel={"half": Tile(128, 128, 64, 8, 3)} | FP32,
         ids={"half": Tile(64, 64, 64, 8, 3)} | FP32_IDS,
-        maxima={"half": Tile(64, 64, 64, 4, 3)}
+        maxima={"half": Tile(64, 64, 64, 8, 3)}
         | dict.fromkeys(FP32, TF32X3)
         | {"ieee": IEEE_MAXIMA},
         gradient=GRADIENT,
