@@ -106,7 +106,7 @@ FUSED_D = 128
 # fp32: "ieee" runs on the scalar units. 3×tf32 holds each operand twice, as a large and a small
 # part, so it gets the smallest tile.
 IEEE, TF32X3 = Tile(64, 64, 32, 8, 3), Tile(64, 32, 32, 8, 3)
-IEEE_MAXIMA = Tile(64, 32, 16, 8, 3)
+IEEE_MAXIMA = Tile(64, 32, 16, 8, 2)
 FP32 = {"tf32": Tile(128, 64, 32, 8, 3), "tf32x3": TF32X3, "ieee": IEEE}
 FP32_IDS = FP32 | {"tf32": Tile(64, 64, 32, 8, 3)}
 GRADIENT = {
