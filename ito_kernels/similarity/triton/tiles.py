@@ -124,7 +124,7 @@ ARCHS = {
         forward={"half": Tile(128, 128, 64, 8, 3)} | FP32,
         panel={"half": Tile(128, 128, 64, 8, 3)} | FP32,
         ids={"half": Tile(64, 64, 64, 8, 3)} | FP32_IDS,
-        maxima={"half": Tile(64, 64, 64, 8, 3)}
+        maxima={"half": Tile(64, 64, 32, 8, 3)}
         | dict.fromkeys(FP32, TF32X3)
         | {"ieee": IEEE_MAXIMA},
         gradient=GRADIENT,
