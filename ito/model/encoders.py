@@ -331,9 +331,20 @@ class DualEncoder(nn.Module):
         text_encoder: dict | None = None,
     ):
         super().__init__()
-        arguments = dict(locals())
-        del arguments["self"], arguments["__class__"]
-        self.architecture = arguments
+        self.architecture = {
+            "image_size": image_size,
+            "width": width,
+            "heads": heads,
+            "image_depth": image_depth,
+            "text_depth": text_depth,
+            "vocab_size": vocab_size,
+            "context_length": context_length,
+            "image_width": image_width,
+            "image_heads": image_heads,
+            "patch_size": patch_size,
+            "image_encoder": image_encoder,
+            "text_encoder": text_encoder,
+        }
         if image_encoder:
             self.image = PretrainedImage(image_encoder, image_size, width)
         else:

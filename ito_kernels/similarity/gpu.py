@@ -17,13 +17,6 @@ from torch.linalg import vector_norm
 from .spec import Grads, Needs, Problem, SideStats, SideUpstream, Stats, Upstream
 
 PANEL_BYTES = 256 << 20  # memory of one W panel: docs/gpu-static.md
-
-
-def panel_elements(problem: Problem) -> int:
-    """The most elements of a W panel. One of half values is there twice, see `halves`."""
-    return PANEL_BYTES // (problem.a.element_size() * (1 + problem.half_values))
-
-
 # In fp16, W is scaled so that its largest terms have this value. A sum of 4 of them stays below
 # 65,504, and a softmax entry of 1/N keeps its 11 bits down to 1e-8.
 FP16_SCALED_MAX = 4096.0
@@ -567,6 +560,11 @@ class PanelSums(NamedTuple):
             return like.new_empty(shape, dtype=torch.float32) if needed else None
 
         return cls(new(rows, needs.scale), new(rows, needs.row_bias), new(cols, needs.col_bias))
+
+
+def panel_elements(problem: Problem) -> int:
+    """The most elements of a W panel. One of half values is there twice, see `halves`."""
+    return PANEL_BYTES // (problem.a.element_size() * (1 + problem.half_values))
 
 
 def panel_gradients(
