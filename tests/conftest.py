@@ -12,6 +12,12 @@ import torch
 pytest.register_assert_rewrite("support")
 
 
+def pytest_configure(config):
+    """pytest-xdist starts the files with few tests last; the slowest files are among them."""
+    if hasattr(config.option, "loadscopereorder"):
+        config.option.loadscopereorder = False
+
+
 @pytest.fixture(autouse=True)
 def seed():
     torch.manual_seed(0)

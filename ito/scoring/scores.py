@@ -149,6 +149,8 @@ def notes(split: str, scores: dict[str, float]) -> list[str]:
             "captions that are equal, but for white space and case, are one text, right for every "
             "picture that has it"
         )
+    if f"{split}/zero_shot/names/top1" in scores:
+        found.append("names are the distinct first captions of all items, of every split")
     return found + certain(split, scores)
 
 
