@@ -20,6 +20,7 @@ from evidence import (
     FOLDER,
     FUSION,
     GAP,
+    LONGER,
     SATURATION,
     SEEDS,
     STYLES,
@@ -139,6 +140,20 @@ class Page:
         return (
             f"{first} % at step {steps[0]:,}, {last} at step {steps[-1]:,}, {most} at most{seeds}"
         )
+
+    def longer(self) -> str:
+        """R@1 on seen concepts after four times the steps, the highest first, and ITO's difference
+        to the highest of the others."""
+        names = {arm: name for name, (arm, _) in LONGER.items()}
+        found = {arm: self.evidence.estimate(name, KINDS["seen"]) for arm, name in names.items()}
+        if None in found.values():
+            return "not run yet."
+        order = sorted(found, key=lambda arm: -found[arm].value)
+        other = next(arm for arm in order if arm != "ito")
+        less = self.evidence.estimate(names["ito"], KINDS["seen"], names[other])
+        means = ", ".join(f"{arm} {found[arm].value:.1f}" for arm in order)
+        seeds = seeds_of(self.evidence.runs[names["ito"]])
+        return f"{means}{seeds}; ito − {other} {signed(less)}."
 
     def cost(self, name: str) -> float | None:
         """The time of all steps, relative to CLIP's in the main comparison; None for a batch of
@@ -272,6 +287,26 @@ class Page:
             lines.append(line)
         header = ["", "seen", "− ito [95 %]", "unseen", "− ito [95 %]"]
         header += ["fusion loss, first", "last", "gap"]
+        return table(header, lines)
+
+    def longer_table(self) -> str:
+        """The arms after the steps of the first table and after four times as many."""
+        own = next(name for name, (arm, _) in LONGER.items() if arm == "ito")
+        lines = []
+        for name, (arm, _) in LONGER.items():
+            runs = self.evidence.runs.get(name, {}).values()
+            if not runs:
+                continue
+            line = [arm + seeds_of(runs), f"{self.cost(name):.2f}"]
+            for prefix in KINDS.values():
+                short, long = (self.evidence.estimate(x, prefix) for x in (arm, name))
+                line += [f"{x.value:.1f} ± {x.half:.1f}" for x in (short, long)]
+                less = self.evidence.estimate(own, prefix, name) if name != own else None
+                line.append(signed(less) if less else "")
+            lines.append(line)
+        header = ["", "time"]
+        for kind in KINDS:
+            header += [f"{kind}, {WORKLOAD['steps']} steps", "2,400 steps", "ito − it [95 %]"]
         return table(header, lines)
 
     def saturation_table(self) -> str:
