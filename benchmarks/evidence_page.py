@@ -20,11 +20,14 @@ from evidence import (
     FOLDER,
     FUSION,
     GAP,
+    LONG,
     LONGER,
     SATURATION,
     SEEDS,
+    SETTINGS,
     STYLES,
     TRIALS,
+    WITHOUT,
     WORKLOAD,
     best_trials,
     plan,
@@ -36,7 +39,30 @@ TEXT = Path(__file__).with_name("evidence_page.md")
 KINDS = {"seen": "seen/", "unseen": "unseen/"}
 MODULE = "one-sided"
 # rows of the first table
-FIRST = (*ARMS, *CONTROLS, MODULE)
+FIRST = (*ARMS, *CONTROLS, *(name for name in SETTINGS if "scale" not in name), MODULE)
+IN_WORDS = {
+    "clip": "CLIP",
+    "clip-aug": "CLIP with ITO's augmentation",
+    "slip": "SLIP",
+    "siglip": "SigLIP",
+    "flair": "FLAIR",
+    "ito-align": "ITO without fusion",
+    "ito": "ITO",
+}
+# what the differences of the page say; those that were not named beforehand are described
+QUESTIONS = {
+    "fusion": [("ito", "ito-align")],
+    "fusion, at equal settings": [("ito", WITHOUT)],
+    "fusion's gradient to the towers, at equal settings": [("ito", "ito, fusion trains no tower")],
+    "two views": [("ito-align", "clip-aug")],
+    "augmentation": [("clip-aug", "clip")],
+    "other objectives, equal steps": [("ito", other) for other in ("slip", "siglip", "flair")],
+    "equal time": [
+        ("ito", f"{other}, ITO's time") for other in ("clip", "clip-aug", "siglip", "ito-align")
+    ],
+    "equal pictures": [("ito", "clip-aug, twice the batch")],
+    "one-sided fusion": [(MODULE, "ito")],
+}
 
 
 class Page:
@@ -69,43 +95,63 @@ class Page:
     def headline(self) -> str:
         """Who finds most of the seen concepts, at equal steps and at equal time, and what fusion
         adds."""
-        means = {arm: x.value for arm in ARMS if (x := self.evidence.estimate(arm, KINDS["seen"]))}
-        best = max(means, key=means.get)
-        first = (
-            "ITO finds most"
-            if best == "ito"
-            else f"The method does not win here: {best} finds most"
-        )
-        others = ", ".join(f"{arm} {means[arm]:.1f}" for arm in ("ito", "clip") if arm != best)
-        in_time = {"ito": means["ito"]}
-        for name in self.evidence.runs:
-            if name.endswith(", ITO's time"):
-                in_time[name.split(",")[0]] = self.evidence.estimate(name, KINDS["seen"]).value
-        fastest = max(in_time, key=in_time.get)
-        found = self.evidence.estimate("ito", KINDS["seen"], "ito-align")
+        means = {name: self.evidence.estimate(name, KINDS["seen"]).value for name in self.measured}
+        costs = {name: self.cost(name) for name in means}
+        steps = {name: means[name] for name in ARMS}
+        # what was given about ITO's time, SLIP and FLAIR too
+        near = {name: x for name, x in means.items() if abs(costs[name] - costs["ito"]) < 0.1}
+        first, fastest = max(steps, key=steps.get), max(near, key=near.get)
+        wins = "ITO wins here." if first == fastest == "ito" else "ITO does not win here."
+        in_time = f"{IN_WORDS[fastest.split(',')[0]]} has the highest R@1 on seen concepts"
+        others = (f"{IN_WORDS[x]} {steps[x]:.1f}" for x in ("clip", "ito") if x != first)
+        at_steps = f"{IN_WORDS[first]} has the highest ({steps[first]:.1f}; {', '.join(others)})"
+        if first != "ito" and self.adjusted["ito", first, "seen"] >= 0.05:
+            at_steps += ", but its lead over ITO is not significant"
+        helps = self.evidence.estimate("ito", KINDS["seen"], "ito-align")
         p = self.adjusted["ito", "ito-align", "seen"]
-        effect = "that fusion helps is not shown"
-        if p < 0.05:
-            effect = "fusion helps" if found.value > 0 else "fusion harms"
-        seeds = "" if found.seeds == len(SEEDS) else f"; {found.seeds} of 5 seeds so far"
+        effect = "helps" if p < 0.05 and helps.value > 0 else "harms" if p < 0.05 else ""
+        effect = f"Fusion {effect}" if effect else "That fusion helps is not shown"
+        equal = self.evidence.estimate("ito", KINDS["seen"], WITHOUT)
+        unseen = sum(self.adjusted[a, b, "unseen"] < 0.05 for a, b in COMPARISONS)
         return (
-            f"{first} drawings of seen concepts at equal steps ({means[best]:.1f} %; {others}), "
-            f"{fastest} of those that were given the time that ITO takes "
-            f"({in_time[fastest]:.1f}), and {effect} "
-            f"({signed(found)} points over ITO without it at equal steps, p = {p:.2f} after Holm's "
-            f"correction{seeds})."
+            f"{wins} In the time that ITO takes, {in_time} ({near[fastest]:.1f} %; ITO "
+            f"{means['ito']:.1f}). "
+            f"At equal steps {at_steps}. {effect}: {signed(helps)} points over ITO without it, "
+            f"p = {p:.2f} after Holm's correction, and {signed(equal)} at equal settings. "
+            f"On unseen concepts {unseen or 'no'} difference is significant."
         )
 
-    def line(self, a: str, b: str) -> str:
-        """R@1 of a less that of b, on seen and unseen concepts; * where p of Holm is below 0.05."""
-        if (a, b, "seen") not in self.family:
-            return "not run yet."
-        parts = []
-        for kind in KINDS:
-            star = r"\*" if self.adjusted[a, b, kind] < 0.05 else ""
-            parts.append(f"{signed(self.family[a, b, kind])}{star} on {kind}")
-        count = self.family[a, b, "seen"].seeds
-        return ", ".join(parts) + ("." if count == len(SEEDS) else f" ({count} seeds).")
+    @property
+    def measured(self) -> list[str]:
+        """The rows of the first table whose time is known."""
+        return [name for name in FIRST if name in self.evidence.runs and self.cost(name)]
+
+    def differences(self) -> str:
+        """R@1 of one less that of the other; * where p of Holm is below 0.05, † where there is no
+        test."""
+        lines = []
+        for question, pairs in QUESTIONS.items():
+            for a, b in pairs:
+                line = [question, f"{a} − {b}"]
+                for kind, prefix in KINDS.items():
+                    found, p = self.evidence.estimate(a, prefix, b), self.adjusted.get((a, b, kind))
+                    mark = "†" if p is None else r"\*" if p < 0.05 else ""
+                    seeds = f" ({found.seeds} of 5 seeds)" if found and found.seeds < 5 else ""
+                    line.append(signed(found) + mark + seeds if found else "not run yet")
+                lines.append(line)
+                question = ""
+        return table(["", "difference", "seen", "unseen"], lines)
+
+    def mean(self, name: str) -> str:
+        return f"{self.evidence.estimate(name, KINDS['seen']).value:.1f} %"
+
+    def relative_cost(self, name: str, other: str) -> str:
+        """The processor time of whole runs of one, relative to the other's."""
+        spent = [
+            statistics.median(x["cpu_seconds"] for x in self.evidence.runs[arm].values())
+            for arm in (name, other)
+        ]
+        return f"{spent[0] / spent[1]:.1f}"
 
     def of(self, name: str, part: str, score: str) -> str:
         """The mean over seeds of a score of the geometry, on test or train, and half of its 95 %
@@ -136,30 +182,35 @@ class Page:
             strict=True,
         )
         first, last, most = (f"{100 * x:.1f}" for x in (values[0], values[-1], max(values)))
-        seeds = " (one seed)" * (len(runs) == 1)
+        seeds = "one seed" if len(runs) == 1 else f"{len(runs)} seeds"
         return (
-            f"{first} % at step {steps[0]:,}, {last} at step {steps[-1]:,}, {most} at most{seeds}"
+            f"{first} % at step {steps[0]:,} and {last} at step {steps[-1]:,} (highest: {most}; "
+            f"{seeds})"
         )
 
     def longer(self) -> str:
         """R@1 on seen concepts after four times the steps, the highest first, and ITO's difference
-        to the highest of the others."""
-        names = {arm: name for name, (arm, _) in LONGER.items()}
-        found = {arm: self.evidence.estimate(name, KINDS["seen"]) for arm, name in names.items()}
-        if None in found.values():
+        to itself without fusion at equal settings."""
+        found = {
+            name.removesuffix(LONG): x
+            for name in LONGER
+            if (x := self.evidence.estimate(name, KINDS["seen"]))
+        }
+        if len(found) < len(LONGER):
             return "not run yet."
-        order = sorted(found, key=lambda arm: -found[arm].value)
-        other = next(arm for arm in order if arm != "ito")
-        less = self.evidence.estimate(names["ito"], KINDS["seen"], names[other])
-        means = ", ".join(f"{arm} {found[arm].value:.1f}" for arm in order)
-        seeds = seeds_of(self.evidence.runs[names["ito"]])
-        return f"{means}{seeds}; ito − {other} {signed(less)}."
+        order = sorted(found, key=lambda name: -found[name].value)
+        means = ", ".join(f"{name} {found[name].value:.1f}" for name in order)
+        less = self.evidence.estimate("ito" + LONG, KINDS["seen"], WITHOUT + LONG)
+        count = len(self.evidence.runs["ito" + LONG])
+        seeds = "" if count == len(SEEDS) else f"{count} seeds; "
+        return f"{means} ({seeds}fusion, at equal settings: {signed(less)}†)."
 
     def cost(self, name: str) -> float | None:
         """The time of all steps, relative to CLIP's in the main comparison; None for a batch of
         which no step was timed."""
         line = next(iter(self.evidence.runs[name].values()))
         given, arm = line["settings"], line["arm"]
+        arm = "ito-align" if given.get("lambda_fusion") == 0 else arm
         if given["batch_size"] != WORKLOAD["batch_size"]:
             return None
         return given["steps"] * self.seconds[arm] / (self.seconds["clip"] * WORKLOAD["steps"])
@@ -189,14 +240,23 @@ class Page:
         return f"{done} of {sum(map(len, plan()))}"
 
     def missing(self) -> str:
-        """The planned families of which runs are missing, with what there is of each."""
+        """The planned families of which runs are missing."""
+        words = {
+            "settings": "at ITO's settings",
+            "saturation": "on 400 concepts",
+            "longer": "of 2,400 steps",
+        }
         done = {line["key"] for line in self.evidence.tuning}
         done |= {line["key"] for runs in self.evidence.runs.values() for line in runs.values()}
         planned: dict[str, list[bool]] = {}
         for run in (run for part in plan() for run in part):
             planned.setdefault(run.family, []).append(run.key in done)
-        parts = [f"{name} ({sum(x)} of {len(x)})" for name, x in planned.items() if not all(x)]
-        return ", ".join(parts) or "nothing"
+        parts = [
+            f"{len(x) - sum(x)} of {len(x)} {words.get(name, name)}"
+            for name, x in planned.items()
+            if not all(x)
+        ]
+        return f"; missing are {', '.join(parts)}" if parts else ""
 
     # ---- tables
 
@@ -262,7 +322,7 @@ class Page:
             "shared": "shared space",
         }
         lines = []
-        for name in ("ito-align", "ito", MODULE, *GAP):
+        for name in (*FIRST, *GAP, *(name for name in SETTINGS if "scale" in name)):
             runs = self.evidence.runs.get(name, {}).values()
             if runs:
                 scale = statistics.mean(x["scale"] for x in runs)
@@ -285,29 +345,44 @@ class Page:
             line += [self.fusion(name, x) if fused else "" for x in ("first", "last")]
             line += [form("gap", self.geometry(name, "test", "gap"))]
             lines.append(line)
-        header = ["", "seen", "− ito [95 %]", "unseen", "− ito [95 %]"]
+        header = ["", "seen", "less ITO [95 %]", "unseen", "less ITO [95 %]"]
         header += ["fusion loss, first", "last", "gap"]
         return table(header, lines)
 
+    def small_gap_table(self) -> str:
+        """Gap and R@1 by scale, of the forms at ITO's settings."""
+        forms = (WITHOUT, "ito", MODULE)
+        scores = [(score, name) for score in ("gap", "R@1") for name in forms]
+        lines = []
+        for scale in ("", ", scale 20", ", scale 50", ", scale 100"):
+            line = [scale.removeprefix(", scale ") or "learned"]
+            for score, name in scores:
+                known = name + scale in self.evidence.runs
+                line.append(self.of(name + scale, "test", score) if known else "not run yet")
+            lines.append(line)
+        words = {WITHOUT: "ito-align"}
+        header = [f"{score}: {words.get(name, name)}" for score, name in scores]
+        return table(["scale", *header], lines)
+
     def longer_table(self) -> str:
         """The arms after the steps of the first table and after four times as many."""
-        own = next(name for name, (arm, _) in LONGER.items() if arm == "ito")
         lines = []
-        for name, (arm, _) in LONGER.items():
+        for name in LONGER:
+            short = name.removesuffix(LONG)
             runs = self.evidence.runs.get(name, {}).values()
-            if not runs:
+            if not runs or short not in self.evidence.runs:
                 continue
-            line = [arm + seeds_of(runs), f"{self.cost(name):.2f}"]
+            line = [short + seeds_of(runs), f"{self.cost(name):.2f}"]
             for prefix in KINDS.values():
-                short, long = (self.evidence.estimate(x, prefix) for x in (arm, name))
-                line += [f"{x.value:.1f} ± {x.half:.1f}" for x in (short, long)]
-                less = self.evidence.estimate(own, prefix, name) if name != own else None
-                line.append(signed(less) if less else "")
+                both = (self.evidence.estimate(x, prefix) for x in (short, name))
+                line += [f"{x.value:.1f} ± {x.half:.1f}" for x in both]
+                less = self.evidence.estimate("ito" + LONG, prefix, name)
+                line.append(signed(less) if less and short != "ito" else "")
             lines.append(line)
         header = ["", "time"]
         for kind in KINDS:
-            header += [f"{kind}, {WORKLOAD['steps']} steps", "2,400 steps", "ito − it [95 %]"]
-        return table(header, lines)
+            header += [f"{kind}, {WORKLOAD['steps']} steps", "2,400 steps", "ITO less this [95 %]"]
+        return table(header, lines) if lines else "Not run yet."
 
     def saturation_table(self) -> str:
         lines = []
@@ -371,27 +446,29 @@ def table(header: list[str], lines: list[list[str]]) -> str:
 
 
 def draw(page: Page, path: Path) -> None:
-    """R@1 against the time of training, with intervals, on seen and on unseen concepts."""
+    """R@1 with intervals, on seen and on unseen concepts: at equal steps, and in ITO's time."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    names = [name for name in FIRST if name in page.evidence.runs and page.cost(name)]
-    figure, axes = plt.subplots(1, 2, figsize=(10, 4.2), layout="constrained")
+    other = [name for name in FIRST if name in page.evidence.runs and name not in ARMS]
+    names = [*ARMS, *sorted(other, key=lambda name: "time" not in name)]
+    figure, axes = plt.subplots(1, 2, figsize=(10, 4.8), layout="constrained", sharey=True)
     for axis, (kind, prefix) in zip(axes, KINDS.items(), strict=True):
-        for name in names:
+        for y, name in enumerate(names):
             found = page.evidence.estimate(name, prefix)
-            colour = f"C{list(ARMS).index(name)}" if name in ARMS else "0.45"
-            marker = "o" if name in ARMS else "D"
-            # side by side where the time is the same
-            cost, before = page.cost(name), names[: names.index(name)]
-            x = cost + 0.06 * sum(abs(cost - page.cost(other)) < 0.07 for other in before)
-            axis.errorbar(x, found.value, found.half, fmt=marker, color=colour, capsize=3, ms=5)
-            axis.annotate(name, (x, found.value), (5, 3), textcoords="offset points", fontsize=7)
-        axis.set(title=f"{kind} concepts", xlabel="time of training, CLIP's = 1", ylabel="R@1, %")
-        axis.margins(x=0.2)
+            colour = "C3" if name == "ito" else "C0" if name in ARMS else "0.45"
+            axis.errorbar(found.value, y, xerr=found.half, fmt="o", color=colour, capsize=3, ms=5)
+        axis.axvline(page.evidence.estimate("ito", prefix).value, color="C3", lw=0.8, alpha=0.5)
+        axis.set(title=f"{kind} concepts", xlabel="R@1, %")
+        axis.set_xlim(left=0)
+        axis.grid(axis="x", alpha=0.3)
         axis.spines[["top", "right"]].set_visible(False)
+    times = {name: f"  ({cost:.2f})" for name in names if (cost := page.cost(name))}
+    axes[0].set_yticks(range(len(names)), [name + times.get(name, "") for name in names])
+    axes[0].invert_yaxis()
+    figure.suptitle("in brackets: time of training, CLIP's = 1", fontsize=9, color="0.4")
     figure.savefig(path, dpi=110)
     plt.close(figure)
 

@@ -42,16 +42,15 @@ def test_the_pages_are_those_of_the_results():
 
 
 def test_words_of_the_page_that_are_not_made_of_the_results():
-    """ "No form of fusion closes it", "does not fall, without fusion either"."""
+    """ "Not here", "a longer run has a smaller gap", "does not help"."""
     page = evidence_page.Page()
-    for scale in (20, 50, 100):
-        names = [f"{arm}, scale {scale}" for arm in ("ito-align", "ito", "one-sided")]
-        alone, *fused = (page.geometry(name, "test", "gap") for name in names)
-        assert min(fused) > alone > 5 * page.geometry(names[0], "test", "floor")
     for name in evidence.SATURATION:
         for line in page.evidence.runs[name].values():
             values = [value for _, value in line["curve"]]
             assert values[-1] > 0.93 * max(values)
+    gaps = [page.geometry(f"clip-aug{x}", "test", "gap") for x in ("", ", ITO's time")]
+    assert gaps[0] > 2 * gaps[1]
+    assert page.geometry("ito", "test", "centred") < page.geometry("ito", "test", "R@1") + 0.01
 
 
 # ---- statistics
@@ -155,6 +154,15 @@ def test_the_committed_queries_are_those_of_the_data(emoji, monkeypatch):
     monkeypatch.setattr(evidence, "open_evidence", lambda: (emoji[0], None))
     committed = json.loads((evidence.FOLDER / "queries.json").read_text())
     assert evidence.query_families() == committed
+
+
+def test_seen_drawings_of_which_a_variant_by_the_same_artist_is_trained_on(emoji):
+    data = emoji[0]
+    rows = list(zip(data.image_item.tolist(), data.split, data.style, strict=True))
+    names = [family(captions[0]) for captions in data.captions]
+    trained = {(names[item], style) for item, split, style in rows if split == "train"}
+    seen = [(names[item], style) for item, split, style in rows if split == "test_seen"]
+    assert (len(seen), sum(x in trained for x in seen)) == (392, 48)  # on the page
 
 
 def test_few_concepts_are_trained_on_and_those_tested_are_among_them(emoji):
