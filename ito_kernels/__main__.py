@@ -1,6 +1,7 @@
-"""`python -m ito_kernels`: versions, what can run here, and a check of it against dense formulas.
+"""`python -m ito_kernels`: versions, the backends that can run here, and a check of their values.
 
-The output is meant to be pasted into a bug report. Exits with status 1 if a backend is wrong.
+The check compares with dense formulas in fp64 and exits with status 1 if a backend is wrong. The
+output is meant to be pasted into a bug report.
 """
 
 import os
@@ -83,7 +84,7 @@ def largest_error(case: tuple, dtype: torch.dtype, device: str) -> float:
 
 @contextmanager
 def instruction_set(name: str | None) -> Iterator[None]:
-    """ITO_CPU_ISA, for the body."""
+    """Set ITO_CPU_ISA inside the `with` block, unless the name is None."""
     before = os.environ.get("ITO_CPU_ISA")
     try:
         if name:

@@ -158,9 +158,9 @@ class ClipLoss(PrintsOptions, nn.Module):
         logit_bias: float | Tensor | None = None,
         output_dict: bool = False,
     ) -> Tensor | dict[str, Tensor]:
-        """The loss of (N, D) images and texts, L2-normalised, row i with row i, and the multiplier
-        `logit_scale.exp()`: a 0-d tensor, with `output_dict` in {"contrastive_loss": loss}.
-        Arguments and errors as in `clip_loss`."""
+        """The loss of (N, D) images and texts, L2-normalised; row i of both is a positive pair.
+        `logit_scale` is the multiplier, open_clip's `logit_scale.exp()`. Returns a 0-d tensor, or
+        with `output_dict` {"contrastive_loss": loss}. Arguments and errors as in `clip_loss`."""
         _check_logits_are_not_redefined(self, ClipLoss)
         group = _default_group(self.world_size)
         loss = clip_loss(image_features, text_features, logit_scale, group=group)
@@ -179,9 +179,10 @@ class SigLipLoss(PrintsOptions, nn.Module):
     attributes.
 
     With `world_size` > 1 the batch is that of all ranks of the default group, and every rank gets
-    the global loss. In open_clip a rank gets the part of its own images. A `logit_bias` of None is
-    no bias. `cache_labels`, `rank`, `dist_impl` and `chunk_size` have no effect; the last two are
-    checked. `forward` forms no logits; subclasses may call `get_logits` and `get_ground_truth`.
+    the global loss. In open_clip a rank gets only the terms of its own images. A `logit_bias` of
+    None means no bias. `cache_labels`, `rank`, `dist_impl` and `chunk_size` have no effect; the
+    last two are checked. `forward` forms no logits; subclasses may call `get_logits` and
+    `get_ground_truth`.
 
     Raises ValueError for an unknown `dist_impl` or a negative `chunk_size`; other errors as
     `ClipLoss`.
@@ -251,9 +252,9 @@ class SigLipLoss(PrintsOptions, nn.Module):
         logit_bias: float | Tensor | None = None,
         output_dict: bool = False,
     ) -> Tensor | dict[str, Tensor]:
-        """The loss of (N, D) images and texts, L2-normalised, row i with row i, the multiplier
-        `logit_scale.exp()` and the bias: a 0-d tensor, with `output_dict` in
-        {"contrastive_loss": loss}. Arguments and errors as in `siglip_loss`."""
+        """The loss of (N, D) images and texts, L2-normalised; row i of both is a positive pair.
+        `logit_scale` is the multiplier, open_clip's `logit_scale.exp()`. Returns a 0-d tensor, or
+        with `output_dict` {"contrastive_loss": loss}. Arguments and errors as in `siglip_loss`."""
         _check_logits_are_not_redefined(self, SigLipLoss)
         group = _default_group(self.world_size)
         loss = siglip_loss(image_features, text_features, logit_scale, logit_bias, group=group)
@@ -263,8 +264,9 @@ class SigLipLoss(PrintsOptions, nn.Module):
 class MultiPositiveInfoNCE(PrintsOptions, nn.Module):
     """`multi_positive_infonce` with options fixed at construction.
 
+    options: the keyword arguments of `multi_positive_infonce`, with its defaults, except the ids.
     Tensors that belong to a batch (queue, hard negatives, pairs, weights) are passed to the call.
-    Raises TypeError for an unknown option.
+    Raises TypeError for an unknown option; a call raises as `multi_positive_infonce`.
     """
 
     def __init__(self, **options: Any) -> None:
@@ -298,7 +300,7 @@ class MultiPositiveInfoNCE(PrintsOptions, nn.Module):
 
 
 class SupConLoss(PrintsOptions, nn.Module):
-    """`supcon_loss` with its options fixed at construction."""
+    """`supcon_loss` with its options fixed at construction. Arguments and errors as there."""
 
     def __init__(
         self,
@@ -329,7 +331,7 @@ class SupConLoss(PrintsOptions, nn.Module):
 
 
 class NTXentLoss(PrintsOptions, nn.Module):
-    """`nt_xent_loss` with its temperature fixed at construction."""
+    """`nt_xent_loss` with its options fixed at construction. Arguments and errors as there."""
 
     def __init__(self, temperature: float = 0.5, group=None, chunk_size: int | None = None):
         super().__init__()
@@ -341,7 +343,7 @@ class NTXentLoss(PrintsOptions, nn.Module):
 
 
 class ItoLoss(PrintsOptions, nn.Module):
-    """`ito_loss` with its options fixed at construction."""
+    """`ito_loss` with its options fixed at construction. Arguments and errors as there."""
 
     def __init__(
         self,
@@ -366,7 +368,8 @@ class ItoLoss(PrintsOptions, nn.Module):
         caption_ids: Tensor | None = None,
         fused_ids: Tensor | None = None,
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """`ito_loss` of (V, N, D) views of the images, their texts, and fused views or None."""
+        """`ito_loss` of (V, N, D) views of the images, their texts, (N, D) or (C, N, D), and
+        (F, N, D) fused views or None. Returns (loss, {"align": …, "fusion": …})."""
         return ito_loss(
             image_views,
             text,

@@ -24,7 +24,7 @@ class PrintsOptions:
             parameters = inspect.signature(cls.__init__).parameters.values()
             names += [x.name for x in parameters if x.kind in NAMED]
             if not any(x.kind is x.VAR_KEYWORD for x in parameters):
-                break  # it hands on no arguments that it does not name
+                break  # its base classes get no arguments that it does not name
         return {name: getattr(self, name) for name in names if hasattr(self, name)}
 
     def extra_repr(self) -> str:
@@ -36,4 +36,4 @@ def _text(value: object) -> str:
         return repr(value)
     if value.numel() != 1:
         return f"tensor of shape {tuple(value.shape)}"
-    return repr(value.detach())  # of a parameter the number alone
+    return repr(value.detach())  # repr of a Parameter takes two lines

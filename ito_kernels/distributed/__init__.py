@@ -2,9 +2,9 @@
 
 Every rank holds local rows of both towers. Keys are all-gathered in chunks, and the next chunk is
 in flight while the kernels process the current one. The row statistics of a rank are complete after
-the last chunk. Its column statistics are complete after an all-to-all of O(B) numbers. Backward
-iterates over the chunks again and reduce-scatters the gradients of the keys. Memory per rank is
-O(local·D + chunk·D + B).
+the last chunk. Its column statistics are complete after an all-to-all of O(B) numbers, with B the
+number of keys of all ranks. Backward iterates over the chunks again and reduce-scatters the
+gradients of the keys. Memory per rank is O(local·D + chunk·D + B).
 
 A loss is written once, for the batch that `global_batch` returns. `GlobalBatch` and `LocalBatch`
 have the same interface:
@@ -15,9 +15,9 @@ have the same interface:
 - `all_gather_rows`, the rows of all ranks at once, for what the primitive cannot compute, in memory
   O(global·D).
 
-In backward each gives the gradient of the sum of all ranks' losses. The ranks' losses are equal, so
-that this sum is W times the loss for W ranks, and averaging the gradients of parameters over ranks
-gives the gradient of the loss. The same holds for every composition of them.
+In backward each of them gives the gradient of the sum of all ranks' losses. These are equal, so for
+W ranks the sum is W times the loss, and averaging the gradients of parameters over ranks gives the
+gradient of the loss. The same holds for every composition of the four.
 
 All ranks must call the same losses in the same order with the same options. `agreement` compares
 the calls and raises on all ranks if they differ.

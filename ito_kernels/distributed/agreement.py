@@ -52,9 +52,9 @@ class _Call(threading.local):
 
 _current = _Call()
 
-# How many calls each group has had. Where a rank's own function raises between two heads of
-# `multi_head_loss`, the rank's next call may look like the head that the others are at: its number
-# differs.
+# How many calls each group has had. If a rank's own function raises between two heads of
+# `multi_head_loss`, that rank's next call may look like the head that the other ranks compute, but
+# its number differs.
 _calls: WeakKeyDictionary[dist.ProcessGroup, int] = WeakKeyDictionary()
 CALL_NUMBER = "the number of the call"
 Loss = TypeVar("Loss", bound=Callable)
@@ -79,9 +79,9 @@ def same_on_every_rank(
 ) -> Callable:
     """Decorate a loss that, with a group, all ranks must call with the same arguments.
 
-    Compared are the loss, which arguments are given, and the values of those that are not tensors.
-    Of floating-point tensors, whether they require a gradient is compared, and for matrices the
-    dtype and the width.
+    It compares the name of the loss and its arguments; a missing argument has its default. Tensors
+    are compared by whether they hold integers and whether they require a gradient, floating-point
+    matrices also by dtype and width. Other arguments are compared by value, functions by name.
 
     Args:
         stacked: names of arguments of shape (count, N, D), whose count is compared too.
@@ -171,7 +171,7 @@ def exchanged_sizes(
     counts = all_gather_counts(group, device, queries, keys, _digest(description))
     if len(set(counts[:, 2].tolist())) > 1:
         descriptions = _all_gather_object(group, description)
-        # all ranks are told now, and count on together
+        # now that all ranks know of the difference, they continue from the same number
         numbers = [int(x[-1][1]) for x in descriptions if not isinstance(x, str)]
         _calls[group] = max(numbers)
         raise ValueError(_first_difference(descriptions))

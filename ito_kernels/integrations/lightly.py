@@ -3,8 +3,9 @@
 -   from lightly.loss import DCLLoss, DCLWLoss, NTXentLoss
 +   from ito_kernels.integrations.lightly import DCLLoss, DCLWLoss, NTXentLoss
 
-`gather_distributed`, with several ranks in the default group: the batch is that of all ranks, and
-every rank gets its loss. In lightly a rank gets the loss of its own rows, with the same gradients.
+With `gather_distributed` and several ranks in the default group, the batch is that of all ranks,
+and every rank gets the loss of that batch. In lightly a rank gets the loss of its own rows; the
+gradients are the same.
 """
 
 from __future__ import annotations

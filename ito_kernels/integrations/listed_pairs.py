@@ -1,4 +1,4 @@
-"""A list of pairs, one panel of the score matrix at a time."""
+"""A list of pairs, looked up one panel (block of rows) of the score matrix at a time."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class ListedPairs:
         return (self.rows[pairs] - first) * panel.shape[1] + self.columns[pairs]
 
     def counts(self, rows: Tensor, panel: Tensor) -> Tensor:
-        """How often each pair of a panel is listed, like `panel`."""
+        """How often each pair of a panel is listed, in the shape and dtype of `panel`."""
         positions = self.positions(rows, panel)
         counts = torch.zeros(panel.numel(), dtype=panel.dtype, device=panel.device)
         return counts.scatter_add_(0, positions, counts.new_ones(len(positions))).view(panel.shape)

@@ -4,10 +4,11 @@
 +   from ito_kernels.integrations.pytorch_metric_learning import NTXentLoss, SupConLoss
 
 They are subclasses of that package's losses, with the same arguments, and work inside
-`CrossBatchMemory` and `DistributedLossWrapper`. Embedding regularisers are inherited. No score
-matrix is formed, also not for pairs in a list (`indices_tuple`, from a miner, `CrossBatchMemory` or
-`DistributedLossWrapper(efficient=True)`). These themselves form it, and a list of all pairs takes
-four times its memory. Options that would change the loss raise NotImplementedError that names them.
+`CrossBatchMemory` and `DistributedLossWrapper`. Embedding regularisers are inherited. The losses
+form no score matrix, not even for pairs in a list (`indices_tuple`, from a miner,
+`CrossBatchMemory` or `DistributedLossWrapper(efficient=True)`). The makers of such a list do form
+the matrix, and a list of all pairs takes four times its memory. Options that would change the loss
+raise a NotImplementedError that names them.
 """
 
 from __future__ import annotations
@@ -260,8 +261,9 @@ class NTXentLoss(_MatrixFreeLoss, peer.NTXentLoss):
     With pairs in a list, a pair counts as often as it is listed, as a positive and as a negative.
 
     Differences: without a list, the base class returns 0 for a batch with at most one positive and
-    one negative pair. There the loss of a pair is at most 87 in fp32, where its softmax underflows
-    and the gradient becomes 0, and a loss that underflows to 0 is left out by `AvgNonZeroReducer`.
+    one negative pair. The loss of a pair is at most 87 in fp32 in the base class, because its
+    softmax underflows, and its gradient is then 0. `AvgNonZeroReducer` there leaves out a loss that
+    underflows to 0.
     """
 
     def _check_reducer(self, reducer: object) -> None:

@@ -7,9 +7,9 @@ They are subclasses that replace only the loss of the embeddings. Arguments, enc
 caching are inherited. All options are supported, except that similarities other than the cosine and
 the inner product raise NotImplementedError.
 
-A text is never a candidate of itself. In the package's GISTEmbedLoss it is, where its cosine with
-itself, 1, is below the limit: if the guide takes anchor and positive for equal, or, with a negative
-margin, for nearly equal.
+A text is never a candidate of itself. In the package's GISTEmbedLoss it is one if its cosine with
+itself, 1, does not exceed the limit: if the guide's cosine of anchor and positive is 1 or, with a
+negative margin, nearly 1.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ class CachedMultipleNegativesRankingLoss(_PrintsConfig, peer.CachedMultipleNegat
         return _backward(loss) if with_backward else loss
 
 
-# The package marks the next two as deprecated: they are the above with two options.
+# The package marks the next two as deprecated: they are the two above with the options _SYMMETRIC.
 
 
 class MultipleNegativesSymmetricRankingLoss(MultipleNegativesRankingLoss):
@@ -143,7 +143,7 @@ def _ranking_loss(settings, embeddings: list[Tensor]) -> Tensor:
     group = gathering_group(settings.gather_across_devices)
     mode, strength = settings.hardness_mode, settings.hardness_strength
     if mode is None or (mode == "hard_negatives" and len(embeddings) == 2):
-        mode, strength = None, 0.0  # there the package has no effect
+        mode, strength = None, 0.0  # the package ignores the strength here
     options = {
         "directions": tuple(dict.fromkeys(settings.directions)),
         "partition_mode": settings.partition_mode,

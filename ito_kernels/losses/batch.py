@@ -181,8 +181,11 @@ def check_arguments(
 
 
 def _without_padding(scale: Tensor, query_ids: Tensor) -> Tensor:
-    """A scale per query may be anything for padded ones, also NaN. That of a single query is 0-d
-    here, and may as well be the scale of all ranks: a finite one stays."""
+    """Replace the scales of padded queries, which may be anything, also NaN, by 1.
+
+    The scale of a single query is 0-d here and may also be meant for all ranks: it is replaced only
+    if it is not finite.
+    """
     if scale.ndim:
         return scale.masked_fill(query_ids < 0, 1)
     if len(query_ids) == 1:

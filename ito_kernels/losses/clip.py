@@ -43,8 +43,8 @@ def clip_loss(
     with S = logit_scale · image_features · text_featuresᵀ, which is never formed.
 
     Args:
-        image_features, text_features: (N, D), L2-normalised.
-        logit_scale: the multiplier itself, not its logarithm: a number, a 0-d or an (N,) tensor.
+        image_features, text_features: (N, D), L2-normalised; dtypes as in `multi_positive_infonce`.
+        logit_scale: 1 / temperature, not its log: a number, a 0-d tensor, or (N,), one per image.
         query_ids, key_ids, group, chunk_size, backend, options: as in `multi_positive_infonce`,
             whose queries are the images.
 
@@ -98,8 +98,9 @@ def siglip_loss(
     multiplied by its weight.
 
     Args:
-        image_features, text_features: (N, D) and (M, D), L2-normalised unless `normalize`.
-        logit_scale: the multiplier itself: a number, a 0-d tensor or an (N,) tensor.
+        image_features, text_features: (N, D) and (M, D), L2-normalised unless `normalize`; dtypes
+            as in `multi_positive_infonce`.
+        logit_scale: 1 / temperature, not its log: a number, a 0-d tensor, or (N,), one per image.
         logit_bias: a number or a 0-d tensor; None is no bias.
         image_ids, text_ids: (N,) and (M,) integers; equal ids are positives. Pass both, or none:
             the default of each is the row numbers 0 to N - 1, which needs N = M. A negative id

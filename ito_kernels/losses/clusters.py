@@ -16,7 +16,8 @@ from .options import check_value_range
 from .precision import row_dot, without_autocast
 from .scores import Direction
 
-# The logarithm of a weight of 0, below any score. A sum of negatives below its half has only such.
+# Stands for log 0, the bias of a negative with weight 0: below any score. A maximum below its half
+# means that all negatives have weight 0.
 LEFT_OUT = -1e30
 
 
@@ -50,7 +51,7 @@ def cluster_weighted_infonce(
 
     Args:
         queries, keys: (N, D) and (M, D), L2-normalised; bf16 and fp16 are computed in fp32.
-        logit_scale: the multiplier itself: a number, a 0-d tensor or an (N,) tensor.
+        logit_scale: 1 / temperature, not its log: a number, a 0-d tensor, or (N,), one per query.
         query_clusters, key_clusters: (N,) and (M,) integers from 0 to C - 1.
         weights: w, (C, C), 0 or more: w[cluster of the query, cluster of the key]. Its positive
             elements have a gradient. Negatives with weight 0 are left out.

@@ -40,8 +40,8 @@ def decoupled_contrastive_loss(
     positives or without negatives contributes 0.
 
     Args:
-        queries, keys: (N, D) and (M, D), L2-normalised.
-        logit_scale: the multiplier itself: a number, a 0-d tensor or an (N,) tensor.
+        queries, keys: (N, D) and (M, D), L2-normalised; dtypes as in `multi_positive_infonce`.
+        logit_scale: 1 / temperature, not its log: a number, a 0-d tensor, or (N,), one per query.
         query_ids, key_ids: (N,) and (M,) integers; equal ids are positives. Pass both, or none: the
             default of each is the row numbers 0 to N - 1, which needs N = M. A negative id marks a
             padded row, which is ignored.
@@ -53,7 +53,7 @@ def decoupled_contrastive_loss(
     Returns a 0-d fp32 tensor (fp64 for fp64 features). Raises as `multi_positive_infonce`.
     Source: Yeh et al. 2022 (Decoupled contrastive learning), eq. 6. Its two views z1 and z2 are
     queries = keys = [z1; z2] with the items' numbers as ids, exclude_self=True and symmetric=False.
-    It sums over the 2N anchors, this is the mean.
+    The paper sums over the 2N anchors; this function takes the mean.
     """
     args = check_arguments(
         queries, keys, logit_scale, group, chunk_size, backend, ids=(query_ids, key_ids)

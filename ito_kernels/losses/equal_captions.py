@@ -1,10 +1,10 @@
-"""`ito_loss` where captions are equal and one softmax of ids cannot say so.
+"""The terms of `ito_loss` with equal captions whose positives no single id per row can define.
 
-An image has the ids of its C captions, a set: with several, equality is no partition of the batch.
-And with equal_ids="ignore" the positives are an item's own, which share its ids with what is left
-out. Negatives come from the primitive or, for sets, from panels; an item's own pairs, of which a
-rank has all, are computed apart; the mean score of positives by sets is that of sums of features.
-Memory O((V + C)·N·D).
+There are two cases. With C > 1 captions an image has a set of C ids, and sharing an id does not
+partition the batch. With equal_ids="ignore" only an item's own pairs are positives, but the pairs
+that are left out have the same ids. The negatives are summed by the primitive or, for sets, in
+panels of rows. An item's own pairs are all on one rank and are computed separately. The mean score
+of positives given by sets is computed from sums of features. Memory is O((V + C)·N·D).
 """
 
 from __future__ import annotations
@@ -71,9 +71,9 @@ def fusion_without_equal(args: Arguments, fused: Tensor, ids: Tensor) -> Tensor:
 
 
 def _own_against_others(own: Tensor, there: Tensor, maximum: Tensor, logsum: Tensor) -> Tensor:
-    """log (Σ e^own + e^(maximum + logsum)) - mean(own) for each anchor, 0 without any own.
+    """log (Σ e^own + e^(maximum + logsum)) - mean(own) for each anchor, 0 without a positive.
 
-    own: (anchors, number), the scores of the anchor's positives, where `there`.
+    own: (anchors, number), the scores of the anchor's positives; only those where `there` count.
     """
     number = there.sum(1)
     own = own.masked_fill(~there, 0)
@@ -85,10 +85,10 @@ def _own_against_others(own: Tensor, there: Tensor, maximum: Tensor, logsum: Ten
 
 
 def _mean_scores(scores: Scores, sets: Tensor) -> dict[str, Tensor]:
-    """The mean score of each anchor's positives, by direction: those of query i are the keys whose
-    id is one of sets[i].
+    """The mean score of each anchor's positives, by direction. The positives of query i are the
+    keys whose id is one of sets[i].
 
-    The inner products with all features of an id sum up to that with their sum.
+    The sum of the inner products with all features of an id is the inner product with their sum.
     """
     batch = scores.global_batch
     queries, keys = _without_padding(scores)

@@ -40,11 +40,10 @@ def uniformity_loss(
         t: a number or a 0-d tensor greater than 0.
         group, chunk_size, backend: as in `multi_positive_infonce`.
 
-    Returns a 0-d fp32 tensor (fp64 for fp64 features).
-    Raises TypeError or ValueError that names an invalid argument.
-    Source: Wang and Isola 2020, section 4.1, L_uniform, whose expectation is over independent
-    samples: here, as in the authors' code, the mean without the pairs (i, i). With y it is the same
-    of two modalities, which is not in the source.
+    Returns a 0-d fp32 tensor (fp64 for fp64 features). Raises as `multi_positive_infonce`.
+    Source: Wang and Isola 2020, section 4.1, L_uniform. Its expectation is over independent
+    samples; here, as in the authors' code, it is the mean without the pairs (i, i). The form with
+    y, for two modalities, is not in the source.
     """
     if is_number(y) or (isinstance(y, Tensor) and y.ndim == 0):
         raise TypeError(f"y must be a tensor of shape (N, D), got {y}: give t by name, as t={y}")
@@ -74,7 +73,7 @@ def uniformity_loss(
             half_values=scores.half_values,
             backend=backend,
         )
-        # what is infinite shows, although the potential of an infinite distance is 0
+        # NaN if a norm is infinite: the potential of an infinite distance is 0 and would hide it
         infinite = 0 * (row_norms.sum() + col_norms.sum())
         potential = (stats.row_max + stats.row_logsum).logsumexp(0, keepdim=True) + infinite
         return batch.all_gather_rows(potential).logsumexp(0) - math.log(n * (n - 1))
@@ -93,7 +92,8 @@ def alignment_loss(
     """Alignment: the mean distance of positives, mean_i ‖x_i - y_i‖^alpha.
 
     Args:
-        x, y: (N, D), usually L2-normalised; row i of both is a positive pair.
+        x, y: (N, D), usually L2-normalised; row i of both is a positive pair. bf16 and fp16 are
+            computed in fp32.
         alpha: a number greater than 0. Equal rows have a gradient of 0 for every alpha.
         group, chunk_size: as in `multi_positive_infonce`.
         backend: its name is checked, but it has no effect: there is no similarity matrix.
@@ -126,14 +126,15 @@ def spectral_contrastive_loss(
     The second mean is computed from the (D, D) matrices of second moments, in O((N + M)·D²).
 
     Args:
-        x, y: (N, D) with N ≥ 2; row i of both is a positive pair. They need not be normalised.
+        x, y: (N, D) with N ≥ 2; row i of both is a positive pair. They need not be normalised. bf16
+            and fp16 are computed in fp32.
         group, chunk_size: as in `multi_positive_infonce`.
         backend: its name is checked, but it has no effect: there is no similarity matrix.
 
     Returns a 0-d fp32 tensor (fp64 for fp64 features).
     Raises TypeError or ValueError that names an invalid argument.
-    Source: HaoChen et al. 2021, section 3.2, whose expectation is over independent samples: here,
-    as in the authors' code, the mean without the pairs (i, i). Their code also limits the norms.
+    Source: HaoChen et al. 2021, section 3.2. Its expectation is over independent samples; here, as
+    in the authors' code, it is the mean without the pairs (i, i). Their code also limits the norms.
     """
     batch, x, y, n = _moment_batch(x, y, group, chunk_size, backend)
     with without_autocast(x.device):
@@ -158,6 +159,7 @@ def orthogonality_loss(
 
     Args:
         x, y: (N, D) with N ≥ 2, L2-normalised; row i of both is a positive pair. y is x by default.
+            bf16 and fp16 are computed in fp32.
         group, chunk_size: as in `multi_positive_infonce`.
         backend: its name is checked, but it has no effect: there is no similarity matrix.
 

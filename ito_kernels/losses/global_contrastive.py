@@ -51,10 +51,12 @@ def global_contrastive_loss(
 
         L = τ · mean_i [ log(eps + u1_i) + log(eps + u2_i) ] + 2·rho·τ
 
-    but the gradients are not its derivatives. Those of the features are the derivatives of
-    τ · mean_i [ g1_i / (eps + u1_i) + g2_i / (eps + u2_i) ] at the new u, which is constant. That
-    of τ is mean_i [ log(eps + u1_i) + log(eps + u2_i) ] + 2·rho plus the derivative of the same
-    expression with respect to the τ inside g1 and g2. No N × N matrix is formed.
+    but the gradients are not the derivatives of L. Those of the features are the derivatives of
+
+        R = τ · mean_i [ g1_i / (eps + u1_i) + g2_i / (eps + u2_i) ]
+
+    at the new u, held constant. That of τ is mean_i [ log(eps + u1_i) + log(eps + u2_i) ] + 2·rho
+    plus the derivative of R with respect to the τ inside g1 and g2. No N × N matrix is formed.
 
     Args:
         image_features, text_features: (N, D) with N ≥ 2, L2-normalised; row i of both is a positive
@@ -67,15 +69,16 @@ def global_contrastive_loss(
             first batch.
         gamma: the weight of the new value, from 0 to 1; with 1 there is no history.
         eps: a number of at least 0 that bounds the weights of the gradient.
-        rho: keeps a learned temperature from growing small; None adds no term.
+        rho: 0 or more, the weight of the term that keeps a learned temperature from becoming small.
+            None adds no term.
         group, chunk_size, backend: as in `multi_positive_infonce`. With a group, N is the number of
             rows of all ranks; each rank passes and gets u of its own rows.
 
     Returns the loss, a 0-d fp32 tensor (fp64 for fp64 features), and the new u_image and u_text in
     their dtypes, without gradient. The loss and its gradients are computed from log u: they are
     finite where g exceeds the largest number of fp32 (at a temperature of 0.01, g reaches e^200).
-    The u that is returned is then that largest number, and 0 where it is too small for its dtype.
-    Raises TypeError or ValueError that names an invalid argument.
+    The returned u is then that largest number, and 0 where it is too small for its dtype. Raises as
+    `multi_positive_infonce`.
     Source: Yuan et al. 2022 (SogCLR), Algorithm 1; Qiu et al. 2023 (iSogCLR), Algorithm 1, for a
     pair of temperatures; Wei et al. 2024 (FastCLIP), Algorithm 1, eq. 1 and 2, and the objective
     RGCL-g, for one learned temperature and eps. g leaves out the positive, as in FastCLIP; the
@@ -238,7 +241,8 @@ class GlobalContrastiveLoss(PrintsOptions, nn.Module):
         temperature: float | Tensor | tuple[Tensor, Tensor],
         indices: Tensor,
     ) -> Tensor:
-        """The loss. indices: (N,) integers, the rows' positions in the data set.
+        """The loss. The first three arguments are as in `global_contrastive_loss`; indices: (N,)
+        integers, the rows' positions in the data set. Checking them synchronises with the device.
 
         Raises ValueError for an index that is not from 0 to num_samples - 1.
         """
@@ -293,7 +297,7 @@ def _loss_of_data_set(
             batch = global_batch(group, image_features, text_features, chunk_size=chunk_size)
             indices = batch.all_gather_rows(indices)
             averages = batch.all_gather_rows(torch.stack(averages, 1))
-            # the last row of each sample: the same for all its rows, so that their order is free
+            # For each row the last row of its sample: all its rows write the same, in any order.
             order = indices.argsort(stable=True)
             last = order[torch.searchsorted(indices[order], indices, right=True) - 1]
             for u, new in zip((u_image, u_text), averages[last].unbind(1), strict=True):

@@ -90,17 +90,18 @@ def multi_positive_infonce(
         "sum"   log D_i - log Σ_{j ∈ P_i} exp(S_ij)            MIL-NCE
 
     The loss of a key is the same along its column, with its own number of positives. S is never
-    formed: memory is O((N + M)·D).
+    formed: memory is O((N + M)·D). Below, a pass over S computes every score once, and a panel is a
+    block of rows of S.
 
     Args:
         queries, keys: (N, D) and (M, D), fp32, bf16 or fp16 (fp64 on the reference and chunked
             backends), L2-normalised unless `normalize`.
         logit_scale: the multiplier itself (1 / temperature), not its logarithm: a number, a 0-d
-            tensor (or of shape (1,)) or an (N,) tensor.
-        query_ids, key_ids: (N,) and (M,) integers; equal ids are positives. Pass both, or none:
-            the default of each is the row numbers 0 to N - 1, which needs N = M. With query_ids
-            alone, id j is the positive key j. A negative id marks a padded row: it is no anchor, no
-            candidate and no part of the mean, and its features are not read.
+            tensor (or of shape (1,)), or an (N,) tensor with one scale per query.
+        query_ids, key_ids: (N,) and (M,) integers; equal ids are positives. Pass both or neither. A
+            missing one defaults to the row numbers 0 to N - 1 and needs N = M: with query_ids
+            alone, key query_ids_i is the positive of query i. A negative id marks a padded row: it
+            is no anchor, no candidate and no part of the mean, and its features are not read.
         positives: "mean", "in" or "sum", as above.
         symmetric: average the losses of query→key and key→query. False: query→key only.
         exclude_self: leave out the pairs (i, i), for queries and keys from the same tower. Needs
@@ -111,64 +112,66 @@ def multi_positive_infonce(
             i), as in `F.cross_entropy`.
         query_weights, key_weights: (N,) and (M,), without gradient. Each anchor's loss is
             multiplied by its weight, and the mean divides by the sum of the weights.
-        key_bias: (M,), added to the scores of each key in query→key. -log q_j corrects for the
-            sampling frequency of the keys (logQ correction).
+        key_bias: (M,), added to the scores of each key in query→key. With q_j the sampling
+            frequency of key j, -log q_j is the logQ correction.
         positive_pairs, positive_weights: (P, 2) integers, pairs (i, j), and (P,) weights. They
             replace the ids where positives are not a partition. The mean over P_i becomes a
             weighted mean, of S ("mean") or of exp S ("in"). A pair that is listed twice counts
             twice as a positive and once in D_i. A pair with weight 0 is a negative. Memory O(P·D).
-            With debias or hardness, the negatives are summed in PyTorch, a panel of rows at a time,
-            on every backend.
-        in_batch: False: the other keys of the batch are no negatives. The candidates of a query are
-            its positives, the queue and its hard negatives (MoCo). Needs `queue` or
+            Checking the numbers synchronises with the device. With debias or hardness, the
+            negatives are summed in PyTorch, a panel of rows at a time, on every backend.
+        in_batch: with False, the other keys of the batch are not negatives. The candidates of a
+            query are its positives, the queue and its hard negatives (MoCo). Needs `queue` or
             `hard_negatives`, and symmetric=False. Without ids and without a group it takes no pass
-            over S; else one, with positives="mean" two.
-        equal_ids: "positive", as above. With "ignore" the positive of row i is key i alone, and all
-            other pairs with equal ids are left out, in both directions: accidental hits of
-            recommenders, repeated captions. Needs N = M. If query i or key i is padded, neither is
-            an anchor.
+            over S; otherwise one, or two with positives="mean".
+        equal_ids: "positive", as above. With "ignore" only key i is a positive of query i, and all
+            other pairs with equal ids are left out, in both directions. Such pairs are accidental
+            hits of recommenders or repeated captions. Needs N = M. If query i or key i is padded,
+            neither is an anchor.
         queue, queue_ids: (Q, D) keys without gradient and (Q,) integers: further negatives for
-            query→key. A queue key with the id of a query, its row number without query_ids, is no
+            query→key. A queue key with the id of a query (without query_ids: its row number) is no
             candidate of that query; one with a negative id is no candidate at all.
         hard_negatives, hard_negative_ids: (N, K, D), with gradient, and (N, K) integers: further
             negatives of their own query only, for query→key. One with the id of its query is no
             candidate. A negative id is padding, for queries with fewer than K.
-        false_negative_margin: m. A negative leaves D_i if its inner product with the anchor exceeds
-            that of the anchor's most similar positive by more than m. This includes the queue and
-            the hard negatives. In key→query the key is the anchor. It takes one or two more passes
-            over S, none with symmetric=False; with debias or hardness, one more per direction to
-            count the remaining negatives. label_smoothing is over the remaining candidates. Their
-            sum is computed in PyTorch, a panel of rows at a time, on every backend; so is D in
-            key→query with a logit_scale per query.
+        false_negative_margin: m. A negative is left out of D_i if its inner product with the anchor
+            exceeds that of the anchor's most similar positive by more than m. This applies to the
+            queue and the hard negatives too. In key→query the key is the anchor. It takes one or
+            two more passes over S, none with symmetric=False; with debias or hardness, one more per
+            direction to count the remaining negatives. With ids it synchronises with the device.
+            label_smoothing is over the remaining candidates. Their sum is computed in PyTorch, a
+            panel of rows at a time, on every backend; so is D in key→query with a logit_scale per
+            query.
         margin_type: "absolute", as above; with "relative" the margin is m times the absolute value
             of the inner product of the anchor and its most similar positive.
         margin_on: "all" negatives, or those "in_batch" only: not the queue and the hard negatives.
         guide_queries, guide_keys: (N, E) and (M, E), without gradient: embeddings of another model.
-            The margin compares their inner products instead (GISTEmbed), and not those of the queue
-            and the hard negatives, for which there are none. The scores are computed in PyTorch, a
-            panel of rows at a time, on every backend.
-        debias: τ⁺ < 1, the proportion of negatives that are false, a number or (N,). The negatives'
-            part of D_i becomes max{(Σ_neg exp S - n·τ⁺·mean_pos exp S) / (1 - τ⁺),
+            The margin compares their inner products instead (GISTEmbed). It then does not apply to
+            the queue and the hard negatives, for which there are no guide embeddings. The scores
+            are computed in PyTorch, a panel of rows at a time, on every backend.
+        debias: 0 ≤ τ⁺ < 1, the proportion of negatives that are false, a number or (N,). The
+            negatives' part of D_i becomes max{(Σ_neg exp S - n·τ⁺·mean_pos exp S) / (1 - τ⁺),
             n·exp(-logit_scale)} with n negatives. Both directions; τ⁺ per query needs N = M.
         hardness: β ≥ 0. Negatives are weighted by exp(βS), divided by its mean over the negatives,
             before `debias` is applied. Both directions. Three passes over S instead of one.
-        hardness_mode, hardness_strength: α ≥ 0. Negatives of that kind have the score
-            S_ij + α·<q_i, k_j>, whose second term has no gradient (LLaVE, EmbeddingGemma). The
-            kinds are "in_batch", the other keys of the batch, in both directions; "hard", the hard
-            negatives; and "all" negatives, with the queue. sentence-transformers' names are taken
-            too. For "in_batch" and "all" one pass over S without ids and group, else three. With a
-            logit_scale per query, S is computed in PyTorch, a panel of rows at a time.
+        hardness_mode, hardness_strength: a kind of negatives, and α ≥ 0. Negatives of that kind
+            have the score S_ij + α·<q_i, k_j>, whose second term has no gradient (LLaVE,
+            EmbeddingGemma). The kinds are "in_batch", the other keys of the batch, in both
+            directions; "hard", the hard negatives; and "all", which includes the queue.
+            sentence-transformers' names are accepted too. "in_batch" and "all" take one pass over S
+            without ids and group, otherwise three. With a logit_scale per query, S is computed in
+            PyTorch, a panel of rows at a time.
         normalize: L2-normalise queries, keys, queue, hard negatives and the guide's rows first.
-        reduction: "mean" over the anchors; "sum"; or "none", which returns (N,), for symmetric the
-            pair (N,), (M,).
+        reduction: "mean" or "sum" over the anchors, averaged over both directions if symmetric; or
+            "none", which returns (N,), if symmetric the pair (N,), (M,).
         return_stats: also return a dict of tensors without gradient. `row_loss`, `row_lse` (N,),
             `col_loss`, `col_lse` (M,): losses without the weights, and log D. `row_accuracy`,
             `col_accuracy` and `positive_score`: means over the anchors with a positive; an anchor
-            is accurate if a positive has the largest score, and a tie with a negative is not.
-            `hardest_negative_score`: the mean over the queries with a negative. The last four are
-            over the candidates of the batch, scores in units of S. `col_*` is None unless
-            symmetric. With positive_pairs the accuracies and `hardest_negative_score` are None: the
-            kernels find them by ids.
+            counts as accurate if a positive has a larger score than every negative.
+            `hardest_negative_score`: the mean over the queries with a negative. These four are over
+            the candidates of the batch, scores in units of S. `col_*` is None unless symmetric.
+            With positive_pairs the accuracies and `hardest_negative_score` are None: the kernels
+            find them by ids.
         group: a process group or a one-dimensional DeviceMesh. The batch is that of all its ranks:
             each passes its local rows and gets the global loss. After averaging over ranks (DDP,
             FSDP) gradients are those of one process on the whole batch. Ids are compared across
@@ -177,19 +180,20 @@ def multi_positive_infonce(
             with the same queue on all ranks does the loss equal that of one process.
             `positive_pairs` are global row numbers, each pair passed by the rank of its query. See
             `ito_kernels.distributed`.
-        chunk_size: with a group, the number of keys of all ranks that are gathered at a time.
+        chunk_size: with a group, the number of keys of all ranks that are gathered at a time; by
+            default 512 per rank, at least 32,768 and at most 131,072.
         backend: see `ito_kernels.backends()`; None chooses automatically. A function compiled by
             torch.compile keeps the backend that it was compiled with, whatever `use_backend` and
             ITO_BACKEND are set to later.
 
     With `debias`, `hardness`, `hardness_mode`, `equal_ids="ignore"`, `positive_pairs`, `queue`,
     `hard_negatives` or a guide, half precision features are computed in fp32, because the loss is a
-    difference of results of several passes. The same holds for symmetric with
+    difference of results of several passes. The same holds for symmetric=True with both
     `false_negative_margin` and a logit_scale per query.
 
     Returns:
         The loss, a 0-d fp32 tensor (fp64 for fp64 features), or as `reduction` says. With
-        `return_stats` the pair of it and the dict.
+        `return_stats` the pair (loss, dict).
 
     Raises:
         TypeError, ValueError: an argument is invalid, or two arguments cannot be combined. The
@@ -325,7 +329,7 @@ def _statistics_weights(
 def _side_weights(
     o: Options, scores: Scores, side: str, share: float
 ) -> tuple[SideUpstream, Tensor | float]:
-    """Those of one direction, whose losses are multiplied by `share`.
+    """`_statistics_weights` of one direction, whose losses are multiplied by `share`.
 
     Both statistics are relative to the row maximum, which cancels. An anchor without a positive has
     weight 0, but its statistics are still part of the sum, so that NaN and infinity reach the loss.
@@ -413,8 +417,8 @@ def _positive_pairs(o: Options, scores: Scores) -> PositivePairs | None:
 def _negatives_apart(o: Options, scores: Scores) -> Scores | None:
     """The scores of the batch's negatives where they differ from `scores`, else None."""
     boost, ignore = o.boost("in_batch"), o.equal_ids == "ignore"
-    # Limits of listed pairs, which the kernels cannot exempt. The positives of a guided loss come
-    # from another computation than its panels: only apart from these do small losses keep digits.
+    # The kernels cannot exempt listed pairs from the limits. With a guide, positives and panels are
+    # computed in different ways: a small loss keeps its digits only if no panel has positives.
     limited = o.false_negative_margin is not None and o.positive_pairs is not None
     if not (boost or ignore or limited or scores.guide is not None):
         return None
@@ -477,7 +481,7 @@ def anchor_losses(
     else:
         positives = PositivesById(scores, side, o.reweights_negatives and o.in_batch)
     candidates = candidate_pools(o, scores, side, pairs, negatives, positives)
-    # the largest score of the batch may be far above those of the candidates that are left
+    # without in_batch, the batch's largest score may be far above those of the candidates
     shift = candidates.reference_shift(o.powers[-1]) if o.in_batch else positives.reference_shift()
     k = positives.count()
     has_positive = k > 0

@@ -46,22 +46,22 @@ def ito_loss(
 
     With `caption_ids` t, captions of different items may be equal:
 
-    "pair":   text j is a positive of image i if t_cj = t_ci, and image j of text i.
-    "pooled": caption (c, j) is a positive of the images of item i if t_cj is one of t_1i … t_Ci,
-              and these images of it.
+    "pair":   image i and text j are positives of each other if t_cj = t_ci.
+    "pooled": caption (c, j) and the images of item i are positives of each other if t_cj is one of
+              t_1i … t_Ci.
     L_fusion: the positives are the pairs of items with equal `fused_ids`.
 
-    With equal_ids="ignore" these pairs, unless of the same item, are left out: they are neither
-    positives nor candidates.
+    With equal_ids="ignore", such pairs of different items are left out: they are neither positives
+    nor candidates.
 
-    All features are L2-normalised.
+    All features are L2-normalised; their dtypes are those of `multi_positive_infonce`.
 
     Args:
         image_views: (V, N, D), V augmented views of N items.
         text: (N, D), or (C, N, D) for C captions of each item.
         fused_views: (F, N, D) with F ≥ 2: views fused with the text. May be None if lambda_fusion
             is 0. If given with lambda_fusion = 0, L_fusion is reported without gradient.
-        logit_scale: the multiplier itself, shared by all terms: a number or a 0-d tensor.
+        logit_scale: 1 / temperature, not its log, of all terms: a number or a 0-d tensor.
         denominator: "pair" or "pooled", the form of L_align.
         fusion_scale: the multiplier of L_fusion, if it has its own: a number or a 0-d tensor.
         caption_ids: integers of the shape of `text` without D; equal ids are equal captions. A
@@ -76,6 +76,7 @@ def ito_loss(
 
     Raises:
         TypeError, ValueError: an argument is invalid. The message names it.
+        RuntimeError: the requested backend cannot run here.
 
     Source: "Images and Texts as One", arXiv 2603.02767, with two views and denominator="pair".
     Equal captions and `fusion_scale` are not in it.

@@ -21,8 +21,8 @@ class Mask(NamedTuple):
     backward.
 
     row_ids, col_ids: a pair with a negative id is left out. Equal ids are positives; without ids
-        the positive of row i is column i + diagonal. Of rows with several ids, (N, K), each may be
-        equal; a row is left out if all are negative.
+        the positive of row i is column i + diagonal. row_ids may be (N, K): a pair is then positive
+        if any of the K ids is equal, and a row is left out if all are negative.
     row_limit, col_limit: for the direction of the rows or of the columns, negatives with an inner
         product above it are left out.
     guide: features of rows and columns, (N, E) and (M, E). The limits compare their inner products
@@ -196,14 +196,15 @@ class _Statistics(torch.autograd.Function):
             size = len(a) if side == "row" else len(b)
             sums = a.new_zeros(len(powers), size)
             out[side] = [a.new_full((size,), -torch.inf), a.new_zeros(size), sums, sums[0] * 0]
-        # Kept for backward: the inner products, or with a guide the masks, which took a product too
-        # and a quarter of the memory; then half of the budget, because a guided loss of four
-        # directions takes 100 MiB beside it. They lie in one buffer: between the panels' temporary
-        # tensors, tensors of their own would fragment the heap by 30 to 60 MiB for 8192 rows.
+        # Kept for backward: the inner products. With a guide, the masks instead: they also cost a
+        # matrix product and take a quarter of the memory. They get half of the budget, because a
+        # guided loss of four directions takes another 100 MiB. All lie in one buffer: separate
+        # tensors between the temporary ones of the panels would fragment the heap by 30 to 60 MiB
+        # for 8192 rows.
         guided, size = panels.mask.guide is not None, len(a) * len(b)
         size *= len(panels.sides) if guided else a.element_size()
         size = min(tile_cache_left() // 2 if guided else tile_cache_left(), size)
-        # Not when compiled: torch.compile loses what is written to views, and gradients are wrong.
+        # Not when compiled: torch.compile drops writes to views, and gradients would be wrong.
         keep = any(ctx.needs_input_grad) and not torch.compiler.is_compiling()
         buffer = a.new_empty(size * keep, dtype=torch.bool)
         buffer = buffer if guided else buffer[: size // 8 * 8].view(a.dtype)

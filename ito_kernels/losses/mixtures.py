@@ -37,9 +37,11 @@ def mixup_infonce(
     with S = logit_scale · queries · keysᵀ. Query i is a mixture of the samples i and π(i).
 
     Args:
-        queries, keys: (N, D), L2-normalised; the keys are not mixed.
-        logit_scale: the multiplier itself: a number, a 0-d tensor or an (N,) tensor.
-        partners: π, (N,) integers. With a group these are row numbers of the global batch.
+        queries, keys: (N, D), L2-normalised; dtypes as in `multi_positive_infonce` (bf16 and fp16
+            are computed in fp32). The keys are not mixed.
+        logit_scale: 1 / temperature, not its log: a number, a 0-d tensor, or (N,), one per query.
+        partners: π, (N,) integers. With a group these are row numbers of the global batch. Checking
+            them synchronises with the device.
         mixing: λ from 0 to 1, a number or (N,); no gradient.
         symmetric: average with key→query, mean_j Σ_i T_ij (logsumexp_n S_nj - S_ij). The positives
             of key j are the queries that contain its sample; a key in no query contributes 0.
@@ -51,10 +53,10 @@ def mixup_infonce(
     Returns a 0-d fp32 tensor (fp64 for fp64 features). Raises as `multi_positive_infonce`, and
     ValueError for key_targets="sum" without symmetric.
     Sources: Kumar et al. 2024 (M3CoL): symmetric=True with key_targets="sum", for one mixed
-    modality; the authors' code adds those of both, and gives a sample that is its own partner the
-    weight 1 - λ instead of 1. Kim et al. 2020 (MixCo): symmetric=False; their code mixes the two
-    halves of a batch, for which multi_positive_infonce takes positive_pairs with positive_weights.
-    key_targets="normalized" is in neither.
+    modality; the authors' code adds the losses of both, and gives a sample that is its own partner
+    the weight 1 - λ instead of 1. Kim et al. 2020 (MixCo): symmetric=False; their code mixes the
+    two halves of a batch, for which `multi_positive_infonce` takes positive_pairs with
+    positive_weights. key_targets="normalized" is in neither.
     """
     check_flags(symmetric=symmetric)
     check_choice("key_targets", key_targets, ("normalized", "sum"))
@@ -114,7 +116,7 @@ def mix_hard_negatives(
     largest inner products with q.
 
     Args:
-        queries, queue: (N, D) and (Q, D), L2-normalised.
+        queries, queue: (N, D) and (Q, D), L2-normalised; dtypes as in `multi_positive_infonce`.
         hardest: the number of rows of the queue to draw from; at most Q are used.
         mixed, with_query: the numbers of negatives of each kind, 0 or more.
         generator: random generator on the device of the queries; None takes PyTorch's default.

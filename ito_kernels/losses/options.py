@@ -69,7 +69,7 @@ class Options(NamedTuple):
         if self is PLAIN:
             return True
         given = self[_MULTI_PASS:]
-        if all(map(is_, given, _DEFAULTS)):  # 0.5 µs, what follows takes 2
+        if all(map(is_, given, _DEFAULTS)):  # takes 0.5 µs, the lines below 2 µs
             return True
         pairs = zip(given, _DEFAULTS, strict=True)
         return all(x is d or (isinstance(x, _COMPARABLE) and x == d) for x, d in pairs)

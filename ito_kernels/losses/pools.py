@@ -102,7 +102,7 @@ class QueueCandidates:
     """
 
     def __init__(self, scores: Scores, queue: Tensor, queue_ids: Tensor | None, boost: float = 0.0):
-        if boost:  # as in `Scores.boosted`; the queue has no gradient, so any scale will do
+        if boost:  # as in `Scores.boosted`; without gradient of the keys, also a scale per query
             factor = (scores.scale / (scores.scale + boost)).detach().reshape(-1, 1)
             queries = multiply_gradient(scores.queries, factor)
             scores = replace(scores, queries=queries, scale=scores.scale + boost)
@@ -119,7 +119,7 @@ class QueueCandidates:
 
     def log_sum(self, power: float, shift: Tensor) -> Tensor:
         stats = self._statistics(power, exclude_positives=True)
-        # What is infinite shows in the loss, although e^-inf is 0 and a limit leaves out e^inf.
+        # NaN if the queue is infinite. Otherwise e^-inf = 0, or a limit on e^inf, would hide that.
         rows = self.queue.masked_fill((self.col_ids < 0)[:, None], 0)
         infinite = 0 * rows.sum().to(shift)
         return stats.row_logsum + (stats.row_max - power * shift) + infinite

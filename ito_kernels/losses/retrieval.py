@@ -93,37 +93,39 @@ def mnrl_loss(
     scores is formed.
 
     Args:
-        queries, positives: (N, D); row i of both is a positive pair.
-        negatives: (N, D), or (N, K, D) for K negatives per query.
-        scale: 1 / temperature: a number, a 0-d tensor or an (N,) tensor. In every direction the
-            scores of row i have scale_i.
+        queries, positives: (N, D); row i of both is a positive pair; dtypes as in
+            `multi_positive_infonce`.
+        negatives: (N, D), or (N, K, D) for K negatives per query, in the dtype of the queries.
+        scale: 1 / temperature: a number, a 0-d tensor, or (N,), one per query. In every direction
+            the scores of row i have scale_i.
         directions: the names of one or more directions, `query_to_doc` among them.
         partition_mode: "joint": Z_i is the sum over the candidates of all directions. With
             `doc_to_query` the positive pair is in it twice. "per_direction": the mean of the losses
             of the directions, each with its own sum. Only for `query_to_doc` and `doc_to_query`:
             the others have no positive pair.
-        hardness_mode, hardness_strength: α ≥ 0. Negatives of that kind have the score
-            S_ij + α·<q_i, d_j>, whose second term has no gradient (LLaVE, EmbeddingGemma). The
-            kinds are "in_batch", the documents of other queries; "hard", the negatives of query i
-            itself; and "all". Only in `query_to_doc`. sentence-transformers' names are taken too.
-        margin: m. A candidate leaves Z_i, in every direction, if its cosine exceeds that of query
-            and positive i by more than -m: a margin above 0 also removes candidates that are
-            somewhat less similar than the positive. The positive pair itself stays. Cosines that
-            are equal but for rounding count as equal.
-        margin_strategy: "absolute", as above. "relative": the margin is m times the absolute value
-            of the cosine of query and positive i.
+        hardness_mode, hardness_strength: a kind of negatives, and α ≥ 0. Negatives of that kind
+            have the score S_ij + α·<q_i, d_j>, whose second term has no gradient (LLaVE,
+            EmbeddingGemma). The kinds are "in_batch", the documents of other queries; "hard", the
+            negatives of query i itself; and "all". Only in `query_to_doc`. sentence-transformers'
+            names are accepted too.
+        margin: m. With c_i the cosine of query i and positive i, a candidate is left out of Z_i, in
+            every direction, if its cosine exceeds c_i - m. A margin above 0 thus also removes
+            candidates that are somewhat less similar than the positive. The sign is opposite to
+            that of `false_negative_margin` in `multi_positive_infonce`. The positive pair itself
+            stays. Cosines that differ only by rounding count as equal.
+        margin_strategy: "absolute", as above. "relative": the margin is m·|c_i|.
         guide: (guide_queries, guide_positives), or with guide_negatives, which `negatives` need;
             (N, E), (N, E) and (N, E) or (N, K, E), without gradient: embeddings of another model.
             The margin, which is 0 if it is not given, compares their cosines instead (GISTEmbed).
             Scores are then computed in PyTorch, a panel of rows at a time, on every backend.
         normalize: L2-normalise queries, positives and negatives first (cosine similarity). False:
-            inner products. The margin compares cosines all the same, in panels as with a guide.
+            inner products. The margin still compares cosines, in panels as with a guide.
         group, chunk_size, backend: as in `multi_positive_infonce`. The candidates are those of all
             ranks, negatives and guide included.
 
     The default, and the two directions of (query, document) pairs with "per_direction", are one
-    call of `multi_positive_infonce`. Else there is one pass over the scores of each direction, two
-    where there are negatives; half precision features are computed in fp32. With hardness and a
+    call of `multi_positive_infonce`. Otherwise each direction takes one pass over its scores, two
+    if it has negatives, and half precision features are computed in fp32. With hardness and a
     scale per query, scores are computed in panels. With N = 1 and without negatives the loss is 0
     (log 2 if the positive pair is in Z_i twice).
 
@@ -133,8 +135,8 @@ def mnrl_loss(
     al. 2017, section 4.4; Li et al. 2023 (GTE, its improved contrastive loss: all directions);
     Günther et al. 2024 (Jina Embeddings 2: per_direction); Lan et al. 2025, eq. 5 (hardness
     "in_batch"); Schechter Vera et al. 2025 (EmbeddingGemma: hardness "hard"); Solatorio 2024
-    (GISTEmbed: guide with all directions but doc_to_query, where positives are compared with
-    positives only); Zhang et al. 2025 (Qwen3 Embedding: all directions but doc_to_query, with
+    (GISTEmbed: guide with all directions except doc_to_query; there positives are compared with
+    positives only); Zhang et al. 2025 (Qwen3 Embedding: all directions except doc_to_query, with
     margin=-0.1; theirs also leaves out documents that equal the positive).
     """
     args = check_arguments(queries, positives, scale, group, chunk_size, backend, names=MNRL)
@@ -291,8 +293,8 @@ class Ranking:
 
         log Z - T = log(c + Σ e^{S - T})
 
-    with the sum over the negatives, and c the number of directions with the positive pair. So it
-    keeps its digits when it is small.
+    with the sum over the negatives, and c the number of directions with the positive pair. In this
+    form a small loss keeps its digits.
 
     negatives: (N, K, D).
     """
@@ -312,7 +314,7 @@ class Ranking:
             )
 
     def _make_batch_of_negatives(self, negatives: Tensor) -> GlobalBatch | LocalBatch:
-        """Queries and negatives. The ids are those of the queries: each has its negatives'."""
+        """The batch of queries and negatives. A negative has the id of its query."""
         queries, rows = self.args.queries, self.batch.query_ids
         if rows is None:
             rows = torch.arange(len(queries), device=queries.device)
@@ -403,7 +405,7 @@ class Ranking:
         of_others = self._scores(anchors, "negatives", batch)
         if anchors == "positives":
             return [self._of_others(of_others, 0.0)]
-        # ids that are never equal: with them the own negatives are some of the others
+        # with ids that are never equal, a query's own negatives count like those of other queries
         unequal = batch.with_ids(batch.query_ids * 0, batch.key_ids * 0 + 1)
         of_all = self._scores(anchors, "negatives", unequal)
         if in_batch == hard:
@@ -442,15 +444,16 @@ def one_to_k_loss(
 ) -> Tensor:
     """InfoNCE of an item and its K captions, for example in K languages. All are positives.
 
-        L = mean_i [ log Σ_jl exp S_ijl - (1/K) Σ_k S_iik ],   S_ijl = logit_scale · <q_i, k_jl>
+        L = mean_i [ log Σ_jl exp S_ijl - (1/K) Σ_l S_iil ],   S_ijl = logit_scale · <q_i, k_jl>
 
     with one denominator over all captions of all items. With `symmetric`, the mean of this and of
     the InfoNCE of the captions against the items.
 
     Args:
-        queries: (N, D), L2-normalised.
+        queries: (N, D), L2-normalised; dtypes as in `multi_positive_infonce`.
         keys: (N, K, D), L2-normalised: the K captions of each item.
-        logit_scale: the multiplier itself: a number, a 0-d tensor or an (N,) tensor.
+        logit_scale: 1 / temperature, not its log: a number, a 0-d tensor, or (N,), one per query.
+        symmetric: as above. False: the items are the only anchors.
         group, chunk_size, backend: as in `multi_positive_infonce`.
 
     Returns a 0-d fp32 tensor (fp64 for fp64 features). Raises as `multi_positive_infonce`.

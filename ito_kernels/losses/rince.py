@@ -36,17 +36,17 @@ def rince_loss(
     along the columns. S is never formed. For q → 0 the gradient is that of InfoNCE; with q = 1 it
     is that of an exponential loss, which is robust against noise.
 
-    The loss grows like exp(q · logit_scale): it overflows in fp32 only if q · S exceeds 88, and
-    e^S may. It can be negative.
+    The loss grows like exp(q · logit_scale). It overflows in fp32 only if q · S exceeds 88, even
+    where e^S itself would overflow. It can be negative.
 
     Args:
         queries, keys: (N, D), L2-normalised; row i of both is a positive pair. bf16 and fp16 are
             computed in fp32, because positives and negatives are combined outside the kernels.
-        logit_scale: the multiplier itself: a number, a 0-d tensor or an (N,) tensor.
+        logit_scale: 1 / temperature, not its log: a number, a 0-d tensor, or (N,), one per query.
         q: greater than 0, at most 1. The authors' commands use 0.1 (SimCLR) and 0.6 (MoCo v3), with
             lam = 0.01.
-        lam: λ, the weight of all candidates: 0 or more, finite. The paper has λ ≤ 1; 0 leaves the
-            positives alone.
+        lam: λ, the weight of all candidates: 0 or more, finite. The paper has λ ≤ 1; with 0 only
+            the term of the positives remains.
         symmetric: also take the keys as anchors.
         group, chunk_size, backend: as in `multi_positive_infonce`.
 

@@ -209,8 +209,8 @@ class Scores:
         positives: str | None = None,
         exclude_positives: bool = False,
     ) -> dict[str, Direction]:
-        """Directions with what no kernel supports: limits of a guide, a boost, or a limit per key
-        and a scale per query.
+        """The statistics where no kernel computes them: with limits of a guide, with a boost, or
+        with both a limit per key and a scale per query.
 
         The logsumexp is computed in PyTorch, a panel at a time. No limit leaves out a positive, so
         a kernel computes the positives.
@@ -266,7 +266,8 @@ class Scores:
     def unpaired_statistics(
         self, pairs: Tensor, powers: tuple[float, ...], totals: bool
     ) -> dict[str, MaskedStatistics]:
-        """Those of all pairs but `pairs`, linear indices. Cached for one list of pairs."""
+        """The statistics of all pairs except `pairs`, linear indices. Cached: call it with one list
+        of pairs only."""
         key = "unpaired", powers
         if key not in self._pass_cache:
             self._pass_cache[key] = self.masked_statistics(
@@ -277,8 +278,8 @@ class Scores:
     def _of_all_rows(
         self, columns: MaskedStatistics, powers: tuple[float, ...]
     ) -> MaskedStatistics:
-        """Merge the statistics of all ranks' columns over the rows of each rank. Return those of
-        this rank's columns."""
+        """Merge the column statistics, which each rank has over its own rows, into those over all
+        ranks' rows. Return them for this rank's columns."""
         batch = self.global_batch
         if isinstance(batch, LocalBatch):
             return columns
@@ -308,7 +309,7 @@ class Scores:
             a, b = without_padding(a, b)
             guide = guide and without_padding(*guide)
             col_ids = batch.all_gather_rows(col_ids)
-        if guide is not None:  # what is not finite in the guide reaches the loss
+        if guide is not None:  # NaN where the guide is not finite: it must reach the loss
             a, b = (x + 0 * g.sum(1, keepdim=True) for x, g in zip((a, b), guide, strict=True))
         a, b = to_accumulate_dtype(a), to_accumulate_dtype(batch.all_gather_rows(b))
         mask = Mask(

@@ -1,9 +1,9 @@
 """Losses with soft targets: every key is a positive with a weight q_ij.
 
-The targets enter the loss only as Σ_j q_ij S_ij, so neither q nor S is formed. If q is linear in an
-embedding, this sum is a product of D × D_c matrices. If q is a softmax, it is attention with
-constant weights. The sum and the logsumexp are combined outside the kernels: bf16 and fp16 features
-are computed in fp32.
+The targets enter the loss only as Σ_j q_ij S_ij, so neither q nor S is formed. If q is linear in
+embeddings of width D_c, this sum is a product of D × D_c matrices. If q is a softmax, it is
+attention with constant weights. The sum and the logsumexp are combined outside the kernels: bf16
+and fp16 features are computed in fp32.
 """
 
 from __future__ import annotations
@@ -43,11 +43,13 @@ def cwcl_loss(
     O(N·D·D_c) operations.
 
     Args:
-        queries, keys: (N, D), L2-normalised; row i of both is a positive pair.
-        logit_scale: the multiplier itself: a number, a 0-d tensor or an (N,) tensor.
+        queries, keys: (N, D), L2-normalised; row i of both is a positive pair; dtypes as in
+            `multi_positive_infonce` (bf16 and fp16 are computed in fp32).
+        logit_scale: 1 / temperature, not its log: a number, a 0-d tensor, or (N,), one per query.
         reference: c, (N, D_c), L2-normalised; gets no gradient.
-        symmetric: True averages with the same loss along the columns; "infonce" with InfoNCE along
-            the columns, whose only positive of key j is query j.
+        symmetric: False: query→key only. True: average with the same loss along the columns.
+            "infonce": average with InfoNCE along the columns, where only query j is a positive of
+            key j.
         group, chunk_size, backend: as in `multi_positive_infonce`.
 
     Returns a 0-d fp32 tensor (fp64 for fp64 features). Raises as `multi_positive_infonce`.
@@ -99,14 +101,16 @@ def soft_target_infonce(
         q_ij = alpha · softmax_j(target_scale · <c_i, e_j>) + (1 - alpha) · [i = j]
 
     with S = logit_scale · queries · keysᵀ. With `symmetric`, the mean of this and of the same loss
-    along the columns, with the softmax over i. Its anchors are the first N keys: key i belongs to
-    query i, and further keys, such as a queue, are candidates only. Σ_j q_ij S_ij is computed as
-    attention of c to e with the keys as values. For distillation and momentum teachers.
+    along the columns, with the softmax over i. The anchors of the columns' loss are the first N
+    keys: key i belongs to query i, and further keys, such as a queue, are candidates only.
+    Σ_j q_ij S_ij is computed as attention of c to e with the keys as values. Uses: distillation,
+    momentum teachers.
 
     Args:
-        queries, keys: (N, D) and (M, D), L2-normalised. M must be at least N unless alpha = 1. With
-            a group, the first keys of each rank belong to its queries.
-        logit_scale: the multiplier itself: a number, a 0-d tensor or an (N,) tensor.
+        queries, keys: (N, D) and (M, D), L2-normalised; dtypes as in `multi_positive_infonce` (bf16
+            and fp16 are computed in fp32). M must be at least N unless alpha = 1. With a group, the
+            first keys of each rank belong to its queries.
+        logit_scale: 1 / temperature, not its log: a number, a 0-d tensor, or (N,), one per query.
         target_queries, target_keys: c and e, (N, D_c) and (M, D_c), L2-normalised; no gradient.
         target_scale: the teacher's multiplier: a number or a 0-d tensor; no gradient.
         alpha: the weight of the soft targets, from 0 to 1.

@@ -45,9 +45,10 @@ def supcon_loss(
     S is never formed.
 
     Args:
-        features: (N, D), L2-normalised. The views of a sample are rows with the same label.
+        features: (N, D), L2-normalised; dtypes as in `multi_positive_infonce`. The views of a
+            sample are rows with the same label.
         labels: (N,) integers. A negative label marks a padded row, which is ignored.
-        temperature: a number, a 0-d tensor or an (N,) tensor.
+        temperature: a number, a 0-d tensor, or (N,), one per row.
         base_temperature: if given, the loss is multiplied by temperature / base_temperature, as in
             the authors' code. Needs one temperature for all rows.
         empty: a row without a positive counts as 0 in the mean ("zero") or is left out of it
@@ -56,7 +57,8 @@ def supcon_loss(
         group, chunk_size, backend: as in `multi_positive_infonce`.
 
     Returns a 0-d fp32 tensor (fp64 for fp64 features). Raises as `multi_positive_infonce`.
-    Source: Khosla et al. 2020 (SupCon), eq. 2 and 3. It sums over the rows, this is the mean.
+    Source: Khosla et al. 2020 (SupCon), eq. 2 and 3. The paper sums over the rows; this function
+    takes the mean.
     """
     check_choice("positives", positives, ("mean", "in"))
     args = check_arguments(
@@ -99,7 +101,8 @@ def nt_xent_loss(
     over the 2N rows z = [z1; z2], with p(i) the other view of row i. S is never formed.
 
     Args:
-        z1, z2: (N, D), L2-normalised; row i of both is a view of the same sample.
+        z1, z2: (N, D), L2-normalised; row i of both is a view of the same sample; dtypes as in
+            `multi_positive_infonce`.
         temperature: a number or a 0-d tensor.
         group, chunk_size, backend: as in `multi_positive_infonce`.
 

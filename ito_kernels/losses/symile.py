@@ -46,17 +46,18 @@ def symile_loss(
 
     - "shuffled": y_π(j) ∘ z_σ(j) for all j ≠ i, with random permutations π and σ, drawn for each of
       L_x, L_y and L_z; N - 1 of them, of which a few may be the row's own product;
-    - "all": y_j ∘ z_k for all pairs (j, k) but (i, i); N² - 1 of them. For two modalities this is
-      CLIP's symmetric loss.
+    - "all": y_j ∘ z_k for all pairs (j, k) except (i, i); N² - 1 of them. For two modalities this
+      is CLIP's symmetric loss.
 
     S is never formed. With "all", three modalities take 24·N³·D operations forward and backward.
     The N²·D products are formed a block at a time, and again in backward: memory is O(N·D).
 
     Args:
-        modalities: two or more tensors (N, D); their rows i are a positive tuple. bf16 and fp16 are
-            computed in fp32, because positives and negatives are combined outside the kernels.
-        logit_scale: the multiplier itself: a number, a 0-d tensor or an (N,) tensor, one for each
-            anchor of every modality.
+        modalities: two or more tensors (N, D); row i of all of them is a positive tuple. bf16 and
+            fp16 are computed in fp32, because positives and negatives are combined outside the
+            kernels.
+        logit_scale: 1 / temperature, not its log: a number, a 0-d tensor, or (N,), where scale i
+            holds for row i of every modality.
         negatives: "shuffled", or "all" for at most three modalities.
         generator: random generator of the permutations, on the device of the features or on the
             CPU; None takes PyTorch's default. For each modality as the anchor it draws one
@@ -64,7 +65,7 @@ def symile_loss(
         group, chunk_size, backend: as in `multi_positive_infonce`.
 
     Returns a 0-d fp32 tensor (fp64 for fp64 features); 0 for N = 1, where there are no negatives.
-    Raises TypeError or ValueError that names an invalid argument.
+    Raises as `multi_positive_infonce`.
     Source: Saporta et al. 2024 (Symile), section 3: the candidates are the released code's
     `negative_sampling` "n" and "n_squared".
     """
@@ -141,7 +142,7 @@ def _product(tensors: list[Tensor]) -> Tensor:
 
 class _LogSumOverPairs(torch.autograd.Function):
     """max and log Σ exp(S - max) of each anchor over the products y_j ∘ z_k of all pairs of rows
-    but its own pair; max is constant for autograd.
+    except its own pair; max is constant for autograd.
 
     numbers: (n,), the row of y and z that each anchor belongs to.
     """

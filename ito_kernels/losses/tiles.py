@@ -17,8 +17,8 @@ from torch.nn.functional import softplus
 
 from ..similarity.op import first_order_only
 
-# A tile holds 4 MiB of fp32 scores. With groups of 4, a tile of 256 rows uses 1 in 64 of them; at
-# N = 4096 all tiles together are 1/16 of the work of one N × M product.
+# A tile holds 4 MiB of fp32 scores. If 4 rows share each id, a tile of 256 rows uses 1 in 64 of its
+# scores; at N = 4096 all tiles together are 1/16 of the work of one N × M product.
 ROWS, COLS = 256, 4096
 
 

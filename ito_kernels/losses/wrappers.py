@@ -26,16 +26,16 @@ def matryoshka_loss(
 
     Args:
         loss: takes `features` and `options` and returns a tensor, e.g. `clip_loss`.
-        features: the features of the loss, (…, D) each.
+        features: the features of the loss, (…, D) each, in a dtype that `loss` takes.
         dims: the prefix widths d, from 1 to D.
         weights: w, one number for each width; 1 by default.
         normalize: L2-normalise each prefix. A prefix of a unit vector is not a unit vector.
         options: further arguments of the loss, such as `logit_scale`.
 
     Returns what `loss` returns, weighted and summed over the widths.
-    Raises TypeError or ValueError for invalid dims or weights.
-    Source: Kusupati et al. 2022 (Matryoshka representation learning), eq. 1, which has classifiers:
-    there are no normalised prefixes in it.
+    Raises TypeError or ValueError for invalid dims or weights, and what `loss` raises.
+    Source: Kusupati et al. 2022 (Matryoshka representation learning), eq. 1, which is for
+    classifiers and does not normalise the prefixes.
     """
     _check("matryoshka_loss", loss, features)
     width = min(x.shape[-1] for x in features)
@@ -67,12 +67,13 @@ def multi_head_loss(
 
     Args:
         loss: takes `features`, `logit_scale` and `options` and returns a tensor.
-        features: (H, N, D) each, L2-normalised.
+        features: (H, N, D) each, L2-normalised, in a dtype that `loss` takes.
         logit_scale: (H,), or (H, N) for a scale per head and query.
         options: further arguments of the loss.
 
     Returns a 0-d tensor.
-    Raises TypeError or ValueError if the features or the scales do not have H heads.
+    Raises TypeError or ValueError if the features or the scales do not have H heads, and what
+    `loss` raises.
     Source: Wang et al. 2024 (AMCL), without its regulariser of the temperatures, which depends on
     how they are learned.
     """

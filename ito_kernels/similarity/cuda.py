@@ -7,9 +7,10 @@ gradient in registers and runs once per side. Otherwise W is written to a bounde
 by panel, and the vendor's matrix product computes W·B and Wᵀ·A with fp32 accumulation: 4 matrix
 products in all. For a symmetric S half of the tiles are computed.
 
-One exponential for each score in half precision: see `gpu.fixed_shift`. In fp32 one for each side,
-and a forward pass for each: see `gpu.needs_maxima`. Sums have a fixed order, so the same inputs
-should give the same bits on a device; no GPU has run this yet. Nothing waits for the device.
+In half precision one exponential per score serves both sides: see `gpu.fixed_shift`. In fp32 each
+side has its own, and its own forward pass: see `gpu.needs_maxima`. Sums have a fixed order, so the
+same inputs should give the same bits on a device; no GPU has run this yet. Nothing waits for the
+device.
 """
 
 from __future__ import annotations

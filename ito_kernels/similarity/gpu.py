@@ -55,7 +55,7 @@ def matmul_precision() -> str:
     """PyTorch's setting for fp32 matrix products: "highest", "high" or "medium".
 
     Where it was set by `torch.backends.*.fp32_precision`, `torch.get_float32_matmul_precision`
-    raises. "tf32" is "medium" then: there is no other name for 3×tf32 than "high".
+    raises. "tf32" there means "medium" here: that setting has no name for 3×tf32, which is "high".
     """
     try:
         return torch.get_float32_matmul_precision()
@@ -119,9 +119,9 @@ def dense(x: Tensor | None) -> Tensor | None:
 def _features(x: Tensor, ids: Tensor | None) -> Tensor:
     """Features whose rows are 16 elements or a multiple of that apart and start at 16 bytes.
 
-    Tensor descriptors need 16 bytes, and rows that do not overlap as those of `expand` do. Triton
-    knows a stride as a multiple of 16 or not at all; where it does not and there are no
-    descriptors, it loads one element at a time, and the kernels spill (840 bytes on sm_80).
+    Tensor descriptors need 16 bytes, and rows that do not overlap as those of `expand` do. All that
+    Triton knows of a stride is whether 16 divides it. If not, and without descriptors, it loads one
+    element at a time, and the kernels spill (840 bytes on sm_80).
     Padded rows may contain any values and become 0: in a matrix product 0 · NaN would spread.
     """
     apart = x.stride(1) == 1 and x.stride(0) >= x.shape[1]
@@ -173,8 +173,8 @@ def padded_pairs(x: Tensor, y: Tensor) -> Tensor:
 def accumulate(out: Tensor, x: Sequence[Tensor], y: Sequence[Tensor]) -> None:
     """out += Σ x @ Σ y, accumulated in fp32 for any dtype of x and y.
 
-    Each is one matrix, or the two of `halves`, whose rests are not multiplied with each other: that
-    product is below 2^-17. Three products in bf16 take 1/5 of the time of one in fp32, by the peaks
+    x and y are each one matrix, or the two of `halves`. The product of both second matrices is left
+    out: it is below 2^-17. Three products in bf16 take 1/5 of the time of one in fp32, by the peaks
     of an H100 (990 and 67 TFLOPS).
     """
     for n, left in enumerate(x):
@@ -186,8 +186,8 @@ def accumulate(out: Tensor, x: Sequence[Tensor], y: Sequence[Tensor]) -> None:
 
 
 def halves(x: Tensor) -> tuple[Tensor, Tensor]:
-    """x in bf16, and what that leaves, in bf16: together exactly a value of bf16 or fp16, and any
-    other to 2^-17. `x` is overwritten."""
+    """x rounded to bf16, and the remainder in bf16. Their sum is exact for values of bf16 and fp16,
+    and accurate to 2^-17 for any other. `x` is overwritten."""
     large = x.bfloat16()
     return large, x.sub_(large).bfloat16()
 
@@ -196,17 +196,18 @@ def halves(x: Tensor) -> tuple[Tensor, Tensor]:
 
 LOG2E, LN2 = log2(e), log(2)
 HEADROOM = 60 * LOG2E  # no exponential exceeds 2^HEADROOM, so that sums of 2^40 of them fit fp32
-# Of a sum that has not underflowed. The exponentials that it may have lost are below 2^-126 each,
-# 2^-26 of it for 2^20 of them.
+# A smaller sum counts as underflowed. Exponentials that a sum may have lost are below 2^-126 each:
+# 2^20 of them are less than 2^-26 of a sum of at least LEAST.
 LEAST = 2.0**-80
 
 
 def exact_gradient(problem: Problem) -> bool:
     """Whether the gradient takes true maxima, and an exponential for each side, from the start.
 
-    So it does in fp32. Relative to its own maximum the softmax of a row that is sure of its
-    positive is exactly 1, and its gradient 0. By one exponential it is a product of rounded
-    factors, which differs from 1 by 1e-7. In half precision W is rounded to 4e-3.
+    It does so in fp32. Relative to its own maximum, the softmax of a row that is sure of its
+    positive is exactly 1, and its gradient 0. With one exponential for both sides, the softmax is a
+    product of rounded factors, which differs from 1 by 1e-7. In half precision that does not
+    matter: W is rounded to 4e-3.
     """
     return problem.a.dtype == torch.float32
 
@@ -232,7 +233,7 @@ def fixed_shift(problem: Problem, op: Operands) -> Tensor:
     """
 
     def largest(x: Tensor, ids: Tensor | None, least: float) -> Tensor:
-        """Padding may hold anything."""
+        """The largest element of x without padding, which may hold any values."""
         return (x if ids is None else x.masked_fill(ids < 0, least)).amax()
 
     longest = [vector_norm(x, dim=1, dtype=torch.float32) for x in (op.a, op.b)]
@@ -349,7 +350,7 @@ class Side(NamedTuple):
         )
 
     def weights(self, problem: Problem, shift: Tensor, norm: Tensor | None) -> SideWeights | None:
-        """What kernels with one exponential per score read; None if nothing arrives at the side.
+        """What the backward kernels read; None if the side has no upstream gradient.
 
         shift: that of `fixed_shift`. norm: fp16 only, a divisor of W.
         """
@@ -384,12 +385,12 @@ class Side(NamedTuple):
 
 
 class Weights(NamedTuple):
-    """What W needs besides the problem, and a forward pass the shift alone. Softplus has neither
+    """What W needs besides the problem. A forward pass needs only `shift`. Softplus has neither
     `shift` nor `underflowed`."""
 
     shift: Tensor | None = None
     underflowed: Tensor | None = None  # 0-d, int32: whether W is computed with true maxima
-    row: SideWeights | None = None  # None if nothing arrives at the side
+    row: SideWeights | None = None  # None if the side has no upstream gradient
     col: SideWeights | None = None
 
     def transposed(self) -> Weights:
@@ -476,7 +477,7 @@ class Backward(NamedTuple):
         return norm, scale if norm is None else scale * norm
 
     def weights(self, norm: Tensor | None) -> Weights:
-        """Divided by the norm."""
+        """The weights of both sides, divided by the norm."""
         sides = self.row, self.col
         if self.softplus:
 
@@ -518,7 +519,7 @@ def fused_gradients(
 
     run: launches the kernel. Its arguments are the call, whether that is transposed, and which of
         the gradients of a, scale and row_bias are needed.
-    factor: what the results are still to be multiplied by, None for nothing.
+    factor: a factor that the results of `run` do not contain yet, or None.
     """
     dtype, same = call.problem.a.dtype, call.problem.b is None
     if call.symmetric:
@@ -563,7 +564,8 @@ class PanelSums(NamedTuple):
 
 
 def panel_elements(problem: Problem) -> int:
-    """The most elements of a W panel. One of half values is there twice, see `halves`."""
+    """The largest number of elements of a W panel. With `half_values` its `halves` take the same
+    memory again."""
     return PANEL_BYTES // (problem.a.element_size() * (1 + problem.half_values))
 
 
@@ -581,7 +583,7 @@ def panel_gradients(
     size: rows and columns of a panel. tile: those of a tile.
     run: launches the kernel that writes W of the given rows and columns to the workspace, in whole
         tiles.
-    factor: what the products are still to be multiplied by, None for nothing.
+    factor: a factor that the products do not contain yet, or None.
     scale_of_products: form the gradient of a scale that is one number from the products. It is
         Σ <a, W·B>, in fp32, and takes no sums in the kernel.
     """

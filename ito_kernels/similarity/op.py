@@ -55,7 +55,7 @@ def logsumexp_of(
             total = _with_gradients(*inputs, (total, grads))
         return (total, stats) if return_stats else total
     weights = weights.tensors(problem)
-    # Tiles kept for backward. Asked for even without backward, because it checks its setting.
+    # For tiles kept for backward. Called even without backward: it raises for a bad ITO_ variable.
     cache_bytes = 0 if any(early) else chosen.cache_bytes(problem) * any(needs)
     call = Logsumexp(problem, chosen, return_stats or not any(early), cache_bytes, weights, early)
     if not direct:

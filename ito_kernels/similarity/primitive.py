@@ -62,10 +62,12 @@ def similarity_logsumexp(
         rows, cols: whether to compute the row statistics and the column statistics.
         hardest: also compute the maximum over the negatives.
         exact_max: False if `max` serves as a shift only. Another finite number near the logsumexp
-            may then stand in its place, which takes the Triton backend half the time.
-        half_values: True says that the features, in fp32, are values of bf16 or fp16, which is not
-            checked. The GPU backends then compute the products of the gradients as three of bf16,
-            to 2^-17, and Triton the scores' as one of tf32, in which these values are exact.
+            may then stand in its place: in half precision, the GPU backends then compute row and
+            column statistics in one pass over S instead of two.
+        half_values: True promises that the fp32 features are values of bf16 or fp16; this is not
+            checked. The GPU backends then compute each matrix product of the gradients as three
+            bf16 products, accurate to 2^-17. Triton computes the scores by one tf32 product, in
+            which these values are exact.
         row_weights, col_weights: (u, alpha) of shape (N,) and (v, beta) of shape (M,), tensors
             without gradient; alpha and beta may be None. With weights the result is the weighted
             sum of the statistics
@@ -86,8 +88,8 @@ def similarity_logsumexp(
         not requested. `row_max` is `row.max`, and so on. The logsumexp is `max + logsum`. A loss
         should be written as `logsum - pos / k`: `logsumexp - positive` would lose digits by
         cancellation at a large scale.
-        With weights, the pair of the 0-d weighted sum and the Stats, which then have no gradient;
-        with return_stats=False only the sum.
+        With weights, the pair (0-d weighted sum, Stats), where the Stats have no gradient; with
+        return_stats=False only the sum.
 
     Raises:
         TypeError, ValueError: an argument is invalid. The message names it.
@@ -137,9 +139,11 @@ def similarity_softplus(
     backend: str | None = None,
 ) -> Tensor:
     """For each row of S, the sum of softplus(S) over its negatives and of softplus(-S) over its
-    positives.
+    positives, without forming S.
 
-    S = scale·a·bᵀ + biases is never formed. Arguments and errors are as in `similarity_logsumexp`,
+        row_i = Σ_{j ∉ P_i} softplus(S_ij) + Σ_{p ∈ P_i} softplus(-S_ip)
+
+    with S = scale·a·bᵀ + biases. Arguments and errors are as in `similarity_logsumexp`,
     except that `row_weights` is one (N,) tensor without gradient. With it the result is the 0-d sum
     Σ_i row_weights_i · row_i. Its gradients are computed in the forward pass, except in fp16: 3
     matrix products instead of 4 on the cpu and triton backends.

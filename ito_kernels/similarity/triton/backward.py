@@ -1,9 +1,10 @@
 """Triton kernels of the backward pass: panels of W = ∂L/∂S for the vendor's matrix products, and
 the fused gradient for small D. Both can also compute the forward value of softplus.
 
-With the shift T of `gpu.fixed_shift` and E = 2^(S·log2 e - T), W is E·(u_i + v_j) but at positives.
-Where a row or a column has underflowed, all of W is computed with two exponentials per score. Both
-kinds of a kernel are launched; `underflowed` tells each on the device whether to leave at once.
+With the shift T of `gpu.fixed_shift` and E = 2^(S·log2 e - T), W is E·(u_i + v_j) except at
+positives. If any row or column has underflowed, all of W is computed with two exponentials per
+score. Both kinds of a kernel are launched. `underflowed`, on the device, tells each of them whether
+to return at once.
 """
 
 import triton
@@ -179,7 +180,7 @@ def _write_weights(
         _write_weights(right, tile_m, 2 * tile_n + 1, *score, *out, SCALE, SOFTPLUS,
                        POSITIVES, SELF, EXCLUDE_POSITIVES, FIXED, BLOCK_M, BLOCK_N // 2,
                        PARTS // 2)  # fmt: skip
-    else:  # Triton would compile what follows a `return` all the same
+    else:  # needed: Triton compiles the code behind a `return` too
         tile_rows = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
         tile_cols = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
         # panels begin at multiples of 128: the compiler loads ids in pairs
@@ -327,7 +328,7 @@ def gradient_kernel(
     """The gradient of `a`, scale·W·B, for small D. Its rows stay in registers; W is not stored.
     With the sides exchanged it computes the gradient of b.
 
-    factor: what W·B is to be multiplied by, a scale per row or column aside.
+    factor: the factor of W·B, without a scale per row or column.
     scale_sums, row_sums, softplus_sums: if not None, Σ_j W·<a, b>, Σ_j W and the forward value of
         softplus for each row.
     """

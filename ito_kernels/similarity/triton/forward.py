@@ -40,8 +40,8 @@ def _add(sums, index, values, length):
 
 @triton.jit
 def _fold_rows(e, KEPT: tl.constexpr):
-    """Column sums of a tile by groups of rows, (KEPT, columns). What is added up lies in registers
-    of one thread, so nothing moves between threads: see `tiles.Arch.kept_rows`."""
+    """Column sums of a tile by groups of rows, (KEPT, columns). Rows that are added up lie in
+    registers of one thread, so nothing moves between threads: see `tiles.Arch.kept_rows`."""
     M: tl.constexpr = e.shape[0]
     N: tl.constexpr = e.shape[1]
     if KEPT == M:
@@ -83,7 +83,7 @@ def _add_tile(
             POSITIVES, SELF, EXCLUDE_POSITIVES, TMA, BLOCK_M, BLOCK_N // 2, KEPT, PARTS // 2,
         )  # fmt: skip
         return scores.join_columns(left_total, right_total)
-    else:  # Triton would compile what follows a `return` all the same
+    else:  # needed: Triton compiles the code behind a `return` too
         LIMITED: tl.constexpr = row_limit is not None or col_limit is not None
         # whether the statistics depend on which pairs are positive
         POSITIVE: tl.constexpr = (
@@ -241,11 +241,11 @@ def merge_kernel(
     # in fp64: at a score of 200, half an ulp of the shift would be an error of 1e-5 of the softmax
     power = tl.where(empty, 0.0, (T + tl.zeros_like(top)).to(tl.float64) + top)
     maximum = (power * LN2).to(tl.float32)
-    rest = (power - maximum.to(tl.float64) * LOG2E).to(tl.float32)  # what rounding takes off
+    rest = (power - maximum.to(tl.float64) * LOG2E).to(tl.float32)  # lost by rounding maximum
     logsum = (tl.log2(total * tl.exp2(-top)) + rest) * LN2
     tl.store(max_out + index, tl.where(empty, float("-inf"), maximum), mask=inside)
     tl.store(logsum_out + index, tl.where(empty, float("-inf"), logsum), mask=inside)
-    top = tl.where(empty, -T, top) - rest  # what positives are relative to, less T
+    top = tl.where(empty, -T, top) - rest  # the shift of positives, less T
     least = LEAST
     if not BIASED:  # with T = 0 no exponential is below 2^-87
         least = tl.where(T > 0, LEAST, 0.0)

@@ -1,12 +1,12 @@
 """Launches the Triton kernels on CUDA and ROCm devices, and under TRITON_INTERPRET=1 on the CPU.
 
 One forward pass computes the statistics of both sides, with one exponential per score
-(`gpu.fixed_shift`). What underflows, and maxima that are asked for, are computed by another kernel,
-one side at a time. Backward has two forms. For D ≤ 128, a fused
-kernel keeps rows of the gradient in registers and runs once per side. For larger D, W is written to
-a bounded workspace, panel by panel, and the vendor's matrix product computes W·B and Wᵀ·A with fp32
-accumulation: 4 matrix products in all, or 3 for rows whose exponentials the forward pass has kept
-(`kept.py`). For a symmetric S half of the tiles are computed: 2 matrix products in all.
+(`gpu.fixed_shift`). Another kernel computes sums that underflow, and maxima that are asked for, one
+side at a time. Backward has two forms. For D ≤ 128, a fused kernel keeps rows of the gradient in
+registers and runs once per side. For larger D, W is written to a bounded workspace, panel by panel,
+and the vendor's matrix product computes W·B and Wᵀ·A with fp32 accumulation: 4 matrix products in
+all, or 3 for rows whose exponentials the forward pass has kept (`kept.py`). For a symmetric S half
+of the tiles are computed: 2 matrix products in all.
 
 Only one program adds to an element and sums have a fixed order, so on one device the same inputs
 should give the same bits. Nothing synchronises with the device, so that calls can be captured in a
@@ -359,7 +359,7 @@ def panel_run(
         grid = triton.cdiv(n, tile.m), triton.cdiv(m, tile.n)
         row_slots = grid[1] * max(parts), n
         sums = PanelSums.new(like, needs, row_slots, (grid[0], m))
-        if min(parts) < max(parts):  # the kind that works may leave slots as they are
+        if min(parts) < max(parts):  # the kind with fewer parts leaves some slots unwritten
             for x in (sums.scale, sums.row):
                 if x is not None:
                     x.zero_()

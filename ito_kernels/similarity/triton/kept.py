@@ -1,13 +1,15 @@
 """Which exponentials does the forward pass keep for the gradients, and in what memory?
 
-W of a row is E·(u_i + v_j) but at its positive, so a gradient that finds E in memory computes no
-scores: 3 matrix products instead of 4. E is kept in bf16, from the first row on, by whole panels of
-W. Its rounding adds to that of W, to bf16 or fp16: about 2e-3 of an element both. W at positives is
-a difference of nearly equal terms; it is computed in fp32, from the positives' scores.
+With the exponentials E of the forward pass (`gpu.fixed_shift`), W_ij is E_ij·(u_i + v_j) except at
+positives. So a gradient that finds E in memory computes no scores: 3 matrix products instead of 4.
+E is kept in bf16, from the first row on, by whole panels of W. Its rounding error, about 2e-3 of an
+element, adds to that of rounding W to bf16 (as large) or fp16. W at positives is a difference of
+nearly equal terms; it is computed in fp32, from the positives' scores.
 
-Kept are the plain losses in half precision whose gradients come by panels: one scale, no ids,
-biases, limit or self-similarity, positives on the diagonal if any. All else, and rows that do not
-fit, are computed again. So is everything where sums have underflowed: E is then not used.
+E is kept for the plain losses in half precision whose gradients are computed in panels: one scale,
+no ids, biases, limit or self-similarity, positives on the diagonal if any. For all other losses and
+for rows that do not fit, backward computes the scores again. If a sum has underflowed, it does so
+for all rows and does not use E.
 """
 
 from __future__ import annotations

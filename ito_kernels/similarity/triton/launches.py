@@ -93,7 +93,7 @@ class Scores(NamedTuple):
 
 
 class Groups(NamedTuple):
-    """The split of work. `row_groups` is in `Statistics`: only `logsumexp_kernel` takes it."""
+    """The split of work. `row_groups` is in `Sums`: only `sums_kernel` takes it."""
 
     row_tiles: int
     col_tiles: int
@@ -161,7 +161,7 @@ class Maxima(NamedTuple):
 
 
 class Weights(NamedTuple):
-    """The arguments for computing W from S: see `gpu.SideWeights`."""
+    """The arguments for computing W from S: see `gpu.Weights` and `gpu.SideWeights`."""
 
     shift: Tensor | None
     underflowed: Tensor | None
@@ -176,7 +176,7 @@ class Weights(NamedTuple):
 
     @classmethod
     def of(cls, call: gpu.Backward, norm: Tensor | None) -> list[Weights]:
-        """The two kinds of a kernel, one of which does nothing. Softplus and fp32 have one."""
+        """For both kinds of a kernel, one of which returns at once. Softplus and fp32 have one."""
         p, weights = call.problem, call.weights(norm)
         options = {
             "SOFTPLUS": call.softplus,

@@ -1,7 +1,8 @@
-"""Triton kernel of the statistics with true maxima: two exponentials per score, one side at a time.
+"""Triton kernel of the statistics with true maxima. It computes one side at a time, so each score
+takes one exponential per side.
 
-It computes what the sums of `forward.py` have lost to underflow, and statistics whose maximum is
-asked for.
+It is for the sums of `forward.py` that have underflowed, and for statistics whose maximum is asked
+for.
 """
 
 import triton

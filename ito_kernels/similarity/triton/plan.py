@@ -131,7 +131,8 @@ def _milliseconds(run: Callable[[], object]) -> float:
 def arithmetic_of(problem: Problem) -> str:
     """The arithmetic of the scores, in forward and backward, and of a fused gradient.
 
-    "half" for bf16 and fp16. Their values in fp32 are exact in tf32, so these take one product too.
+    "half" for bf16 and fp16. fp32 features with such values (`half_values`) are exact in tf32: they
+    take one product too.
 
     For fp32 it follows `torch.set_float32_matmul_precision`: "highest" is ieee; "high" is 3×tf32,
     which has nearly the accuracy of fp32 on tensor cores; "medium" is tf32. Outside the fused

@@ -88,7 +88,8 @@ def features(x, row0, length, d, stride, ROWS: tl.constexpr, BLOCK_D: tl.constex
 
 @triton.jit
 def dot(x, y, acc, PRECISION: tl.constexpr, INTERPRETED: tl.constexpr):
-    if INTERPRETED:  # it multiplies the raw bits of bf16; products of fp16, bf16 are exact in fp32
+    # The interpreter multiplies the raw bits of bf16. Products of fp16 or bf16 are exact in fp32.
+    if INTERPRETED:
         return tl.dot(x.to(tl.float32), y.to(tl.float32), acc)
     else:
         return tl.dot(x, y, acc, input_precision=PRECISION)
@@ -185,8 +186,8 @@ def exponents(acc, scale, row_bias, col_bias, shift, rows, cols, n, m, SCALE: tl
 
 @triton.jit
 def labels(row_ids, col_ids, row0, col0, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
-    """The ids of the rows and columns of a tile, -1 for padding and beyond the end, where
-    `gpu.Operands` has them too. Without ids their indices."""
+    """The ids of the rows and columns of a tile, or without ids their indices. An id is -1 for
+    padding and beyond the end, where `gpu.Operands` stores it: the loads need no mask."""
     if row_ids is None:
         return row0 + tl.arange(0, BLOCK_M), col0 + tl.arange(0, BLOCK_N)
     else:

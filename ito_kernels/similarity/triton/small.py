@@ -1,11 +1,11 @@
 """The plain loss of a small batch and its gradients in few launches.
 
 A launch takes about 5 µs, and the scores of 1,000 rows less. So for up to `LARGEST` rows the
-statistics of each side come from one launch of `maxima_kernel`. It computes the scores once more
-than `sums_kernel`, but needs no shift, no slots, no merging, and no second kind of kernels for what
-underflows. One launch makes the loss and the weights of the gradient of them. W fits one panel, so
-its products are the gradients. Forward and backward of `clip_loss` are 12 launches, 11 where the
-gradient is fused.
+statistics of each side come from one launch of `maxima_kernel`. Two such launches compute the
+scores once more than `sums_kernel`, but need no shift, no slots, no merging, and no second kernel
+for sums that underflow. One more launch computes the loss and the gradient's weights from the
+statistics. W fits one panel, so its products are the gradients. Forward and backward of `clip_loss`
+are 12 launches, 11 where the gradient is fused.
 """
 
 from typing import NamedTuple

@@ -57,7 +57,8 @@ class Arch(NamedTuple):
     ids: for both, with ids. Comparing ids and summing over positives takes registers.
     maxima: for the statistics with true maxima.
     gradient: for the fused gradient, D ≤ FUSED_D. k is unused, and arithmetics may be missing.
-    crowded: for the same with several options that take registers, where it needs another tile.
+    crowded: for the fused gradient with several options that take registers, if that needs another
+        tile.
     """
 
     name: str
@@ -73,8 +74,8 @@ class Arch(NamedTuple):
         """How many rows of column sums the forward kernel keeps apart in registers.
 
         A thread has one row of eight in its part of a tile, so the others are summed by other
-        threads. Adding them up, 96 shuffles at 128 columns, is then due once for each column tile
-        instead of once for each tile. 1: add them up at once.
+        threads. Adding these sums up takes 96 shuffles at 128 columns. With kept rows it is done
+        once for each column tile instead of once for each tile. 1: add them up at once.
         """
         if self.name == "gfx942" or arithmetic == "ieee":
             return 1
