@@ -55,6 +55,7 @@ QUESTIONS = {
     "fusion, at equal settings": [("ito", WITHOUT)],
     "fusion's gradient to the towers, at equal settings": [("ito", "ito, fusion trains no tower")],
     "two views": [("ito-align", "clip-aug")],
+    "two views, at equal settings": [(WITHOUT, "clip-aug")],
     "augmentation": [("clip-aug", "clip")],
     "other objectives, equal steps": [("ito", other) for other in ("slip", "siglip", "flair")],
     "equal time": [

@@ -42,15 +42,38 @@ def test_the_pages_are_those_of_the_results():
 
 
 def test_words_of_the_page_that_are_not_made_of_the_results():
-    """ "Not here", "a longer run has a smaller gap", "does not help"."""
+    """On the gap, on long training, and on the settings of ITO with and without fusion."""
     page = evidence_page.Page()
+
+    def of(score: str, scale: str) -> list[float]:
+        names = (evidence.WITHOUT, "ito", "one-sided")
+        return [page.geometry(name + scale, "test", score) for name in names]
+
+    for scale in ("", ", scale 20"):
+        alone, *fused = of("gap", scale)
+        assert min(fused) > alone
+    for scale in (", scale 50", ", scale 100"):
+        alone, *fused = of("gap", scale)
+        assert 0.85 * alone < min(fused) < max(fused) < alone
+    assert of("R@1", ", scale 100") == sorted(of("R@1", ", scale 100"))
+    gaps = [page.geometry(f"clip-aug{x}", "test", "gap") for x in ("", ", ITO's time")]
+    assert gaps[0] > 2 * gaps[1]
+    assert page.geometry("ito", "test", "centred") < page.geometry("ito", "test", "R@1") + 0.01
     for name in evidence.SATURATION:
         for line in page.evidence.runs[name].values():
             values = [value for _, value in line["curve"]]
             assert values[-1] > 0.93 * max(values)
-    gaps = [page.geometry(f"clip-aug{x}", "test", "gap") for x in ("", ", ITO's time")]
-    assert gaps[0] > 2 * gaps[1]
-    assert page.geometry("ito", "test", "centred") < page.geometry("ito", "test", "R@1") + 0.01
+    own, without = (
+        page.evidence.estimate("ito", "seen/", other).value
+        for other in ("ito-align", evidence.WITHOUT)
+    )
+    assert without < own / 2
+    settings = {
+        tuple(line["settings"][key] for key in ("lr", "weight_decay", "start"))
+        for name in ("ito", "clip-aug", evidence.WITHOUT)
+        for line in page.evidence.runs[name].values()
+    }
+    assert len(settings) == 1
 
 
 # ---- statistics
