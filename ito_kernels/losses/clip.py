@@ -12,7 +12,7 @@ from torch.nn.functional import softplus
 from ..distributed import GlobalBatch, LocalBatch, global_ranges, same_on_every_rank
 from ..similarity.spec import accumulate_dtype, cast, check_tensor, scalar
 from .batch import Arguments, Names, check_arguments
-from .common import REDUCTIONS, check_choice, check_flags
+from .common import REDUCTIONS, check_0d, check_choice, check_flags
 from .infonce import infonce, multi_positive_infonce
 from .masked import Mask, masked_softplus_sums
 from .options import PLAIN, Options, check_anchor_weights, check_options, localize_pairs
@@ -240,10 +240,7 @@ def _check_bias(bias: object, like: Tensor) -> Tensor:
         if not bias.is_floating_point():
             raise TypeError(f"logit_bias must have a floating-point dtype, got {bias.dtype}")
         bias = scalar(bias)
-        if bias.ndim != 0:
-            raise ValueError(
-                f"logit_bias must be a number or a 0-d tensor, got shape {tuple(bias.shape)}"
-            )
+        check_0d("logit_bias", bias)
         if bias.device != like.device:
             raise ValueError(f"logit_bias must be on {like.device}, got {bias.device}")
         return cast(bias, dtype)

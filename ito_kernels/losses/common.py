@@ -27,6 +27,11 @@ def check_generator(name: str, generator: object) -> None:
         raise TypeError(f"{name} must be a torch.Generator or None, got {type(generator).__name__}")
 
 
+def check_0d(name: str, value: Tensor) -> None:
+    if value.ndim:
+        raise ValueError(f"{name} must be a number or a 0-d tensor, got shape {tuple(value.shape)}")
+
+
 def scale_from_temperature(temperature: float | Tensor, like: Tensor) -> Tensor:
     """1 / temperature. Raises ValueError for a number that is not finite and positive."""
     return 1.0 / check_scale("temperature", temperature, like)

@@ -11,6 +11,7 @@ from ..distributed import GlobalBatch, LocalBatch, same_on_every_rank
 from ..similarity.dispatch import check_name
 from ..similarity.spec import is_number
 from .batch import Names, check_arguments
+from .common import check_0d
 from .precision import row_dot, to_accumulate_dtype, without_autocast
 
 UNIFORM, ALIGN = Names("x", "y", "t"), Names("x", "y", "alpha")
@@ -50,8 +51,7 @@ def uniformity_loss(
     y = x if y is None else y
     args = check_arguments(x, y, t, group, chunk_size, backend, names=UNIFORM)
     t = args.scale
-    if t.ndim:
-        raise ValueError(f"t must be a number or a 0-d tensor, got shape {tuple(t.shape)}")
+    check_0d("t", t)
     scores = args.scores()
     batch, x, y, n = scores.global_batch, scores.queries, scores.keys, scores.global_count("col")
     if n < 2:
@@ -94,7 +94,8 @@ def alignment_loss(
     Args:
         x, y: (N, D), usually L2-normalised; row i of both is a positive pair. bf16 and fp16 are
             computed in fp32.
-        alpha: a number greater than 0. Equal rows have a gradient of 0 for every alpha.
+        alpha: a number or a 0-d tensor greater than 0. Equal rows have a gradient of 0 for every
+            alpha.
         group, chunk_size: as in `multi_positive_infonce`.
         backend: its name is checked, but it has no effect: there is no similarity matrix.
 
@@ -105,6 +106,7 @@ def alignment_loss(
     if backend is not None:
         check_name(backend)
     args = check_arguments(x, y, alpha, group, chunk_size, "reference", names=ALIGN)
+    check_0d("alpha", args.scale)
     square = (to_accumulate_dtype(args.queries) - to_accumulate_dtype(args.keys)).square().sum(1)
     nonzero = square != 0  # the root has no derivative at 0
     powers = torch.where(nonzero, torch.where(nonzero, square, 1) ** (alpha / 2), 0)

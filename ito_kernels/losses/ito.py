@@ -10,7 +10,7 @@ from torch import Tensor
 from ..distributed import global_row_numbers, same_on_every_rank
 from ..similarity.spec import check_ids, check_tensor
 from .batch import Names, check_arguments
-from .common import check_choice
+from .common import check_0d, check_choice
 from .equal_captions import fusion_without_equal, pooled
 from .infonce import infonce
 from .options import Options
@@ -96,7 +96,7 @@ def ito_loss(
         raise ValueError(f"lambda_fusion must be a number of at least 0, got {lambda_fusion!r}")
     shared = group, chunk_size, backend
     args = check_arguments(views[0], captions[0], logit_scale, *shared, names=ITO)
-    _check_one_number("logit_scale", args.scale)
+    check_0d("logit_scale", args.scale)
     n, device = views.shape[1], views.device
     if caption_ids is not None:
         caption_ids = _check_caption_ids(caption_ids, text_shape, device)
@@ -114,7 +114,7 @@ def ito_loss(
         h = fused_views.flatten(0, 1)
         scale = args.scale if fusion_scale is None else fusion_scale
         fused = check_arguments(h, h, scale, *shared, names=FUSED)
-        _check_one_number("fusion_scale", fused.scale)
+        check_0d("fusion_scale", fused.scale)
         if fused_ids is not None:
             fused_ids = check_ids("fused_ids", fused_ids, n, "fused_views", device)
         elif caption_ids is not None:
@@ -155,11 +155,6 @@ def ito_loss(
             fusion = infonce(fused, Options(symmetric=False, exclude_self=True))
     total = align + lambda_fusion * fusion if lambda_fusion > 0 else align
     return total, {"align": align, "fusion": fusion}
-
-
-def _check_one_number(name: str, scale: Tensor) -> None:
-    if scale.ndim:
-        raise ValueError(f"{name} must be a number or a 0-d tensor, got shape {tuple(scale.shape)}")
 
 
 def _check_caption_ids(ids: object, shape: tuple[int, ...], device: torch.device) -> Tensor:

@@ -17,7 +17,7 @@ from ..distributed import same_on_every_rank
 from ..similarity.panelwise import panelwise_sum
 from ..similarity.spec import check_pair, check_scale
 from .batch import PAIRED, check_arguments
-from .common import check_flags
+from .common import check_0d, check_flags
 from .options import check_number
 from .precision import row_dot, without_autocast
 from .scores import Scores
@@ -144,10 +144,7 @@ def soft_target_infonce(
     c = args.check_constant_features("target_queries", target_queries, n)
     e = args.check_constant_features("target_keys", target_keys, m)
     scale = check_scale("target_scale", target_scale, c).detach()
-    if scale.ndim:
-        raise ValueError(
-            f"target_scale must be a number or a 0-d tensor, got shape {tuple(scale.shape)}"
-        )
+    check_0d("target_scale", scale)
     scores = args.scores(symmetric)
     with without_autocast(c.device):
         weights = _anchor_weights(scores)

@@ -474,6 +474,7 @@ BAD = [
     (ValueError, "keys must have at least as many rows as queries unless alpha is 1.*got 4 keys, 5 queries and alpha = 0.5", lambda: ik.soft_target_infonce(X, Y[:4], 1.0, **SOFT, alpha=0.5)),
     (ValueError, "target_keys must have 4 rows", lambda: ik.soft_target_infonce(X, Y[:4], 1.0, **SOFT)),
     (ValueError, "target_scale must be a number or a 0-d tensor", lambda: ik.soft_target_infonce(X, Y, 1.0, **{**SOFT, "target_scale": torch.ones(5)})),
+    (ValueError, r"alpha must be a number or a 0-d tensor, got shape \(5,\)", lambda: ik.alignment_loss(X, Y, torch.ones(5))),
     (ValueError, "x must have at least 2 rows", lambda: ik.uniformity_loss(X[:1])),
     (ValueError, "t must be finite and greater than 0", lambda: ik.uniformity_loss(X, t=-1.0)),
     (ValueError, "t must be a number or a 0-d", lambda: ik.uniformity_loss(X, t=torch.ones(5))),
