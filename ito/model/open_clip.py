@@ -37,10 +37,11 @@ def export_open_clip(
     towers = (about["image_encoder"] or {}, about["text_encoder"] or {})
     projected = all(tower.get("projected") and tower["name"] == "open_clip" for tower in towers)
     if not projected and (about["patch_size"] is None or any(towers)):
+        why = "come from another package" if any(towers) else "have a CNN stem and average tokens"
         raise ValueError(
-            "--open-clip: open_clip has no towers like this run's (CNN stem, CLS of the patches' "
-            "mean, mean of the text's tokens, another package's); train with --patch-size, or "
-            "export with --onnx"
+            f"--open-clip: open_clip has no towers like this run's, which {why}; "
+            + "train with --patch-size, or " * (not any(towers))
+            + "export with --onnx"
         )
     if projected:
         weights = {f"visual.{n}": v for n, v in model.image.body.network.state_dict().items()}

@@ -172,5 +172,6 @@ def test_the_command_exports_clip_s_towers_and_refuses_others(plain, tmp_path, c
     save_checkpoint(run / "checkpoints", 8, state | other)
     with pytest.raises(SystemExit):
         export.main([str(run), "--open-clip", str(tmp_path / "refused")])
-    assert "error: --open-clip: open_clip has no towers like this run's" in capsys.readouterr().err
+    error = "error: --open-clip: open_clip has no towers like this run's, which have a CNN stem"
+    assert error in capsys.readouterr().err
     assert not (tmp_path / "refused").exists()
