@@ -40,15 +40,6 @@ KINDS = {"seen": "seen/", "unseen": "unseen/"}
 MODULE = "one-sided"
 # rows of the first table
 FIRST = (*ARMS, *CONTROLS, *(name for name in SETTINGS if "scale" not in name), MODULE)
-IN_WORDS = {
-    "clip": "CLIP",
-    "clip-aug": "CLIP with ITO's augmentation",
-    "slip": "SLIP",
-    "siglip": "SigLIP",
-    "flair": "FLAIR",
-    "ito-align": "ITO without fusion",
-    "ito": "ITO",
-}
 # what the differences of the page say; those that were not named beforehand are described
 QUESTIONS = {
     "fusion": [("ito", "ito-align")],
@@ -72,17 +63,14 @@ class Page:
     def __init__(self, folder: Path = FOLDER):
         self.evidence = Evidence(folder)
         self.seconds = json.loads((folder / "step_seconds.json").read_text())
-        estimates = {
+        estimates: dict[tuple[str, str, str], Estimate] = {
             (a, b, kind): self.evidence.estimate(a, prefix, b)
             for a, b in COMPARISONS
             for kind, prefix in KINDS.items()
         }
-        self.family = {key: x for key, x in estimates.items() if x and x.seeds > 1}
-        # tested once all seeds are there, not as they come; until then it counts in Holm's number
-        tested = {key for key, x in self.family.items() if x.seeds == len(SEEDS)}
-        p = [self.family[key].p if key in tested else 1.0 for key in estimates]
+        p = [found.p for found in estimates.values()]
+        self.family = estimates
         self.adjusted = dict(zip(estimates, holm(p), strict=True))
-        self.tests = tested
 
     def fill(self, text: str) -> str:
         def value(match: re.Match) -> str:
@@ -93,39 +81,15 @@ class Page:
 
     # ---- in the text
 
-    def headline(self) -> str:
-        """Who finds most of the seen concepts, at equal steps and at equal time, and what fusion
-        adds."""
-        means = {name: self.evidence.estimate(name, KINDS["seen"]).value for name in self.measured}
-        costs = {name: self.cost(name) for name in means}
-        steps = {name: means[name] for name in ARMS}
-        # what was given about ITO's time, SLIP and FLAIR too
-        near = {name: x for name, x in means.items() if abs(costs[name] - costs["ito"]) < 0.1}
-        first, fastest = max(steps, key=steps.get), max(near, key=near.get)
-        wins = "ITO wins here." if first == fastest == "ito" else "ITO does not win here."
-        in_time = f"{IN_WORDS[fastest.split(',')[0]]} has the highest R@1 on seen concepts"
-        others = (f"{IN_WORDS[x]} {steps[x]:.1f}" for x in ("clip", "ito") if x != first)
-        at_steps = f"{IN_WORDS[first]} has the highest ({steps[first]:.1f}; {', '.join(others)})"
-        if first != "ito" and self.adjusted["ito", first, "seen"] >= 0.05:
-            at_steps += ", but its lead over ITO is not significant"
-        helps = self.evidence.estimate("ito", KINDS["seen"], "ito-align")
-        p = self.adjusted["ito", "ito-align", "seen"]
-        effect = "helps" if p < 0.05 and helps.value > 0 else "harms" if p < 0.05 else ""
-        effect = f"Fusion {effect}" if effect else "That fusion helps is not shown"
-        equal = self.evidence.estimate("ito", KINDS["seen"], WITHOUT)
-        unseen = sum(self.adjusted[a, b, "unseen"] < 0.05 for a, b in COMPARISONS)
-        return (
-            f"{wins} In the time that ITO takes, {in_time} ({near[fastest]:.1f} %; ITO "
-            f"{means['ito']:.1f}). "
-            f"At equal steps {at_steps}. {effect}: {signed(helps)} points over ITO without it, "
-            f"p = {p:.2f} after Holm's correction, and {signed(equal)} at equal settings. "
-            f"On unseen concepts {unseen or 'no'} difference is significant."
-        )
+    def recall(self, name: str) -> str:
+        """R@1 on seen concepts."""
+        return f"{self.evidence.estimate(name, KINDS['seen']).value:.1f}"
 
-    @property
-    def measured(self) -> list[str]:
-        """The rows of the first table whose time is known."""
-        return [name for name in FIRST if name in self.evidence.runs and self.cost(name)]
+    def difference(self, a: str, b: str) -> str:
+        return signed(self.evidence.estimate(a, KINDS["seen"], b))
+
+    def p(self, a: str, b: str) -> str:
+        return probability(self.adjusted[a, b, "seen"])
 
     def differences(self) -> str:
         """R@1 of one less that of the other; * where p of Holm is below 0.05, † where there is no
@@ -142,9 +106,6 @@ class Page:
                 lines.append(line)
                 question = ""
         return table(["", "difference", "seen", "unseen"], lines)
-
-    def mean(self, name: str) -> str:
-        return f"{self.evidence.estimate(name, KINDS['seen']).value:.1f} %"
 
     def relative_cost(self, name: str, other: str) -> str:
         """The processor time of whole runs of one, relative to the other's."""
@@ -287,13 +248,17 @@ class Page:
         return table(header, lines)
 
     def comparisons(self) -> str:
-        lines = []
-        for (a, b, kind), found in self.family.items():
-            p = ["", ""]
-            if (a, b, kind) in self.tests:
-                p = [probability(x) for x in (found.p, self.adjusted[a, b, kind])]
-            lines.append([f"{a} − {b}", kind, signed(found), *p, str(found.seeds)])
-        return table(["difference", "concepts", "R@1 [95 %]", "p", "p, Holm", "seeds"], lines)
+        lines = [
+            [
+                f"{a} − {b}",
+                kind,
+                signed(found),
+                probability(found.p),
+                probability(self.adjusted[a, b, kind]),
+            ]
+            for (a, b, kind), found in self.family.items()
+        ]
+        return table(["difference", "concepts", "R@1 [95 %]", "p", "p, Holm"], lines)
 
     def trials(self) -> str:
         sizes = {name: len(x) for name, x in self.evidence.queries["val"].items()}

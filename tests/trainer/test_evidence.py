@@ -41,6 +41,22 @@ def test_the_pages_are_those_of_the_results():
         assert path.read_text(encoding="utf-8") == text, f"{path.name}: run evidence_page.py"
 
 
+def test_who_wins():
+    """In the words of the page, of the README and of docs/trainer.md."""
+    page = evidence_page.Page()
+    names = [name for name in evidence_page.FIRST if page.evidence.runs.get(name)]
+    seen = {name: page.evidence.estimate(name, "seen/").value for name in names}
+    assert max(evidence.ARMS, key=seen.get) == "slip"
+    assert page.adjusted["ito", "slip", "seen"] > 0.05
+    costs = {name: page.cost(name) for name in names}
+    as_long = [name for name, cost in costs.items() if cost and abs(cost - costs["ito"]) < 0.1]
+    assert {"slip", "flair", "siglip, ITO's time"} < {*as_long}
+    assert max(as_long, key=seen.get) == "clip, ITO's time"
+    assert page.adjusted["ito", "clip, ITO's time", "seen"] < 0.001
+    assert page.adjusted["ito", "ito-align", "seen"] > 0.05
+    assert min(p for (*_, kind), p in page.adjusted.items() if kind == "unseen") > 0.05
+
+
 def test_words_of_the_page_that_are_not_made_of_the_results():
     """On the gap, on long training, and on the settings of ITO with and without fusion."""
     page = evidence_page.Page()
