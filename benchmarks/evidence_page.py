@@ -48,7 +48,9 @@ QUESTIONS = {
     "two views": [("ito-align", "clip-aug")],
     "two views, at equal settings": [(WITHOUT, "clip-aug")],
     "augmentation": [("clip-aug", "clip")],
-    "other objectives, equal steps": [("ito", other) for other in ("slip", "siglip", "flair")],
+    "other objectives, equal steps": [
+        ("ito", other) for other in ("clip", "slip", "siglip", "flair")
+    ],
     "equal time": [
         ("ito", f"{other}, ITO's time") for other in ("clip", "clip-aug", "siglip", "ito-align")
     ],
@@ -86,7 +88,12 @@ class Page:
         return f"{self.evidence.estimate(name, KINDS['seen']).value:.1f}"
 
     def difference(self, a: str, b: str) -> str:
-        return signed(self.evidence.estimate(a, KINDS["seen"], b))
+        """On seen concepts; marked as in `differences`."""
+        return signed(self.evidence.estimate(a, KINDS["seen"], b)) + self.mark(a, b, "seen")
+
+    def mark(self, a: str, b: str, kind: str) -> str:
+        p = self.adjusted.get((a, b, kind))
+        return "†" if p is None else r"\*" if p < 0.05 else ""
 
     def p(self, a: str, b: str) -> str:
         return probability(self.adjusted[a, b, "seen"])
@@ -99,10 +106,8 @@ class Page:
             for a, b in pairs:
                 line = [question, f"{a} − {b}"]
                 for kind, prefix in KINDS.items():
-                    found, p = self.evidence.estimate(a, prefix, b), self.adjusted.get((a, b, kind))
-                    mark = "†" if p is None else r"\*" if p < 0.05 else ""
-                    seeds = f" ({found.seeds} of 5 seeds)" if found and found.seeds < 5 else ""
-                    line.append(signed(found) + mark + seeds if found else "not run yet")
+                    found = self.evidence.estimate(a, prefix, b)
+                    line.append(signed(found) + self.mark(a, b, kind))
                 lines.append(line)
                 question = ""
         return table(["", "difference", "seen", "unseen"], lines)
@@ -151,21 +156,17 @@ class Page:
         )
 
     def longer(self) -> str:
-        """R@1 on seen concepts after four times the steps, the highest first, and ITO's difference
-        to itself without fusion at equal settings."""
-        found = {
-            name.removesuffix(LONG): x
-            for name in LONGER
-            if (x := self.evidence.estimate(name, KINDS["seen"]))
-        }
-        if len(found) < len(LONGER):
-            return "not run yet."
+        """R@1 on seen concepts after four times the steps, the highest first."""
+        found = {name.removesuffix(LONG): self.evidence.estimate(name, "seen/") for name in LONGER}
         order = sorted(found, key=lambda name: -found[name].value)
-        means = ", ".join(f"{name} {found[name].value:.1f}" for name in order)
-        less = self.evidence.estimate("ito" + LONG, KINDS["seen"], WITHOUT + LONG)
-        count = len(self.evidence.runs["ito" + LONG])
-        seeds = "" if count == len(SEEDS) else f"{count} seeds; "
-        return f"{means} ({seeds}fusion, at equal settings: {signed(less)}†)."
+        return ", ".join(f"{name} {found[name].value:.1f}" for name in order)
+
+    def longer_difference(self, a: str, b: str) -> str:
+        return self.difference(a + LONG, b + LONG)
+
+    def longer_seeds(self) -> str:
+        counts = sorted({len(self.evidence.runs[name]) for name in LONGER})
+        return f"{' or '.join(map(str, counts))} seed{'s' * (counts != [1])}"
 
     def cost(self, name: str) -> float | None:
         """The time of all steps, relative to CLIP's in the main comparison; None for a batch of
@@ -326,8 +327,7 @@ class Page:
                 known = name + scale in self.evidence.runs
                 line.append(self.of(name + scale, "test", score) if known else "not run yet")
             lines.append(line)
-        words = {WITHOUT: "ito-align"}
-        header = [f"{score}: {words.get(name, name)}" for score, name in scores]
+        header = [f"{score}: {name}" for score, name in scores]
         return table(["scale", *header], lines)
 
     def longer_table(self) -> str:
@@ -373,7 +373,7 @@ def wrapped(text: str) -> str:
     """With lines of 105 letters, except in tables, code and headings."""
     blocks = []
     for block in text.split("\n\n"):
-        if block[0] not in "|#!`":
+        if not block.startswith(("|", "#", "!", "```")):
             items = re.split(r"\n(?=- )", block)
             block = "\n".join(
                 textwrap.fill(
