@@ -72,6 +72,10 @@ def test_words_about_differences():
     assert sign(evidence.WITHOUT, "clip-aug, twice the batch") == -1
     assert sign("ito-align, ITO's time", "clip-aug, ITO's time") == 0
     assert sign("dropped", "ito") == sign("one-sided", "ito") == 0
+    for arm in ("ito", evidence.WITHOUT):
+        assert sign(arm + evidence.LONG, "clip" + evidence.LONG) == 1
+    for other in ("slip", evidence.WITHOUT):
+        assert sign("ito" + evidence.LONG, other + evidence.LONG) == 0
     for pairs in evidence_page.QUESTIONS.values():
         assert not any(sign(a, b, "unseen/") for a, b in pairs)
     for scale in (50, 100):
