@@ -23,7 +23,6 @@ from evidence import (
     LONG,
     LONGER,
     SATURATION,
-    SEEDS,
     SETTINGS,
     STYLES,
     TRIALS,
@@ -124,11 +123,9 @@ class Page:
         """The mean over seeds of a score of the geometry, on test or train, and half of its 95 %
         interval."""
         values = [x[part][score] for x in self.evidence.runs[name].values()]
-        mean, count = form(score, statistics.mean(values)), len(values)
-        if count == 1:
-            return f"{mean} (one seed)"
+        count = len(values)
         half = t_quantile(count - 1) * statistics.stdev(values) / math.sqrt(count)
-        return f"{mean} ± {form(score, half)}"
+        return f"{form(score, statistics.mean(values))} ± {form(score, half)}"
 
     def geometry(self, name: str, part: str, score: str) -> float:
         return statistics.mean(x[part][score] for x in self.evidence.runs[name].values())
@@ -149,10 +146,9 @@ class Page:
             strict=True,
         )
         first, last, most = (f"{100 * x:.1f}" for x in (values[0], values[-1], max(values)))
-        seeds = "one seed" if len(runs) == 1 else f"{len(runs)} seeds"
         return (
             f"{first} % at step {steps[0]:,} and {last} at step {steps[-1]:,} (highest: {most}; "
-            f"{seeds})"
+            f"{len(runs)} seeds)"
         )
 
     def longer(self) -> str:
@@ -163,10 +159,6 @@ class Page:
 
     def longer_difference(self, a: str, b: str) -> str:
         return self.difference(a + LONG, b + LONG)
-
-    def longer_seeds(self) -> str:
-        counts = sorted({len(self.evidence.runs[name]) for name in LONGER})
-        return f"{' or '.join(map(str, counts))} seed{'s' * (counts != [1])}"
 
     def cost(self, name: str) -> float | None:
         """The time of all steps, relative to CLIP's in the main comparison; None for a batch of
@@ -230,11 +222,9 @@ class Page:
             header += [f"**{kind}**"]
         lines = []
         for name in FIRST:
-            if name not in self.evidence.runs:
-                continue
             runs = self.evidence.runs[name].values()
             cost = self.cost(name)
-            line = [name + seeds_of(runs), f"{cost:.2f}" if cost else ""]
+            line = [name, f"{cost:.2f}" if cost else ""]
             for kind, prefix in KINDS.items():
                 for style in STYLES:
                     ways = (f"{kind}/{style}/{way}" for way in ("i2t", "t2i"))
@@ -290,20 +280,15 @@ class Page:
         }
         lines = []
         for name in (*FIRST, *GAP, *(name for name in SETTINGS if "scale" in name)):
-            runs = self.evidence.runs.get(name, {}).values()
-            if runs:
-                scale = statistics.mean(x["scale"] for x in runs)
-                cells = [form(key, self.geometry(name, part, key)) for key in scores]
-                lines.append([name + seeds_of(runs), f"{scale:.0f}", *cells])
+            scale = statistics.mean(x["scale"] for x in self.evidence.runs[name].values())
+            cells = [form(key, self.geometry(name, part, key)) for key in scores]
+            lines.append([name, f"{scale:.0f}", *cells])
         return table(["", "scale", *scores.values()], lines)
 
     def fusion_table(self) -> str:
         lines = []
         for name in ("ito-align", "ito", *FUSION):
-            runs = self.evidence.runs.get(name, {}).values()
-            if not runs:
-                continue
-            line = [name + seeds_of(runs)]
+            line = [name]
             for prefix in KINDS.values():
                 found = self.evidence.estimate(name, prefix)
                 more = None if name == "ito" else self.evidence.estimate(name, prefix, "ito")
@@ -323,10 +308,7 @@ class Page:
         lines = []
         for scale in ("", ", scale 20", ", scale 50", ", scale 100"):
             line = [scale.removeprefix(", scale ") or "learned"]
-            for score, name in scores:
-                known = name + scale in self.evidence.runs
-                line.append(self.of(name + scale, "test", score) if known else "not run yet")
-            lines.append(line)
+            lines.append(line + [self.of(name + scale, "test", score) for score, name in scores])
         header = [f"{score}: {name}" for score, name in scores]
         return table(["scale", *header], lines)
 
@@ -335,10 +317,7 @@ class Page:
         lines = []
         for name in LONGER:
             short = name.removesuffix(LONG)
-            runs = self.evidence.runs.get(name, {}).values()
-            if not runs or short not in self.evidence.runs:
-                continue
-            line = [short + seeds_of(runs), f"{self.cost(name):.2f}"]
+            line = [short, f"{self.cost(name):.2f}"]
             for prefix in KINDS.values():
                 both = (self.evidence.estimate(x, prefix) for x in (short, name))
                 line += [f"{x.value:.1f} ± {x.half:.1f}" for x in both]
@@ -348,7 +327,7 @@ class Page:
         header = ["", "time"]
         for kind in KINDS:
             header += [f"{kind}, {WORKLOAD['steps']} steps", "2,400 steps", "ITO less this [95 %]"]
-        return table(header, lines) if lines else "Not run yet."
+        return table(header, lines)
 
     def saturation_table(self) -> str:
         lines = []
@@ -398,11 +377,6 @@ def form(score: str, value: float) -> str:
     return f"{100 * value:.1f}" if percent else f"{value:.2f}".replace("-", "−")
 
 
-def seeds_of(runs) -> str:
-    """Said of a row that has fewer seeds than planned."""
-    return "" if len(runs) == len(SEEDS) else f" ({len(runs)} seed{'s' * (len(runs) > 1)})"
-
-
 def table(header: list[str], lines: list[list[str]]) -> str:
     rows = [header, ["---"] * len(header), *lines]
     return "\n".join("| " + " | ".join(row) + " |" for row in rows)
@@ -418,7 +392,7 @@ def draw(page: Page, path: Path) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    other = [name for name in FIRST if name in page.evidence.runs and name not in ARMS]
+    other = [name for name in FIRST if name not in ARMS]
     names = [*ARMS, *sorted(other, key=lambda name: "time" not in name)]
     figure, axes = plt.subplots(1, 2, figsize=(10, 4.8), layout="constrained", sharey=True)
     for axis, (kind, prefix) in zip(axes, KINDS.items(), strict=True):

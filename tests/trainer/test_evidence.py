@@ -108,6 +108,11 @@ def test_words_of_the_page_that_are_not_made_of_the_results():
         for line in page.evidence.runs[name].values():
             values = [value for _, value in line["curve"]]
             assert values[-1] > 0.93 * max(values)
+            assert np.mean(values[-2:]) > np.mean(values[5:8])  # still rising
+    for name in (*evidence.GAP, *evidence.FUSION):  # no form of fusion closes it
+        assert page.geometry(name, "test", "gap") > 3 * page.geometry(name, "test", "floor")
+    for name, runs in page.evidence.runs.items():
+        assert len(runs) == (2 if name in evidence.SATURATION else 5), name
     settings = {
         tuple(line["settings"][key] for key in ("lr", "weight_decay", "start"))
         for name in ("ito", "clip-aug", evidence.WITHOUT)

@@ -112,9 +112,10 @@ def test_every_caption_of_a_picture_is_asked_for(run, tmp_path):
     assert got["test/captions"] == got["test/distinct_captions"] == 90
     assert got["test/t2i/queries"] == got["test/i2t/candidates"] == 90
     assert got["test/i2t/chance"] == pytest.approx(3 / 90)
-    title, note, *_ = table({"": got}).splitlines()
+    title, note, names, *_ = table({"": got}).splitlines()
     assert title == "test: 30 pictures, 90 captions"
     assert note == "  note: in brackets: the 95 % interval over 30 items (bootstrap)"
+    assert names == "  note: names are the distinct first captions of all items, of every split"
     low, high = (100 * got[f"test/t2i/R@10/{end}"] for end in ("low", "high"))
     assert f"{got['test/t2i/R@10']:.1%} ({low:.1f}–{high:.1f})" in table({"": got})
 
