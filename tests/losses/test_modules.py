@@ -1,6 +1,6 @@
 """The drop-ins that need no package but torch: `ClipLoss` and `SigLipLoss` as open_clip's training
-code and its subclasses use them, and lightly's losses. test_integrations.py compares
-with the packages themselves."""
+code and its subclasses use them, and lightly's losses. test_drop_ins_*.py compare with the packages
+themselves."""
 
 import inspect
 from functools import partial
